@@ -1,0 +1,326 @@
+// The block kernels as templates; each rows_<isa>.cpp instantiates them once and exports a table.
+//
+// Per element: forward visit 2 loads, 1 to 3 exponentials, 1 to 4 sums; gradient visit the same loads and exponentials again and
+// one store. All arithmetic is float32 after the load; sums run in two independent chains of LANES partial sums.
+#pragma once
+
+#include "vec.h"
+
+namespace fused_kd {
+using namespace FUSED_KD_ISA;  // the formulas below find this instruction set's fma, log2, max
+}
+
+#include "kernels.h"
+
+namespace fused_kd {
+namespace FUSED_KD_ISA {
+
+constexpr float LOWEST = -3.4028234663852886e38f;
+
+template <Load L> struct Element { using type = float; };
+template <> struct Element<Load::bf16> { using type = Bf16; };
+
+// x - m; the subtraction first, so that nothing depends on how large the logits are
+template <Load L> FUSED_KD_INLINE Floats relative(Floats x, Floats m) {
+  const Floats a = x - m;
+  return L == Load::f32_any ? max(a, splat(LOWEST)) : a;
+}
+template <Load L, int DEGREE = 5> FUSED_KD_INLINE Floats power(Floats a, Floats k) {
+  if constexpr (L == Load::f32_any) return exponential_any(a, k);
+  else return exponential<DEGREE>(a, k);
+}
+
+template <Divergence D> constexpr bool softmax() {
+  if constexpr (D == Divergence::none) return false;
+  else return Rule<D>::SOFTMAX;
+}
+template <Divergence D, Hard H> constexpr bool needs_P() { return softmax<D>() || (D == Divergence::none && H == Hard::power1); }
+
+template <Load L> void range(const void* s_, const void* t_, int size, Range* out) {
+  using E = typename Element<L>::type;
+  const E* s = static_cast<const E*>(s_);
+  const E* t = static_cast<const E*>(t_);
+  Floats max_s = splat(LOWEST), max_t = max_s, min_s = splat(-LOWEST), min_t = min_s, sum_s{}, sum_t{};
+  for (int i = 0; i < size; i += PAIR) {
+    Floats s0, s1, t0, t1;
+    load_pair(s + i, s0, s1);
+    load_pair(t + i, t0, t1);
+    max_s = max(max_s, max(s0, s1));
+    max_t = max(max_t, max(t0, t1));
+    min_s = min(min_s, min(s0, s1));
+    min_t = min(min_t, min(t0, t1));
+    sum_s += s0 + s1;
+    sum_t += t0 + t1;
+  }
+  *out = {largest(max_s), -largest(-min_s), sum(sum_s), largest(max_t), -largest(-min_t), sum(sum_t)};
+}
+
+template <Load L, Divergence D, Hard H> void sums(const Block& block, BlockSums* out) {
+  using E = typename Element<L>::type;
+  constexpr bool TEACHER = D != Divergence::none;
+  // the divergences without a sum of their own in the first visit still need to notice what isn't finite
+  constexpr bool CANARY = D == Divergence::jsd || D == Divergence::tvd || D == Divergence::none;
+  const E* s = static_cast<const E*>(block.s);
+  const E* t = static_cast<const E*>(block.t);
+  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k), k_1 = splat(block.k_1);
+  Floats d_s[2] = {}, d_t[2] = {}, d_1[2] = {}, w[2] = {};
+  Floats max_a = splat(LOWEST), min_a = splat(-LOWEST), max_b = max_a, min_b = min_a;
+  for (int i = 0; i < block.size; i += PAIR) {
+    Floats sv[2], tv[2];
+    load_pair(s + i, sv[0], sv[1]);
+    if constexpr (TEACHER) load_pair(t + i, tv[0], tv[1]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const Floats a = relative<L>(sv[j], m_s);
+      Floats b{}, P{}, Q{};
+      if constexpr (needs_P<D, H>()) {
+        P = power<L>(a, k);
+        d_s[j] += P;
+      }
+      if constexpr (TEACHER) b = relative<L>(tv[j], m_t);
+      if constexpr (softmax<D>()) {
+        Q = power<L>(b, k);
+        d_t[j] += Q;
+      }
+      if constexpr (CANARY) w[j] += a + b;
+      else if constexpr (softmax<D>()) w[j] = Rule<D>::accumulate(a, b, P, Q, w[j]);
+      else w[j] = Rule<D>::accumulate(sv[j], tv[j], P, Q, w[j]);
+      if constexpr (H == Hard::power2) d_1[j] = fma(P, P, d_1[j]);
+      if constexpr (H == Hard::power4) d_1[j] = fma(P * P, P * P, d_1[j]);
+      if constexpr (H == Hard::separate) d_1[j] += power<L>(a, k_1);
+      if constexpr (softmax<D>() || H != Hard::off) {
+        max_a = max(max_a, a);
+        min_a = min(min_a, a);
+      }
+      if constexpr (softmax<D>()) {
+        max_b = max(max_b, b);
+        min_b = min(min_b, b);
+      }
+    }
+  }
+  out->d_s = sum(d_s[0] + d_s[1]);
+  out->d_t = sum(d_t[0] + d_t[1]);
+  out->d_1 = H == Hard::power1 ? out->d_s : sum(d_1[0] + d_1[1]);
+  out->canary = sum(w[0] + w[1]);
+  out->w = CANARY ? 0.0f : out->canary;
+  out->max_a = largest(max_a);
+  out->min_a = -largest(-min_a);
+  out->max_b = largest(max_b);
+  out->min_b = -largest(-min_b);
+}
+
+FUSED_KD_INLINE Constants<Floats> broadcast(const Constants<float>& c) {
+  return {splat(c.scale), splat(c.ratio), splat(c.offset), splat(c.inverse_s), splat(c.inverse_t), splat(c.beta)};
+}
+
+template <Load L, Divergence D> void sums2(const Block& block, const Constants<float>& constants, float* x, float* y) {
+  using E = typename Element<L>::type;
+  const E* s = static_cast<const E*>(block.s);
+  const E* t = static_cast<const E*>(block.t);
+  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k);
+  const Constants<Floats> c = broadcast(constants);
+  Floats xs[2] = {}, ys[2] = {};
+  for (int i = 0; i < block.size; i += PAIR) {
+    Floats sv[2], tv[2];
+    load_pair(s + i, sv[0], sv[1]);
+    load_pair(t + i, tv[0], tv[1]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j)
+      Rule<D>::accumulate2(power<L>(relative<L>(sv[j], m_s), k), power<L>(relative<L>(tv[j], m_t), k), c, xs[j], ys[j]);
+  }
+  *x = sum(xs[0] + xs[1]);
+  *y = sum(ys[0] + ys[1]);
+}
+
+// e^(s - m_s), from P = e^((s - m_s)/T) where T is 1, 2 or 4
+template <Load L, Hard H, int DEGREE> FUSED_KD_INLINE Floats hard_power(Floats a, Floats k_1, Floats P) {
+  if constexpr (H == Hard::power1) return P;
+  if constexpr (H == Hard::power2) return P * P;
+  if constexpr (H == Hard::power4) return (P * P) * (P * P);
+  return power<L, DEGREE>(a, k_1);
+}
+
+template <Load L, Divergence D, Hard H>
+void gradient(const Block& block, const Constants<float>& constants, float hard_scale, float hard_offset, void* grad) {
+  using E = typename Element<L>::type;
+  constexpr bool TEACHER = D != Divergence::none;
+  constexpr int DEGREE = L == Load::bf16 ? 4 : 5;  // 1/700 of the half unit that rounding to bfloat16 loses
+  const E* s = static_cast<const E*>(block.s);
+  const E* t = static_cast<const E*>(block.t);
+  E* g = static_cast<E*>(grad);
+  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k), k_1 = splat(block.k_1);
+  const Floats scale = splat(hard_scale), offset = splat(hard_offset);
+  const Constants<Floats> c = broadcast(constants);
+  for (int i = 0; i < block.size; i += PAIR) {
+    Floats sv[2], tv[2], gv[2];
+    load_pair(s + i, sv[0], sv[1]);
+    if constexpr (TEACHER) load_pair(t + i, tv[0], tv[1]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const Floats a = relative<L>(sv[j], m_s);
+      Floats b{}, P{}, Q{};
+      if constexpr (needs_P<D, H>()) P = power<L, DEGREE>(a, k);
+      if constexpr (softmax<D>()) {
+        b = relative<L>(tv[j], m_t);
+        Q = power<L, DEGREE>(b, k);
+        gv[j] = Rule<D>::gradient(a, b, P, Q, c, offset);
+      } else if constexpr (TEACHER) {
+        gv[j] = Rule<D>::gradient(sv[j], tv[j], P, Q, c, offset);
+      } else {
+        gv[j] = offset;
+      }
+      if constexpr (H != Hard::off) gv[j] = fma(scale, hard_power<L, H, DEGREE>(a, k_1, P), gv[j]);
+    }
+    store_pair(g + i, gv[0], gv[1]);
+  }
+}
+
+// From run-time choices to an instantiation. Only combinations that the driver asks for exist.
+template <Load L, class Call> FUSED_KD_INLINE void with_hard(Divergence d, Hard h, Call call);
+
+template <Load L, Divergence D, class Call> FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
+  if constexpr (D == Divergence::none) {
+    call.template run<L, D, Hard::power1>();
+  } else if constexpr (!softmax<D>()) {
+    h == Hard::off ? call.template run<L, D, Hard::off>() : call.template run<L, D, Hard::separate>();
+  } else {
+    switch (h) {
+      case Hard::off: return call.template run<L, D, Hard::off>();
+      case Hard::power1: return call.template run<L, D, Hard::power1>();
+      case Hard::power2: return call.template run<L, D, Hard::power2>();
+      case Hard::power4: return call.template run<L, D, Hard::power4>();
+      case Hard::separate: return call.template run<L, D, Hard::separate>();
+    }
+  }
+}
+template <Load L, class Call> FUSED_KD_INLINE void choose_divergence(Divergence d, Hard h, Call& call) {
+  switch (d) {
+    case Divergence::forward_kl: return choose_hard<L, Divergence::forward_kl>(h, call);
+    case Divergence::reverse_kl: return choose_hard<L, Divergence::reverse_kl>(h, call);
+    case Divergence::jsd: return choose_hard<L, Divergence::jsd>(h, call);
+    case Divergence::tvd: return choose_hard<L, Divergence::tvd>(h, call);
+    case Divergence::mse: return choose_hard<L, Divergence::mse>(h, call);
+    case Divergence::none: return choose_hard<L, Divergence::none>(h, call);
+  }
+}
+template <class Call> FUSED_KD_INLINE void choose(Load l, Divergence d, Hard h, Call& call) {
+  switch (l) {
+    case Load::f32: return choose_divergence<Load::f32>(d, h, call);
+    case Load::bf16: return choose_divergence<Load::bf16>(d, h, call);
+    case Load::f32_any: return choose_divergence<Load::f32_any>(d, h, call);
+  }
+}
+
+struct SumsCall {
+  const Block& block;
+  BlockSums* out;
+  template <Load L, Divergence D, Hard H> void run() { sums<L, D, H>(block, out); }
+};
+struct Sums2Call {
+  const Block& block;
+  const Constants<float>& c;
+  float *x, *y;
+  template <Load L, Divergence D, Hard H> void run() {
+    if constexpr (D == Divergence::jsd || D == Divergence::tvd) sums2<L, D>(block, c, x, y);
+  }
+};
+struct GradientCall {
+  const Block& block;
+  const Constants<float>& c;
+  float hard_scale, hard_offset;
+  void* grad;
+  template <Load L, Divergence D, Hard H> void run() { gradient<L, D, H>(block, c, hard_scale, hard_offset, grad); }
+};
+
+inline void range_entry(Load l, const void* s, const void* t, int size, Range* out) {
+  l == Load::bf16 ? range<Load::bf16>(s, t, size, out) : range<Load::f32>(s, t, size, out);
+}
+inline void sums_entry(Load l, Divergence d, Hard h, const Block& block, BlockSums* out) {
+  SumsCall call{block, out};
+  choose(l, d, h, call);
+}
+inline void sums2_entry(Load l, Divergence d, const Block& block, const Constants<float>& c, float* x, float* y) {
+  Sums2Call call{block, c, x, y};
+  choose(l, d, Hard::off, call);
+}
+inline void gradient_entry(Load l, Divergence d, Hard h, const Block& block, const Constants<float>& c, float hard_scale,
+                           float hard_offset, void* grad) {
+  GradientCall call{block, c, hard_scale, hard_offset, grad};
+  choose(l, d, h, call);
+}
+
+inline float differences(const float* s, int size, float m) {
+  Floats total{};
+  const Floats reference = splat(m);
+  int i = 0;
+  for (; i + PAIR <= size; i += PAIR) {
+    Floats a, b;
+    load_pair(s + i, a, b);
+    total += (a - reference) + (b - reference);
+  }
+  float result = sum(total);
+  for (; i < size; ++i) result += s[i] - m;
+  return result;
+}
+
+inline void widen(Dtype dtype, const void* from, float* to, int size) {
+  if (dtype == Dtype::f32) {
+    memcpy(to, from, size * sizeof(float));
+  } else if (dtype == Dtype::bf16) {
+    const Bf16* p = static_cast<const Bf16*>(from);
+    for (int i = 0; i < size; ++i) {
+      const uint32_t word = uint32_t(p[i].raw) << 16;
+      memcpy(to + i, &word, sizeof word);
+    }
+  } else {
+    const Half* p = static_cast<const Half*>(from);
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= size; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i))));
+#endif
+    for (; i < size; ++i) to[i] = half_to_float(p[i]);
+  }
+}
+
+inline void narrow(Dtype dtype, const float* from, void* to, int size) {
+  if (dtype == Dtype::f32) {
+    memcpy(to, from, size * sizeof(float));
+  } else if (dtype == Dtype::bf16) {
+    Bf16* p = static_cast<Bf16*>(to);
+    for (int i = 0; i < size; ++i) {
+      uint32_t word;
+      memcpy(&word, from + i, sizeof word);
+      p[i].raw = uint16_t((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+    }
+  } else {
+    Half* p = static_cast<Half*>(to);
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= size; i += 8) _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < size; ++i) p[i] = float_to_half(from[i]);
+  }
+}
+
+// Multiplies a gradient by a factor that is exact for its type (a power of two), or in float32 where one more rounding is allowed.
+inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
+  float buffer[BLOCK];
+  const int width = dtype == Dtype::f32 ? 4 : 2;
+  for (int64_t i = 0; i < size; i += BLOCK) {
+    const int n = int(size - i < BLOCK ? size - i : BLOCK);
+    char* p = static_cast<char*>(values) + i * width;
+    float* work = dtype == Dtype::f32 ? reinterpret_cast<float*>(p) : buffer;
+    if (dtype != Dtype::f32) widen(dtype, p, work, n);
+    for (int j = 0; j < n; ++j) work[j] *= factor;
+    if (dtype != Dtype::f32) narrow(dtype, work, p, n);
+  }
+}
+
+}  // namespace FUSED_KD_ISA
+}  // namespace fused_kd
+
+#define FUSED_KD_DEFINE_TABLE(table, label)                                                                       \
+  namespace fused_kd {                                                                                            \
+  extern const Kernels table;                                                                                     \
+  const Kernels table = {label, EXPONENT_RANGE, range_entry, sums_entry, sums2_entry, gradient_entry, differences, widen, narrow, scale}; \
+  }

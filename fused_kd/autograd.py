@@ -1,0 +1,225 @@
+"""The two autograd.Functions: which gradient is computed, and when.
+
+* :class:`ScalarLoss` (``mean``, ``sum``): one visit of the rows in the forward gives loss and
+  gradient. The buffer is handed over in the first backward, scaled by the upstream gradient; a
+  later one (``retain_graph=True``) recomputes it. float16 recomputes always, so that a loss scale
+  enters before the rounding, and so does a traced graph.
+* :class:`RowLosses` (``none``): the upstream gradient of each row is known only in the backward.
+
+Weights `w` are those of the reduction, zero for rows that do not count; the weight of a term of a
+row in the gradient is ``w * hard_weight`` or ``w * soft_weight``, and None if the term is off.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import increment_version
+
+from .backends import Backend
+from .options import KDOptions
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def kd_scalar_loss(
+    student: Tensor,  # (B, S, V)
+    teacher: Tensor,  # (B, S, V)
+    labels: Tensor | None,  # (N,)
+    w: Tensor,  # (N,)
+    options: KDOptions,
+    backend: Backend,
+    inplace: bool,
+) -> Triple:
+    """Σ w·(hard_weight·H + soft_weight·S), Σ w·H and Σ w·S; gradient for the first only."""
+    gradient_now = (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and student.requires_grad
+        and student.dtype != torch.float16
+    )
+    result = ScalarLoss.apply(  # type: ignore[no-untyped-call]
+        student, teacher, labels, w, options, backend, inplace, gradient_now
+    )
+    return cast(Triple, result)
+
+
+def kd_row_losses(
+    student: Tensor,  # (B, S, V)
+    teacher: Tensor,  # (B, S, V)
+    labels: Tensor | None,  # (N,)
+    w: Tensor,  # (N,)
+    options: KDOptions,
+    backend: Backend,
+) -> Triple:
+    """w·(hard_weight·H + soft_weight·S), w·H and w·S of every row: (N,) each."""
+    result = RowLosses.apply(  # type: ignore[no-untyped-call]
+        student, teacher, labels, w, options, backend
+    )
+    return cast(Triple, result)
+
+
+class ScalarLoss(torch.autograd.Function):
+    """The reduced loss; see the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w: Tensor,
+        options: KDOptions,
+        backend: Backend,
+        inplace: bool,
+        gradient_now: bool,
+    ) -> Triple:
+        w_hard, w_soft = _term_weights(w, options)
+        ctx.options, ctx.backend, ctx.inplace, ctx.used = options, backend, inplace, False
+        ctx.buffer = None
+        if gradient_now:
+            hard, soft, stats, gradient = backend.forward_backward(
+                student, teacher, labels, w_hard, w_soft, options, inplace
+            )
+            if inplace:
+                increment_version(student)
+            else:
+                ctx.buffer = gradient
+        else:
+            hard, soft, stats = backend.forward(student, teacher, labels, w_hard, w_soft, options)
+        ctx.gradient_now = gradient_now
+        _save(ctx, student, teacher, labels, w_hard, w_soft, stats)
+        hard, soft = (w * hard).sum(), (w * soft).sum()
+        loss = _combine(hard, soft, options)
+        ctx.mark_non_differentiable(hard, soft)
+        ctx.set_materialize_grads(False)
+        return loss, hard, soft
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        scale = upstream[0]
+        if scale is None:
+            return (None,) * 8
+        if ctx.inplace and ctx.used:
+            raise RuntimeError(
+                "a second backward after inplace=True: the student logits were overwritten with "
+                "the gradient of the first; pass inplace=False to kd_loss"
+            )
+        saved = _saved(ctx)
+        student, teacher, labels, w_hard, w_soft, stats = saved
+        with torch.no_grad():
+            if ctx.gradient_now and not ctx.used:
+                gradient = student.detach() if ctx.inplace else ctx.buffer
+                kept = None if ctx.inplace else student
+                ctx.backend.rescale(gradient, scale, kept, *saved[1:], ctx.options)
+            else:
+                w_hard, w_soft = _times(w_hard, scale), _times(w_soft, scale)
+                s, inplace = student.detach(), ctx.inplace
+                gradient = ctx.backend.backward(
+                    s, teacher, labels, w_hard, w_soft, stats, ctx.options, inplace
+                )
+            if ctx.inplace:
+                increment_version(student)
+        if not torch.compiler.is_compiling():
+            ctx.used, ctx.buffer = True, None
+        return (_refuse_double_backward(student, gradient), *(None,) * 7)
+
+
+class RowLosses(torch.autograd.Function):
+    """The loss of every row; see the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w: Tensor,
+        options: KDOptions,
+        backend: Backend,
+    ) -> Triple:
+        w_hard, w_soft = _term_weights(w, options)
+        hard, soft, stats = backend.forward(student, teacher, labels, w_hard, w_soft, options)
+        ctx.options, ctx.backend = options, backend
+        _save(ctx, student, teacher, labels, w_hard, w_soft, stats)
+        hard, soft = w * hard, w * soft
+        loss = _combine(hard, soft, options)
+        ctx.mark_non_differentiable(hard, soft)
+        ctx.set_materialize_grads(False)
+        return loss, hard, soft
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        per_row = upstream[0]
+        if per_row is None:
+            return (None,) * 6
+        student, teacher, labels, w_hard, w_soft, stats = _saved(ctx)
+        with torch.no_grad():
+            w_hard, w_soft = _times(w_hard, per_row), _times(w_soft, per_row)
+            gradient = ctx.backend.backward(
+                student.detach(), teacher, labels, w_hard, w_soft, stats, ctx.options, False
+            )
+        return (_refuse_double_backward(student, gradient), *(None,) * 5)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes the gradient through and raises when it is differentiated.
+
+    It takes the student as an input, so that autograd reaches it whatever the gradient itself
+    depends on: a bare ``once_differentiable`` was seen to drop the term silently.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, student: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError(
+            "kd_loss cannot be differentiated twice (create_graph=True, gradient penalties, "
+            "Hessians): use fused_kd.testing.eager_kd_loss, plain torch, where you need that"
+        )
+
+
+def _refuse_double_backward(student: Tensor, gradient: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradient
+    result = _NoSecondDerivative.apply(student, gradient)  # type: ignore[no-untyped-call]
+    return cast(Tensor, result)
+
+
+def _term_weights(w: Tensor, options: KDOptions) -> tuple[Tensor | None, Tensor | None]:
+    hard, soft = options.hard_weight, options.soft_weight
+    w_hard = None if hard == 0.0 else w if hard == 1.0 else w * hard
+    if soft == hard:
+        return w_hard, w_hard
+    return w_hard, None if soft == 0.0 else w if soft == 1.0 else w * soft
+
+
+def _combine(hard: Tensor, soft: Tensor, options: KDOptions) -> Tensor:
+    """hard_weight·hard + soft_weight·soft; a term that is off is 0 and is left out."""
+    if options.hard_weight == 0.0:
+        return soft * options.soft_weight
+    if options.soft_weight == 0.0:
+        return hard * options.hard_weight
+    return torch.add(hard * options.hard_weight, soft, alpha=options.soft_weight)
+
+
+def _times(w: Tensor | None, upstream: Tensor) -> Tensor | None:
+    """w·upstream, and 0 where w is 0 even if upstream is not finite."""
+    return None if w is None else torch.where(w != 0, w * upstream, 0.0)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """save_for_backward, which refuses tensors made under inference_mode: those are held as is."""
+    ctx.held = {}
+    if not torch.compiler.is_compiling():
+        ctx.held = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.held else t for i, t in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [ctx.held.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]

@@ -1,0 +1,137 @@
+"""Which backend runs: the argument over ``FUSED_KD_BACKEND`` over the automatic choice.
+
+A backend asked for by name (argument or variable) that cannot run raises with its reason; the
+automatic choice passes it over, and :func:`why_not` tells why. Order of the automatic choice:
+
+1. a float64 input: ``reference`` (the others compute in float32);
+2. a CPU tensor: ``cpu``, if the compiled module is there;
+3. everything else: ``reference``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..options import BACKENDS, KDOptions
+from . import reference
+
+ENVIRONMENT_VARIABLE = "FUSED_KD_BACKEND"
+
+
+class Backend(Protocol):
+    """What every module of this package offers; `reference` documents each function."""
+
+    def why_not(self, device_type: str | None = None) -> str | None: ...
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w_hard: Tensor | None,
+        w_soft: Tensor | None,
+        options: KDOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w_hard: Tensor | None,
+        w_soft: Tensor | None,
+        stats: Tensor,
+        options: KDOptions,
+        inplace: bool = False,
+    ) -> Tensor: ...
+
+    def forward_backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w_hard: Tensor | None,
+        w_soft: Tensor | None,
+        options: KDOptions,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    def rescale(
+        self,
+        grad: Tensor,
+        scale: Tensor,
+        student: Tensor | None,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w_hard: Tensor | None,
+        w_soft: Tensor | None,
+        stats: Tensor,
+        options: KDOptions,
+    ) -> None: ...
+
+
+def _load(name: str) -> ModuleType | str:
+    """The module of a backend, or why it cannot be imported."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        return f"its module cannot be imported: {error}"
+
+
+_MODULES: dict[str, ModuleType | str] = {
+    name: reference if name == "reference" else _load(name) for name in BACKENDS
+}
+
+
+def why_not(name: str, device_type: str | None = None) -> str | None:
+    """Why the backend `name` cannot run (on tensors of `device_type`), or None if it can.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {_known()}; got {name!r}")
+    module = _MODULES[name]
+    if isinstance(module, str):
+        return module
+    return cast(Backend, module).why_not(device_type)
+
+
+def choose(requested: str, student: Tensor, teacher: Tensor) -> Backend:
+    """The backend for these tensors.
+
+    Args:
+        requested: "auto" or the name of a backend.
+        student: logits; device and dtype are looked at.
+        teacher: logits; the dtype is looked at.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+        RuntimeError: a backend asked for by name cannot run here.
+    """
+    source = "backend"
+    if requested == "auto":
+        requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        source = ENVIRONMENT_VARIABLE
+    is_double = student.dtype == torch.float64 or teacher.dtype == torch.float64
+    if requested == "auto":
+        fits = not is_double and student.device.type == "cpu" and why_not("cpu", "cpu") is None
+        return cast(Backend, _MODULES["cpu"] if fits else reference)
+    if requested not in _MODULES:
+        raise ValueError(f"{source} must be 'auto' or one of {_known()}; got {requested!r}")
+    reason = why_not(requested, student.device.type)
+    if reason is None and is_double and requested != "reference":
+        reason = "float64 logits run on backend='reference' only"
+    if reason is not None:
+        raise RuntimeError(f"{source}={requested!r} cannot run: {reason}")
+    return cast(Backend, _MODULES[requested])
+
+
+def _known() -> str:
+    return ", ".join(repr(name) for name in BACKENDS)

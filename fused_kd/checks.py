@@ -1,0 +1,237 @@
+"""Every check of a user's tensors, and its message. Nothing is written before all have passed.
+
+Each message names the argument, what was expected and what came. Checks that look at *values*
+(a label's range, a weight's sign) run only for plain CPU tensors outside a compiler's trace: on a
+GPU they would force a synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Types, layouts, dtypes, devices and shapes of the two logits.
+
+    Raises:
+        TypeError: not a dense floating tensor.
+        ValueError: shapes or devices that do not match, or a teacher that requires grad.
+    """
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        _check_dense(name, logits)
+        if logits.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64; got {logits.dtype}"
+            )
+    if student.dim() == 0:
+        raise ValueError(
+            "student_logits must have shape (..., V) with at least one dimension; got 0 dimensions"
+        )
+    if student.dim() != teacher.dim():
+        raise ValueError(
+            "teacher_logits must have as many dimensions as student_logits; "
+            f"got {tuple(teacher.shape)} for {tuple(student.shape)}"
+        )
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same vocabulary size; "
+            f"got V = {student.shape[-1]} for the student and V = {teacher.shape[-1]} for the "
+            "teacher: if the larger one only has padding columns at its end, slice them off "
+            "(logits[..., :V]), otherwise the two models need the same tokenizer"
+        )
+    if student.shape != teacher.shape:
+        raise ValueError(
+            "teacher_logits must have the leading shape of student_logits; "
+            f"got {tuple(teacher.shape)} for {tuple(student.shape)}"
+        )
+    if student.shape[-1] == 0:
+        raise ValueError(
+            f"student_logits must have at least one vocabulary entry; got {tuple(student.shape)}"
+        )
+    _check_device("teacher_logits", teacher, student)
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher_logits must not require grad, since the teacher gets no gradient; got a "
+            "tensor that does: detach it (teacher_logits.detach()) or run the teacher under "
+            "torch.no_grad()"
+        )
+
+
+def check_labels(labels: Tensor | None, student: Tensor, hard_weight: float) -> None:
+    """Presence, type, device and shape of the labels; their values: :func:`check_label_range`."""
+    if labels is None:
+        if hard_weight != 0.0:
+            raise ValueError(
+                f"labels must be given when hard_weight is not 0; got labels=None with "
+                f"hard_weight={hard_weight}: pass labels, or hard_weight=0 for the soft term alone"
+            )
+        return
+    _check_dense("labels", labels)
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels must be an integer tensor of class indices; got {labels.dtype}")
+    _check_row_shape("labels", labels, student)
+    _check_device("labels", labels, student)
+
+
+def check_label_range(labels: Tensor, kept: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Every kept label lies in [0, V); by value, so on the CPU only.
+
+    Args:
+        labels: (...), integer.
+        kept: (...), bool: labels that are not ignore_index.
+        vocabulary: V.
+        ignore_index: named in the message.
+    """
+    if labels.numel() == 0 or not _may_look_at_values(labels):
+        return
+    low, high = torch.aminmax(torch.where(kept, labels, 0))
+    if low.item() >= 0 and high.item() < vocabulary:
+        return
+    first = (kept & ((labels < 0) | (labels >= vocabulary))).nonzero()[0].tolist()
+    value = int(labels[tuple(first)].item())
+    raise ValueError(
+        f"labels must be in [0, {vocabulary}) or equal to ignore_index={ignore_index}; "
+        f"got {value} at position {_position(first)}"
+    )
+
+
+def check_token_weight(token_weight: Tensor | None, student: Tensor) -> None:
+    """Type, shape, device and (on the CPU) values of the weights of the tokens."""
+    if token_weight is None:
+        return
+    _check_dense("token_weight", token_weight)
+    if token_weight.is_complex():
+        raise TypeError(
+            f"token_weight must be a bool, int or float tensor; got {token_weight.dtype}"
+        )
+    _check_row_shape("token_weight", token_weight, student)
+    _check_device("token_weight", token_weight, student)
+    if token_weight.requires_grad:
+        raise ValueError(
+            "token_weight must not require grad, since it gets no gradient; got a tensor that "
+            "does: detach it"
+        )
+    if token_weight.numel() == 0 or not _may_look_at_values(token_weight):
+        return
+    low, high = (bound.item() for bound in torch.aminmax(token_weight))
+    if not (low >= 0 and high < math.inf):
+        bad = ~((token_weight >= 0) & (token_weight < math.inf))
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(
+            "token_weight must be at least 0 and finite; "
+            f"got {token_weight[tuple(first)].item()} at position {_position(first)}"
+        )
+
+
+def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
+    """A positive number or a 0-d tensor (where 0 is allowed: the loss is then 0)."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            "num_items is the denominator of reduction='mean'; "
+            f"got it with reduction={reduction!r}: leave it out"
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(
+                "num_items must be a number or a 0-d tensor; got a tensor of shape "
+                f"{tuple(num_items.shape)}"
+            )
+        if num_items.is_complex() or num_items.dtype == torch.bool or num_items.requires_grad:
+            raise TypeError(
+                "num_items must be an int or float tensor without grad; "
+                f"got {num_items.dtype}, requires_grad={num_items.requires_grad}"
+            )
+        if _may_look_at_values(num_items) and not 0 <= num_items.item() < math.inf:
+            raise ValueError(
+                f"num_items must not be negative and must be finite; got {num_items.item()}"
+            )
+    elif not isinstance(num_items, (int, float, Real)) or isinstance(num_items, bool):
+        raise TypeError(
+            f"num_items must be a number or a 0-d tensor; got {type(num_items).__name__}"
+        )
+    elif not 0 < num_items < math.inf:
+        raise ValueError(f"num_items must be positive and finite; got {num_items}")
+
+
+def check_inplace(student: Tensor) -> None:
+    """The student's memory may be overwritten with the gradient."""
+    if student.is_leaf:
+        raise ValueError(
+            "inplace=True needs student_logits that a model computed; got a leaf tensor that "
+            "requires grad, whose values the gradient would destroy"
+        )
+    if _overlaps(student):
+        raise ValueError(
+            "inplace=True needs student_logits whose entries do not share memory; got shape "
+            f"{tuple(student.shape)} with strides {student.stride()} (an expanded or overlapping "
+            "view)"
+        )
+
+
+def refuse_copy_inplace(student: Tensor) -> None:
+    """Says why a layout that would have to be copied cannot be used in place."""
+    raise ValueError(
+        "inplace=True needs student_logits with a last stride of 1 and leading dimensions that "
+        f"collapse to two strides; got shape {tuple(student.shape)} with strides "
+        f"{student.stride()}: pass inplace=False, or student_logits.contiguous()"
+    )
+
+
+def _may_look_at_values(tensor: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor  # a fake tensor has no values
+        and tensor.device.type == "cpu"
+    )
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "a quantised tensor" if tensor.is_quantized else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense, unquantised tensor; got {kind}")
+    if type(tensor) is not Tensor and hasattr(tensor, "device_mesh"):
+        raise TypeError(
+            f"{name} must be a local tensor; got a DTensor: pass tensor.to_local() or "
+            "tensor.full_tensor()"
+        )
+
+
+def _check_row_shape(name: str, tensor: Tensor, student: Tensor) -> None:
+    if tensor.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the leading shape of student_logits, "
+            f"{tuple(student.shape[:-1])}; got {tuple(tensor.shape)}"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
+    if tensor.device != student.device:
+        raise ValueError(
+            f"{name} must be on the device of student_logits, {student.device}; got {tensor.device}"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two entries may share memory: each stride must step over the smaller ones' reach."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
+def _position(index: list[int]) -> str:
+    return str(index[0]) if len(index) == 1 else str(tuple(index))

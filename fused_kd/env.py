@@ -1,0 +1,113 @@
+"""``python -m fused_kd.env [--json]``: versions, which backend runs where, and why not the others.
+
+Only the standard library is imported here; every probe is guarded, so that the report comes out
+also where an installation is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+#: Name, what it does. The only variables that the package reads.
+VARIABLES = (
+    ("FUSED_KD_BACKEND", "auto, reference or cpu: the backend where the argument says auto"),
+    (
+        "FUSED_KD_CPU",
+        "generic, avx2, avx512 or avx512_bf16: the instruction set of the cpu backend",
+    ),
+    ("FUSED_KD_BUILD", "read by setup.py: 0 leaves the compiled module out"),
+)
+
+
+def report() -> dict[str, Any]:
+    """Everything that ``python -m fused_kd.env`` prints, JSON-serialisable."""
+    return {
+        "versions": {
+            "fused_kd": _probe(lambda: importlib.import_module("fused_kd").__version__),
+            "python": platform.python_version(),
+            "torch": _probe(lambda: str(_torch().__version__)),
+            "cuda": _probe(lambda: _torch().version.cuda or "not in this torch"),
+            "triton": _probe(lambda: importlib.import_module("triton").__version__),
+            "platform": platform.platform(),
+        },
+        "processor": {
+            "name": _probe(_processor),
+            "threads": _probe(lambda: _torch().get_num_threads()),
+        },
+        "backends": _probe(_backends),
+        "compiled_module": _probe(_compiled_module),
+        "variables": {name: os.environ.get(name) for name, _ in VARIABLES},
+    }
+
+
+def _probe(question: Callable[[], Any]) -> Any:
+    """The answer, or the reason that there is none."""
+    try:
+        return question()
+    except Exception as error:  # a broken installation is what this report is for
+        return f"not available: {type(error).__name__}: {error}"
+
+
+def _torch() -> Any:
+    return importlib.import_module("torch")
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _backends() -> dict[str, str]:
+    backends = importlib.import_module("fused_kd.backends")
+    names = importlib.import_module("fused_kd.options").BACKENDS
+    reasons = {name: backends.why_not(name) for name in names}
+    return {name: "available" if why is None else str(why) for name, why in reasons.items()}
+
+
+def _compiled_module() -> Any:
+    extension = importlib.import_module("fused_kd.extension")
+    info = extension.build_info()
+    return extension.why_not() if info is None else info
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for title, content in found.items():
+        lines.append(title.replace("_", " "))
+        if title == "variables":
+            for name, meaning in VARIABLES:
+                value = content[name]
+                shown = "(not set)" if value is None else repr(value)
+                lines.append(f"  {name:<18} {shown:<12} {meaning}")
+        elif isinstance(content, dict):
+            lines.extend(f"  {name:<18} {value}" for name, value in content.items())
+        else:
+            lines.append(f"  {content}")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fused_kd.env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    options = parser.parse_args(arguments)
+    found = report()
+    if options.json:
+        print(json.dumps(found, indent=2, default=str))
+    else:
+        print("\n".join(_lines(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

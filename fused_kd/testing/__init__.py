@@ -1,0 +1,32 @@
+"""Input makers, the eager baseline, the error rule and memory probes, for our tests and yours."""
+
+from .baseline import eager_divergence, eager_kd_loss
+from .error_rule import (
+    Conditioning,
+    Result,
+    assert_no_worse,
+    assert_obeys_error_rule,
+    conditioning,
+    evaluate,
+    truth_and_eager,
+)
+from .inputs import REGIMES, Inputs, make_inputs
+from .memory import Peak, cpu_peak, guarded
+
+__all__ = [
+    "REGIMES",
+    "Conditioning",
+    "Inputs",
+    "Peak",
+    "Result",
+    "assert_no_worse",
+    "assert_obeys_error_rule",
+    "conditioning",
+    "cpu_peak",
+    "eager_divergence",
+    "eager_kd_loss",
+    "evaluate",
+    "guarded",
+    "make_inputs",
+    "truth_and_eager",
+]

@@ -1,0 +1,54 @@
+"""Memory probes: the peak of the CPU allocator, and tensors that end at a guard page."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Peak(NamedTuple):
+    """Bytes of torch's CPU allocator above the level at entry."""
+
+    highest: int
+    left: int
+    largest: int  # the largest single allocation
+
+
+def cpu_peak(fn: Callable[[], object]) -> Peak:
+    """What `fn` allocates on the CPU, inside C++ operators too. What it returns stays alive."""
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = fn()
+    assert profile.profiler is not None
+    results = profile.profiler.kineto_results
+    assert results is not None
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    live = highest = largest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()  # a free is negative
+        highest, largest = max(highest, live), max(largest, event.nbytes())
+    del kept
+    return Peak(highest, live, largest)
+
+
+def guarded(count: int, dtype: torch.dtype, side: str = "after") -> Tensor:
+    """A 1-D tensor of `count` entries that ends at (or, "before": begins behind) a guard page.
+
+    Any access past that side is a segmentation fault: run it in a subprocess.
+    """
+    page, size = mmap.PAGESIZE, count * dtype.itemsize
+    body = -(-size // page) * page
+    memory = mmap.mmap(-1, body + 2 * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None).mprotect
+    for offset in (0, page + body):
+        assert protect(ctypes.c_void_p(base + offset), ctypes.c_size_t(page), 0) == 0
+    start = page + (body - size if side == "after" else 0)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start)

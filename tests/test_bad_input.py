@@ -1,0 +1,370 @@
+"""Bad input: an error that names the argument, what was expected and what came; nothing written."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_kd import KDLoss, kd_loss
+from fused_kd.backends import choose, why_not
+
+S, T, Y = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+
+# keywords of kd_loss and the constructor that are refused: error, what its message says
+BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite; got 0.0"),
+    ({"temperature": -1}, ValueError, "temperature must be positive and finite; got -1.0"),
+    ({"temperature": math.nan}, ValueError, "temperature must be positive and finite; got nan"),
+    ({"temperature": math.inf}, ValueError, "temperature must be positive and finite; got inf"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a Python number; got str"),
+    ({"temperature": torch.tensor(2.0)}, TypeError, "temperature must be a Python number; got Te"),
+    ({"temperature": True}, TypeError, "temperature must be a Python number; got bool"),
+    ({"divergence": "jsd", "beta": 0.0}, ValueError, "beta must be in (0, 1) for divergence='jsd'"),
+    ({"divergence": "jsd", "beta": 1.0}, ValueError, "got 1.0 (the two ends are"),
+    ({"divergence": "jsd", "beta": math.nan}, ValueError, "beta must be in (0, 1)"),
+    ({"divergence": "kl"}, ValueError, "divergence must be one of 'forward_kl', 'reverse_kl', "),
+    ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
+    ({"reduction": "batchmean"}, ValueError, "use reduction='mean'"),
+    ({"soft_scale": "t"}, ValueError, "soft_scale must be one of 't2', 'none'; got 't'"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu'; got 'gpu'"),
+    ({"hard_weight": -0.1}, ValueError, "hard_weight must be at least 0 and finite; got -0.1"),
+    ({"soft_weight": -1}, ValueError, "soft_weight must be at least 0 and finite; got -1.0"),
+    ({"soft_weight": math.nan}, ValueError, "soft_weight must be at least 0 and finite; got nan"),
+    ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be in [0, 1); got 1.0"),
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1); got -0.1"),
+    ({"label_smoothing": math.nan}, ValueError, "label_smoothing must be in [0, 1); got nan"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got 1.5"),
+    ({"return_parts": 1}, TypeError, "return_parts must be True or False; got 1"),
+    ({"inplace": True, "reduction": "none"}, ValueError, "inplace=True needs reduction='mean'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"), BAD_OPTIONS, ids=[str(k) for k, _, _ in BAD_OPTIONS]
+)
+def test_options(keywords: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        kd_loss(S, T, Y, **keywords)
+    with pytest.raises(error, match=re.escape(message)):
+        KDLoss(**keywords)
+
+
+def changed(labels: Tensor, value: int) -> Tensor:
+    other = labels.clone()
+    other[1, 2] = value
+    return other
+
+
+# arguments in place of S, T, Y, and keywords
+BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "not a tensor": (
+        {"student_logits": [1.0]},
+        TypeError,
+        "student_logits must be a torch.Tensor; got list",
+    ),
+    "0-d": (
+        {"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)},
+        ValueError,
+        "student_logits must have shape (..., V) with at least one dimension; got 0 dimensions",
+    ),
+    "wrong rank": (
+        {"teacher_logits": T[0]},
+        ValueError,
+        "teacher_logits must have as many dimensions as student_logits; got (3, 5) for (2, 3, 5)",
+    ),
+    "leading shape": (
+        {"teacher_logits": T[:, :2]},
+        ValueError,
+        "teacher_logits must have the leading shape of student_logits; got (2, 2, 5) for (2, 3, 5)",
+    ),
+    "different V R-43": (
+        {"teacher_logits": torch.randn(2, 3, 8)},
+        ValueError,
+        "got V = 5 for the student and V = 8 for the teacher: if the larger one only has padding "
+        "columns at its end, slice them off",
+    ),
+    "V = 0 R-39": (
+        {"student_logits": S[..., :0], "teacher_logits": T[..., :0]},
+        ValueError,
+        "student_logits must have at least one vocabulary entry; got (2, 3, 0)",
+    ),
+    "integer logits": (
+        {"student_logits": S.int()},
+        TypeError,
+        "student_logits must be float32, bfloat16, float16 or float64; got torch.int32",
+    ),
+    "complex logits": (
+        {"teacher_logits": T.to(torch.complex64)},
+        TypeError,
+        "teacher_logits must be float32, bfloat16, float16 or float64; got torch.complex64",
+    ),
+    "teacher requires grad": (
+        {"teacher_logits": T.clone().requires_grad_()},
+        ValueError,
+        "teacher_logits must not require grad",
+    ),
+    "teacher's device": (
+        {"teacher_logits": T.to("meta")},
+        ValueError,
+        "teacher_logits must be on the device of student_logits, cpu; got meta",
+    ),
+    "labels' device": (
+        {"labels": Y.to("meta")},
+        ValueError,
+        "labels must be on the device of student_logits, cpu; got meta",
+    ),
+    "sparse": (
+        {"student_logits": S.to_sparse()},
+        TypeError,
+        "student_logits must be a dense, unquantised tensor; got layout torch.sparse_coo",
+    ),
+    "no labels": (
+        {"labels": None},
+        ValueError,
+        "labels must be given when hard_weight is not 0; got labels=None with hard_weight=0.5",
+    ),
+    "float labels": (
+        {"labels": Y.float()},
+        TypeError,
+        "labels must be an integer tensor of class indices; got torch.float32",
+    ),
+    "bool labels": (
+        {"labels": Y.bool()},
+        TypeError,
+        "labels must be an integer tensor of class indices; got torch.bool",
+    ),
+    "labels' shape": (
+        {"labels": Y[:, :2]},
+        ValueError,
+        "labels must have the leading shape of student_logits, (2, 3); got (2, 2)",
+    ),
+    "label = V R-34": (
+        {"labels": changed(Y, 5)},
+        ValueError,
+        "labels must be in [0, 5) or equal to ignore_index=-100; got 5 at position (1, 2)",
+    ),
+    "label = -1 R-34": (
+        {"labels": changed(Y, -1)},
+        ValueError,
+        "labels must be in [0, 5) or equal to ignore_index=-100; got -1 at position (1, 2)",
+    ),
+    "label = -100 is only ignored by default R-45": (
+        {"labels": changed(Y, -100), "ignore_index": 0},
+        ValueError,
+        "equal to ignore_index=0; got -100 at position (1, 2)",
+    ),
+    "num_items = 0": ({"num_items": 0}, ValueError, "num_items must be positive and finite; got 0"),
+    "num_items < 0": (
+        {"num_items": -2.0},
+        ValueError,
+        "num_items must be positive and finite; got -2.0",
+    ),
+    "num_items nan": ({"num_items": math.nan}, ValueError, "num_items must be positive and finite"),
+    "num_items tensor < 0": (
+        {"num_items": torch.tensor(-3)},
+        ValueError,
+        "num_items must not be negative and must be finite; got -3",
+    ),
+    "num_items 1-d": (
+        {"num_items": torch.tensor([3])},
+        ValueError,
+        "num_items must be a number or a 0-d tensor; got a tensor of shape (1,)",
+    ),
+    "num_items requires grad": (
+        {"num_items": torch.tensor(3.0, requires_grad=True)},
+        TypeError,
+        "num_items must be an int or float tensor without grad",
+    ),
+    "num_items bool": (
+        {"num_items": True},
+        TypeError,
+        "num_items must be a number or a 0-d tensor; got bool",
+    ),
+    "num_items with sum": (
+        {"num_items": 3, "reduction": "sum"},
+        ValueError,
+        "num_items is the denominator of reduction='mean'; got it with reduction='sum'",
+    ),
+    "num_items with none": (
+        {"num_items": 3, "reduction": "none"},
+        ValueError,
+        "num_items is the denominator of reduction='mean'; got it with reduction='none'",
+    ),
+    "token_weight's shape": (
+        {"token_weight": torch.ones(6)},
+        ValueError,
+        "token_weight must have the leading shape of student_logits, (2, 3); got (6,)",
+    ),
+    "token_weight negative": (
+        {"token_weight": torch.tensor([[1.0, 1, 1], [1, -2, 1]])},
+        ValueError,
+        "token_weight must be at least 0 and finite; got -2.0 at position (1, 1)",
+    ),
+    "token_weight nan": (
+        {"token_weight": torch.tensor([[1.0, math.nan, 1], [1, 1, 1]])},
+        ValueError,
+        "token_weight must be at least 0 and finite; got nan at position (0, 1)",
+    ),
+    "token_weight requires grad": (
+        {"token_weight": torch.ones(2, 3, requires_grad=True)},
+        ValueError,
+        "token_weight must not require grad",
+    ),
+    "token_weight complex": (
+        {"token_weight": torch.ones(2, 3, dtype=torch.complex64)},
+        TypeError,
+        "token_weight must be a bool, int or float tensor; got torch.complex64",
+    ),
+    "token_weight's device": (
+        {"token_weight": torch.ones(2, 3, device="meta")},
+        ValueError,
+        "token_weight must be on the device of student_logits, cpu; got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_tensors(case: str, backend: str) -> None:
+    arguments, error, message = BAD_TENSORS[case]
+    full = {"student_logits": S, "teacher_logits": T, "labels": Y, "backend": backend, **arguments}
+    with pytest.raises(error, match=re.escape(message)):
+        kd_loss(**full)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_logits() -> None:
+    try:
+        quantised = torch.quantize_per_tensor(S, 0.1, 0, torch.qint8)
+    except (RuntimeError, AttributeError) as error:
+        pytest.skip(f"this torch cannot quantise: {error}")
+    with pytest.raises(TypeError, match="student_logits must be a dense, unquantised tensor"):
+        kd_loss(quantised, T, Y)
+
+
+def grown(*shape: int) -> Tensor:
+    """A non-leaf tensor that requires grad."""
+    return torch.randn(*shape, requires_grad=True) * 1.0
+
+
+INPLACE = {
+    "a leaf": (S.clone().requires_grad_(), "inplace=True needs student_logits that a model comput"),
+    "expanded": (grown(2, 1, 5).expand(2, 3, 5), "whose entries do not share memory; got shape"),
+    "overlapping": (grown(40).as_strided((2, 3, 5), (15, 4, 1)), "do not share memory"),
+    "transposed vocabulary": (grown(2, 5, 3).mT, "a last stride of 1 and leading dimensions"),
+    "leading dimensions that do not fold": (
+        grown(4, 6, 8, 5)[:3, :4, :6],
+        "a last stride of 1 and leading dimensions",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INPLACE)
+def test_inplace_writes_nothing_where_it_cannot(case: str, backend: str) -> None:
+    student, message = INPLACE[case]
+    before, version = student.detach().clone(), student._version
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kd_loss(
+            student,
+            torch.randn(student.shape),
+            torch.zeros(student.shape[:-1], dtype=torch.int64),
+            inplace=True,
+            backend=backend,
+        )
+    assert torch.equal(student, before)
+    assert student._version == version
+
+
+def test_a_bad_label_in_place_writes_nothing(backend: str) -> None:
+    student = grown(2, 3, 5)
+    before = student.detach().clone()
+    with pytest.raises(ValueError, match="labels must be in"):
+        kd_loss(student, T, changed(Y, 7), inplace=True, backend=backend)
+    assert torch.equal(student, before)
+
+
+def test_a_dtensor_is_refused_R_58() -> None:
+    class Distributed(Tensor):
+        device_mesh = None
+
+    student = S.as_subclass(Distributed)
+    with pytest.raises(TypeError, match="student_logits must be a local tensor; got a DTensor"):
+        kd_loss(student, T, Y)
+
+
+# ------------------------------------------------------------------------------------- backends
+
+
+def test_a_backend_asked_for_by_name_that_cannot_run_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meta = S.to("meta")
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: "):
+        choose("cpu", meta, meta)
+    monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="FUSED_KD_BACKEND='cpu' cannot run: "):
+        choose("auto", meta, meta)
+
+
+def test_float64_asked_of_a_float32_backend_raises() -> None:
+    if why_not("cpu", "cpu") is not None:
+        pytest.skip("the cpu backend cannot run")
+    with pytest.raises(RuntimeError, match="float64 logits run on backend='reference' only"):
+        kd_loss(S.double(), T, Y, backend="cpu")
+
+
+def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="FUSED_KD_BACKEND must be 'auto' or one of 'reference'"):
+        kd_loss(S, T, Y)
+
+
+def test_the_argument_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
+    assert choose("reference", S, T).__name__.endswith("reference")  # type: ignore[attr-defined]
+    monkeypatch.setenv("FUSED_KD_BACKEND", "reference")
+    assert choose("auto", S, T).__name__.endswith("reference")  # type: ignore[attr-defined]
+
+
+def test_why_not_of_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend must be one of 'reference', 'cpu'; got 'tpu'"):
+        why_not("tpu")
+
+
+# ------------------------------------------------------------------------------- and what is not
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (0, 3, 2, 5)])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows_is_no_error_R_39(
+    backend: str, shape: tuple[int, ...], labelled: bool, reduction: str
+) -> None:
+    student = torch.randn(shape, requires_grad=True)
+    labels = torch.zeros(shape[:-1], dtype=torch.int64) if labelled else None
+    loss = kd_loss(
+        student,
+        torch.randn(shape),
+        labels,
+        hard_weight=0.5 if labelled else 0.0,
+        reduction=reduction,
+        backend=backend,
+    )
+    assert isinstance(loss, Tensor)
+    assert loss.shape == (shape[:-1] if reduction == "none" else ())
+    assert loss.sum().item() == 0
+    loss.sum().backward()
+    assert student.grad is not None
+    assert student.grad.shape == shape
+
+
+def test_an_empty_batch_in_place(backend: str) -> None:
+    student = grown(0, 5)
+    student.retain_grad()
+    labels = torch.zeros(0, dtype=torch.int64)
+    kd_loss(student, torch.randn(0, 5), labels, inplace=True, backend=backend).backward()  # type: ignore[union-attr]
+    assert student.grad is not None
