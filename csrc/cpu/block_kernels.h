@@ -63,7 +63,7 @@ template <Load L, Divergence D, Hard H> void sums(const Block& block, BlockSums*
   const E* s = static_cast<const E*>(block.s);
   const E* t = static_cast<const E*>(block.t);
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k), k_1 = splat(block.k_1);
-  Floats d_s[2] = {}, d_t[2] = {}, d_1[2] = {}, w[2] = {};
+  Floats d_s{}, d_t{}, d_1{}, w{};
   Floats max_a = splat(LOWEST), min_a = splat(-LOWEST), max_b = max_a, min_b = min_a;
   for (int i = 0; i < block.size; i += PAIR) {
     Floats sv[2], tv[2];
@@ -75,19 +75,19 @@ template <Load L, Divergence D, Hard H> void sums(const Block& block, BlockSums*
       Floats b{}, P{}, Q{};
       if constexpr (needs_P<D, H>()) {
         P = power<L>(a, k);
-        d_s[j] += P;
+        d_s += P;
       }
       if constexpr (TEACHER) b = relative<L>(tv[j], m_t);
       if constexpr (softmax<D>()) {
         Q = power<L>(b, k);
-        d_t[j] += Q;
+        d_t += Q;
       }
-      if constexpr (CANARY) w[j] += a + b;
-      else if constexpr (softmax<D>()) w[j] = Rule<D>::accumulate(a, b, P, Q, w[j]);
-      else w[j] = Rule<D>::accumulate(sv[j], tv[j], P, Q, w[j]);
-      if constexpr (H == Hard::power2) d_1[j] = fma(P, P, d_1[j]);
-      if constexpr (H == Hard::power4) d_1[j] = fma(P * P, P * P, d_1[j]);
-      if constexpr (H == Hard::separate) d_1[j] += power<L>(a, k_1);
+      if constexpr (CANARY) w += a + b;
+      else if constexpr (softmax<D>()) w = Rule<D>::accumulate(a, b, P, Q, w);
+      else w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
+      if constexpr (H == Hard::power2) d_1 = fma(P, P, d_1);
+      if constexpr (H == Hard::power4) d_1 = fma(P * P, P * P, d_1);
+      if constexpr (H == Hard::separate) d_1 += power<L>(a, k_1);
       if constexpr (softmax<D>() || H != Hard::off) {
         max_a = max(max_a, a);
         min_a = min(min_a, a);
@@ -98,10 +98,10 @@ template <Load L, Divergence D, Hard H> void sums(const Block& block, BlockSums*
       }
     }
   }
-  out->d_s = sum(d_s[0] + d_s[1]);
-  out->d_t = sum(d_t[0] + d_t[1]);
-  out->d_1 = H == Hard::power1 ? out->d_s : sum(d_1[0] + d_1[1]);
-  out->canary = sum(w[0] + w[1]);
+  out->d_s = sum(d_s);
+  out->d_t = sum(d_t);
+  out->d_1 = H == Hard::power1 ? out->d_s : sum(d_1);
+  out->canary = sum(w);
   out->w = CANARY ? 0.0f : out->canary;
   out->max_a = largest(max_a);
   out->min_a = -largest(-min_a);
