@@ -149,12 +149,16 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
   const E* t = static_cast<const E*>(block.t);
   E* g = static_cast<E*>(grad);
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k), k_1 = splat(block.k_1);
+  const E* next_s = static_cast<const E*>(block.next_s ? block.next_s : block.s);
+  const E* next_t = static_cast<const E*>(block.next_t ? block.next_t : block.t);
   const Floats scale = splat(hard_scale), offset = splat(hard_offset);
   const Constants<Floats> c = broadcast(constants);
   for (int i = 0; i < block.size; i += PAIR) {
     Floats sv[2], tv[2], gv[2];
     load_pair(s + i, sv[0], sv[1]);
     if constexpr (TEACHER) load_pair(t + i, tv[0], tv[1]);
+    __builtin_prefetch(next_s + i, 0, 2);
+    __builtin_prefetch(next_t + i, 0, 2);
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const Floats a = relative<L>(sv[j], m_s);

@@ -33,6 +33,9 @@ struct Block {
   int size;        // elements, a multiple of MAX_PAIR
   float m_s, m_t;  // the references that exponents are relative to
   float k, k_1;    // log2(e)/T and log2(e)
+  // Where the next row's block lies, to be prefetched by `gradient`; null: nowhere.
+  const void* next_s = nullptr;
+  const void* next_t = nullptr;
 };
 
 struct BlockSums {

@@ -446,12 +446,21 @@ struct Gradient {
       }
       const Prepared block = prepare_again(row, state, begin, end, scratch);
       const bool in_place = !block.copied;  // the block's type is then the gradient's
-      row.table.gradient(block.load, row.divergence, row.hard_mode, kernel_block(row, block, state.r.m_s, state.r.m_t), soft, hard_scale,
-                         hard_offset, in_place ? static_cast<void*>(to) : scratch.g);
+      Block work = kernel_block(row, block, state.r.m_s, state.r.m_t);
+      if (in_place && row.n + 1 < row.problem.N) prefetch_next_row(begin, work);
+      void* to_kernel = in_place ? static_cast<void*>(to) : scratch.g;
+      row.table.gradient(block.load, row.divergence, row.hard_mode, work, soft, hard_scale, hard_offset, to_kernel);
       if (in_place) return;
       if (block.absent) clear_absent(begin, size, scratch);
       row.table.narrow(dtype, scratch.g, to, size);
     });
+  }
+
+  // This visit reads the row from the cache: meanwhile far memory can bring what the next row's first visit will read.
+  void prefetch_next_row(int64_t begin, Block& work) const {
+    const Problem& p = row.problem;
+    work.next_s = row_pointer(p.student, row.n + 1) + begin * width(row.s_dtype);
+    if (row.soft) work.next_t = row_pointer(p.teacher, row.n + 1) + begin * width(row.t_dtype);
   }
 
   // An absent entry has no part in the smoothing's constant.
