@@ -20,9 +20,9 @@ CPU = "csrc/cpu"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
-# Scheduling before register allocation interleaves the exponentials of a loop body: 12 % on the sums.
+# Scheduling before register allocation interleaves a loop's exponentials: 12 % on the sums.
 SCHEDULE = ["-fschedule-insns", "-fsched-pressure"]
-# One translation unit per instruction set: the flags belong to that file alone, never to the module.
+# One translation unit per instruction set: its flags belong to that file alone.
 KERNELS = {f"{CPU}/rows_generic.cpp": SCHEDULE}
 if X86:
     KERNELS[f"{CPU}/rows_avx2.cpp"] = [*SCHEDULE, *AVX2]
@@ -43,7 +43,14 @@ def flag(name: str) -> bool:
 
 
 def compile_flags() -> list[str]:
-    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+    ]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # nothing newer than torch 2.10
     if X86:
@@ -99,9 +106,6 @@ class BuildExtension(build_ext):
     def _compile_with_own_flags(self) -> None:
         compile_one = self.compiler._compile
 
-        def compile_source(obj, source, ext, cc_args, postargs, pp_opts):
-            compile_one(obj, source, ext, cc_args, [*postargs, *KERNELS.get(source, [])], pp_opts)
-
         def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0,
                         extra_preargs=None, extra_postargs=None, depends=None):  # fmt: skip
             _, objects, postargs, pp_opts, build = self.compiler._setup_compile(
@@ -109,10 +113,14 @@ class BuildExtension(build_ext):
             )
             cc_args = self.compiler._get_cc_args(pp_opts, debug, extra_preargs)
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+            def compile_source(item):
+                obj, (source, extension) = item
+                own = [*postargs, *KERNELS.get(source, [])]
+                compile_one(obj, source, extension, cc_args, own, pp_opts)
+
             with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(
-                    lambda item: compile_source(item[0], *item[1], cc_args, postargs, pp_opts), build.items()
-                ))  # fmt: skip
+                list(pool.map(compile_source, build.items()))
             return objects
 
         self.compiler.compile = compile_all
@@ -128,8 +136,8 @@ class BuildPython(build_py):
 
 
 def write_reason(command, reason: str) -> None:
-    root = Path(".") if getattr(command, "editable_mode", False) or getattr(command, "inplace", False) \
-        else Path(command.build_lib)  # fmt: skip
+    in_source = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
+    root = Path(".") if in_source else Path(command.build_lib)
     target = root / REASON_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(reason + "\n")

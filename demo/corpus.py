@@ -50,6 +50,11 @@ class Corpus:
         windows = self.held_out[starts[:, None] + torch.arange(length)]
         return [with_labels(part) for part in windows.split(rows)]
 
+    def unigram_perplexity(self) -> float:
+        """Of the held-out text, for a model that only knows how frequent each token is."""
+        counts = torch.bincount(self.train, minlength=self.vocab_size).double() + 0.1
+        return (counts / counts.sum())[self.held_out].log().mean().neg().exp().item()
+
 
 def with_labels(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The ids (B, S) and their labels: the next token, and "ignore" where there is none.

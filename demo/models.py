@@ -1,25 +1,29 @@
-"""The two language models: small Llamas from `transformers`, made from a config, never downloaded."""
+"""The language models: small Llamas of `transformers`, made from a config, never downloaded."""
 
 import math
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-HIDDEN = 192
-TEACHER_LAYERS = 4
-STUDENT_LAYERS = (0, 3)  # the teacher's layers that the student starts from
+HIDDEN, TEACHER_LAYERS, STUDENT_LAYERS = 128, 2, 1
+FREQUENT_TOKENS = 12288
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def build(vocab_size: int, layers: int) -> LlamaForCausalLM:
-    """A freshly initialised Llama with tied embeddings."""
+    """A freshly initialised Llama with tied embeddings and heads of 32."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=3 * HIDDEN,
         num_hidden_layers=layers,
-        num_attention_heads=HIDDEN // 48,
-        num_key_value_heads=HIDDEN // 48,
+        num_attention_heads=HIDDEN // 32,
+        num_key_value_heads=HIDDEN // 32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         use_cache=False,
@@ -29,36 +33,65 @@ def build(vocab_size: int, layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-class FrequentVocabulary:
-    """The vocabulary as a short training needs it: the frequent tokens, and one for all the others.
+def student_of(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A shallower Llama that starts from the teacher without its last layers, as DistilBERT did."""
+    student = build(teacher.config.vocab_size, STUDENT_LAYERS)
+    names = student.state_dict().keys()
+    student.load_state_dict({k: v for k, v in teacher.state_dict().items() if k in names})
+    return student
 
-    All rare tokens share one row of the (tied) embedding. Then the softmax over all entries needs
-    only the columns of the frequent ones and one more, weighted by how many it stands for: the
-    exact full-vocabulary cross-entropy, many times cheaper. `expand` writes the row out again.
+
+class FrequentVocabulary:
+    """The vocabulary for a training of a minute: the frequent tokens, and one for all the others.
+
+    All rare tokens share one row of the (tied) embedding. The exact softmax over all entries then
+    needs only the columns of the frequent ones and one more, weighted by how many it stands for.
     """
 
-    def __init__(self, tokens: Tensor, vocab_size: int, size: int) -> None:
+    def __init__(self, tokens: Tensor, vocab_size: int) -> None:
         counts = torch.bincount(tokens, minlength=vocab_size)
-        self.frequent = counts.argsort(descending=True, stable=True)[: size - 1].sort().values
-        self.shared = len(self.frequent)
-        self.size = self.shared + 1
-        self.index = torch.full((vocab_size,), self.shared)
-        self.index[self.frequent] = torch.arange(self.shared)
-        self.log_shared = math.log(vocab_size - self.shared)
+        frequent = counts.argsort(descending=True, stable=True)[:FREQUENT_TOKENS]
+        self.shared = len(frequent)  # the class of all the others
+        self.log_size = math.log(vocab_size - self.shared)
+        self.class_of = torch.full((vocab_size,), self.shared)
+        self.class_of[frequent] = torch.arange(self.shared)
+        self.tokens = self.class_of[tokens]
 
-    def loss(self, model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    def build_teacher(self) -> LlamaForCausalLM:
+        """The teacher over the classes; its embeddings start from which tokens stand together."""
+        teacher = build(self.shared + 1, TEACHER_LAYERS)
+        with torch.no_grad():
+            teacher.get_input_embeddings().weight.copy_(self.cooccurrence_embeddings())
+        return teacher
+
+    def cooccurrence_embeddings(self) -> Tensor:
+        """Latent semantic analysis: the leading part of the positive pointwise information."""
+        x, size = self.tokens, self.shared + 1
+        pairs = torch.cat([torch.stack([x[:-gap], x[gap:]]) for gap in (1, 2)], dim=1)
+        pairs = torch.cat([pairs, pairs.flip(0)], dim=1)
+        ones = torch.ones(pairs.shape[1])
+        shape = {"size": (size, size), "check_invariants": False}
+        counts = torch.sparse_coo_tensor(pairs, ones, **shape).coalesce()
+        (row, column), count = counts.indices(), counts.values()
+        total = torch.zeros(size).index_add_(0, row, count)
+        context = total.pow(0.75) / total.pow(0.75).sum()
+        information = (count / (total[row] * context[column])).log().clamp_min(0)
+        matrix = torch.sparse_coo_tensor(counts.indices(), information, **shape)
+        left, strength, _ = torch.svd_lowrank(matrix, q=HIDDEN, niter=2)
+        table = left * strength.sqrt()
+        return 0.02 * table / table.std()
+
+    def loss(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy over the full vocabulary, up to a constant."""
-        logits = model(input_ids=self.index[ids]).logits
-        logits[..., self.shared] += self.log_shared
-        labels = torch.where(labels >= 0, self.index[labels.clamp_min(0)], labels)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        logits = teacher(input_ids=self.class_of[ids]).logits
+        logits[..., self.shared] += self.log_size
+        labels = torch.where(labels >= 0, self.class_of[labels.clamp_min(0)], labels)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-    def expand(self, model: LlamaForCausalLM) -> LlamaForCausalLM:
-        """The same model over the whole vocabulary."""
-        full = build(len(self.index), model.config.num_hidden_layers)
-        state = model.state_dict()
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            if name in state:
-                state[name] = state[name][self.index]
+    def expand(self, teacher: LlamaForCausalLM) -> LlamaForCausalLM:
+        """The same teacher with a row for every entry of the vocabulary, frozen."""
+        full = build(len(self.class_of), TEACHER_LAYERS)
+        state = teacher.state_dict()
+        state |= {name: state[name][self.class_of] for name in (EMBEDDING, "lm_head.weight")}
         full.load_state_dict(state)
         return full.eval().requires_grad_(False)

@@ -14,9 +14,7 @@ from torch import Tensor
 STATS = 11
 
 _ROWS = "Tensor teacher, Tensor? labels, Tensor? w_hard, Tensor? w_soft"
-_NUMBERS = (
-    "int divergence, float temperature, float beta, float soft_factor, float label_smoothing"
-)
+_NUMBERS = "int divergence, float temperature, float beta, float soft_factor, float label_smoothing"
 
 _library = torch.library.Library("fused_kd", "DEF")
 _library.define(f"forward(Tensor student, {_ROWS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor)")

@@ -12,7 +12,7 @@ import torch
 from fused_kd.backends import why_not
 from fused_kd.options import BACKENDS
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(2)  # few rows: the vocabulary is split over threads too
 
 
 def _parameter(name: str) -> object:

@@ -1,45 +1,17 @@
-"""Which gradient comes when: upstream gradients, second backwards, in-place writes, saved tensors."""
+"""Which gradient comes when: upstream gradients, second backwards, requires_grad."""
 
 from __future__ import annotations
 
-import gc
-import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DTYPES, TOLERANCE, N, V, as_loss, gradient, make_ignored
 from torch import Tensor
 
 from fused_kd import KDLossParts, kd_loss
-from fused_kd.testing import cpu_peak, eager_kd_loss
-
-N, V = 6, 37
-# float32 and bfloat16: gradient in the forward; float16: in the backward
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# rounding of the gradient's dtype, and of float32 sums that differ in order
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 1e-7},
-    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-7},
-    torch.float16: {"rtol": 2**-10, "atol": 2**-24},
-}
-
-
-def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    student = torch.randn(N, V).to(dtype).requires_grad_()
-    labels = torch.randint(V, (N,))
-    labels[0] = -100  # the first row is ignored
-    return student, torch.randn(N, V).to(dtype), labels
-
-
-def gradient(loss: Tensor, student: Tensor, *upstream: Tensor, **keywords: Any) -> Tensor:
-    return torch.autograd.grad(loss, student, *upstream, **keywords)[0]
-
-
-def as_loss(result: Tensor | KDLossParts) -> Tensor:
-    assert isinstance(result, Tensor)
-    return result
-
+from fused_kd.testing import eager_kd_loss
 
 # ----------------------------------------------------------------------------- upstream gradients
 
@@ -47,7 +19,7 @@ def as_loss(result: Tensor | KDLossParts) -> Tensor:
 @pytest.mark.parametrize("scale", [1.0, 0.0, -3.0, 0.37, 65536.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scalar_upstream_gradient(backend: str, dtype: torch.dtype, scale: float) -> None:
-    student, teacher, labels = make(dtype)
+    student, teacher, labels = make_ignored(dtype)
     loss = as_loss(kd_loss(student, teacher, labels, temperature=2.0, backend=backend))
     got = gradient(scale * loss, student)
     want = gradient(scale * eager_kd_loss(student, teacher, labels, temperature=2.0), student)
@@ -82,7 +54,7 @@ UPSTREAM = {
 @pytest.mark.parametrize("kind", UPSTREAM)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row_upstream_gradient(backend: str, dtype: torch.dtype, kind: str) -> None:
-    student, teacher, labels = make(dtype)
+    student, teacher, labels = make_ignored(dtype)
     upstream = UPSTREAM[kind]()
     before = upstream.clone()
     rows = as_loss(kd_loss(student, teacher, labels, reduction="none", backend=backend))
@@ -95,7 +67,7 @@ def test_row_upstream_gradient(backend: str, dtype: torch.dtype, kind: str) -> N
 
 @pytest.mark.parametrize("reduce", [Tensor.sum, Tensor.mean, lambda x: x.square().sum()])
 def test_rows_reduced_by_the_caller_R_24(backend: str, reduce: Any) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
     rows = as_loss(kd_loss(student, teacher, labels, reduction="none", backend=backend))
     want = reduce(eager_kd_loss(student, teacher, labels, reduction="none"))
     torch.testing.assert_close(
@@ -107,7 +79,7 @@ def test_rows_reduced_by_the_caller_R_24(backend: str, reduce: Any) -> None:
 def test_a_not_finite_upstream_gradient_does_not_reach_ignored_rows(
     backend: str, reduction: str
 ) -> None:
-    student, teacher, labels = make(torch.float16)  # the gradient is made in the backward
+    student, teacher, labels = make_ignored(torch.float16)  # the gradient is made in the backward
     loss = as_loss(kd_loss(student, teacher, labels, reduction=reduction, backend=backend))
     got = gradient(loss, student, torch.full(loss.shape, torch.inf))
     assert torch.equal(got[0], torch.zeros_like(got[0]))
@@ -118,7 +90,7 @@ def test_a_not_finite_upstream_gradient_does_not_reach_ignored_rows(
     "weights", [{"hard_weight": 0.0}, {"soft_weight": 0.0}, {"hard_weight": 0.9}]
 )
 def test_each_term_alone_has_its_gradient_R_26(backend: str, weights: dict[str, float]) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
     got = as_loss(kd_loss(student, teacher, labels, backend=backend, **weights))
     want = eager_kd_loss(student, teacher, labels, **weights)
     torch.testing.assert_close(got, want)
@@ -128,10 +100,8 @@ def test_each_term_alone_has_its_gradient_R_26(backend: str, weights: dict[str, 
 
 
 def test_both_weights_zero_is_zero_with_a_graph(backend: str) -> None:
-    student, teacher, labels = make()
-    loss = as_loss(
-        kd_loss(student, teacher, labels, hard_weight=0, soft_weight=0, backend=backend)
-    )
+    student, teacher, labels = make_ignored()
+    loss = as_loss(kd_loss(student, teacher, labels, hard_weight=0, soft_weight=0, backend=backend))
     assert loss.item() == 0
     assert torch.equal(gradient(loss, student), torch.zeros(N, V))
 
@@ -144,7 +114,7 @@ def test_both_weights_zero_is_zero_with_a_graph(backend: str) -> None:
 def test_retain_graph_gives_the_same_gradient_again_R_20(
     backend: str, dtype: torch.dtype, reduction: str
 ) -> None:
-    student, teacher, labels = make(dtype)
+    student, teacher, labels = make_ignored(dtype)
     loss = as_loss(kd_loss(student, teacher, labels, reduction=reduction, backend=backend))
     upstream = torch.full(loss.shape, 2.0)
     first = gradient(loss, student, upstream, retain_graph=True)
@@ -159,7 +129,7 @@ def test_retain_graph_gives_the_same_gradient_again_R_20(
 
 
 def test_a_second_backward_without_retain_graph_raises(backend: str) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
     loss = as_loss(kd_loss(student, teacher, labels, backend=backend))
     loss.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -169,7 +139,7 @@ def test_a_second_backward_without_retain_graph_raises(backend: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("squared", [False, True])
 def test_double_backward_raises(backend: str, reduction: str, squared: bool) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
     loss = as_loss(kd_loss(student, teacher, labels, reduction=reduction, backend=backend)).sum()
     loss = loss.square() if squared else loss
     first = gradient(loss, student, create_graph=True)
@@ -179,7 +149,7 @@ def test_double_backward_raises(backend: str, reduction: str, squared: bool) -> 
 
 
 def test_a_gradient_penalty_beside_the_loss_raises(backend: str) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
     weight = torch.randn(V, V, requires_grad=True)
     loss = as_loss(kd_loss(student @ weight, teacher, labels, backend=backend))
     (first,) = torch.autograd.grad(loss, weight, create_graph=True)
@@ -195,7 +165,7 @@ def test_a_gradient_penalty_beside_the_loss_raises(backend: str) -> None:
 def test_inputs_and_versions_are_untouched_R_18(
     backend: str, dtype: torch.dtype, reduction: str
 ) -> None:
-    inputs = make(dtype)
+    inputs = make_ignored(dtype)
     before = [x.detach().clone() for x in inputs]
     versions = [x._version for x in inputs]
     as_loss(kd_loss(*inputs, reduction=reduction, backend=backend)).sum().backward()
@@ -204,7 +174,7 @@ def test_inputs_and_versions_are_untouched_R_18(
 
 
 def test_a_softmax_beside_the_loss_has_the_right_gradient_R_18(backend: str) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
 
     def total(loss: Any, **keywords: Any) -> Tensor:
         logits = student * 1.0
@@ -216,7 +186,7 @@ def test_a_softmax_beside_the_loss_has_the_right_gradient_R_18(backend: str) -> 
 
 
 def test_two_losses_on_the_same_logits_R_19(backend: str) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
 
     def total(loss: Any, **keywords: Any) -> Tensor:
         logits = student * 1.0
@@ -231,7 +201,7 @@ def test_two_losses_on_the_same_logits_R_19(backend: str) -> None:
 
 
 def test_activation_checkpointing_R_19(backend: str) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
 
     def block(x: Tensor) -> Tensor:
         return as_loss(kd_loss(x * 1.0, teacher, labels, backend=backend))
@@ -239,86 +209,6 @@ def test_activation_checkpointing_R_19(backend: str) -> None:
     plain = gradient(block(student), student)
     checkpointed = torch.utils.checkpoint.checkpoint(block, student, use_reentrant=False)
     assert torch.equal(gradient(checkpointed, student), plain)
-
-
-# -------------------------------------------------------------------------------------- in place
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 2.0, -0.7])
-def test_in_place_gives_the_same_gradient_in_the_students_memory(
-    backend: str, dtype: torch.dtype, scale: float
-) -> None:
-    student, teacher, labels = make(dtype)
-    want = gradient(scale * as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
-    logits = student * 1.0
-    address = logits.data_ptr()
-    loss = scale * as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
-    (got,) = torch.autograd.grad(loss, logits)
-    assert got.data_ptr() == address
-    # a scale is applied to the rounded gradient of 16 bits here: one more rounding
-    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_place_reaches_the_leaf(backend: str, dtype: torch.dtype) -> None:
-    student, teacher, labels = make(dtype)
-    want = gradient(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
-    loss = as_loss(kd_loss(student * 1.0, teacher, labels, inplace=True, backend=backend))
-    torch.testing.assert_close(gradient(loss, student), want, **TOLERANCE[dtype])
-
-
-def test_in_place_bumps_the_version_so_that_saved_values_raise_R_18(backend: str) -> None:
-    student, teacher, labels = make()
-    logits = student * 1.0
-    probabilities = logits.square()  # saves logits
-    version = logits._version
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
-    assert logits._version > version
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss + probabilities.sum()).backward()
-
-
-def test_a_write_between_forward_and_backward_raises(backend: str) -> None:
-    student, teacher, labels = make()
-    logits = student * 1.0
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
-    with torch.no_grad():
-        logits.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_second_backward_in_place_raises(backend: str, dtype: torch.dtype) -> None:
-    student, teacher, labels = make(dtype)
-    logits = student * 1.0
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
-    torch.autograd.grad(loss, logits, retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward after inplace=True"):
-        torch.autograd.grad(loss, logits)
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_in_place_writes_nothing_without_gradients(backend: str, context: Any) -> None:
-    student, teacher, labels = make()
-    before = student.detach().clone()
-    with context():
-        loss = kd_loss(student, teacher, labels, inplace=True, backend=backend)
-    assert torch.equal(student, before)
-    torch.testing.assert_close(loss, eager_kd_loss(student, teacher, labels).detach())
-    plain = student.detach().expand(N, V)
-    kd_loss(plain, teacher, labels, inplace=True, backend=backend)
-    assert torch.equal(plain, before)
-
-
-def test_in_place_in_a_view_of_the_students_memory(backend: str) -> None:
-    student, teacher, labels = make()
-    want = gradient(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
-    wide = torch.cat([student, torch.zeros(N, 5)], 1)
-    loss = as_loss(kd_loss(wide[:, :V], teacher, labels, inplace=True, backend=backend))
-    assert torch.equal(wide[:, V:], torch.zeros(N, 5))
-    torch.testing.assert_close(gradient(loss, student), want, **TOLERANCE[torch.float32])
 
 
 # ------------------------------------------------------------------- who requires grad, and where
@@ -330,7 +220,7 @@ def test_in_place_in_a_view_of_the_students_memory(backend: str) -> None:
 def test_every_subset_of_requires_grad_R_29(
     backend: str, reduction: str, context: Any, requires_grad: bool
 ) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
     student = student.detach().requires_grad_(requires_grad)
     with context():
         loss = as_loss(kd_loss(student, teacher, labels, reduction=reduction, backend=backend))
@@ -341,10 +231,8 @@ def test_every_subset_of_requires_grad_R_29(
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_teacher_made_in_inference_mode(
-    backend: str, dtype: torch.dtype, reduction: str
-) -> None:
-    student, teacher, labels = make(dtype)
+def test_a_teacher_made_in_inference_mode(backend: str, dtype: torch.dtype, reduction: str) -> None:
+    student, teacher, labels = make_ignored(dtype)
     with torch.inference_mode():
         inference_teacher = teacher * 1.0
     loss = as_loss(
@@ -359,14 +247,14 @@ def test_a_teacher_made_in_inference_mode(
 
 def test_the_parts_are_detached(backend: str) -> None:
     for reduction in ("mean", "none"):
-        parts = kd_loss(*make(), return_parts=True, reduction=reduction, backend=backend)
+        parts = kd_loss(*make_ignored(), return_parts=True, reduction=reduction, backend=backend)
         assert isinstance(parts, KDLossParts)
         required = (parts.loss.requires_grad, parts.hard.requires_grad, parts.soft.requires_grad)
         assert required == (True, False, False)
 
 
 def test_an_unused_loss_passes_no_gradient(backend: str) -> None:
-    student, teacher, labels = make()
+    student, teacher, labels = make_ignored()
     rows = as_loss(kd_loss(student, teacher, labels, backend=backend))
     other = student.sum()
     torch.autograd.backward([other + 0 * other], retain_graph=True)
@@ -380,7 +268,7 @@ def test_an_unused_loss_passes_no_gradient(backend: str) -> None:
 def test_autocast_changes_nothing(
     backend: str, dtype: torch.dtype, enabled: torch.dtype | None
 ) -> None:
-    student, teacher, labels = make(dtype)
+    student, teacher, labels = make_ignored(dtype)
     plain = as_loss(kd_loss(student, teacher, labels, backend=backend))
     want = gradient(plain, student)
     with torch.autocast("cpu", dtype=enabled or torch.bfloat16, enabled=enabled is not None):
@@ -388,69 +276,3 @@ def test_autocast_changes_nothing(
     assert loss.dtype == torch.float32
     assert torch.equal(loss, plain)
     assert torch.equal(gradient(loss, student), want)
-
-
-# ---------------------------------------------------------------------- saved tensors and memory
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_saved_tensor_hooks_see_every_saved_tensor_R_31(backend: str, reduction: str) -> None:
-    student, teacher, labels = make()
-    seen: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        seen.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = as_loss(kd_loss(student, teacher, labels, reduction=reduction, backend=backend))
-    addresses = {x.data_ptr() for x in seen}
-    assert {student.data_ptr(), teacher.data_ptr(), labels.data_ptr()} <= addresses
-    loss.sum().backward()
-
-
-def test_moving_what_is_saved_elsewhere_gives_the_same_gradient(backend: str) -> None:
-    student, teacher, labels = make(torch.float16)
-    want = gradient(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
-    with torch.autograd.graph.save_on_cpu():
-        loss = as_loss(kd_loss(student, teacher, labels, backend=backend))
-    assert torch.equal(gradient(loss, student), want)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("run_backward", [True, False])
-def test_nothing_waits_for_the_garbage_collector_R_28(
-    backend: str, inplace: bool, run_backward: bool
-) -> None:
-    student, teacher, labels = make()
-
-    def step() -> None:
-        logits = student * 1.0
-        loss = as_loss(kd_loss(logits, teacher, labels, inplace=inplace, backend=backend))
-        if run_backward:
-            torch.autograd.grad(loss, student)
-
-    step()
-    gc.collect()
-    gc.disable()
-    try:
-        left = [cpu_peak_without_collection(step) for _ in range(3)]
-    finally:
-        gc.enable()
-    assert left == [0, 0, 0]
-
-
-def cpu_peak_without_collection(step: Any) -> int:
-    """Bytes left by five steps; the collection happens before, not after, them."""
-    return cpu_peak(lambda: [step() for _ in itertools.repeat(None, 5)]).left
-
-
-def test_the_memory_probe_reads_a_known_figure() -> None:
-    rows, vocabulary = 256, 3200
-    logits = torch.randn(rows, vocabulary, requires_grad=True)
-    labels = torch.randint(vocabulary, (rows,))
-    peak = cpu_peak(lambda: F.cross_entropy(logits, labels).backward())
-    size = rows * vocabulary * 4
-    assert size <= peak.left < size + 4096
-    assert 3 * size <= peak.highest < 3 * size + 4096
-    assert peak.largest == size

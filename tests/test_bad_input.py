@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fused_kd import KDLoss, kd_loss
-from fused_kd.backends import choose, why_not
 
 S, T, Y = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 
@@ -31,7 +30,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
     ({"reduction": "batchmean"}, ValueError, "use reduction='mean'"),
     ({"soft_scale": "t"}, ValueError, "soft_scale must be one of 't2', 'none'; got 't'"),
-    ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu'; got 'gpu'"),
+    (
+        {"backend": "gpu"},
+        ValueError,
+        "backend must be one of 'auto', 'reference', 'cpu'; got",
+    ),
     ({"hard_weight": -0.1}, ValueError, "hard_weight must be at least 0 and finite; got -0.1"),
     ({"soft_weight": -1}, ValueError, "soft_weight must be at least 0 and finite; got -1.0"),
     ({"soft_weight": math.nan}, ValueError, "soft_weight must be at least 0 and finite; got nan"),
@@ -246,47 +249,6 @@ def test_quantised_logits() -> None:
         kd_loss(quantised, T, Y)
 
 
-def grown(*shape: int) -> Tensor:
-    """A non-leaf tensor that requires grad."""
-    return torch.randn(*shape, requires_grad=True) * 1.0
-
-
-INPLACE = {
-    "a leaf": (S.clone().requires_grad_(), "inplace=True needs student_logits that a model comput"),
-    "expanded": (grown(2, 1, 5).expand(2, 3, 5), "whose entries do not share memory; got shape"),
-    "overlapping": (grown(40).as_strided((2, 3, 5), (15, 4, 1)), "do not share memory"),
-    "transposed vocabulary": (grown(2, 5, 3).mT, "a last stride of 1 and leading dimensions"),
-    "leading dimensions that do not fold": (
-        grown(4, 6, 8, 5)[:3, :4, :6],
-        "a last stride of 1 and leading dimensions",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", INPLACE)
-def test_inplace_writes_nothing_where_it_cannot(case: str, backend: str) -> None:
-    student, message = INPLACE[case]
-    before, version = student.detach().clone(), student._version
-    with pytest.raises(ValueError, match=re.escape(message)):
-        kd_loss(
-            student,
-            torch.randn(student.shape),
-            torch.zeros(student.shape[:-1], dtype=torch.int64),
-            inplace=True,
-            backend=backend,
-        )
-    assert torch.equal(student, before)
-    assert student._version == version
-
-
-def test_a_bad_label_in_place_writes_nothing(backend: str) -> None:
-    student = grown(2, 3, 5)
-    before = student.detach().clone()
-    with pytest.raises(ValueError, match="labels must be in"):
-        kd_loss(student, T, changed(Y, 7), inplace=True, backend=backend)
-    assert torch.equal(student, before)
-
-
 def test_a_dtensor_is_refused_R_58() -> None:
     class Distributed(Tensor):
         device_mesh = None
@@ -294,45 +256,6 @@ def test_a_dtensor_is_refused_R_58() -> None:
     student = S.as_subclass(Distributed)
     with pytest.raises(TypeError, match="student_logits must be a local tensor; got a DTensor"):
         kd_loss(student, T, Y)
-
-
-# ------------------------------------------------------------------------------------- backends
-
-
-def test_a_backend_asked_for_by_name_that_cannot_run_raises(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    meta = S.to("meta")
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: "):
-        choose("cpu", meta, meta)
-    monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="FUSED_KD_BACKEND='cpu' cannot run: "):
-        choose("auto", meta, meta)
-
-
-def test_float64_asked_of_a_float32_backend_raises() -> None:
-    if why_not("cpu", "cpu") is not None:
-        pytest.skip("the cpu backend cannot run")
-    with pytest.raises(RuntimeError, match="float64 logits run on backend='reference' only"):
-        kd_loss(S.double(), T, Y, backend="cpu")
-
-
-def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_KD_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="FUSED_KD_BACKEND must be 'auto' or one of 'reference'"):
-        kd_loss(S, T, Y)
-
-
-def test_the_argument_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
-    assert choose("reference", S, T).__name__.endswith("reference")  # type: ignore[attr-defined]
-    monkeypatch.setenv("FUSED_KD_BACKEND", "reference")
-    assert choose("auto", S, T).__name__.endswith("reference")  # type: ignore[attr-defined]
-
-
-def test_why_not_of_an_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'reference', 'cpu'; got 'tpu'"):
-        why_not("tpu")
 
 
 # ------------------------------------------------------------------------------- and what is not
@@ -360,11 +283,3 @@ def test_no_rows_is_no_error_R_39(
     loss.sum().backward()
     assert student.grad is not None
     assert student.grad.shape == shape
-
-
-def test_an_empty_batch_in_place(backend: str) -> None:
-    student = grown(0, 5)
-    student.retain_grad()
-    labels = torch.zeros(0, dtype=torch.int64)
-    kd_loss(student, torch.randn(0, 5), labels, inplace=True, backend=backend).backward()  # type: ignore[union-attr]
-    assert student.grad is not None

@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_kd import KDLoss, KDLossParts, kd_loss
+from fused_kd.backends import why_not
+from fused_kd.options import BACKENDS
 
 V, H = 33, 8
+
+
+QUICK = "reference" if why_not("cpu", "cpu") else "cpu"  # for the slow ones
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +57,17 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("keywords", CASES, ids=[str(list(case)) for case in CASES])
-def test_the_function_traces_without_a_break(backend: str, keywords: dict[str, Any]) -> None:
+SOME = [
+    pytest.param(case, name, id=f"{name}-{list(case)}", marks=marks)
+    for name in BACKENDS
+    for i, case in enumerate(CASES)
+    for marks in [[] if name == QUICK or i < 2 else [pytest.mark.slow]]
+    if why_not(name, "cpu") is None
+]
+
+
+@pytest.mark.parametrize(("keywords", "backend"), SOME)
+def test_the_function_traces_without_a_break(keywords: dict[str, Any], backend: str) -> None:
     def loss(s: Tensor, t: Tensor, y: Tensor) -> Any:
         logits = s * 1.0
         return kd_loss(logits, t, **{"labels": y, "backend": backend, **keywords})
@@ -61,7 +75,7 @@ def test_the_function_traces_without_a_break(backend: str, keywords: dict[str, A
     same(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, *make(4))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_changing_number_of_rows_compiles_twice_at_most(backend: str, reduction: str) -> None:
     loss = KDLoss(temperature=2.0, reduction=reduction, backend=backend)
     counter = CompileCounterWithBackend("aot_eager")
@@ -85,7 +99,17 @@ class Distilled(nn.Module):
         return loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# the gradient of float32 passes as it is, that of bfloat16 through a cast
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (QUICK, torch.float32),
+        pytest.param(QUICK, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("reference", torch.float32, marks=pytest.mark.slow),
+        pytest.param("reference", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_model_with_the_module_in_inductor(backend: str, dtype: torch.dtype) -> None:
     model = Distilled(backend).to(dtype)
     compiled = torch.compile(model, fullgraph=True)

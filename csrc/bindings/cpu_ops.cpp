@@ -1,7 +1,9 @@
-// The operators of fused_kd/ops.py on CPU tensors: check, describe the tensors to the row kernels, call them.
+// The operators of fused_kd/ops.py on CPU tensors: check, describe the tensors to the row kernels,
+// call them.
 //
-// LibTorch Stable ABI only (torch >= 2.10): one build serves several torch versions. Every check that protects memory is
-// repeated here, since the operators can be called without the Python checks.
+// LibTorch Stable ABI only (torch >= 2.10): one build serves several torch versions. Every check
+// that protects memory is repeated here, since the operators can be called without the Python
+// checks.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -42,26 +44,31 @@ fused_kd::Dtype dtype_of(const Tensor& x, const char* name) {
 fused_kd::Rows rows_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor");
   STD_TORCH_CHECK(x.dim() == 3, name, " must be (B, S, V); got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, name, " must have last stride 1; got ", x.stride(2));
+  STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, name, " must have last stride 1; got ",
+                  x.stride(2));
   const int64_t inner = x.size(1);
-  return {const_cast<void*>(x.const_data_ptr()), dtype_of(x, name), inner > 0 ? inner : 1, x.stride(0), x.stride(1)};
+  return {const_cast<void*>(x.const_data_ptr()), dtype_of(x, name), inner > 0 ? inner : 1,
+          x.stride(0), x.stride(1)};
 }
 
-template <class T> T* vector_of(const OptionalTensor& x, int64_t n, ScalarType type, const char* name) {
+template <class T>
+T* vector_of(const OptionalTensor& x, int64_t n, ScalarType type, const char* name) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == type, name, " has the wrong device or dtype");
-  STD_TORCH_CHECK(x->is_contiguous() && x->numel() == n, name, " must be contiguous with ", n, " elements; got ", x->numel());
+  STD_TORCH_CHECK(x->is_contiguous() && x->numel() == n, name, " must be contiguous with ", n,
+                  " elements; got ", x->numel());
   return static_cast<T*>(const_cast<void*>(x->const_data_ptr()));
 }
 
-fused_kd::Problem problem_of(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& w_hard,
+fused_kd::Problem problem_of(const Tensor& student, const Tensor& teacher,
+                             const OptionalTensor& labels, const OptionalTensor& w_hard,
                              const OptionalTensor& w_soft, const Numbers& numbers) {
   fused_kd::Problem p{};
   p.student = rows_of(student, "student");
   p.teacher = rows_of(teacher, "teacher");
   for (int d = 0; d < 3; ++d)
-    STD_TORCH_CHECK(student.size(d) == teacher.size(d), "student and teacher differ in dimension ", d, ": ", student.size(d), " and ",
-                    teacher.size(d));
+    STD_TORCH_CHECK(student.size(d) == teacher.size(d), "student and teacher differ in dimension ",
+                    d, ": ", student.size(d), " and ", teacher.size(d));
   p.N = student.size(0) * student.size(1);
   p.V = student.size(2);
   STD_TORCH_CHECK(p.V > 0, "the vocabulary is empty");
@@ -69,8 +76,10 @@ fused_kd::Problem problem_of(const Tensor& student, const Tensor& teacher, const
   p.w_hard = vector_of<float>(w_hard, p.N, ScalarType::Float, "w_hard");
   p.w_soft = vector_of<float>(w_soft, p.N, ScalarType::Float, "w_soft");
   STD_TORCH_CHECK(!p.w_hard || p.labels, "a hard term needs labels");
-  STD_TORCH_CHECK(numbers.divergence >= 0 && numbers.divergence < 5, "unknown divergence ", numbers.divergence);
-  STD_TORCH_CHECK(numbers.temperature > 0 && std::isfinite(numbers.temperature), "temperature must be positive and finite");
+  STD_TORCH_CHECK(numbers.divergence >= 0 && numbers.divergence < 5, "unknown divergence ",
+                  numbers.divergence);
+  STD_TORCH_CHECK(numbers.temperature > 0 && std::isfinite(numbers.temperature),
+                  "temperature must be positive and finite");
   p.divergence = static_cast<fused_kd::Divergence>(numbers.divergence);
   p.temperature = numbers.temperature;
   p.beta = numbers.beta;
@@ -81,17 +90,21 @@ fused_kd::Problem problem_of(const Tensor& student, const Tensor& teacher, const
 
 fused_kd::Parallel parallel() {
   auto split = [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    torch::stable::parallel_for(0, n, 1,
+                                [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
   return {split, static_cast<int>(torch::stable::get_num_threads())};
 }
 
-// Page faults of a fresh large gradient cost more than the kernel that fills it: ask for huge pages where the system leaves it to us.
+// Page faults of a fresh large gradient cost more than the kernel that fills it: ask for huge pages
+// where the system leaves it to us.
 void advise_huge_pages(const Tensor& x, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.const_data_ptr()) + 4095) & ~uintptr_t(4095);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(x.const_data_ptr()) + bytes) & ~uintptr_t(4095);
+  const uintptr_t begin =
+      (reinterpret_cast<uintptr_t>(x.const_data_ptr()) + 4095) & ~uintptr_t(4095);
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(x.const_data_ptr()) + bytes) & ~uintptr_t(4095);
   if (end > begin + 2 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -103,7 +116,9 @@ Tensor new_gradient(const Tensor& student) {
   return grad;
 }
 
-Tensor new_vector(const Tensor& like, int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); }
+Tensor new_vector(const Tensor& like, int64_t n) {
+  return torch::stable::new_empty(like, {n}, ScalarType::Float);
+}
 
 std::tuple<Tensor, Tensor, Tensor> run_forward(fused_kd::Problem& p, const Tensor& student) {
   Tensor hard = new_vector(student, p.N), soft = new_vector(student, p.N);
@@ -115,19 +130,21 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(fused_kd::Problem& p, const Tenso
   return {hard, soft, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-                                           OptionalTensor w_soft, int64_t divergence, double temperature, double beta, double soft_factor,
-                                           double label_smoothing) {
-  fused_kd::Problem p =
-      problem_of(student, teacher, labels, w_hard, w_soft, {divergence, temperature, beta, soft_factor, label_smoothing});
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor student, Tensor teacher, OptionalTensor labels,
+                                           OptionalTensor w_hard, OptionalTensor w_soft,
+                                           int64_t divergence, double temperature, double beta,
+                                           double soft_factor, double label_smoothing) {
+  fused_kd::Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                                   {divergence, temperature, beta, soft_factor, label_smoothing});
   return run_forward(p, student);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_backward(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-                                                            OptionalTensor w_soft, int64_t divergence, double temperature, double beta,
-                                                            double soft_factor, double label_smoothing) {
-  fused_kd::Problem p =
-      problem_of(student, teacher, labels, w_hard, w_soft, {divergence, temperature, beta, soft_factor, label_smoothing});
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_backward(
+    Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
+    OptionalTensor w_soft, int64_t divergence, double temperature, double beta, double soft_factor,
+    double label_smoothing) {
+  fused_kd::Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                                   {divergence, temperature, beta, soft_factor, label_smoothing});
   Tensor grad = new_gradient(student);
   p.grad = rows_of(grad, "grad");
   auto [hard, soft, stats] = run_forward(p, student);
@@ -135,11 +152,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_backward(Tensor student, Tens
 }
 
 // The gradient over the student's own memory.
-std::tuple<Tensor, Tensor, Tensor> forward_backward_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-                                                     OptionalTensor w_soft, int64_t divergence, double temperature, double beta,
+std::tuple<Tensor, Tensor, Tensor> forward_backward_(Tensor student, Tensor teacher,
+                                                     OptionalTensor labels, OptionalTensor w_hard,
+                                                     OptionalTensor w_soft, int64_t divergence,
+                                                     double temperature, double beta,
                                                      double soft_factor, double label_smoothing) {
-  fused_kd::Problem p =
-      problem_of(student, teacher, labels, w_hard, w_soft, {divergence, temperature, beta, soft_factor, label_smoothing});
+  fused_kd::Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                                   {divergence, temperature, beta, soft_factor, label_smoothing});
   p.grad = p.student;
   return run_forward(p, student);
 }
@@ -149,38 +168,44 @@ void run_backward(fused_kd::Problem& p, const Tensor& stats) {
   fused_kd::rows_backward(p, parallel());
 }
 
-Tensor backward(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
-                int64_t divergence, double temperature, double beta, double soft_factor, double label_smoothing) {
-  fused_kd::Problem p =
-      problem_of(student, teacher, labels, w_hard, w_soft, {divergence, temperature, beta, soft_factor, label_smoothing});
+Tensor backward(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
+                OptionalTensor w_soft, Tensor stats, int64_t divergence, double temperature,
+                double beta, double soft_factor, double label_smoothing) {
+  fused_kd::Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                                   {divergence, temperature, beta, soft_factor, label_smoothing});
   Tensor grad = new_gradient(student);
   p.grad = rows_of(grad, "grad");
   run_backward(p, stats);
   return grad;
 }
 
-void backward_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
-               int64_t divergence, double temperature, double beta, double soft_factor, double label_smoothing) {
-  fused_kd::Problem p =
-      problem_of(student, teacher, labels, w_hard, w_soft, {divergence, temperature, beta, soft_factor, label_smoothing});
+void backward_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
+               OptionalTensor w_soft, Tensor stats, int64_t divergence, double temperature,
+               double beta, double soft_factor, double label_smoothing) {
+  fused_kd::Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                                   {divergence, temperature, beta, soft_factor, label_smoothing});
   p.grad = p.student;
   run_backward(p, stats);
 }
 
 // The gradient into memory that holds an earlier one.
-void backward_into(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
-                   int64_t divergence, double temperature, double beta, double soft_factor, double label_smoothing, Tensor grad) {
-  fused_kd::Problem p =
-      problem_of(student, teacher, labels, w_hard, w_soft, {divergence, temperature, beta, soft_factor, label_smoothing});
+void backward_into(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
+                   OptionalTensor w_soft, Tensor stats, int64_t divergence, double temperature,
+                   double beta, double soft_factor, double label_smoothing, Tensor grad) {
+  fused_kd::Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                                   {divergence, temperature, beta, soft_factor, label_smoothing});
   p.grad = rows_of(grad, "grad");
   STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
-  for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(grad.size(d) == student.size(d), "grad must have the student's shape");
+  for (int d = 0; d < 3; ++d)
+    STD_TORCH_CHECK(grad.size(d) == student.size(d), "grad must have the student's shape");
   run_backward(p, stats);
 }
 
 // A gradient in contiguous (B, S, V) or, in place, in the student's layout, times a number.
 void scale_(Tensor grad, Tensor factor) {
-  STD_TORCH_CHECK(factor.is_cpu() && factor.numel() == 1 && factor.scalar_type() == ScalarType::Float, "factor must be one CPU float32");
+  STD_TORCH_CHECK(
+      factor.is_cpu() && factor.numel() == 1 && factor.scalar_type() == ScalarType::Float,
+      "factor must be one CPU float32");
   const fused_kd::Rows rows = rows_of(grad, "grad");
   const float value = *static_cast<const float*>(factor.const_data_ptr());
   if (value == 1.0f) return;

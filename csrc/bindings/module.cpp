@@ -1,5 +1,5 @@
-// The Python module fused_kd._C: importing it registers the operators; it also tells how it was built and lets tests put
-// numbers through single row kernels, as numpy arrays.
+// The Python module fused_kd._C: importing it registers the operators; it also tells how it was
+// built and lets tests put numbers through single row kernels, as numpy arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -28,12 +28,17 @@ static py::dict build_info() {
   return info;
 }
 
-// Statistics and losses of rows, without torch: float32 (N, V) student and teacher, int64 (N,) labels.
-static py::dict probe_rows(FloatArray student, FloatArray teacher, py::array_t<int64_t, py::array::c_style | py::array::forcecast> labels,
-                           int divergence, double temperature, double beta, double soft_factor, double label_smoothing) {
-  if (student.ndim() != 2 || teacher.ndim() != 2 || student.shape(0) != teacher.shape(0) || student.shape(1) != teacher.shape(1))
+// Statistics and losses of rows, without torch: float32 (N, V) student and teacher, int64 (N,)
+// labels.
+static py::dict probe_rows(FloatArray student, FloatArray teacher,
+                           py::array_t<int64_t, py::array::c_style | py::array::forcecast> labels,
+                           int divergence, double temperature, double beta, double soft_factor,
+                           double label_smoothing) {
+  if (student.ndim() != 2 || teacher.ndim() != 2 || student.shape(0) != teacher.shape(0) ||
+      student.shape(1) != teacher.shape(1))
     throw py::value_error("student and teacher must be (N, V) of the same shape");
-  if (labels.ndim() != 1 || labels.shape(0) != student.shape(0)) throw py::value_error("labels must be (N,)");
+  if (labels.ndim() != 1 || labels.shape(0) != student.shape(0))
+    throw py::value_error("labels must be (N,)");
   if (divergence < 0 || divergence > 4) throw py::value_error("divergence must be 0 to 4");
   const py::ssize_t N = student.shape(0), V = student.shape(1);
   FloatArray hard(N), soft(N), stats({N, py::ssize_t(fused_kd::STATS)}), grad({N, V}), weights(N);
@@ -54,7 +59,9 @@ static py::dict probe_rows(FloatArray student, FloatArray teacher, py::array_t<i
   p.hard = hard.mutable_data();
   p.soft = soft.mutable_data();
   p.stats = stats.mutable_data();
-  const fused_kd::Parallel serial{[](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }, 1};
+  const fused_kd::Parallel serial{
+      [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); },
+      1};
   fused_kd::rows_forward(p, serial);
   py::dict out;
   out["hard"] = hard;
@@ -78,8 +85,11 @@ static FloatArray probe_round_trip(FloatArray values, const std::string& dtype) 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of fused_kd for the CPU.";
   module.def("build_info", &build_info);
-  module.def("choose_instruction_set", [](const std::string& name) { fused_kd::choose_kernels(name.c_str()); }, py::arg("name"));
-  module.def("probe_rows", &probe_rows, py::arg("student"), py::arg("teacher"), py::arg("labels"), py::kw_only(), py::arg("divergence") = 0,
-             py::arg("temperature") = 1.0, py::arg("beta") = 0.5, py::arg("soft_factor") = 1.0, py::arg("label_smoothing") = 0.0);
+  module.def(
+      "choose_instruction_set",
+      [](const std::string& name) { fused_kd::choose_kernels(name.c_str()); }, py::arg("name"));
+  module.def("probe_rows", &probe_rows, py::arg("student"), py::arg("teacher"), py::arg("labels"),
+             py::kw_only(), py::arg("divergence") = 0, py::arg("temperature") = 1.0,
+             py::arg("beta") = 0.5, py::arg("soft_factor") = 1.0, py::arg("label_smoothing") = 0.0);
   module.def("probe_round_trip", &probe_round_trip, py::arg("values"), py::arg("dtype"));
 }

@@ -1,7 +1,8 @@
 // The block kernels as templates; each rows_<isa>.cpp instantiates them once and exports a table.
 //
-// Per element: forward visit 2 loads, 1 to 3 exponentials, 1 to 4 sums; gradient visit the same loads and exponentials again and
-// one store. All arithmetic is float32 after the load; sums run in two independent chains of LANES partial sums.
+// Per element: forward visit 2 loads, 1 to 3 exponentials, 1 to 4 sums; gradient visit the same
+// loads and exponentials again and one store. All arithmetic is float32 after the load; sums run in
+// two independent chains of LANES partial sums.
 #pragma once
 
 #include "vec.h"
@@ -17,30 +18,48 @@ namespace FUSED_KD_ISA {
 
 constexpr float LOWEST = -3.4028234663852886e38f;
 
-template <Load L> struct Element { using type = float; };
-template <> struct Element<Load::bf16> { using type = Bf16; };
+template <Load L>
+struct Element {
+  using type = float;
+};
+template <>
+struct Element<Load::bf16> {
+  using type = Bf16;
+};
 
 // x - m; the subtraction first, so that nothing depends on how large the logits are
-template <Load L> FUSED_KD_INLINE Floats relative(Floats x, Floats m) {
+template <Load L>
+FUSED_KD_INLINE Floats relative(Floats x, Floats m) {
   const Floats a = x - m;
   return L == Load::f32_any ? max(a, splat(LOWEST)) : a;
 }
-template <Load L, int DEGREE = 5> FUSED_KD_INLINE Floats power(Floats a, Floats k) {
-  if constexpr (L == Load::f32_any) return exponential_any(a, k);
-  else return exponential<DEGREE>(a, k);
+template <Load L, int DEGREE = 5>
+FUSED_KD_INLINE Floats power(Floats a, Floats k) {
+  if constexpr (L == Load::f32_any)
+    return exponential_any(a, k);
+  else
+    return exponential<DEGREE>(a, k);
 }
 
-template <Divergence D> constexpr bool softmax() {
-  if constexpr (D == Divergence::none) return false;
-  else return Rule<D>::SOFTMAX;
+template <Divergence D>
+constexpr bool softmax() {
+  if constexpr (D == Divergence::none)
+    return false;
+  else
+    return Rule<D>::SOFTMAX;
 }
-template <Divergence D, Hard H> constexpr bool needs_P() { return softmax<D>() || (D == Divergence::none && H == Hard::power1); }
+template <Divergence D, Hard H>
+constexpr bool needs_P() {
+  return softmax<D>() || (D == Divergence::none && H == Hard::power1);
+}
 
-template <Load L> void range(const void* s_, const void* t_, int size, Range* out) {
+template <Load L>
+void range(const void* s_, const void* t_, int size, Range* out) {
   using E = typename Element<L>::type;
   const E* s = static_cast<const E*>(s_);
   const E* t = static_cast<const E*>(t_);
-  Floats max_s = splat(LOWEST), max_t = max_s, min_s = splat(-LOWEST), min_t = min_s, sum_s{}, sum_t{};
+  Floats max_s = splat(LOWEST), max_t = max_s, min_s = splat(-LOWEST), min_t = min_s, sum_s{},
+         sum_t{};
   for (int i = 0; i < size; i += PAIR) {
     Floats s0, s1, t0, t1;
     load_pair(s + i, s0, s1);
@@ -52,17 +71,21 @@ template <Load L> void range(const void* s_, const void* t_, int size, Range* ou
     sum_s += s0 + s1;
     sum_t += t0 + t1;
   }
-  *out = {largest(max_s), -largest(-min_s), sum(sum_s), largest(max_t), -largest(-min_t), sum(sum_t)};
+  *out = {largest(max_s), -largest(-min_s), sum(sum_s),
+          largest(max_t), -largest(-min_t), sum(sum_t)};
 }
 
-template <Load L, Divergence D, Hard H> void sums(const Block& block, BlockSums* out) {
+template <Load L, Divergence D, Hard H>
+void sums(const Block& block, BlockSums* out) {
   using E = typename Element<L>::type;
   constexpr bool TEACHER = D != Divergence::none;
-  // the divergences without a sum of their own in the first visit still need to notice what isn't finite
+  // the divergences without a sum of their own in the first visit still need to notice what isn't
+  // finite
   constexpr bool CANARY = D == Divergence::jsd || D == Divergence::tvd || D == Divergence::none;
   const E* s = static_cast<const E*>(block.s);
   const E* t = static_cast<const E*>(block.t);
-  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k), k_1 = splat(block.k_1);
+  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k),
+               k_1 = splat(block.k_1);
   Floats d_s{}, d_t{}, d_1{}, w{};
   Floats max_a = splat(LOWEST), min_a = splat(-LOWEST), max_b = max_a, min_b = min_a;
   for (int i = 0; i < block.size; i += PAIR) {
@@ -82,9 +105,12 @@ template <Load L, Divergence D, Hard H> void sums(const Block& block, BlockSums*
         Q = power<L>(b, k);
         d_t += Q;
       }
-      if constexpr (CANARY) w += a + b;
-      else if constexpr (softmax<D>()) w = Rule<D>::accumulate(a, b, P, Q, w);
-      else w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
+      if constexpr (CANARY)
+        w += a + b;
+      else if constexpr (softmax<D>())
+        w = Rule<D>::accumulate(a, b, P, Q, w);
+      else
+        w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
       if constexpr (H == Hard::power2) d_1 = fma(P, P, d_1);
       if constexpr (H == Hard::power4) d_1 = fma(P * P, P * P, d_1);
       if constexpr (H == Hard::separate) d_1 += power<L>(a, k_1);
@@ -110,10 +136,12 @@ template <Load L, Divergence D, Hard H> void sums(const Block& block, BlockSums*
 }
 
 FUSED_KD_INLINE Constants<Floats> broadcast(const Constants<float>& c) {
-  return {splat(c.scale), splat(c.ratio), splat(c.offset), splat(c.inverse_s), splat(c.inverse_t), splat(c.beta)};
+  return {splat(c.scale),     splat(c.ratio),     splat(c.offset),
+          splat(c.inverse_s), splat(c.inverse_t), splat(c.beta)};
 }
 
-template <Load L, Divergence D> void sums2(const Block& block, const Constants<float>& constants, float* x, float* y) {
+template <Load L, Divergence D>
+void sums2(const Block& block, const Constants<float>& constants, float* x, float* y) {
   using E = typename Element<L>::type;
   const E* s = static_cast<const E*>(block.s);
   const E* t = static_cast<const E*>(block.t);
@@ -126,14 +154,16 @@ template <Load L, Divergence D> void sums2(const Block& block, const Constants<f
     load_pair(t + i, tv[0], tv[1]);
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j)
-      Rule<D>::accumulate2(power<L>(relative<L>(sv[j], m_s), k), power<L>(relative<L>(tv[j], m_t), k), c, xs[j], ys[j]);
+      Rule<D>::accumulate2(power<L>(relative<L>(sv[j], m_s), k),
+                           power<L>(relative<L>(tv[j], m_t), k), c, xs[j], ys[j]);
   }
   *x = sum(xs[0] + xs[1]);
   *y = sum(ys[0] + ys[1]);
 }
 
 // e^(s - m_s), from P = e^((s - m_s)/T) where T is 1, 2 or 4
-template <Load L, Hard H, int DEGREE> FUSED_KD_INLINE Floats hard_power(Floats a, Floats k_1, Floats P) {
+template <Load L, Hard H, int DEGREE>
+FUSED_KD_INLINE Floats hard_power(Floats a, Floats k_1, Floats P) {
   if constexpr (H == Hard::power1) return P;
   if constexpr (H == Hard::power2) return P * P;
   if constexpr (H == Hard::power4) return (P * P) * (P * P);
@@ -141,14 +171,17 @@ template <Load L, Hard H, int DEGREE> FUSED_KD_INLINE Floats hard_power(Floats a
 }
 
 template <Load L, Divergence D, Hard H>
-void gradient(const Block& block, const Constants<float>& constants, float hard_scale, float hard_offset, void* grad) {
+void gradient(const Block& block, const Constants<float>& constants, float hard_scale,
+              float hard_offset, void* grad) {
   using E = typename Element<L>::type;
   constexpr bool TEACHER = D != Divergence::none;
-  constexpr int DEGREE = L == Load::bf16 ? 4 : 5;  // 1/700 of the half unit that rounding to bfloat16 loses
+  constexpr int DEGREE =
+      L == Load::bf16 ? 4 : 5;  // 1/700 of the half unit that rounding to bfloat16 loses
   const E* s = static_cast<const E*>(block.s);
   const E* t = static_cast<const E*>(block.t);
   E* g = static_cast<E*>(grad);
-  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k), k_1 = splat(block.k_1);
+  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k),
+               k_1 = splat(block.k_1);
   const E* next_s = static_cast<const E*>(block.next_s ? block.next_s : block.s);
   const E* next_t = static_cast<const E*>(block.next_t ? block.next_t : block.t);
   const Floats scale = splat(hard_scale), offset = splat(hard_offset);
@@ -180,13 +213,16 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
 }
 
 // From run-time choices to an instantiation. Only combinations that the driver asks for exist.
-template <Load L, class Call> FUSED_KD_INLINE void with_hard(Divergence d, Hard h, Call call);
+template <Load L, class Call>
+FUSED_KD_INLINE void with_hard(Divergence d, Hard h, Call call);
 
-template <Load L, Divergence D, class Call> FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
+template <Load L, Divergence D, class Call>
+FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
   if constexpr (D == Divergence::none) {
     call.template run<L, D, Hard::power1>();
   } else if constexpr (!softmax<D>()) {
-    h == Hard::off ? call.template run<L, D, Hard::off>() : call.template run<L, D, Hard::separate>();
+    h == Hard::off ? call.template run<L, D, Hard::off>()
+                   : call.template run<L, D, Hard::separate>();
   } else {
     switch (h) {
       case Hard::off: return call.template run<L, D, Hard::off>();
@@ -197,7 +233,8 @@ template <Load L, Divergence D, class Call> FUSED_KD_INLINE void choose_hard(Har
     }
   }
 }
-template <Load L, class Call> FUSED_KD_INLINE void choose_divergence(Divergence d, Hard h, Call& call) {
+template <Load L, class Call>
+FUSED_KD_INLINE void choose_divergence(Divergence d, Hard h, Call& call) {
   switch (d) {
     case Divergence::forward_kl: return choose_hard<L, Divergence::forward_kl>(h, call);
     case Divergence::reverse_kl: return choose_hard<L, Divergence::reverse_kl>(h, call);
@@ -207,7 +244,8 @@ template <Load L, class Call> FUSED_KD_INLINE void choose_divergence(Divergence 
     case Divergence::none: return choose_hard<L, Divergence::none>(h, call);
   }
 }
-template <class Call> FUSED_KD_INLINE void choose(Load l, Divergence d, Hard h, Call& call) {
+template <class Call>
+FUSED_KD_INLINE void choose(Load l, Divergence d, Hard h, Call& call) {
   switch (l) {
     case Load::f32: return choose_divergence<Load::f32>(d, h, call);
     case Load::bf16: return choose_divergence<Load::bf16>(d, h, call);
@@ -218,13 +256,17 @@ template <class Call> FUSED_KD_INLINE void choose(Load l, Divergence d, Hard h, 
 struct SumsCall {
   const Block& block;
   BlockSums* out;
-  template <Load L, Divergence D, Hard H> void run() { sums<L, D, H>(block, out); }
+  template <Load L, Divergence D, Hard H>
+  void run() {
+    sums<L, D, H>(block, out);
+  }
 };
 struct Sums2Call {
   const Block& block;
   const Constants<float>& c;
   float *x, *y;
-  template <Load L, Divergence D, Hard H> void run() {
+  template <Load L, Divergence D, Hard H>
+  void run() {
     if constexpr (D == Divergence::jsd || D == Divergence::tvd) sums2<L, D>(block, c, x, y);
   }
 };
@@ -233,7 +275,10 @@ struct GradientCall {
   const Constants<float>& c;
   float hard_scale, hard_offset;
   void* grad;
-  template <Load L, Divergence D, Hard H> void run() { gradient<L, D, H>(block, c, hard_scale, hard_offset, grad); }
+  template <Load L, Divergence D, Hard H>
+  void run() {
+    gradient<L, D, H>(block, c, hard_scale, hard_offset, grad);
+  }
 };
 
 inline void range_entry(Load l, const void* s, const void* t, int size, Range* out) {
@@ -243,12 +288,14 @@ inline void sums_entry(Load l, Divergence d, Hard h, const Block& block, BlockSu
   SumsCall call{block, out};
   choose(l, d, h, call);
 }
-inline void sums2_entry(Load l, Divergence d, const Block& block, const Constants<float>& c, float* x, float* y) {
+inline void sums2_entry(Load l, Divergence d, const Block& block, const Constants<float>& c,
+                        float* x, float* y) {
   Sums2Call call{block, c, x, y};
   choose(l, d, Hard::off, call);
 }
-inline void gradient_entry(Load l, Divergence d, Hard h, const Block& block, const Constants<float>& c, float hard_scale,
-                           float hard_offset, void* grad) {
+inline void gradient_entry(Load l, Divergence d, Hard h, const Block& block,
+                           const Constants<float>& c, float hard_scale, float hard_offset,
+                           void* grad) {
   GradientCall call{block, c, hard_scale, hard_offset, grad};
   choose(l, d, h, call);
 }
@@ -280,7 +327,8 @@ inline void widen(Dtype dtype, const void* from, float* to, int size) {
     const Half* p = static_cast<const Half*>(from);
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= size; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i))));
+    for (; i + 8 <= size; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i))));
 #endif
     for (; i < size; ++i) to[i] = half_to_float(p[i]);
   }
@@ -300,13 +348,16 @@ inline void narrow(Dtype dtype, const float* from, void* to, int size) {
     Half* p = static_cast<Half*>(to);
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= size; i += 8) _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i + 8 <= size; i += 8)
+      _mm_storeu_si128((__m128i*)(p + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
     for (; i < size; ++i) p[i] = float_to_half(from[i]);
   }
 }
 
-// Multiplies a gradient by a factor that is exact for its type (a power of two), or in float32 where one more rounding is allowed.
+// Multiplies a gradient by a factor that is exact for its type (a power of two), or in float32
+// where one more rounding is allowed.
 inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
   float buffer[BLOCK];
   const int width = dtype == Dtype::f32 ? 4 : 2;
@@ -323,8 +374,9 @@ inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
 }  // namespace FUSED_KD_ISA
 }  // namespace fused_kd
 
-#define FUSED_KD_DEFINE_TABLE(table, label)                                                                       \
-  namespace fused_kd {                                                                                            \
-  extern const Kernels table;                                                                                     \
-  const Kernels table = {label, EXPONENT_RANGE, range_entry, sums_entry, sums2_entry, gradient_entry, differences, widen, narrow, scale}; \
+#define FUSED_KD_DEFINE_TABLE(table, label)                                                    \
+  namespace fused_kd {                                                                         \
+  extern const Kernels table;                                                                  \
+  const Kernels table = {label,          EXPONENT_RANGE, range_entry, sums_entry, sums2_entry, \
+                         gradient_entry, differences,    widen,       narrow,     scale};      \
   }

@@ -1,4 +1,5 @@
-// Which instruction set runs: the best that the processor and the operating system have, or the one that FUSED_KD_CPU names.
+// Which instruction set runs: the best that the processor and the operating system have, or the one
+// that FUSED_KD_CPU names.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -12,10 +13,13 @@ extern const Kernels kernels_generic;
 #ifdef FUSED_KD_X86
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
-static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+static bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 static bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
@@ -39,7 +43,8 @@ static const Kernels* find(const std::string& name) {
   std::string known;
   for (int i = 0; i < count; ++i) {
     if (name.empty() ? all[i].runs : name == all[i].name) {
-      if (!all[i].runs) throw std::runtime_error("FUSED_KD_CPU=" + name + ": this processor has no " + name);
+      if (!all[i].runs)
+        throw std::runtime_error("FUSED_KD_CPU=" + name + ": this processor has no " + name);
       return all[i].table;
     }
     known += std::string(i ? ", " : "") + all[i].name;

@@ -1,7 +1,9 @@
-// The table of block kernels that each instruction set fills in, and what passes between it and the row driver.
+// The table of block kernels that each instruction set fills in, and what passes between it and the
+// row driver.
 //
-// A block is at most BLOCK consecutive entries of one row, student and teacher in the same element type, a whole number of
-// vector pairs. Everything of a row that is not per element (maxima, normalisers, labels, infinities) is the driver's.
+// A block is at most BLOCK consecutive entries of one row, student and teacher in the same element
+// type, a whole number of vector pairs. Everything of a row that is not per element (maxima,
+// normalisers, labels, infinities) is the driver's.
 #pragma once
 
 #include <stdint.h>
@@ -10,7 +12,8 @@
 
 namespace fused_kd {
 
-// 2048 entries of two rows are 8 KiB (bfloat16) or 16 KiB (float): in the first-level cache between the visits of one block.
+// 2048 entries of two rows are 8 KiB (bfloat16) or 16 KiB (float): in the first-level cache between
+// the visits of one block.
 constexpr int BLOCK = 2048;
 constexpr int MAX_PAIR = 32;  // elements in the largest vector pair; BLOCK is a multiple
 
@@ -19,7 +22,8 @@ enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 // How a block's elements lie, and whether exponentials must look after arguments that underflow.
 enum class Load : int { f32 = 0, bf16 = 1, f32_any = 2 };
 
-// How the hard term's e^(s - m_s) is made: not at all, as a power of P (T = 1, 2, 4), by an exponential of its own.
+// How the hard term's e^(s - m_s) is made: not at all, as a power of P (T = 1, 2, 4), by an
+// exponential of its own.
 enum class Hard : int { off = 0, power1 = 1, power2 = 2, power4 = 3, separate = 4 };
 
 struct Range {
@@ -41,7 +45,7 @@ struct Block {
 struct BlockSums {
   float d_s, d_t, d_1, w;
   float max_a, min_a, max_b, min_b;  // of the logits relative to their references
-  float canary;                      // finite if and only if every entry is (and w did not overflow)
+  float canary;  // finite if and only if every entry is (and w did not overflow)
 };
 
 struct Kernels {
@@ -50,18 +54,26 @@ struct Kernels {
   void (*range)(Load, const void* s, const void* t, int size, Range*);
   void (*sums)(Load, Divergence, Hard, const Block&, BlockSums*);
   void (*sums2)(Load, Divergence, const Block&, const Constants<float>&, float* x, float* y);
-  // Adds `hard_scale * e^(s - m_s) + hard_offset` to the divergence's gradient; grad is in the block's element type, may be s itself.
-  void (*gradient)(Load, Divergence, Hard, const Block&, const Constants<float>&, float hard_scale, float hard_offset, void* grad);
-  float (*differences)(const float* s, int size, float m);  // sum of s - m over any number of elements
+  // Adds `hard_scale * e^(s - m_s) + hard_offset` to the divergence's gradient; grad is in the
+  // block's element type, may be s itself.
+  void (*gradient)(Load, Divergence, Hard, const Block&, const Constants<float>&, float hard_scale,
+                   float hard_offset, void* grad);
+  float (*differences)(const float* s, int size,
+                       float m);  // sum of s - m over any number of elements
   void (*widen)(Dtype, const void* from, float* to, int size);
   void (*narrow)(Dtype, const float* from, void* to, int size);
   void (*scale)(Dtype, void* values, int64_t size, float factor);
 };
 
-// The best table for this processor, or the one that FUSED_KD_CPU names; throws std::runtime_error if that one can't run here.
+// The best table for this processor, or the one that FUSED_KD_CPU names; throws std::runtime_error
+// if that one can't run here.
 const Kernels& kernels();
 // Every name compiled in, and whether this processor can run it.
-struct Candidate { const char* name; const Kernels* table; bool runs; };
+struct Candidate {
+  const char* name;
+  const Kernels* table;
+  bool runs;
+};
 const Candidate* candidates(int* count);
 // Chooses by name for the rest of the process (tests); an empty name asks the environment again.
 void choose_kernels(const char* name);

@@ -1,8 +1,10 @@
-// What happens to a row, independent of the instruction set: its blocks, maxima, infinities, label, constants.
+// What happens to a row, independent of the instruction set: its blocks, maxima, infinities, label,
+// constants.
 //
-// A row is cut into segments of SEGMENT entries and those into blocks; sums are folded block by block, then segment by segment,
-// always in that order, so its bits depend on V and the element types alone. A thread takes whole rows (statistics, then the
-// gradient while the row is in cache) or, where there are few rows, segments.
+// A row is cut into segments of SEGMENT entries and those into blocks; sums are folded block by
+// block, then segment by segment, always in that order, so its bits depend on V and the element
+// types alone. A thread takes whole rows (statistics, then the gradient while the row is in cache)
+// or, where there are few rows, segments.
 #include "rows.h"
 
 #include <algorithm>
@@ -26,7 +28,8 @@ enum Flag : int {
   BAD_T = 2,       // the same of the teacher
   ALONE_S = 4,     // an entry is -inf for the student alone
   ALONE_T = 8,     // an entry is -inf for the teacher alone
-  IRREGULAR = 16,  // some block needs more than the plain kernels: infinities, or exponents beyond their range
+  IRREGULAR = 16,  // some block needs more than the plain kernels: infinities, or exponents beyond
+                   // their range
 };
 
 struct State {  // of a segment, then of a row
@@ -35,7 +38,8 @@ struct State {  // of a segment, then of a row
   int flags = 0;
 };
 
-template <class Call> auto with_rule(Divergence d, Call call) {
+template <class Call>
+auto with_rule(Divergence d, Call call) {
   switch (d) {
     case Divergence::forward_kl: return call(Rule<Divergence::forward_kl>{});
     case Divergence::reverse_kl: return call(Rule<Divergence::reverse_kl>{});
@@ -48,7 +52,8 @@ template <class Call> auto with_rule(Divergence d, Call call) {
 int width(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
 
 char* row_pointer(const Rows& rows, int64_t n) {
-  const int64_t element = (n / rows.inner) * rows.outer_stride + (n % rows.inner) * rows.inner_stride;
+  const int64_t element =
+      (n / rows.inner) * rows.outer_stride + (n % rows.inner) * rows.inner_stride;
   return static_cast<char*>(rows.data) + element * width(rows.dtype);
 }
 
@@ -58,7 +63,8 @@ float read(const char* row, Dtype dtype, int64_t v, const Kernels& table) {
   return x;
 }
 
-// One row as the kernels see it: where it lies, which terms are on, and how its hard exponential is made.
+// One row as the kernels see it: where it lies, which terms are on, and how its hard exponential is
+// made.
 struct Row {
   const Problem& problem;
   const Kernels& table;
@@ -75,7 +81,8 @@ struct Row {
     soft = p.w_soft && p.w_soft[n] != 0;
     s = row_pointer(p.student, n);
     s_dtype = p.student.dtype;
-    // without a divergence the student stands in for the teacher, so that the teacher's memory isn't read
+    // without a divergence the student stands in for the teacher, so that the teacher's memory
+    // isn't read
     t = soft ? row_pointer(p.teacher, n) : s;
     t_dtype = soft ? p.teacher.dtype : s_dtype;
     divergence = soft ? p.divergence : Divergence::none;
@@ -83,18 +90,25 @@ struct Row {
     k = soft ? float(LOG2E / p.temperature) : k_1;
     k_max = std::max(k, k_1);
     hard_mode = Hard::separate;
-    if (!hard) hard_mode = Hard::off;
-    else if (!soft) hard_mode = Hard::power1;
-    else if (divergence == Divergence::mse) hard_mode = Hard::separate;
-    else if (p.temperature == 1) hard_mode = Hard::power1;
-    else if (p.temperature == 2) hard_mode = Hard::power2;
-    else if (p.temperature == 4) hard_mode = Hard::power4;
+    if (!hard)
+      hard_mode = Hard::off;
+    else if (!soft)
+      hard_mode = Hard::power1;
+    else if (divergence == Divergence::mse)
+      hard_mode = Hard::separate;
+    else if (p.temperature == 1)
+      hard_mode = Hard::power1;
+    else if (p.temperature == 2)
+      hard_mode = Hard::power2;
+    else if (p.temperature == 4)
+      hard_mode = Hard::power4;
   }
   bool skipped() const { return !hard && !soft; }
   int64_t segments() const { return (problem.V + SEGMENT - 1) / SEGMENT; }
 };
 
-// A block made ready for the kernels: in place where its type allows, else as float32 copies with infinities replaced.
+// A block made ready for the kernels: in place where its type allows, else as float32 copies with
+// infinities replaced.
 struct Prepared {
   Load load;
   const void *s, *t;
@@ -111,8 +125,9 @@ struct Scratch {
   alignas(64) float g[BLOCK];
 };
 
-// Infinities and NaN, entry by entry, of a block that was found to have some. -inf becomes the lowest float, whose exponential is
-// exactly 0, and finite values stay above it; an absent entry so contributes nothing to any sum.
+// Infinities and NaN, entry by entry, of a block that was found to have some. -inf becomes the
+// lowest float, whose exponential is exactly 0, and finite values stay above it; an absent entry so
+// contributes nothing to any sum.
 void replace_infinities(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
   const bool ask_teacher = !row.soft && row.problem.label_smoothing > 0;
   const char* teacher = ask_teacher ? row_pointer(row.problem.teacher, row.n) : nullptr;
@@ -121,10 +136,14 @@ void replace_infinities(const Row& row, int64_t begin, Scratch& scratch, Prepare
     float &s = scratch.s[i], &t = scratch.t[i];
     const bool none_s = s == -INF;
     bool none_t = t == -INF;
-    if (ask_teacher && none_s) none_t = read(teacher, row.problem.teacher.dtype, begin + i, row.table) == float(-INF);
-    if (none_s && none_t) ++block.absent;
-    else if (none_s) block.flags |= ALONE_S;
-    else if (none_t) block.flags |= ALONE_T;
+    if (ask_teacher && none_s)
+      none_t = read(teacher, row.problem.teacher.dtype, begin + i, row.table) == float(-INF);
+    if (none_s && none_t)
+      ++block.absent;
+    else if (none_s)
+      block.flags |= ALONE_S;
+    else if (none_t)
+      block.flags |= ALONE_T;
     if (!(s < INF)) block.flags |= BAD_S;
     if (!(t < INF)) block.flags |= BAD_T;
     s = none_s ? LOWEST : std::max(s, -3e38f);
@@ -177,9 +196,10 @@ void measure(const Row& row, const Scratch& scratch, Prepared& block) {
   }
 }
 
-// A view that the kernels can take whatever is in it. `m_s`, `m_t`: the references so far; the exponents' range is judged against
-// them and the block's own maxima.
-Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double m_t, Scratch& scratch) {
+// A view that the kernels can take whatever is in it. `m_s`, `m_t`: the references so far; the
+// exponents' range is judged against them and the block's own maxima.
+Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double m_t,
+                 Scratch& scratch) {
   Prepared block = view(row, begin, end, scratch);
   measure(row, scratch, block);
   if (!std::isfinite(block.range.sum_s) || !std::isfinite(block.range.sum_t)) {
@@ -187,7 +207,8 @@ Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double 
     replace_infinities(row, begin, scratch, block);
   }
   const Range& r = block.range;
-  const double spread = std::max(std::max<double>(m_s, r.max_s) - r.min_s, std::max<double>(m_t, r.max_t) - r.min_t);
+  const double spread =
+      std::max(std::max<double>(m_s, r.max_s) - r.min_s, std::max<double>(m_t, r.max_t) - r.min_t);
   if (block.padded != block.size || !(spread * row.k_max <= row.table.exponent_range)) {
     if (!block.copied) copy_block(row, begin, scratch, block);
     block.load = Load::f32_any;
@@ -208,7 +229,10 @@ void rebase(const Row& row, State& state, double m_s, double m_t) {
   if (m_s == r.m_s && m_t == r.m_t) return;
   const double shift_s = r.m_s - m_s, shift_t = r.m_t - m_t;
   const double factor_s = exp2(shift_s * row.k), factor_t = exp2(shift_t * row.k);
-  if (row.soft) r.w = with_rule(row.divergence, [&](auto rule) { return rule.rebase(r, shift_s, shift_t, factor_s, factor_t); });
+  if (row.soft)
+    r.w = with_rule(row.divergence, [&](auto rule) {
+      return rule.rebase(r, shift_s, shift_t, factor_s, factor_t);
+    });
   r.d_s *= factor_s;
   r.d_t *= factor_t;
   r.d_1 *= exp2(shift_s * row.k_1);
@@ -237,8 +261,10 @@ void merge(const Row& row, State& to, State from) {
 }
 
 // sum of s - m over the present entries of a block
-double differences(const Row& row, int64_t begin, const Prepared& block, float m, Scratch& scratch) {
-  if (!block.copied) row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
+double differences(const Row& row, int64_t begin, const Prepared& block, float m,
+                   Scratch& scratch) {
+  if (!block.copied)
+    row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
   if (!block.absent) return row.table.differences(scratch.s, block.size, m);
   double total = 0;
   for (int i = 0; i < block.size; ++i)
@@ -246,7 +272,8 @@ double differences(const Row& row, int64_t begin, const Prepared& block, float m
   return total;
 }
 
-template <class Body> void for_blocks(const Row& row, int64_t segment, Body body) {
+template <class Body>
+void for_blocks(const Row& row, int64_t segment, Body body) {
   const int64_t end = std::min(row.problem.V, (segment + 1) * SEGMENT);
   for (int64_t begin = segment * SEGMENT; begin < end; begin += BLOCK) body(begin, end);
 }
@@ -260,24 +287,34 @@ State initial_state(const Row& row, Scratch& scratch) {
   return state;
 }
 
-// A reference may stay this far below the largest logit. It is itself a logit of the row, or was the largest of what came before:
-// a row with an entry of probability above e^4/(1 + e^4) = 0.982 so has that entry's logit as its reference, and the cross-entropy of a
-// confident row is the logarithm of a sum that is exactly 1 or more.
+// A reference may stay this far below the largest logit. It is itself a logit of the row, or was
+// the largest of what came before: a row with an entry of probability above e^4/(1 + e^4) = 0.982
+// so has that entry's logit as its reference, and the cross-entropy of a confident row is the
+// logarithm of a sum that is exactly 1 or more.
 constexpr float SLACK = 4.0f;
+// The same in powers of two, where the temperature is low: exponentials must stay far from overflow.
+constexpr float SLACK_EXPONENT = 32.0f;
 
-// Sums the block as if it held nothing out of the ordinary; false if it did, and then nothing was added.
+// Sums the block as if it held nothing out of the ordinary; false if it did, and then nothing was
+// added.
 bool add_plain(const Row& row, const Prepared& block, State& state, BlockSums& sums) {
   if (block.padded != block.size || state.r.m_s == LOWEST || state.r.m_t == LOWEST) return false;
-  row.table.sums(block.load, row.divergence, row.hard_mode, kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
+  row.table.sums(block.load, row.divergence, row.hard_mode,
+                 kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
   const float lowest = std::min(sums.min_a, sums.min_b), highest = std::max(sums.max_a, sums.max_b);
-  return std::isfinite(sums.canary) && highest <= SLACK && -lowest * row.k_max <= row.table.exponent_range;
+  return std::isfinite(sums.canary) && highest <= SLACK && highest * row.k_max <= SLACK_EXPONENT &&
+         -lowest * row.k_max <= row.table.exponent_range;
 }
 
-// Looks at the block first: the references grow to its maxima, infinities are replaced, exponentials may underflow.
-Prepared add_any(const Row& row, int64_t begin, int64_t end, State& state, BlockSums& sums, Scratch& scratch) {
+// Looks at the block first: the references grow to its maxima, infinities are replaced,
+// exponentials may underflow.
+Prepared add_any(const Row& row, int64_t begin, int64_t end, State& state, BlockSums& sums,
+                 Scratch& scratch) {
   const Prepared block = prepare(row, begin, end, state.r.m_s, state.r.m_t, scratch);
-  rebase(row, state, std::max<double>(state.r.m_s, block.range.max_s), std::max<double>(state.r.m_t, block.range.max_t));
-  row.table.sums(block.load, row.divergence, row.hard_mode, kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
+  rebase(row, state, std::max<double>(state.r.m_s, block.range.max_s),
+         std::max<double>(state.r.m_t, block.range.max_t));
+  row.table.sums(block.load, row.divergence, row.hard_mode,
+                 kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
   sums.min_a = block.range.min_s - reference(state.r.m_s);
   sums.min_b = block.range.min_t - reference(state.r.m_t);
   return block;
@@ -294,7 +331,8 @@ State first_visit(const Row& row, int64_t segment, State state, Scratch& scratch
     more.d_1 = sums.d_1;
     more.w = sums.w;
     more.count = block.size - block.absent;
-    if (row.hard && row.problem.label_smoothing > 0) more.differences = differences(row, begin, block, reference(state.r.m_s), scratch);
+    if (row.hard && row.problem.label_smoothing > 0)
+      more.differences = differences(row, begin, block, reference(state.r.m_s), scratch);
     add(state.r, more);
     state.min_s = std::min(state.min_s, sums.min_a + reference(state.r.m_s));
     state.min_t = std::min(state.min_t, sums.min_b + reference(state.r.m_t));
@@ -303,32 +341,41 @@ State first_visit(const Row& row, int64_t segment, State state, Scratch& scratch
   return state;
 }
 
-// Blocks of a row whose references are known: no need to look at them again unless the row is irregular.
-Prepared prepare_again(const Row& row, const State& state, int64_t begin, int64_t end, Scratch& scratch) {
-  const bool irregular = (state.flags & IRREGULAR) || (std::min<int64_t>(BLOCK, end - begin) % MAX_PAIR);
-  return irregular ? prepare(row, begin, end, state.r.m_s, state.r.m_t, scratch) : view(row, begin, end, scratch);
+// Blocks of a row whose references are known: no need to look at them again unless the row is
+// irregular.
+Prepared prepare_again(const Row& row, const State& state, int64_t begin, int64_t end,
+                       Scratch& scratch) {
+  const bool irregular =
+      (state.flags & IRREGULAR) || (std::min<int64_t>(BLOCK, end - begin) % MAX_PAIR);
+  return irregular ? prepare(row, begin, end, state.r.m_s, state.r.m_t, scratch)
+                   : view(row, begin, end, scratch);
 }
 
 Shape<double> shape(const Problem& p) { return {p.temperature, p.beta}; }
 
 Constants<float> soft_constants(const Row& row, const State& state, double weight) {
   const Problem& p = row.problem;
-  const Constants<double> c =
-      with_rule(row.divergence, [&](auto rule) { return rule.constants(state.r, weight * p.soft_factor / p.temperature, shape(p)); });
-  return {float(c.scale), float(c.ratio), float(c.offset), float(c.inverse_s), float(c.inverse_t), float(c.beta)};
+  const Constants<double> c = with_rule(row.divergence, [&](auto rule) {
+    return rule.constants(state.r, weight * p.soft_factor / p.temperature, shape(p));
+  });
+  return {float(c.scale),     float(c.ratio),     float(c.offset),
+          float(c.inverse_s), float(c.inverse_t), float(c.beta)};
 }
 
 bool two_visits(const Row& row) {
-  return row.soft && with_rule(row.divergence, [](auto rule) { return decltype(rule)::TWO_VISITS; });
+  return row.soft &&
+         with_rule(row.divergence, [](auto rule) { return decltype(rule)::TWO_VISITS; });
 }
 
-void second_visit(const Row& row, const State& state, int64_t segment, Scratch& scratch, double* x, double* y) {
+void second_visit(const Row& row, const State& state, int64_t segment, Scratch& scratch, double* x,
+                  double* y) {
   const Constants<float> c = soft_constants(row, state, 1.0);
   *x = *y = 0;
   for_blocks(row, segment, [&](int64_t begin, int64_t end) {
     const Prepared block = prepare_again(row, state, begin, end, scratch);
     float bx = 0, by = 0;
-    row.table.sums2(block.load, row.divergence, kernel_block(row, block, state.r.m_s, state.r.m_t), c, &bx, &by);
+    row.table.sums2(block.load, row.divergence, kernel_block(row, block, state.r.m_s, state.r.m_t),
+                    c, &bx, &by);
     *x += bx;
     *y += by;
   });
@@ -336,8 +383,10 @@ void second_visit(const Row& row, const State& state, int64_t segment, Scratch& 
 
 // Marks what only the whole row knows.
 void close(const Row& row, State& state) {
-  if (state.r.m_s == LOWEST && (state.flags & IRREGULAR) && state.min_s == LOWEST) state.flags |= BAD_S;
-  if (state.r.m_t == LOWEST && (state.flags & IRREGULAR) && state.min_t == LOWEST) state.flags |= BAD_T;
+  if (state.r.m_s == LOWEST && (state.flags & IRREGULAR) && state.min_s == LOWEST)
+    state.flags |= BAD_S;
+  if (state.r.m_t == LOWEST && (state.flags & IRREGULAR) && state.min_t == LOWEST)
+    state.flags |= BAD_T;
   const double spread = std::max(state.r.m_s - state.min_s, state.r.m_t - state.min_t);
   if (!(spread * row.k_max <= row.table.exponent_range)) state.flags |= IRREGULAR;
 }
@@ -355,9 +404,12 @@ State restore(const float* stats) {
   state.flags = int(stats[STATS - 1]);
   return state;
 }
-static_assert(sizeof(RowSums<double>) == (STATS - 1) * sizeof(double), "the statistics are RowSums and the flags");
+static_assert(sizeof(RowSums<double>) == (STATS - 1) * sizeof(double),
+              "the statistics are RowSums and the flags");
 
-bool label_in_range(const Row& row) { return uint64_t(row.problem.labels[row.n]) < uint64_t(row.problem.V); }
+bool label_in_range(const Row& row) {
+  return uint64_t(row.problem.labels[row.n]) < uint64_t(row.problem.V);
+}
 
 double hard_loss(const Row& row, const State& state) {
   if ((state.flags & BAD_S) || !label_in_range(row)) return NaN;
@@ -376,7 +428,8 @@ double soft_loss(const Row& row, const State& state) {
                         (row.divergence == Divergence::mse && (state.flags & (ALONE_S | ALONE_T)));
   if (infinite) return INF;
   const Problem& p = row.problem;
-  return p.soft_factor * with_rule(row.divergence, [&](auto rule) { return rule.value(state.r, shape(p)); });
+  return p.soft_factor *
+         with_rule(row.divergence, [&](auto rule) { return rule.value(state.r, shape(p)); });
 }
 
 bool gradient_is_nan(const Row& row, const State& state) {
@@ -416,23 +469,28 @@ struct Gradient {
     if (std::isnan(w_hard + w_soft)) nan = true;
   }
 
-  // The label's entry in full precision from its logits, before they may be overwritten; adding -w to the stored, rounded value
-  // would lose everything where pi_y is close to 1.
+  // The label's entry in full precision from its logits, before they may be overwritten; adding -w
+  // to the stored, rounded value would lose everything where pi_y is close to 1.
   double label_gradient() const {
     const Problem& p = row.problem;
     const int64_t y = p.labels[row.n];
     const float s = read(row.s, row.s_dtype, y, row.table);
-    const float t = row.soft || p.label_smoothing > 0 ? read(row_pointer(p.teacher, row.n), p.teacher.dtype, y, row.table) : s;
+    const float t = row.soft || p.label_smoothing > 0
+                        ? read(row_pointer(p.teacher, row.n), p.teacher.dtype, y, row.table)
+                        : s;
     const bool absent = s == -INF && t == -INF;
-    double g = w_hard * (exp2(std::max<double>((s - state.r.m_s) * row.k_1, LOWEST)) / state.r.d_1 - (1 - p.label_smoothing));
+    double g = w_hard * (exp2(std::max<double>((s - state.r.m_s) * row.k_1, LOWEST)) / state.r.d_1 -
+                         (1 - p.label_smoothing));
     if (p.label_smoothing > 0 && !absent) g -= w_hard * p.label_smoothing / state.r.count;
     if (!row.soft || absent) return g;
     return g + with_rule(row.divergence, [&](auto rule) {
-      const Constants<double> c = rule.constants(state.r, w_soft * p.soft_factor / p.temperature, shape(p));
-      if (!rule.SOFTMAX) return rule.gradient(double(s), double(t), 0.0, 0.0, c, 0.0);
-      const double a = std::max<double>(s - state.r.m_s, LOWEST), b = std::max<double>(t - state.r.m_t, LOWEST);
-      return rule.gradient(a, b, exp2(a * row.k), exp2(b * row.k), c, 0.0);
-    });
+             const Constants<double> c =
+                 rule.constants(state.r, w_soft * p.soft_factor / p.temperature, shape(p));
+             if (!rule.SOFTMAX) return rule.gradient(double(s), double(t), 0.0, 0.0, c, 0.0);
+             const double a = std::max<double>(s - state.r.m_s, LOWEST),
+                          b = std::max<double>(t - state.r.m_t, LOWEST);
+             return rule.gradient(a, b, exp2(a * row.k), exp2(b * row.k), c, 0.0);
+           });
   }
 
   void segment(int64_t index, Scratch& scratch) const {
@@ -449,14 +507,16 @@ struct Gradient {
       Block work = kernel_block(row, block, state.r.m_s, state.r.m_t);
       if (in_place && row.n + 1 < row.problem.N) prefetch_next_row(begin, work);
       void* to_kernel = in_place ? static_cast<void*>(to) : scratch.g;
-      row.table.gradient(block.load, row.divergence, row.hard_mode, work, soft, hard_scale, hard_offset, to_kernel);
+      row.table.gradient(block.load, row.divergence, row.hard_mode, work, soft, hard_scale,
+                         hard_offset, to_kernel);
       if (in_place) return;
       if (block.absent) clear_absent(begin, size, scratch);
       row.table.narrow(dtype, scratch.g, to, size);
     });
   }
 
-  // This visit reads the row from the cache: meanwhile far memory can bring what the next row's first visit will read.
+  // This visit reads the row from the cache: meanwhile far memory can bring what the next row's
+  // first visit will read.
   void prefetch_next_row(int64_t begin, Block& work) const {
     const Problem& p = row.problem;
     work.next_s = row_pointer(p.student, row.n + 1) + begin * width(row.s_dtype);
@@ -467,15 +527,18 @@ struct Gradient {
   void clear_absent(int64_t begin, int size, Scratch& scratch) const {
     for (int i = 0; i < size; ++i) {
       if (scratch.s[i] != LOWEST) continue;
-      const bool alone = row.soft ? scratch.t[i] != LOWEST
-                                  : row.problem.label_smoothing > 0 && read(row_pointer(row.problem.teacher, row.n), row.problem.teacher.dtype,
-                                                                            begin + i, row.table) != float(-INF);
+      const bool alone =
+          row.soft ? scratch.t[i] != LOWEST
+                   : row.problem.label_smoothing > 0 &&
+                         read(row_pointer(row.problem.teacher, row.n), row.problem.teacher.dtype,
+                              begin + i, row.table) != float(-INF);
       if (!alone) scratch.g[i] = 0;
     }
   }
 
   void label() const {
-    if (row.hard && !nan) row.table.narrow(dtype, &label_value, out + row.problem.labels[row.n] * width(dtype), 1);
+    if (row.hard && !nan)
+      row.table.narrow(dtype, &label_value, out + row.problem.labels[row.n] * width(dtype), 1);
   }
 };
 
@@ -490,7 +553,8 @@ void report(const Row& row, State& state) {
   p.soft[row.n] = row.soft ? float(soft_loss(row, state)) : 0.0f;
   float* stats = p.stats + row.n * STATS;
   save(state, stats);
-  state = restore(stats);  // the gradient is then the same whether it is made here or later from what was saved
+  state = restore(
+      stats);  // the gradient is then the same whether it is made here or later from what was saved
 }
 
 void report_skipped(const Row& row) {
@@ -500,7 +564,8 @@ void report_skipped(const Row& row) {
 
 void whole_row_gradient(const Row& row, const State& state, Scratch& scratch) {
   const Gradient gradient(row, state);
-  for (int64_t i = row.segments(); i-- > 0;) gradient.segment(i, scratch);  // backwards: the end of the row is still in cache
+  for (int64_t i = row.segments(); i-- > 0;)
+    gradient.segment(i, scratch);  // backwards: the end of the row is still in cache
   gradient.label();
 }
 
@@ -512,7 +577,8 @@ void whole_row(const Row& row, Scratch& scratch) {
   }
   const State initial = initial_state(row, scratch);
   State state = first_visit(row, 0, initial, scratch);
-  for (int64_t i = 1; i < row.segments(); ++i) merge(row, state, first_visit(row, i, initial, scratch));
+  for (int64_t i = 1; i < row.segments(); ++i)
+    merge(row, state, first_visit(row, i, initial, scratch));
   close(row, state);
   if (two_visits(row)) {
     for (int64_t i = 0; i < row.segments(); ++i) {
@@ -526,7 +592,8 @@ void whole_row(const Row& row, Scratch& scratch) {
   if (row.problem.grad.data) whole_row_gradient(row, state, scratch);
 }
 
-template <class Body> void split(const Parallel& parallel, int64_t n, Body body) {
+template <class Body>
+void split(const Parallel& parallel, int64_t n, Body body) {
   parallel.split(
       n,
       [](void* context, int64_t begin, int64_t end) {
@@ -545,13 +612,15 @@ struct BySegments {
   std::vector<State> states;  // (N)
   int64_t segments;
 
-  BySegments(const Problem& problem, const Parallel& parallel) : problem(problem), parallel(parallel) {
+  BySegments(const Problem& problem, const Parallel& parallel)
+      : problem(problem), parallel(parallel) {
     for (int64_t n = 0; n < problem.N; ++n) rows.emplace_back(problem, kernels(), n);
     states.resize(problem.N);
     segments = rows.front().segments();
   }
 
-  template <class Body> void for_segments(Body body) {
+  template <class Body>
+  void for_segments(Body body) {
     split(parallel, problem.N * segments, [&](int64_t i, Scratch& scratch) {
       if (!rows[i / segments].skipped()) body(i / segments, i % segments, scratch);
     });
@@ -562,7 +631,9 @@ struct BySegments {
     split(parallel, problem.N, [&](int64_t n, Scratch& scratch) {
       if (!rows[n].skipped()) states[n] = initial_state(rows[n], scratch);
     });
-    for_segments([&](int64_t n, int64_t i, Scratch& scratch) { parts[n * segments + i] = first_visit(rows[n], i, states[n], scratch); });
+    for_segments([&](int64_t n, int64_t i, Scratch& scratch) {
+      parts[n * segments + i] = first_visit(rows[n], i, states[n], scratch);
+    });
     for (int64_t n = 0; n < problem.N; ++n) {
       states[n] = parts[n * segments];
       for (int64_t i = 1; i < segments; ++i) merge(rows[n], states[n], parts[n * segments + i]);
@@ -589,7 +660,8 @@ struct BySegments {
     std::vector<Gradient> gradients;
     for (int64_t n = 0; n < problem.N; ++n) gradients.emplace_back(rows[n], states[n]);
     for_segments([&](int64_t n, int64_t i, Scratch& scratch) { gradients[n].segment(i, scratch); });
-    for (int64_t n = 0; n < problem.N; ++n) rows[n].skipped() ? zero_gradient(rows[n]) : gradients[n].label();
+    for (int64_t n = 0; n < problem.N; ++n)
+      rows[n].skipped() ? zero_gradient(rows[n]) : gradients[n].label();
   }
 };
 
@@ -608,7 +680,8 @@ void rows_forward(const Problem& problem, const Parallel& parallel) {
     return;
   }
   const Kernels& table = kernels();
-  split(parallel, problem.N, [&](int64_t n, Scratch& scratch) { whole_row(Row(problem, table, n), scratch); });
+  split(parallel, problem.N,
+        [&](int64_t n, Scratch& scratch) { whole_row(Row(problem, table, n), scratch); });
 }
 
 void rows_backward(const Problem& problem, const Parallel& parallel) {
@@ -622,7 +695,8 @@ void rows_backward(const Problem& problem, const Parallel& parallel) {
   const Kernels& table = kernels();
   split(parallel, problem.N, [&](int64_t n, Scratch& scratch) {
     const Row row(problem, table, n);
-    row.skipped() ? zero_gradient(row) : whole_row_gradient(row, restore(problem.stats + n * STATS), scratch);
+    row.skipped() ? zero_gradient(row)
+                  : whole_row_gradient(row, restore(problem.stats + n * STATS), scratch);
   });
 }
 

@@ -7,7 +7,8 @@
 
 namespace fused_kd {
 
-// N rows of V elements, last stride 1. Row n lies at (n / inner) * outer_stride + (n % inner) * inner_stride, in elements.
+// N rows of V elements, last stride 1. Row n lies at (n / inner) * outer_stride + (n % inner) *
+// inner_stride, in elements.
 struct Rows {
   void* data;
   Dtype dtype;
@@ -23,7 +24,8 @@ struct Problem {
   Rows student, teacher;
   Rows grad;              // may be the student's memory; data == nullptr: no gradient
   const int64_t* labels;  // (N), null without a hard term
-  const float* w_hard;    // (N), weight of the hard term in the gradient; null: the term is off; 0: off for that row
+  const float* w_hard;    // (N), weight of the hard term in the gradient; null: the term is off; 0:
+                          // off for that row
   const float* w_soft;    // (N), the same for the divergence
   Divergence divergence;
   double temperature, beta, soft_factor, label_smoothing;

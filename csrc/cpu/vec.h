@@ -1,11 +1,12 @@
 // A vector of LANES floats for the instruction set this translation unit is compiled for.
 //
-// Arithmetic is the compiler's vector extension (GCC, Clang), so the same source runs on SSE2, NEON, AVX2 and AVX-512;
-// only what it can't express (fused multiply-add, maximum, conversions) is an intrinsic. Everything sits in a
-// namespace named after the instruction set: the linker must never merge an AVX copy of an inline function with a plain one.
+// Arithmetic is the compiler's vector extension (GCC, Clang), so the same source runs on SSE2,
+// NEON, AVX2 and AVX-512; only what it can't express (fused multiply-add, maximum, conversions) is
+// an intrinsic. Everything sits in a namespace named after the instruction set: the linker must
+// never merge an AVX copy of an inline function with a plain one.
 //
-// A "pair" is 2 * LANES consecutive elements in two vectors. Which element lies in which lane is the loader's
-// business and the same for loading and storing; sums don't care.
+// A "pair" is 2 * LANES consecutive elements in two vectors. Which element lies in which lane is
+// the loader's business and the same for loading and storing; sums don't care.
 #pragma once
 
 #include <stdint.h>
@@ -36,15 +37,19 @@ typedef float Floats __attribute__((vector_size(4 * FUSED_KD_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * FUSED_KD_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * FUSED_KD_LANES)));
 
-FUSED_KD_INLINE Floats splat(float x) { return x - Floats{}; }  // x - 0 keeps the sign of zero and NaN
+FUSED_KD_INLINE Floats splat(float x) {
+  return x - Floats{};
+}  // x - 0 keeps the sign of zero and NaN
 FUSED_KD_INLINE Words bits(Floats x) { return reinterpret_cast<Words>(x); }
 FUSED_KD_INLINE Floats floats(Words x) { return reinterpret_cast<Floats>(x); }
 FUSED_KD_INLINE Floats floats(Ints x) { return reinterpret_cast<Floats>(x); }
 FUSED_KD_INLINE Floats select(Ints mask, Floats yes, Floats no) {
-  return floats((bits(yes) & reinterpret_cast<Words>(mask)) | (bits(no) & ~reinterpret_cast<Words>(mask)));
+  return floats((bits(yes) & reinterpret_cast<Words>(mask)) |
+                (bits(no) & ~reinterpret_cast<Words>(mask)));
 }
 
-// a*b + c, rounded once where the processor can; max and min return their second argument if one is NaN.
+// a*b + c, rounded once where the processor can; max and min return their second argument if one is
+// NaN.
 FUSED_KD_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if FUSED_KD_LANES == 16 && defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c));
@@ -102,20 +107,22 @@ FUSED_KD_INLINE float largest(Floats x) {
   return best;
 }
 
-// The largest |x| that `exponential` takes: beyond, 2^n leaves the normal numbers (AVX-512 scales by any power of two, but the
-// rounding to an integer ends at 2^22).
+// The largest |x| that `exponential` takes: beyond, 2^n leaves the normal numbers (AVX-512 scales
+// by any power of two, but the rounding to an integer ends at 2^22).
 #if FUSED_KD_LANES == 16 && defined(__AVX512F__)
 constexpr float EXPONENT_RANGE = 1e6f;
 #else
 constexpr float EXPONENT_RANGE = 125.0f;
 #endif
 
-// 2^(x k) for x k in [-EXPONENT_RANGE, 100], exactly 1 at 0. x k = n + f with |f| <= 1/2, both from the unrounded product; 2^f is
-// a minimax polynomial with its constant term fixed to 1: relative error 1.7e-7 at degree 5, 2.9e-6 at degree 4 (for results that
-// will be rounded to 8 bits).
-template <int DEGREE> FUSED_KD_INLINE Floats exponential(Floats x, Floats k) {
+// 2^(x k) for x k in [-EXPONENT_RANGE, 100], exactly 1 at 0. x k = n + f with |f| <= 1/2, both from
+// the unrounded product; 2^f is a minimax polynomial with its constant term fixed to 1: relative
+// error 1.7e-7 at degree 5, 2.9e-6 at degree 4 (for results that will be rounded to 8 bits).
+template <int DEGREE>
+FUSED_KD_INLINE Floats exponential(Floats x, Floats k) {
   static_assert(DEGREE == 4 || DEGREE == 5, "");
-  const Floats rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Floats rounder =
+      splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Floats shifted = fma(x, k, rounder);
   const Floats n = shifted - rounder;
   const Floats f = fma(x, k, -n);
@@ -140,7 +147,8 @@ template <int DEGREE> FUSED_KD_INLINE Floats exponential(Floats x, Floats k) {
 #endif
 }
 
-// The same for any x <= 0 and k <= EXPONENT_RANGE; exactly 0 where the result would not be a normal number.
+// The same for any x <= 0 and k <= EXPONENT_RANGE; exactly 0 where the result would not be a normal
+// number.
 FUSED_KD_INLINE Floats exponential_any(Floats x, Floats k) {
   const Floats limit = splat(-125.0f) / k;
   return floats(bits(exponential<5>(max(x, limit), k)) & reinterpret_cast<Words>(x >= limit));
@@ -150,7 +158,8 @@ FUSED_KD_INLINE Floats exponential_any(Floats x, Floats k) {
 FUSED_KD_INLINE Floats log2(Floats x) {
   const Words sqrt_half = Words{} + 0x3f3504f3u;
   const Ints e = reinterpret_cast<Ints>(bits(x) - sqrt_half) >> 23;
-  const Floats f = floats(bits(x) - (reinterpret_cast<Words>(e) << 23)) - splat(1.0f);  // in [sqrt(1/2), sqrt(2)) - 1
+  const Floats f = floats(bits(x) - (reinterpret_cast<Words>(e) << 23)) -
+                   splat(1.0f);  // in [sqrt(1/2), sqrt(2)) - 1
   Floats r = splat(-0.14581198990345f);
   r = fma(r, f, splat(0.23404249548912048f));
   r = fma(r, f, splat(-0.24887681007385254f));
@@ -163,8 +172,12 @@ FUSED_KD_INLINE Floats log2(Floats x) {
 }
 
 // Element types. bfloat16 and half are their bits: nothing here depends on a framework.
-struct Bf16 { uint16_t raw; };
-struct Half { uint16_t raw; };
+struct Bf16 {
+  uint16_t raw;
+};
+struct Half {
+  uint16_t raw;
+};
 
 // IEEE half precision by the book, for tails and for processors without the instruction.
 inline float half_to_float(Half h) {
@@ -173,7 +186,8 @@ inline float half_to_float(Half h) {
   if (magnitude < 0x400u) {  // zero and subnormal: a multiple of 2^-24
     result = float(magnitude) * 5.9604644775390625e-8f;
   } else {
-    const uint32_t word = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : (magnitude << 13) + 0x38000000u;
+    const uint32_t word =
+        magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : (magnitude << 13) + 0x38000000u;
     memcpy(&result, &word, sizeof word);
   }
   uint32_t word;
@@ -204,8 +218,9 @@ inline Half float_to_half(float x) {
   return {uint16_t(half | sign)};
 }
 
-// Round to nearest even to bfloat16, result in the upper half of each word. A NaN must be the canonical one
-// (a payload of all ones would carry into the sign): arithmetic on finite inputs makes no other.
+// Round to nearest even to bfloat16, result in the upper half of each word. A NaN must be the
+// canonical one (a payload of all ones would carry into the sign): arithmetic on finite inputs
+// makes no other.
 FUSED_KD_INLINE Words round_to_bf16(Floats x) {
   const Words b = bits(x);
   return b + 0x7fffu + ((b >> 16) & 1u);
@@ -219,7 +234,8 @@ FUSED_KD_INLINE void store_pair(float* p, Floats a, Floats b) {
   memcpy(p, &a, sizeof a);
   memcpy(p + LANES, &b, sizeof b);
 }
-// Even elements in a, odd elements in b: one shift and one mask instead of widening shuffles (little endian).
+// Even elements in a, odd elements in b: one shift and one mask instead of widening shuffles
+// (little endian).
 FUSED_KD_INLINE void load_pair(const Bf16* p, Floats& a, Floats& b) {
   Words both;
   memcpy(&both, p, sizeof both);
@@ -228,13 +244,15 @@ FUSED_KD_INLINE void load_pair(const Bf16* p, Floats& a, Floats& b) {
 }
 FUSED_KD_INLINE void store_pair(Bf16* p, Floats a, Floats b) {
 #if FUSED_KD_LANES == 16 && defined(__AVX512BF16__)
-  static const uint16_t interleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  static const uint16_t interleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_loadu_si512(interleave), halves));
 #else
 #if FUSED_KD_LANES == 8 && defined(__AVX2__)
-  const Words both = (Words)_mm256_blend_epi16((__m256i)(round_to_bf16(a) >> 16), (__m256i)round_to_bf16(b), 0xaa);
+  const Words both =
+      (Words)_mm256_blend_epi16((__m256i)(round_to_bf16(a) >> 16), (__m256i)round_to_bf16(b), 0xaa);
 #else
   const Words both = (round_to_bf16(a) >> 16) | (round_to_bf16(b) & 0xffff0000u);
 #endif

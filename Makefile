@@ -1,0 +1,57 @@
+# Each target sets up what it needs, in .venv: a fresh machine wants Python >= 3.10 and a C++17 compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py pyproject.toml
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+export MAX_JOBS ?= 2
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-slow bench bench-guard accuracy lint format clean
+
+# make demo ARGS="--steps 20"
+demo: $(VENV)/.demo
+	$(BIN)/python -m demo $(ARGS)
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.built $(VENV)/.demo
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(VENV)/.built
+	$(BIN)/python -m benchmarks.cpu_logits $(ARGS)
+
+bench-guard: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# Rewrites the table of measured errors in docs/numerics.md.
+accuracy: $(VENV)/.built
+	$(BIN)/python -m benchmarks.accuracy --write docs/numerics.md
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build out *.egg-info fused_kd/*.so fused_kd/_not_built.txt
+
+$(VENV)/.packages: requirements/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.built demo/requirements.txt
+	$(BIN)/pip install --quiet -r demo/requirements.txt
+	touch $@

@@ -1,0 +1,213 @@
+"""How things are measured: interleaved repetitions, disturbed ones told apart, peaks of memory.
+
+Contestants take turns (A B C A B C ...), so that drift of the machine hits all alike, and what is
+reported is the median and the quartiles. A repetition during which threads of ours waited for a
+processor that somebody else held is measured again, a limited number of times.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_kd.env import report
+from fused_kd.extension import build_info
+
+#: A repetition is disturbed if our threads waited this share of it for a processor.
+DISTURBED = 0.03
+#: Rounds of repeats beyond the wanted number, as a multiple of it, while disturbed ones recur.
+PATIENCE = 2
+#: Idle time between a contestant's restore and its call is none; this many calls warm it up.
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One thing to time.
+
+    Args:
+        name: unique among those measured together.
+        call: what is timed.
+        restore: run before every call, outside the timed region.
+        repeats: calls wanted; None: as many as the others.
+    """
+
+    name: str
+    call: Callable[[], object]
+    restore: Callable[[], object] = lambda: None
+    repeats: int | None = None
+
+
+@dataclass
+class Timing:
+    """Seconds of the repetitions of one contestant."""
+
+    name: str
+    clean: list[float] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
+    wanted: int = 0
+
+    @property
+    def samples(self) -> list[float]:
+        """The undisturbed repetitions, filled up with the fastest disturbed ones if too few."""
+        missing = max(0, self.wanted - len(self.clean))
+        return self.clean + sorted(self.disturbed)[:missing]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def noisy(self) -> bool:
+        """Too few undisturbed repetitions: the figure may be too high."""
+        return len(self.clean) < self.wanted
+
+    def as_dict(self) -> dict[str, Any]:
+        """What goes into the results file; times in milliseconds."""
+        low, high = self.quartiles
+        return {
+            "median_ms": 1e3 * self.median,
+            "quartiles_ms": [1e3 * low, 1e3 * high],
+            "fastest_ms": 1e3 * min(self.samples),
+            "repeats": len(self.samples),
+            "undisturbed": len(self.clean),
+            "measured_again": len(self.clean) + len(self.disturbed) - len(self.samples),
+        }
+
+
+def interleave(
+    contestants: Sequence[Contestant],
+    repeats: int,
+    advance: Callable[[str], object] = lambda name: None,
+) -> dict[str, Timing]:
+    """Times each contestant `repeats` times, in turns, after a warm-up.
+
+    Args:
+        contestants: each with its own or this number of repeats.
+        repeats: of those that do not say.
+        advance: called with a contestant's name after its warm-up and after every call.
+    """
+    timings = {c.name: Timing(c.name, wanted=c.repeats or repeats) for c in contestants}
+    assert len(timings) == len(contestants), "two contestants of one name"
+    for one in contestants:
+        for _ in range(WARM_UP):
+            one.restore()
+            one.call()
+        advance(one.name)
+    for _ in range(max(t.wanted for t in timings.values()) * (1 + PATIENCE)):
+        waiting = [c for c in contestants if _wants_more(timings[c.name])]
+        if not waiting:
+            break
+        for one in waiting:
+            one.restore()
+            seconds, is_disturbed = _time_once(one.call)
+            timing = timings[one.name]
+            (timing.disturbed if is_disturbed else timing.clean).append(seconds)
+            advance(one.name)
+    return timings
+
+
+def _wants_more(timing: Timing) -> bool:
+    calls = len(timing.clean) + len(timing.disturbed)
+    return timing.noisy and calls < timing.wanted * (1 + PATIENCE)
+
+
+def _time_once(call: Callable[[], object]) -> tuple[float, bool]:
+    gc.disable()
+    waited = waiting_for_processor()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    waited = waiting_for_processor() - waited
+    gc.enable()
+    return seconds, waited > DISTURBED * seconds
+
+
+def waiting_for_processor() -> float:
+    """Seconds that the threads of this process have been ready to run and did not; 0 if unknown."""
+    total = 0
+    for entry in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(entry.read_text().split()[1])
+        except (OSError, IndexError, ValueError):  # the thread is gone; no such statistics
+            continue
+    return total * 1e-9
+
+
+def process_peak(call: Callable[[], object]) -> int | None:
+    """Bytes by which the resident memory of the process rose during `call`; None if unknown.
+
+    Sees what torch's allocator does not, and pages only where they are touched: give it a call
+    that has been made before.
+    """
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _resident("VmRSS")
+        kept = call()
+        peak = _resident("VmHWM")
+    except OSError:
+        return None
+    del kept
+    return max(0, peak - before)
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {name}")
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    found = report()
+    info = build_info()
+    return {
+        "processor": found["processor"]["name"],
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "instruction_set": "none (not built)" if info is None else info["instruction_set"],
+        "compiler": None if info is None else info["compiler"],
+        "torch": str(torch.__version__),
+        "fused_kd": found["versions"]["fused_kd"],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "huge_pages": _huge_pages(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+    }
+
+
+def _huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    return text.split("[")[-1].split("]")[0] if "[" in text else text.strip()
+
+
+def ratio(numerator: Timing | float, denominator: Timing | float) -> float:
+    """Of medians."""
+    top, bottom = (x.median if isinstance(x, Timing) else x for x in (numerator, denominator))
+    return top / bottom
+
+
+def noisy_names(timings: Iterable[Timing]) -> list[str]:
+    """Those whose figure may be too high."""
+    return [t.name for t in timings if t.noisy]

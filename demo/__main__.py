@@ -1,0 +1,111 @@
+"""``python -m demo``: distil a small model on real text, with the eager loss and with KDLoss."""
+
+import argparse
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+STEPS = 40
+TRAIN_TOKENS, HELD_OUT_TOKENS = 1_000_000, 100_000
+NEEDED = ("torch", "transformers", "mistral_common", "matplotlib", "fused_kd")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"demo: {message}\n")
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked before any work is done."""
+    parser = Parser(
+        prog="python -m demo",
+        description="Train a small teacher on the text of Python's standard library with a real "
+        "131,072-entry vocabulary; distil two students from it, one with the eager loss, one with "
+        "KDLoss, from the same weights and batches; compare curves, time and memory.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help="steps of the students; the teacher takes 10 for each",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture's file")
+    parser.add_argument(
+        "--inplace",
+        action="store_true",
+        help="let KDLoss write its gradient over the student's logits",
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.steps < 1:
+        parser.error(f"--steps must be at least 1; got {chosen.steps}")
+    if not 0 <= chosen.seed < 2**32:
+        parser.error(f"--seed must lie between 0 and 2**32 - 1; got {chosen.seed}")
+    if chosen.output.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--output must end in .png, .pdf or .svg; got '{chosen.output}'")
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        parser.error(f"missing {', '.join(missing)}: pip install -r demo/requirements.txt")
+    try:
+        existed = chosen.output.exists()
+        chosen.output.open("ab").close()
+        if not existed:
+            chosen.output.unlink()
+    except OSError as error:
+        parser.error(f"--output cannot be written: '{chosen.output}': {error.strerror}")
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Everything, in order."""
+    chosen = options(arguments)
+    started = time.perf_counter()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+    import torch
+
+    from demo import corpus, models, report, train
+    from fused_kd import KDLoss
+    from fused_kd.backends import why_not
+    from fused_kd.testing import eager_kd_loss
+
+    torch.manual_seed(chosen.seed)
+    reason = why_not("cpu", "cpu")
+    backend = f"slow reference backend: {reason}" if reason else "compiled CPU kernels"
+    print(f"fused_kd   {backend}, {torch.get_num_threads()} threads")
+    text = corpus.load(TRAIN_TOKENS, HELD_OUT_TOKENS)
+    print(
+        f"text       {len(text.train) + len(text.held_out):,} tokens from {text.files} files of "
+        f"Python {sys.version.split()[0]}'s standard library, {text.vocab_size:,} in the vocabulary"
+    )
+    teacher = train.train_teacher(text, train.TEACHER_STEPS * chosen.steps, chosen.seed)
+
+    weights = {"temperature": train.TEMPERATURE, "hard_weight": 0.5, "soft_weight": 0.5}
+    losses: dict[str, train.LossFunction] = {
+        "eager": lambda student, taught, labels: eager_kd_loss(student, taught, labels, **weights),
+        "KDLoss": KDLoss(**weights, inplace=chosen.inplace),
+    }
+    start = models.student_of(teacher)
+    students = train.distil(teacher, start, losses, text, chosen.steps, chosen.seed)
+    trained = {student.name: student.model for student in students}
+    judged = train.evaluate({"teacher": teacher, "student before": start, **trained}, text)
+
+    print("\n" + report.table(students, judged))
+    print(
+        f"\nTimes are medians over {chosen.steps} steps; losses and perplexities are of held-out "
+        f"text.\nPerplexity of token frequencies alone: {text.unigram_perplexity():.0f}. "
+        f"The curves differ by at most {report.largest_difference(students):.1e}."
+    )
+    report.picture(students, text.vocab_size, chosen.output)
+    print(f"picture    {chosen.output.resolve()}")
+    print(f"time       {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
