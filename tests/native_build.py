@@ -1,0 +1,95 @@
+"""Builds the C++ check programs of tests/native/ with the compiler alone: no torch, no Python."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX", "g++")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unused-parameter", "-Wno-psabi", "-Werror"]
+SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZE += ["-fno-sanitize-recover=undefined"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+EMULATED = [*AVX2, "-include", "tests/native/avx512_emulated.h"]
+
+#: Instruction set: its own flags here. AVX-512 is emulated, on any processor with AVX2.
+TABLES: dict[str, list[str]] = {"generic": []}
+if X86:
+    TABLES["avx2"] = AVX2
+    TABLES["avx512"] = EMULATED
+    TABLES["avx512_bf16"] = [*EMULATED, "-DEMULATE_AVX512BF16"]
+
+
+def need_compiler() -> None:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"the check programs need a C++ compiler: no {COMPILER}")
+
+
+def need_avx2() -> None:
+    """Skips where the emulation cannot run."""
+    if not X86 or "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("AVX-512 is emulated with AVX2: this processor has none")
+
+
+def _compile(job: tuple[Path, list[str]]) -> None:
+    target, arguments = job
+    command = [COMPILER, *FLAGS, *arguments, "-c", "-o", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _alias(name: str) -> str:
+    """dispatch.cpp names every table: one that isn't linked becomes the generic one."""
+    mangled = [f"_ZN8fused_kd{len(f'kernels_{x}')}kernels_{x}E" for x in (name, "generic")]
+    return f"-Wl,--defsym={mangled[0]}={mangled[1]}"
+
+
+def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path, Path]:
+    """Compiles check_kernels and check_rows with these tables; both programs.
+
+    Every table counts as one that the processor has: check_rows takes by name those to run.
+    """
+    extra = SANITIZE if sanitize else []
+    pointers = ",".join(f"&kernels_{name}" for name in tables)
+    everywhere = ["-DFUSED_KD_X86"] if X86 else []
+    # the largest first
+    jobs = {f"rows_{name}": [*TABLES[name], f"csrc/cpu/rows_{name}.cpp"] for name in tables[::-1]}
+    jobs["check_kernels"] = [f"-DTABLES={pointers}", "tests/native/check_kernels.cpp"]
+    jobs["check_rows"] = ["tests/native/check_rows.cpp"]
+    jobs["rows"] = ["csrc/cpu/rows.cpp"]
+    jobs["dispatch"] = [*everywhere, "-D__builtin_cpu_supports(x)=1", "csrc/cpu/dispatch.cpp"]
+    objects = {name: folder / f"{name}.o" for name in jobs}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(_compile, [(objects[name], [*extra, *jobs[name]]) for name in jobs]))
+    kernels = [objects[f"rows_{name}"] for name in tables]
+    aliases = [_alias(name) for name in TABLES if name not in tables]
+    programs = {
+        "check_kernels": ["check_kernels"],
+        "check_rows": ["check_rows", "rows", "dispatch"],
+    }
+    for program, parts in programs.items():
+        files = [str(path) for path in [*kernels, *(objects[part] for part in parts)]]
+        link = [*aliases, "-pthread"] if program == "check_rows" else ["-pthread"]
+        command = [COMPILER, *extra, *files, *link, "-o", str(folder / program)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "check_kernels", folder / "check_rows"
+
+
+def run(program: Path, *arguments: str) -> None:
+    """Runs a check program; its output is the failure's message."""
+    done = subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stdout.strip().endswith(" 0 failed"), done.stdout

@@ -1,0 +1,37 @@
+"""The AVX-512 sources on a processor without AVX-512: their intrinsics are emulated in scalar loops.
+
+check_kernels compares every block kernel with double arithmetic, and the instruction sets with
+each other to the bit; check_rows does the same for whole rows.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import native_build
+import pytest
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    native_build.need_compiler()
+    native_build.need_avx2()
+    # with hardware bfloat16: without it the stores are the generic path's (the slow test has both)
+    tables = ["generic", "avx2", "avx512_bf16"]
+    return native_build.build(tmp_path_factory.mktemp("emulated"), tables)
+
+
+def test_block_kernels(programs: tuple[Path, Path]) -> None:
+    native_build.run(programs[0])
+
+
+def test_rows(programs: tuple[Path, Path]) -> None:
+    native_build.run(programs[1], "generic", "avx512_bf16")
+
+
+def test_every_intrinsic_is_emulated() -> None:
+    emulated = (native_build.ROOT / "tests/native/avx512_emulated.h").read_text()
+    for path in (native_build.ROOT / "csrc/cpu").iterdir():
+        for name in re.findall(r"_mm512_\w+", path.read_text()):
+            assert f"#define {name} " in emulated, (path.name, name)
