@@ -155,7 +155,7 @@ class _LastLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
-        return logits.view_as(logits)
+        return logits.detach()  # no view: what a layer computed is none
 
     @staticmethod
     def backward(ctx: Any, *gradient: Any) -> Any:

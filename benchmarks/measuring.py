@@ -26,7 +26,7 @@ from fused_kd.extension import build_info
 DISTURBED = 0.03
 #: Rounds of repeats beyond the wanted number, as a multiple of it, while disturbed ones recur.
 PATIENCE = 2
-#: Idle time between a contestant's restore and its call is none; this many calls warm it up.
+#: Calls of each contestant before the first that counts.
 WARM_UP = 2
 
 
@@ -181,7 +181,7 @@ def environment() -> dict[str, Any]:
     info = build_info()
     return {
         "processor": found["processor"]["name"],
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": "none (not built)" if info is None else info["instruction_set"],
         "compiler": None if info is None else info["compiler"],

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-STEPS = 40
+STEPS = 60
 TRAIN_TOKENS, HELD_OUT_TOKENS = 1_000_000, 100_000
 NEEDED = ("torch", "transformers", "mistral_common", "matplotlib", "fused_kd")
 
@@ -33,7 +33,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--steps",
         type=int,
         default=STEPS,
-        help="steps of the students; the teacher takes 10 for each",
+        help="steps of the students; the teacher takes 8 for each",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture's file")

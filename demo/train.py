@@ -17,9 +17,9 @@ from fused_kd import kd_loss
 from fused_kd.testing import cpu_peak
 
 TEMPERATURE = 2.0
-WINDOW = 128  # tokens in a sequence
-TEACHER_ROWS, TEACHER_RATE, TEACHER_STEPS = 4, 2e-3, 10  # steps for each step of the students
-STUDENT_ROWS, STUDENT_RATE = 2, 1e-3
+WINDOW = 64  # tokens in a sequence
+TEACHER_ROWS, TEACHER_RATE, TEACHER_STEPS = 8, 2e-3, 8  # steps for each step of the students
+STUDENT_ROWS, STUDENT_RATE = 4, 1e-3
 HELD_OUT_TOKENS = 4096
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -196,6 +196,9 @@ void measure(const Row& row, const Scratch& scratch, Prepared& block) {
   }
 }
 
+// Without a finite logit so far any reference will do: every exponential is 0.
+float reference(double m) { return m == LOWEST ? 0.0f : float(m); }
+
 // A view that the kernels can take whatever is in it. `m_s`, `m_t`: the references so far; the
 // exponents' range is judged against them and the block's own maxima.
 Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double m_t,
@@ -207,17 +210,14 @@ Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double 
     replace_infinities(row, begin, scratch, block);
   }
   const Range& r = block.range;
-  const double spread =
-      std::max(std::max<double>(m_s, r.max_s) - r.min_s, std::max<double>(m_t, r.max_t) - r.min_t);
+  const double spread = std::max<double>(reference(std::max<double>(m_s, r.max_s)) - r.min_s,
+                                         reference(std::max<double>(m_t, r.max_t)) - r.min_t);
   if (block.padded != block.size || !(spread * row.k_max <= row.table.exponent_range)) {
     if (!block.copied) copy_block(row, begin, scratch, block);
     block.load = Load::f32_any;
   }
   return block;
 }
-
-// Without a finite logit so far any reference will do: every exponential is 0.
-float reference(double m) { return m == LOWEST ? 0.0f : float(m); }
 
 Block kernel_block(const Row& row, const Prepared& block, double m_s, double m_t) {
   return {block.s, block.t, block.padded, reference(m_s), reference(m_t), row.k, row.k_1};

@@ -1,0 +1,139 @@
+"""What a run shows: a line of progress, tables, and JSON lines that are written as they come."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+#: Of the lines that `Results` writes. Each is an object with "schema", "kind" and what it holds:
+#: "environment", "time", "ratio", "memory", or "accuracy".
+SCHEMA = 1
+
+
+class Progress:
+    """One line on standard error: redrawn on a terminal, now and then a new one elsewhere."""
+
+    SECONDS = 15  # between lines, where it is no terminal
+
+    def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
+        self.label, self.total, self.done = label, total, 0
+        self.stream = stream or sys.stderr
+        self.start = self.drawn = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.stream.isatty():
+            print("\r\033[K", end="", file=self.stream, flush=True)
+
+    def advance(self, note: str = "") -> None:
+        """One more step is done; there may be more than `total` of them."""
+        self.done += 1
+        now = time.perf_counter()
+        share = min(100, 100 * self.done // max(1, self.total))
+        line = f"{self.label}: {share:3d} %, {now - self.start:.0f} s  {note}"
+        if self.stream.isatty():
+            if now - self.drawn > 0.1:
+                self.drawn = now
+                print(f"\r\033[K{line}", end="", file=self.stream, flush=True)
+        elif now - self.drawn > self.SECONDS:
+            self.drawn = now
+            print(line, file=self.stream, flush=True)
+
+
+class Results:
+    """JSON lines, flushed one by one; without a path they go nowhere."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(path.open("w")) if path else None
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def write(self, kind: str, **content: Any) -> None:
+        if self._file is not None:
+            line = {"schema": SCHEMA, "kind": kind, **content}
+            print(json.dumps(line, ensure_ascii=False), file=self._file, flush=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under a rule; the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+
+    def align(line: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([align(head), rule, *(align(row) for row in rows)])
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same in Markdown; the first `left` columns to the left."""
+    rule = [":---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
+
+
+def megabytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad options: one line and exit code 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    """For `type=` of an option."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """For `type=` of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0; got {text!r}")
+    return value
+
+
+def writable_file(text: str) -> Path:
+    """For `type=` of an option."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory, not a file")
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from error
+    return path
