@@ -1,14 +1,15 @@
 """Builds the optional compiled module fused_kd._C; everything declarative is in pyproject.toml.
 
-Environment: FUSED_KD_BUILD=0 skips the compiled module, =1 makes its absence an error; MAX_JOBS caps
-parallel compilation; DEBUG=1 builds with assertions and symbols; FUSED_KD_SANITIZE=1 with the address
-and undefined-behaviour sanitizers.
+Environment: FUSED_KD_BUILD=0 skips the compiled module, =1 makes its absence an error; MAX_JOBS
+caps parallel compilation; DEBUG=1 builds with assertions and symbols; FUSED_KD_SANITIZE=1 with the
+address and undefined-behaviour sanitizers.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,7 +95,9 @@ class BuildExtension(build_ext):
         except Exception as error:
             if flag("FUSED_KD_BUILD"):
                 raise
-            write_reason(self, f"compiling it failed: {str(error).splitlines()[0]}")
+            # the program and its exit status; the whole command line was printed
+            told = re.sub(r"Command '\['([^']*)'.*\]'", r"command '\1'", str(error).splitlines()[0])
+            write_reason(self, f"compiling it failed: {told}")
 
     def copy_extensions_to_source(self) -> None:  # an editable install of a module that isn't there
         built = Path(self.build_lib)

@@ -7,8 +7,10 @@ are finite), temperatures 1 and 2, hard and soft term at 0.5 each, upstream grad
 * loss: eps32·(1 + max|z-m|) of each term, weighted as the term is, plus eps32 of the loss;
 * gradient in norm: ‖g-g*‖ over eps32·‖g*‖, or for 16-bit logits over half a unit in the last
   place, (eps16/2)·‖g*‖, plus what float32 arithmetic costs the row at least;
-* gradient by element: the largest \\|g_v-g*_v\\| over the same with \\|g*_v\\| in place of the norm
-  of the 16-bit rounding: 1 is what rounding to the dtype alone may cost.
+* gradient by element: the largest |g_v-g*_v| over the same with |g*_v| in the 16-bit term: 1 is
+  what rounding to the dtype alone may cost.
+
+Entries of "tvd" whose sign is a lottery are left out; what they move in the others is allowed for.
 """
 
 from __future__ import annotations
@@ -65,14 +67,15 @@ def errors_of(
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     exact = torch.where(unit.clear, truth.grad, 0.0)  # (N, V)
     error = torch.where(unit.clear, got.grad.double() - truth.grad, 0.0).abs()
-    least = unit.grad + unit.lottery  # (N,), what float32 arithmetic costs
     # subnormals of float16 are rounded to a fixed step
     step = torch.finfo(dtype).smallest_normal * (torch.finfo(dtype).eps / 2)
-    steps = step * error.shape[1] ** 0.5
+    # the lottery and the steps are per entry: in norm they count root-V times
+    per_entry = unit.lottery + step  # (N,)
+    in_norm = unit.grad + per_entry * error.shape[1] ** 0.5
     found = {
         "loss": (got.rows.double() - truth.rows).abs() / unit.loss,
-        "norm": error.norm(dim=1) / (rounding * exact.norm(dim=1) + least + steps),
-        "element": (error / (rounding * exact.abs() + (least + step)[:, None])).amax(1),
+        "norm": error.norm(dim=1) / (rounding * exact.norm(dim=1) + in_norm),
+        "element": (error / (rounding * exact.abs() + (unit.grad + per_entry)[:, None])).amax(1),
     }
     finite = truth.rows.isfinite() & truth.grad.isfinite().all(1)
     return {measure: value[finite] for measure, value in found.items()}

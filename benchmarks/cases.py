@@ -122,7 +122,7 @@ class Bench:
 
         def run() -> None:
             logits = _LastLayer.apply(self._weight, buffer)  # type: ignore[no-untyped-call]
-            loss(logits, teacher, labels).backward()
+            loss(logits, teacher, labels).backward()  # type: ignore[no-untyped-call]
 
         return run
 
@@ -139,13 +139,13 @@ class Bench:
     def copy(self, case: Case) -> Callable[[], None]:
         """The floor: one (N, V) matrix read, one written, both touched before."""
         student, teacher, _ = self.views(case)
-        return lambda: student.copy_(teacher)  # type: ignore[return-value,func-returns-value]
+        return lambda: student.copy_(teacher)  # type: ignore[return-value]
 
 
 def _random(entries: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Normal logits of standard deviation 2, made in pieces so that no large float32 copy is."""
     result = torch.empty(entries, dtype=dtype)
-    for piece in result.split(2**22):
+    for piece in torch.split(result, 2**22):
         piece.copy_(2 * torch.randn(len(piece), generator=generator))
     return result
 

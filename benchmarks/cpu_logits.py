@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
-# One thread per core and no wandering, decided before torch starts its threads.
+# One thread per core, decided before torch starts them: left alone, Linux was seen to keep both of
+# two threads on one core for a whole run.
 os.environ.setdefault("OMP_PROC_BIND", "spread")
 
 import argparse
@@ -187,12 +188,15 @@ def _growth_section(
             reached = abs(value - cases.GROWTH) <= cases.GROWTH_TOLERANCE
             what = f"{letter} {getattr(small, letter.lower())} → {getattr(large, letter.lower())}"
             goal = f"{cases.GROWTH:.1f} ± {cases.GROWTH_TOLERANCE:.1f}"
-            rows.append([what, _milliseconds(before)[0], _milliseconds(after)[0],
+            rows.append([what, *_milliseconds(before), *_milliseconds(after),
                          f"{value:.2f}", goal, _verdict(reached)])  # fmt: skip
             results.write("ratio", section="growth", **_sizes(large), name=what, value=value,
                           limit=cases.GROWTH, tolerance=cases.GROWTH_TOLERANCE,
                           reached=reached)  # fmt: skip
-    print(table(["in place", "ms", "ms", "ratio", "goal", ""], rows), flush=True)
+    print(
+        table(["in place", "ms", "[quartiles]", "ms", "[quartiles]", "ratio", "goal", ""], rows),
+        flush=True,
+    )
 
 
 def _memory_section(

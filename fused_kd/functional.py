@@ -142,7 +142,7 @@ def kd_loss_with(
     if labels is None or options.hard_weight == 0.0:
         rows = None
     else:
-        rows = labels.reshape(-1).to(torch.int64)
+        rows = labels.reshape(-1).to(torch.int64).contiguous()
     if options.reduction == "none":
         shape = student_logits.shape[:-1]
         parts = kd_row_losses(student, teacher, rows, w, options, backend)

@@ -2,7 +2,8 @@
 
 Calling ``torch.ops.fused_kd.*`` directly is not differentiable: :mod:`fused_kd.autograd` is what
 differentiates. Shapes: student, teacher ``(B, S, V)`` with last stride 1 and N = B*S rows; labels,
-w_hard, w_soft ``(N,)`` (None: that term is off; a weight of 0: off for that row); stats ``(N, STATS)``.
+w_hard, w_soft ``(N,)`` (None: that term is off; a weight of 0: off for that row); stats
+``(N, STATS)``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ _library.define(
 _library.define("scale_(Tensor(a!) grad, Tensor factor) -> ()")
 
 
-def _check(student: Tensor, teacher: Tensor) -> None:
+def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
+    # a call with a single meta tensor is answered here, wherever the others are
+    devices = {str(x.device) for x in (student, teacher, *rest) if isinstance(x, Tensor)}
+    torch._check(
+        len(devices) == 1,
+        lambda: f"all tensors must be on one device; got {' and '.join(sorted(devices))}",
+    )
     torch._check(student.dim() == 3, lambda: f"student must be (B, S, V); got {student.dim()}-D")
     torch._check(teacher.dim() == 3, lambda: f"teacher must be (B, S, V); got {teacher.dim()}-D")
 
@@ -45,37 +52,37 @@ def _row_outputs(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("fused_kd::forward")
-def _(student, teacher, *_):  # type: ignore[no-untyped-def]
-    _check(student, teacher)
+def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    _check(student, teacher, *rest)
     return _row_outputs(student)
 
 
 @torch.library.register_fake("fused_kd::forward_backward")
-def _(student, teacher, *_):  # type: ignore[no-untyped-def]
-    _check(student, teacher)
+def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    _check(student, teacher, *rest)
     return *_row_outputs(student), student.new_empty(student.shape)
 
 
 @torch.library.register_fake("fused_kd::forward_backward_")
-def _(student, teacher, *_):  # type: ignore[no-untyped-def]
-    _check(student, teacher)
+def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    _check(student, teacher, *rest)
     return _row_outputs(student)
 
 
 @torch.library.register_fake("fused_kd::backward")
-def _(student, teacher, *_):  # type: ignore[no-untyped-def]
-    _check(student, teacher)
+def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    _check(student, teacher, *rest)
     return student.new_empty(student.shape)
 
 
 @torch.library.register_fake("fused_kd::backward_")
-def _(student, teacher, *_):  # type: ignore[no-untyped-def]
-    _check(student, teacher)
+def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    _check(student, teacher, *rest)
 
 
 @torch.library.register_fake("fused_kd::backward_into")
 def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
-    _check(student, teacher)
+    _check(student, teacher, *rest)
     torch._check(rest[-1].shape == student.shape, lambda: "grad must have the student's shape")
 
 

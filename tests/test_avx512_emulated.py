@@ -1,4 +1,4 @@
-"""The AVX-512 sources on a processor without AVX-512: their intrinsics are emulated in scalar loops.
+"""The AVX-512 sources on a processor without AVX-512: intrinsics emulated in scalar loops.
 
 check_kernels compares every block kernel with double arithmetic, and the instruction sets with
 each other to the bit; check_rows does the same for whole rows.

@@ -98,11 +98,19 @@ def test_token_weight(backend: str, reduction: str, kind: torch.dtype) -> None:
     check(got, want[reduction], student)
 
 
-def test_token_weight_is_taken_in_any_layout(backend: str) -> None:
-    student, teacher, labels = make(2, 3)
-    weight = torch.rand(3, 2).t()
+@pytest.mark.parametrize("hard_weight", [1.0, 0.3])  # 1: the weights reach the kernel as given
+@pytest.mark.parametrize("leading", [(2, 3), (6,)])
+def test_token_weight_is_taken_in_any_layout(
+    backend: str, leading: tuple[int, ...], hard_weight: float
+) -> None:
+    student, teacher, labels = make(*leading)
+    weight = torch.rand(3, 2).t() if len(leading) == 2 else torch.rand(6, 2)[:, 0]
     for reduction in ("mean", "sum", "none"):
-        keywords: dict[str, Any] = {"token_weight": weight, "reduction": reduction}
+        keywords: dict[str, Any] = {
+            "token_weight": weight,
+            "reduction": reduction,
+            "hard_weight": hard_weight,
+        }
         got = kd_loss(student, teacher, labels, backend=backend, **keywords)
         check(got, eager_kd_loss(student, teacher, labels, **keywords), student)
 

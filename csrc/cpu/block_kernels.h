@@ -75,6 +75,10 @@ void range(const void* s_, const void* t_, int size, Range* out) {
           largest(max_t), -largest(-min_t), sum(sum_t)};
 }
 
+// Sums are folded every CHUNK entries: where one large term meets many small ones (a confident
+// row), a long chain of additions to it would round each of them.
+constexpr int CHUNK = 256;
+
 template <Load L, Divergence D, Hard H>
 void sums(const Block& block, BlockSums* out) {
   using E = typename Element<L>::type;
@@ -86,48 +90,56 @@ void sums(const Block& block, BlockSums* out) {
   const E* t = static_cast<const E*>(block.t);
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k),
                k_1 = splat(block.k_1);
-  Floats d_s{}, d_t{}, d_1{}, w{};
+  Floats all_d_s{}, all_d_t{}, all_d_1{}, all_w{};
   Floats max_a = splat(LOWEST), min_a = splat(-LOWEST), max_b = max_a, min_b = min_a;
-  for (int i = 0; i < block.size; i += PAIR) {
-    Floats sv[2], tv[2];
-    load_pair(s + i, sv[0], sv[1]);
-    if constexpr (TEACHER) load_pair(t + i, tv[0], tv[1]);
+  for (int begin = 0; begin < block.size; begin += CHUNK) {
+    const int end = begin + CHUNK < block.size ? begin + CHUNK : block.size;
+    Floats d_s{}, d_t{}, d_1{}, w{};
+    for (int i = begin; i < end; i += PAIR) {
+      Floats sv[2], tv[2];
+      load_pair(s + i, sv[0], sv[1]);
+      if constexpr (TEACHER) load_pair(t + i, tv[0], tv[1]);
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const Floats a = relative<L>(sv[j], m_s);
-      Floats b{}, P{}, Q{};
-      if constexpr (needs_P<D, H>()) {
-        P = power<L>(a, k);
-        d_s += P;
-      }
-      if constexpr (TEACHER) b = relative<L>(tv[j], m_t);
-      if constexpr (softmax<D>()) {
-        Q = power<L>(b, k);
-        d_t += Q;
-      }
-      if constexpr (CANARY)
-        w += a + b;
-      else if constexpr (softmax<D>())
-        w = Rule<D>::accumulate(a, b, P, Q, w);
-      else
-        w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
-      if constexpr (H == Hard::power2) d_1 = fma(P, P, d_1);
-      if constexpr (H == Hard::power4) d_1 = fma(P * P, P * P, d_1);
-      if constexpr (H == Hard::separate) d_1 += power<L>(a, k_1);
-      if constexpr (softmax<D>() || H != Hard::off) {
-        max_a = max(max_a, a);
-        min_a = min(min_a, a);
-      }
-      if constexpr (softmax<D>()) {
-        max_b = max(max_b, b);
-        min_b = min(min_b, b);
+      for (int j = 0; j < 2; ++j) {
+        const Floats a = relative<L>(sv[j], m_s);
+        Floats b{}, P{}, Q{};
+        if constexpr (needs_P<D, H>()) {
+          P = power<L>(a, k);
+          d_s += P;
+        }
+        if constexpr (TEACHER) b = relative<L>(tv[j], m_t);
+        if constexpr (softmax<D>()) {
+          Q = power<L>(b, k);
+          d_t += Q;
+        }
+        if constexpr (CANARY)
+          w += a + b;
+        else if constexpr (softmax<D>())
+          w = Rule<D>::accumulate(a, b, P, Q, w);
+        else
+          w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
+        if constexpr (H == Hard::power2) d_1 = fma(P, P, d_1);
+        if constexpr (H == Hard::power4) d_1 = fma(P * P, P * P, d_1);
+        if constexpr (H == Hard::separate) d_1 += power<L>(a, k_1);
+        if constexpr (softmax<D>() || H != Hard::off) {
+          max_a = max(max_a, a);
+          min_a = min(min_a, a);
+        }
+        if constexpr (softmax<D>()) {
+          max_b = max(max_b, b);
+          min_b = min(min_b, b);
+        }
       }
     }
+    all_d_s += d_s;
+    all_d_t += d_t;
+    all_d_1 += d_1;
+    all_w += w;
   }
-  out->d_s = sum(d_s);
-  out->d_t = sum(d_t);
-  out->d_1 = H == Hard::power1 ? out->d_s : sum(d_1);
-  out->canary = sum(w);
+  out->d_s = sum(all_d_s);
+  out->d_t = sum(all_d_t);
+  out->d_1 = H == Hard::power1 ? out->d_s : sum(all_d_1);
+  out->canary = sum(all_w);
   out->w = CANARY ? 0.0f : out->canary;
   out->max_a = largest(max_a);
   out->min_a = -largest(-min_a);
@@ -147,18 +159,24 @@ void sums2(const Block& block, const Constants<float>& constants, float* x, floa
   const E* t = static_cast<const E*>(block.t);
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k);
   const Constants<Floats> c = broadcast(constants);
-  Floats xs[2] = {}, ys[2] = {};
-  for (int i = 0; i < block.size; i += PAIR) {
-    Floats sv[2], tv[2];
-    load_pair(s + i, sv[0], sv[1]);
-    load_pair(t + i, tv[0], tv[1]);
+  Floats all_x{}, all_y{};
+  for (int begin = 0; begin < block.size; begin += CHUNK) {
+    const int end = begin + CHUNK < block.size ? begin + CHUNK : block.size;
+    Floats x_sum{}, y_sum{};
+    for (int i = begin; i < end; i += PAIR) {
+      Floats sv[2], tv[2];
+      load_pair(s + i, sv[0], sv[1]);
+      load_pair(t + i, tv[0], tv[1]);
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j)
-      Rule<D>::accumulate2(power<L>(relative<L>(sv[j], m_s), k),
-                           power<L>(relative<L>(tv[j], m_t), k), c, xs[j], ys[j]);
+      for (int j = 0; j < 2; ++j)
+        Rule<D>::accumulate2(power<L>(relative<L>(sv[j], m_s), k),
+                             power<L>(relative<L>(tv[j], m_t), k), c, x_sum, y_sum);
+    }
+    all_x += x_sum;
+    all_y += y_sum;
   }
-  *x = sum(xs[0] + xs[1]);
-  *y = sum(ys[0] + ys[1]);
+  *x = sum(all_x);
+  *y = sum(all_y);
 }
 
 // e^(s - m_s), from P = e^((s - m_s)/T) where T is 1, 2 or 4
@@ -362,12 +380,12 @@ inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
   float buffer[BLOCK];
   const int width = dtype == Dtype::f32 ? 4 : 2;
   for (int64_t i = 0; i < size; i += BLOCK) {
-    const int n = int(size - i < BLOCK ? size - i : BLOCK);
+    const int count = int(size - i < BLOCK ? size - i : BLOCK);
     char* p = static_cast<char*>(values) + i * width;
     float* work = dtype == Dtype::f32 ? reinterpret_cast<float*>(p) : buffer;
-    if (dtype != Dtype::f32) widen(dtype, p, work, n);
-    for (int j = 0; j < n; ++j) work[j] *= factor;
-    if (dtype != Dtype::f32) narrow(dtype, work, p, n);
+    if (dtype != Dtype::f32) widen(dtype, p, work, count);
+    for (int j = 0; j < count; ++j) work[j] *= factor;
+    if (dtype != Dtype::f32) narrow(dtype, work, p, count);
   }
 }
 

@@ -292,7 +292,8 @@ State initial_state(const Row& row, Scratch& scratch) {
 // so has that entry's logit as its reference, and the cross-entropy of a confident row is the
 // logarithm of a sum that is exactly 1 or more.
 constexpr float SLACK = 4.0f;
-// The same in powers of two, where the temperature is low: exponentials must stay far from overflow.
+// The same in powers of two, where the temperature is low: exponentials must stay far from
+// overflow.
 constexpr float SLACK_EXPONENT = 32.0f;
 
 // Sums the block as if it held nothing out of the ordinary; false if it did, and then nothing was

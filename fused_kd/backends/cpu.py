@@ -95,10 +95,12 @@ def rescale(
     """Multiplies a gradient of forward_backward by ``scale``, in its own memory.
 
     A power of two is exact, and float32 loses half a unit to arithmetic that lost more; a 16-bit
-    gradient would be rounded a second time, so it is made anew unless the student is gone (in place).
+    gradient would be rounded a second time: it is made anew unless the student is gone (in place).
     """
-    exact = grad.dtype == torch.float32 or math.frexp(float(scale))[0] in (0.5, 0.0)
-    if exact or student is None:
+    exact = student is None or grad.dtype == torch.float32
+    if not exact and type(scale) is Tensor:  # a fake tensor has no value to look at
+        exact = math.frexp(float(scale))[0] in (0.5, 0.0)
+    if exact:
         _ops.scale_.default(grad, scale)
         return
     w_hard, w_soft = (None if w is None else w * scale for w in (w_hard, w_soft))

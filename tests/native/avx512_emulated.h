@@ -1,5 +1,5 @@
-// The AVX-512 intrinsics that csrc/cpu/ uses, in scalar loops with the documented semantics, so that a
-// processor without AVX-512 proves the AVX-512 sources.
+// The AVX-512 intrinsics that csrc/cpu/ uses, in scalar loops with the documented semantics, so
+// that a processor without AVX-512 proves the AVX-512 sources.
 //
 // Included before everything else (g++ -include) with -mavx2 -mfma -mf16c; with EMULATE_AVX512BF16
 // also the bfloat16 conversion. An intrinsic that is missing here does not compile: its own

@@ -1,6 +1,7 @@
-// The row driver over every instruction set of this processor, without torch: shapes, element types,
-// strides, infinities, threads. Built with the sanitizers it shows every access outside a tensor;
-// without them it still shows a write between the rows, and bits that depend on the threads.
+// The row driver over every instruction set of this processor, without torch: shapes, element
+// types, strides, infinities, threads. Built with the sanitizers it shows every access outside a
+// tensor; without them it still shows a write between the rows, and bits that depend on the
+// threads.
 //
 // Buffers have their exact size and an odd alignment; gaps between strided rows hold NaN.
 #include <math.h>
@@ -14,18 +15,12 @@
 #include <vector>
 
 #include "../../csrc/cpu/rows.h"
+#include "check.h"
 
 using namespace fused_kd;
 
 static constexpr float INF = std::numeric_limits<float>::infinity();
 static constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
-static int failures = 0, checks = 0;
-
-static void expect(bool ok, const std::string& what) {
-  ++checks;
-  if (!ok && ++failures <= 20) printf("FAILED %s\n", what.c_str());
-}
-
 static int width(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
 
 // Rows of V elements in two leading dimensions; `gap` elements lie between rows, `outer_gap` more
@@ -106,8 +101,8 @@ static std::vector<float> logits(const Setting& c, int64_t n, int side) {
   for (int64_t v = 0; v < c.V; ++v) {
     x[v] = roundf(8 * normal(random)) / 8;
     if (c.regime == spread) x[v] *= 64;
-    if (c.regime == infinite && v % 3 == 1) x[v] = -INF;                    // on both sides
-    if (c.regime == infinite && n % 2 && v % 7 == 3 + side) x[v] = -INF;    // on one
+    if (c.regime == infinite && v % 3 == 1) x[v] = -INF;                  // on both sides
+    if (c.regime == infinite && n % 2 && v % 7 == 3 + side) x[v] = -INF;  // on one
   }
   if (c.regime == not_a_number && n % 2) x[c.V - 1 - n % c.V] = side ? INF : NaN;
   return x;
@@ -134,8 +129,10 @@ static Outcome run(const Setting& c, const Parallel& parallel, bool separately) 
     w_hard[n] = n % 4 == 3 ? 0.0f : 0.5f;
     w_soft[n] = n % 8 == 3 ? 0.0f : 0.25f;
   }
-  Outcome out{std::vector<float>(c.N, 7), std::vector<float>(c.N, 7),
-              std::vector<float>(c.N * STATS, 7), {}};
+  Outcome out{std::vector<float>(c.N, 7),
+              std::vector<float>(c.N, 7),
+              std::vector<float>(c.N * STATS, 7),
+              {}};
   const Matrix& target = c.in_place ? student : grad;
   Problem p{};
   p.N = c.N;
@@ -186,7 +183,8 @@ static Outcome check_ways(Setting c) {
   const Outcome others[] = {run(c, three_threads, false), run(c, one_thread, true),
                             run(swapped, three_threads, true)};
   for (const Outcome& other : others) {
-    const std::string name = c.name() + ": other bits, way " + std::to_string(&other - others) + " ";
+    const std::string name =
+        c.name() + ": other bits, way " + std::to_string(&other - others) + " ";
     expect(same_bits(one.hard, other.hard) && same_bits(one.soft, other.soft), name + "losses");
     expect(same_bits(one.stats, other.stats), name + "statistics");
     for (int64_t n = 0; n < c.N; ++n) expect(same_bits(one.grad[n], other.grad[n]), name + "grad");
@@ -225,8 +223,17 @@ static void check_all(const std::vector<const char*>& tables, int64_t N, bool cr
           for (int d = 0; d < (crossed ? 5 : 1); ++d) {
             const Divergence divergence = Divergence(crossed ? d : turn % 5);
             const int terms = turn / 3 % 7;  // mostly both
-            const Setting c{N, V, student, teacher, divergence, temperatures[turn / 5 % 5],
-                            turn % 3 ? 0.0 : 0.1, terms != 1, terms != 2, turn % 2 == 0, regime};
+            const Setting c{N,
+                            V,
+                            student,
+                            teacher,
+                            divergence,
+                            temperatures[turn / 5 % 5],
+                            turn % 3 ? 0.0 : 0.1,
+                            terms != 1,
+                            terms != 2,
+                            turn % 2 == 0,
+                            regime};
             ++turn;
             Outcome first;
             for (const char* table : tables) {
@@ -242,6 +249,5 @@ int main(int argc, char** argv) {  // names of instruction sets
   check_all(tables, 9, true, {1, 2, 33, 127});
   check_all(tables, 6, false, {31, 32, 2047, 2048, 2049, 4096 + 33});
   check_all(tables, 1, false, {32768 + 32, 70001});  // several segments, fewer rows than threads
-  printf("%d checks, %d failed\n", checks, failures);
-  return failures || checks == 0 ? 1 : 0;
+  return finish();
 }

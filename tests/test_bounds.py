@@ -1,0 +1,132 @@
+"""Nothing outside a tensor is read or written: NaN margins, guard pages."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_kd import ops
+from fused_kd.backends import why_not
+from fused_kd.extension import build_info
+from fused_kd.options import DIVERGENCES
+from fused_kd.testing import guarded
+
+_WHY_NOT = why_not("cpu", "cpu")
+pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
+
+# one entry; around a vector of 4, 8 and 16, a pair of them, and a block of 2048
+VOCABULARIES = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 2047, 2048, 2049, 2111]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MARGIN = 40  # more than the longest pair of vectors
+N = 3
+
+
+def _margins(values: Tensor) -> Tensor:
+    """The same (N, 1, V) values with NaN before, between and behind the rows."""
+    rows, _, vocabulary = values.shape
+    memory = torch.full((rows, 1, vocabulary + 2 * MARGIN), float("nan"), dtype=values.dtype)
+    view = memory[..., MARGIN:-MARGIN]
+    view.copy_(values)
+    return view
+
+
+def _nothing_else_written(view: Tensor) -> bool:
+    memory = view._base
+    assert memory is not None
+    return bool(memory[..., :MARGIN].isnan().all() and memory[..., -MARGIN:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_margins_of_nan_change_nothing(divergence: str, dtype: torch.dtype) -> None:
+    op = torch.ops.fused_kd
+    numbers = (DIVERGENCES.index(divergence), 2.0, 0.3, 4.0, 0.1)
+    for vocabulary in VOCABULARIES:
+        student = (3 * torch.randn(N, 1, vocabulary)).to(dtype)
+        teacher = (3 * torch.randn(N, 1, vocabulary)).to(dtype)
+        rest = (torch.randint(vocabulary, (N,)), torch.rand(N), torch.rand(N))
+        *want, grad = op.forward_backward.default(student, teacher, *rest, *numbers)
+        assert not grad.isnan().any()
+        padded, padded_teacher = _margins(student), _margins(teacher)
+        arguments = (padded, padded_teacher, *rest)
+        *got, other = op.forward_backward.default(*arguments, *numbers)
+        assert torch.equal(other, grad), vocabulary
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b), vocabulary
+        into = _margins(torch.zeros_like(student))
+        op.backward_into.default(*arguments, got[2], *numbers, into)
+        op.scale_.default(into, torch.tensor(0.5))
+        op.forward_backward_.default(*arguments, *numbers)
+        assert torch.equal(padded, grad), vocabulary
+        assert torch.equal(into, grad * 0.5), vocabulary
+        assert all(map(_nothing_else_written, (padded, padded_teacher, into))), vocabulary
+
+
+def _guarded(values: Tensor, side: str) -> Tensor:
+    copy = guarded(values.numel(), values.dtype, side)
+    return copy.copy_(values.flatten()).view(values.shape)
+
+
+def walk_along_guard_pages() -> None:
+    """In a process of its own: every tensor ends, or begins, at a page that can't be touched."""
+    torch.set_num_threads(1)
+    op = torch.ops.fused_kd
+    info = build_info()
+    assert info is not None
+    from fused_kd import _C  # type: ignore[attr-defined]
+
+    sets = info["instruction_sets"]
+    assert isinstance(sets, dict)
+    turn = 0
+    for isa in (name for name, runs in sets.items() if runs):
+        _C.choose_instruction_set(isa)
+        for side in ("after", "before"):
+            for vocabulary in VOCABULARIES:
+                for dtypes in ((a, b) for a in DTYPES for b in DTYPES):
+                    turn += 1
+                    numbers = (turn % 5, (1.0, 2.0, 3.0)[turn % 3], 0.3, 4.0, 0.1)
+                    rows = [torch.randn(1, N, vocabulary).to(dtype) for dtype in dtypes]
+                    if turn % 4 == 0:
+                        rows[0][..., ::2] = -float("inf")
+                    rest = (torch.randint(vocabulary, (N,)), torch.rand(N), torch.rand(N))
+                    given = [_guarded(x, side) for x in (*rows, *rest)]
+                    stats = op.forward_backward.default(*given, *numbers)[2]
+                    assert stats.shape == (N, ops.STATS)
+                    into = _guarded(torch.zeros_like(rows[0]), side)
+                    op.backward_into.default(*given, _guarded(stats, side), *numbers, into)
+                    op.scale_.default(into, _guarded(torch.tensor([0.5]), side))
+                    op.forward_backward_.default(*given, *numbers)
+                    assert torch.equal((given[0] * 0.5).nan_to_num(7.0), into.nan_to_num(7.0))
+    print("walked")
+
+
+def _run(code: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, {__file__.rpartition('/')[0]!r}); {code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages by mprotect: Linux")
+def test_guard_pages() -> None:
+    done = _run("import test_bounds; test_bounds.walk_along_guard_pages()")
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    assert done.stdout == "walked\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages by mprotect: Linux")
+@pytest.mark.parametrize(("side", "offset"), [("after", 4), ("before", -1)])
+def test_a_guard_page_notices(side: str, offset: int) -> None:
+    """What the test above rests on: the access next to the tensor ends the process."""
+    code = (
+        "import ctypes, torch; from fused_kd.testing import guarded\n"
+        f"x = guarded(1, torch.float32, {side!r})\n"
+        f"ctypes.c_char.from_address(x.data_ptr() + ({offset})).value"
+    )
+    done = _run(code)
+    # the address sanitizer, if it is there, reports the signal and exits
+    assert done.returncode == -signal.SIGSEGV or "SEGV" in done.stderr, done

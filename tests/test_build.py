@@ -1,0 +1,223 @@
+"""What an installation contains, and that it works without the compiled module."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fused_kd import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+_module = extension.load()
+compiled = pytest.mark.skipif(_module is None, reason=str(extension.why_not()))
+
+
+def _tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]}")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment}, cwd="/", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@compiled
+def test_the_module_needs_only_what_is_there_anyway() -> None:
+    if sys.platform != "linux":
+        pytest.skip("an ELF module: Linux")
+    needed = re.findall(r"NEEDED.*\[(.*)\]", _tool("readelf", "-d", str(_module.__file__)))  # type: ignore[union-attr]
+    sanitizers = {"libasan", "libubsan"} if "asan" in os.environ.get("LD_PRELOAD", "") else set()
+    allowed = {"libtorch_cpu", "libc10", "libstdc++", "libm", "libgcc_s", "libc", "libpthread"}
+    names = {name.partition(".so")[0] for name in needed}
+    assert {"libtorch_cpu"} <= names
+    assert {n for n in names if not n.startswith("ld-linux")} <= allowed | sanitizers
+
+
+@compiled
+def test_the_module_uses_only_the_stable_interface_of_torch() -> None:
+    """No C++ name of torch: those change from one version to the next."""
+    symbols = _tool("nm", "-D", "--undefined-only", str(_module.__file__)).split()  # type: ignore[union-attr]
+    of_torch = [s for s in symbols if re.match(r"_Z\w*N(K?)(2at|3c10|5torch)\d", s)]
+    assert of_torch == []
+    # the C interface: what the stable one is made of
+    assert [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]
+
+
+@compiled
+def test_the_module_exports_only_its_entry() -> None:
+    symbols = _tool("nm", "-D", "--defined-only", str(_module.__file__))  # type: ignore[union-attr]
+    names = {line.split()[-1] for line in symbols.splitlines()}
+    assert "PyInit__C" in names
+    assert not [name for name in names if "fused_kd" in name]
+
+
+def _functions(listing: str) -> dict[str, str]:
+    """Mangled name: its disassembly."""
+    parts = re.split(r"^[0-9a-f]+ <(\S+)>:$", listing, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@compiled
+def test_vector_instructions_stay_in_their_namespaces() -> None:
+    """A processor without AVX never meets one outside the kernels chosen for another.
+
+    Functions are told apart by name: what isn't in the namespace of an instruction set (standard
+    library templates, lambdas of the driver) may be called on any processor.
+    """
+    info = extension.build_info()
+    assert info is not None
+    if "avx2" not in info["instruction_sets"]:  # type: ignore[operator]
+        pytest.skip("not an x86-64 module")
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
+    symbols = _tool("nm", str(_module.__file__))  # type: ignore[union-attr]
+    if "rows_forward" not in symbols:
+        pytest.skip("the module is stripped of its symbols")
+    listing = _tool("objdump", "-d", "--no-show-raw-insn", str(_module.__file__))  # type: ignore[union-attr]
+    found: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "avx512_bf16": set()}
+    for name, code in _functions(listing).items():
+        width = "zmm" if "%zmm" in code else "ymm" if "%ymm" in code else None
+        vex = width or re.search(r"^\s+[0-9a-f]+:\s+v[a-z0-9]+ ", code, flags=re.MULTILINE)
+        if not vex:
+            continue
+        owners = [isa for isa in found if f"{len(isa)}{isa}" in name]
+        assert owners, f"AVX outside the kernels: {name}"
+        assert width != "zmm" or owners != ["avx2"], f"AVX-512 in {name}"
+        found[owners[0]].add(name)
+    assert all(found.values()), {isa: len(names) for isa, names in found.items()}
+
+
+def test_the_package_without_the_module() -> None:
+    """A module that doesn't load: the reference backend, and the reason shown."""
+    code = (
+        "import sys; sys.modules['fused_kd._C'] = None\n"
+        "import torch, fused_kd; from fused_kd import env, backends\n"
+        "x = torch.randn(2, 5)\n"
+        "print(float(fused_kd.kd_loss(x, x, hard_weight=0)))\n"
+        "print(env.report()['compiled_module'])\n"
+        "print(env.report()['backends'])\n"
+        "try: fused_kd.kd_loss(x, x, hard_weight=0, backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    lines = _python(code, PYTHONPATH=str(ROOT)).splitlines()
+    assert float(lines[0]) == 0.0
+    assert lines[1].startswith("the compiled module ")
+    assert lines[1] in lines[2]
+    assert lines[3].startswith("backend='cpu' cannot run: the compiled module ")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what is built from: a build leaves files behind."""
+    target = tmp_path / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_not_built.txt")
+    for name in ("csrc", "fused_kd", "tests"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, target)
+    return target
+
+
+def _pip(source: Path, *arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pip", *arguments, "--no-build-isolation", "--no-deps", "."]
+    done = subprocess.run(
+        command, cwd=source, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def _installed(target: Path) -> tuple[list[Path], str]:
+    """The compiled modules there, and the report of that installation, which also works."""
+    code = (
+        "import torch, fused_kd\n"
+        "x = torch.randn(2, 5, requires_grad=True)\n"
+        "fused_kd.KDLoss()(x, torch.randn(2, 5), torch.tensor([1, 2])).backward()\n"
+        f"assert fused_kd.__file__.startswith({str(target)!r}), fused_kd.__file__\n"
+        "from fused_kd import env; env.main([])"
+    )
+    return sorted(target.glob("fused_kd/_C*.so")), _python(code, PYTHONPATH=str(target))
+
+
+# asked for, and a compiler that fails
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"FUSED_KD_BUILD": "0"}, "FUSED_KD_BUILD=0 when it was installed"),
+        ({"CC": "/bin/false", "CXX": "/bin/false"}, "compiling it failed: command '/bin/false'"),
+    ],
+)
+def test_an_installation_without_the_module(
+    source: Path, tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    target = tmp_path / "target"
+    _pip(source, "install", "--target", str(target), **environment)
+    modules, report = _installed(target)
+    assert modules == []
+    assert reason in report
+    assert max(map(len, report.splitlines())) < 200, "one sentence"
+
+
+@pytest.mark.slow
+def test_a_broken_compiler_where_the_module_is_demanded(source: Path, tmp_path: Path) -> None:
+    broken = {"CC": "/bin/false", "CXX": "/bin/false", "FUSED_KD_BUILD": "1"}
+    with pytest.raises(AssertionError, match="/bin/false"):
+        _pip(source, "install", "--target", str(tmp_path / "target"), **broken)
+
+
+@pytest.mark.slow
+def test_a_word_that_the_build_does_not_know(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="FUSED_KD_BUILD must be 0 or 1; got 'yes'"):
+        _pip(source, "install", "--target", str(tmp_path / "target"), FUSED_KD_BUILD="yes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", ["0", "1"])
+def test_a_wheel(source: Path, tmp_path: Path, build: str) -> None:
+    if build == "1" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
+    _pip(source, "wheel", "-w", str(tmp_path), FUSED_KD_BUILD=build)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        content.extractall(tmp_path / "target")
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fused_kd"}
+    assert "fused_kd/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+    modules, report = _installed(tmp_path / "target")
+    assert len(modules) == int(build)
+    assert ("_not_built.txt" in "".join(names)) == (build == "0")
+    wanted = "instruction_set " if build == "1" else "FUSED_KD_BUILD=0 when it was installed"
+    assert wanted in report
+
+
+def test_the_reason_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation's note comes before the error of the import."""
+    where: Any = tmp_path / "extension.py"
+    monkeypatch.setattr(extension, "__file__", str(where))
+    why = extension._why_missing(ImportError("no such module"))
+    assert why == "the compiled module was not built: no such module"
+    (tmp_path / "_C.so").touch()
+    why = extension._why_missing(ImportError("undefined symbol"))
+    assert why == "the compiled module does not load: undefined symbol"
+    (tmp_path / "_not_built.txt").write_text("no compiler\n")
+    why = extension._why_missing(ImportError("no such module"))
+    assert why == "the compiled module is not there: no compiler"

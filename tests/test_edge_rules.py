@@ -1,0 +1,353 @@
+"""The edge rules: infinities, NaN rows, absent entries, rows that do not count, huge masks.
+
+Each is stated by hand on a few numbers, then every backend is compared with the float64 reference
+with the special entries at the seams of a longer row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from fast import FAST, rows_and_gradient, scalar_and_gradient, truth
+from torch import Tensor
+
+from fused_kd import kd_loss
+from fused_kd.options import DIVERGENCES
+
+INF, NAN = math.inf, math.nan
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+SOFT = {"hard_weight": 0, "soft_weight": 1}
+HARD = {"hard_weight": 1, "soft_weight": 0}
+V = 4100  # two blocks and a tail
+# first and last of a row, of a block, of a tail
+SEAMS = [0, 2047, 2048, 4095, 4096, V - 1]
+
+
+def logits(*row: float) -> Tensor:
+    """The logarithms of some weights: 0 is -inf."""
+    return torch.tensor([row]).log()
+
+
+def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    """The same infinities and NaNs, and numbers equal to the dtype's rounding."""
+    for a, b in zip(got, want, strict=True):
+        rtol = TOLERANCE[a.dtype]
+        smallest = 2**-24 if a.dtype == torch.float16 else 1e-7
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=rtol, atol=smallest, equal_nan=True)
+
+
+# --------------------------------------------------------------------------- infinities by hand
+
+FULL, PART = (1.0, 1.0, 2.0), (1.0, 3.0, 0.0)  # probabilities (¼, ¼, ½) and (¼, ¾, 0)
+LN3 = math.log(3)
+
+
+def jsd_by_hand(p: tuple[float, ...], q: tuple[float, ...], beta: float) -> float:
+    total = 0.0
+    for a, b in zip(p, q, strict=True):
+        m = beta * b + (1 - beta) * a
+        total += beta * b * math.log(b / m) if b else 0.0
+        total += (1 - beta) * a * math.log(a / m) if a else 0.0
+    return total
+
+
+P_FULL, P_PART = (0.25, 0.25, 0.5), (0.25, 0.75, 0.0)
+# (divergence, student lacks an entry, teacher lacks it): the value
+STUDENT_LACKS = {
+    "forward_kl": INF,
+    "reverse_kl": 0.75 * LN3,
+    "jsd": jsd_by_hand(P_PART, P_FULL, 0.4),
+    "tvd": 0.5,
+    "mse": INF,
+}
+TEACHER_LACKS = {
+    "forward_kl": 0.75 * LN3,
+    "reverse_kl": INF,
+    "jsd": jsd_by_hand(P_FULL, P_PART, 0.4),
+    "tvd": 0.5,
+    "mse": INF,
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_minus_infinity_on_one_side_R_03(backend: str, divergence: str, side: str) -> None:
+    student, teacher = logits(*FULL), logits(*PART)
+    expected = TEACHER_LACKS[divergence]
+    if side == "student":
+        student, teacher, expected = teacher, student, STUDENT_LACKS[divergence]
+    value, gradient = rows_and_gradient(
+        student, teacher, divergence=divergence, beta=0.4, backend=backend, **SOFT
+    )
+    torch.testing.assert_close(value, torch.tensor([expected]), rtol=1e-6, atol=0)
+    if divergence == "forward_kl":  # its formula, p - q, finite where the value is not
+        sign = 1 if side == "student" else -1
+        want = sign * torch.tensor([[0.0, 0.5, -0.5]])
+        torch.testing.assert_close(gradient, want, rtol=1e-6, atol=1e-7)
+    else:
+        assert gradient.isnan().all() if expected == INF else gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_minus_infinity_on_both_sides_is_absent_R_04(backend: str, divergence: str) -> None:
+    keywords: dict[str, Any] = {
+        "divergence": divergence,
+        "label_smoothing": 0.3,
+        "temperature": 2.0,
+        "backend": backend,
+    }
+    label = torch.tensor([1])
+    alone = rows_and_gradient(logits(1, 2, 3), logits(3, 1, 1), label, **keywords)
+    padded = rows_and_gradient(logits(1, 2, 0, 3, 0), logits(3, 1, 0, 1, 0), label, **keywords)
+    torch.testing.assert_close(padded[0], alone[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(padded[1][:, [0, 1, 3]], alone[1], rtol=1e-6, atol=1e-8)
+    assert torch.equal(padded[1][:, [2, 4]], torch.zeros(1, 2))
+
+
+# ε → (teacher's row, value, gradient) of H for π = (¼, ¾, 0), by the formula π - target
+HARD_CASES: dict[str, tuple[float, tuple[float, ...], int, float, list[float]]] = {
+    "label present": (0.0, FULL, 1, -math.log(0.75), [0.25, -0.25, 0.0]),
+    "label at -inf": (0.0, FULL, 2, INF, [0.25, 0.75, -1.0]),
+    "label absent": (0.0, PART, 2, INF, [0.25, 0.75, -1.0]),
+    "smoothing over the student's -inf": (0.3, FULL, 1, INF, [0.15, -0.05, -0.1]),
+    "smoothing leaves the absent out": (
+        0.3,
+        PART,
+        1,
+        -0.85 * math.log(0.75) - 0.15 * math.log(0.25),
+        [0.1, -0.1, 0.0],
+    ),
+    "smoothing, label absent": (0.3, PART, 2, INF, [0.1, 0.6, -0.7]),
+}
+
+
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_the_hard_terms_infinities(backend: str, case: str) -> None:
+    smoothing, teacher, label, value, expected = HARD_CASES[case]
+    got = rows_and_gradient(
+        logits(*PART),
+        logits(*teacher),
+        torch.tensor([label]),
+        label_smoothing=smoothing,
+        backend=backend,
+        **HARD,
+    )
+    torch.testing.assert_close(got[0], torch.tensor([value]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[1], torch.tensor([expected]), rtol=1e-6, atol=1e-7)
+
+
+# -------------------------------------------------------------- infinities at the seams of a row
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("backend", FAST)
+def test_infinities_at_the_seams_of_blocks(
+    backend: str, side: str, divergence: str, dtype: torch.dtype
+) -> None:
+    student, teacher = (2 * torch.randn(len(SEAMS) + 1, V) for _ in range(2))
+    for row, seam in enumerate(SEAMS):
+        if side != "teacher":
+            student[row, seam] = -INF
+        if side != "student":
+            teacher[row, seam] = -INF
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    labels = torch.tensor([*SEAMS[1:], 5, SEAMS[0]])  # none is at its own row's -inf
+    for smoothing in (0.0, 0.2):
+        keywords = {"divergence": divergence, "label_smoothing": smoothing, "temperature": 2.0}
+        got = rows_and_gradient(student, teacher, labels, backend=backend, **keywords)
+        same(got, truth(student, teacher, labels, **keywords))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+# ends of absent runs: within a block, exactly a block, two blocks, two blocks and a half
+@pytest.mark.parametrize("run", [(0, 100), (0, 2048), (0, 4096), (2048, 4096), (0, 4097)])
+@pytest.mark.parametrize("backend", FAST)
+def test_whole_blocks_without_a_finite_logit_R_01_R_02(
+    backend: str, run: tuple[int, int], divergence: str, dtype: torch.dtype
+) -> None:
+    student, teacher = (2 * torch.randn(3, V) for _ in range(2))
+    hole = slice(*run)
+    student[:2, hole] = -INF
+    teacher[0, hole] = -INF  # both; the student alone; the teacher alone
+    teacher[2, hole] = -INF
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    labels = torch.full((3,), V - 1)
+    keywords = {"divergence": divergence, "temperature": 2.0, "label_smoothing": 0.1}
+    got = rows_and_gradient(student, teacher, labels, backend=backend, **keywords)
+    same(got, truth(student, teacher, labels, **keywords))
+
+
+# ------------------------------------------------------------------------------- rows of NaN
+
+# what is put into a row's entry, or into all of it
+BROKEN = {"NaN": NAN, "+inf": INF, "nothing finite": -INF}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", BROKEN)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_broken_row_is_nan_and_no_other(
+    backend: str, divergence: str, side: str, bad: str, dtype: torch.dtype
+) -> None:
+    clean = [(2 * torch.randn(6, V)).to(dtype) for _ in range(2)]
+    labels = torch.randint(V, (6,))
+    keywords = {"divergence": divergence, "temperature": 2.0, "backend": backend}
+    want = rows_and_gradient(*clean, labels, **keywords)
+    for entry in SEAMS[::2] if bad != "nothing finite" else [slice(None)]:
+        spoiled = [x.clone() for x in clean]
+        spoiled[side == "teacher"][1, entry] = BROKEN[bad]
+        got = rows_and_gradient(*spoiled, labels, **keywords)
+        others = [0, 2, 3, 4, 5]
+        assert got[0][1].isnan()
+        assert got[1][1].isnan().all()
+        assert torch.equal(got[0][others], want[0][others])
+        assert torch.equal(got[1][others], want[1][others])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_hard_term_alone_reads_only_the_student(backend: str, smoothing: float) -> None:
+    student, labels = torch.randn(3, V), torch.randint(V, (3,))
+    keywords: dict[str, Any] = {"label_smoothing": smoothing, "backend": backend, **HARD}
+    want = rows_and_gradient(student, torch.zeros(3, V), labels, **keywords)
+    got = rows_and_gradient(student, torch.full((3, V), NAN), labels, **keywords)
+    same(got, want)
+
+
+# ------------------------------------------------------------------- rows that do not count
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("how", ["ignored", "weight 0"])
+@pytest.mark.parametrize("bad", BROKEN)
+def test_what_does_not_count_leaks_nothing_R_07_R_36(
+    backend: str, bad: str, how: str, divergence: str, dtype: torch.dtype
+) -> None:
+    student, teacher = (torch.randn(4, 300).to(dtype) for _ in range(2))
+    student[0], teacher[0], teacher[2] = BROKEN[bad], BROKEN[bad], BROKEN[bad]
+    labels, weight = torch.randint(300, (4,)), torch.ones(4)
+    if how == "ignored":
+        labels[0] = labels[2] = -100
+    else:
+        weight[0] = weight[2] = 0
+    keywords: dict[str, Any] = {"divergence": divergence, "backend": backend}
+    for reduction in ("mean", "sum"):
+        got = scalar_and_gradient(
+            student, teacher, labels, token_weight=weight, reduction=reduction, **keywords
+        )
+        kept = scalar_and_gradient(
+            student[1::2], teacher[1::2], labels[1::2], reduction=reduction, **keywords
+        )
+        assert torch.equal(got[1][1::2], kept[1])
+        torch.testing.assert_close(got[0], kept[0], rtol=1e-6, atol=0)
+        assert torch.equal(got[1][::2], torch.zeros_like(got[1][::2]))
+    rows, gradient = rows_and_gradient(student, teacher, labels, token_weight=weight, **keywords)
+    assert torch.equal(rows[::2], torch.zeros(2))
+    assert torch.equal(gradient[::2], torch.zeros_like(gradient[::2]))
+
+
+@pytest.mark.parametrize("off", ["hard_weight", "soft_weight"])
+def test_a_term_of_weight_0_is_skipped_not_multiplied(backend: str, off: str) -> None:
+    student, teacher = logits(*PART), logits(*FULL)  # H and forward_kl are infinite
+    keywords: dict[str, Any] = {off: 0, "backend": backend}
+    label = torch.tensor([2 if off == "hard_weight" else 1])
+    divergence = "tvd" if off == "hard_weight" else "forward_kl"
+    rows, gradient = rows_and_gradient(student, teacher, label, divergence=divergence, **keywords)
+    assert rows.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("zero", ["ignored", "weights", "num_items"])
+def test_no_kept_row_or_a_zero_denominator_R_32(
+    backend: str, zero: str, reduction: str, divergence: str, dtype: torch.dtype
+) -> None:
+    if zero == "num_items" and reduction != "mean":
+        return
+    student = torch.randn(3, 40).to(dtype).requires_grad_()
+    teacher, labels = torch.randn(3, 40).to(dtype), torch.tensor([1, 2, 3])
+    extra: dict[str, Any] = {}
+    if zero == "ignored":
+        labels[:] = -100
+    elif zero == "weights":
+        extra["token_weight"] = torch.zeros(3)
+    else:
+        extra["num_items"] = torch.tensor(0)
+    loss = kd_loss(
+        student,
+        teacher,
+        labels,
+        divergence=divergence,
+        reduction=reduction,
+        backend=backend,
+        **extra,
+    )
+    assert isinstance(loss, Tensor)
+    assert torch.equal(loss, torch.zeros_like(loss))
+    assert loss.requires_grad
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert torch.equal(gradient, torch.zeros_like(student))
+
+
+# ---------------------------------------------------------------------------- masks of finfo.min
+
+
+def lowest_numbers(side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, teacher = ((2 * torch.randn(2, V)).to(dtype) for _ in range(2))
+    for row, masked in enumerate((slice(1, None, 3), slice(0, 2048))):
+        if side != "teacher":
+            student[row, masked] = torch.finfo(dtype).min
+        if side != "student":
+            teacher[row, masked] = torch.finfo(dtype).min
+    return student, teacher
+
+
+# what a mask on one side makes about 1e37 in float32's range: at its end, the size is all one knows
+HUGE = {
+    ("forward_kl", "student"),
+    ("reverse_kl", "teacher"),
+    ("mse", "student"),
+    ("mse", "teacher"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("backend", FAST)
+def test_masks_of_the_lowest_number(
+    backend: str, side: str, divergence: str, dtype: torch.dtype
+) -> None:
+    student, teacher = lowest_numbers(side, dtype)
+    labels = torch.tensor([3, 2050])
+    for temperature in (1.0, 0.5, 3.7):
+        keywords = {"divergence": divergence, "temperature": temperature}
+        got = rows_and_gradient(student, teacher, labels, backend=backend, **keywords)
+        want = truth(student, teacher, labels, **keywords)
+        if (divergence, side) in HUGE and dtype != torch.float16:
+            assert (got[0] > 0.5 * want[0].clamp(max=1e37)).all()
+            if divergence == "forward_kl":
+                same(got[1:], want[1:])
+        else:
+            same(got, want)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_one_entry(backend: str, divergence: str) -> None:
+    """Nothing to say with V = 1: every softmax is 1."""
+    student, teacher = torch.tensor([[3.0], [-1e4]]), torch.tensor([[3.0], [-1e4]])
+    rows, gradient = rows_and_gradient(
+        student, teacher, torch.zeros(2, dtype=torch.long), divergence=divergence, backend=backend
+    )
+    assert torch.equal(rows, torch.zeros(2))
+    assert torch.equal(gradient, torch.zeros(2, 1))

@@ -1,0 +1,240 @@
+"""Memory beyond the inputs: one gradient out of place, none in place, nothing else that grows."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fast import FAST
+from torch import Tensor
+
+from fused_kd import kd_loss
+from fused_kd.options import DIVERGENCES
+from fused_kd.testing import Peak, cpu_peak
+
+# gradient made in the forward; the same for 16 bits; always in the backward
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# a row's own numbers: label, weights, losses, statistics; and scratch that does not grow
+PER_ROW, SCRATCH = 256, 65536
+ROWS, VOCABULARY = 96, 8192
+# N and V, doubled one after the other
+SHAPES = [(ROWS, VOCABULARY), (2 * ROWS, VOCABULARY), (ROWS, 2 * VOCABULARY)]
+
+
+def inputs(dtype: torch.dtype, rows: int = ROWS, vocabulary: int = VOCABULARY) -> list[Tensor]:
+    """Student (a leaf), teacher, labels."""
+    student, teacher = (torch.randn(rows, vocabulary).to(dtype) for _ in range(2))
+    return [student.requires_grad_(), teacher, torch.randint(vocabulary, (rows,))]
+
+
+def loss_of(tensors: list[Tensor], **keywords: Any) -> Tensor:
+    result = kd_loss(*tensors, temperature=2.0, **keywords)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def small(rows: int) -> int:
+    return SCRATCH + PER_ROW * rows
+
+
+def check(peak: Peak, gradients: int, rows: int, size: int) -> None:
+    """At most `gradients` tensors of `size` bytes at once, and nothing else of that order."""
+    assert peak.highest <= gradients * size + small(rows), peak
+    assert peak.largest <= (size if gradients else small(rows)), peak
+
+
+def test_the_probe_reads_a_known_figure() -> None:
+    """The recipe uses private attributes of torch: this pins what it reads."""
+    logits = torch.randn(256, 32000, requires_grad=True)
+    labels = torch.randint(32000, (256,))
+    size = 256 * 32000 * 4
+    peaks = []
+    for _ in range(2):
+        logits.grad = None
+        peaks.append(cpu_peak(lambda: F.cross_entropy(logits, labels).backward()))
+    for peak in peaks:
+        assert abs(peak.highest - 3 * size) < 4096
+        assert abs(peak.left - size) < 4096
+        assert peak.largest == size
+
+
+def test_the_probe_notices_an_upcast() -> None:
+    """Known-bad input: a float32 copy must fail what the losses are held to."""
+    student, teacher, labels = inputs(torch.bfloat16)
+
+    def upcast() -> Tensor:
+        return loss_of([student.float(), teacher, labels])
+
+    with pytest.raises(AssertionError):
+        check(cpu_peak(upcast), 1, ROWS, student.nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "divergence"),
+    [(SHAPES[0], divergence) for divergence in DIVERGENCES]
+    + [(shape, "forward_kl") for shape in SHAPES[1:]],
+)
+@pytest.mark.parametrize("backend", FAST)
+def test_out_of_place_needs_one_gradient_R_28(
+    backend: str, shape: tuple[int, int], divergence: str, dtype: torch.dtype
+) -> None:
+    tensors = inputs(dtype, *shape)
+    options = {"backend": backend, "divergence": divergence, "label_smoothing": 0.1}
+
+    def step() -> None:
+        loss_of(tensors, **options).backward()
+
+    peak = cpu_peak(step)
+    check(peak, 1, shape[0], tensors[0].nbytes)
+    assert peak.left <= tensors[0].nbytes + 64  # the gradient, as .grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", FAST)
+def test_in_place_needs_less_than_1_MiB(backend: str, divergence: str, dtype: torch.dtype) -> None:
+    leaf, teacher, labels = inputs(dtype, 256, 16384)
+    student = leaf * 1.0
+    assert student.nbytes > 4 << 20
+
+    def step() -> Tensor:
+        loss = loss_of(
+            [student, teacher, labels], inplace=True, divergence=divergence, backend=backend
+        )
+        return torch.autograd.grad(loss, student)[0]
+
+    check(cpu_peak(step), 0, 256, student.nbytes)
+    assert small(256) < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("grad", ["no_grad", "inference_mode", "student without grad"])
+@pytest.mark.parametrize("backend", FAST)
+def test_the_value_alone_needs_nothing(
+    backend: str, grad: str, reduction: str, dtype: torch.dtype
+) -> None:
+    tensors = inputs(dtype)
+    if grad == "student without grad":
+        tensors[0] = tensors[0].detach()
+    context = torch.inference_mode(grad == "inference_mode")
+
+    def step() -> Tensor:
+        with context, torch.set_grad_enabled(grad == "student without grad"):
+            return loss_of(tensors, reduction=reduction, backend=backend)
+
+    check(cpu_peak(step), 0, ROWS, tensors[0].nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_rows_need_one_gradient_and_only_in_the_backward(backend: str, dtype: torch.dtype) -> None:
+    tensors = inputs(dtype)
+    held: list[Tensor] = []
+    forward = cpu_peak(lambda: held.append(loss_of(tensors, reduction="none", backend=backend)))
+    check(forward, 0, ROWS, tensors[0].nbytes)
+    upstream = torch.randn(ROWS)
+    backward = cpu_peak(lambda: torch.autograd.grad(held[0], tensors[0], upstream))
+    check(backward, 1, ROWS, tensors[0].nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_second_backward_needs_no_more_than_the_first(
+    backend: str, scale: float, dtype: torch.dtype
+) -> None:
+    tensors = inputs(dtype)
+
+    def step() -> None:
+        loss = scale * loss_of(tensors, backend=backend)
+        for _ in range(2):  # the first one's gradient is gone when the second is made
+            torch.autograd.grad(loss, tensors[0], retain_graph=True)
+
+    check(cpu_peak(step), 1, ROWS, tensors[0].nbytes)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+@pytest.mark.parametrize("backend", FAST)
+def test_mixed_dtypes_are_not_converted_whole(backend: str, dtypes: Any) -> None:
+    tensors = inputs(dtypes[0])
+    tensors[1] = tensors[1].to(dtypes[1])
+    peak = cpu_peak(lambda: loss_of(tensors, backend=backend).backward())
+    check(peak, 1, ROWS, tensors[0].nbytes)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_view_of_two_strides_is_not_copied(backend: str) -> None:
+    student = torch.randn(4, 33, VOCABULARY)[:, :-1].requires_grad_()
+    teacher = torch.randn(4, 33, VOCABULARY)[:, :-1]
+    labels = torch.randint(VOCABULARY, (4, 32))
+
+    def step() -> None:
+        loss_of([student, teacher, labels], backend=backend).backward()
+
+    check(cpu_peak(step), 1, 128, 128 * VOCABULARY * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", FAST)
+def test_nothing_stays_behind_without_the_garbage_collector_R_28(
+    backend: str, reduction: str, dtype: torch.dtype
+) -> None:
+    tensors = inputs(dtype, 16)
+
+    def step() -> None:
+        loss = loss_of(tensors, reduction=reduction, backend=backend).sum()
+        torch.autograd.grad(loss, tensors[0], retain_graph=True)
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        left = cpu_peak(lambda: [step() for _ in itertools.repeat(None, 5)]).left
+    finally:
+        gc.enable()
+    assert left == 0
+
+
+RESIDENT = """
+import sys, torch
+from fused_kd import kd_loss
+torch.set_num_threads(1)
+rows, vocabulary = 128, 65536
+leaf = torch.randn(rows, vocabulary).bfloat16().requires_grad_()
+teacher, labels = torch.randn(rows, vocabulary).bfloat16(), torch.randint(vocabulary, (rows,))
+
+def resident(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(key)) * 1024
+
+for measured in (False, True):
+    student = leaf * 1.0
+    torch.ones(rows, 1).expand(rows, 2).sum()
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    before = resident("VmRSS")
+    loss = kd_loss(student, teacher, labels, temperature=2.0, inplace=True, backend=sys.argv[1])
+    torch.autograd.grad(loss, student)
+    peak = resident("VmHWM") - before
+print(peak)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("backend", FAST)
+def test_scratch_outside_torchs_allocator_is_small_too(backend: str) -> None:
+    """Resident pages of a whole process: a gradient would be 16 MiB."""
+    command = [sys.executable, "-c", RESIDENT, backend]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1 << 20

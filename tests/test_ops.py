@@ -1,0 +1,302 @@
+"""The registered operators: opcheck, schemas, and the checks that protect memory in C++."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_kd import ops
+from fused_kd.backends import why_not
+from fused_kd.options import DIVERGENCES
+
+_WHY_NOT = why_not("cpu", "cpu")
+pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
+
+B, S, V = 2, 3, 5
+N = B * S
+LAYOUTS = ("contiguous", "slice", "transposed")  # strides: collapsible; with a gap; inner > outer
+# float32 and 16 bits read in place; mixed and half through float32 copies
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+]
+TERMS = ("both", "hard", "soft", "neither")
+ROW_OPS = ("forward", "forward_backward", "forward_backward_")
+GRADIENT_OPS = ("backward", "backward_", "backward_into")
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.fused_kd, name).default
+
+
+def logits(dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
+    if layout == "slice":
+        return torch.randn(B, S + 1, V).to(dtype)[:, :-1]
+    if layout == "transposed":
+        return torch.randn(S, B, V).to(dtype).transpose(0, 1)
+    return torch.randn(B, S, V).to(dtype)
+
+
+def rows(
+    dtypes: tuple[torch.dtype, torch.dtype] = DTYPES[0],
+    terms: str = "both",
+    layout: str = "contiguous",
+) -> list[Tensor | None]:
+    """student, teacher, labels, w_hard, w_soft; one row is off."""
+    weights: list[Tensor | None] = [torch.rand(N), torch.rand(N)]
+    for weight in weights:
+        weight[1] = 0.0  # type: ignore[index]
+    if terms in ("soft", "neither"):
+        weights[0] = None
+    if terms in ("hard", "neither"):
+        weights[1] = None
+    labels = None if weights[0] is None else torch.randint(V, (N,))
+    return [logits(dtypes[0], layout), logits(dtypes[1]), labels, *weights]
+
+
+def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[float, ...]:
+    return DIVERGENCES.index(divergence), 2.0, 0.3, 4.0, smoothing
+
+
+def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
+    """The arguments of an operator; statistics come from its forward."""
+    numeric = numbers(divergence)
+    if name in ROW_OPS:
+        return *given, *numeric
+    stats = op("forward")(*given, *numeric)[2]
+    into = (torch.zeros(given[0].shape, dtype=given[0].dtype),) if name == "backward_into" else ()
+    return *given, stats, *numeric, *into
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
+def test_opcheck_layouts(name: str, layout: str) -> None:
+    torch.library.opcheck(op(name), arguments(name, rows(layout=layout)))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[1:])
+@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
+def test_opcheck_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    torch.library.opcheck(op(name), arguments(name, rows(dtypes)))
+
+
+@pytest.mark.parametrize("terms", TERMS[1:])
+@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
+def test_opcheck_optional_arguments(name: str, terms: str) -> None:
+    torch.library.opcheck(op(name), arguments(name, rows(terms=terms)))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_opcheck_divergences(divergence: str) -> None:
+    torch.library.opcheck(op("backward"), arguments("backward", rows(), divergence))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_scale(dtype: torch.dtype) -> None:
+    torch.library.opcheck(op("scale_"), (logits(dtype), torch.tensor(0.5)))
+
+
+def test_every_operator_is_checked_here() -> None:
+    names = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("fused_kd::")
+    }
+    assert names == {*ROW_OPS, *GRADIENT_OPS, "scale_"}
+
+
+# operator: the arguments that it writes, and what it returns
+@pytest.mark.parametrize(
+    ("name", "written", "returned"),
+    [
+        ("forward", [], 3),
+        ("forward_backward", [], 4),
+        ("forward_backward_", ["student"], 3),
+        ("backward", [], 1),
+        ("backward_", ["student"], 0),
+        ("backward_into", ["grad"], 0),
+        ("scale_", ["grad"], 0),
+    ],
+)
+def test_schema(name: str, written: list[str], returned: int) -> None:
+    schema = op(name)._schema
+    changed = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert changed == written
+    assert len(schema.returns) == returned
+    assert all(r.alias_info is None for r in schema.returns)
+    for key in ("CPU", "Meta"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, key)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: str) -> None:
+    given = rows(dtypes, layout=layout)
+    student = given[0]
+    assert student is not None
+    *plain, grad = op("forward_backward")(*given, *numbers())
+    versions = [grad, op("backward")(*given, plain[2], *numbers())]
+    into = torch.full_like(grad, 7.0)
+    op("backward_into")(*given, plain[2], *numbers(), into)
+    versions.append(into)
+    for name in ("forward_backward_", "backward_"):
+        over = torch.empty_strided(student.shape, student.stride(), dtype=student.dtype)
+        over.copy_(student)
+        stats = () if name == "forward_backward_" else (plain[2],)
+        again = op(name)(over, *given[1:], *stats, *numbers())
+        versions.append(over)
+        if again is not None:
+            assert all(map(torch.equal, again, plain))
+    assert all(map(torch.equal, op("forward")(*given, *numbers()), plain))
+    assert not grad.isnan().any()
+    for version in versions:
+        assert torch.equal(version, grad)
+    op("scale_")(into, torch.tensor(0.25))
+    assert torch.equal(into, grad * 0.25)
+
+
+def test_no_rows_is_no_error() -> None:
+    given = [x if x is None else x[:0] for x in rows()]
+    hard, soft, stats, grad = op("forward_backward")(*given, *numbers())
+    assert hard.shape == soft.shape == (0,)
+    assert stats.shape == (0, ops.STATS)
+    assert grad.shape == (0, S, V)
+
+
+STUDENT, TEACHER, LABELS, W_HARD, W_SOFT = range(5)
+# position, what stands there, the sentence
+WRONG = {
+    "student 2-D": (STUDENT, torch.zeros(N, V), r"student must be \(B, S, V\); got 2"),
+    "teacher 4-D": (TEACHER, torch.zeros(1, B, S, V), r"teacher must be \(B, S, V\); got 4"),
+    "other B": (TEACHER, torch.zeros(B + 1, S, V), "differ in dimension 0: 2 and 3"),
+    "other S": (TEACHER, torch.zeros(B, 1, V), "differ in dimension 1: 3 and 1"),
+    "other V": (TEACHER, torch.zeros(B, S, V - 1), "differ in dimension 2: 5 and 4"),
+    "student float64": (
+        STUDENT,
+        torch.zeros(B, S, V).double(),
+        "student must be float32, bfloat16",
+    ),
+    "teacher integer": (TEACHER, torch.zeros(B, S, V).long(), "teacher must be float32, bfloat16"),
+    "student last stride": (STUDENT, torch.zeros(B, S, 2 * V)[..., ::2], "last stride 1; got 2"),
+    "teacher last stride": (TEACHER, torch.zeros(B, V, S).mT, "last stride 1; got 3"),
+    "teacher stride 0": (TEACHER, torch.zeros(B, S, 1).expand(B, S, V), "last stride 1; got 0"),
+    "labels int32": (LABELS, torch.zeros(N, dtype=torch.int32), "labels has the wrong device or d"),
+    "labels short": (LABELS, torch.zeros(N - 1).long(), "labels must be contiguous with 6 elem"),
+    "labels strided": (LABELS, torch.zeros(2 * N).long()[::2], "labels must be contiguous"),
+    "labels missing": (LABELS, None, "a hard term needs labels"),
+    "w_hard long": (W_HARD, torch.zeros(N + 1), "w_hard must be contiguous with 6 elements; got 7"),
+    "w_hard float64": (W_HARD, torch.zeros(N).double(), "w_hard has the wrong device or dtype"),
+    "w_soft strided": (W_SOFT, torch.zeros(N, 2)[:, 0], "w_soft must be contiguous"),
+    "w_soft bfloat16": (W_SOFT, torch.zeros(N).bfloat16(), "w_soft has the wrong device or dtype"),
+}
+META = {
+    "teacher": (TEACHER, torch.zeros(B, S, V, device="meta")),
+    "labels": (LABELS, torch.zeros(N, dtype=torch.int64, device="meta")),
+    "w_hard": (W_HARD, torch.zeros(N, device="meta")),
+    "w_soft": (W_SOFT, torch.zeros(N, device="meta")),
+}
+
+
+@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_tensors_are_refused(name: str, wrong: str) -> None:
+    position, value, message = WRONG[wrong]
+    good = list(arguments(name, rows()))
+    before = [x.clone() if isinstance(x, Tensor) else x for x in good]
+    with pytest.raises(RuntimeError, match=message):
+        op(name)(*(value if i == position else x for i, x in enumerate(good)))
+    for now, was in zip(good, before, strict=True):
+        if isinstance(now, Tensor):
+            assert torch.equal(now, was), "something was written"
+
+
+@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
+@pytest.mark.parametrize("wrong", META)
+def test_a_tensor_elsewhere_is_refused(name: str, wrong: str) -> None:
+    good = list(arguments(name, rows()))
+    position, value = META[wrong]
+    good[position] = value
+    with pytest.raises(RuntimeError, match="must be on one device; got cpu and meta"):
+        op(name)(*good)
+
+
+@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
+def test_an_empty_vocabulary_is_refused(name: str) -> None:
+    good = list(arguments(name, rows()))
+    good[:2] = [torch.zeros(B, S, 0)] * 2
+    with pytest.raises(RuntimeError, match="the vocabulary is empty"):
+        op(name)(*good)
+
+
+# each the first, and a later, position of the numbers
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, -1, "unknown divergence -1"),
+        (0, 5, "unknown divergence 5"),
+        (1, 0.0, "temperature must be positive and finite"),
+        (1, -1.0, "temperature must be positive and finite"),
+        (1, float("nan"), "temperature must be positive and finite"),
+        (1, float("inf"), "temperature must be positive and finite"),
+    ],
+)
+def test_wrong_numbers_are_refused(position: int, value: float, message: str) -> None:
+    wrong = list(numbers())
+    wrong[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        op("forward")(*rows(), *wrong)
+
+
+@pytest.mark.parametrize("name", GRADIENT_OPS)
+def test_statistics_of_another_forward_are_refused(name: str) -> None:
+    good = list(arguments(name, rows()))
+    for stats, message in (
+        (torch.zeros(N, ops.STATS - 1), "stats must be contiguous with 66 elements; got 60"),
+        (torch.zeros(N + 1, ops.STATS), "stats must be contiguous with 66 elements; got 77"),
+        (torch.zeros(ops.STATS, N).mT, "stats must be contiguous"),
+        (torch.zeros(N, ops.STATS).double(), "stats has the wrong device or dtype"),
+    ):
+        good[5] = stats
+        with pytest.raises(RuntimeError, match=message):
+            op(name)(*good)
+
+
+def test_another_gradient_is_refused() -> None:
+    good = arguments("backward_into", rows())[:-1]
+    for grad, message in (
+        (torch.zeros(B, S, V - 1), "grad must have the student's shape"),
+        (torch.zeros(B, S + 1, V), "grad must have the student's shape"),
+        (torch.zeros(B, S, V).half(), "grad must have the student's dtype"),
+        (torch.zeros(B, V, S).mT, "grad must have last stride 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op("backward_into")(*good, grad)
+
+
+def test_scale_refuses() -> None:
+    for grad, factor, message in (
+        (torch.zeros(B, S, V), torch.ones(2), "factor must be one"),
+        (torch.zeros(B, S, V), torch.tensor(2.0).double(), "factor must be one CPU float32"),
+        (torch.zeros(B, S, V).double(), torch.tensor(2.0), "grad must be float32, bfloat16"),
+        (torch.zeros(S, V), torch.tensor(2.0), r"grad must be \(B, S, V\)"),
+        (torch.zeros(B, V, S).mT, torch.tensor(2.0), "grad must have last stride 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op("scale_")(grad, factor)
+
+
+def test_a_label_outside_is_never_read() -> None:
+    """Python refuses it; the operator itself answers NaN, in that row alone."""
+    given = rows()
+    given[LABELS] = torch.tensor([0, V, -1, 2**62, -(2**63), 1])
+    given[W_HARD] = torch.ones(N)
+    hard, soft, _, grad = op("forward_backward")(*given, *numbers())
+    outside = torch.tensor([False, True, True, True, True, False])
+    assert torch.equal(hard.isnan(), outside)
+    assert not soft.isnan().any()
+    assert torch.equal(grad.view(N, V).isnan(), outside[:, None].expand(N, V))
