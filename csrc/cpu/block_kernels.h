@@ -79,6 +79,13 @@ void range(const void* s_, const void* t_, int size, Range* out) {
 // row), a long chain of additions to it would round each of them.
 constexpr int CHUNK = 256;
 
+// total += x, where x already has what earlier additions lost taken from it (Kahan).
+FUSED_KD_INLINE void add_exactly(Floats x, Floats& total, Floats& lost) {
+  const Floats next = total + x;
+  lost = (next - total) - x;
+  total = next;
+}
+
 template <Load L, Divergence D, Hard H>
 void sums(const Block& block, BlockSums* out) {
   using E = typename Element<L>::type;
@@ -91,6 +98,7 @@ void sums(const Block& block, BlockSums* out) {
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k),
                k_1 = splat(block.k_1);
   Floats all_d_s{}, all_d_t{}, all_d_1{}, all_w{};
+  Floats squares[2] = {}, lost[2] = {};  // squared differences may all be large and alike
   Floats max_a = splat(LOWEST), min_a = splat(-LOWEST), max_b = max_a, min_b = min_a;
   for (int begin = 0; begin < block.size; begin += CHUNK) {
     const int end = begin + CHUNK < block.size ? begin + CHUNK : block.size;
@@ -117,7 +125,7 @@ void sums(const Block& block, BlockSums* out) {
         else if constexpr (softmax<D>())
           w = Rule<D>::accumulate(a, b, P, Q, w);
         else
-          w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
+          add_exactly(Rule<D>::accumulate(sv[j], tv[j], P, Q, -lost[j]), squares[j], lost[j]);
         if constexpr (H == Hard::power2) d_1 = fma(P, P, d_1);
         if constexpr (H == Hard::power4) d_1 = fma(P * P, P * P, d_1);
         if constexpr (H == Hard::separate) d_1 += power<L>(a, k_1);
@@ -139,7 +147,7 @@ void sums(const Block& block, BlockSums* out) {
   out->d_s = sum(all_d_s);
   out->d_t = sum(all_d_t);
   out->d_1 = H == Hard::power1 ? out->d_s : sum(all_d_1);
-  out->canary = sum(all_w);
+  out->canary = sum(softmax<D>() || CANARY ? all_w : squares[0] + squares[1]);
   out->w = CANARY ? 0.0f : out->canary;
   out->max_a = largest(max_a);
   out->min_a = -largest(-min_a);
