@@ -124,8 +124,10 @@ void sums(const Block& block, BlockSums* out) {
           w += a + b;
         else if constexpr (softmax<D>())
           w = Rule<D>::accumulate(a, b, P, Q, w);
-        else
+        else {
+          w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
           add_exactly(Rule<D>::accumulate(sv[j], tv[j], P, Q, -lost[j]), squares[j], lost[j]);
+        }
         if constexpr (H == Hard::power2) d_1 = fma(P, P, d_1);
         if constexpr (H == Hard::power4) d_1 = fma(P * P, P * P, d_1);
         if constexpr (H == Hard::separate) d_1 += power<L>(a, k_1);
@@ -147,8 +149,10 @@ void sums(const Block& block, BlockSums* out) {
   out->d_s = sum(all_d_s);
   out->d_t = sum(all_d_t);
   out->d_1 = H == Hard::power1 ? out->d_s : sum(all_d_1);
-  out->canary = sum(softmax<D>() || CANARY ? all_w : squares[0] + squares[1]);
+  out->canary = sum(all_w);
   out->w = CANARY ? 0.0f : out->canary;
+  if constexpr (TEACHER && !softmax<D>())  // an infinite sum has no compensation
+    if (__builtin_isfinite(out->canary)) out->w = sum(squares[0] + squares[1]);
   out->max_a = largest(max_a);
   out->min_a = -largest(-min_a);
   out->max_b = largest(max_b);
