@@ -11,9 +11,23 @@ import math
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .options import LARGEST, SMALLEST
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHT_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -107,7 +121,7 @@ def check_token_weight(token_weight: Tensor | None, student: Tensor) -> None:
     if token_weight is None:
         return
     _check_dense("token_weight", token_weight)
-    if token_weight.is_complex():
+    if token_weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"token_weight must be a bool, int or float tensor; got {token_weight.dtype}"
         )
@@ -121,8 +135,9 @@ def check_token_weight(token_weight: Tensor | None, student: Tensor) -> None:
     if token_weight.numel() == 0 or not _may_look_at_values(token_weight):
         return
     low, high = (bound.item() for bound in torch.aminmax(token_weight))
-    if not (low >= 0 and high < math.inf):
-        bad = ~((token_weight >= 0) & (token_weight < math.inf))
+    largest = torch.finfo(torch.float32).max
+    if not (low >= 0 and high <= largest):
+        bad = ~((token_weight >= 0) & (token_weight <= largest))
         first = bad.nonzero()[0].tolist()
         raise ValueError(
             "token_weight must be at least 0 and finite; "
@@ -130,7 +145,7 @@ def check_token_weight(token_weight: Tensor | None, student: Tensor) -> None:
         )
 
 
-def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
+def check_num_items(num_items: float | Tensor | None, reduction: str, student: Tensor) -> None:
     """A positive number or a 0-d tensor (where 0 is allowed: the loss is then 0)."""
     if num_items is None:
         return
@@ -145,6 +160,8 @@ def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
                 "num_items must be a number or a 0-d tensor; got a tensor of shape "
                 f"{tuple(num_items.shape)}"
             )
+        if num_items.device.type != "cpu":
+            _check_device("num_items", num_items, student)
         if num_items.is_complex() or num_items.dtype == torch.bool or num_items.requires_grad:
             raise TypeError(
                 "num_items must be an int or float tensor without grad; "
@@ -158,22 +175,29 @@ def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
         raise TypeError(
             f"num_items must be a number or a 0-d tensor; got {type(num_items).__name__}"
         )
-    elif not 0 < num_items < math.inf:
-        raise ValueError(f"num_items must be positive and finite; got {num_items}")
+    elif not SMALLEST <= num_items <= LARGEST:
+        bounds = f", in [{SMALLEST:.0e}, {LARGEST:.0e}]" if 0 < num_items < math.inf else ""
+        raise ValueError(f"num_items must be positive and finite{bounds}; got {num_items}")
 
 
-def check_inplace(student: Tensor) -> None:
+def check_inplace(student: Tensor, teacher: Tensor) -> None:
     """The student's memory may be overwritten with the gradient."""
-    if student.is_leaf:
+    base = student._base if student._is_view() else None
+    if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace=True needs student_logits that a model computed; got a leaf tensor that "
-            "requires grad, whose values the gradient would destroy"
+            "requires grad, or a view of one, whose values the gradient would destroy"
         )
     if _overlaps(student):
         raise ValueError(
             "inplace=True needs student_logits whose entries do not share memory; got shape "
             f"{tuple(student.shape)} with strides {student.stride()} (an expanded or overlapping "
             "view)"
+        )
+    if _share_memory(student, teacher):
+        raise ValueError(
+            "inplace=True needs teacher_logits in memory of their own, or exactly where "
+            "student_logits lie; got two that partly share it: clone one"
         )
 
 
@@ -189,7 +213,7 @@ def refuse_copy_inplace(student: Tensor) -> None:
 def _may_look_at_values(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) is Tensor  # a fake tensor has no values
+        and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)  # a fake tensor has no values
         and tensor.device.type == "cpu"
     )
 
@@ -197,8 +221,10 @@ def _may_look_at_values(tensor: Tensor) -> bool:
 def _check_dense(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "a quantised tensor" if tensor.is_quantized else f"layout {tensor.layout}"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = f"layout {tensor.layout}"
+        if tensor.is_nested or tensor.is_quantized:
+            kind = "a nested tensor" if tensor.is_nested else "a quantised tensor"
         raise TypeError(f"{name} must be a dense, unquantised tensor; got {kind}")
     if type(tensor) is not Tensor and hasattr(tensor, "device_mesh"):
         raise TypeError(
@@ -231,6 +257,21 @@ def _overlaps(tensor: Tensor) -> bool:
                 return True
             reach = stride * (size - 1) + reach
     return False
+
+
+def _share_memory(student: Tensor, teacher: Tensor) -> bool:
+    """Whether bytes of both overlap, unless each entry lies where its counterpart does."""
+    same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
+    if student.numel() == 0 or (student.data_ptr(), student.stride(), student.dtype) == same:
+        return False
+    (a, end_a), (b, end_b) = _span(student), _span(teacher)
+    return a < end_b and b < end_a
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Address of the first byte and behind the last."""
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _position(index: list[int]) -> str:

@@ -135,14 +135,15 @@ def kd_loss_with(
     num_items: float | Tensor | None = None,
 ) -> Tensor | KDLossParts:
     """:func:`kd_loss` with its options already built and checked."""
+    if isinstance(labels, Tensor) and labels.dtype in checks.LABEL_DTYPES:
+        labels = labels.to(torch.int64)  # before any comparison: ignore_index may not fit theirs
     kept, inplace = _check(options, student_logits, teacher_logits, labels, token_weight, num_items)
     backend = choose(options.backend, student_logits, teacher_logits)
     student, teacher = _as_rows(student_logits, teacher_logits, inplace)
     w = _row_weights(student_logits, teacher_logits, kept, token_weight, options, num_items)
-    if labels is None or options.hard_weight == 0.0:
-        rows = None
-    else:
-        rows = labels.reshape(-1).to(torch.int64).contiguous()
+    rows = None
+    if labels is not None and options.hard_weight != 0.0:
+        rows = labels.reshape(-1).contiguous()
     if options.reduction == "none":
         shape = student_logits.shape[:-1]
         parts = kd_row_losses(student, teacher, rows, w, options, backend)
@@ -165,7 +166,7 @@ def _check(
     checks.check_logits(student, teacher)
     checks.check_labels(labels, student, options.hard_weight)
     checks.check_token_weight(token_weight, student)
-    checks.check_num_items(num_items, options.reduction)
+    checks.check_num_items(num_items, options.reduction, student)
     inplace = (
         options.inplace
         and torch.is_grad_enabled()
@@ -173,7 +174,7 @@ def _check(
         and not torch.compiler.is_compiling()
     )
     if inplace:
-        checks.check_inplace(student)
+        checks.check_inplace(student, teacher)
     kept = None
     if labels is not None:
         kept = labels != options.ignore_index
@@ -204,10 +205,12 @@ def _row_weights(
         return w.contiguous()
     if num_items is None and token_weight is None:
         return w / w.sum().clamp_(min=1)  # a count
-    denominator = w.sum() if num_items is None else num_items
+    # the sum of weights that are each finite need not be, in float32
+    denominator = w.sum(dtype=torch.float64) if num_items is None else num_items
     if isinstance(denominator, Tensor):
-        denominator = torch.where(denominator == 0, math.inf, denominator.to(dtype))
-    return w / denominator
+        denominator = torch.where(denominator == 0, math.inf, denominator.to(torch.float64))
+        return (w.to(torch.float64) / denominator).to(dtype)
+    return w / float(denominator)
 
 
 def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from numbers import Integral, Real
 
 #: Position = the integer code that the compiled kernels use.
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "mse")
+#: Bounds of a temperature or denominator: its square and its inverse stay normal in float32.
+SMALLEST, LARGEST = 2.0**-60, 2.0**60
 REDUCTIONS = ("mean", "sum", "none")
 SOFT_SCALES = ("t2", "none")
 #: Backends that exist, besides "auto".
@@ -63,7 +65,10 @@ class KDOptions:
             return
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be a Python number; got {type(value).__name__}")
-        object.__setattr__(self, name, float(value))
+        try:
+            object.__setattr__(self, name, float(value))
+        except OverflowError:
+            raise ValueError(f"{name} must be finite; got a number beyond float64") from None
 
     def _check_names(self) -> None:
         if self.reduction == "batchmean":
@@ -77,12 +82,20 @@ class KDOptions:
         _one_of("backend", self.backend, ("auto", *BACKENDS))
 
     def _check_ranges(self) -> None:
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be positive and finite; got {self.temperature}")
+        if not SMALLEST <= self.temperature <= LARGEST:
+            bounds = (
+                f", in [{SMALLEST:.0e}, {LARGEST:.0e}]" if 0 < self.temperature < math.inf else ""
+            )
+            raise ValueError(
+                f"temperature must be positive and finite{bounds}; got {self.temperature}"
+            )
         for name in ("hard_weight", "soft_weight"):
             weight = getattr(self, name)
-            if not (weight >= 0.0 and math.isfinite(weight)):
-                raise ValueError(f"{name} must be at least 0 and finite; got {weight}")
+            if not (weight == 0.0 or 2.0**-126 <= weight <= LARGEST):  # a float32 that isn't 0
+                bounds = f" (0 or in [1e-38, {LARGEST:.0e}])" if 0 < weight < math.inf else ""
+                raise ValueError(f"{name} must be at least 0 and finite{bounds}; got {weight}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit in 64 bits; got {self.ignore_index}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:

@@ -20,6 +20,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": -1}, ValueError, "temperature must be positive and finite; got -1.0"),
     ({"temperature": math.nan}, ValueError, "temperature must be positive and finite; got nan"),
     ({"temperature": math.inf}, ValueError, "temperature must be positive and finite; got inf"),
+    ({"temperature": 1e30}, ValueError, "temperature must be positive and finite, in [9e-19, 1e+"),
+    ({"temperature": 10**400}, ValueError, "temperature must be finite; got a number beyond"),
+    ({"hard_weight": 1e300}, ValueError, "hard_weight must be at least 0 and finite (0 or in"),
+    ({"ignore_index": 2**70}, ValueError, "ignore_index must fit in 64 bits; got 118059"),
     ({"temperature": "hot"}, TypeError, "temperature must be a Python number; got str"),
     ({"temperature": torch.tensor(2.0)}, TypeError, "temperature must be a Python number; got Te"),
     ({"temperature": True}, TypeError, "temperature must be a Python number; got bool"),
@@ -160,6 +164,12 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"labels": changed(Y, -100), "ignore_index": 0},
         ValueError,
         "equal to ignore_index=0; got -100 at position (1, 2)",
+    ),
+    "num_items tiny": ({"num_items": 1e-50}, ValueError, "num_items must be positive and finite, "),
+    "num_items elsewhere": (
+        {"num_items": torch.tensor(4, device="meta")},
+        ValueError,
+        "num_items must be on the device of student_logits, cpu; got meta",
     ),
     "num_items = 0": ({"num_items": 0}, ValueError, "num_items must be positive and finite; got 0"),
     "num_items < 0": (

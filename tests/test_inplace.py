@@ -134,3 +134,26 @@ def test_an_empty_batch_in_place(backend: str) -> None:
     labels = torch.zeros(0, dtype=torch.int64)
     kd_loss(student, torch.randn(0, 5), labels, inplace=True, backend=backend).backward()  # type: ignore[union-attr]
     assert student.grad is not None
+
+
+def test_a_view_of_a_parameter_is_refused(backend: str) -> None:
+    parameter = torch.randn(4, 50).requires_grad_()
+    before = parameter.detach().clone()
+    with pytest.raises(ValueError, match="a leaf tensor that requires grad, or a view of one"):
+        kd_loss(
+            parameter.view(2, 2, 50),
+            torch.randn(2, 2, 50),
+            torch.zeros(2, 2, dtype=torch.int64),
+            inplace=True,
+            backend=backend,
+        )
+    assert torch.equal(parameter, before)
+
+
+def test_a_teacher_that_partly_shares_the_students_memory_is_refused(backend: str) -> None:
+    both = grown(5, 50)
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="teacher_logits in memory of their own"):
+        kd_loss(both[1:], both.detach()[:-1], labels, inplace=True, backend=backend)
+    loss = kd_loss(both, both.detach(), torch.zeros(5, dtype=torch.int64), inplace=True)
+    assert loss.isfinite()  # type: ignore[union-attr]

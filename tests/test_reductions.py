@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -165,3 +166,35 @@ def test_a_term_of_weight_zero_is_not_computed_and_reported_as_zero(backend: str
     assert parts.loss.isfinite()
     (gradient,) = torch.autograd.grad(parts.loss, student)
     assert gradient.isfinite().all()
+
+
+# 156 is -100 in eight bits: labels are compared as what they say
+def test_narrow_labels_do_not_wrap_into_ignore_index(backend: str) -> None:
+    student, teacher = torch.randn(3, 300), torch.randn(3, 300)
+    labels = torch.tensor([156, 44, 7])
+    for ignore_index in (-100, 300):
+        options = {"reduction": "none", "backend": backend, "ignore_index": ignore_index}
+        got = kd_loss(student, teacher, labels.to(torch.uint8), **options)  # type: ignore[arg-type]
+        want = kd_loss(student, teacher, labels, **options)  # type: ignore[arg-type]
+        assert torch.equal(got, want)  # type: ignore[arg-type]
+
+
+def test_token_weights_whose_sum_overflows(backend: str) -> None:
+    student, teacher, labels = torch.randn(3, 30), torch.randn(3, 30), torch.tensor([1, 2, 3])
+    huge = kd_loss(student, teacher, labels, token_weight=torch.full((3,), 2e38), backend=backend)
+    torch.testing.assert_close(huge, kd_loss(student, teacher, labels, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_infinite_upstream_leaves_ignored_rows_at_zero(dtype: torch.dtype, backend: str) -> None:
+    student = torch.randn(3, 30).to(dtype).requires_grad_()
+    loss = kd_loss(student, torch.randn(3, 30), torch.tensor([-100, 2, 3]), backend=backend)
+    loss.backward(torch.tensor(math.inf))  # type: ignore[union-attr]
+    assert student.grad is not None
+    assert not student.grad[0].any()
+
+
+def test_a_range_check_sees_parameters(backend: str) -> None:
+    labels = torch.nn.Parameter(torch.tensor([0, 99]), requires_grad=False)
+    with pytest.raises(ValueError, match="got 99 at position 1"):
+        kd_loss(torch.randn(2, 30), torch.randn(2, 30), labels, backend=backend)

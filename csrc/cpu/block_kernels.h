@@ -387,7 +387,7 @@ inline void narrow(Dtype dtype, const float* from, void* to, int size) {
 }
 
 // Multiplies a gradient by a factor that is exact for its type (a power of two), or in float32
-// where one more rounding is allowed.
+// where one more rounding is allowed. Zeros stay, whatever the factor: an ignored row is not NaN.
 inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
   float buffer[BLOCK];
   const int width = dtype == Dtype::f32 ? 4 : 2;
@@ -396,7 +396,7 @@ inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
     char* p = static_cast<char*>(values) + i * width;
     float* work = dtype == Dtype::f32 ? reinterpret_cast<float*>(p) : buffer;
     if (dtype != Dtype::f32) widen(dtype, p, work, count);
-    for (int j = 0; j < count; ++j) work[j] *= factor;
+    for (int j = 0; j < count; ++j) work[j] = work[j] != 0 ? work[j] * factor : work[j];
     if (dtype != Dtype::f32) narrow(dtype, work, p, count);
   }
 }

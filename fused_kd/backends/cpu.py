@@ -103,6 +103,9 @@ def rescale(
     if exact:
         _ops.scale_.default(grad, scale)
         return
-    w_hard, w_soft = (None if w is None else w * scale for w in (w_hard, w_soft))
+    # a weight of 0 stays 0 whatever the scale is, also an infinite one
+    w_hard, w_soft = (
+        None if w is None else torch.where(w != 0, w * scale, 0.0) for w in (w_hard, w_soft)
+    )
     rows = (student, teacher, labels, w_hard, w_soft)
     _ops.backward_into.default(*rows, stats, *_numbers(options), grad)

@@ -287,8 +287,8 @@ def rescale(
 ) -> None:
     """Turns a gradient made in the forward into `scale` times it, rounded once where possible."""
     if student is None or grad.dtype in (torch.float32, torch.float64):
-        grad.mul_(scale)
+        grad.copy_(_keep(grad * scale, grad != 0))  # an ignored row stays 0 if scale is infinite
         return
-    scaled_hard = None if w_hard is None else w_hard * scale
-    scaled_soft = None if w_soft is None else w_soft * scale
+    scaled_hard = None if w_hard is None else _keep(w_hard * scale, w_hard != 0)
+    scaled_soft = None if w_soft is None else _keep(w_soft * scale, w_soft != 0)
     grad.copy_(backward(student, teacher, labels, scaled_hard, scaled_soft, stats, options))
