@@ -145,6 +145,9 @@ def _pip(source: Path, *arguments: str, **environment: str) -> None:
 def _installed(target: Path) -> tuple[list[Path], str]:
     """The compiled modules there, and the report of that installation, which also works."""
     code = (
+        # an editable installation beside it would lend its compiled module
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
         "import torch, fused_kd\n"
         "x = torch.randn(2, 5, requires_grad=True)\n"
         "fused_kd.KDLoss()(x, torch.randn(2, 5), torch.tensor([1, 2])).backward()\n"
