@@ -9,9 +9,11 @@
 //
 // A divergence is one struct `Rule<D>`:
 //     accumulate    one element into the first visit's sum `w`
-//     rebase        what `w` becomes when the references grow: a and b move by shift_s, shift_t <=
-//     0, P and Q shrink by the factors accumulate2   one element into the sums of a second visit
-//     (TWO_VISITS only; needs the normalisers) value         the row's divergence D from its sums
+//     rebase        what `w` becomes when the references grow: a and b move by shift_s and
+//                   shift_t <= 0, P and Q shrink by the factors
+//     accumulate2   one element into the sums of a second visit (TWO_VISITS only; needs the
+//                   normalisers); ANY: P may have underflowed; k: log2(e)/T
+//     value         the row's divergence D from its sums
 //     constants     what `gradient` needs, scaled by `weight` = upstream * c(T) / T
 //     gradient      weight * T * dD/ds_v of one element, plus `offset`
 // F is the element type (a vector, float); R the type of a row's scalars (double on the CPU, float
@@ -42,7 +44,7 @@ struct RowSums {
   R count;
 };
 
-// Scalars that `gradient` uses. `ratio` and the normalisers are exactly equal for equal rows, which
+// Scalars that elements need. `ratio` and the normalisers are exactly equal for equal rows, which
 // makes their gradient exactly 0.
 template <class F>
 struct Constants {
@@ -149,11 +151,15 @@ struct Rule<Divergence::jsd> {
   FUSED_KD_HD static R rebase(const RowSums<R>& r, R, R, R, R) {
     return r.w;
   }
-  template <class F>
-  FUSED_KD_HD static void accumulate2(F P, F Q, const Constants<F>& c, F& x, F& y) {
+  // log(q/m) = log(p/m) + log(q/p), and log(q/p) is linear in the logits: one logarithm instead of
+  // two, where p is a number that has one.
+  template <bool ANY, class F>
+  FUSED_KD_HD static void accumulate2(F a, F b, F P, F Q, F k, const Constants<F>& c, F& x, F& y) {
     const F p = P * c.inverse_s, q = Q * c.inverse_t, m = mixture(p, q, c.beta);
-    x = fma(p, log2(p / m), x);
-    y = fma(q, log2(q / m), y);
+    const F p_over_m = log2(p / m);
+    const F q_over_m = ANY ? log2(q / m) : p_over_m + fma(b - a, k, c.ratio);
+    x = fma(p, p_over_m, x);
+    y = fma(q, q_over_m, y);
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
@@ -161,7 +167,8 @@ struct Rule<Divergence::jsd> {
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {
-    return {weight * (R(1) - o.beta) * ln2<R>(), R(0), r.x, R(1) / r.d_s, R(1) / r.d_t, o.beta};
+    const R ratio = log2(r.d_s / r.d_t);
+    return {weight * (R(1) - o.beta) * ln2<R>(), ratio, r.x, R(1) / r.d_s, R(1) / r.d_t, o.beta};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F, F, F P, F Q, const Constants<F>& c, F offset) {
@@ -182,8 +189,8 @@ struct Rule<Divergence::tvd> {
   FUSED_KD_HD static R rebase(const RowSums<R>& r, R, R, R, R) {
     return r.w;
   }
-  template <class F>
-  FUSED_KD_HD static void accumulate2(F P, F Q, const Constants<F>& c, F& x, F& y) {
+  template <bool ANY, class F>
+  FUSED_KD_HD static void accumulate2(F, F, F P, F Q, F, const Constants<F>& c, F& x, F& y) {
     const F p = P * c.inverse_s, d = p - Q * c.inverse_t;
     x = x + magnitude(d);
     y = y + signed_like(p, d);

@@ -180,9 +180,12 @@ void sums2(const Block& block, const Constants<float>& constants, float* x, floa
       load_pair(s + i, sv[0], sv[1]);
       load_pair(t + i, tv[0], tv[1]);
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j)
-        Rule<D>::accumulate2(power<L>(relative<L>(sv[j], m_s), k),
-                             power<L>(relative<L>(tv[j], m_t), k), c, x_sum, y_sum);
+      for (int j = 0; j < 2; ++j) {
+        const Floats a = relative<L>(sv[j], m_s), b = relative<L>(tv[j], m_t);
+        constexpr bool ANY = L == Load::f32_any;
+        Rule<D>::template accumulate2<ANY>(a, b, power<L>(a, k), power<L>(b, k), k, c, x_sum,
+                                           y_sum);
+      }
     }
     all_x += x_sum;
     all_y += y_sum;

@@ -75,6 +75,7 @@ struct Row {
   Divergence divergence;
   Hard hard_mode;
   float k, k_1, k_max;
+  float exponent_range;  // largest |exponent| that the plain kernels take for this divergence
 
   Row(const Problem& p, const Kernels& table, int64_t n) : problem(p), table(table), n(n) {
     hard = p.w_hard && p.w_hard[n] != 0;
@@ -89,6 +90,9 @@ struct Row {
     k_1 = float(LOG2E);
     k = soft ? float(LOG2E / p.temperature) : k_1;
     k_max = std::max(k, k_1);
+    exponent_range = table.exponent_range;
+    // jsd takes the logarithm of p/m: p = P/d_s and the ratio must both be normal numbers
+    if (divergence == Divergence::jsd) exponent_range = std::min(exponent_range, 100.0f);
     hard_mode = Hard::separate;
     if (!hard)
       hard_mode = Hard::off;
@@ -212,7 +216,7 @@ Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double 
   const Range& r = block.range;
   const double spread = std::max<double>(reference(std::max<double>(m_s, r.max_s)) - r.min_s,
                                          reference(std::max<double>(m_t, r.max_t)) - r.min_t);
-  if (block.padded != block.size || !(spread * row.k_max <= row.table.exponent_range)) {
+  if (block.padded != block.size || !(spread * row.k_max <= row.exponent_range)) {
     if (!block.copied) copy_block(row, begin, scratch, block);
     block.load = Load::f32_any;
   }
@@ -304,7 +308,7 @@ bool add_plain(const Row& row, const Prepared& block, State& state, BlockSums& s
                  kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
   const float lowest = std::min(sums.min_a, sums.min_b), highest = std::max(sums.max_a, sums.max_b);
   return std::isfinite(sums.canary) && highest <= SLACK && highest * row.k_max <= SLACK_EXPONENT &&
-         -lowest * row.k_max <= row.table.exponent_range;
+         -lowest * row.k_max <= row.exponent_range;
 }
 
 // Looks at the block first: the references grow to its maxima, infinities are replaced,
@@ -389,7 +393,7 @@ void close(const Row& row, State& state) {
   if (state.r.m_t == LOWEST && (state.flags & IRREGULAR) && state.min_t == LOWEST)
     state.flags |= BAD_T;
   const double spread = std::max(state.r.m_s - state.min_s, state.r.m_t - state.min_t);
-  if (!(spread * row.k_max <= row.table.exponent_range)) state.flags |= IRREGULAR;
+  if (!(spread * row.k_max <= row.exponent_range)) state.flags |= IRREGULAR;
 }
 
 void save(const State& state, float* stats) {

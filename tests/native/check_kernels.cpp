@@ -132,7 +132,8 @@ static Constants<float> constants(const Case& c) {
     d_s += exact(c, i).P;
     d_t += exact(c, i).Q;
   }
-  return {0.37f, float(d_s / d_t), 0.11f, float(1 / d_s), float(1 / d_t), 0.3f};
+  const double ratio = c.divergence == Divergence::jsd ? std::log2(d_s / d_t) : d_s / d_t;
+  return {0.37f, float(ratio), 0.11f, float(1 / d_s), float(1 / d_t), 0.3f};
 }
 static Constants<double> in_double(const Constants<float>& c) {
   return {c.scale, c.ratio, c.offset, c.inverse_s, c.inverse_t, c.beta};
@@ -151,9 +152,11 @@ static void check_sums2(const Kernels& table, const Case& c) {
     const Exact e = exact(c, i);
     double more_x = 0, more_y = 0;
     if (c.divergence == Divergence::jsd)
-      Rule<Divergence::jsd>::accumulate2(e.P, e.Q, in_double(k), more_x, more_y);
+      Rule<Divergence::jsd>::accumulate2<true>(0.0, 0.0, e.P, e.Q, 0.0, in_double(k), more_x,
+                                               more_y);
     else
-      Rule<Divergence::tvd>::accumulate2(e.P, e.Q, in_double(k), more_x, more_y);
+      Rule<Divergence::tvd>::accumulate2<true>(0.0, 0.0, e.P, e.Q, 0.0, in_double(k), more_x,
+                                               more_y);
     want_x += more_x, want_y += more_y;
     // a term is a difference, or a logarithm near 1, of numbers rounded relative to p and q
     terms_x += fabs(more_x) + e.P * k.inverse_s + e.Q * k.inverse_t;
@@ -189,7 +192,8 @@ static void check_gradient(const Kernels& table, const Case& c) {
       const double part = rule.gradient(a, b, e.P, e.Q, in_double(k), 0.0);
       want += part;
       // what it is a difference of
-      terms += fabs(part) + k.scale * (raw ? 0 : e.P * (1 + fabs(k.offset)) + k.ratio * e.Q);
+      terms += fabs(part) +
+               k.scale * (raw ? 0 : e.P * (1 + fabs(k.offset)) + k.inverse_t / k.inverse_s * e.Q);
     });
     if (c.hard != Hard::off) want += double(0.29f) * e.E, terms += 4 * e.E;
     const double rounding = c.bf16() ? fabs(want) / 256 : 0;
