@@ -17,11 +17,12 @@ from typing import Any
 
 #: Name, what it does. The only variables that the package reads.
 VARIABLES = (
-    ("FUSED_KD_BACKEND", "auto, reference or cpu: the backend where the argument says auto"),
+    ("FUSED_KD_BACKEND", "the backend where the argument says auto"),
     (
         "FUSED_KD_CPU",
         "generic, avx2, avx512 or avx512_bf16: the instruction set of the cpu backend",
     ),
+    ("FUSED_KD_DEBUG", "1: look at labels and weights on a GPU too (synchronises)"),
     ("FUSED_KD_BUILD", "read by setup.py: 0 leaves the compiled module out"),
 )
 

@@ -74,7 +74,8 @@ def kd_loss(
         student_logits: (..., V); 1-D is a single row.
         teacher_logits: (..., V), without grad.
         labels: (...), integers aligned with the logits (nothing is shifted); None needs
-            ``hard_weight=0``. On a GPU a label outside [0, V) makes its row NaN.
+            ``hard_weight=0``. On a GPU a label outside [0, V) makes its row NaN
+            (FUSED_KD_DEBUG=1: an error that names it, at the cost of a synchronisation).
         temperature: T > 0 of the soft term.
         hard_weight: weight of H; a term of weight 0 is not computed and reported as 0.
         soft_weight: weight of c(T)·D.
@@ -98,7 +99,7 @@ def kd_loss(
             in the backward). What autograd saved of them before raises in its backward, what is
             read of them after is the gradient, and a second backward raises. Not for leaves.
             Nothing is written without gradients, nor under ``torch.compile``.
-        backend: "auto", "reference" or "cpu"; see ``python -m fused_kd.env``.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see ``python -m fused_kd.env``.
 
     Returns:
         The loss: 0-d, or shaped like the labels for "none"; or KDLossParts.

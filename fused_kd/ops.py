@@ -1,9 +1,12 @@
-"""Schemas and fakes of the registered operators; the compiled module only implements them.
+"""Schemas and fakes of the registered operators; backends only implement them.
 
 Calling ``torch.ops.fused_kd.*`` directly is not differentiable: :mod:`fused_kd.autograd` is what
 differentiates. Shapes: student, teacher ``(B, S, V)`` with last stride 1 and N = B*S rows; labels,
 w_hard, w_soft ``(N,)`` (None: that term is off; a weight of 0: off for that row); stats
 ``(N, STATS)``.
+
+Every operator exists once for the compiled kernels (CPU and CUDA) and once, with the prefix
+``triton_``, for the Triton ones: two implementations cannot share the CUDA dispatch key.
 """
 
 from __future__ import annotations
@@ -11,26 +14,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Floats per row that a forward leaves for its backward (csrc/cpu/rows.h).
+#: Floats per row that a forward leaves for its backward (csrc/problem.h).
 STATS = 11
+#: Of the operators' names: the compiled kernels and the Triton ones.
+PREFIXES = ("", "triton_")
 
 _ROWS = "Tensor teacher, Tensor? labels, Tensor? w_hard, Tensor? w_soft"
 _NUMBERS = "int divergence, float temperature, float beta, float soft_factor, float label_smoothing"
+_LOSSES = "Tensor, Tensor, Tensor"
+_SCHEMAS = (
+    # hard, soft, stats
+    f"forward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
+    # and the gradient
+    f"forward_backward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES}, Tensor)",
+    # the gradient over the student's memory
+    f"forward_backward_(Tensor(a!) student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
+    f"backward(Tensor student, {_ROWS}, Tensor stats, {_NUMBERS}) -> Tensor",
+    f"backward_(Tensor(a!) student, {_ROWS}, Tensor stats, {_NUMBERS}) -> ()",
+    # grad, made with these weights, becomes scale * grad, rounded once
+    f"rescale_(Tensor student, {_ROWS}, Tensor stats, {_NUMBERS}, Tensor scale, Tensor(a!) grad)"
+    " -> ()",
+    # the same where the student's logits are gone
+    "scale_(Tensor(a!) grad, Tensor factor) -> ()",
+)
 
-_library = torch.library.Library("fused_kd", "DEF")
-_library.define(f"forward(Tensor student, {_ROWS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"forward_backward(Tensor student, {_ROWS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"forward_backward_(Tensor(a!) student, {_ROWS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(f"backward(Tensor student, {_ROWS}, Tensor stats, {_NUMBERS}) -> Tensor")
-_library.define(f"backward_(Tensor(a!) student, {_ROWS}, Tensor stats, {_NUMBERS}) -> ()")
-_library.define(
-    f"backward_into(Tensor student, {_ROWS}, Tensor stats, {_NUMBERS}, Tensor(a!) grad) -> ()"
-)
-_library.define("scale_(Tensor(a!) grad, Tensor factor) -> ()")
+library = torch.library.Library("fused_kd", "DEF")
+for _prefix in PREFIXES:
+    for _schema in _SCHEMAS:
+        library.define(_prefix + _schema)
 
 
 def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
@@ -51,41 +62,43 @@ def _row_outputs(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hard, soft, student.new_empty((n, STATS), dtype=torch.float32)
 
 
-@torch.library.register_fake("fused_kd::forward")
-def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+def _fake_forward(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
     return _row_outputs(student)
 
 
-@torch.library.register_fake("fused_kd::forward_backward")
-def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+def _fake_forward_backward(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
     return *_row_outputs(student), student.new_empty(student.shape)
 
 
-@torch.library.register_fake("fused_kd::forward_backward_")
-def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
-    _check(student, teacher, *rest)
-    return _row_outputs(student)
-
-
-@torch.library.register_fake("fused_kd::backward")
-def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+def _fake_backward(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
     return student.new_empty(student.shape)
 
 
-@torch.library.register_fake("fused_kd::backward_")
-def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+def _fake_backward_(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
 
 
-@torch.library.register_fake("fused_kd::backward_into")
-def _(student, teacher, *rest):  # type: ignore[no-untyped-def]
+def _fake_rescale_(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
     torch._check(rest[-1].shape == student.shape, lambda: "grad must have the student's shape")
 
 
-@torch.library.register_fake("fused_kd::scale_")
-def _(grad, factor):  # type: ignore[no-untyped-def]
+def _fake_scale_(grad, factor):  # type: ignore[no-untyped-def]
     torch._check(factor.numel() == 1, lambda: "factor must be one number")
+
+
+_FAKES = {
+    "forward": _fake_forward,
+    "forward_backward": _fake_forward_backward,
+    "forward_backward_": _fake_forward,
+    "backward": _fake_backward,
+    "backward_": _fake_backward_,
+    "rescale_": _fake_rescale_,
+    "scale_": _fake_scale_,
+}
+for _prefix in PREFIXES:
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"fused_kd::{_prefix}{_name}", _fake)

@@ -13,7 +13,7 @@ SMALLEST, LARGEST = 2.0**-60, 2.0**60
 REDUCTIONS = ("mean", "sum", "none")
 SOFT_SCALES = ("t2", "none")
 #: Backends that exist, besides "auto".
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)

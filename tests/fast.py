@@ -21,8 +21,14 @@ def _parameter(name: str) -> Any:
     return pytest.param(name, marks=marks)
 
 
-#: all but the reference; one that cannot run is skipped with its reason
-FAST = [_parameter(name) for name in BACKENDS if name != "reference"]
+#: For CPU tensors: one that cannot run is skipped with its reason; a GPU's backend joins in where
+#: it runs on them (an interpreter).
+FAST = [
+    _parameter(name)
+    for name in BACKENDS
+    if name == "cpu" or (name != "reference" and why_not(name, "cpu") is None)
+]
+HERE = ["reference", *FAST]
 
 
 @contextmanager

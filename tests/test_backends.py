@@ -43,5 +43,5 @@ def test_the_argument_wins_over_the_environment_variable(monkeypatch: pytest.Mon
 
 
 def test_why_not_of_an_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'reference', 'cpu'; got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'reference', .*; got 'tpu'"):
         why_not("tpu")

@@ -58,12 +58,13 @@ def test_margins_of_nan_change_nothing(divergence: str, dtype: torch.dtype) -> N
         assert torch.equal(other, grad), vocabulary
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b), vocabulary
-        into = _margins(torch.zeros_like(student))
-        op.backward_into.default(*arguments, got[2], *numbers, into)
-        op.scale_.default(into, torch.tensor(0.5))
+        into, scale = _margins(grad), torch.tensor(0.75)
+        op.rescale_.default(*arguments, got[2], *numbers, scale, into)
+        scaled = grad.clone()
+        op.rescale_.default(student, teacher, *rest, want[2], *numbers, scale, scaled)
         op.forward_backward_.default(*arguments, *numbers)
         assert torch.equal(padded, grad), vocabulary
-        assert torch.equal(into, grad * 0.5), vocabulary
+        assert torch.equal(into, scaled), vocabulary
         assert all(map(_nothing_else_written, (padded, padded_teacher, into))), vocabulary
 
 
@@ -95,13 +96,15 @@ def walk_along_guard_pages() -> None:
                         rows[0][..., ::2] = -float("inf")
                     rest = (torch.randint(vocabulary, (N,)), torch.rand(N), torch.rand(N))
                     given = [_guarded(x, side) for x in (*rows, *rest)]
-                    stats = op.forward_backward.default(*given, *numbers)[2]
+                    *_, stats, grad = op.forward_backward.default(*given, *numbers)
                     assert stats.shape == (N, ops.STATS)
-                    into = _guarded(torch.zeros_like(rows[0]), side)
-                    op.backward_into.default(*given, _guarded(stats, side), *numbers, into)
-                    op.scale_.default(into, _guarded(torch.tensor([0.5]), side))
+                    into, stats = _guarded(grad, side), _guarded(stats, side)
+                    for factor in (0.75, 4 / 3):  # made anew in 16 bits, else multiplied
+                        scale = _guarded(torch.tensor([factor]), side)
+                        op.rescale_.default(*given, stats, *numbers, scale, into)
+                    op.scale_.default(into, _guarded(torch.tensor([0.75]), side))
                     op.forward_backward_.default(*given, *numbers)
-                    assert torch.equal((given[0] * 0.5).nan_to_num(7.0), into.nan_to_num(7.0))
+                    assert torch.equal(given[0].nan_to_num(7.0), grad.nan_to_num(7.0))
     print("walked")
 
 

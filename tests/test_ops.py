@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_kd import ops
-from fused_kd.backends import why_not
-from fused_kd.options import DIVERGENCES
+from fused_kd.backends import reference, why_not
+from fused_kd.options import DIVERGENCES, KDOptions
 
 _WHY_NOT = why_not("cpu", "cpu")
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
@@ -27,7 +27,7 @@ DTYPES = [
 ]
 TERMS = ("both", "hard", "soft", "neither")
 ROW_OPS = ("forward", "forward_backward", "forward_backward_")
-GRADIENT_OPS = ("backward", "backward_", "backward_into")
+GRADIENT_OPS = ("backward", "backward_", "rescale_")
 
 
 def op(name: str) -> Any:
@@ -69,8 +69,10 @@ def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tu
     if name in ROW_OPS:
         return *given, *numeric
     stats = op("forward")(*given, *numeric)[2]
-    into = (torch.zeros(given[0].shape, dtype=given[0].dtype),) if name == "backward_into" else ()
-    return *given, stats, *numeric, *into
+    if name != "rescale_":
+        return *given, stats, *numeric
+    made = op("backward")(*given, stats, *numeric)
+    return *given, stats, *numeric, torch.tensor(0.75), made
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,7 +109,9 @@ def test_every_operator_is_checked_here() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("fused_kd::")
     }
-    assert names == {*ROW_OPS, *GRADIENT_OPS, "scale_"}
+    assert names == {
+        prefix + name for prefix in ops.PREFIXES for name in (*ROW_OPS, *GRADIENT_OPS, "scale_")
+    }
 
 
 # operator: the arguments that it writes, and what it returns
@@ -119,7 +123,7 @@ def test_every_operator_is_checked_here() -> None:
         ("forward_backward_", ["student"], 3),
         ("backward", [], 1),
         ("backward_", ["student"], 0),
-        ("backward_into", ["grad"], 0),
+        ("rescale_", ["grad"], 0),
         ("scale_", ["grad"], 0),
     ],
 )
@@ -141,9 +145,6 @@ def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: st
     assert student is not None
     *plain, grad = op("forward_backward")(*given, *numbers())
     versions = [grad, op("backward")(*given, plain[2], *numbers())]
-    into = torch.full_like(grad, 7.0)
-    op("backward_into")(*given, plain[2], *numbers(), into)
-    versions.append(into)
     for name in ("forward_backward_", "backward_"):
         over = torch.empty_strided(student.shape, student.stride(), dtype=student.dtype)
         over.copy_(student)
@@ -156,8 +157,26 @@ def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: st
     assert not grad.isnan().any()
     for version in versions:
         assert torch.equal(version, grad)
-    op("scale_")(into, torch.tensor(0.25))
-    assert torch.equal(into, grad * 0.25)
+    for scale in (torch.tensor(0.25), torch.tensor(-1.0)):
+        into = grad.clone()
+        op("scale_")(into, scale)
+        assert torch.equal(into, grad * scale)
+        again = grad.clone()
+        op("rescale_")(*given, plain[2], *numbers(), scale, again)
+        assert torch.equal(again, into)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    given, scale = rows(dtypes), torch.tensor(0.3)
+    *_, stats, grad = op("forward_backward")(*given, *numbers())
+    op("rescale_")(*given, stats, *numbers(), scale, grad)
+    double = [x.double() if i in (0, 1) else x for i, x in enumerate(given)]
+    weights = [x * scale for x in given[W_HARD:]]
+    options = KDOptions(temperature=2.0, beta=0.3, label_smoothing=0.1)
+    exact = reference.backward(*double[:W_HARD], *weights, stats, options)
+    eps = torch.finfo(dtypes[0]).eps
+    torch.testing.assert_close(grad.double(), exact, rtol=0.51 * eps, atol=3e-7)
 
 
 def test_no_rows_is_no_error() -> None:
@@ -267,7 +286,9 @@ def test_statistics_of_another_forward_are_refused(name: str) -> None:
 
 
 def test_another_gradient_is_refused() -> None:
-    good = arguments("backward_into", rows())[:-1]
+    good = arguments("rescale_", rows())[:-1]
+    with pytest.raises(RuntimeError, match="scale must be one CPU float32"):
+        op("rescale_")(*good[:-1], torch.ones(2), torch.zeros(B, S, V))
     for grad, message in (
         (torch.zeros(B, S, V - 1), "grad must have the student's shape"),
         (torch.zeros(B, S + 1, V), "grad must have the student's shape"),
@@ -275,7 +296,7 @@ def test_another_gradient_is_refused() -> None:
         (torch.zeros(B, V, S).mT, "grad must have last stride 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op("backward_into")(*good, grad)
+            op("rescale_")(*good, grad)
 
 
 def test_scale_refuses() -> None:

@@ -163,8 +163,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_backward_(Tensor student, Tensor teac
   return run_forward(p, student);
 }
 
+float* stats_of(const Tensor& stats, int64_t N) {
+  return vector_of<float>(stats, N * fused_kd::STATS, ScalarType::Float, "stats");
+}
+
 void run_backward(fused_kd::Problem& p, const Tensor& stats) {
-  p.stats = vector_of<float>(stats, p.N * fused_kd::STATS, ScalarType::Float, "stats");
+  p.stats = stats_of(stats, p.N);
   fused_kd::rows_backward(p, parallel());
 }
 
@@ -188,31 +192,43 @@ void backward_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTe
   run_backward(p, stats);
 }
 
-// The gradient into memory that holds an earlier one.
-void backward_into(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-                   OptionalTensor w_soft, Tensor stats, int64_t divergence, double temperature,
-                   double beta, double soft_factor, double label_smoothing, Tensor grad) {
+float number_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.numel() == 1 && x.scalar_type() == ScalarType::Float, name,
+                  " must be one CPU float32");
+  return *static_cast<const float*>(x.const_data_ptr());
+}
+
+// A gradient in contiguous (B, S, V) or, in place, in the student's layout, times a number.
+void scale_(Tensor grad, Tensor factor) {
+  const float value = number_of(factor, "factor");
+  const fused_kd::Rows rows = rows_of(grad, "grad");
+  if (value == 1.0f) return;
+  const int64_t N = grad.size(0) * grad.size(1), V = grad.size(2);
+  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) fused_kd::scale_row(rows, n, V, value);
+  });
+}
+
+// A gradient made with these weights becomes `scale` times it, rounded once: by multiplication where
+// that is exact (a power of two, 0 too) or as good (float32), else from the logits.
+void rescale_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
+              OptionalTensor w_soft, Tensor stats, int64_t divergence, double temperature,
+              double beta, double soft_factor, double label_smoothing, Tensor scale, Tensor grad) {
   fused_kd::Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
                                    {divergence, temperature, beta, soft_factor, label_smoothing});
   p.grad = rows_of(grad, "grad");
   STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
   for (int d = 0; d < 3; ++d)
     STD_TORCH_CHECK(grad.size(d) == student.size(d), "grad must have the student's shape");
-  run_backward(p, stats);
-}
-
-// A gradient in contiguous (B, S, V) or, in place, in the student's layout, times a number.
-void scale_(Tensor grad, Tensor factor) {
-  STD_TORCH_CHECK(
-      factor.is_cpu() && factor.numel() == 1 && factor.scalar_type() == ScalarType::Float,
-      "factor must be one CPU float32");
-  const fused_kd::Rows rows = rows_of(grad, "grad");
-  const float value = *static_cast<const float*>(factor.const_data_ptr());
-  if (value == 1.0f) return;
-  const int64_t N = grad.size(0) * grad.size(1), V = grad.size(2);
-  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) fused_kd::scale_row(rows, n, V, value);
-  });
+  p.stats = stats_of(stats, p.N);
+  const float value = number_of(scale, "scale");
+  p.scale = &value;
+  int exponent;
+  const float mantissa = std::fabs(std::frexp(value, &exponent));
+  if (p.grad.dtype == fused_kd::Dtype::f32 || mantissa == 0.5f || mantissa == 0.0f)
+    scale_(grad, scale);
+  else
+    fused_kd::rows_backward(p, parallel());
 }
 
 }  // namespace
@@ -223,6 +239,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_kd, CPU, library) {
   library.impl("forward_backward_", TORCH_BOX(&forward_backward_));
   library.impl("backward", TORCH_BOX(&backward));
   library.impl("backward_", TORCH_BOX(&backward_));
-  library.impl("backward_into", TORCH_BOX(&backward_into));
+  library.impl("rescale_", TORCH_BOX(&rescale_));
   library.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "../kd_math.h"
+#include "../problem.h"
 
 namespace fused_kd {
 
@@ -16,8 +17,6 @@ namespace fused_kd {
 // the visits of one block.
 constexpr int BLOCK = 2048;
 constexpr int MAX_PAIR = 32;  // elements in the largest vector pair; BLOCK is a multiple
-
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // How a block's elements lie, and whether exponentials must look after arguments that underflow.
 enum class Load : int { f32 = 0, bf16 = 1, f32_any = 2 };

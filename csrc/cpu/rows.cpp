@@ -463,8 +463,9 @@ struct Gradient {
     dtype = p.grad.dtype;
     nan = gradient_is_nan(row, state);
     if (nan) return;
-    if (row.hard) w_hard = p.w_hard[row.n];
-    if (row.soft) w_soft = p.w_soft[row.n];
+    const double scale = p.scale ? *p.scale : 1.0;
+    if (row.hard) w_hard = scale * p.w_hard[row.n];
+    if (row.soft) w_soft = scale * p.w_soft[row.n];
     if (row.soft) soft = soft_constants(row, state, w_soft);
     if (row.hard) {
       hard_scale = float(w_hard / state.r.d_1);

@@ -5,7 +5,9 @@ automatic choice passes it over, and :func:`why_not` tells why. Order of the aut
 
 1. a float64 input: ``reference`` (the others compute in float32);
 2. a CPU tensor: ``cpu``, if the compiled module is there;
-3. everything else: ``reference``.
+3. a CUDA tensor on a device of compute capability 9.0 or later: ``cuda``, if its module is there;
+4. any GPU (CUDA, ROCm, XPU): ``triton``, if it can run there;
+5. everything else: ``reference``.
 """
 
 from __future__ import annotations
@@ -121,8 +123,7 @@ def choose(requested: str, student: Tensor, teacher: Tensor) -> Backend:
         source = ENVIRONMENT_VARIABLE
     is_double = student.dtype == torch.float64 or teacher.dtype == torch.float64
     if requested == "auto":
-        fits = not is_double and student.device.type == "cpu" and why_not("cpu", "cpu") is None
-        return cast(Backend, _MODULES["cpu"] if fits else reference)
+        return cast(Backend, _MODULES["reference" if is_double else _automatic(student.device)])
     if requested not in _MODULES:
         raise ValueError(f"{source} must be 'auto' or one of {_known()}; got {requested!r}")
     reason = why_not(requested, student.device.type)
@@ -131,6 +132,18 @@ def choose(requested: str, student: Tensor, teacher: Tensor) -> Backend:
     if reason is not None:
         raise RuntimeError(f"{source}={requested!r} cannot run: {reason}")
     return cast(Backend, _MODULES[requested])
+
+
+def _automatic(device: torch.device) -> str:
+    """The best backend that can run on this device."""
+    if device.type == "cpu":
+        order = ["cpu"]
+    elif device.type == "cuda" and torch.version.hip is None:
+        has_clusters = torch.cuda.get_device_capability(device) >= (9, 0)
+        order = ["cuda", "triton"] if has_clusters else ["triton", "cuda"]
+    else:
+        order = ["triton"]
+    return next((name for name in order if why_not(name, device.type) is None), "reference")
 
 
 def _known() -> str:
