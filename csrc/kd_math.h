@@ -61,6 +61,10 @@ FUSED_KD_HD double signed_like(double x, double d) {
 }  // 0 where d is 0
 // finite at 0, as the vectors' is: a probability that underflowed times its logarithm is then 0
 FUSED_KD_HD double log2(double x) { return ::log2(max(x, 1e-300)); }
+FUSED_KD_HD float max(float a, float b) { return fmaxf(a, b); }
+FUSED_KD_HD float magnitude(float x) { return fabsf(x); }
+FUSED_KD_HD float signed_like(float x, float d) { return d > 0 ? x : d < 0 ? -x : 0.0f; }
+FUSED_KD_HD float log2(float x) { return log2f(fmaxf(x, 1.2e-38f)); }
 using ::exp2;
 using ::fma;
 using ::log;
@@ -93,7 +97,7 @@ struct Rule<Divergence::forward_kl> {
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
-    return r.w / (o.temperature * r.d_t) + (log(r.d_s) - log(r.d_t));
+    return r.w / (o.temperature * r.d_t) + log(r.d_s / r.d_t);
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>&) {
@@ -120,7 +124,7 @@ struct Rule<Divergence::reverse_kl> {
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
-    return r.w / (o.temperature * r.d_s) + (log(r.d_t) - log(r.d_s));
+    return r.w / (o.temperature * r.d_s) + log(r.d_t / r.d_s);
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {

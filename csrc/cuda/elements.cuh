@@ -1,0 +1,184 @@
+// A row's elements in groups of eight: how they are read at any alignment, widened, and written.
+//
+// Groups begin at multiples of eight from the row's first element whatever its address, so that the
+// same row gives the same bits wherever it lies.
+#pragma once
+
+#include "../problem.h"
+#ifdef FUSED_KD_CUDA_ON_CPU
+#include "cuda_on_cpu.h"
+#else
+#include "primitives.cuh"
+#endif
+#if defined(FUSED_KD_CUDA_ON_CPU) || __CUDA_ARCH__ >= 900
+#define FUSED_KD_HAS_CLUSTERS
+#endif
+
+namespace fused_kd {
+
+constexpr int GROUP = 8;
+#define FUSED_KD_DEVICE __device__ __forceinline__
+
+FUSED_KD_DEVICE constexpr int width_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Eight elements as they lie in memory; `high` only for float.
+struct Raw {
+  Bits16 low, high;
+};
+
+FUSED_KD_DEVICE uint32_t bits_of(float x) {
+  union {
+    float value;
+    uint32_t bits;
+  } u = {x};
+  return u.bits;
+}
+
+FUSED_KD_DEVICE float float_of(uint32_t bits) {
+  union {
+    uint32_t bits;
+    float value;
+  } u = {bits};
+  return u.value;
+}
+
+template <Dtype D>
+FUSED_KD_DEVICE void widen(const Raw& raw, float (&x)[GROUP]) {
+  const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                                 raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) {
+    if constexpr (D == Dtype::f32)
+      x[e] = float_of(words[e]);
+    else if constexpr (D == Dtype::bf16)
+      x[e] = e % 2 ? float_of(words[e / 2] & 0xffff0000u) : from_bf16(words[e / 2] & 0xffffu);
+    else
+      x[e] = from_f16(e % 2 ? words[e / 2] >> 16 : words[e / 2] & 0xffffu);
+  }
+}
+
+template <Dtype D>
+FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
+  uint32_t words[GROUP] = {};
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) {
+    if constexpr (D == Dtype::f32)
+      words[e] = bits_of(x[e]);
+    else if (e % 2 == 0)
+      words[e / 2] = D == Dtype::bf16 ? pack_bf16(x[e], x[e + 1]) : pack_f16(x[e], x[e + 1]);
+  }
+  return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
+}
+
+// One row of a tensor, of V elements.
+struct RowView {
+  char* data;
+  Dtype dtype;
+  int V;
+  int misaligned;  // the address modulo 16
+
+  // dtype: of the rows; a constant where the caller knows it
+  FUSED_KD_DEVICE RowView(const Rows& rows, Dtype dtype, int64_t n, int V) : dtype(dtype), V(V) {
+    const int64_t offset = (n / rows.inner) * rows.outer_stride + (n % rows.inner) * rows.inner_stride;
+    data = static_cast<char*>(rows.data) + offset * width_of(dtype);
+    misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) & 15);
+  }
+
+  FUSED_KD_DEVICE float element(int v) const {
+    if (dtype == Dtype::f32) return reinterpret_cast<const float*>(data)[v];
+    const uint32_t bits = reinterpret_cast<const uint16_t*>(data)[v];
+    return dtype == Dtype::bf16 ? from_bf16(bits) : from_f16(bits);
+  }
+};
+
+// The 16 bytes at p, which is `misaligned` bytes behind an aligned address: of the 32 aligned bytes
+// around them, shifted.
+FUSED_KD_DEVICE Bits16 load16_shifted(const char* p, int misaligned) {
+  const Bits16 a = load16(p - misaligned), b = load16(p - misaligned + 16);
+  uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  if (misaligned & 8) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+  }
+  if (misaligned & 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+  }
+  if (misaligned & 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+  }
+  return {w[0], w[1], w[2], w[3]};
+}
+
+// Element by element: the ends of a misaligned row and its last, partial group. What is missing is
+// -inf, an absent entry.
+FUSED_KD_DEVICE Raw load_ragged(const RowView& row, int group) {
+  uint32_t words[GROUP] = {};
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) {
+    const int v = group * GROUP + e;
+    if (row.dtype == Dtype::f32) {
+      words[e] = v < row.V ? reinterpret_cast<const uint32_t*>(row.data)[v] : 0xff800000u;
+    } else {
+      const uint32_t missing = row.dtype == Dtype::bf16 ? 0xff80u : 0xfc00u;
+      const uint32_t bits = v < row.V ? reinterpret_cast<const uint16_t*>(row.data)[v] : missing;
+      words[e / 2] |= bits << (e % 2 * 16);
+    }
+  }
+  return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
+}
+
+// Group g of a row. A shifted read touches up to 16 bytes on either side: inside the row for all
+// groups but the outermost.
+FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
+  const bool whole = (group + 1) * GROUP <= row.V;
+  const bool inside = group > 0 && (group + 2) * GROUP <= row.V;
+  if (!(row.misaligned ? inside : whole)) return load_ragged(row, group);
+  const char* p = row.data + static_cast<int64_t>(group) * (GROUP * width_of(row.dtype));
+  Raw raw = {};
+  if (row.misaligned) {
+    raw.low = load16_shifted(p, row.misaligned);
+    if (row.dtype == Dtype::f32) raw.high = load16_shifted(p + 16, row.misaligned);
+  } else {
+    raw.low = load16(p);
+    if (row.dtype == Dtype::f32) raw.high = load16(p + 16);
+  }
+  return raw;
+}
+
+template <Dtype D>
+FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)[GROUP]) {
+  const Raw raw = narrow<D>(x);
+  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width_of(D));
+  if (row.misaligned == 0 && (group + 1) * GROUP <= row.V) {
+    store16(p, raw.low);
+    if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+    return;
+  }
+  const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                                 raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) {
+    if (group * GROUP + e >= row.V) break;
+    if constexpr (D == Dtype::f32)
+      reinterpret_cast<uint32_t*>(p)[e] = words[e];
+    else
+      reinterpret_cast<uint16_t*>(p)[e] = static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16));
+  }
+}
+
+// Teacher groups may have another type than the student's: then it is asked at run time.
+template <Dtype S, bool SAME>
+FUSED_KD_DEVICE void widen_teacher(const Raw& raw, Dtype dtype, float (&x)[GROUP]) {
+  if (SAME)
+    widen<S>(raw, x);
+  else if (dtype == Dtype::f32)
+    widen<Dtype::f32>(raw, x);
+  else if (dtype == Dtype::bf16)
+    widen<Dtype::bf16>(raw, x);
+  else
+    widen<Dtype::f16>(raw, x);
+}
+
+}  // namespace fused_kd

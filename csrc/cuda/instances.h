@@ -1,0 +1,58 @@
+// The kernels of one student type, which have a translation unit of their own each.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fused_kd {
+
+enum class Kernel { general, cluster, scale };
+
+// The kernel for this problem's divergence and types, launched.
+int launch_f32(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
+int launch_bf16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
+int launch_f16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
+
+#ifdef FUSED_KD_STUDENT
+
+template <Divergence D, Dtype S, bool SAME>
+int launch_typed(Kernel kernel, const LaunchShape& shape, void* stream, const Params& params) {
+  return kernel == Kernel::general
+             ? launch_kernel(rows_general<D, S, SAME>, shape, stream, params)
+             : launch_kernel(rows_cluster<D, S, SAME>, shape, stream, params);
+}
+
+template <Dtype S, bool SAME>
+int launch_divergence(Kernel kernel, Divergence divergence, const LaunchShape& shape, void* stream,
+                      const Params& params) {
+  switch (divergence) {
+    case Divergence::forward_kl:
+      return launch_typed<Divergence::forward_kl, S, SAME>(kernel, shape, stream, params);
+    case Divergence::reverse_kl:
+      return launch_typed<Divergence::reverse_kl, S, SAME>(kernel, shape, stream, params);
+    case Divergence::jsd:
+      return launch_typed<Divergence::jsd, S, SAME>(kernel, shape, stream, params);
+    case Divergence::tvd:
+      return launch_typed<Divergence::tvd, S, SAME>(kernel, shape, stream, params);
+    case Divergence::mse:
+      return launch_typed<Divergence::mse, S, SAME>(kernel, shape, stream, params);
+    case Divergence::none: break;
+  }
+  return launch_typed<Divergence::none, S, SAME>(kernel, shape, stream, params);
+}
+
+#define FUSED_KD_JOIN_(a, b) a##b
+#define FUSED_KD_JOIN(a, b) FUSED_KD_JOIN_(a, b)
+
+int FUSED_KD_JOIN(launch_, FUSED_KD_STUDENT)(Kernel kernel, Divergence divergence,
+                                             const LaunchShape& shape, void* stream,
+                                             const Params& params) {
+  constexpr Dtype S = Dtype::FUSED_KD_STUDENT;
+  if (kernel == Kernel::scale) return launch_kernel(scale_rows<S>, shape, stream, params);
+  return params.teacher.dtype == S
+             ? launch_divergence<S, true>(kernel, divergence, shape, stream, params)
+             : launch_divergence<S, false>(kernel, divergence, shape, stream, params);
+}
+
+#endif
+
+}  // namespace fused_kd

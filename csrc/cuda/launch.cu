@@ -1,0 +1,160 @@
+// Which kernel runs a problem, in how many blocks: by V and the types alone, never by N, so that the same
+// row gives the same bits in any batch.
+#include "launch.h"
+
+#include "instances.h"
+
+namespace fused_kd {
+
+namespace {
+
+constexpr int64_t MAX_GRID = (int64_t(1) << 31) - 1;
+
+int groups_of(int64_t V) { return static_cast<int>((V + GROUP - 1) / GROUP); }
+
+int width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+Divergence divergence_of(const Problem& p) { return p.w_soft ? p.divergence : Divergence::none; }
+
+int bytes_of_group(const Problem& p) {
+  const int teacher = p.w_soft ? width(p.teacher.dtype) : 0;
+  return GROUP * (width(p.student.dtype) + teacher);
+}
+
+struct Plan {
+  Kernel kernel;
+  int parts, slice;  // blocks of a row, groups in each
+
+  Plan(Kernel kernel, int groups, int parts) : kernel(kernel), parts(parts) {
+    slice = (groups + parts - 1) / parts;
+  }
+  int shared_bytes(int group_bytes) const {
+    return kernel == Kernel::cluster ? NEAR_MEMORY + slice * group_bytes : NEAR_MEMORY;
+  }
+};
+
+Plan plan_general(const Problem& p) {
+  const int groups = groups_of(p.V);
+  const int64_t parts = (int64_t(groups) * bytes_of_group(p) + FAR_BYTES - 1) / FAR_BYTES;
+  return Plan(Kernel::general, groups, parts < MAX_PARTS ? static_cast<int>(parts) : MAX_PARTS);
+}
+
+// The smallest cluster whose blocks share a multiprocessor, else the largest if it holds a row at all.
+// What reads a row once anyway gains nothing from holding it.
+Plan plan_rows(const Problem& p, const Device& device) {
+  const Divergence divergence = divergence_of(p);
+  const bool reads_again =
+      p.grad.data || divergence == Divergence::jsd || divergence == Divergence::tvd;
+  if (device.capability < 90 || !reads_again) return plan_general(p);
+  const int group_bytes = bytes_of_group(p);
+  const int largest = device.capability < 120 ? 16 : 8;
+  for (int blocks = 1; blocks <= largest; blocks *= 2) {
+    const Plan plan(Kernel::cluster, groups_of(p.V), blocks);
+    const int limit = blocks < largest ? NEAR_BYTES : device.shared_bytes;
+    if (plan.slice <= CHUNK * MAX_CHUNKS && plan.shared_bytes(group_bytes) <= limit) return plan;
+  }
+  return plan_general(p);
+}
+
+Params params_of(const Problem& p, const Plan& plan) {
+  constexpr double LOG2E = 1.4426950408889634074;
+  const Divergence divergence = divergence_of(p);
+  const bool softened = divergence != Divergence::none && divergence != Divergence::mse;
+  Params q = {};
+  q.N = p.N;
+  q.V = static_cast<int>(p.V);
+  q.student = p.student;
+  q.teacher = p.teacher;
+  q.grad = p.grad;
+  q.labels = p.labels;
+  q.w_hard = p.w_hard;
+  q.w_soft = p.w_soft;
+  q.scale = p.scale;
+  Options& o = q.options;
+  o.shape = {static_cast<float>(p.temperature), static_cast<float>(p.beta)};
+  o.k_1 = static_cast<float>(LOG2E);
+  o.k = softened ? static_cast<float>(LOG2E / p.temperature) : o.k_1;
+  o.hard = !p.w_hard                        ? Hard::off
+           : !softened || p.temperature == 1 ? Hard::power1
+           : p.temperature == 2              ? Hard::power2
+                                             : Hard::separate;
+  o.smoothing = p.w_hard && p.label_smoothing > 0;
+  q.soft_factor = static_cast<float>(p.soft_factor);
+  q.label_smoothing = static_cast<float>(p.label_smoothing);
+  q.hard = p.hard;
+  q.soft = p.soft;
+  q.stats = p.stats;
+  q.parts = plan.parts;
+  q.slice = plan.slice;
+  return q;
+}
+
+// All rows, in as many launches as the grid's limit asks for (one, but for billions of blocks).
+int launch(const Plan& plan, Divergence divergence, int group_bytes, bool waits, void* stream,
+           Params q) {
+  const auto typed = q.student.dtype == Dtype::f32    ? launch_f32
+                     : q.student.dtype == Dtype::bf16 ? launch_bf16
+                                                      : launch_f16;
+  const int64_t rows = MAX_GRID / plan.parts;
+  for (q.first_row = 0; q.first_row < q.N; q.first_row += rows) {
+    const int64_t count = q.N - q.first_row < rows ? q.N - q.first_row : rows;
+    const LaunchShape shape = {count * plan.parts, THREADS, plan.shared_bytes(group_bytes),
+                               plan.kernel == Kernel::cluster ? plan.parts : 1,
+                               waits ? plan.parts : 1};
+    const int error = typed(plan.kernel, divergence, shape, stream, q);
+    if (error) return error;
+  }
+  return 0;
+}
+
+int64_t counters_bytes(int64_t N) { return ((1 + N) * 4 + 15) / 16 * 16; }
+
+}  // namespace
+
+int64_t workspace_bytes(const Problem& p, const Device& device) {
+  const Plan plan = plan_rows(p, device);
+  if (plan.kernel == Kernel::cluster || plan.parts == 1) return 0;
+  return counters_bytes(p.N) + 2 * p.N * plan.parts * static_cast<int64_t>(sizeof(Record));
+}
+
+int launch_rows(const Problem& p, const Device& device, void* workspace, void* stream) {
+  const Plan plan = plan_rows(p, device);
+  Params q = params_of(p, plan);
+  if (workspace) {
+    q.counters = static_cast<uint32_t*>(workspace);
+    q.partials = reinterpret_cast<Record*>(static_cast<char*>(workspace) + counters_bytes(p.N));
+    const int error = clear_memory(workspace, counters_bytes(p.N), stream);
+    if (error) return error;
+  }
+  return launch(plan, divergence_of(p), bytes_of_group(p), true, stream, q);
+}
+
+int launch_gradient(const Problem& p, void* stream) {
+  const Plan plan = plan_general(p);
+  Params q = params_of(p, plan);
+  q.from_stats = true;
+  return launch(plan, divergence_of(p), bytes_of_group(p), false, stream, q);
+}
+
+int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, void* stream) {
+  Problem p = {};
+  p.N = N;
+  p.V = V;
+  p.student = p.teacher = p.grad = grad;
+  p.scale = scale;
+  const Plan plan(Kernel::scale, groups_of(V), plan_general(p).parts);
+  return launch(plan, Divergence::none, 0, false, stream, params_of(p, plan));
+}
+
+int launch_rescale(const Problem& p, void* stream) {
+  if (p.grad.dtype == Dtype::f32) return launch_scale(p.grad, p.N, p.V, p.scale, stream);
+  Plan plan(Kernel::scale, groups_of(p.V), plan_general(p).parts);
+  Params q = params_of(p, plan);
+  q.from_stats = q.unless_exact = true;
+  int error = launch(plan, Divergence::none, 0, false, stream, q);
+  plan.kernel = Kernel::general;
+  if (!error) error = launch(plan, divergence_of(p), bytes_of_group(p), false, stream, q);
+  return error;
+}
+
+}  // namespace fused_kd

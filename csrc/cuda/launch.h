@@ -1,0 +1,30 @@
+// What a binding calls to run a problem on a GPU. Torch-free.
+//
+// All pointers of a problem, `scale` too, are to device memory. Nothing waits for the device; every
+// function returns 0 or a CUDA error.
+#pragma once
+
+#include "../problem.h"
+
+namespace fused_kd {
+
+constexpr int64_t MAX_V = int64_t(1) << 30;
+
+struct Device {
+  int capability;    // 10 * major + minor
+  int shared_bytes;  // the most shared memory that a block may have
+};
+
+// Device memory that launch_rows needs besides the problem's, in bytes.
+int64_t workspace_bytes(const Problem&, const Device&);
+// Losses and statistics; also the gradient if the problem has one.
+int launch_rows(const Problem&, const Device&, void* workspace, void* stream);
+// The gradient from the statistics of an earlier launch.
+int launch_gradient(const Problem&, void* stream);
+// A gradient that was made with these weights becomes `scale` times it, rounded once: by
+// multiplication where that is exact or as good, else from the logits. The device decides.
+int launch_rescale(const Problem&, void* stream);
+// By multiplication alone: for a gradient whose logits are gone.
+int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, void* stream);
+
+}  // namespace fused_kd

@@ -1,0 +1,223 @@
+// What the row kernels ask of a GPU besides arithmetic: memory, waiting, clusters. Tests replace this
+// file by tests/cuda_on_cpu/cuda_on_cpu.h, which has the same names, and run the kernels on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace fused_kd {
+
+struct alignas(16) Bits16 {
+  uint32_t x, y, z, w;
+};
+
+// ------------------------------------------------------------------------------ memory, numbers
+
+__device__ __forceinline__ Bits16 load16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {v.x, v.y, v.z, v.w};
+}
+
+// A gradient is not read again: it must not push rows out of the second-level cache.
+__device__ __forceinline__ void store16(void* p, Bits16 v) {
+  __stcs(static_cast<uint4*>(p), make_uint4(v.x, v.y, v.z, v.w));
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float from_bf16(uint32_t low16) { return __uint_as_float(low16 << 16); }
+
+__device__ __forceinline__ float from_f16(uint32_t low16) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(static_cast<uint16_t>(low16)));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  auto round = [](float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  };
+  return round(low) | round(high) << 16;
+#endif
+}
+
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint16_t l, h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(l) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(high));
+  return l | static_cast<uint32_t>(h) << 16;
+}
+
+// ---------------------------------------------------------------------------------- one block
+
+__device__ __forceinline__ float shuffle_xor(float v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+
+__device__ __forceinline__ void block_sync() { __syncthreads(); }
+
+// The shared memory of this block; nothing else is shared.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  return shared_memory;
+}
+
+// ------------------------------------------------------------------------ blocks of one launch
+
+__device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) { return atomicAdd(counter, 1u); }
+
+// What this thread, and those it has met at a barrier, wrote before is seen by who waited for it.
+__device__ __forceinline__ void arrive(uint32_t* counter) {
+  __threadfence();
+  atomicAdd(counter, 1u);
+}
+
+__device__ __forceinline__ void wait_until(const uint32_t* counter, uint32_t target) {
+  while (*static_cast<const volatile uint32_t*>(counter) < target) {
+#if __CUDA_ARCH__ >= 700
+    __nanosleep(20);
+#endif
+  }
+  __threadfence();
+}
+
+// ------------------------------------------------------- blocks of one cluster (sm_90 and later)
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t y;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(y));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t cluster_blocks() {
+  uint32_t y;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(y));
+  return y;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same variable in the shared memory of block `rank` of this cluster.
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* shared, uint32_t rank) {
+  uint64_t y;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(y) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(y);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The one arrival of a phase; it completes when the bytes have come too.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// 16-byte aligned on both sides, a multiple of 16 bytes; each is read once.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes,
+                                          uint64_t* barrier) {
+  uint64_t evict_first;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier)),
+      "l"(evict_first)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra.uni finished;\n"
+      "bra.uni again;\n"
+      "finished:\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+#endif
+
+// --------------------------------------------------------------------------------------- host
+
+struct LaunchShape {
+  int64_t grid;
+  int block;
+  int shared_bytes;
+  int cluster;
+  int waits_for;  // blocks that wait for each other through wait_until; 1: none
+};
+
+// An error that is returned is not left for the next one who asks.
+inline int taken(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// 0, or the CUDA error.
+template <class Params>
+int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream,
+                  const Params& params) {
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shape.shared_bytes);
+  if (error == cudaSuccess && shape.cluster > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return taken(error);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+  config.blockDim = dim3(shape.block);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = shape.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return taken(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+inline int clear_memory(void* p, int64_t bytes, void* stream) {
+  return taken(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace fused_kd

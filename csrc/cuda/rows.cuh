@@ -1,0 +1,218 @@
+// The two kernels that visit rows: losses, statistics and gradients of every divergence.
+//
+// Read and written, per element, for loss and gradient together:
+//     rows_general   each logit twice from memory (the second time mostly from the second-level cache, by
+//                    several blocks a row), each gradient once. Any alignment; sm_75 and later.
+//     rows_cluster   each logit once, into the shared memory of a cluster of blocks; sm_90 and later.
+// Accumulated in float; see sums.cuh. A block whose row is off (both weights 0) reads nothing of it.
+#pragma once
+
+#include "sources.cuh"
+
+namespace fused_kd {
+
+constexpr int WARPS = THREADS / 32;
+
+// The head of a block's shared memory; slices of a row begin at NEAR_MEMORY.
+constexpr int NEAR_MEMORY = 640;
+struct Shared {
+  Record records[WARPS];  // of the block's warps
+  Record block[2];        // of the block, for its cluster, in either round
+  Record row;             // of the whole row, for the block's threads
+  uint32_t ticket;
+  uint64_t barriers[MAX_CHUNKS];
+};
+static_assert(sizeof(Shared) <= NEAR_MEMORY, "the head overlaps the slices");
+
+// The block's record, in every lane of warp 0.
+template <Divergence D>
+FUSED_KD_DEVICE Record merge_block(Record record, const Options& o, Shared& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  merge_warp<D>(record, o);
+  if (lane == 0) shared.records[warp] = record;
+  block_sync();
+  if (warp != 0) return record;
+  record = lane < static_cast<int>(blockDim.x / 32) ? shared.records[lane] : empty_record();
+  merge_warp<D>(record, o);
+  return record;
+}
+
+// Sums of a second visit, over the lanes of a warp.
+FUSED_KD_DEVICE void merge_second_warp(Record& record) {
+  record.r.x = warp_sum(record.r.x);
+  record.r.y = warp_sum(record.r.y);
+}
+
+FUSED_KD_DEVICE Record merge_second_block(Record record, Shared& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  merge_second_warp(record);
+  if (lane == 0) shared.records[warp] = record;
+  block_sync();
+  if (warp != 0) return record;
+  const bool here = lane < static_cast<int>(blockDim.x / 32);
+  record.r.x = here ? shared.records[lane].r.x : 0.0f;
+  record.r.y = here ? shared.records[lane].r.y : 0.0f;
+  merge_second_warp(record);
+  return record;
+}
+
+// Written by another block: not to be taken from this multiprocessor's first-level cache.
+FUSED_KD_DEVICE Record read_far(const Record& record) {
+  Record copy;
+  const volatile float* from = reinterpret_cast<const volatile float*>(&record);
+#pragma unroll
+  for (int i = 0; i < STATS; ++i) reinterpret_cast<float*>(&copy)[i] = from[i];
+  return copy;
+}
+
+// Blocks of one row that meet in far memory. A block only waits for blocks of its own row, which are
+// numbered in the order in which they really started (tickets): those with smaller numbers run or have
+// run, the others start as soon as any finishes, and the first unfinished row has all its blocks running
+// before any later one: whatever the number of blocks that fit the device, nobody waits for ever.
+struct FarExchange {
+  const Params& p;
+  int64_t n;
+  int part;
+  Shared& shared;
+
+  // Every thread gets the record of the whole row; without `everyone`, only part 0 does, and the
+  // others return false.
+  template <class Merge>
+  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool everyone, Merge merge) {
+    if (p.parts > 1) {
+      uint32_t* counter = p.counters + 1 + n;
+      Record* partials = p.partials + ((round - 1) * p.N + n) * p.parts;
+      if (threadIdx.x == 0) {
+        partials[part] = record;
+        arrive(counter);
+      }
+      if (part != 0 && !everyone) return false;
+      if (threadIdx.x == 0) wait_until(counter, static_cast<uint32_t>(round * p.parts));
+      block_sync();
+      if (threadIdx.x < 32) {
+        const int lane = threadIdx.x;
+        record = lane < p.parts ? read_far(partials[lane]) : empty_record();
+        merge(record);
+      }
+    }
+    if (threadIdx.x == 0) shared.row = record;
+    block_sync();
+    record = shared.row;
+    return true;
+  }
+};
+
+#ifdef FUSED_KD_HAS_CLUSTERS
+
+// Blocks of one cluster, which read one another's shared memory: one packed exchange.
+struct NearExchange {
+  Shared& shared;
+
+  template <class Merge>
+  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool, Merge merge) {
+    if (cluster_blocks() > 1) {
+      if (threadIdx.x == 0) shared.block[round - 1] = record;
+      cluster_sync();
+      if (threadIdx.x < 32) {
+        const bool here = threadIdx.x < cluster_blocks();
+        record = here ? *cluster_peer(&shared.block[round - 1], threadIdx.x) : empty_record();
+        merge(record);
+      }
+    }
+    if (threadIdx.x == 0) shared.row = record;
+    block_sync();
+    record = shared.row;
+    return true;
+  }
+};
+
+#endif
+
+// Losses and statistics of a row; false for a block that is not needed any more.
+template <Divergence D, class Source, class Exchange>
+FUSED_KD_DEVICE bool visit_for_losses(const Params& p, const Row& row, const Source& source,
+                                      int part, Shared& shared, Exchange exchange, Record& record) {
+  const Options& o = p.options;
+  const bool gradient = p.grad.data != nullptr;
+  record = merge_block<D>(first_visit<D>(source, o), o, shared);
+  const auto merge = [&](Record& r) { merge_warp<D>(r, o); };
+  if (!exchange(record, 1, gradient || RuleOf<D>::TWO_VISITS, merge)) return false;
+  if constexpr (RuleOf<D>::TWO_VISITS) {
+    second_visit<D>(source, o, record);
+    record = merge_second_block(record, shared);
+    if (!exchange(record, 2, gradient, merge_second_warp)) return false;
+  }
+  if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, record);
+  return gradient;
+}
+
+// A row that is off: nothing is read.
+template <Dtype S, class Source>
+FUSED_KD_DEVICE void skip_row(const Params& p, int64_t n, const Source& source, int part) {
+  if (p.grad.data != nullptr) zero_gradient<S>(p, n, source);
+  if (part != 0 || threadIdx.x != 0 || p.from_stats) return;
+  p.hard[n] = p.soft[n] = 0.0f;
+  reinterpret_cast<Record*>(p.stats)[n] = empty_record();
+}
+
+// Any number of blocks a row; they meet in far memory. Grid: p.parts blocks for each row.
+template <Divergence D, Dtype S, bool SAME>
+__global__ void __launch_bounds__(THREADS) rows_general(const __grid_constant__ Params p) {
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
+  if (p.unless_exact && is_exact(*p.scale)) return;
+  uint32_t number = blockIdx.x;
+  if (p.parts > 1 && !p.from_stats) {
+    if (threadIdx.x == 0) shared.ticket = take_ticket(p.counters);
+    block_sync();
+    number = shared.ticket;
+  }
+  const int64_t n = p.first_row + number / p.parts;
+  const int part = static_cast<int>(number % p.parts);
+  const Row row(p, n);
+  const FarRow<D, S, SAME> source(p, row, part);
+  if (!row.hard && !row.soft) return skip_row<S>(p, n, source, part);
+  Record record;
+  if (p.from_stats)
+    record = reinterpret_cast<const Record*>(p.stats)[n];
+  else if (!visit_for_losses<D>(p, row, source, part, shared, FarExchange{p, n, part, shared}, record))
+    return;
+  gradient_visit<D, S>(p, row, source, record);
+}
+
+// A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory.
+template <Divergence D, Dtype S, bool SAME>
+__global__ void __launch_bounds__(THREADS) rows_cluster(const __grid_constant__ Params p) {
+#ifdef FUSED_KD_HAS_CLUSTERS
+  unsigned char* memory = dynamic_shared();
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const int64_t n = p.first_row + blockIdx.x / p.parts;
+  const int part = static_cast<int>(cluster_rank());
+  const Row row(p, n);
+  const NearRow<D, S, SAME> source(p, row, part, memory + NEAR_MEMORY, shared.barriers);
+  if (!row.hard && !row.soft) return skip_row<S>(p, n, source, part);
+  source.load();
+  block_sync();
+  Record record;
+  if (visit_for_losses<D>(p, row, source, part, shared, NearExchange{shared}, record))
+    gradient_visit<D, S>(p, row, source, record);
+  if (cluster_blocks() > 1) cluster_sync();  // peers may still be reading this block's memory
+#endif
+}
+
+// A gradient times p.scale; entries of 0 stay 0 whatever it is. Grid: p.parts blocks for each row.
+template <Dtype S>
+__global__ void __launch_bounds__(THREADS) scale_rows(const __grid_constant__ Params p) {
+  const float scale = *p.scale;
+  if (scale == 1.0f || (p.unless_exact && !is_exact(scale))) return;
+  const RowView grad(p.grad, S, p.first_row + blockIdx.x / p.parts, p.V);
+  const Slice slice(p, blockIdx.x % p.parts);
+  for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
+    float x[GROUP];
+    widen<S>(load_group(grad, g), x);
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) x[e] = x[e] == 0.0f ? x[e] : x[e] * scale;
+    store_group<S>(grad, g, x);
+  }
+}
+
+}  // namespace fused_kd

@@ -1,0 +1,198 @@
+// Where the groups of a row's slice come from: far memory (each visit reads it again), or this block's
+// shared memory (a cluster of blocks holds the whole row pair, so that far memory is read once).
+//
+// Both offer: first(visit) and again(visit), which call visit(group, s, t) for the groups of this thread;
+// indices(visit), which calls visit(group) and reads nothing.
+#pragma once
+
+#include "sizes.h"
+#include "visits.cuh"
+
+namespace fused_kd {
+
+// Groups [begin, end) of a row.
+struct Slice {
+  int begin, end;
+
+  FUSED_KD_DEVICE Slice(const Params& p, int part) {
+    const int groups = (p.V + GROUP - 1) / GROUP;
+    begin = part * p.slice;
+    end = begin + p.slice < groups ? begin + p.slice : groups;
+  }
+};
+
+// A row without the soft term: the teacher counts only in what is absent on both sides.
+FUSED_KD_DEVICE void without_teacher(const float (&s)[GROUP], float (&t)[GROUP]) {
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) t[e] = s[e] == -INF && t[e] != -INF ? 0.0f : s[e];
+}
+
+template <Divergence D, Dtype S, bool SAME>
+struct Pair {
+  static constexpr bool READS_TEACHER = D != Divergence::none;
+  RowView student, teacher;
+  bool soft, smoothing;
+
+  FUSED_KD_DEVICE Pair(const Params& p, const Row& row)
+      : student(p.student, S, row.n, p.V),
+        teacher(p.teacher, SAME ? S : p.teacher.dtype, row.n, p.V),
+        soft(row.soft),
+        smoothing(p.options.smoothing) {}
+
+  // Both sides widened; the teacher's group is asked for by `load_teacher` only where it counts.
+  template <class LoadTeacher, class Visit>
+  FUSED_KD_DEVICE void give(int group, const Raw& raw_s, LoadTeacher load_teacher,
+                            Visit visit) const {
+    float s[GROUP], t[GROUP];
+    widen<S>(raw_s, s);
+    if (READS_TEACHER ? soft : false) {
+      widen_teacher<S, SAME>(load_teacher(), teacher.dtype, t);
+    } else {
+      bool absent = false;
+#pragma unroll
+      for (int e = 0; e < GROUP; ++e) {
+        t[e] = s[e];
+        absent |= s[e] == -INF;
+      }
+      if (smoothing && absent) {
+        widen_teacher<S, SAME>(load_group(teacher, group), teacher.dtype, t);
+        without_teacher(s, t);
+      }
+    }
+    visit(group, s, t);
+  }
+};
+
+template <Divergence D, Dtype S, bool SAME>
+struct FarRow : Pair<D, S, SAME> {
+  using Base = Pair<D, S, SAME>;
+  Slice slice;
+
+  FUSED_KD_DEVICE FarRow(const Params& p, const Row& row, int part)
+      : Base(p, row), slice(p, part) {}
+
+  template <class Visit>
+  FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
+    const Raw raw_s = load_group(this->student, group);
+    Raw raw_t = {};
+    if (Base::READS_TEACHER && this->soft) raw_t = load_group(this->teacher, group);
+    this->give(group, raw_s, [&] { return raw_t; }, visit);
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void first(Visit visit) const {
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit_group(g, visit);
+  }
+
+  // Backwards: what was read last is still near.
+  template <class Visit>
+  FUSED_KD_DEVICE void again(Visit visit) const {
+    const int mine = slice.end - slice.begin - static_cast<int>(threadIdx.x);
+    if (mine <= 0) return;
+    const int last = (mine - 1) / static_cast<int>(blockDim.x) * static_cast<int>(blockDim.x);
+    for (int g = slice.begin + threadIdx.x + last; g >= slice.begin; g -= blockDim.x)
+      visit_group(g, visit);
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void indices(Visit visit) const {
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit(g);
+  }
+};
+
+// ------------------------------------------------------------------------------------ on chip
+
+#ifdef FUSED_KD_HAS_CLUSTERS
+
+template <Divergence D, Dtype S, bool SAME>
+struct NearRow : Pair<D, S, SAME> {
+  using Base = Pair<D, S, SAME>;
+  Slice slice;
+  unsigned char *near_s, *near_t;  // shared memory
+  uint64_t* barriers;              // (MAX_CHUNKS)
+  bool bulk;
+
+  FUSED_KD_DEVICE NearRow(const Params& p, const Row& row, int part, unsigned char* memory,
+                          uint64_t* barriers)
+      : Base(p, row), slice(p, part), near_s(memory), barriers(barriers) {
+    near_t = near_s + static_cast<int64_t>(p.slice) * GROUP * width_of(S);
+    bulk = this->student.misaligned == 0 && this->teacher.misaligned == 0 && p.V % GROUP == 0;
+  }
+
+  // One thread orders everything; the others wait for the chunk that they come to. Rows that bulk
+  // copies cannot take are loaded by the threads.
+  FUSED_KD_DEVICE void load() const {
+    if (bulk) {
+      if (threadIdx.x == 0) order();
+      return;
+    }
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
+      put(near_s, S, g, load_group(this->student, g));
+      if (Base::READS_TEACHER) put(near_t, this->teacher.dtype, g, load_group(this->teacher, g));
+    }
+  }
+
+  FUSED_KD_DEVICE void order() const {
+    for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) barrier_init(&barriers[c]);
+    barrier_init_fence();
+    for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) {
+      const int begin = slice.begin + c * CHUNK;
+      const int groups = slice.end - begin < CHUNK ? slice.end - begin : CHUNK;
+      const int bytes_s = groups * GROUP * width_of(S);
+      const int bytes_t = Base::READS_TEACHER ? groups * GROUP * width_of(this->teacher.dtype) : 0;
+      barrier_expect(&barriers[c], bytes_s + bytes_t);
+      copy(near_s, this->student, begin, bytes_s, c);
+      if (Base::READS_TEACHER) copy(near_t, this->teacher, begin, bytes_t, c);
+    }
+  }
+
+  FUSED_KD_DEVICE void copy(unsigned char* near, const RowView& row, int group, int bytes,
+                            int chunk) const {
+    const int size = GROUP * width_of(row.dtype);
+    bulk_copy(near + static_cast<int64_t>(group - slice.begin) * size,
+              row.data + static_cast<int64_t>(group) * size, bytes, &barriers[chunk]);
+  }
+
+  FUSED_KD_DEVICE void put(unsigned char* near, Dtype dtype, int group, const Raw& raw) const {
+    Bits16* to = reinterpret_cast<Bits16*>(near + (group - slice.begin) * GROUP * width_of(dtype));
+    to[0] = raw.low;
+    if (dtype == Dtype::f32) to[1] = raw.high;
+  }
+
+  FUSED_KD_DEVICE Raw get(const unsigned char* near, Dtype dtype, int group) const {
+    const unsigned char* from = near + (group - slice.begin) * GROUP * width_of(dtype);
+    Raw raw = {load16(from), {}};
+    if (dtype == Dtype::f32) raw.high = load16(from + 16);
+    return raw;
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
+    const auto teacher_group = [&] { return get(near_t, this->teacher.dtype, group); };
+    this->give(group, get(near_s, S, group), teacher_group, visit);
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void first(Visit visit) const {
+    for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) {
+      if (bulk) barrier_wait(&barriers[c], 0);
+      const int begin = slice.begin + c * CHUNK;
+      const int end = begin + CHUNK < slice.end ? begin + CHUNK : slice.end;
+      for (int g = begin + threadIdx.x; g < end; g += blockDim.x) visit_group(g, visit);
+    }
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void again(Visit visit) const {
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit_group(g, visit);
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void indices(Visit visit) const {
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit(g);
+  }
+};
+
+#endif
+
+}  // namespace fused_kd

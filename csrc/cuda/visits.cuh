@@ -1,0 +1,218 @@
+// The visits of a row, the same for rows that stay in far memory and for rows held on chip: a `Source`
+// hands out groups of elements, an `Exchange` merges what threads and blocks have summed up.
+//
+//     first visit     statistics of both sides, the divergence's first sum
+//     second visit    jsd and tvd only: sums that need the normalisers
+//     gradient visit  every element's gradient, rounded once
+#pragma once
+
+#include "sums.cuh"
+
+namespace fused_kd {
+
+// One launch. Pointers are to device memory; the parts are those of problem.h.
+struct Params {
+  int64_t first_row, N;  // the rows of this launch, and of all
+  int V;
+  Rows student, teacher, grad;
+  const int64_t* labels;
+  const float *w_hard, *w_soft, *scale;
+  Options options;
+  float soft_factor, label_smoothing;
+  float *hard, *soft, *stats;
+  bool from_stats;    // no first visit: the statistics of an earlier launch
+  bool unless_exact;  // nothing to do where `scale` is a power of two: multiplying was enough
+  int parts;          // blocks of a row
+  int slice;          // groups of a row in one block
+  uint32_t* counters;  // (1 + N): tickets, and the blocks that have arrived at each row; zeroed
+  Record* partials;    // (N, parts)
+};
+
+// Multiplying a rounded gradient by it loses nothing: a power of two, or 0.
+FUSED_KD_DEVICE bool is_exact(float scale) {
+  const uint32_t bits = bits_of(scale);
+  return (bits & 0x7fffffu) == 0 && (bits >> 23 & 0xffu) != 0xffu;
+}
+
+// What is on in a row, and what its label says.
+struct Row {
+  int64_t n;
+  float w_hard, w_soft;  // weights in the gradient
+  bool hard, soft;
+  int label;      // -1: outside the vocabulary, or no hard term
+  float s_label;  // the student's logit there; NaN without one
+
+  FUSED_KD_DEVICE Row(const Params& p, int64_t n) : n(n), label(-1) {
+    const float w_h = p.w_hard ? p.w_hard[n] : 0.0f, w_s = p.w_soft ? p.w_soft[n] : 0.0f;
+    const float scale = p.scale ? *p.scale : 1.0f;
+    hard = w_h != 0.0f;
+    soft = w_s != 0.0f;
+    w_hard = w_h * scale;
+    w_soft = w_s * scale;
+    if (hard) {
+      const int64_t y = p.labels[n];
+      if (y >= 0 && y < p.V) label = static_cast<int>(y);
+    }
+    s_label = label >= 0 ? RowView(p.student, p.student.dtype, n, p.V).element(label) : NAN;
+  }
+};
+
+// ---------------------------------------------------------------------------------- what it is
+
+// Neither term is a number, in its value and its gradient.
+FUSED_KD_DEVICE bool hard_is_nan(const Row& row, const Record& record) {
+  return row.label < 0 || !isfinite(record.r.m_s) || !isfinite(record.r.d_1);
+}
+
+template <Divergence D>
+FUSED_KD_DEVICE bool soft_is_nan(const Record& record) {
+  const RowSums<float>& r = record.r;
+  if (!isfinite(r.m_s) || !isfinite(r.m_t)) return true;
+  if (RuleOf<D>::SOFTMAX && !(isfinite(r.d_s) && isfinite(r.d_t))) return true;
+  return static_cast<int>(record.flags) & BAD;
+}
+
+// The soft term is infinite though its row is sound, by a logit of one side alone.
+template <Divergence D>
+FUSED_KD_DEVICE bool soft_is_infinite(const Record& record) {
+  const int flags = static_cast<int>(record.flags);
+  if (D == Divergence::forward_kl) return flags & ALONE_S;
+  if (D == Divergence::reverse_kl) return flags & ALONE_T;
+  return D == Divergence::mse && flags & (ALONE_S | ALONE_T);
+}
+
+template <Divergence D>
+FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record& record) {
+  const RowSums<float>& r = record.r;
+  float hard = 0.0f, soft = 0.0f;
+  if (row.hard) {
+    const float log_sum = logf(r.d_1), eps = p.label_smoothing;
+    hard = (1.0f - eps) * (log_sum - (row.s_label - r.m_s));
+    if (eps > 0.0f) hard += eps * (log_sum - r.differences / r.count);
+    if (row.s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
+    if (hard_is_nan(row, record)) hard = NAN;
+  }
+  if constexpr (D != Divergence::none) {
+    if (row.soft) {
+      soft = p.soft_factor * Rule<D>::value(r, p.options.shape);
+      if (soft_is_infinite<D>(record)) soft = INF;
+      if (soft_is_nan<D>(record)) soft = NAN;
+    }
+  }
+  p.hard[row.n] = hard;
+  p.soft[row.n] = soft;
+  reinterpret_cast<Record*>(p.stats)[row.n] = record;
+}
+
+// ------------------------------------------------------------------------------------- visits
+
+// s, t: a group; ragged ends are absent entries.
+template <Divergence D, class Source>
+FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
+  Record record = empty_record();
+  source.first([&](int, const float(&s)[GROUP], const float(&t)[GROUP]) {
+    add_group<D>(record, s, t, o);
+  });
+  return record;
+}
+
+template <Divergence D, class Source>
+FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, Record& record) {
+  RowSums<float>& r = record.r;
+  const Constants<float> c = Rule<D>::constants(r, 1.0f, o.shape);
+  float x = 0.0f, y = 0.0f;
+  source.again([&](int, const float(&s)[GROUP], const float(&t)[GROUP]) {
+    float group_x = 0.0f, group_y = 0.0f;
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) {
+      const float a = s[e] - r.m_s, b = t[e] - r.m_t;
+      const float P = exp2_fast(a * o.k), Q = exp2_fast(b * o.k);
+      Rule<D>::template accumulate2<true>(a, b, P, Q, o.k, c, group_x, group_y);
+    }
+    x += group_x;
+    y += group_y;
+  });
+  r.x = x;
+  r.y = y;
+}
+
+// The gradient visit's scalars.
+template <Divergence D>
+struct Gradient {
+  Constants<float> soft = {};
+  float m_s, m_t, hard_scale, label_term, smoothing_term;
+  bool nan, hard, some_absent;
+
+  FUSED_KD_DEVICE Gradient(const Params& p, const Row& row, const Record& record) {
+    const RowSums<float>& r = record.r;
+    m_s = r.m_s;
+    m_t = r.m_t;
+    hard = row.hard;
+    nan = hard && hard_is_nan(row, record);
+    if constexpr (D != Divergence::none) {
+      nan |= row.soft && soft_is_nan<D>(record);
+      nan |= row.soft && D != Divergence::forward_kl && soft_is_infinite<D>(record);
+      soft = Rule<D>::constants(r, row.w_soft * p.soft_factor / p.options.shape.temperature,
+                                p.options.shape);
+    }
+    hard_scale = hard ? row.w_hard / r.d_1 : 0.0f;
+    label_term = hard ? -(1.0f - p.label_smoothing) * row.w_hard : 0.0f;
+    smoothing_term = hard && p.options.smoothing ? -row.w_hard * p.label_smoothing / r.count : 0.0f;
+    some_absent = p.options.smoothing && r.count != static_cast<float>(p.V);
+  }
+
+  // Eight gradients; the label's entry is computed like the others, not taken from a rounded one.
+  FUSED_KD_DEVICE void of_group(const Row& row, int group, const float (&s)[GROUP],
+                                const float (&t)[GROUP], const Options& o, float (&g)[GROUP]) const {
+    constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
+    // P (a - b) with P = 0 must not meet an infinity
+    constexpr bool CLAMP = D == Divergence::reverse_kl || D == Divergence::mse;
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) {
+      const bool absent = some_absent && s[e] == -INF && t[e] == -INF;
+      const float offset = absent ? 0.0f : smoothing_term;
+      float a = s[e] - m_s, b = SOFT ? t[e] - m_t : 0.0f;
+      const float P = SOFTMAX || hard ? exp2_fast(a * o.k) : 0.0f;
+      const float Q = SOFTMAX ? exp2_fast(b * o.k) : 0.0f;
+      g[e] = offset;
+      if constexpr (SOFT) {
+        const float left = SOFTMAX ? a : s[e], right = SOFTMAX ? b : t[e];
+        g[e] = Rule<D>::gradient(CLAMP ? fmaxf(left, LOWEST) : left,
+                                 CLAMP ? fmaxf(right, LOWEST) : right, P, Q, soft, offset);
+      }
+      if (hard) g[e] = fmaf(hard_scale, hard_exponential(a, P, o), g[e]);
+    }
+    const int at = row.label - group * GROUP;
+    if (at >= 0 && at < GROUP) {
+#pragma unroll
+      for (int e = 0; e < GROUP; ++e) g[e] += e == at ? label_term : 0.0f;
+    }
+  }
+};
+
+template <Divergence D, Dtype S, class Source>
+FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Source& source,
+                                    const Record& record) {
+  const RowView grad(p.grad, S, row.n, p.V);
+  const Gradient<D> gradient(p, row, record);
+  float g[GROUP];
+  if (gradient.nan) {
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) g[e] = NAN;
+    source.indices([&](int group) { store_group<S>(grad, group, g); });
+    return;
+  }
+  source.again([&](int group, const float(&s)[GROUP], const float(&t)[GROUP]) {
+    gradient.of_group(row, group, s, t, p.options, g);
+    store_group<S>(grad, group, g);
+  });
+}
+
+template <Dtype S, class Source>
+FUSED_KD_DEVICE void zero_gradient(const Params& p, int64_t n, const Source& source) {
+  const RowView grad(p.grad, S, n, p.V);
+  const float zeros[GROUP] = {};
+  source.indices([&](int group) { store_group<S>(grad, group, zeros); });
+}
+
+}  // namespace fused_kd

@@ -1,0 +1,184 @@
+"""The CUDA backend on CPU tensors: its own kernels and launchers, run by tests/cuda_on_cpu."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from native_build import COMPILER, ROOT, SANITIZE
+from torch import Tensor
+
+from fused_kd.ops import STATS
+from fused_kd.options import KDOptions
+
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w"]
+FLAGS += ["-DFUSED_KD_CUDA_ON_CPU", "-DFUSED_KD_SMALL_SIZES", "-Itests/cuda_on_cpu"]
+SOURCES = ["launch.cu", "rows_f32.cu", "rows_bf16.cu", "rows_f16.cu"]
+FILES = [f"csrc/cuda/{name}" for name in SOURCES] + ["tests/cuda_on_cpu/rows_on_cpu.cpp"]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ROWS, GRADIENT, RESCALE, SCALE = range(4)
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("inner", ctypes.c_int64),
+        ("outer_stride", ctypes.c_int64),
+        ("inner_stride", ctypes.c_int64),
+    ]
+
+
+class _Problem(ctypes.Structure):
+    """csrc/problem.h"""
+
+    _fields_ = [
+        ("N", ctypes.c_int64),
+        ("V", ctypes.c_int64),
+        ("student", _Rows),
+        ("teacher", _Rows),
+        ("grad", _Rows),
+        ("labels", ctypes.c_void_p),
+        ("w_hard", ctypes.c_void_p),
+        ("w_soft", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("divergence", ctypes.c_int),
+        ("temperature", ctypes.c_double),
+        ("beta", ctypes.c_double),
+        ("soft_factor", ctypes.c_double),
+        ("label_smoothing", ctypes.c_double),
+        ("hard", ctypes.c_void_p),
+        ("soft", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
+    ]
+
+
+class _Device(ctypes.Structure):
+    """csrc/cuda/launch.h"""
+
+    _fields_ = [("capability", ctypes.c_int), ("shared_bytes", ctypes.c_int)]
+
+
+def build(folder: Path, sanitize: bool = False) -> Path:
+    """Compiles the backend for the CPU; the shared library."""
+    extra = SANITIZE if sanitize else []
+    objects = [str(folder / f"{Path(name).stem}.o") for name in FILES]
+
+    def compile_one(job: tuple[str, str]) -> None:
+        command = [COMPILER, *FLAGS, *extra, "-x", "c++", "-c", job[0], "-o", job[1]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, zip(FILES, objects, strict=True)))
+    library = folder / "rows_on_cpu.so"
+    command = [COMPILER, *extra, "-shared", *objects, "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return library
+
+
+class EmulatedCUDA:
+    """A backend (see fused_kd.backends) for CPU tensors.
+
+    Args:
+        library: of `build`.
+        capability: 90 has clusters, 80 has not.
+    """
+
+    def __init__(self, library: Path, capability: int) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._device = _Device(capability, 227 * 1024)
+
+    def why_not(self, device_type: str | None = None) -> str | None:
+        return None
+
+    def seed(self, number: int) -> None:
+        self._library.emulator_seed(ctypes.c_uint64(number))
+
+    def forward(self, *rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._losses(rows, None)
+
+    def forward_backward(
+        self, *rows: Any, inplace: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *rows, inplace = rows if len(rows) == 7 else (*rows, inplace)
+        grad = rows[0] if inplace else _garbage(rows[0].shape, rows[0].dtype)
+        return *self._losses(tuple(rows), grad), grad
+
+    def backward(self, *rows: Any, inplace: bool = False) -> Tensor:
+        *rows, inplace = rows if len(rows) == 8 else (*rows, inplace)
+        *rows, stats, options = rows
+        grad = rows[0] if inplace else _garbage(rows[0].shape, rows[0].dtype)
+        self._run(GRADIENT, _problem((*rows, options), grad, stats=stats))
+        return cast(Tensor, grad)
+
+    def rescale(self, grad: Tensor, scale: Tensor, *rows: Any) -> None:
+        *rows, stats, options = rows
+        scale = scale.float().contiguous()
+        if rows[0] is None:
+            problem = _Problem(N=grad.shape[0] * grad.shape[1], V=grad.shape[2], grad=_view(grad))
+            problem.scale = scale.data_ptr()
+            self._run(SCALE, problem)
+        else:
+            self._run(RESCALE, _problem((*rows, options), grad, stats=stats, scale=scale))
+
+    def _losses(self, rows: tuple[Any, ...], grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        count = rows[0].shape[0] * rows[0].shape[1]
+        hard, soft, stats = (_garbage(s, torch.float32) for s in ((count,), (count,), (count, STATS)))
+        self._run(ROWS, _problem(rows, grad, stats=stats, hard=hard, soft=soft))
+        return hard, soft, stats
+
+    def _run(self, what: int, problem: _Problem) -> None:
+        if problem.N == 0:
+            return
+        error = self._library.run(what, ctypes.byref(problem), ctypes.byref(self._device))
+        assert error == 0, error
+
+
+def _garbage(shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.full(tuple(shape), float("nan"), dtype=dtype)
+
+
+def _view(x: Tensor | None) -> _Rows:
+    if x is None:
+        return _Rows(inner=1)
+    return _Rows(x.data_ptr(), DTYPES[x.dtype], max(1, x.shape[1]), x.stride(0), x.stride(1))
+
+
+def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _Problem:
+    student, teacher, labels, w_hard, w_soft, options = rows
+    assert isinstance(options, KDOptions)
+    vectors |= {"labels": labels, "w_hard": w_hard, "w_soft": w_soft}
+    return _Problem(
+        N=student.shape[0] * student.shape[1],
+        V=student.shape[2],
+        student=_view(student),
+        teacher=_view(teacher),
+        grad=_view(grad),
+        divergence=options.divergence_code,
+        temperature=options.temperature,
+        beta=options.beta,
+        soft_factor=options.soft_factor,
+        label_smoothing=options.label_smoothing,
+        **{name: x.data_ptr() for name, x in vectors.items() if x is not None},
+    )
+
+
+@contextmanager
+def installed(backend: EmulatedCUDA) -> Iterator[None]:
+    """``backend="cuda"`` means this one."""
+    from fused_kd import backends
+
+    before = backends._MODULES["cuda"]
+    backends._MODULES["cuda"] = backend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        backends._MODULES["cuda"] = before
