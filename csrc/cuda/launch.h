@@ -8,7 +8,7 @@
 
 namespace fused_kd {
 
-constexpr int64_t MAX_V = int64_t(1) << 30;
+constexpr int64_t MAX_V = int64_t(1) << 30, MAX_N = (int64_t(1) << 31) - 1;
 
 struct Device {
   int capability;    // 10 * major + minor

@@ -21,45 +21,42 @@ struct Slice {
   }
 };
 
-// A row without the soft term: the teacher counts only in what is absent on both sides.
-FUSED_KD_DEVICE void without_teacher(const float (&s)[GROUP], float (&t)[GROUP]) {
-#pragma unroll
-  for (int e = 0; e < GROUP; ++e) t[e] = s[e] == -INF && t[e] != -INF ? 0.0f : s[e];
-}
-
+// Both sides of a row. Where the soft term is off, the student stands in for the teacher: the soft
+// gradient is then 0 times a number, and the teacher is only asked what is absent (`true_teacher`).
 template <Divergence D, Dtype S, bool SAME>
 struct Pair {
   static constexpr bool READS_TEACHER = D != Divergence::none;
+  const Params& p;
+  int64_t n;
   RowView student, teacher;
-  bool soft, smoothing;
+  bool stands_in;
 
   FUSED_KD_DEVICE Pair(const Params& p, const Row& row)
-      : student(p.student, S, row.n, p.V),
-        teacher(p.teacher, SAME ? S : p.teacher.dtype, row.n, p.V),
-        soft(row.soft),
-        smoothing(p.options.smoothing) {}
+      : p(p), n(row.n), student(p.student, S, n, p.V), teacher(student), stands_in(true) {
+    if (!READS_TEACHER || !row.soft) return;
+    teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, n, p.V);
+    stands_in = false;
+  }
 
-  // Both sides widened; the teacher's group is asked for by `load_teacher` only where it counts.
-  template <class LoadTeacher, class Visit>
-  FUSED_KD_DEVICE void give(int group, const Raw& raw_s, LoadTeacher load_teacher,
-                            Visit visit) const {
+  template <class Visit>
+  FUSED_KD_DEVICE void give(int group, const Raw& raw_s, const Raw& raw_t, Visit visit) const {
     float s[GROUP], t[GROUP];
     widen<S>(raw_s, s);
-    if (READS_TEACHER ? soft : false) {
-      widen_teacher<S, SAME>(load_teacher(), teacher.dtype, t);
-    } else {
-      bool absent = false;
-#pragma unroll
-      for (int e = 0; e < GROUP; ++e) {
-        t[e] = s[e];
-        absent |= s[e] == -INF;
-      }
-      if (smoothing && absent) {
-        widen_teacher<S, SAME>(load_group(teacher, group), teacher.dtype, t);
-        without_teacher(s, t);
-      }
-    }
+    if (READS_TEACHER)
+      widen_teacher<S, SAME>(raw_t, teacher.dtype, t);
+    else
+      widen<S>(raw_s, t);
     visit(group, s, t);
+  }
+
+  // For the label smoothing of a group with absent entries, whose number depends on both sides: a
+  // stand-in gets -inf where the teacher has it, and a number where the student alone is -inf.
+  FUSED_KD_DEVICE void true_teacher(int group, const float (&s)[GROUP], float (&t)[GROUP]) const {
+    if (!stands_in || !p.options.smoothing) return;
+    const RowView truth(p.teacher, p.teacher.dtype, n, p.V);
+    widen_teacher<S, false>(load_group(truth, group), truth.dtype, t);
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) t[e] = s[e] == -INF && t[e] != -INF ? 0.0f : s[e];
   }
 };
 
@@ -75,8 +72,8 @@ struct FarRow : Pair<D, S, SAME> {
   FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
     const Raw raw_s = load_group(this->student, group);
     Raw raw_t = {};
-    if (Base::READS_TEACHER && this->soft) raw_t = load_group(this->teacher, group);
-    this->give(group, raw_s, [&] { return raw_t; }, visit);
+    if (Base::READS_TEACHER) raw_t = load_group(this->teacher, group);
+    this->give(group, raw_s, raw_t, visit);
   }
 
   template <class Visit>
@@ -168,8 +165,9 @@ struct NearRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
-    const auto teacher_group = [&] { return get(near_t, this->teacher.dtype, group); };
-    this->give(group, get(near_s, S, group), teacher_group, visit);
+    Raw raw_t = {};
+    if (Base::READS_TEACHER) raw_t = get(near_t, this->teacher.dtype, group);
+    this->give(group, get(near_s, S, group), raw_t, visit);
   }
 
   template <class Visit>

@@ -78,13 +78,20 @@ FUSED_KD_DEVICE float max_of(const float (&x)[GROUP]) {
                fmaxf(fmaxf(x[4], x[5]), fmaxf(x[6], x[7])));
 }
 
-// e^(s - m_s) of an element whose P is known.
-FUSED_KD_DEVICE float hard_exponential(float a, float P, const Options& o) {
-  return o.hard == Hard::power1 ? P : o.hard == Hard::power2 ? P * P : exp2_fast(a * o.k_1);
+// e^(s - m_s) of a group whose a and P are known, over P. The branch is outside of the loops.
+FUSED_KD_DEVICE void make_hard_exponentials(const float (&a)[GROUP], float (&P)[GROUP],
+                                            const Options& o) {
+  if (o.hard == Hard::separate) {
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) P[e] = exp2_fast(a[e] * o.k_1);
+  } else if (o.hard == Hard::power2) {
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) P[e] *= P[e];
+  }
 }
 
 // Entry by entry, for a group with an entry that is not finite: infinity is decided on the logits, and
-// an entry that is -inf on both sides is absent. Adds to w and differences.
+// an entry that is -inf on both sides is absent. Makes w and differences anew.
 template <Divergence D>
 FUSED_KD_DEVICE void add_carefully(Record& record, const float (&s)[GROUP], const float (&t)[GROUP],
                                    const Options& o, float& w, float& differences) {
@@ -111,33 +118,35 @@ FUSED_KD_DEVICE void add_carefully(Record& record, const float (&s)[GROUP], cons
   record.flags = static_cast<float>(flags);
 }
 
-// One group into a thread's record.
-template <Divergence D>
-FUSED_KD_DEVICE void add_group(Record& record, const float (&s)[GROUP], const float (&t)[GROUP],
-                               const Options& o) {
+// One group into a thread's record. `true_teacher` mends t for a look at what is absent.
+template <Divergence D, class TrueTeacher>
+FUSED_KD_DEVICE void add_group(Record& record, const float (&s)[GROUP], float (&t)[GROUP],
+                               const Options& o, TrueTeacher true_teacher) {
   constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
   RowSums<float>& r = record.r;
   const float m_s = fmaxf(r.m_s, max_of(s)), m_t = SOFT ? fmaxf(r.m_t, max_of(t)) : r.m_t;
   if (m_s != r.m_s || m_t != r.m_t) rebase<D>(record, m_s, m_t, o);
   // without a finite entry yet, any reference will do
   const float ref_s = m_s == -INF ? 0.0f : m_s, ref_t = m_t == -INF ? 0.0f : m_t;
-  float P[GROUP], Q[GROUP], w[GROUP], difference[GROUP];
+  float P[GROUP], Q[GROUP], a[GROUP], w[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
-    const float a = s[e] - ref_s, b = SOFT ? t[e] - ref_t : 0.0f;
-    P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a * o.k) : 0.0f;
+    a[e] = s[e] - ref_s;
+    const float b = SOFT ? t[e] - ref_t : 0.0f;
+    P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a[e] * o.k) : 0.0f;
     Q[e] = SOFTMAX ? exp2_fast(b * o.k) : 0.0f;
-    difference[e] = a;
     if constexpr (D == Divergence::mse)
-      w[e] = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, 0.0f);
+      w[e % 2] = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, w[e % 2]);
     else if constexpr (SOFT)
-      w[e] = Rule<D>::accumulate(a, b, P[e], Q[e], 0.0f);
+      w[e % 2] = Rule<D>::accumulate(a[e], b, P[e], Q[e], w[e % 2]);
   }
-  float group_w = SOFT ? sum_of(w) : 0.0f;
-  float group_differences = o.smoothing ? sum_of(difference) : 0.0f;
+  float group_w = w[0] + w[1];
+  float group_differences = o.smoothing ? sum_of(a) : 0.0f;
   r.count += GROUP;
-  if (!isfinite(group_w + group_differences))
+  if (!isfinite(group_w + group_differences)) {
+    true_teacher(s, t);
     add_carefully<D>(record, s, t, o, group_w, group_differences);
+  }
   r.w += group_w;
   r.differences += group_differences;
   if constexpr (SOFTMAX) {
@@ -145,8 +154,7 @@ FUSED_KD_DEVICE void add_group(Record& record, const float (&s)[GROUP], const fl
     r.d_t += sum_of(Q);
   }
   if (o.hard != Hard::off) {
-#pragma unroll
-    for (int e = 0; e < GROUP; ++e) P[e] = hard_exponential(difference[e], P[e], o);
+    make_hard_exponentials(a, P, o);
     r.d_1 += sum_of(P);
   }
 }
@@ -165,6 +173,13 @@ FUSED_KD_DEVICE float warp_max(float x) {
   return x;
 }
 
+// Each flag is counted in digits of its own, so that one sum does.
+FUSED_KD_DEVICE float union_of_flags(int flags) {
+  const int counts =
+      static_cast<int>(warp_sum(static_cast<float>((flags & 1) + (flags & 2) * 32 + (flags & 4) * 1024)));
+  return static_cast<float>((counts & 63 ? 1 : 0) + (counts & 63 * 64 ? 2 : 0) + (counts >> 12 ? 4 : 0));
+}
+
 // The records of a warp's lanes become one, in every lane.
 template <Divergence D>
 FUSED_KD_DEVICE void merge_warp(Record& record, const Options& o) {
@@ -177,13 +192,8 @@ FUSED_KD_DEVICE void merge_warp(Record& record, const Options& o) {
   if constexpr (D != Divergence::none && !RuleOf<D>::TWO_VISITS) r.w = warp_sum(r.w);
   if (o.hard != Hard::off) r.d_1 = warp_sum(r.d_1);
   if (o.smoothing) r.differences = warp_sum(r.differences);
-  r.count = warp_sum(r.count);
-  int flags = static_cast<int>(record.flags);
-  float union_of_flags = 0.0f;
-#pragma unroll
-  for (int bit = 1; bit <= BAD; bit *= 2)
-    union_of_flags += warp_max(flags & bit ? static_cast<float>(bit) : 0.0f);
-  record.flags = union_of_flags;
+  if (o.smoothing || D == Divergence::mse) r.count = warp_sum(r.count);
+  record.flags = union_of_flags(static_cast<int>(record.flags));
 }
 
 }  // namespace fused_kd

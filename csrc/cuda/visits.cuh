@@ -110,8 +110,10 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
 template <Divergence D, class Source>
 FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
   Record record = empty_record();
-  source.first([&](int, const float(&s)[GROUP], const float(&t)[GROUP]) {
-    add_group<D>(record, s, t, o);
+  source.first([&](int group, const float(&s)[GROUP], float(&t)[GROUP]) {
+    add_group<D>(record, s, t, o, [&](const float(&s)[GROUP], float(&t)[GROUP]) {
+      source.true_teacher(group, s, t);
+    });
   });
   return record;
 }
@@ -121,7 +123,7 @@ FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, Record
   RowSums<float>& r = record.r;
   const Constants<float> c = Rule<D>::constants(r, 1.0f, o.shape);
   float x = 0.0f, y = 0.0f;
-  source.again([&](int, const float(&s)[GROUP], const float(&t)[GROUP]) {
+  source.again([&](int, const float(&s)[GROUP], float(&t)[GROUP]) {
     float group_x = 0.0f, group_y = 0.0f;
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
@@ -161,32 +163,44 @@ struct Gradient {
     some_absent = p.options.smoothing && r.count != static_cast<float>(p.V);
   }
 
+  // Smoothing spreads nothing over entries that are absent.
+  FUSED_KD_DEVICE void nothing_for_absent(const Row& row, int group, const float (&s)[GROUP],
+                                          const float (&t)[GROUP], float (&g)[GROUP]) const {
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e)
+      if (s[e] == -INF && t[e] == -INF)
+        g[e] = row.label == group * GROUP + e ? label_term : 0.0f;
+  }
+
   // Eight gradients; the label's entry is computed like the others, not taken from a rounded one.
   FUSED_KD_DEVICE void of_group(const Row& row, int group, const float (&s)[GROUP],
                                 const float (&t)[GROUP], const Options& o, float (&g)[GROUP]) const {
     constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
     // P (a - b) with P = 0 must not meet an infinity
     constexpr bool CLAMP = D == Divergence::reverse_kl || D == Divergence::mse;
+    float a[GROUP], P[GROUP];
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
-      const bool absent = some_absent && s[e] == -INF && t[e] == -INF;
-      const float offset = absent ? 0.0f : smoothing_term;
-      float a = s[e] - m_s, b = SOFT ? t[e] - m_t : 0.0f;
-      const float P = SOFTMAX || hard ? exp2_fast(a * o.k) : 0.0f;
+      a[e] = s[e] - m_s;
+      const float b = SOFT ? t[e] - m_t : 0.0f;
+      P[e] = SOFTMAX || hard ? exp2_fast(a[e] * o.k) : 0.0f;
       const float Q = SOFTMAX ? exp2_fast(b * o.k) : 0.0f;
-      g[e] = offset;
+      g[e] = smoothing_term;
       if constexpr (SOFT) {
-        const float left = SOFTMAX ? a : s[e], right = SOFTMAX ? b : t[e];
+        const float left = SOFTMAX ? a[e] : s[e], right = SOFTMAX ? b : t[e];
         g[e] = Rule<D>::gradient(CLAMP ? fmaxf(left, LOWEST) : left,
-                                 CLAMP ? fmaxf(right, LOWEST) : right, P, Q, soft, offset);
+                                 CLAMP ? fmaxf(right, LOWEST) : right, P[e], Q, soft,
+                                 smoothing_term);
       }
-      if (hard) g[e] = fmaf(hard_scale, hard_exponential(a, P, o), g[e]);
     }
-    const int at = row.label - group * GROUP;
-    if (at >= 0 && at < GROUP) {
+    if (!hard) return;
+    make_hard_exponentials(a, P, o);
 #pragma unroll
-      for (int e = 0; e < GROUP; ++e) g[e] += e == at ? label_term : 0.0f;
-    }
+    for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale, P[e], g[e]);
+    if (group != row.label / GROUP) return;
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e)
+      if (group * GROUP + e == row.label) g[e] += label_term;
   }
 };
 
@@ -202,8 +216,12 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
     source.indices([&](int group) { store_group<S>(grad, group, g); });
     return;
   }
-  source.again([&](int group, const float(&s)[GROUP], const float(&t)[GROUP]) {
+  source.again([&](int group, const float(&s)[GROUP], float(&t)[GROUP]) {
     gradient.of_group(row, group, s, t, p.options, g);
+    if (gradient.some_absent) {
+      source.true_teacher(group, s, t);
+      gradient.nothing_for_absent(row, group, s, t, g);
+    }
     store_group<S>(grad, group, g);
   });
 }
