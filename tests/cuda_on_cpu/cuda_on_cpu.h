@@ -1,0 +1,309 @@
+// Runs CUDA kernels on the CPU, for tests: see README.md. A kernel's source is compiled as C++ with
+// this header in the place of csrc/cuda/primitives.cuh, and means the same.
+#pragma once
+
+#include "numbers.h"
+#include "machine.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
+#define __restrict__
+
+// Kernels' own types contain these: as visible as those are.
+namespace fused_kd {
+
+struct alignas(16) Bits16 {
+  uint32_t x, y, z, w;
+};
+
+struct LaunchShape {
+  int64_t grid;
+  int block;
+  int shared_bytes;
+  int cluster;    // blocks in one; 1: none
+  int waits_for;  // blocks that wait for each other through wait_until; 1: none
+};
+
+}  // namespace fused_kd
+
+#pragma GCC visibility push(hidden)
+
+// The order of everything that follows, until the next call. FUSED_KD_EMULATOR_SEED sets the first.
+extern "C" __attribute__((used, visibility("default"))) inline void emulator_seed(uint64_t seed) {
+  fused_kd::emulator::machine.set_seed(seed);
+}
+
+namespace fused_kd {
+
+using emulator::Place;
+
+namespace emulator {
+
+inline void must_be_aligned(const void* p, unsigned bytes, const char* what, Place place) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  machine.die(machine.current, place, "%s: %p is not a multiple of %u", what, p, bytes);
+}
+
+// Other threads may run here, as they may anywhere on a GPU.
+inline void chance(unsigned one_in_n, Place place) {
+  if (machine.one_in(one_in_n)) machine.wait(State::ready, place);
+}
+
+inline uint32_t add_one(uint32_t* counter) { return (*counter)++; }
+inline void mark(uint64_t* barrier, uint64_t value) { *barrier = value; }
+inline uint64_t marked(const uint64_t* barrier) { return *barrier; }
+constexpr uint64_t MARK = 0xfff7ba881e5fff7b;  // NaN, read as a number
+
+inline Mbarrier& checked(uint64_t* barrier, Place place) {
+  Mbarrier& mbarrier = machine.mbarrier(barrier, place);
+  if (marked(barrier) != MARK) machine.die(machine.current, place, "an mbarrier was overwritten");
+  return mbarrier;
+}
+
+}  // namespace emulator
+
+inline Bits16 load16(const void* p, Place place = Place::here()) {
+  {
+    emulator::Inside inside;
+    emulator::must_be_aligned(p, 16, "load16", place);
+    emulator::chance(32, place);
+  }
+  Bits16 bits;
+  memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+
+inline void store16(void* p, Bits16 bits, Place place = Place::here()) {
+  {
+    using namespace emulator;
+    Inside inside;
+    must_be_aligned(p, 16, "store16", place);
+    if (machine.in_live_shared_memory(p))
+      machine.die(machine.current, place, "store16 is for global memory");
+    chance(32, place);
+  }
+  memcpy(p, &bits, sizeof bits);
+}
+
+inline float shuffle_xor(float v, int mask, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  Fiber& me = *machine.current;
+  if (mask < 0 || mask >= int(WARP)) machine.die(&me, place, "shuffle_xor: mask %d", mask);
+  me.value = v;
+  me.mask = mask;
+  machine.meet(me.block->warps[me.thread / WARP], State::shuffle, place);
+  me.mask = 0;
+  return me.received;
+}
+
+inline void block_sync(Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  machine.meet(machine.current->block->meeting, State::block_sync, place);
+}
+
+inline uint32_t take_ticket(uint32_t* counter, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  must_be_aligned(counter, 4, "take_ticket", place);
+  chance(2, place);
+  const uint32_t ticket = add_one(counter);
+  machine.wake(counter);
+  chance(2, place);
+  return ticket;
+}
+
+inline void arrive(uint32_t* counter, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  must_be_aligned(counter, 4, "arrive", place);
+  chance(2, place);
+  release(machine.clock(counter));
+  add_one(counter);
+  machine.wake(counter);
+  chance(2, place);
+}
+
+inline void wait_until(const uint32_t* counter, uint32_t target, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  must_be_aligned(counter, 4, "wait_until", place);
+  chance(2, place);
+  while (read_counter(counter) < target) {
+    machine.wait_for(State::counter, counter, target, place);
+  }
+  acquire(machine.clock(counter));
+}
+
+inline uint32_t cluster_blocks() {
+  emulator::Inside inside;
+  return uint32_t(emulator::machine.current->block->cluster->blocks.size());
+}
+
+inline uint32_t cluster_rank() {
+  emulator::Inside inside;
+  return emulator::machine.current->block->index %
+         uint32_t(emulator::machine.current->block->cluster->blocks.size());
+}
+
+inline void cluster_sync(Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  machine.meet(machine.current->block->cluster->meeting, State::cluster_sync, place);
+}
+
+template <class T>
+T* cluster_peer(T* shared, uint32_t rank, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  const Fiber* me = machine.current;
+  const auto& blocks = me->block->cluster->blocks;
+  if (rank >= blocks.size()) machine.die(me, place, "cluster_peer: no block of rank %u", rank);
+  if (!me->block->owns(shared, sizeof(T))) {
+    machine.die(me, place, "cluster_peer: not in this block's shared memory");
+  }
+  if (blocks[rank]->ended) machine.die(me, place, "cluster_peer: block %u has ended", rank);
+  chance(4, place);
+  const auto offset =
+      reinterpret_cast<uintptr_t>(shared) - reinterpret_cast<uintptr_t>(me->block->shared);
+  return reinterpret_cast<T*>(blocks[rank]->shared + offset);
+}
+
+inline unsigned char* dynamic_shared() {
+  emulator::Inside inside;
+  return emulator::machine.current->block->shared;
+}
+
+inline void barrier_init(uint64_t* barrier, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  Block& block = *machine.current->block;
+  must_be_aligned(barrier, 8, "barrier_init", place);
+  if (!block.owns(barrier, 8)) {
+    machine.die(machine.current, place, "barrier_init: not in this block's shared memory");
+  }
+  if (block.mbarriers.count(barrier))
+    machine.die(machine.current, place, "barrier_init: a second time");
+  block.mbarriers[barrier].init_thread = machine.current->thread;
+  mark(barrier, MARK);
+}
+
+inline void barrier_init_fence() {
+  using namespace emulator;
+  Inside inside;
+  for (auto& [address, mbarrier] : machine.current->block->mbarriers) {
+    if (mbarrier.init_thread == machine.current->thread) mbarrier.fenced = true;
+  }
+}
+
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  chance(4, place);
+  Mbarrier& mbarrier = checked(barrier, place);
+  if (mbarrier.arrived)
+    machine.die(machine.current, place, "barrier_expect: a second time in one phase");
+  if (mbarrier.issued > bytes) {
+    machine.die(machine.current, place, "barrier_expect: %u bytes, but copies of %llu were issued",
+                bytes, (unsigned long long)mbarrier.issued);
+  }
+  mbarrier.arrived = true;
+  mbarrier.expected = bytes;
+  release(mbarrier.landing_clock);
+  machine.advance(mbarrier, barrier);
+}
+
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                      Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  const Fiber* me = machine.current;
+  chance(4, place);
+  must_be_aligned(shared, 16, "bulk_copy to", place);
+  must_be_aligned(global, 16, "bulk_copy from", place);
+  if (bytes == 0 || bytes % 16) machine.die(me, place, "bulk_copy: %u bytes", bytes);
+  if (!me->block->owns(shared, bytes)) {
+    machine.die(me, place, "bulk_copy: %u bytes to outside this block's shared memory", bytes);
+  }
+  if (machine.in_live_shared_memory(global))
+    machine.die(me, place, "bulk_copy: from shared memory");
+  if (!readable(global, bytes)) machine.die(me, place, "bulk_copy: %u bytes cannot be read", bytes);
+  auto* to = static_cast<unsigned char*>(shared);
+  for (const auto& [address, other] : me->block->mbarriers) {
+    const auto* word = static_cast<const unsigned char*>(address);
+    if (word + 8 > to && word < to + bytes) machine.die(me, place, "bulk_copy: over an mbarrier");
+  }
+  for (const Copy& other : machine.copies) {
+    if (other.to + other.bytes <= to || other.to >= to + bytes) continue;
+    machine.die(me, place, "bulk_copy: another is still under way to the same memory");
+  }
+  Mbarrier& mbarrier = checked(barrier, place);
+  mbarrier.issued += bytes;
+  if (mbarrier.arrived && mbarrier.issued > mbarrier.expected) {
+    machine.die(me, place, "bulk_copy: %llu bytes issued in a phase that expects %llu",
+                (unsigned long long)mbarrier.issued, (unsigned long long)mbarrier.expected);
+  }
+  release(mbarrier.issue_clock);
+  // Nobody may count on what was there: the copy may have begun.
+  memset(shared, 0xff, bytes);
+  poison(shared, bytes);
+  machine.copies.push_back({to, global, bytes, me->block, &mbarrier, barrier});
+  chance(2, place);
+}
+
+inline void barrier_wait(uint64_t* barrier, uint32_t parity, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  chance(4, place);
+  Mbarrier& mbarrier = checked(barrier, place);
+  if (parity > 1) machine.die(machine.current, place, "barrier_wait: parity %u", parity);
+  if (mbarrier.phase == 0 && parity == 1) {
+    machine.die(machine.current, place, "barrier_wait: no phase of parity 1 has been yet");
+  }
+  while (mbarrier.phase % 2 == parity) {
+    machine.wait_for(State::phase, barrier, parity, place);
+  }
+  acquire(mbarrier.landing_clock);
+}
+
+// 0, or what cudaErrorInvalidConfiguration is, with the reason on stderr.
+template <class Params>
+int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream,
+                  const Params& params) {
+  using namespace emulator;
+  const bool valid = shape.grid > 0 && shape.grid <= INT32_MAX && shape.block > 0 &&
+                     shape.block <= 1024 && shape.block % int(WARP) == 0 &&
+                     shape.shared_bytes >= 0 && shape.shared_bytes <= 227 * 1024 &&
+                     shape.cluster >= 1 && shape.cluster <= 16 && shape.grid % shape.cluster == 0 &&
+                     shape.waits_for >= 1;
+  if (!valid) {
+    fprintf(
+        stderr,
+        "cuda_on_cpu: invalid launch: grid %lld, block %d, shared %d, cluster %d, waits for %d\n",
+        (long long)shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.waits_for);
+    return 9;
+  }
+  machine.kernel.function = reinterpret_cast<void (*)()>(kernel);
+  machine.kernel.call = [](void (*function)(), const void* given) {
+    reinterpret_cast<void (*)(Params)>(function)(*static_cast<const Params*>(given));
+  };
+  machine.kernel.params = &params;
+  machine.kernel.type = __PRETTY_FUNCTION__;
+  machine.launch(shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.waits_for);
+  return 0;
+}
+
+inline int clear_memory(void* p, int64_t bytes, void* stream) {
+  memset(p, 0, size_t(bytes));
+  return 0;
+}
+
+}  // namespace fused_kd
+
+#pragma GCC visibility pop

@@ -1,0 +1,260 @@
+"""The emulator of tests/cuda_on_cpu/: correct kernels pass, planted bugs are caught."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import native_build
+import numpy as np
+import pytest
+import torch
+
+SOURCES = native_build.ROOT / "tests" / "cuda_on_cpu"
+# -rdynamic: messages name the kernel. -O0: compiled in half the time.
+BUILDS: dict[str, list[str]] = {
+    "plain": ["-rdynamic"],
+    "memory": ["-rdynamic", "-O0", *native_build.SANITIZE],
+    "races": ["-rdynamic", "-O0", "-g", "-fsanitize=thread"],
+}
+RACE = 66  # ThreadSanitizer's exit status
+
+Programs = dict[str, Path]
+
+
+def _compile(job: tuple[Path, list[str]]) -> None:
+    target, arguments = job
+    command = [native_build.COMPILER, *native_build.FLAGS, "-I", str(SOURCES), *arguments]
+    done = subprocess.run(
+        [*command, "-o", str(target)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    native_build.need_compiler()
+    folder = tmp_path_factory.mktemp("emulator")
+    jobs = [
+        (folder / name, [*flags, str(SOURCES / "check_emulator.cpp")])
+        for name, flags in BUILDS.items()
+    ]
+    with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:
+        list(pool.map(_compile, jobs[::-1]))  # the slowest are the last
+    return {name: folder / name for name in BUILDS}
+
+
+def _run(program: Path, case: str, seeds: int) -> tuple[int, str]:
+    environment = {**os.environ, "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}"}
+    done = subprocess.run(
+        [str(program), case, str(seeds)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=120,
+    )
+    text = done.stdout + done.stderr
+    if "unexpected memory mapping" in text:
+        pytest.skip("ThreadSanitizer cannot run here: the kernel randomises addresses too widely")
+    return done.returncode, text
+
+
+# Each build runs all three kernels: meetings; clusters, bulk copies and peers; tickets.
+@pytest.mark.parametrize(("build", "seeds"), [("plain", 200), ("memory", 24), ("races", 2)])
+def test_correct_kernels(programs: Programs, build: str, seeds: int) -> None:
+    status, text = _run(programs[build], "none", seeds)
+    assert status == 0, text[-3000:]
+    assert text == "0 wrong\n"
+
+
+# The sentence that names each: which thread, and what it has done.
+MESSAGES = {
+    "divergent_barrier": r"block_sync, but thread \d+ of block \d waits in another: \S+:\d+",
+    "two_barriers": r"block_sync, but thread \d+ of block \d waits in another: \S+:\d+",
+    "early_return": r"(shuffle_xor waits for thread 70 of|shuffle_xor, but 1 threads have ended)",
+    "divergent_shuffle": r"shuffle_xor: part of the warp never comes",
+    "misaligned_load": r"load16: 0x\w+ is not a multiple of 16",
+    "shared_overrun": r"written past the end of shared memory",
+    "missing_final_cluster_sync": r"cluster_(peer|sync).* ended",
+    "divergent_cluster_sync": r"block_sync: part of the block never comes",
+    "wrong_parity": r"barrier_wait: no phase of parity 1 has been yet",
+    "expect_too_much": r"barrier_wait: the phase can never complete",
+    "expect_too_little": r"bulk_copy: 1024 bytes issued in a phase that expects 1008",
+    "expect_twice": r"barrier_expect: a second time in one phase",
+    "copy_past_shared": r"bulk_copy: 512 bytes to outside this block's shared memory",
+    "copy_odd_size": r"bulk_copy: 1016 bytes",
+    "copy_misaligned": r"bulk_copy to: 0x\w+ is not a multiple of 16",
+    "missing_init": r"an mbarrier used before barrier_init ",
+    "missing_init_fence": r"an mbarrier used before barrier_init_fence",
+    "never_waited": r"the block ends before a bulk copy into it has landed",
+    "barrier_overwritten": r"an mbarrier was overwritten",
+    "peer_write_at_the_end": r"its shared memory was written by a peer after the block had ended",
+    "wait_for_too_many": r"wait_until: the count can never be reached",
+    "block_index_as_ticket": r"wait_until: the count can never be reached",
+}
+
+
+@pytest.mark.parametrize("bug", MESSAGES)
+def test_a_bug_is_named(programs: Programs, bug: str) -> None:
+    status, text = _run(programs["plain"], bug, seeds=24)
+    assert status < 0, text  # abort()
+    where = r"cuda_on_cpu: kernel \w+\(\w+\), block \d+, thread \d+.*: "
+    assert re.search(where + MESSAGES[bug], text), text
+
+
+# Found by their results alone: NaN that nobody has replaced, or what another row has left.
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "missing_barrier",
+        "missing_second_barrier",
+        "missing_first_cluster_sync",
+        "read_before_wait",
+        "arrive_before_store",
+        "missing_barrier_before_arrive",
+    ],
+)
+def test_a_race_gives_wrong_results(programs: Programs, bug: str) -> None:
+    status, text = _run(programs["plain"], bug, seeds=24)
+    assert status == 1, text
+    assert re.search(r"\n[1-9]\d* wrong\n$", text), text
+
+
+# Found by AddressSanitizer, or by what the emulator asks of it.
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        ("read_past_row", "heap-buffer-overflow"),
+        ("copy_past_row", "bulk_copy: 512 bytes cannot be read"),
+        ("shared_overrun", "use-after-poison"),
+        ("shared_read_overrun", "use-after-poison"),
+        ("read_before_wait", "use-after-poison"),
+        ("peer_write_at_the_end", "use-after-poison"),
+        ("stack_overflow", "stack-overflow"),
+    ],
+)
+def test_a_wrong_address(programs: Programs, bug: str, message: str) -> None:
+    status, text = _run(programs["memory"], bug, seeds=24)
+    assert status not in (0, RACE), text
+    assert message in text, text
+
+
+# One order is enough: a race is found where nothing orders two accesses, whatever came first.
+# In shared memory, in a peer's, with a bulk copy, in global memory.
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "missing_second_barrier",
+        "missing_first_cluster_sync",
+        "read_before_wait",
+        "missing_barrier_before_arrive",
+    ],
+)
+def test_a_race_in_one_run(programs: Programs, bug: str) -> None:
+    status, text = _run(programs["races"], bug, seeds=1)
+    assert status == RACE, text
+    assert "WARNING: ThreadSanitizer: data race" in text, text
+    assert "check_emulator.cpp" in text, text
+
+
+def test_a_seed_repeats_a_run(programs: Programs) -> None:
+    first = _run(programs["plain"], "missing_second_barrier", 3)
+    assert first == _run(programs["plain"], "missing_second_barrier", 3)
+
+
+@pytest.mark.slow
+def test_without_assembly(tmp_path: Path) -> None:
+    """The stack switch of other processors."""
+    native_build.need_compiler()
+    for build in BUILDS:
+        program = tmp_path / build
+        flags = [*BUILDS[build], "-DEMULATOR_UCONTEXT", str(SOURCES / "check_emulator.cpp")]
+        _compile((program, flags))
+        status, text = _run(program, "none", 8)
+        assert status == 0, text[-3000:]
+        assert "0 wrong\n" in text  # AddressSanitizer adds a general warning about ucontext
+
+
+# --------------------------------------------------------------------------------- conversions
+
+Numbers = Callable[[str, np.ndarray], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
+    native_build.need_compiler()
+    target = tmp_path_factory.mktemp("numbers") / "numbers.so"
+    _compile((target, ["-shared", "-fPIC", str(SOURCES / "check_numbers.cpp")]))
+    function = ctypes.CDLL(str(target)).check_numbers
+    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+
+    def call(name: str, words: np.ndarray) -> np.ndarray:
+        words = np.ascontiguousarray(words, dtype=np.uint32)
+        out = np.empty_like(words)
+        assert function(name.encode(), words.ctypes.data, out.ctypes.data, words.size) == 0
+        return out
+
+    return call
+
+
+def _bits(half: torch.Tensor) -> np.ndarray:
+    return half.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_every_half_is_widened_exactly(numbers: Numbers, name: str, dtype: torch.dtype) -> None:
+    words = np.arange(1 << 16, dtype=np.uint32)
+    got = numbers(f"from_{name}", words).view(np.float32)
+    want = torch.from_numpy(words.astype(np.uint16).view(np.int16)).view(dtype).float().numpy()
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    finite = ~np.isnan(want)
+    np.testing.assert_array_equal(got.view(np.uint32)[finite], want.view(np.uint32)[finite])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_halves_are_rounded_as_torch_does(numbers: Numbers, name: str, dtype: torch.dtype) -> None:
+    """Around every value that is represented and every middle between two, and random words."""
+    words = np.arange(1 << 16, dtype=np.uint32)
+    values = numbers(f"from_{name}", words)
+    values = values[np.isfinite(values.view(np.float32))]
+    step = np.diff(np.sort(values), append=values.max()).astype(np.uint32) // 2
+    centres = np.concatenate([np.sort(values), np.sort(values) + step])
+    around = np.concatenate([centres + np.uint32(d) for d in (0, 1, 2**32 - 1)])
+    limits = np.array([65519.996, 65520, 65504, 3.39e38, np.inf, np.nan], dtype=np.float32)
+    random = np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
+    x = np.concatenate([around, limits.view(np.uint32), random])
+    got = numbers(f"pack_{name}", x)
+    for sign, half in ((1, got & 0xFFFF), (-1, got >> 16)):
+        want = (sign * torch.from_numpy(x.view(np.float32))).to(dtype)
+        nan = want.isnan().numpy()
+        np.testing.assert_array_equal(half[nan], 0x7FFF)
+        np.testing.assert_array_equal(half[~nan], _bits(want)[~nan])
+
+
+@pytest.mark.parametrize("name", ["exp2", "log2"])
+def test_exponentials(numbers: Numbers, name: str) -> None:
+    """Within one unit in the last place of the true value; subnormal numbers are zeros."""
+    random = np.random.default_rng(0)
+    x = random.uniform(-152, 130, 1 << 20).astype(np.float32)
+    if name == "log2":
+        x = np.exp2(random.uniform(-149, 128, 1 << 20)).astype(np.float32)
+    x = np.concatenate([x, np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-40], np.float32)])
+    got = numbers(name, x.view(np.uint32)).view(np.float32)
+    tiny = np.finfo(np.float32).tiny
+    flushed = np.where(np.abs(x) < tiny, 0, x).astype(np.float64)
+    with np.errstate(all="ignore"):
+        want = (np.exp2 if name == "exp2" else np.log2)(flushed)
+        rounded = want.astype(np.float32)
+    border = np.abs(np.abs(want) - tiny) < 1e-6 * tiny  # rounding decides whether it is flushed
+    rounded = np.where(np.abs(rounded) < tiny, 0, rounded)
+    finite = np.isfinite(rounded) & ~border
+    np.testing.assert_array_equal(got[~finite & ~border], rounded[~finite & ~border])
+    unit = np.spacing(np.abs(rounded[finite]))
+    assert np.max(np.abs(got[finite] - rounded[finite]) / unit) <= 1
+    assert not np.any((got != 0) & (np.abs(got) < tiny))
