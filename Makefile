@@ -41,7 +41,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build out *.egg-info fused_kd/*.so fused_kd/_not_built.txt
+	rm -rf $(VENV) build out *.egg-info fused_kd/*.so fused_kd/*_not_built.txt
 
 $(VENV)/.packages: requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,13 @@
-"""Builds the optional compiled module fused_kd._C; everything declarative is in pyproject.toml.
+"""Builds the optional compiled modules: fused_kd._C (CPU) and fused_kd._cuda (CUDA devices).
 
-Environment: FUSED_KD_BUILD=0 skips the compiled module, =1 makes its absence an error; MAX_JOBS
-caps parallel compilation; DEBUG=1 builds with assertions and symbols; FUSED_KD_SANITIZE=1 with the
-address and undefined-behaviour sanitizers.
+Everything declarative is in pyproject.toml. The modules are apart, so that the CPU's does not depend
+on what a CUDA toolkit makes of the other.
+
+Environment: FUSED_KD_BUILD=0 skips both, =1 makes the absence of the CPU's an error; FUSED_KD_CUDA
+is the same for the CUDA module, which is otherwise built where torch is a CUDA build and nvcc is
+there (no device is needed); TORCH_CUDA_ARCH_LIST names its architectures; MAX_JOBS caps parallel
+compilation; DEBUG=1 builds with assertions and symbols; FUSED_KD_SANITIZE=1 builds the CPU's with
+the address and undefined-behaviour sanitizers.
 """
 
 from __future__ import annotations
@@ -10,6 +15,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +43,19 @@ SOURCES = [
     "csrc/bindings/cpu_ops.cpp",
     "csrc/bindings/module.cpp",
 ]
-REASON_FILE = "fused_kd/_not_built.txt"
+CUDA = "csrc/cuda"
+CUDA_SOURCES = [
+    "csrc/bindings/cuda_ops.cpp",
+    f"{CUDA}/launch.cu",
+    f"{CUDA}/runtime.cu",
+    f"{CUDA}/rows_f32.cu",
+    f"{CUDA}/rows_bf16.cu",
+    f"{CUDA}/rows_f16.cu",
+]
+# A binary for each family that differs, and PTX for what comes later.
+CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
+#: Module: where the reason lies that it isn't there.
+REASON_FILES = {"_C": "fused_kd/_not_built.txt", "_cuda": "fused_kd/_cuda_not_built.txt"}
 
 
 def flag(name: str) -> bool:
@@ -64,25 +83,90 @@ def compile_flags() -> list[str]:
     return flags
 
 
-def extension() -> Extension:
+def wanted(variable: str) -> str:
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{variable} must be 0 or 1; got {value!r}")
+    return value
+
+
+def extension(name: str, sources: list[str], libraries: list[str], **extra: list) -> Extension:
     """Raises ImportError where torch or pybind11 can't be imported by the build."""
     import pybind11
     import torch
     from torch.utils import cpp_extension
 
-    libraries = [path for path in cpp_extension.library_paths() if os.path.isdir(path)]
+    folders = [path for path in cpp_extension.library_paths() if os.path.isdir(path)]
     flags = [*compile_flags(), f'-DFUSED_KD_TORCH_VERSION="{torch.__version__}"']
     return Extension(
-        "fused_kd._C",
-        SOURCES,
+        f"fused_kd.{name}",
+        sources,
         # pybind11's own headers first: torch bundles another copy
         include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
-        library_dirs=libraries,
-        libraries=["torch_cpu", "c10"],
-        extra_compile_args=flags,
+        library_dirs=[*folders, *extra.get("folders", [])],
+        libraries=["torch_cpu", "c10", *libraries],
+        extra_compile_args=[*flags, *extra.get("flags", [])],
         extra_link_args=["-fsanitize=address,undefined"] if flag("FUSED_KD_SANITIZE") else [],
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+        depends=[str(path) for path in Path("csrc").rglob("*.*h")],
     )
+
+
+def cpu_extension() -> Extension:
+    return extension("_C", SOURCES, [])
+
+
+def cuda_extension() -> Extension:
+    """Raises LookupError where there is no CUDA to build for, ImportError without torch."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None:
+        raise LookupError("torch is not a CUDA build")
+    home = cpp_extension.CUDA_HOME
+    if home is None or shutil.which("nvcc", path=f"{home}/bin") is None:
+        raise LookupError("no nvcc was found (CUDA_HOME, or on PATH)")
+    wants, has = torch.version.cuda.split(".")[0], toolkit_version(home).split(".")[0]
+    if wants != has:
+        raise LookupError(f"torch is built for CUDA {wants}, the toolkit is CUDA {has}")
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    return extension(
+        "_cuda",
+        CUDA_SOURCES,
+        ["c10_cuda", "torch_cuda", "cudart"],
+        folders=toolkit_libraries(home),
+        flags=["-DUSE_CUDA", f'-DFUSED_KD_ARCHITECTURES="{architectures}"'],
+    )
+
+
+def toolkit_version(home: str) -> str:
+    told = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+\.\d+)", told.stdout)
+    if found is None:
+        raise LookupError(f"nvcc does not tell its version: {told.stdout} {told.stderr}")
+    return found.group(1)
+
+
+def toolkit_libraries(home: str) -> list[str]:
+    """The folders that nvcc itself links from, wherever it is installed."""
+    told = subprocess.run(
+        [f"{home}/bin/nvcc", "--dryrun", "none.cu"], capture_output=True, text=True
+    )
+    line = next((x for x in told.stderr.splitlines() if "LIBRARIES=" in x), "")
+    return re.findall(r"-L([^\s\"]+)", line)
+
+
+def nvcc_command(source: str, target: str) -> list[str]:
+    """Compiles a kernel file; it needs neither torch nor Python."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    for item in listed.replace(";", " ").split():
+        arch = item.removesuffix("+PTX").replace(".", "")
+        command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if item.endswith("+PTX"):
+            command.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    return [*command, "--threads=2", "-c", source, "-o", target]
 
 
 class BuildExtension(build_ext):
@@ -90,14 +174,15 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         self._compile_with_own_flags()
+        name = ext.name.rpartition(".")[2]
         try:
             super().build_extension(ext)
         except Exception as error:
-            if flag("FUSED_KD_BUILD"):
+            if flag("FUSED_KD_BUILD" if name == "_C" else "FUSED_KD_CUDA"):
                 raise
             # the program and its exit status; the whole command line was printed
             told = re.sub(r"Command '\['([^']*)'.*\]'", r"command '\1'", str(error).splitlines()[0])
-            write_reason(self, f"compiling it failed: {told}")
+            write_reason(self, name, f"compiling it failed: {told}")
 
     def copy_extensions_to_source(self) -> None:  # an editable install of a module that isn't there
         built = Path(self.build_lib)
@@ -107,6 +192,8 @@ class BuildExtension(build_ext):
         super().copy_extensions_to_source()
 
     def _compile_with_own_flags(self) -> None:
+        if ".cu" not in self.compiler.src_extensions:
+            self.compiler.src_extensions.append(".cu")
         compile_one = self.compiler._compile
 
         def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0,
@@ -119,6 +206,9 @@ class BuildExtension(build_ext):
 
             def compile_source(item):
                 obj, (source, extension) = item
+                if source.endswith(".cu"):
+                    self.spawn(nvcc_command(source, obj))
+                    return
                 own = [*postargs, *KERNELS.get(source, [])]
                 compile_one(obj, source, extension, cc_args, own, pp_opts)
 
@@ -130,37 +220,46 @@ class BuildExtension(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves the reason beside the package when there is no compiled module."""
+    """Leaves the reason beside the package where there is no compiled module."""
 
     def run(self) -> None:
         super().run()
-        if NOT_BUILT:
-            write_reason(self, NOT_BUILT)
+        for name, reason in NOT_BUILT.items():
+            write_reason(self, name, reason)
 
 
-def write_reason(command, reason: str) -> None:
+def write_reason(command, name: str, reason: str) -> None:
     in_source = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
     root = Path(".") if in_source else Path(command.build_lib)
-    target = root / REASON_FILE
+    target = root / REASON_FILES[name]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(reason + "\n")
-    print(f"fused_kd: pure Python, {reason}")
+    print(f"fused_kd: without {name}, {reason}")
 
 
-def decide() -> tuple[list[Extension], str]:
-    wanted = os.environ.get("FUSED_KD_BUILD", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"FUSED_KD_BUILD must be 0 or 1; got {wanted!r}")
-    if wanted == "0":
-        return [], "FUSED_KD_BUILD=0 when it was installed"
-    try:
-        return [extension()], ""
-    except ImportError as error:
-        if wanted == "1":
-            raise
-        return [], f"{error} when it was built: install with 'pip install --no-build-isolation .'"
+def decide() -> tuple[list[Extension], dict[str, str]]:
+    """The modules to build, and why not the others."""
+    extensions, reasons = [], {}
+    for name, variable, make in (
+        ("_C", "FUSED_KD_BUILD", cpu_extension),
+        ("_cuda", "FUSED_KD_CUDA", cuda_extension),
+    ):
+        for off in {"FUSED_KD_BUILD", variable}:
+            if wanted(off) == "0":
+                reasons[name] = f"{off}=0 when it was installed"
+        if name in reasons:
+            continue
+        try:
+            extensions.append(make())
+        except (ImportError, LookupError) as error:
+            if wanted(variable) == "1":
+                raise
+            hint = ": install with 'pip install --no-build-isolation .'"
+            reasons[name] = f"{error} when it was built" + hint * isinstance(error, ImportError)
+    return extensions, reasons
 
 
-Path(REASON_FILE).unlink(missing_ok=True)
+for path in REASON_FILES.values():
+    Path(path).unlink(missing_ok=True)
 EXTENSIONS, NOT_BUILT = decide()
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension, "build_py": BuildPython})

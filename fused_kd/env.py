@@ -43,7 +43,8 @@ def report() -> dict[str, Any]:
             "threads": _probe(lambda: _torch().get_num_threads()),
         },
         "backends": _probe(_backends),
-        "compiled_module": _probe(_compiled_module),
+        "compiled_module": _probe(lambda: _compiled_module("cpu")),
+        "compiled_module_cuda": _probe(lambda: _compiled_module("cuda")),
         "variables": {name: os.environ.get(name) for name, _ in VARIABLES},
     }
 
@@ -75,10 +76,10 @@ def _backends() -> dict[str, str]:
     return {name: "available" if why is None else str(why) for name, why in reasons.items()}
 
 
-def _compiled_module() -> Any:
-    extension = importlib.import_module("fused_kd.extension")
-    info = extension.build_info()
-    return extension.why_not() if info is None else info
+def _compiled_module(name: str) -> Any:
+    module = getattr(importlib.import_module("fused_kd.extension"), name)
+    info = module.build_info()
+    return module.why_not() if info is None else info
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

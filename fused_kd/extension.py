@@ -1,6 +1,6 @@
-"""Loads the compiled module once, and keeps the reason where it can't.
+"""Loads the compiled modules once, and keeps the reason where it can't.
 
-``import fused_kd`` works without it; ``python -m fused_kd.env`` prints the reason.
+``import fused_kd`` works without them; ``python -m fused_kd.env`` prints the reasons.
 """
 
 from __future__ import annotations
@@ -11,43 +11,54 @@ from types import ModuleType
 
 from fused_kd import ops  # noqa: F401  the schemas come before their implementations
 
-_module: ModuleType | None = None
-_reason: str | None = None
-_tried = False
 
+class Compiled:
+    """One compiled module, whose import registers operators.
 
-def load() -> ModuleType | None:
-    """The module ``fused_kd._C``, whose import registers the operators, or None."""
-    global _module, _reason, _tried
-    if not _tried:
-        _tried = True
-        try:
-            _module = import_module("fused_kd._C")
-        except ImportError as error:
-            _reason = _why_missing(error)
-    return _module
-
-
-def why_not() -> str | None:
-    """None if the compiled module is loaded, else one sentence that says why it is not."""
-    load()
-    return _reason
-
-
-def build_info() -> dict[str, object] | None:
-    """Compiler, torch at build time, instruction sets and the one in use; None without the module.
-
-    Raises:
-        RuntimeError: FUSED_KD_CPU names an instruction set that this processor lacks.
+    Args:
+        name: "_C" or "_cuda", in the package.
+        note: the file beside it in which the build says why it is not there.
     """
-    module = load()
-    return None if module is None else module.build_info()
+
+    def __init__(self, name: str, note: str) -> None:
+        self._name, self._note = name, note
+        self._module: ModuleType | None = None
+        self._reason: str | None = None
+        self._tried = False
+
+    def load(self) -> ModuleType | None:
+        """The module, or None."""
+        if not self._tried:
+            self._tried = True
+            try:
+                self._module = import_module(f"fused_kd.{self._name}")
+            except ImportError as error:
+                self._reason = self._why_missing(error)
+        return self._module
+
+    def why_not(self) -> str | None:
+        """None if the module is loaded, else one sentence that says why it is not."""
+        self.load()
+        return self._reason
+
+    def build_info(self) -> dict[str, object] | None:
+        """What it was built with, and what it uses; None without the module.
+
+        Raises:
+            RuntimeError: FUSED_KD_CPU names an instruction set that this processor lacks.
+        """
+        module = self.load()
+        return None if module is None else module.build_info()
+
+    def _why_missing(self, error: ImportError) -> str:
+        folder = Path(__file__).parent
+        note = folder / self._note
+        if note.exists():
+            return f"the compiled module is not there: {note.read_text().strip()}"
+        built = any(folder.glob(f"{self._name}.*"))
+        what = "does not load" if built else "was not built"
+        return f"the compiled module {what}: {error}"
 
 
-def _why_missing(error: ImportError) -> str:
-    note = Path(__file__).with_name("_not_built.txt")
-    if note.exists():
-        return f"the compiled module is not there: {note.read_text().strip()}"
-    built = any(Path(__file__).parent.glob("_C.*"))
-    what = "does not load" if built else "was not built"
-    return f"the compiled module {what}: {error}"
+cpu = Compiled("_C", "_not_built.txt")
+cuda = Compiled("_cuda", "_cuda_not_built.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 from native_build import COMPILER, ROOT, SANITIZE
 from torch import Tensor
 
+from fused_kd import backends
 from fused_kd.ops import STATS
 from fused_kd.options import KDOptions
 
@@ -131,7 +133,9 @@ class EmulatedCUDA:
 
     def _losses(self, rows: tuple[Any, ...], grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         count = rows[0].shape[0] * rows[0].shape[1]
-        hard, soft, stats = (_garbage(s, torch.float32) for s in ((count,), (count,), (count, STATS)))
+        hard, soft, stats = (
+            _garbage(s, torch.float32) for s in ((count,), (count,), (count, STATS))
+        )
         self._run(ROWS, _problem(rows, grad, stats=stats, hard=hard, soft=soft))
         return hard, soft, stats
 
@@ -174,11 +178,15 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
 @contextmanager
 def installed(backend: EmulatedCUDA) -> Iterator[None]:
     """``backend="cuda"`` means this one."""
-    from fused_kd import backends
-
     before = backends._MODULES["cuda"]
     backends._MODULES["cuda"] = backend  # type: ignore[assignment]
     try:
         yield
     finally:
         backends._MODULES["cuda"] = before
+
+
+def install_from_environment() -> None:
+    """FUSED_KD_EMULATED_CUDA=<capability>:<library>, for this whole process."""
+    capability, _, library = os.environ["FUSED_KD_EMULATED_CUDA"].partition(":")
+    backends._MODULES["cuda"] = EmulatedCUDA(Path(library), int(capability))  # type: ignore[assignment]

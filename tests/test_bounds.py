@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.backends import why_not
-from fused_kd.extension import build_info
+from fused_kd.extension import cpu
 from fused_kd.options import DIVERGENCES
 from fused_kd.testing import guarded
 
@@ -77,7 +77,7 @@ def walk_along_guard_pages() -> None:
     """In a process of its own: every tensor ends, or begins, at a page that can't be touched."""
     torch.set_num_threads(1)
     op = torch.ops.fused_kd
-    info = build_info()
+    info = cpu.build_info()
     assert info is not None
     from fused_kd import _C  # type: ignore[attr-defined]
 

@@ -16,8 +16,8 @@ import pytest
 from fused_kd import extension
 
 ROOT = Path(__file__).resolve().parent.parent
-_module = extension.load()
-compiled = pytest.mark.skipif(_module is None, reason=str(extension.why_not()))
+_module = extension.cpu.load()
+compiled = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_not()))
 
 
 def _tool(*command: str) -> str:
@@ -78,7 +78,7 @@ def test_vector_instructions_stay_in_their_namespaces() -> None:
     Functions are told apart by name: what isn't in the namespace of an instruction set (standard
     library templates, lambdas of the driver) may be called on any processor.
     """
-    info = extension.build_info()
+    info = extension.cpu.build_info()
     assert info is not None
     if "avx2" not in info["instruction_sets"]:  # type: ignore[operator]
         pytest.skip("not an x86-64 module")
@@ -124,7 +124,7 @@ def test_the_package_without_the_module() -> None:
 def source(tmp_path: Path) -> Path:
     """A copy of what is built from: a build leaves files behind."""
     target = tmp_path / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_not_built.txt")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
     for name in ("csrc", "fused_kd", "tests"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for path in ROOT.iterdir():
@@ -216,11 +216,11 @@ def test_the_reason_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """An installation's note comes before the error of the import."""
     where: Any = tmp_path / "extension.py"
     monkeypatch.setattr(extension, "__file__", str(where))
-    why = extension._why_missing(ImportError("no such module"))
+    why = extension.cpu._why_missing(ImportError("no such module"))
     assert why == "the compiled module was not built: no such module"
     (tmp_path / "_C.so").touch()
-    why = extension._why_missing(ImportError("undefined symbol"))
+    why = extension.cpu._why_missing(ImportError("undefined symbol"))
     assert why == "the compiled module does not load: undefined symbol"
     (tmp_path / "_not_built.txt").write_text("no compiler\n")
-    why = extension._why_missing(ImportError("no such module"))
+    why = extension.cpu._why_missing(ImportError("no such module"))
     assert why == "the compiled module is not there: no compiler"

@@ -19,8 +19,8 @@ from fused_kd import extension, kd_loss
 from fused_kd.options import DIVERGENCES
 from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
-_module = extension.load()
-pytestmark = pytest.mark.skipif(_module is None, reason=str(extension.why_not()))
+_module = extension.cpu.load()
+pytestmark = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_not()))
 
 
 def _sets() -> list[Any]:

@@ -47,7 +47,7 @@ def test_the_extension_inside_torch(tmp_path: Path) -> None:
     libraries = _libraries()
     source = tmp_path / "source"
     for name in ("csrc", "fused_kd", "tests"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.so", "_not_built.txt")
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
         shutil.copytree(native_build.ROOT / name, source / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (native_build.ROOT / name).exists():

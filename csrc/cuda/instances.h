@@ -16,9 +16,8 @@ int launch_f16(Kernel, Divergence, const LaunchShape&, void* stream, const Param
 
 template <Divergence D, Dtype S, bool SAME>
 int launch_typed(Kernel kernel, const LaunchShape& shape, void* stream, const Params& params) {
-  return kernel == Kernel::general
-             ? launch_kernel(rows_general<D, S, SAME>, shape, stream, params)
-             : launch_kernel(rows_cluster<D, S, SAME>, shape, stream, params);
+  return kernel == Kernel::general ? launch_kernel(rows_general<D, S, SAME>, shape, stream, params)
+                                   : launch_kernel(rows_cluster<D, S, SAME>, shape, stream, params);
 }
 
 template <Dtype S, bool SAME>

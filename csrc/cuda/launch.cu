@@ -40,12 +40,8 @@ Plan plan_general(const Problem& p) {
 }
 
 // The smallest cluster whose blocks share a multiprocessor, else the largest if it holds a row at all.
-// What reads a row once anyway gains nothing from holding it.
 Plan plan_rows(const Problem& p, const Device& device) {
-  const Divergence divergence = divergence_of(p);
-  const bool reads_again =
-      p.grad.data || divergence == Divergence::jsd || divergence == Divergence::tvd;
-  if (device.capability < 90 || !reads_again) return plan_general(p);
+  if (device.capability < 90) return plan_general(p);
   const int group_bytes = bytes_of_group(p);
   const int largest = device.capability < 120 ? 16 : 8;
   for (int blocks = 1; blocks <= largest; blocks *= 2) {
@@ -74,7 +70,7 @@ Params params_of(const Problem& p, const Plan& plan) {
   o.shape = {static_cast<float>(p.temperature), static_cast<float>(p.beta)};
   o.k_1 = static_cast<float>(LOG2E);
   o.k = softened ? static_cast<float>(LOG2E / p.temperature) : o.k_1;
-  o.hard = !p.w_hard                        ? Hard::off
+  o.hard = !p.w_hard                         ? Hard::off
            : !softened || p.temperature == 1 ? Hard::power1
            : p.temperature == 2              ? Hard::power2
                                              : Hard::separate;

@@ -80,7 +80,9 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // ------------------------------------------------------------------------ blocks of one launch
 
-__device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) { return atomicAdd(counter, 1u); }
+__device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
+  return atomicAdd(counter, 1u);
+}
 
 // What this thread, and those it has met at a barrier, wrote before is seen by who waited for it.
 __device__ __forceinline__ void arrive(uint32_t* counter) {

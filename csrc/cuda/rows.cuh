@@ -157,7 +157,7 @@ FUSED_KD_DEVICE void skip_row(const Params& p, int64_t n, const Source& source, 
 
 // Any number of blocks a row; they meet in far memory. Grid: p.parts blocks for each row.
 template <Divergence D, Dtype S, bool SAME>
-__global__ void __launch_bounds__(THREADS) rows_general(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(THREADS, 2) rows_general(const __grid_constant__ Params p) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   if (p.unless_exact && is_exact(*p.scale)) return;
   uint32_t number = blockIdx.x;
@@ -174,14 +174,16 @@ __global__ void __launch_bounds__(THREADS) rows_general(const __grid_constant__ 
   Record record;
   if (p.from_stats)
     record = reinterpret_cast<const Record*>(p.stats)[n];
-  else if (!visit_for_losses<D>(p, row, source, part, shared, FarExchange{p, n, part, shared}, record))
+  else if (!visit_for_losses<D>(p, row, source, part, shared, FarExchange{p, n, part, shared},
+                                record))
     return;
   gradient_visit<D, S>(p, row, source, record);
 }
 
 // A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory.
 template <Divergence D, Dtype S, bool SAME>
-__global__ void __launch_bounds__(THREADS) rows_cluster(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
+    rows_cluster(const __grid_constant__ Params p) {
 #ifdef FUSED_KD_HAS_CLUSTERS
   unsigned char* memory = dynamic_shared();
   Shared& shared = *reinterpret_cast<Shared*>(memory);

@@ -59,7 +59,9 @@ FUSED_KD_DEVICE void rebase(Record& record, float m_s, float m_t, const Options&
   const float shift_t = r.m_t == m_t || r.m_t == -INF ? 0.0f : r.m_t - m_t;
   if constexpr (RuleOf<D>::SOFTMAX) {
     const float factor_s = exp2_fast(shift_s * o.k), factor_t = exp2_fast(shift_t * o.k);
-    r.w = RuleOf<D>::rebase(r, shift_s, shift_t, factor_s, factor_t);
+    // what vanishes must not meet a shift so large that its product overflows
+    const bool vanishes = (D == Divergence::forward_kl ? factor_t : factor_s) == 0.0f;
+    r.w = vanishes ? 0.0f : RuleOf<D>::rebase(r, shift_s, shift_t, factor_s, factor_t);
     r.d_s *= factor_s;
     r.d_t *= factor_t;
   }
@@ -175,9 +177,10 @@ FUSED_KD_DEVICE float warp_max(float x) {
 
 // Each flag is counted in digits of its own, so that one sum does.
 FUSED_KD_DEVICE float union_of_flags(int flags) {
-  const int counts =
-      static_cast<int>(warp_sum(static_cast<float>((flags & 1) + (flags & 2) * 32 + (flags & 4) * 1024)));
-  return static_cast<float>((counts & 63 ? 1 : 0) + (counts & 63 * 64 ? 2 : 0) + (counts >> 12 ? 4 : 0));
+  const int counts = static_cast<int>(
+      warp_sum(static_cast<float>((flags & 1) + (flags & 2) * 32 + (flags & 4) * 1024)));
+  return static_cast<float>((counts & 63 ? 1 : 0) + (counts & 63 * 64 ? 2 : 0) +
+                            (counts >> 12 ? 4 : 0));
 }
 
 // The records of a warp's lanes become one, in every lane.

@@ -20,10 +20,10 @@ struct Params {
   Options options;
   float soft_factor, label_smoothing;
   float *hard, *soft, *stats;
-  bool from_stats;    // no first visit: the statistics of an earlier launch
-  bool unless_exact;  // nothing to do where `scale` is a power of two: multiplying was enough
-  int parts;          // blocks of a row
-  int slice;          // groups of a row in one block
+  bool from_stats;     // no first visit: the statistics of an earlier launch
+  bool unless_exact;   // nothing to do where `scale` is a power of two: multiplying was enough
+  int parts;           // blocks of a row
+  int slice;           // groups of a row in one block
   uint32_t* counters;  // (1 + N): tickets, and the blocks that have arrived at each row; zeroed
   Record* partials;    // (N, parts)
 };
@@ -110,8 +110,8 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
 template <Divergence D, class Source>
 FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
   Record record = empty_record();
-  source.first([&](int group, const float(&s)[GROUP], float(&t)[GROUP]) {
-    add_group<D>(record, s, t, o, [&](const float(&s)[GROUP], float(&t)[GROUP]) {
+  source.first([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+    add_group<D>(record, s, t, o, [&](const float (&s)[GROUP], float (&t)[GROUP]) {
       source.true_teacher(group, s, t);
     });
   });
@@ -123,7 +123,7 @@ FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, Record
   RowSums<float>& r = record.r;
   const Constants<float> c = Rule<D>::constants(r, 1.0f, o.shape);
   float x = 0.0f, y = 0.0f;
-  source.again([&](int, const float(&s)[GROUP], float(&t)[GROUP]) {
+  source.again([&](int, const float (&s)[GROUP], float (&t)[GROUP]) {
     float group_x = 0.0f, group_y = 0.0f;
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
@@ -168,13 +168,13 @@ struct Gradient {
                                           const float (&t)[GROUP], float (&g)[GROUP]) const {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e)
-      if (s[e] == -INF && t[e] == -INF)
-        g[e] = row.label == group * GROUP + e ? label_term : 0.0f;
+      if (s[e] == -INF && t[e] == -INF) g[e] = row.label == group * GROUP + e ? label_term : 0.0f;
   }
 
   // Eight gradients; the label's entry is computed like the others, not taken from a rounded one.
   FUSED_KD_DEVICE void of_group(const Row& row, int group, const float (&s)[GROUP],
-                                const float (&t)[GROUP], const Options& o, float (&g)[GROUP]) const {
+                                const float (&t)[GROUP], const Options& o,
+                                float (&g)[GROUP]) const {
     constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
     // P (a - b) with P = 0 must not meet an infinity
     constexpr bool CLAMP = D == Divergence::reverse_kl || D == Divergence::mse;
@@ -188,9 +188,9 @@ struct Gradient {
       g[e] = smoothing_term;
       if constexpr (SOFT) {
         const float left = SOFTMAX ? a[e] : s[e], right = SOFTMAX ? b : t[e];
-        g[e] = Rule<D>::gradient(CLAMP ? fmaxf(left, LOWEST) : left,
-                                 CLAMP ? fmaxf(right, LOWEST) : right, P[e], Q, soft,
-                                 smoothing_term);
+        g[e] =
+            Rule<D>::gradient(CLAMP ? fmaxf(left, LOWEST) : left,
+                              CLAMP ? fmaxf(right, LOWEST) : right, P[e], Q, soft, smoothing_term);
       }
     }
     if (!hard) return;
@@ -216,7 +216,7 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
     source.indices([&](int group) { store_group<S>(grad, group, g); });
     return;
   }
-  source.again([&](int group, const float(&s)[GROUP], float(&t)[GROUP]) {
+  source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
     gradient.of_group(row, group, s, t, p.options, g);
     if (gradient.some_absent) {
       source.true_teacher(group, s, t);

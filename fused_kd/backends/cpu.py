@@ -6,7 +6,7 @@ from fused_kd import extension
 
 from .registered import Registered
 
-extension.load()  # registers the implementations, if it can
+extension.cpu.load()  # registers the implementations, if it can
 _operators = Registered(prefix="")
 forward = _operators.forward
 forward_backward = _operators.forward_backward
@@ -18,4 +18,4 @@ def why_not(device_type: str | None = None) -> str | None:
     """None if this backend can run (on that device), else the reason."""
     if device_type not in (None, "cpu"):
         return f"the cpu backend runs on CPU tensors, not on {device_type}"
-    return extension.why_not()
+    return extension.cpu.why_not()

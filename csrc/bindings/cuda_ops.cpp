@@ -1,0 +1,108 @@
+// The operators on CUDA tensors, and the module fused_kd._cuda whose import registers them. Nothing here
+// waits for the device.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/launch.h"
+#include "../cuda/runtime.h"
+#include "operators.h"
+
+#ifndef FUSED_KD_TORCH_VERSION
+#define FUSED_KD_TORCH_VERSION "unknown"
+#endif
+#ifndef FUSED_KD_ARCHITECTURES
+#define FUSED_KD_ARCHITECTURES "unknown"
+#endif
+
+namespace {
+
+using namespace fused_kd;
+
+void check(int error) {
+  STD_TORCH_CHECK(error == 0,
+                  "a CUDA kernel of fused_kd could not be launched: ", error_text(error),
+                  " (error ", error, ")");
+}
+
+void* stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+
+void check_size(int64_t N, int64_t V) {
+  STD_TORCH_CHECK(N <= MAX_N && V <= MAX_V, "at most ", MAX_N, " rows of ", MAX_V, " entries; got ",
+                  N, " of ", V);
+}
+
+struct Cuda {
+  static constexpr const char* DEVICE = "CUDA";
+
+  static bool is_here(const Tensor& x) { return x.is_cuda(); }
+
+  static bool same_device(const Tensor& a, const Tensor& b) {
+    return a.get_device_index() == b.get_device_index();
+  }
+
+  struct Guard {
+    torch::stable::accelerator::DeviceGuard guard;
+    explicit Guard(const Tensor& x) : guard(x.get_device_index()) {}
+  };
+
+  static void rows(const Problem& p, const Tensor& student) {
+    check_size(p.N, p.V);
+    Device device;
+    check(describe_device(student.get_device_index(), &device));
+    const int64_t bytes = workspace_bytes(p, device);
+    const Tensor workspace = torch::stable::new_empty(student, {bytes}, ScalarType::Byte);
+    void* memory = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
+    check(launch_rows(p, device, memory, stream_of(student)));
+  }
+
+  static void gradient(const Problem& p, const Tensor& student) {
+    check_size(p.N, p.V);
+    check(launch_gradient(p, stream_of(student)));
+  }
+
+  static void rescale(const Problem& p, const Tensor& student) {
+    check_size(p.N, p.V);
+    check(launch_rescale(p, stream_of(student)));
+  }
+
+  static void scale(const Rows& grad, int64_t N, int64_t V, const float* factor, const Tensor& x) {
+    check_size(N, V);
+    check(launch_scale(grad, N, V, factor, stream_of(x)));
+  }
+
+  static void made(const Tensor&, int64_t) {}
+};
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["cuda_toolkit"] = toolkit();
+  info["built_with_torch"] = FUSED_KD_TORCH_VERSION;
+  info["architectures"] = FUSED_KD_ARCHITECTURES;
+  return info;
+}
+
+// What the kernels are told of a device.
+pybind11::dict device(int index) {
+  Device found;
+  const int error = describe_device(index, &found);
+  if (error) throw std::runtime_error(std::string("CUDA device: ") + error_text(error));
+  pybind11::dict info;
+  info["capability"] = found.capability;
+  info["shared_bytes"] = found.shared_bytes;
+  return info;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_kd, CUDA, library) { Operators<Cuda>::implement(library); }
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "Compiled kernels of fused_kd for CUDA devices.";
+  module.def("build_info", &build_info);
+  module.def("device", &device, pybind11::arg("index"));
+}

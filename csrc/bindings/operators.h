@@ -1,0 +1,243 @@
+// The operators of fused_kd/ops.py, the same for every backend of compiled kernels: check the tensors,
+// describe them to the kernels, call those of a `Backend`:
+//     DEVICE               its name in messages
+//     is_here(tensor)      whether a tensor lies where it can be used; same_device(a, b)
+//     Guard(tensor)        what must hold while kernels are called on the tensor's device
+//     rows, gradient       see problem.h: losses (and the gradient), the gradient from statistics
+//     rescale, scale       a gradient times a number
+//     made(tensor, bytes)  a fresh gradient, before it is written
+//
+// LibTorch Stable ABI only (torch >= 2.10): one build serves several torch versions. Every check that
+// protects memory is repeated here, since the operators can be called without the Python checks.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "../problem.h"
+
+namespace fused_kd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Numbers {
+  int64_t divergence;
+  double temperature, beta, soft_factor, label_smoothing;
+};
+
+inline Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+template <class Backend>
+struct Operators {
+  using Losses = std::tuple<Tensor, Tensor, Tensor>;
+
+  // ------------------------------------------------------------------------------- checks
+
+  // (B, S, V) with last stride 1
+  static Rows rows_of(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(Backend::is_here(x), name, " must be a ", Backend::DEVICE, " tensor");
+    STD_TORCH_CHECK(x.dim() == 3, name, " must be (B, S, V); got ", x.dim(), " dimensions");
+    STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, name, " must have last stride 1; got ",
+                    x.stride(2));
+    const int64_t inner = x.size(1);
+    return {const_cast<void*>(x.const_data_ptr()), dtype_of(x, name), inner > 0 ? inner : 1,
+            x.stride(0), x.stride(1)};
+  }
+
+  template <class T>
+  static T* vector_of(const OptionalTensor& x, int64_t n, ScalarType type, const char* name) {
+    if (!x) return nullptr;
+    STD_TORCH_CHECK(Backend::is_here(*x) && x->scalar_type() == type, name,
+                    " has the wrong device or dtype");
+    STD_TORCH_CHECK(x->is_contiguous() && x->numel() == n, name, " must be contiguous with ", n,
+                    " elements; got ", x->numel());
+    return static_cast<T*>(const_cast<void*>(x->const_data_ptr()));
+  }
+
+  static const float* number_of(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(Backend::is_here(x) && x.numel() == 1 && x.scalar_type() == ScalarType::Float,
+                    name, " must be one ", Backend::DEVICE, " float32");
+    return static_cast<const float*>(x.const_data_ptr());
+  }
+
+  static float* stats_of(const Tensor& stats, int64_t N, const Tensor& student) {
+    STD_TORCH_CHECK(Backend::same_device(student, stats), "stats is on another device");
+    return vector_of<float>(stats, N * STATS, ScalarType::Float, "stats");
+  }
+
+  static Problem problem_of(const Tensor& student, const Tensor& teacher,
+                            const OptionalTensor& labels, const OptionalTensor& w_hard,
+                            const OptionalTensor& w_soft, const Numbers& numbers) {
+    Problem p{};
+    p.student = rows_of(student, "student");
+    p.teacher = rows_of(teacher, "teacher");
+    for (int d = 0; d < 3; ++d)
+      STD_TORCH_CHECK(student.size(d) == teacher.size(d),
+                      "student and teacher differ in dimension ", d, ": ", student.size(d), " and ",
+                      teacher.size(d));
+    p.N = student.size(0) * student.size(1);
+    p.V = student.size(2);
+    STD_TORCH_CHECK(p.V > 0, "the vocabulary is empty");
+    STD_TORCH_CHECK(Backend::same_device(student, teacher), "teacher is on another device");
+    for (const OptionalTensor* x : {&labels, &w_hard, &w_soft})
+      STD_TORCH_CHECK(!*x || Backend::same_device(student, **x),
+                      "labels, w_hard and w_soft must be on the student's device");
+    p.labels = vector_of<int64_t>(labels, p.N, ScalarType::Long, "labels");
+    p.w_hard = vector_of<float>(w_hard, p.N, ScalarType::Float, "w_hard");
+    p.w_soft = vector_of<float>(w_soft, p.N, ScalarType::Float, "w_soft");
+    STD_TORCH_CHECK(!p.w_hard || p.labels, "a hard term needs labels");
+    STD_TORCH_CHECK(numbers.divergence >= 0 && numbers.divergence < 5, "unknown divergence ",
+                    numbers.divergence);
+    STD_TORCH_CHECK(numbers.temperature > 0 && std::isfinite(numbers.temperature),
+                    "temperature must be positive and finite");
+    p.divergence = static_cast<Divergence>(numbers.divergence);
+    p.temperature = numbers.temperature;
+    p.beta = numbers.beta;
+    p.soft_factor = numbers.soft_factor;
+    p.label_smoothing = numbers.label_smoothing;
+    return p;
+  }
+
+  // ------------------------------------------------------------------------------ results
+
+  static Tensor new_gradient(const Tensor& student) {
+    const int64_t B = student.size(0), S = student.size(1), V = student.size(2);
+    Tensor grad = torch::stable::new_empty(student, {B, S, V});
+    Backend::made(grad, B * S * V * bytes_of(dtype_of(student, "student")));
+    return grad;
+  }
+
+  static Losses run_rows(Problem& p, const Tensor& student) {
+    const typename Backend::Guard guard(student);
+    Tensor hard = torch::stable::new_empty(student, {p.N}, ScalarType::Float);
+    Tensor soft = torch::stable::new_empty(student, {p.N}, ScalarType::Float);
+    Tensor stats = torch::stable::new_empty(student, {p.N, STATS}, ScalarType::Float);
+    p.hard = static_cast<float*>(hard.mutable_data_ptr());
+    p.soft = static_cast<float*>(soft.mutable_data_ptr());
+    p.stats = static_cast<float*>(stats.mutable_data_ptr());
+    if (p.N > 0) Backend::rows(p, student);
+    return {hard, soft, stats};
+  }
+
+  static void run_gradient(Problem& p, const Tensor& stats, const Tensor& student) {
+    const typename Backend::Guard guard(student);
+    p.stats = stats_of(stats, p.N, student);
+    if (p.N > 0) Backend::gradient(p, student);
+  }
+
+  // ---------------------------------------------------------------------------- operators
+
+  static Losses forward(Tensor student, Tensor teacher, OptionalTensor labels,
+                        OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
+                        double temperature, double beta, double soft_factor,
+                        double label_smoothing) {
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, soft_factor, label_smoothing});
+    return run_rows(p, student);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_backward(
+      Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
+      OptionalTensor w_soft, int64_t divergence, double temperature, double beta,
+      double soft_factor, double label_smoothing) {
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, soft_factor, label_smoothing});
+    Tensor grad = new_gradient(student);
+    p.grad = rows_of(grad, "grad");
+    auto [hard, soft, stats] = run_rows(p, student);
+    return {hard, soft, stats, grad};
+  }
+
+  // The gradient over the student's own memory.
+  static Losses forward_backward_(Tensor student, Tensor teacher, OptionalTensor labels,
+                                  OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
+                                  double temperature, double beta, double soft_factor,
+                                  double label_smoothing) {
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, soft_factor, label_smoothing});
+    p.grad = p.student;
+    return run_rows(p, student);
+  }
+
+  static Tensor backward(Tensor student, Tensor teacher, OptionalTensor labels,
+                         OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
+                         int64_t divergence, double temperature, double beta, double soft_factor,
+                         double label_smoothing) {
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, soft_factor, label_smoothing});
+    Tensor grad = new_gradient(student);
+    p.grad = rows_of(grad, "grad");
+    run_gradient(p, stats, student);
+    return grad;
+  }
+
+  static void backward_(Tensor student, Tensor teacher, OptionalTensor labels,
+                        OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
+                        int64_t divergence, double temperature, double beta, double soft_factor,
+                        double label_smoothing) {
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, soft_factor, label_smoothing});
+    p.grad = p.student;
+    run_gradient(p, stats, student);
+  }
+
+  // A gradient made with these weights becomes `scale` times it, rounded once: by multiplication
+  // where that is exact (a power of two, 0 too) or as good (float32), else from the logits.
+  static void rescale_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
+                       OptionalTensor w_soft, Tensor stats, int64_t divergence, double temperature,
+                       double beta, double soft_factor, double label_smoothing, Tensor scale,
+                       Tensor grad) {
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, soft_factor, label_smoothing});
+    p.grad = rows_of(grad, "grad");
+    STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
+    for (int d = 0; d < 3; ++d)
+      STD_TORCH_CHECK(grad.size(d) == student.size(d), "grad must have the student's shape");
+    p.stats = stats_of(stats, p.N, student);
+    p.scale = number_of(scale, "scale");
+    STD_TORCH_CHECK(Backend::same_device(student, scale) && Backend::same_device(student, grad),
+                    "scale and grad must be on the student's device");
+    const typename Backend::Guard guard(student);
+    if (p.N > 0) Backend::rescale(p, student);
+  }
+
+  // By multiplication, for a gradient in any layout of rows.
+  static void scale_(Tensor grad, Tensor factor) {
+    const float* scale = number_of(factor, "factor");
+    const Rows rows = rows_of(grad, "grad");
+    STD_TORCH_CHECK(Backend::same_device(grad, factor), "factor is on another device");
+    const typename Backend::Guard guard(grad);
+    if (grad.numel() > 0)
+      Backend::scale(rows, grad.size(0) * grad.size(1), grad.size(2), scale, grad);
+  }
+
+  static void implement(torch::stable::detail::StableLibrary& library) {
+    library.impl("forward", TORCH_BOX(&Operators::forward));
+    library.impl("forward_backward", TORCH_BOX(&Operators::forward_backward));
+    library.impl("forward_backward_", TORCH_BOX(&Operators::forward_backward_));
+    library.impl("backward", TORCH_BOX(&Operators::backward));
+    library.impl("backward_", TORCH_BOX(&Operators::backward_));
+    library.impl("rescale_", TORCH_BOX(&Operators::rescale_));
+    library.impl("scale_", TORCH_BOX(&Operators::scale_));
+  }
+};
+
+}  // namespace fused_kd

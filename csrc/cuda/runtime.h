@@ -1,0 +1,14 @@
+// What a binding asks of the CUDA runtime itself.
+#pragma once
+
+#include "launch.h"
+
+namespace fused_kd {
+
+// 0, or a CUDA error; asked once for each device.
+int describe_device(int index, Device* device);
+const char* error_text(int error);
+// Of the toolkit that compiled this: 1000 * major + 10 * minor.
+int toolkit();
+
+}  // namespace fused_kd
