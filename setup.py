@@ -1,7 +1,7 @@
 """Builds the optional compiled modules: fused_kd._C (CPU) and fused_kd._cuda (CUDA devices).
 
-Everything declarative is in pyproject.toml. The modules are apart, so that the CPU's does not depend
-on what a CUDA toolkit makes of the other.
+Everything declarative is in pyproject.toml. The modules are apart, so that the CPU's does not
+depend on what a CUDA toolkit makes of the other.
 
 Environment: FUSED_KD_BUILD=0 skips both, =1 makes the absence of the CPU's an error; FUSED_KD_CUDA
 is the same for the CUDA module, which is otherwise built where torch is a CUDA build and nvcc is

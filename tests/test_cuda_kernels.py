@@ -1,0 +1,263 @@
+"""The CUDA kernels and their launchers, run on the CPU (tests/cuda_on_cpu), by the error rule.
+
+Rows are divided as on a GPU but in smaller pieces (csrc/cuda/sizes.h): these short rows reach several
+blocks, several chunks of a slice, ragged ends. Capability 80 takes the general kernel, 90 the
+cluster's. The slow tests run the suite of every other backend on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulated_cuda import EmulatedCUDA, build, installed
+from fast import one_thread, rows_and_gradient, scalar_and_gradient, truth
+from native_build import ROOT, need_compiler
+from torch import Tensor
+
+from fused_kd import kd_loss
+from fused_kd.backends import reference
+from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.testing import assert_obeys_error_rule, make_inputs
+
+SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+# the student's type is compiled in; the teacher's is, or is asked at run time
+DTYPES = [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE)]
+NAN, INF = float("nan"), float("inf")
+KINDS = {"general": 80, "cluster": 90}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    need_compiler()
+    return build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(params=KINDS)
+def cuda(request: pytest.FixtureRequest, library: Path) -> Iterator[EmulatedCUDA]:
+    """Either kernel as ``backend="cuda"``."""
+    backend = EmulatedCUDA(library, KINDS[request.param])
+    backend.seed(1)
+    with installed(backend), one_thread():
+        yield backend
+
+
+def obey(regime: str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype], **keywords) -> None:
+    vocabulary = keywords.pop("vocabulary", 1203)
+    inputs = make_inputs(regime, 2, vocabulary, *dtypes)
+    scale = 1024.0 if dtypes[0] == HALF else 1.0
+    keywords = {"temperature": 2.0, "label_smoothing": 0.1, "beta": 0.3, **keywords}
+    upstream = scale * torch.tensor([1.0, -0.3])
+    assert_obeys_error_rule(inputs, upstream, backend="cuda", divergence=divergence, **keywords)
+
+
+# several blocks and a ragged end; sums with maxima that grow, infinities that fill the first blocks
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("regime", ["language_model", "confident", "inf_first", "one_hot_teacher"])
+@pytest.mark.usefixtures("cuda")
+def test_error_rule(regime: str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    obey(regime, divergence, dtypes)
+
+
+# one element, a partial group, whole groups in one block, whole and ragged ones in several
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 504, 2048, 4099])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("cuda")
+def test_any_vocabulary(vocabulary: int, divergence: str) -> None:
+    for dtypes in DTYPES[:2]:
+        obey("language_model", divergence, dtypes, vocabulary=vocabulary)
+
+
+# the hard term's exponential is the soft one's, its square, one of its own
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("cuda")
+def test_temperature_and_smoothing(divergence: str, smoothing: float, temperature: float) -> None:
+    for regime in ("language_model", "inf_columns"):
+        keywords = {"temperature": temperature, "label_smoothing": smoothing}
+        obey(regime, divergence, (BRAIN, BRAIN), **keywords)
+
+
+@pytest.mark.parametrize("terms", [{"hard_weight": 0}, {"soft_weight": 0}], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("cuda")
+def test_one_term_alone(divergence: str, terms: dict[str, float]) -> None:
+    for dtypes in DTYPES:
+        obey("inf_columns", divergence, dtypes, **terms)
+
+
+def test_a_row_too_long_for_a_cluster(cuda: EmulatedCUDA) -> None:
+    obey("language_model", "forward_kl", (BRAIN, BRAIN), vocabulary=270_001)
+
+
+def make(vocabulary: int, dtype: torch.dtype, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = (3 * torch.randn(rows, vocabulary) for _ in range(2))
+    return student.to(dtype), teacher.to(dtype), torch.randint(vocabulary, (rows,))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_bits_depend_on_the_row_alone(cuda: EmulatedCUDA, divergence: str) -> None:
+    """R-62: not on the batch, nor on the order in which threads and blocks happen to run."""
+    student, teacher, labels = make(1203, BRAIN, rows=4)
+    rows, gradient = rows_and_gradient(student, teacher, labels, backend="cuda")
+    for seed in range(5):
+        cuda.seed(seed)
+        again = rows_and_gradient(student, teacher, labels, backend="cuda", divergence=divergence)
+        if seed == 0:
+            rows, gradient = again
+        assert torch.equal(again[0], rows)
+        assert torch.equal(again[1], gradient)
+    alone = [x[2:3].clone() for x in (student, teacher, labels)]
+    row, row_gradient = rows_and_gradient(*alone, backend="cuda", divergence=divergence)
+    assert torch.equal(row, rows[2:3])
+    assert torch.equal(row_gradient, gradient[2:3])
+
+
+def shifted(x: Tensor, offset: int) -> Tensor:
+    """The same rows, `offset` elements behind an address that is a multiple of 64; NaN around."""
+    memory = torch.full((x.numel() + 64 * 3,), NAN, dtype=x.dtype)
+    start = (-memory.data_ptr() % 64) // x.element_size() + 64 + offset
+    view = memory[start : start + x.numel()].view(x.shape)
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
+@pytest.mark.parametrize("vocabulary", [520, 1203])
+@pytest.mark.usefixtures("cuda")
+def test_any_alignment_R_52_R_53(vocabulary: int, dtype: torch.dtype) -> None:
+    student, teacher, labels = make(vocabulary, dtype)
+    want = rows_and_gradient(student, teacher, labels, backend="cuda")
+    for offset in range(9):
+        for there in (0, offset):
+            tensors = shifted(student, offset), shifted(teacher, there), labels
+            for got, expected in zip(
+                rows_and_gradient(*tensors, backend="cuda"), want, strict=True
+            ):
+                assert torch.equal(got, expected), (offset, there)
+    logits = shifted(student, 3).requires_grad_() * 1.0
+    loss = kd_loss(logits, teacher, labels, backend="cuda", inplace=True, reduction="sum")
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(logits.detach(), want[1])
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_row_beyond_2_to_the_31_R_12() -> None:
+    vocabulary = 1203
+    memory = torch.empty(2**31 + 4096, dtype=BRAIN)  # untouched but for two rows
+    view = memory.as_strided((2, vocabulary), (2**31, 1))
+    student, teacher, labels = make(vocabulary, BRAIN, rows=2)
+    view.copy_(student)
+    got = rows_and_gradient(view[None], teacher[None], labels[None], backend="cuda")
+    want = rows_and_gradient(student[None], teacher[None], labels[None], backend="cuda")
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.usefixtures("cuda")
+def test_labels_outside_make_their_row_nan_R_34() -> None:
+    student, teacher, _ = make(520, SINGLE, rows=5)
+    labels = torch.tensor([0, 520, -1, 2**62, 519])
+    weights = torch.full((5,), 0.5)
+    options = KDOptions(backend="cuda")
+    from fused_kd.backends import choose
+
+    backend = choose("cuda", student, teacher)
+    rows = student[None], teacher[None], labels, weights, weights, options
+    hard, soft, _, gradient = backend.forward_backward(*rows)
+    outside = torch.tensor([False, True, True, True, False])
+    assert torch.equal(hard.isnan(), outside)
+    assert not soft.isnan().any()
+    assert torch.equal(gradient[0].isnan().all(1), outside)
+    assert torch.equal(gradient[0].isnan().any(1), outside)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_terms_that_are_off_for_a_row_are_not_read(
+    cuda: EmulatedCUDA, divergence: str, smoothing: float
+) -> None:
+    """Rows: both terms, hard alone (a NaN teacher), soft alone, neither (NaN everywhere)."""
+    student, teacher, labels = make(1203, SINGLE, rows=4)
+    student[1, 5] = -INF  # present, if only the teacher's number says so
+    student[1, 6] = teacher[1, 6] = -INF
+    options = KDOptions(
+        divergence=divergence, label_smoothing=smoothing, temperature=2.0, backend="cuda"
+    )
+    w_hard, w_soft = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.5, 0.0, 0.5, 0.0])
+    labels[1] = 9
+    clean = student[None], teacher[None], labels, w_hard, w_soft, options
+    want = reference.forward_backward(*(x.double() if i < 2 else x for i, x in enumerate(clean)))
+    student[3], teacher[3] = NAN, NAN
+    labels[3] = -100
+    hard, soft, stats, gradient = cuda.forward_backward(*clean)
+    torch.testing.assert_close(hard, want[0].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(soft, want[1].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, want[3].float(), rtol=1e-5, atol=1e-6)
+    teacher[1] = torch.where(teacher[1] == -INF, teacher[1], NAN)
+    again = cuda.forward_backward(*clean)
+    assert torch.equal(again[3], gradient)
+    assert torch.equal(cuda.backward(*clean[:5], stats, options), gradient)
+
+
+# exact by multiplication, made anew, nothing to do, not a number
+@pytest.mark.parametrize("scale", [2.0, -0.25, 0.3, 1.0, 0.0, INF])
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
+def test_rescale(cuda: EmulatedCUDA, dtype: torch.dtype, scale: float) -> None:
+    student, teacher, labels = make(1203, dtype)
+    weights = torch.tensor([0.5, 0.0, 0.25])
+    options = KDOptions(temperature=2.0, backend="cuda")
+    rows = student[None], teacher[None], labels, weights, weights
+    *_, stats, gradient = cuda.forward_backward(*rows, options)
+    scaled, multiplied = gradient.clone(), gradient.clone()
+    cuda.rescale(scaled, torch.tensor(scale), *rows, stats, options)
+    cuda.rescale(multiplied, torch.tensor(scale), None, *rows[1:], stats, options)
+    assert torch.equal(scaled[0, 1], torch.zeros(1203, dtype=dtype))
+    assert torch.equal(multiplied[0, 1], torch.zeros(1203, dtype=dtype))
+    if scale == INF:
+        assert not scaled[0, ::2].isfinite().any()
+        return
+    exact = reference.forward_backward(
+        student[None].double(), teacher[None].double(), *rows[2:4], weights, options
+    )[3]
+    torch.testing.assert_close(scaled.double(), scale * exact, rtol=0.51 * torch.finfo(dtype).eps,
+                               atol=1e-6)  # fmt: skip
+    assert torch.equal(multiplied, (gradient.float() * scale).to(dtype))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_gradient_in_the_forward_is_that_of_the_backward() -> None:
+    for divergence, dtype in itertools.product(DIVERGENCES, (SINGLE, BRAIN)):
+        student, teacher, labels = make(1203, dtype)
+        labels[1] = -100
+        _, now = scalar_and_gradient(
+            student, teacher, labels, backend="cuda", divergence=divergence, reduction="sum"
+        )
+        _, later = rows_and_gradient(
+            student, teacher, labels, backend="cuda", divergence=divergence
+        )
+        assert torch.equal(now, later)
+        _, exact = truth(student, teacher, labels, divergence=divergence)
+        assert (now.double() - exact).norm() <= 0.01 * exact.norm()
+
+
+SUITE = ["edge_rules", "error_rule", "invariants", "shapes", "reductions", "inplace", "saved",
+         "autograd"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_suite_of_every_backend(library: Path, kind: str) -> None:
+    environment = dict(os.environ, FUSED_KD_EMULATED_CUDA=f"{KINDS[kind]}:{library}")
+    files = [f"tests/test_{name}.py" for name in SUITE]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
