@@ -1,7 +1,7 @@
 """The CUDA kernels and their launchers, run on the CPU (tests/cuda_on_cpu), by the error rule.
 
-Rows are divided as on a GPU but in smaller pieces (csrc/cuda/sizes.h): these short rows reach several
-blocks, several chunks of a slice, ragged ends. Capability 80 takes the general kernel, 90 the
+Rows are divided as on a GPU but in smaller pieces (csrc/cuda/sizes.h): these short rows reach
+several blocks, several chunks of a slice, ragged ends. Capability 80 takes the general kernel, 90 the
 cluster's. The slow tests run the suite of every other backend on them.
 """
 
@@ -106,17 +106,15 @@ def make(vocabulary: int, dtype: torch.dtype, rows: int = 3) -> tuple[Tensor, Te
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_bits_depend_on_the_row_alone(cuda: EmulatedCUDA, divergence: str) -> None:
     """R-62: not on the batch, nor on the order in which threads and blocks happen to run."""
-    student, teacher, labels = make(1203, BRAIN, rows=4)
-    rows, gradient = rows_and_gradient(student, teacher, labels, backend="cuda")
+    inputs = make(1203, BRAIN, rows=4)
+    keywords = {"backend": "cuda", "divergence": divergence}
+    rows, gradient = rows_and_gradient(*inputs, **keywords)
     for seed in range(5):
         cuda.seed(seed)
-        again = rows_and_gradient(student, teacher, labels, backend="cuda", divergence=divergence)
-        if seed == 0:
-            rows, gradient = again
+        again = rows_and_gradient(*inputs, **keywords)
         assert torch.equal(again[0], rows)
         assert torch.equal(again[1], gradient)
-    alone = [x[2:3].clone() for x in (student, teacher, labels)]
-    row, row_gradient = rows_and_gradient(*alone, backend="cuda", divergence=divergence)
+    row, row_gradient = rows_and_gradient(*(x[2:3].clone() for x in inputs), **keywords)
     assert torch.equal(row, rows[2:3])
     assert torch.equal(row_gradient, gradient[2:3])
 
@@ -161,17 +159,12 @@ def test_a_row_beyond_2_to_the_31_R_12() -> None:
     assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.usefixtures("cuda")
-def test_labels_outside_make_their_row_nan_R_34() -> None:
+def test_labels_outside_make_their_row_nan_R_34(cuda: EmulatedCUDA) -> None:
     student, teacher, _ = make(520, SINGLE, rows=5)
     labels = torch.tensor([0, 520, -1, 2**62, 519])
     weights = torch.full((5,), 0.5)
-    options = KDOptions(backend="cuda")
-    from fused_kd.backends import choose
-
-    backend = choose("cuda", student, teacher)
-    rows = student[None], teacher[None], labels, weights, weights, options
-    hard, soft, _, gradient = backend.forward_backward(*rows)
+    rows = student[None], teacher[None], labels, weights, weights, KDOptions()
+    hard, soft, _, gradient = cuda.forward_backward(*rows)
     outside = torch.tensor([False, True, True, True, False])
     assert torch.equal(hard.isnan(), outside)
     assert not soft.isnan().any()
@@ -235,14 +228,11 @@ def test_rescale(cuda: EmulatedCUDA, dtype: torch.dtype, scale: float) -> None:
 @pytest.mark.usefixtures("cuda")
 def test_gradient_in_the_forward_is_that_of_the_backward() -> None:
     for divergence, dtype in itertools.product(DIVERGENCES, (SINGLE, BRAIN)):
+        keywords = {"backend": "cuda", "divergence": divergence}
         student, teacher, labels = make(1203, dtype)
         labels[1] = -100
-        _, now = scalar_and_gradient(
-            student, teacher, labels, backend="cuda", divergence=divergence, reduction="sum"
-        )
-        _, later = rows_and_gradient(
-            student, teacher, labels, backend="cuda", divergence=divergence
-        )
+        _, now = scalar_and_gradient(student, teacher, labels, reduction="sum", **keywords)
+        _, later = rows_and_gradient(student, teacher, labels, **keywords)
         assert torch.equal(now, later)
         _, exact = truth(student, teacher, labels, divergence=divergence)
         assert (now.double() - exact).norm() <= 0.01 * exact.norm()
