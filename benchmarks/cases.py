@@ -91,14 +91,21 @@ class Bench:
     gradient that it gets, as a model's last layer does once it has used it.
     """
 
-    def __init__(self, entries: int, dtype: str, rows: int = 1024, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, entries: int, dtype: str, rows: int = 1024, seed: int = 0, device: str = "cpu"
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
         kind = DTYPES[dtype]
         self.dtype = dtype
         self._original, self._teacher = (_random(entries, kind, generator) for _ in range(2))
         self._student = self._original.clone()
-        self._labels = torch.randint(2**31, (rows,), generator=generator)
-        self._weight = torch.ones((), requires_grad=True)
+        self._labels = torch.randint(2**31, (rows,), generator=generator, device=device)
+        self._weight = torch.ones((), device=device, requires_grad=True)
+
+    @property
+    def bytes(self) -> int:
+        """Of the largest matrix that there is room for."""
+        return self._student.numel() * self._student.itemsize
 
     def views(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
         """Student and teacher (N, V), labels (N,): the first entries of the buffers."""
@@ -144,9 +151,9 @@ class Bench:
 
 def _random(entries: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Normal logits of standard deviation 2, made in pieces so that no large float32 copy is."""
-    result = torch.empty(entries, dtype=dtype)
-    for piece in torch.split(result, 2**22):
-        piece.copy_(2 * torch.randn(len(piece), generator=generator))
+    result = torch.empty(entries, dtype=dtype, device=generator.device)
+    for piece in torch.split(result, 2**22 if result.is_cpu else 2**28):
+        piece.copy_(2 * torch.randn(len(piece), generator=generator, device=generator.device))
     return result
 
 
@@ -163,9 +170,9 @@ class _LastLayer(torch.autograd.Function):
         return None, None
 
 
-def fused(case: Case, inplace: bool) -> Callable[..., Tensor]:
+def fused(case: Case, inplace: bool, backend: str = "auto") -> Callable[..., Tensor]:
     """KDLoss as a user calls it."""
-    return KDLoss(inplace=inplace, **case.keywords)
+    return KDLoss(inplace=inplace, backend=backend, **case.keywords)
 
 
 def eager(case: Case) -> Callable[..., Tensor]:

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
+from fused_kd import extension
 from fused_kd.env import report
-from fused_kd.extension import build_info
 
+#: Makes a call and returns its seconds, and whether it was disturbed.
+Clock = Callable[[Callable[[], object]], tuple[float, bool]]
 #: A repetition is disturbed if our threads waited this share of it for a processor.
 DISTURBED = 0.03
 #: Rounds of repeats beyond the wanted number, as a multiple of it, while disturbed ones recur.
@@ -95,6 +97,7 @@ def interleave(
     contestants: Sequence[Contestant],
     repeats: int,
     advance: Callable[[str], object] = lambda name: None,
+    clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """Times each contestant `repeats` times, in turns, after a warm-up.
 
@@ -102,7 +105,9 @@ def interleave(
         contestants: each with its own or this number of repeats.
         repeats: of those that do not say.
         advance: called with a contestant's name after its warm-up and after every call.
+        clock: what times a call; None: :func:`time_once`.
     """
+    clock = clock or time_once
     timings = {c.name: Timing(c.name, wanted=c.repeats or repeats) for c in contestants}
     assert len(timings) == len(contestants), "two contestants of one name"
     for one in contestants:
@@ -116,7 +121,7 @@ def interleave(
             break
         for one in waiting:
             one.restore()
-            seconds, is_disturbed = _time_once(one.call)
+            seconds, is_disturbed = clock(one.call)
             timing = timings[one.name]
             (timing.disturbed if is_disturbed else timing.clean).append(seconds)
             advance(one.name)
@@ -128,7 +133,8 @@ def _wants_more(timing: Timing) -> bool:
     return timing.noisy and calls < timing.wanted * (1 + PATIENCE)
 
 
-def _time_once(call: Callable[[], object]) -> tuple[float, bool]:
+def time_once(call: Callable[[], object]) -> tuple[float, bool]:
+    """Seconds by the host's clock, and whether our threads waited for a processor."""
     gc.disable()
     waited = waiting_for_processor()
     start = time.perf_counter()
@@ -178,7 +184,7 @@ def _resident(name: str) -> int:
 def environment() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     found = report()
-    info = build_info()
+    info = extension.cpu.build_info()
     return {
         "processor": found["processor"]["name"],
         "processors": os.cpu_count(),

@@ -1,8 +1,8 @@
 """The CUDA kernels and their launchers, run on the CPU (tests/cuda_on_cpu), by the error rule.
 
 Rows are divided as on a GPU but in smaller pieces (csrc/cuda/sizes.h): these short rows reach
-several blocks, several chunks of a slice, ragged ends. Capability 80 takes the general kernel, 90 the
-cluster's. The slow tests run the suite of every other backend on them.
+several blocks, several chunks of a slice, ragged ends. Capability 80 takes the general kernel, 90
+the one for clusters. The slow tests run the suite of every other backend on them.
 """
 
 from __future__ import annotations
