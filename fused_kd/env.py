@@ -23,7 +23,10 @@ VARIABLES = (
         "generic, avx2, avx512 or avx512_bf16: the instruction set of the cpu backend",
     ),
     ("FUSED_KD_DEBUG", "1: look at labels and weights on a GPU too (synchronises)"),
-    ("FUSED_KD_BUILD", "read by setup.py: 0 leaves the compiled module out"),
+    ("FUSED_KD_AUTOTUNE", "1: the triton backend times configurations and keeps the fastest"),
+    ("TRITON_INTERPRET", "1: the triton backend runs on CPU tensors"),
+    ("FUSED_KD_BUILD", "read by setup.py: 0 leaves the compiled modules out"),
+    ("FUSED_KD_CUDA", "read by setup.py: 0 leaves the CUDA module out"),
 )
 
 

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, 2) rows_general(const __grid_constant
   if (p.parts > 1 && !p.from_stats) {
     if (threadIdx.x == 0) shared.ticket = take_ticket(p.counters);
     block_sync();
-    number = shared.ticket;
+    number = shared.ticket - static_cast<uint32_t>(p.first_row * p.parts);
   }
   const int64_t n = p.first_row + number / p.parts;
   const int part = static_cast<int>(number % p.parts);
