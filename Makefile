@@ -7,7 +7,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow bench bench-guard accuracy lint format clean
+.PHONY: demo test test-slow bench bench-guard accuracy gpu-check lint format clean
 
 # make demo ARGS="--steps 20"
 demo: $(VENV)/.demo
@@ -28,6 +28,10 @@ bench-guard: $(VENV)/.built
 # Rewrites the table of measured errors in docs/numerics.md.
 accuracy: $(VENV)/.built
 	$(BIN)/python -m benchmarks.accuracy --write docs/numerics.md
+
+# On a machine with a GPU; with that machine's own Python: python -m benchmarks.gpu_check
+gpu-check: $(VENV)/.packages
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -6,14 +6,10 @@ import torch
 
 from fused_kd import extension
 
-from .registered import Registered
+from .registered import registered
 
 extension.cuda.load()  # registers the implementations, if it can
-_operators = Registered(prefix="")
-forward = _operators.forward
-forward_backward = _operators.forward_backward
-backward = _operators.backward
-rescale = _operators.rescale
+forward, forward_backward, backward, rescale = registered(prefix="")
 
 
 def why_not(device_type: str | None = None) -> str | None:

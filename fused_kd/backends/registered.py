@@ -6,6 +6,9 @@ their names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,36 +17,33 @@ from fused_kd import ops  # noqa: F401  the schemas
 from ..options import KDOptions
 
 
-class Registered:
-    """forward, forward_backward, backward and rescale through ``torch.ops.fused_kd.<prefix>*``."""
+class Functions(NamedTuple):
+    """Plain functions, since a compiler's trace does not follow bound methods."""
 
-    def __init__(self, prefix: str) -> None:
-        def operator(name: str) -> torch._ops.OpOverload:
-            return getattr(torch.ops.fused_kd, prefix + name).default  # type: ignore[no-any-return]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+    rescale: Callable[..., None]
 
-        self._forward = operator("forward")
-        self._forward_backward = operator("forward_backward")
-        self._forward_backward_ = operator("forward_backward_")
-        self._backward = operator("backward")
-        self._backward_ = operator("backward_")
-        self._rescale_ = operator("rescale_")
-        self._scale_ = operator("scale_")
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        w_hard: Tensor | None,
-        w_soft: Tensor | None,
-        options: KDOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+def registered(prefix: str) -> Functions:
+    """The functions of a backend whose operators are ``torch.ops.fused_kd.<prefix>*``."""
+
+    def operator(name: str) -> Any:
+        return getattr(torch.ops.fused_kd, prefix + name).default
+
+    make_forward, make_both, make_both_ = (
+        operator(name) for name in ("forward", "forward_backward", "forward_backward_")
+    )
+    make_backward, make_backward_ = operator("backward"), operator("backward_")
+    rescale_, scale_ = operator("rescale_"), operator("scale_")
+
+    def forward(*rows_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """hard (N,), soft (N,), stats: one visit of each row (two for jsd and tvd)."""
-        rows = (student, teacher, labels, w_hard, w_soft)
-        return self._forward(*rows, *_numbers(options))  # type: ignore[no-any-return]
+        *rows, options = rows_and_options
+        return make_forward(*rows, *_numbers(options))  # type: ignore[no-any-return]
 
     def forward_backward(
-        self,
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
@@ -55,11 +55,10 @@ class Registered:
         """hard, soft, stats and the gradient."""
         rows = (student, teacher, labels, w_hard, w_soft)
         if inplace:
-            return *self._forward_backward_(*rows, *_numbers(options)), student
-        return self._forward_backward(*rows, *_numbers(options))  # type: ignore[no-any-return]
+            return *make_both_(*rows, *_numbers(options)), student
+        return make_both(*rows, *_numbers(options))  # type: ignore[no-any-return]
 
     def backward(
-        self,
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
@@ -72,21 +71,12 @@ class Registered:
         """The gradient (B, S, V) from the statistics of an earlier forward."""
         rows = (student, teacher, labels, w_hard, w_soft)
         if inplace:
-            self._backward_(*rows, stats, *_numbers(options))
+            make_backward_(*rows, stats, *_numbers(options))
             return student
-        return self._backward(*rows, stats, *_numbers(options))  # type: ignore[no-any-return]
+        return make_backward(*rows, stats, *_numbers(options))  # type: ignore[no-any-return]
 
     def rescale(
-        self,
-        grad: Tensor,
-        scale: Tensor,
-        student: Tensor | None,
-        teacher: Tensor,
-        labels: Tensor | None,
-        w_hard: Tensor | None,
-        w_soft: Tensor | None,
-        stats: Tensor,
-        options: KDOptions,
+        grad: Tensor, scale: Tensor, student: Tensor | None, *rest_stats_and_options: Any
     ) -> None:
         """Multiplies a gradient of forward_backward by ``scale``, in its own memory.
 
@@ -94,11 +84,13 @@ class Registered:
         16-bit gradient would be rounded a second time: it is made anew unless the student is gone
         (in place). Only the operator looks at the scale, so that a GPU need not wait for it.
         """
+        *rest_and_stats, options = rest_stats_and_options
         if student is None:
-            self._scale_(grad, scale)
-            return
-        rows = (student, teacher, labels, w_hard, w_soft)
-        self._rescale_(*rows, stats, *_numbers(options), scale, grad)
+            scale_(grad, scale)
+        else:
+            rescale_(student, *rest_and_stats, *_numbers(options), scale, grad)
+
+    return Functions(forward, forward_backward, backward, rescale)
 
 
 def _numbers(options: KDOptions) -> tuple[int, float, float, float, float]:
