@@ -119,6 +119,25 @@ def test_bits_depend_on_the_row_alone(cuda: EmulatedCUDA, divergence: str) -> No
     assert torch.equal(row_gradient, gradient[2:3])
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) -> None:
+    """More rows than records in memory, some of them off; each as if it were alone."""
+    student, teacher, labels = make(1203, SINGLE, rows=13)
+    w = torch.tensor([0.5, 0.0, 0.25, 0.0, 0.0, 1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.0, 0.5])
+    options = KDOptions(divergence=divergence, temperature=2.0)
+    for seed in range(5):
+        cuda.seed(seed)
+        rows = student[None], teacher[None], labels, w, w, options
+        hard, soft, stats, gradient = cuda.forward_backward(*rows)
+        assert torch.equal(cuda.forward(*rows)[1], soft)
+        for n in range(13):
+            one = slice(n, n + 1)
+            alone = student[None, one], teacher[None, one], labels[one], w[one], w[one], options
+            got = cuda.forward_backward(*alone)
+            for mine, its in zip((hard, soft, stats, gradient[0]), got, strict=True):
+                assert torch.equal(mine[one], its.view_as(mine[one])), n
+
+
 def shifted(x: Tensor, offset: int) -> Tensor:
     """The same rows, `offset` elements behind an address that is a multiple of 64; NaN around."""
     memory = torch.full((x.numel() + 64 * 3,), NAN, dtype=x.dtype)

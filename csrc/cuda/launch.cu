@@ -103,23 +103,37 @@ int launch(const Plan& plan, Divergence divergence, int group_bytes, bool waits,
   return 0;
 }
 
-int64_t counters_bytes(int64_t N) { return ((1 + N) * 4 + 15) / 16 * 16; }
+// How device memory is divided where the blocks of a row meet.
+struct Meeting {
+  int ring;
+  int64_t counters, bytes;  // of the zeroed part, and of all
+
+  Meeting(int64_t N, const Plan& plan) {
+    const int64_t rows = plan.parts < RING_RECORDS ? RING_RECORDS / plan.parts : 1;
+    ring = static_cast<int>(N < rows ? N : rows);
+    counters = ((1 + 2 * N) * 4 + 15) / 16 * 16;
+    bytes = counters + 2 * int64_t(ring) * plan.parts * static_cast<int64_t>(sizeof(Record));
+    if (plan.kernel == Kernel::cluster || plan.parts == 1) bytes = 0;
+  }
+};
 
 }  // namespace
 
 int64_t workspace_bytes(const Problem& p, const Device& device) {
-  const Plan plan = plan_rows(p, device);
-  if (plan.kernel == Kernel::cluster || plan.parts == 1) return 0;
-  return counters_bytes(p.N) + 2 * p.N * plan.parts * static_cast<int64_t>(sizeof(Record));
+  return Meeting(p.N, plan_rows(p, device)).bytes;
 }
 
 int launch_rows(const Problem& p, const Device& device, void* workspace, void* stream) {
   const Plan plan = plan_rows(p, device);
+  const Meeting meeting(p.N, plan);
   Params q = params_of(p, plan);
-  if (workspace) {
-    q.counters = static_cast<uint32_t*>(workspace);
-    q.partials = reinterpret_cast<Record*>(static_cast<char*>(workspace) + counters_bytes(p.N));
-    const int error = clear_memory(workspace, counters_bytes(p.N), stream);
+  if (meeting.bytes > 0) {
+    q.tickets = static_cast<uint32_t*>(workspace);
+    q.arrived = q.tickets + 1;
+    q.finished = q.arrived + p.N;
+    q.partials = reinterpret_cast<Record*>(static_cast<char*>(workspace) + meeting.counters);
+    q.ring = meeting.ring;
+    const int error = clear_memory(workspace, meeting.counters, stream);
     if (error) return error;
   }
   return launch(plan, divergence_of(p), bytes_of_group(p), true, stream, q);

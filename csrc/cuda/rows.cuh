@@ -65,38 +65,53 @@ FUSED_KD_DEVICE Record read_far(const Record& record) {
   return copy;
 }
 
-// Blocks of one row that meet in far memory. A block only waits for blocks of its own row, which are
-// numbered in the order in which they really started (tickets): those with smaller numbers run or have
-// run, the others start as soon as any finishes, and the first unfinished row has all its blocks running
-// before any later one: whatever the number of blocks that fit the device, nobody waits for ever.
+// Blocks of one row that meet in far memory. Rows are numbered in the order in which their blocks really
+// started (tickets), and a block only waits for blocks of its own row or of earlier rows: the first
+// unfinished row has all its blocks running before any later one, so whatever the number of blocks that
+// fit the device, nobody waits for ever. Records lie in a ring: a row takes the place of the row `ring`
+// before it, once that has been read.
 struct FarExchange {
   const Params& p;
   int64_t n;
   int part;
+  int rounds;
   Shared& shared;
+
+  FUSED_KD_DEVICE Record* records(int round) const {
+    return p.partials + ((round - 1) * p.ring + static_cast<int>(n) % p.ring) * p.parts;
+  }
+
+  FUSED_KD_DEVICE void wait_for_place() const {
+    if (n >= p.ring) wait_until(p.finished + n - p.ring, static_cast<uint32_t>(p.parts));
+  }
+
+  // Nothing more is read or written by this block.
+  FUSED_KD_DEVICE void finish() const { arrive(p.finished + n); }
 
   // Every thread gets the record of the whole row; without `everyone`, only part 0 does, and the
   // others return false.
   template <class Merge>
-  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool everyone, Merge merge) {
+  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool everyone, Merge merge) const {
     if (p.parts > 1) {
-      uint32_t* counter = p.counters + 1 + n;
-      Record* partials = p.partials + ((round - 1) * p.N + n) * p.parts;
+      const bool goes_on = part == 0 || everyone;
       if (threadIdx.x == 0) {
-        partials[part] = record;
-        arrive(counter);
+        if (round == 1) wait_for_place();
+        records(round)[part] = record;
+        arrive(p.arrived + n);
+        if (!goes_on) finish();
+        if (goes_on) wait_until(p.arrived + n, static_cast<uint32_t>(round * p.parts));
       }
-      if (part != 0 && !everyone) return false;
-      if (threadIdx.x == 0) wait_until(counter, static_cast<uint32_t>(round * p.parts));
+      if (!goes_on) return false;
       block_sync();
       if (threadIdx.x < 32) {
         const int lane = threadIdx.x;
-        record = lane < p.parts ? read_far(partials[lane]) : empty_record();
+        record = lane < p.parts ? read_far(records(round)[lane]) : empty_record();
         merge(record);
       }
     }
     if (threadIdx.x == 0) shared.row = record;
     block_sync();
+    if (p.parts > 1 && round == rounds && threadIdx.x == 0) finish();
     record = shared.row;
     return true;
   }
@@ -162,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, 2) rows_general(const __grid_constant
   if (p.unless_exact && is_exact(*p.scale)) return;
   uint32_t number = blockIdx.x;
   if (p.parts > 1 && !p.from_stats) {
-    if (threadIdx.x == 0) shared.ticket = take_ticket(p.counters);
+    if (threadIdx.x == 0) shared.ticket = take_ticket(p.tickets);
     block_sync();
     number = shared.ticket - static_cast<uint32_t>(p.first_row * p.parts);
   }
@@ -170,12 +185,18 @@ __global__ void __launch_bounds__(THREADS, 2) rows_general(const __grid_constant
   const int part = static_cast<int>(number % p.parts);
   const Row row(p, n);
   const FarRow<D, S, SAME> source(p, row, part);
-  if (!row.hard && !row.soft) return skip_row<S>(p, n, source, part);
+  const FarExchange exchange{p, n, part, RuleOf<D>::TWO_VISITS ? 2 : 1, shared};
+  if (!row.hard && !row.soft) {
+    if (p.parts > 1 && !p.from_stats && threadIdx.x == 0) {
+      exchange.wait_for_place();
+      exchange.finish();
+    }
+    return skip_row<S>(p, n, source, part);
+  }
   Record record;
   if (p.from_stats)
     record = reinterpret_cast<const Record*>(p.stats)[n];
-  else if (!visit_for_losses<D>(p, row, source, part, shared, FarExchange{p, n, part, shared},
-                                record))
+  else if (!visit_for_losses<D>(p, row, source, part, shared, exchange, record))
     return;
   gradient_visit<D, S>(p, row, source, record);
 }

@@ -7,6 +7,7 @@ namespace fused_kd {
 constexpr int THREADS = 64;
 constexpr int FAR_BYTES = 2048;
 constexpr int NEAR_BYTES = 4096;
+constexpr int RING_RECORDS = 8;
 #else
 constexpr int THREADS = 256;
 // A block's slice of both sides in far memory: the rows in flight (4 blocks on each of 132
@@ -15,6 +16,8 @@ constexpr int FAR_BYTES = 48 * 1024;
 // Of shared memory: three blocks of a cluster share a multiprocessor's 228 KiB (1 KiB a block is the
 // system's): one loads while another computes and a third stores.
 constexpr int NEAR_BYTES = 228 * 1024 / 3 - 1024;
+// Records of blocks that meet in far memory: ten times what is in flight at once.
+constexpr int RING_RECORDS = 4096;
 #endif
 
 constexpr int MAX_PARTS = 32;       // blocks of one row

@@ -20,12 +20,14 @@ struct Params {
   Options options;
   float soft_factor, label_smoothing;
   float *hard, *soft, *stats;
-  bool from_stats;     // no first visit: the statistics of an earlier launch
-  bool unless_exact;   // nothing to do where `scale` is a power of two: multiplying was enough
-  int parts;           // blocks of a row
-  int slice;           // groups of a row in one block
-  uint32_t* counters;  // (1 + N): tickets, and the blocks that have arrived at each row; zeroed
-  Record* partials;    // (N, parts)
+  bool from_stats;    // no first visit: the statistics of an earlier launch
+  bool unless_exact;  // nothing to do where `scale` is a power of two: multiplying was enough
+  int parts;          // blocks of a row
+  int slice;          // groups of a row in one block
+  // Where the blocks of a row meet in far memory: counters, zeroed, and a ring of records.
+  uint32_t *tickets, *arrived, *finished;  // (1), (N), (N)
+  Record* partials;                        // (2, ring, parts)
+  int ring;                                // rows
 };
 
 // Multiplying a rounded gradient by it loses nothing: a power of two, or 0.
