@@ -1,0 +1,264 @@
+"""What the Triton kernels take of a GPU: registers, spills, shared memory, compiled without one.
+
+    python -m benchmarks.triton_resources [target ...] [--modes mode ...]
+
+prints, for every kernel x divergence x dtypes x target, what the compiler reports, as Markdown. The
+kernels are compiled with the configuration that a launch for V = 128256 would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_kd.backends import triton as backend
+from fused_kd.backends.triton_configuration import (
+    AMD,
+    BLACKWELL,
+    NVIDIA,
+    OTHER,
+    Kind,
+    configuration,
+)
+from fused_kd.options import DIVERGENCES
+
+#: CUDA compute capabilities and AMD architectures.
+TARGETS = (75, 80, 90, 100, 120, "gfx942", "gfx90a")
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+)
+#: What is launched: steps and whether there is a gradient. One launch whose programs wait, its
+#: forward only, the same without waiting, and the gradient by itself.
+MODES = {
+    "forward_backward": ("ALL", True),
+    "forward": ("ALL", False),
+    "first visit": ("FIRST", False),
+    "second visit": ("SECOND", False),
+    "last visit": ("LAST", True),
+    "backward": ("BACKWARD", True),
+    "rescale": ("BACKWARD", True),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of the rows kernel."""
+
+    mode: str = "forward_backward"
+    divergence: str | None = "forward_kl"  # None: the hard term alone
+    hard: bool = True
+    smoothing: bool = False
+    student: torch.dtype = torch.bfloat16
+    teacher: torch.dtype = torch.bfloat16
+    vocabulary: int = 128256
+    aligned: bool = True  # pointers and strides are multiples of 16
+    scalars: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler reports for one kernel."""
+
+    registers: int
+    spills: int
+    shared: int  # bytes
+    code: dict[str, str] = field(repr=False)  # by kind: ttgir, ptx or amdgcn
+
+
+def _is_amd(target: int | str) -> bool:
+    return isinstance(target, str)
+
+
+def _kind(target: int | str) -> Kind:
+    return AMD if _is_amd(target) else BLACKWELL if target == 100 else NVIDIA
+
+
+def compile_rows(variant: Variant, target: int | str) -> Resources:
+    """Compiles _kd_rows_kernel as a launch would."""
+    kernels = backend._kernels()
+    chosen = configuration(variant.vocabulary, variant.student, variant.teacher, _kind(target))
+    step, gradient = MODES[variant.mode]
+    constants: dict[str, Any] = {
+        "D": backend.NONE if variant.divergence is None else DIVERGENCES.index(variant.divergence),
+        "HAS_HARD": variant.hard,
+        "SMOOTHING": variant.smoothing,
+        "STEP": getattr(kernels, step).value,
+        "WAIT": step == "ALL" and chosen.parts > 1 and not _is_amd(target),
+        "PARTS": chosen.parts,
+        "LANES": chosen.lanes,
+        "VECTOR": chosen.vector,
+        "UNROLL": chosen.unroll,
+    }
+    absent = {
+        "g_ptr": not gradient,
+        "labels_ptr": not variant.hard,
+        "w_hard_ptr": not variant.hard,
+        "w_soft_ptr": variant.divergence is None,
+        "scale_ptr": variant.mode != "rescale",
+        "hard_ptr": step == "BACKWARD",
+        "soft_ptr": step == "BACKWARD",
+        "partial_ptr": chosen.parts == 1 or step == "BACKWARD",
+        "counters_ptr": not constants["WAIT"],
+    }
+    constants.update({name: None for name, is_absent in absent.items() if is_absent})
+    types = {
+        "s_ptr": "*" + NAMES[variant.student],
+        "g_ptr": "*" + NAMES[variant.student],
+        "t_ptr": "*" + NAMES[variant.teacher],
+        "labels_ptr": "*i64",
+        "counters_ptr": "*i32",
+    }
+    scalars = ("k", "temperature", "beta", "soft_factor", "smoothing")
+    types.update(dict.fromkeys(scalars, variant.scalars))
+    types.update(dict.fromkeys(("S", "V", "power"), "i32"))
+    strides = [name for name in kernels._kd_rows_kernel.arg_names if "stride" in name]
+    types.update(dict.fromkeys(strides, "i64"))
+    specialized = ["V"] + strides if variant.aligned else []
+    return _compile(
+        kernels._kd_rows_kernel,
+        types,
+        constants,
+        specialized,
+        variant.aligned,
+        target,
+        backend._options(chosen.warps, _kind(target), variant.smoothing),
+    )
+
+
+def _compile(
+    kernel: Any,
+    types: dict[str, str],  # "*fp32" for what is not named
+    constants: dict[str, Any],
+    specialized: list[str],  # arguments that are multiples of 16
+    aligned: bool,
+    target: int | str,
+    options: dict[str, Any],
+) -> Resources:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32")
+        for name in kernel.arg_names
+    }
+    divisible = [
+        (i,)
+        for i, name in enumerate(kernel.arg_names)
+        if name not in constants
+        and (name in specialized or (aligned and signature[name].startswith("*")))
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={position: [["tt.divisibility", 16]] for position in divisible} or None,
+    )
+    gpu = GPUTarget("hip", target, 64) if _is_amd(target) else GPUTarget("cuda", target, 32)
+    compiled = triton.compile(source, target=gpu, options=options)
+    return _resources(compiled, _is_amd(target))
+
+
+def _resources(compiled: Any, is_amd: bool) -> Resources:
+    code = {name: text for name, text in compiled.asm.items() if isinstance(text, str)}
+    shared = int(compiled.metadata.shared)
+    if is_amd:
+        text = code["amdgcn"]
+
+        def number(name: str) -> int:
+            found = re.search(rf"\.{name}:\s+(\d+)", text)
+            assert found is not None, name
+            return int(found[1])
+
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        return Resources(number("vgpr_count"), spills, shared, code)
+    report = nvidia_tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert found is not None, report
+    return Resources(int(found[1]), int(found[2]) + int(found[3]), shared, code)
+
+
+def nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
+    """What a tool of triton's own wheel prints about a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return subprocess.run(
+            [str(tool), *arguments, str(file)], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
+    """Compiles _kd_scale_kernel as a launch would."""
+    kernel = backend._kernels()._kd_scale_kernel
+    types = {"g_ptr": "*" + NAMES[dtype]}
+    types.update(dict.fromkeys(("N", "S", "V"), "i32"))
+    types.update(dict.fromkeys(("stride_b", "stride_s"), "i64"))
+    constants = {"ANY": True, "BLOCK": 4096}
+    return _compile(
+        kernel,
+        types,
+        constants,
+        ["V", "stride_b", "stride_s"],
+        True,
+        target,
+        backend._options(8, OTHER),
+    )
+
+
+def _cell(task: tuple[Variant | torch.dtype, int | str]) -> str:
+    what, target = task
+    compiler = compile_rows if isinstance(what, Variant) else compile_scale
+    found = compiler(what, target)  # type: ignore[arg-type]
+    return f"{found.registers} / {found.spills} / {found.shared}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="*", help="75 80 90 100 120 gfx942 gfx90a")
+    parser.add_argument("--modes", nargs="*", default=["forward_backward"], choices=list(MODES))
+    arguments = parser.parse_args()
+    targets = [int(t) if t.isdigit() else t for t in arguments.targets] or list(TARGETS)
+    rows: list[tuple[str, str, str, Variant | torch.dtype]] = [
+        (
+            mode,
+            divergence,
+            f"{NAMES[s]}, {NAMES[t]}",
+            Variant(mode, divergence, student=s, teacher=t),
+        )
+        for mode in arguments.modes
+        for divergence in DIVERGENCES
+        if mode != "second visit" or divergence in ("jsd", "tvd")
+        for s, t in DTYPES
+    ]
+    rows += [("scale", "", NAMES[dtype], dtype) for dtype in NAMES]
+    print("Registers / bytes spilled / bytes of shared memory; V = 128256, with the hard term.\n")
+    print("| kernel | divergence | dtypes |", *(f" {t} |" for t in targets), sep="")
+    print("|---" * (3 + len(targets)) + "|")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        tasks = [(what, target) for *_, what in rows for target in targets]
+        cells = pool.map(_cell, tasks)
+        for mode, divergence, dtypes, _ in rows:
+            found = " | ".join(next(cells) for _ in targets)
+            print(f"| {mode} | {divergence} | {dtypes} | {found} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

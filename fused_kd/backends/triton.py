@@ -1,0 +1,400 @@
+"""Triton kernels for CUDA, ROCm and XPU devices: the operators ``triton_*`` and their launches.
+
+The kernels are in :mod:`fused_kd.backends.triton_kernels`, imported with triton when they are
+first needed. With ``TRITON_INTERPRET=1`` in the environment before that, they run on CPU tensors,
+through Triton's interpreter: slowly, to look at and to test.
+
+With ``FUSED_KD_AUTOTUNE=1`` the first call of a kind (V, dtypes, divergence, device) times a few
+configurations on some of its rows and the process keeps the fastest; the bits may then differ from
+one process to the next, which is why it is not the default.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from fused_kd import ops
+
+from .registered import registered
+from .triton_configuration import (
+    AMD,
+    BLACKWELL,
+    LONGEST,
+    MAX_PARTS,
+    NVIDIA,
+    OTHER,
+    SMOOTHING_REGISTERS,
+    Configuration,
+    Kind,
+    candidates,
+    configuration,
+    may_wait,
+)
+
+OLDEST = (3, 6)
+LOG2E = 1.4426950408889634
+MSE, NONE = 4, 5  # NONE: the soft term is off
+TWO_VISITS = (2, 3)  # jsd, tvd
+
+forward, forward_backward, backward, rescale = registered(prefix="triton_")
+
+
+# ---------------------------------------------------------------------------------- can it run?
+
+
+def why_not(device_type: str | None = None) -> str | None:
+    """None if this backend can run (on that device), else the reason."""
+    return _why_not(device_type, _interpreted())
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _why_not(device_type: str | None, interpreted: bool) -> str | None:
+    if device_type == "cpu" and not interpreted:
+        return "CPU tensors need TRITON_INTERPRET=1 in the environment, set before the first use"
+    if device_type not in (None, "cpu", "cuda", "xpu"):
+        return f"the triton backend runs on cuda and xpu devices, not on {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    names = [device_type] if device_type else ["cuda", "xpu"]
+    if not interpreted and not any(getattr(torch, name).device_count() for name in names):
+        return f"torch finds no {' or '.join(names)} device"
+    import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    version, numpy_version = (
+        tuple(int(part) for part in found.split(".")[:2])
+        for found in (triton.__version__, numpy.__version__)
+    )
+    if interpreted and version < (3, 7) and numpy_version >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4"
+    if version < OLDEST:
+        return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
+    try:
+        kernels = _kernels()
+    except Exception as error:  # whatever a version that came later may raise
+        return f"its kernels cannot be imported: {error}"
+    if interpreted == isinstance(kernels._kd_rows_kernel, triton.JITFunction):
+        return "TRITON_INTERPRET has changed since the kernels were imported"
+    return None
+
+
+@cache
+def _kernels() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+@cache
+def _kind(device: torch.device) -> Kind:
+    if device.type != "cuda":  # the CPU: interpreted
+        return NVIDIA if device.type == "cpu" else OTHER
+    if torch.version.hip:
+        warp_size = int(torch.cuda.get_device_properties(device).warp_size)
+        return replace(AMD, warp_size=warp_size)
+    return BLACKWELL if torch.cuda.get_device_capability(device)[0] == 10 else NVIDIA
+
+
+def _can_wait(device: torch.device, parts: int) -> bool:
+    """Programs may wait for each other: where the parts of a row have room, on an NVIDIA GPU.
+
+    Elsewhere the memory order that waiting relies on is untried.
+    """
+    if device.type != "cuda" or torch.version.hip or _interpreted() or not may_wait():
+        return False
+    return torch.cuda.get_device_properties(device).multi_processor_count >= parts
+
+
+# ------------------------------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One operator's arguments, and how its rows are cut."""
+
+    student: Tensor  # (B, S, V)
+    teacher: Tensor  # (B, S, V)
+    labels: Tensor | None  # (N,)
+    w_hard: Tensor | None  # (N,)
+    w_soft: Tensor | None  # (N,)
+    divergence: int
+    temperature: float
+    beta: float
+    soft_factor: float
+    label_smoothing: float
+
+    @property
+    def rows(self) -> int:
+        return self.student.shape[0] * self.student.shape[1]
+
+    @property
+    def soft(self) -> int:
+        """The divergence, or that it is off."""
+        return NONE if self.w_soft is None else self.divergence
+
+    def first_rows(self, count: int) -> _Call:
+        """The same of the first rows of the first batch."""
+        labels, w_hard, w_soft = (
+            None if x is None else x[: min(count, self.student.shape[1])]
+            for x in (self.labels, self.w_hard, self.w_soft)
+        )
+        student, teacher = self.student[:1, :count], self.teacher[:1, :count]
+        return replace(
+            self, student=student, teacher=teacher, labels=labels, w_hard=w_hard, w_soft=w_soft
+        )
+
+
+def _configuration(call: _Call) -> Configuration:
+    student, teacher = call.student, call.teacher
+    rule = configuration(student.shape[2], student.dtype, teacher.dtype, _kind(student.device))
+    if os.environ.get("FUSED_KD_AUTOTUNE") != "1" or student.device.type == "cpu":
+        return rule
+    key = (rule, student.shape[2], student.dtype, teacher.dtype, call.soft, student.device)
+    if key not in _tuned:
+        _tuned[key] = _fastest(call.first_rows(1024), rule)
+    return _tuned[key]
+
+
+_tuned: dict[tuple[object, ...], Configuration] = {}
+
+
+def _fastest(call: _Call, rule: Configuration) -> Configuration:
+    """By the time of forward_backward with a gradient of its own."""
+    import triton
+
+    gradient = torch.empty_like(call.student, memory_format=torch.contiguous_format)
+    hard = gradient.new_empty((call.rows,), dtype=torch.float32)
+    losses = (hard, torch.empty_like(hard), hard.new_empty((call.rows, ops.STATS)))
+
+    def milliseconds(chosen: Configuration) -> float:
+        steps = _steps(call, chosen)
+        run = lambda: _launch(call, chosen, gradient, losses, steps)  # noqa: E731
+        return float(triton.testing.do_bench(run, rep=20))
+
+    times = {chosen: milliseconds(chosen) for chosen in candidates(rule)}
+    return min(times, key=times.__getitem__)
+
+
+def _steps(call: _Call, chosen: Configuration) -> tuple[str, ...]:
+    """The launches that make losses, and the gradient."""
+    if chosen.parts == 1 or _can_wait(call.student.device, chosen.parts):
+        return ("ALL",)
+    return ("FIRST", "SECOND", "LAST") if call.soft in TWO_VISITS else ("FIRST", "LAST")
+
+
+def _launch(
+    call: _Call,
+    chosen: Configuration,
+    gradient: Tensor | None,  # (B, S, V)
+    losses: tuple[Tensor | None, Tensor | None, Tensor],  # hard, soft; stats
+    steps: tuple[str, ...],
+    scale: Tensor | None = None,  # 0-d
+) -> None:
+    """The steps, each one launch; ("ALL",) is one launch whose programs wait for each other."""
+    kernels, student, teacher = _kernels(), call.student, call.teacher
+    n, vocabulary = call.rows, student.shape[2]
+    wait = steps == ("ALL",) and chosen.parts > 1
+    partial = counters = None
+    if chosen.parts > 1 and steps != ("BACKWARD",):
+        shape = (n, chosen.parts, kernels.PARTIAL.value)
+        partial = student.new_empty(shape, dtype=torch.float32)
+        if wait:
+            counters = student.new_zeros((1 + n,), dtype=torch.int32)
+    has_hard = call.w_hard is not None
+    smoothing = has_hard and call.label_smoothing > 0
+    simple = call.temperature in (1.0, 2.0) and call.soft < MSE
+    strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
+    for step in steps:
+        kernels._kd_rows_kernel[(n * chosen.parts,)](
+            *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
+            *(*losses, partial, counters, student.shape[1], vocabulary, *strides),
+            LOG2E / call.temperature,
+            int(call.temperature) if simple else 0,
+            *(call.temperature, call.beta, call.soft_factor, call.label_smoothing),
+            D=call.soft,
+            HAS_HARD=has_hard,
+            SMOOTHING=smoothing,
+            STEP=getattr(kernels, step).value,
+            WAIT=wait,
+            PARTS=chosen.parts,
+            LANES=chosen.lanes,
+            VECTOR=chosen.vector,
+            UNROLL=chosen.unroll,
+            **_options(chosen.warps, _kind(student.device), smoothing),
+        )
+
+
+def _options(warps: int, kind: Kind, smoothing: bool = False) -> dict[str, Any]:
+    """Of the compiler. Contraction is written out in the kernels: its default has changed."""
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    if kind.registers is None:
+        return options
+    return {**options, "maxnreg": SMOOTHING_REGISTERS if smoothing else kind.registers}
+
+
+def _row_strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
+    """What would make a kernel read or write elsewhere."""
+    student, teacher, n = call.student, call.teacher, call.rows
+    reason = why_not(student.device.type)
+    if reason is not None:
+        raise RuntimeError(f"the triton kernels cannot run: {reason}")
+    for name, x in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+        if x is None:
+            continue
+        if x.device != student.device or x.shape != student.shape or x.dim() != 3:
+            raise RuntimeError(f"{name} must be (B, S, V) on one device, all of one shape")
+        if x.shape[2] > 1 and x.stride(2) != 1:
+            raise RuntimeError(f"{name} must have last stride 1; got {x.stride(2)}")
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise RuntimeError(f"{name} must be float32, bfloat16 or float16")
+    if not 0 < student.shape[2] <= LONGEST or n * MAX_PARTS >= 2**31:
+        raise RuntimeError(f"{n} rows of {student.shape[2]} entries are beyond the triton kernels")
+    if gradient is not None and gradient.dtype != student.dtype:
+        raise RuntimeError("the gradient must have the student's dtype")
+    if call.w_hard is not None and call.labels is None:
+        raise RuntimeError("a hard term needs labels")
+    vectors = ((call.labels, torch.int64), (call.w_hard, torch.float32), (call.w_soft, stats.dtype))
+    for vector, dtype in vectors:
+        if vector is not None and (vector.dtype != dtype or vector.numel() != n):
+            raise RuntimeError("labels are int64, w_hard and w_soft float32, one for each row")
+        if vector is not None and vector.device != student.device:
+            raise RuntimeError("labels and weights must be on the logits' device")
+    if stats.shape != (n, ops.STATS) or stats.dtype != torch.float32 or not stats.is_contiguous():
+        raise RuntimeError(f"stats must be contiguous float32 ({n}, {ops.STATS})")
+
+
+def _guard(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels run on the current device: make it the tensor's."""
+    if x.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, x.device.type).device_of(x)  # type: ignore[no-any-return]
+
+
+def _losses_of(call: _Call, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """hard, soft and stats; fills in the gradient."""
+    n, student = call.rows, call.student
+    hard = student.new_empty((n,), dtype=torch.float32)
+    losses = (hard, torch.empty_like(hard), hard.new_empty((n, ops.STATS)))
+    _check(call, gradient, losses[2])
+    if n > 0:
+        with _guard(student):
+            chosen = _configuration(call)
+            _launch(call, chosen, gradient, losses, _steps(call, chosen))
+    return losses
+
+
+def _gradient_of(
+    call: _Call, gradient: Tensor, stats: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    _check(call, gradient, stats)
+    if call.rows > 0:
+        with _guard(gradient):
+            _launch(call, _configuration(call), gradient, (None, None, stats), ("BACKWARD",), scale)
+    return gradient
+
+
+def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
+    b, s, vocabulary = gradient.shape
+    if gradient.numel() == 0:
+        return
+    with _guard(gradient):
+        # each looks at the scale and ends, most times: not one for every row
+        _kernels()._kd_scale_kernel[(min(b * s, 1024),)](
+            *(gradient, scale, b * s, s, vocabulary, *_row_strides(gradient)),
+            ANY=any_number,
+            BLOCK=4096,
+            **_options(8, OTHER),
+        )
+
+
+# ------------------------------------------------------------------------------- the operators
+
+
+def _call(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    w_hard: Tensor | None,
+    w_soft: Tensor | None,
+    *numbers: Any,
+) -> _Call:
+    labels, w_hard, w_soft = (
+        None if x is None else x.contiguous() for x in (labels, w_hard, w_soft)
+    )
+    return _Call(student, teacher, None if w_hard is None else labels, w_hard, w_soft, *numbers)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _losses_of(_call(*arguments), None)
+
+
+def _forward_backward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradient = student.new_empty(student.shape)
+    return *_losses_of(_call(student, *rest), gradient), gradient
+
+
+def _forward_backward_(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _losses_of(_call(student, *rest), student)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[_Call, Tensor, tuple[Any, ...]]:
+    """The call, its stats, and what follows the numbers."""
+    rows, stats, numbers, rest = arguments[:5], arguments[5], arguments[6:11], arguments[11:]
+    return _call(*rows, *numbers), stats, rest
+
+
+def _backward(*arguments: Any) -> Tensor:
+    call, stats, _ = _split(arguments)
+    return _gradient_of(call, call.student.new_empty(call.student.shape), stats)
+
+
+def _backward_(*arguments: Any) -> None:
+    call, stats, _ = _split(arguments)
+    _gradient_of(call, call.student, stats)
+
+
+def _rescale_(*arguments: Any) -> None:
+    """Two launches, of which the scale lets one work: no number goes to the host."""
+    call, stats, (scale, gradient) = _split(arguments)
+    _check(call, gradient, stats)
+    _scale(gradient, scale, any_number=gradient.dtype == torch.float32)
+    if gradient.dtype != torch.float32:
+        _gradient_of(call, gradient, stats, scale)
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    reason = why_not(gradient.device.type)
+    if reason is not None:
+        raise RuntimeError(f"the triton kernels cannot run: {reason}")
+    _scale(gradient, factor, any_number=True)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "forward": _forward,
+    "forward_backward": _forward_backward,
+    "forward_backward_": _forward_backward_,
+    "backward": _backward,
+    "backward_": _backward_,
+    "rescale_": _rescale_,
+    "scale_": _scale_,
+}
+for _name, _implementation in _IMPLEMENTATIONS.items():
+    torch.library.impl(f"fused_kd::triton_{_name}", ("cpu", "cuda", "xpu"))(_implementation)

@@ -1,0 +1,105 @@
+"""How the Triton kernels cut a row: a rule by V, the dtypes and the kind of GPU, not a search.
+
+The bits of a row depend on its configuration and on nothing else but the row: not on N, not on the
+other rows, and on where it lies in memory only if V is a multiple of 16 and its address isn't one
+of 16 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a row is cut: everything that its bits depend on besides its entries."""
+
+    warps: int
+    lanes: int  # threads, each with sums of its own
+    vector: int  # neighbouring entries of a lane, one load
+    unroll: int  # loads of a lane per side that are in flight together
+    parts: int  # programs per row
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of GPU."""
+
+    warp_size: int
+    threads: int  # of a program, fewer where a row is shorter than a tile
+    registers: int | None = None  # of a thread, at most; None: the compiler's choice
+
+
+#: Three programs of 256 threads with 80 registers share the 65536 of an SM, and no kernel spills.
+#: Left alone, ptxas spills some at 64 and gives others 118. For compute capability 10 it spills
+#: scalars at 80: 96, and programs of 128 threads, of which five fit.
+NVIDIA = Kind(32, 256, 80)
+BLACKWELL = Kind(32, 128, 96)
+AMD = Kind(64, 256)
+OTHER = Kind(32, 256)
+#: For label smoothing, with two more sums and a test of every entry: two programs of 256 threads.
+SMOOTHING_REGISTERS = 128
+
+#: Entries of a lane per tile: 16 of each side fill 32 registers at most. 32 would save 4 % of the
+#: instructions and take 128 registers, which leaves two programs on an SM instead of three.
+ENTRIES = 16
+#: Bytes of a slice, both sides. Three programs on each of an H100's 132 SMs keep 32 MB of its 50 MB
+#: of L2, so that the later visits of a row find it there: 8 parts for a bfloat16 row of 128256 or
+#: 151936, 16 for 262144, 1 up to 20480.
+SLICE_BYTES = 80 * 1024
+#: A GPU must have so many multiprocessors for a row's programs to wait for each other.
+MAX_PARTS = 32
+#: Positions in a row are 32 bits wide.
+LONGEST = 2**30
+
+_override: dict[str, int] = {}
+
+
+def configuration(
+    vocabulary: int, student: torch.dtype, teacher: torch.dtype, kind: Kind = NVIDIA
+) -> Configuration:
+    """The configuration of rows of `vocabulary` entries."""
+    # Triton loads vectors only where it knows that rows lie a multiple of 16 entries apart; else
+    # one entry, so that the threads of a warp read neighbours.
+    widest = max(student.itemsize, teacher.itemsize)
+    vector = 16 // widest if vocabulary % 16 == 0 else 1
+    warps = kind.threads // kind.warp_size
+    while warps > 1 and warps * kind.warp_size * ENTRIES > vocabulary:
+        warps //= 2
+    size = vocabulary * (student.itemsize + teacher.itemsize)
+    parts = 1
+    while parts * SLICE_BYTES < size and parts < MAX_PARTS:
+        parts *= 2
+    chosen = Configuration(warps, warps * kind.warp_size, vector, ENTRIES // vector, parts)
+    return replace(chosen, **{k: v for k, v in _override.items() if k != "wait"})
+
+
+def candidates(rule: Configuration) -> list[Configuration]:
+    """What FUSED_KD_AUTOTUNE=1 tries: also half of the threads, half of the tile; never parts."""
+    warp_size = rule.lanes // rule.warps
+    return [
+        replace(rule, warps=warps, lanes=warps * warp_size, unroll=unroll)
+        for warps in dict.fromkeys((rule.warps, max(1, rule.warps // 2)))
+        for unroll in dict.fromkeys((rule.unroll, max(1, rule.unroll // 2)))
+    ]
+
+
+def may_wait() -> bool:
+    """False in ``overridden(wait=0)``."""
+    return bool(_override.get("wait", 1))
+
+
+@contextmanager
+def overridden(**fields: int) -> Iterator[None]:
+    """Other fields in every configuration, and wait=0 for one launch per step: for tests."""
+    before = dict(_override)
+    _override.update(fields)
+    try:
+        yield
+    finally:
+        _override.clear()
+        _override.update(before)

@@ -1,0 +1,170 @@
+"""The Triton kernels compiled for GPUs that are not here: spills, shared memory, vector loads."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks.triton_resources import (
+    DTYPES,
+    MODES,
+    Resources,
+    Variant,
+    compile_rows,
+    compile_scale,
+)
+from fused_kd.backends import triton_configuration
+from fused_kd.options import DIVERGENCES
+
+TARGETS = [75, 80, 90, 100, 120, "gfx942"]
+#: Bytes. A fold over a program's warps takes 32; a tensor that changes its layout would take a
+#: whole sub-block, 4096 and more.
+SHARED_LIMIT = 64
+SOURCE = Path(triton_configuration.__file__).parent
+
+B16, F32 = torch.bfloat16, torch.float32
+
+
+def _check(found: Resources, target: int | str, vectors: bool) -> None:
+    assert found.spills == 0
+    assert found.shared <= SHARED_LIMIT
+    code = found.code["amdgcn" if isinstance(target, str) else "ptx"]
+    wide = r"global_load_dwordx4" if isinstance(target, str) else r"ld\.global\S*\.v4\.b32"
+    assert bool(re.search(wide, code)) == vectors
+    # scalar arguments may be float64; they are converted and nothing else is done with them
+    assert not re.search(r"^\s*(?!\.param|ld\.param|mov|cvt\.rn\.f32)\S*f64", code, re.MULTILINE)
+
+
+def _modes(target: int | str, divergence: str) -> list[str]:
+    """What a launch of V = 128256 can be: programs wait for each other on NVIDIA's GPUs alone."""
+    if isinstance(target, int) and target != 90:
+        return ["forward_backward", "forward", "backward"]
+    modes = list(MODES) if target == 90 else ["first visit", "second visit", "last visit"]
+    return [m for m in modes if m != "second visit" or divergence in ("jsd", "tvd")]
+
+
+# one of each: the oldest and the newest that all is tuned for, another vendor; two statistics
+# visits; a teacher of another dtype; rows that vectors can't read; float64 scalars
+@pytest.mark.parametrize(
+    ("target", "variant"),
+    [
+        (75, Variant()),
+        (90, Variant(smoothing=True)),
+        (90, Variant(divergence="jsd", teacher=F32)),
+        (90, Variant(vocabulary=50257, aligned=False)),
+        (100, Variant("forward", "mse", student=F32, teacher=F32, scalars="fp64")),
+        ("gfx942", Variant("last visit", "reverse_kl")),
+    ],
+    ids=str,
+)
+def test_some_kernels(target: int | str, variant: Variant) -> None:
+    _check(compile_rows(variant, target), target, vectors=variant.aligned)
+
+
+def test_barriers_around_the_label() -> None:
+    """In place, no warp may store a gradient before all have read the label's logits, nor the
+    label's gradient before all have stored; the interpreter, one thread, cannot see either."""
+    code = compile_rows(Variant("backward"), 90).code["ptx"]
+    assert len(re.findall(r"bar\.sync|barrier\.sync", code)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel(
+    target: int | str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    modes = _modes(target, divergence)
+    first = Variant(modes[0], divergence, student=dtypes[0], teacher=dtypes[1])
+    others = [replace(first, smoothing=True), replace(first, hard=False)]
+    for variant in [replace(first, mode=mode) for mode in modes] + others:
+        _check(compile_rows(variant, target), target, vectors=True)
+
+
+# nothing is known of addresses: V = 50257, or a view that begins anywhere
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [50257, 128256])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("target", [90, "gfx942"])
+def test_every_kernel_unaligned(target: int | str, divergence: str, vocabulary: int) -> None:
+    variant = Variant(_modes(target, divergence)[-1], divergence, vocabulary=vocabulary)
+    for student, teacher in DTYPES:
+        case = replace(variant, student=student, teacher=teacher, aligned=False)
+        _check(compile_rows(case, target), target, vectors=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, B16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_hard_term_alone(target: int | str, dtype: torch.dtype) -> None:
+    for smoothing in (False, True):
+        for mode in _modes(target, "none"):
+            variant = Variant(mode, None, smoothing=smoothing, student=dtype, teacher=dtype)
+            _check(compile_rows(variant, target), target, vectors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, B16, torch.float16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_scale_kernel(target: int | str, dtype: torch.dtype) -> None:
+    found = compile_scale(dtype, target)
+    assert found.spills == found.shared == 0
+
+
+# --------------------------------------------------------------------------- configurations, source
+
+
+# a warp; a tile; one slice and two; the two vocabularies of the goals; the longest of them
+@pytest.mark.parametrize(
+    ("vocabulary", "warps", "vector", "parts"),
+    [(32, 1, 8, 1), (4096, 8, 8, 1), (20480, 8, 8, 1), (32000, 8, 8, 2)]
+    + [(50257, 8, 1, 4), (128256, 8, 8, 8), (151936, 8, 8, 8), (262144, 8, 8, 16)],
+)
+def test_configurations(vocabulary: int, warps: int, vector: int, parts: int) -> None:
+    chosen = triton_configuration.configuration(vocabulary, B16, B16)
+    assert (chosen.warps, chosen.vector, chosen.parts) == (warps, vector, parts)
+    assert chosen.vector * chosen.unroll == triton_configuration.ENTRIES
+    for other in triton_configuration.candidates(chosen):
+        assert other.parts == chosen.parts
+
+
+#: Pointers to what is float32 or an integer already.
+PLAIN = {"label_ptr", "w_ptr", "scale_ptr", "stats", "ptr", "all_parts"}
+
+
+def _loads(tree: ast.AST) -> list[tuple[ast.Call, bool]]:
+    """Every tl.load, and whether `.to(tl.float32)` is called on it."""
+    cast = {
+        id(node.func.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "to"
+        and ast.unparse(node.args[0]) == "tl.float32"
+    }
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [(call, id(call) in cast) for call in calls if ast.unparse(call.func) == "tl.load"]
+
+
+def test_logits_are_float32_right_after_each_load() -> None:
+    """Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU."""
+    loads = _loads(ast.parse((SOURCE / "triton_kernels.py").read_text(encoding="utf-8")))
+    assert len(loads) > 10
+    for call, is_cast in loads:
+        base = ast.unparse(call.args[0]).split(" ")[0]
+        assert is_cast or base in PLAIN, ast.unparse(call)
+    assert "tl.load" not in (SOURCE / "triton_rules.py").read_text(encoding="utf-8")
+
+
+def test_the_check_of_loads_finds_one_without_a_cast() -> None:
+    (bad, is_cast), *_ = _loads(ast.parse("x = tl.load(s_ptr + i, i < end, 0.0)"))
+    assert not is_cast
+    assert ast.unparse(bad.args[0]).split(" ")[0] not in PLAIN

@@ -1,0 +1,40 @@
+"""Small configurations, and inputs in the shapes of the operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton_configuration import overridden
+
+#: With V = 45: 2 whole tiles of 16 entries and a tail of two sub-blocks, the last one masked.
+#: In two parts: slices of 32 and 13; the second has no whole tile. In four: the last is empty.
+#: Its lanes of one entry: what a V that is no multiple of 16 takes.
+CONFIGURATIONS: dict[str, dict[str, int]] = {
+    "one part": {"warps": 1, "lanes": 4, "vector": 2, "unroll": 2, "parts": 1},
+    "two parts": {"warps": 1, "lanes": 4, "vector": 2, "unroll": 2, "parts": 2},
+    "four parts": {"warps": 1, "lanes": 8, "vector": 1, "unroll": 2, "parts": 4},
+}
+V = 45
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+]
+#: The integers that name divergences to the operators.
+NUMBERS = {"divergence": 0, "temperature": 2.0, "beta": 0.3, "soft_factor": 4.0, "smoothing": 0.0}
+
+configured = overridden
+
+
+def numbers(**changes: Any) -> tuple[Any, ...]:
+    return tuple({**NUMBERS, **changes}.values())
+
+
+def rows(n: int = 3, v: int = V, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """student, teacher (1, n, v), labels, w_hard, w_soft."""
+    student, teacher = (torch.randn(1, n, v).to(dtype) for _ in range(2))
+    return student, teacher, torch.randint(v, (n,)), torch.rand(n) + 0.5, torch.rand(n) + 0.5

@@ -1,0 +1,243 @@
+"""Memory, labels, weights and scales: what is read and written, and what is not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import CONFIGURATIONS, V, configured, numbers, rows
+from torch import Tensor
+
+from fused_kd.testing import guarded
+
+ops = torch.ops.fused_kd
+INF, NAN = math.inf, math.nan
+TWO_PARTS = CONFIGURATIONS["two parts"]
+SOFT = [0, 1, 2, 3, 4]  # every divergence by its number
+
+
+def forward_backward(*arguments: object, **changes: object) -> tuple[Tensor, ...]:
+    return ops.triton_forward_backward(*arguments, *numbers(**changes))
+
+
+# ----------------------------------------------------------------------- what is read and written
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("divergence", [0, 2])  # one visit before the gradient, and two
+def test_no_access_beyond_guard_pages(divergence: int, name: str) -> None:
+    """A row that ends at one: a read behind it is a segmentation fault."""
+    student, teacher = (guarded(V, torch.bfloat16).view(1, 1, V) for _ in range(2))
+    student.copy_(torch.randn(V))
+    teacher.copy_(torch.randn(V))
+    for label in (V - 1, V, -1, 2**40):
+        weights = torch.ones(2, 1)
+        with configured(**CONFIGURATIONS[name]):
+            hard, soft, _, grad = forward_backward(
+                student, teacher, torch.tensor([label]), *weights, divergence=divergence
+            )
+        inside = 0 <= label < V
+        assert hard.isfinite().item() == grad.isfinite().all().item() == inside
+        assert soft.isfinite().item()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_nothing_around_the_rows_is_read_or_written(name: str) -> None:
+    margins = torch.full((2, 3, V + 10), NAN)
+    student, teacher, *rest = rows(6)
+    view, other = margins[..., 7 : 7 + V], margins.clone()[..., 2 : 2 + V]
+    view.copy_(student.view(2, 3, V))
+    other.copy_(teacher.view(2, 3, V))
+    with configured(**CONFIGURATIONS[name]):
+        expected = forward_backward(view.contiguous(), other.contiguous(), *rest)
+        hard, soft, stats = ops.triton_forward_backward_(view, other, *rest, *numbers())
+    for got, want in zip((hard, soft, stats, view), expected, strict=True):
+        assert torch.equal(got, want)
+    assert margins[..., :7].isnan().all()
+    assert margins[..., 7 + V :].isnan().all()
+
+
+def test_a_row_beyond_2_31_elements() -> None:
+    """Memory between the two rows stays untouched, and so is no more than address space."""
+    student, teacher, *rest = rows(2)
+    far = torch.empty(2**31 + 4096, dtype=torch.float32).as_strided((1, 2, V), (0, 2**31, 1))
+    far.copy_(student)
+    with configured(**TWO_PARTS):
+        expected = forward_backward(student, teacher, *rest, divergence=2)
+        hard, soft, stats = ops.triton_forward_backward_(
+            far, teacher, *rest, *numbers(divergence=2)
+        )
+    for got, want in zip((hard, soft, stats, far), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_rows_of_weight_0_are_not_read() -> None:
+    student, teacher, labels, w_hard, w_soft = rows(4)
+    student[0, 1], teacher[0, 1], labels[1] = NAN, NAN, -100
+    w_hard[1] = w_soft[1] = 0
+    with configured(**TWO_PARTS):
+        hard, soft, stats, grad = forward_backward(student, teacher, labels, w_hard, w_soft)
+    assert not any(x[1].any() for x in (hard, soft, stats, grad[0]))
+    for x in (hard, soft, stats, grad):
+        assert x.isfinite().all()
+
+
+# ----------------------------------------------------------------------------- rows and terms
+
+
+@pytest.mark.parametrize("divergence", SOFT)
+def test_a_term_of_weight_0_in_one_row(divergence: int) -> None:
+    """The other term of that row is what it is alone, whatever the teacher holds."""
+    student, teacher, labels, w_hard, w_soft = rows(3)
+    teacher[0, 0, 3], w_soft[0] = NAN, 0
+    labels[2], w_hard[2] = -7, 0
+    with configured(**TWO_PARTS):
+        hard, soft, _, grad = forward_backward(
+            student, teacher, labels, w_hard, w_soft, divergence=divergence
+        )
+        only_hard = forward_backward(student, teacher, labels, w_hard, None, divergence=divergence)
+        only_soft = forward_backward(student, teacher, None, None, w_soft, divergence=divergence)
+    assert soft[0] == hard[2] == 0
+    torch.testing.assert_close(grad[0, 0], only_hard[3][0, 0])
+    torch.testing.assert_close(grad[0, 2], only_soft[3][0, 2])
+    assert hard[:2].equal(only_hard[0][:2])
+    assert soft[1:].equal(only_soft[1][1:])
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", SOFT)
+def test_a_spoilt_row_is_nan_and_no_other(divergence: int, side: str) -> None:
+    student, teacher, *rest = rows(4)
+    spoilt = student if side == "student" else teacher
+    spoilt[0, 1, V - 2], spoilt[0, 3, 1] = NAN, INF
+    with configured(**TWO_PARTS):
+        hard, soft, _, grad = forward_backward(student, teacher, *rest, divergence=divergence)
+    assert soft[[1, 3]].isnan().all()
+    assert grad[0, [1, 3]].isnan().all()
+    assert hard[[1, 3]].isnan().tolist() == [side == "student"] * 2
+    for x in (hard[[0, 2]], soft[[0, 2]], grad[0, [0, 2]]):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", SOFT)
+def test_the_same_bits_alone_and_in_a_batch(divergence: int) -> None:
+    student, teacher, *vectors = rows(5, dtype=torch.bfloat16)
+    with configured(**TWO_PARTS):
+        batch = forward_backward(student, teacher, *vectors, divergence=divergence)
+        one = [x[2:3].clone() for x in vectors]
+        alone = forward_backward(
+            student[:, 2:3].clone(), teacher[:, 2:3].clone(), *one, divergence=divergence
+        )
+    for got, want in zip(alone[:3], batch[:3], strict=True):
+        assert torch.equal(got[0], want[2])
+    assert torch.equal(alone[3][0, 0], batch[3][0, 2])
+
+
+@pytest.mark.parametrize("divergence", SOFT)
+def test_equal_rows_give_exactly_nothing(divergence: int) -> None:
+    student, *_, w_soft = rows(2)
+    with configured(**TWO_PARTS):
+        _, soft, _, grad = forward_backward(
+            student, student.clone(), None, None, w_soft, divergence=divergence
+        )
+    assert not soft.any()
+    assert not grad.any()
+
+
+# --------------------------------------------------------------------------- backward and scale
+
+
+@pytest.mark.parametrize("divergence", SOFT)
+def test_backward_makes_the_gradient_of_the_forward(divergence: int) -> None:
+    student, teacher, *rest = rows(3, dtype=torch.bfloat16)
+    arguments = numbers(divergence=divergence, smoothing=0.1)
+    with configured(**TWO_PARTS):
+        *_, stats, grad = ops.triton_forward_backward(student, teacher, *rest, *arguments)
+        forward_stats = ops.triton_forward(student, teacher, *rest, *arguments)[2]
+        again = ops.triton_backward(student, teacher, *rest, stats, *arguments)
+        ops.triton_backward_(student, teacher, *rest, stats, *arguments)
+    assert torch.equal(stats, forward_stats)
+    assert torch.equal(grad, again)
+    assert torch.equal(grad, student)
+
+
+# nothing to do; exact; made anew where 16 bits would be rounded twice; 0; infinite
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0, 0.0, INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rescale(dtype: torch.dtype, scale: float) -> None:
+    student, teacher, labels, w_hard, w_soft = rows(3, dtype=dtype)
+    w_hard[1] = w_soft[1] = 0
+    factor = torch.tensor(scale)
+    with configured(**TWO_PARTS):
+        *_, stats, grad = forward_backward(student, teacher, labels, w_hard, w_soft)
+        scaled = (torch.where(w != 0, w * factor, 0.0) for w in (w_hard, w_soft))
+        anew = ops.triton_backward(student, teacher, labels, *scaled, stats, *numbers())
+        before = grad.clone()
+        ops.triton_rescale_(
+            student, teacher, labels, w_hard, w_soft, stats, *numbers(), factor, grad
+        )
+    assert not grad[0, 1].any()
+    if dtype == torch.bfloat16 and scale in (3.0, INF):
+        torch.testing.assert_close(grad, anew, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert torch.equal(grad, torch.where(before == 0, before, before * factor))
+
+
+def test_scale_of_a_view() -> None:
+    wide = torch.randn(2, 3, V + 4).bfloat16()
+    wide[0, 1, :9] = 0
+    expected = wide.clone()
+    expected[..., :V] = torch.where(wide[..., :V] == 0, 0.0, wide[..., :V].float() * 3).bfloat16()
+    ops.triton_scale_(wide[..., :V], torch.tensor(3.0))
+    assert torch.equal(wide, expected)
+
+
+# --------------------------------------------------------------------------------- operators
+
+
+def test_opcheck() -> None:
+    student, teacher, *rest = rows(2)
+    stats = ops.triton_forward(student, teacher, *rest, *numbers())[2]
+    grad, factor, which = torch.zeros_like(student), torch.tensor(2.0), ("test_schema",)
+    which += ("test_faketensor", "test_autograd_registration")
+    losses = (student, teacher, *rest, *numbers())
+    gradients = (student, teacher, *rest, stats, *numbers())
+    for name, arguments in {
+        "forward": losses,
+        "forward_backward": losses,
+        "forward_backward_": losses,
+        "backward": gradients,
+        "backward_": gradients,
+        "rescale_": (*gradients, factor, grad),
+        "scale_": (grad, factor),
+    }.items():
+        operator = getattr(ops, f"triton_{name}").default
+        torch.library.opcheck(operator, arguments, test_utils=which)
+
+
+def test_wrong_shapes_and_dtypes_are_refused() -> None:
+    student, teacher, *rest = rows(2)
+    with pytest.raises(RuntimeError, match=r"teacher must be \(B, S, V\)"):
+        ops.triton_forward(student, teacher[..., 1:], *rest, *numbers())
+    with pytest.raises(RuntimeError, match="last stride 1"):
+        ops.triton_forward(student[..., ::2], teacher[..., ::2], *rest, *numbers())
+    with pytest.raises(RuntimeError, match="one for each row"):
+        ops.triton_forward(student, teacher, rest[0][:1], *rest[1:], *numbers())
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        ops.triton_forward(student.double(), teacher, *rest, *numbers())
+
+
+# ties at the first, at the second bit that is lost; carries into the exponent; infinities
+@pytest.mark.parametrize("factor", [1 + 2.0**-8, 1 + 2.0**-9, 1.7, 1e30])
+def test_bfloat16_is_rounded_to_nearest_even(factor: float) -> None:
+    """Every bfloat16 number times a factor. The interpreter's own cast cuts off.
+
+    But for subnormal ones, which the interpreter reads wrongly.
+    """
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    patterns = torch.where(patterns.abs() < 2.0**-126, 0.0, patterns)
+    got = patterns.clone().view(1, 64, 1024)
+    ops.triton_scale_(got, torch.tensor(factor))
+    expected = (patterns.float() * factor).bfloat16().view_as(got)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
