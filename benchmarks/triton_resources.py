@@ -26,7 +26,6 @@ from fused_kd.backends.triton_configuration import (
     AMD,
     BLACKWELL,
     NVIDIA,
-    OTHER,
     Kind,
     configuration,
 )
@@ -124,7 +123,7 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
     }
     scalars = ("k", "temperature", "beta", "soft_factor", "smoothing")
     types.update(dict.fromkeys(scalars, variant.scalars))
-    types.update(dict.fromkeys(("S", "V", "power"), "i32"))
+    types.update(dict.fromkeys(("ring", "S", "V", "power"), "i32"))
     strides = [name for name in kernels._kd_rows_kernel.arg_names if "stride" in name]
     types.update(dict.fromkeys(strides, "i64"))
     specialized = ["V"] + strides if variant.aligned else []
@@ -135,7 +134,7 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         specialized,
         variant.aligned,
         target,
-        backend._options(chosen.warps, _kind(target), variant.smoothing),
+        backend._options(chosen, _kind(target), constants["D"], variant.smoothing),
     )
 
 
@@ -219,7 +218,7 @@ def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
         ["V", "stride_b", "stride_s"],
         True,
         target,
-        backend._options(8, OTHER),
+        {**backend._EXACT, "num_warps": 8},
     )
 
 

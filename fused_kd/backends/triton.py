@@ -34,18 +34,21 @@ from .triton_configuration import (
     MAX_PARTS,
     NVIDIA,
     OTHER,
-    SMOOTHING_REGISTERS,
     Configuration,
     Kind,
     candidates,
     configuration,
     may_wait,
+    registers,
 )
 
 OLDEST = (3, 6)
 LOG2E = 1.4426950408889634
-MSE, NONE = 4, 5  # NONE: the soft term is off
+JSD, MSE, NONE = 2, 4, 5  # NONE: the soft term is off
 TWO_VISITS = (2, 3)  # jsd, tvd
+#: Parts of rows whose sums are kept while programs wait for each other: 256 KiB, ten times those
+#: that an H100 runs at once.
+RING_PARTS = 4096
 
 forward, forward_backward, backward, rescale = registered(prefix="triton_")
 
@@ -209,11 +212,12 @@ def _launch(
     n, vocabulary = call.rows, student.shape[2]
     wait = steps == ("ALL",) and chosen.parts > 1
     partial = counters = None
+    ring = min(n, RING_PARTS // chosen.parts) if wait else n
     if chosen.parts > 1 and steps != ("BACKWARD",):
-        shape = (n, chosen.parts, kernels.PARTIAL.value)
+        shape = (ring, chosen.parts, kernels.PARTIAL.value)
         partial = student.new_empty(shape, dtype=torch.float32)
         if wait:
-            counters = student.new_zeros((1 + n,), dtype=torch.int32)
+            counters = student.new_zeros((1 + 2 * n,), dtype=torch.int32)
     has_hard = call.w_hard is not None
     smoothing = has_hard and call.label_smoothing > 0
     simple = call.temperature in (1.0, 2.0) and call.soft < MSE
@@ -221,7 +225,7 @@ def _launch(
     for step in steps:
         kernels._kd_rows_kernel[(n * chosen.parts,)](
             *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
-            *(*losses, partial, counters, student.shape[1], vocabulary, *strides),
+            *(*losses, partial, counters, ring, student.shape[1], vocabulary, *strides),
             LOG2E / call.temperature,
             int(call.temperature) if simple else 0,
             *(call.temperature, call.beta, call.soft_factor, call.label_smoothing),
@@ -234,16 +238,19 @@ def _launch(
             LANES=chosen.lanes,
             VECTOR=chosen.vector,
             UNROLL=chosen.unroll,
-            **_options(chosen.warps, _kind(student.device), smoothing),
+            **_options(chosen, _kind(student.device), call.soft, smoothing),
         )
 
 
-def _options(warps: int, kind: Kind, smoothing: bool = False) -> dict[str, Any]:
-    """Of the compiler. Contraction is written out in the kernels: its default has changed."""
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    if kind.registers is None:
-        return options
-    return {**options, "maxnreg": SMOOTHING_REGISTERS if smoothing else kind.registers}
+#: Contraction is written out in the kernels: the compiler's default has changed.
+_EXACT = {"enable_fp_fusion": False}
+
+
+def _options(chosen: Configuration, kind: Kind, soft: int, smoothing: bool) -> dict[str, Any]:
+    """Of the compiler, for `_kd_rows_kernel`."""
+    most = registers(kind, chosen.vector, soft == JSD, smoothing)
+    options = {"num_warps": chosen.warps, **_EXACT}
+    return options if most is None else {**options, "maxnreg": most}
 
 
 def _row_strides(x: Tensor | None) -> tuple[int, int]:
@@ -321,7 +328,8 @@ def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
             *(gradient, scale, b * s, s, vocabulary, *_row_strides(gradient)),
             ANY=any_number,
             BLOCK=4096,
-            **_options(8, OTHER),
+            **_EXACT,
+            num_warps=8,
         )
 
 

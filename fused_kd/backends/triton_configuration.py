@@ -41,8 +41,10 @@ NVIDIA = Kind(32, 256, 80)
 BLACKWELL = Kind(32, 128, 96)
 AMD = Kind(64, 256)
 OTHER = Kind(32, 256)
-#: For label smoothing, with two more sums and a test of every entry: two programs of 256 threads.
-SMOOTHING_REGISTERS = 128
+#: What spills at these takes more, and two programs of 256 threads share an SM: rows that vectors
+#: cannot read, jsd (bound by arithmetic anyway), and label smoothing, with two more sums and a test
+#: of every entry.
+MORE_REGISTERS, SMOOTHING_REGISTERS = 16, 128
 
 #: Entries of a lane per tile: 16 of each side fill 32 registers at most. 32 would save 4 % of the
 #: instructions and take 128 registers, which leaves two programs on an SM instead of three.
@@ -76,6 +78,13 @@ def configuration(
         parts *= 2
     chosen = Configuration(warps, warps * kind.warp_size, vector, ENTRIES // vector, parts)
     return replace(chosen, **{k: v for k, v in _override.items() if k != "wait"})
+
+
+def registers(kind: Kind, vector: int, two_logarithms: bool, smoothing: bool) -> int | None:
+    """The most of a thread of `_kd_rows_kernel`; None: the compiler's choice."""
+    if kind.registers is None or smoothing:
+        return kind.registers and SMOOTHING_REGISTERS
+    return kind.registers + (MORE_REGISTERS if vector == 1 or two_logarithms else 0)
 
 
 def candidates(rule: Configuration) -> list[Configuration]:

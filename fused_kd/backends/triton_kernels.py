@@ -12,8 +12,9 @@ beyond the end of a row is loaded as -inf on both sides, which is absent and add
 With WAIT the programs of a row wait for each other. Row and part then come from a ticket that a
 program takes when it starts, so that programs start in the order of the rows: only those of the
 row that started last can be waiting for one that has not started; all others run to their end and
-make room. What it takes is room for PARTS programs at once, not for the whole grid. Without WAIT
-the same bodies run as one launch per STEP.
+make room. What it takes is room for PARTS programs at once, not for the whole grid. Sums of parts
+lie in a ring of rows: a row takes the place of one long before it, once that has been read. Without
+WAIT the same bodies run as one launch per STEP, and the ring holds all rows.
 """
 
 # mypy: ignore-errors
@@ -67,13 +68,24 @@ def _load_sums(ptr):
 
 
 @triton.jit
-def _meet(arrivals_ptr, expected, waits):
-    """Publishes this program's stores and waits, if it is one that does, for all of the row's."""
+def _arrive(counter_ptr):
+    """Publishes what this program has stored and, to who will overwrite it, that it has read."""
     tl.debug_barrier()
-    tl.atomic_add(arrivals_ptr, 1, sem="release", scope="gpu")
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _wait(counter_ptr, expected):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < expected:
+        pass
+
+
+@triton.jit
+def _meet(arrived_ptr, expected, waits):
+    """Waits, if it is a program that does, for all of the row's."""
+    _arrive(arrived_ptr)
     if waits:
-        while tl.atomic_add(arrivals_ptr, 0, sem="acquire", scope="gpu") < expected:
-            pass
+        _wait(arrived_ptr, expected)
 
 
 @triton.jit
@@ -169,7 +181,7 @@ def _owns(label_ptr, part, SLICE, V, HAS_HARD: tl.constexpr):
 
 @triton.jit
 def _row_sums(
-    s_ptr, t_ptr, label_ptr, stats, partials, arrivals,
+    s_ptr, t_ptr, label_ptr, stats, partials, arrived,
     part, SLICE, V, begin, end, entries, k, power, beta,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
     STEP: tl.constexpr, WAIT: tl.constexpr, PARTS: tl.constexpr,
@@ -198,7 +210,7 @@ def _row_sums(
         waits = True
         if not GRADIENT:  # only who reports goes on
             waits, _, _ = _owns(label_ptr, part, SLICE, V, HAS_HARD)
-        _meet(arrivals, PARTS, waits | TWO_VISITS)
+        _meet(arrived, PARTS, waits | TWO_VISITS)
     if PARTS > 1 and STEP != FIRST:
         sums = fold(_load_sums(all_parts), k, D, HAS_HARD, SMOOTHING)
     if TWO_VISITS and STEP != FIRST:
@@ -213,10 +225,12 @@ def _row_sums(
                 tl.store(mine + SUMS, x)
                 tl.store(mine + SUMS + 1, y)
         if WAIT:
-            _meet(arrivals, 2 * PARTS, waits)
+            _meet(arrived, 2 * PARTS, waits)
         if PARTS > 1 and STEP != SECOND:
             x = tl.sum(tl.load(all_parts + SUMS, cache_modifier=".cg"), 0)
             y = tl.sum(tl.load(all_parts + SUMS + 1, cache_modifier=".cg"), 0)
+    if WAIT:
+        _arrive(arrived + 1)
     return sums, x, y
 
 
@@ -247,7 +261,7 @@ def _report(
 
 @triton.jit
 def _kept_row(
-    s_ptr, t_ptr, g_ptr, label_ptr, hard_ptr, soft_ptr, stats, partials, arrivals,
+    s_ptr, t_ptr, g_ptr, label_ptr, hard_ptr, soft_ptr, stats, partials, arrived,
     row, part, SLICE, V, begin, end, entries, w_hard, w_soft,
     k, power, temperature, beta, soft_factor, smoothing,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
@@ -256,7 +270,7 @@ def _kept_row(
 ):  # fmt: skip
     """One program's part of a row that counts."""
     sums, x, y_sum = _row_sums(
-        s_ptr, t_ptr, label_ptr, stats, partials, arrivals,
+        s_ptr, t_ptr, label_ptr, stats, partials, arrived,
         part, SLICE, V, begin, end, entries, k, power, beta,
         D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, LANES, VECTOR, UNROLL,
     )  # fmt: skip
@@ -316,14 +330,15 @@ def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
     return tl.full((), 0.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["S", "power"])
+@triton.jit(do_not_specialize=["ring", "S", "power"])
 def _kd_rows_kernel(
     s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
     labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None where a term is off
     scale_ptr,  # 0-d, BACKWARD only: times the weights, unless it is a power of two; or None
     hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
-    partial_ptr,  # (N, PARTS, PARTIAL), PARTS > 1
-    counters_ptr,  # (1 + N,) of zeros, WAIT: tickets, arrivals of every row
+    partial_ptr,  # (ring, PARTS, PARTIAL), PARTS > 1
+    counters_ptr,  # (1 + 2 N,) of zeros, WAIT: tickets; of each row, programs arrived, finished
+    ring,  # rows whose parts' sums are kept; all of them without WAIT
     S, V,  # row n lies at (n // S)·stride_b + (n % S)·stride_s
     s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
     k, power, temperature, beta, soft_factor, smoothing,
@@ -358,18 +373,23 @@ def _kd_rows_kernel(
     stats = stats_ptr + row.to(tl.int64) * STATS
     partials = stats
     if partial_ptr is not None:
-        partials = partial_ptr + row.to(tl.int64) * (PARTS * PARTIAL)
-    arrivals = counters_ptr + 1 + row if WAIT else row
+        partials = partial_ptr + (row % ring).to(tl.int64) * (PARTS * PARTIAL)
+    arrived = counters_ptr + 1 + 2 * row if WAIT else row
     label_ptr = labels_ptr + row if HAS_HARD else row
+    if WAIT:  # the row before in this place of the ring has been read by all of its programs
+        if row >= ring:
+            _wait(arrived + 1 - 2 * ring, PARTS)
     if wanted:
         if (w_hard != 0.0) | (w_soft != 0.0):
             _kept_row(
-                s_row, t_row, g_row, label_ptr, hard_ptr, soft_ptr, stats, partials, arrivals,
+                s_row, t_row, g_row, label_ptr, hard_ptr, soft_ptr, stats, partials, arrived,
                 row, part, SLICE, V, begin, end, entries, w_hard, w_soft,
                 k, power, temperature, beta, soft_factor, smoothing,
                 D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, LANES, VECTOR, UNROLL,
             )  # fmt: skip
         elif STEP == ALL or STEP == LAST or STEP == BACKWARD:
+            if WAIT:
+                _arrive(arrived + 1)
             if GRADIENT:
                 for o in range(begin, end, LANES * VECTOR):
                     tl.store(g_row + o + entries, entries * 0.0, o + entries < end)
