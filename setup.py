@@ -54,6 +54,8 @@ CUDA_SOURCES = [
 ]
 # A binary for each family that differs, and PTX for what comes later.
 CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
+# As for the CPU, only the contractions that are written as fma: tvd is exactly 0 for equal rows.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 #: Module: where the reason lies that it isn't there.
 REASON_FILES = {"_C": "fused_kd/_not_built.txt", "_cuda": "fused_kd/_cuda_not_built.txt"}
 
@@ -77,9 +79,6 @@ def compile_flags() -> list[str]:
         flags += ["-DFUSED_KD_X86"]
     if flag("DEBUG"):
         flags += ["-O0", "-g"]
-    if flag("FUSED_KD_SANITIZE"):
-        flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-        flags += ["-fno-sanitize-recover=undefined"]
     return flags
 
 
@@ -106,13 +105,17 @@ def extension(name: str, sources: list[str], libraries: list[str], **extra: list
         library_dirs=[*folders, *extra.get("folders", [])],
         libraries=["torch_cpu", "c10", *libraries],
         extra_compile_args=[*flags, *extra.get("flags", [])],
-        extra_link_args=["-fsanitize=address,undefined"] if flag("FUSED_KD_SANITIZE") else [],
+        extra_link_args=extra.get("link", []),
         depends=[str(path) for path in Path("csrc").rglob("*.*h")],
     )
 
 
 def cpu_extension() -> Extension:
-    return extension("_C", SOURCES, [])
+    if not flag("FUSED_KD_SANITIZE"):
+        return extension("_C", SOURCES, [])
+    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+    flags += ["-fno-sanitize-recover=undefined"]
+    return extension("_C", SOURCES, [], flags=flags, link=["-fsanitize=address,undefined"])
 
 
 def cuda_extension() -> Extension:
@@ -159,14 +162,16 @@ def nvcc_command(source: str, target: str) -> list[str]:
     """Compiles a kernel file; it needs neither torch nor Python."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    command = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden"]
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
     for item in listed.replace(";", " ").split():
         arch = item.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d+[af]?", arch):
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX'; got {item!r}")
         command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
         if item.endswith("+PTX"):
             command.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    return [*command, "--threads=2", "-c", source, "-o", target]
+    return [*command, "-c", source, "-o", target]
 
 
 class BuildExtension(build_ext):
@@ -175,6 +180,8 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         self._compile_with_own_flags()
         name = ext.name.rpartition(".")[2]
+        # an older one must not stand in for one that cannot be built
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         try:
             super().build_extension(ext)
         except Exception as error:
@@ -183,6 +190,13 @@ class BuildExtension(build_ext):
             # the program and its exit status; the whole command line was printed
             told = re.sub(r"Command '\['([^']*)'.*\]'", r"command '\1'", str(error).splitlines()[0])
             write_reason(self, name, f"compiling it failed: {told}")
+
+    def run(self) -> None:
+        self.was_inplace = self.inplace  # which the command clears while it runs
+        if self.inplace:
+            for name, reason in NOT_BUILT.items():
+                write_reason(self, name, reason)
+        super().run()
 
     def copy_extensions_to_source(self) -> None:  # an editable install of a module that isn't there
         built = Path(self.build_lib)
@@ -229,7 +243,7 @@ class BuildPython(build_py):
 
 
 def write_reason(command, name: str, reason: str) -> None:
-    in_source = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
+    in_source = getattr(command, "editable_mode", False) or getattr(command, "was_inplace", False)
     root = Path(".") if in_source else Path(command.build_lib)
     target = root / REASON_FILES[name]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +254,8 @@ def write_reason(command, name: str, reason: str) -> None:
 def decide() -> tuple[list[Extension], dict[str, str]]:
     """The modules to build, and why not the others."""
     extensions, reasons = [], {}
+    if wanted("FUSED_KD_BUILD") == "0" and wanted("FUSED_KD_CUDA") == "1":
+        raise SystemExit("FUSED_KD_BUILD=0 leaves out what FUSED_KD_CUDA=1 asks for")
     for name, variable, make in (
         ("_C", "FUSED_KD_BUILD", cpu_extension),
         ("_cuda", "FUSED_KD_CUDA", cuda_extension),

@@ -215,6 +215,7 @@ def _may_look_at_values(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)  # a fake tensor has no values
+        and tensor.device.type != "meta"
         and (tensor.device.type == "cpu" or os.environ.get("FUSED_KD_DEBUG") == "1")
     )
 

@@ -32,7 +32,7 @@ class Compiled:
             self._tried = True
             try:
                 self._module = import_module(f"fused_kd.{self._name}")
-            except ImportError as error:
+            except Exception as error:  # whatever it is: the package does without
                 self._reason = self._why_missing(error)
         return self._module
 
@@ -50,7 +50,7 @@ class Compiled:
         module = self.load()
         return None if module is None else module.build_info()
 
-    def _why_missing(self, error: ImportError) -> str:
+    def _why_missing(self, error: Exception) -> str:
         folder = Path(__file__).parent
         note = folder / self._note
         if note.exists():

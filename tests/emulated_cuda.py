@@ -64,7 +64,12 @@ class _Problem(ctypes.Structure):
 class _Device(ctypes.Structure):
     """csrc/cuda/launch.h"""
 
-    _fields_ = [("capability", ctypes.c_int), ("shared_bytes", ctypes.c_int)]
+    _fields_ = [
+        ("multiprocessors", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("near_bytes", ctypes.c_int),
+        ("cluster", ctypes.c_int),
+    ]
 
 
 def build(folder: Path, sanitize: bool = False) -> Path:
@@ -96,7 +101,7 @@ class EmulatedCUDA:
 
     def __init__(self, library: Path, capability: int) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._device = _Device(capability, 227 * 1024)
+        self._device = _Device(132, 227 * 1024, 4096, 16 if capability >= 90 else 0)
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return None

@@ -37,7 +37,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"backend": "gpu"},
         ValueError,
-        "backend must be one of 'auto', 'reference', 'cpu'; got",
+        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'; got",
     ),
     ({"hard_weight": -0.1}, ValueError, "hard_weight must be at least 0 and finite; got -0.1"),
     ({"soft_weight": -1}, ValueError, "soft_weight must be at least 0 and finite; got -1.0"),

@@ -237,19 +237,16 @@ def test_halves_are_rounded_as_torch_does(numbers: Numbers, name: str, dtype: to
         np.testing.assert_array_equal(half[~nan], _bits(want)[~nan])
 
 
-@pytest.mark.parametrize("name", ["exp2", "log2"])
-def test_exponentials(numbers: Numbers, name: str) -> None:
+def test_exponentials(numbers: Numbers) -> None:
     """Within one unit in the last place of the true value; subnormal numbers are zeros."""
     random = np.random.default_rng(0)
     x = random.uniform(-152, 130, 1 << 20).astype(np.float32)
-    if name == "log2":
-        x = np.exp2(random.uniform(-149, 128, 1 << 20)).astype(np.float32)
     x = np.concatenate([x, np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-40], np.float32)])
-    got = numbers(name, x.view(np.uint32)).view(np.float32)
+    got = numbers("exp2", x.view(np.uint32)).view(np.float32)
     tiny = np.finfo(np.float32).tiny
     flushed = np.where(np.abs(x) < tiny, 0, x).astype(np.float64)
     with np.errstate(all="ignore"):
-        want = (np.exp2 if name == "exp2" else np.log2)(flushed)
+        want = np.exp2(flushed)
         rounded = want.astype(np.float32)
     border = np.abs(np.abs(want) - tiny) < 1e-6 * tiny  # rounding decides whether it is flushed
     rounded = np.where(np.abs(rounded) < tiny, 0, rounded)

@@ -77,6 +77,17 @@ def test_regimes(divergence: str, dtype: torch.dtype, backend: str) -> None:
         obey(backend, regime, shape, (dtype, dtype), divergence=divergence, temperature=2.0)
 
 
+@pytest.mark.parametrize("dtype", few_here([SINGLE, BRAIN]), ids=short)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_rows_differ_by_nothing(divergence: str, dtype: torch.dtype, backend: str) -> None:
+    student, _, _ = made(3, size(32003, 37), dtype=dtype)
+    keywords = {"hard_weight": 0.0, "temperature": 2.0, "backend": backend}
+    loss = loss_of(student, student.detach(), divergence=divergence, **keywords)
+    assert loss.item() == 0.0
+    assert not gradient(loss, student).any()
+
+
 # the scalar loss: gradient made in the forward (bfloat16), in the backward (float16)
 @pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=short)
 @pytest.mark.parametrize("divergence", DIVERGENCES)

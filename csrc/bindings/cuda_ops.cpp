@@ -86,14 +86,15 @@ pybind11::dict build_info() {
   return info;
 }
 
-// What the kernels are told of a device.
+// What the kernels are told of a device, which must be the current one.
 pybind11::dict device(int index) {
   Device found;
   const int error = describe_device(index, &found);
   if (error) throw std::runtime_error(std::string("CUDA device: ") + error_text(error));
   pybind11::dict info;
-  info["capability"] = found.capability;
+  info["multiprocessors"] = found.multiprocessors;
   info["shared_bytes"] = found.shared_bytes;
+  info["largest_cluster"] = found.cluster;
   return info;
 }
 

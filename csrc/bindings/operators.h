@@ -52,14 +52,14 @@ struct Operators {
   // ------------------------------------------------------------------------------- checks
 
   // (B, S, V) with last stride 1
-  static Rows rows_of(const Tensor& x, const char* name) {
+  static Rows rows_of(const Tensor& x, const char* name, bool written = false) {
     STD_TORCH_CHECK(Backend::is_here(x), name, " must be a ", Backend::DEVICE, " tensor");
     STD_TORCH_CHECK(x.dim() == 3, name, " must be (B, S, V); got ", x.dim(), " dimensions");
     STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, name, " must have last stride 1; got ",
                     x.stride(2));
     const int64_t inner = x.size(1);
-    return {const_cast<void*>(x.const_data_ptr()), dtype_of(x, name), inner > 0 ? inner : 1,
-            x.stride(0), x.stride(1)};
+    void* data = written ? x.mutable_data_ptr() : const_cast<void*>(x.const_data_ptr());
+    return {data, dtype_of(x, name), inner > 0 ? inner : 1, x.stride(0), x.stride(1)};
   }
 
   template <class T>
@@ -125,6 +125,11 @@ struct Operators {
     return grad;
   }
 
+  // A tensor that is written may first have to part from one that it shares memory with.
+  static void over_student(Problem& p, const Tensor& student) {
+    p.grad = p.student = rows_of(student, "student", true);
+  }
+
   static Losses run_rows(Problem& p, const Tensor& student) {
     const typename Backend::Guard guard(student);
     Tensor hard = torch::stable::new_empty(student, {p.N}, ScalarType::Float);
@@ -161,7 +166,7 @@ struct Operators {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
                            {divergence, temperature, beta, soft_factor, label_smoothing});
     Tensor grad = new_gradient(student);
-    p.grad = rows_of(grad, "grad");
+    p.grad = rows_of(grad, "grad", true);
     auto [hard, soft, stats] = run_rows(p, student);
     return {hard, soft, stats, grad};
   }
@@ -173,7 +178,7 @@ struct Operators {
                                   double label_smoothing) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
                            {divergence, temperature, beta, soft_factor, label_smoothing});
-    p.grad = p.student;
+    over_student(p, student);
     return run_rows(p, student);
   }
 
@@ -184,7 +189,7 @@ struct Operators {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
                            {divergence, temperature, beta, soft_factor, label_smoothing});
     Tensor grad = new_gradient(student);
-    p.grad = rows_of(grad, "grad");
+    p.grad = rows_of(grad, "grad", true);
     run_gradient(p, stats, student);
     return grad;
   }
@@ -195,7 +200,7 @@ struct Operators {
                         double label_smoothing) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
                            {divergence, temperature, beta, soft_factor, label_smoothing});
-    p.grad = p.student;
+    over_student(p, student);
     run_gradient(p, stats, student);
   }
 
@@ -207,7 +212,7 @@ struct Operators {
                        Tensor grad) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
                            {divergence, temperature, beta, soft_factor, label_smoothing});
-    p.grad = rows_of(grad, "grad");
+    p.grad = rows_of(grad, "grad", true);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
     for (int d = 0; d < 3; ++d)
       STD_TORCH_CHECK(grad.size(d) == student.size(d), "grad must have the student's shape");
@@ -222,7 +227,7 @@ struct Operators {
   // By multiplication, for a gradient in any layout of rows.
   static void scale_(Tensor grad, Tensor factor) {
     const float* scale = number_of(factor, "factor");
-    const Rows rows = rows_of(grad, "grad");
+    const Rows rows = rows_of(grad, "grad", true);
     STD_TORCH_CHECK(Backend::same_device(grad, factor), "factor is on another device");
     const typename Backend::Guard guard(grad);
     if (grad.numel() > 0)

@@ -12,6 +12,11 @@ int launch_f32(Kernel, Divergence, const LaunchShape&, void* stream, const Param
 int launch_bf16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
 int launch_f16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
 
+// Whether the device can run clusters of so many blocks with so much shared memory each.
+bool can_run_clusters(int blocks, int shared_bytes);
+// 0, or the error that there are no kernels for the device.
+int kernels_are_there();
+
 #ifdef FUSED_KD_STUDENT
 
 template <Divergence D, Dtype S, bool SAME>

@@ -41,12 +41,10 @@ Plan plan_general(const Problem& p) {
 
 // The smallest cluster whose blocks share a multiprocessor, else the largest if it holds a row at all.
 Plan plan_rows(const Problem& p, const Device& device) {
-  if (device.capability < 90) return plan_general(p);
   const int group_bytes = bytes_of_group(p);
-  const int largest = device.capability < 120 ? 16 : 8;
-  for (int blocks = 1; blocks <= largest; blocks *= 2) {
+  for (int blocks = 1; blocks <= device.cluster; blocks *= 2) {
     const Plan plan(Kernel::cluster, groups_of(p.V), blocks);
-    const int limit = blocks < largest ? NEAR_BYTES : device.shared_bytes;
+    const int limit = blocks < device.cluster ? device.near_bytes : device.shared_bytes;
     if (plan.slice <= CHUNK * MAX_CHUNKS && plan.shared_bytes(group_bytes) <= limit) return plan;
   }
   return plan_general(p);
@@ -128,6 +126,7 @@ int launch_rows(const Problem& p, const Device& device, void* workspace, void* s
   const Meeting meeting(p.N, plan);
   Params q = params_of(p, plan);
   if (meeting.bytes > 0) {
+    if (plan.parts > device.multiprocessors * GENERAL_BLOCKS) return TOO_FEW_MULTIPROCESSORS;
     q.tickets = static_cast<uint32_t*>(workspace);
     q.arrived = q.tickets + 1;
     q.finished = q.arrived + p.N;

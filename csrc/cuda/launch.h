@@ -11,12 +11,16 @@ namespace fused_kd {
 constexpr int64_t MAX_V = int64_t(1) << 30, MAX_N = (int64_t(1) << 31) - 1;
 
 struct Device {
-  int capability;    // 10 * major + minor
+  int multiprocessors;
   int shared_bytes;  // the most shared memory that a block may have
+  int near_bytes;    // what a block may have for three to share a multiprocessor
+  int cluster;       // blocks of the largest cluster that the kernels and the device allow; 0: none
 };
 
 // Device memory that launch_rows needs besides the problem's, in bytes.
 int64_t workspace_bytes(const Problem&, const Device&);
+// Returned where the blocks of a row, which wait for each other, may have no room at once.
+constexpr int TOO_FEW_MULTIPROCESSORS = -1;
 // Losses and statistics; also the gradient if the problem has one.
 int launch_rows(const Problem&, const Device&, void* workspace, void* stream);
 // The gradient from the statistics of an earlier launch.

@@ -29,12 +29,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float from_bf16(uint32_t low16) { return __uint_as_float(low16 << 16); }
 
 __device__ __forceinline__ float from_f16(uint32_t low16) {
@@ -167,8 +161,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni again;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
       "finished:\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
@@ -193,6 +187,25 @@ inline int taken(cudaError_t error) {
   return error;
 }
 
+// A shape in the runtime's words.
+struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  Launch(const LaunchShape& shape, void* stream) {
+    config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+    config.blockDim = dim3(shape.block);
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;  // config points into it
+};
+
 // 0, or the CUDA error.
 template <class Params>
 int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream,
@@ -204,18 +217,25 @@ int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream
   if (error == cudaSuccess && shape.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return taken(error);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.grid));
-  config.blockDim = dim3(shape.block);
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = shape.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  return taken(cudaLaunchKernelEx(&config, kernel, params));
+  const Launch launch(shape, stream);
+  return taken(cudaLaunchKernelEx(&launch.config, kernel, params));
+}
+
+// Whether the device can run clusters of this shape at all, with shape.shared_bytes a block.
+template <class Params>
+bool can_run_cluster(void (*kernel)(Params), const LaunchShape& shape) {
+  cudaFuncAttributes attributes;
+  if (taken(cudaFuncGetAttributes(&attributes, kernel))) return false;
+  if (attributes.ptxVersion < 90) return false;  // compiled for devices without clusters
+  if (taken(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shape.shared_bytes)))
+    return false;
+  if (taken(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
+    return false;
+  const Launch launch(shape, nullptr);
+  int clusters = 0;
+  return taken(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config)) == 0 &&
+         clusters > 0;
 }
 
 inline int clear_memory(void* p, int64_t bytes, void* stream) {

@@ -65,11 +65,12 @@ FUSED_KD_DEVICE Record read_far(const Record& record) {
   return copy;
 }
 
-// Blocks of one row that meet in far memory. Rows are numbered in the order in which their blocks really
-// started (tickets), and a block only waits for blocks of its own row or of earlier rows: the first
-// unfinished row has all its blocks running before any later one, so whatever the number of blocks that
-// fit the device, nobody waits for ever. Records lie in a ring: a row takes the place of the row `ring`
-// before it, once that has been read.
+// Blocks of one row that meet in far memory. Rows are numbered in the order in which their blocks
+// really started (tickets), and a block only waits for blocks of its own row or of earlier ones: those
+// that wait for a block that has not started all belong to the row that started last; everything else
+// runs to its end and makes room. So there must be room for the blocks of one row (launch.cu sees to
+// it), not for the grid; of launches that run at once, for one row of each. Records lie in a ring: a
+// row takes the place of the row `ring` before it, once that has been read.
 struct FarExchange {
   const Params& p;
   int64_t n;
@@ -172,7 +173,8 @@ FUSED_KD_DEVICE void skip_row(const Params& p, int64_t n, const Source& source, 
 
 // Any number of blocks a row; they meet in far memory. Grid: p.parts blocks for each row.
 template <Divergence D, Dtype S, bool SAME>
-__global__ void __launch_bounds__(THREADS, 2) rows_general(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
+    rows_general(const __grid_constant__ Params p) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   if (p.unless_exact && is_exact(*p.scale)) return;
   uint32_t number = blockIdx.x;
@@ -219,6 +221,8 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
   if (visit_for_losses<D>(p, row, source, part, shared, NearExchange{shared}, record))
     gradient_visit<D, S>(p, row, source, record);
   if (cluster_blocks() > 1) cluster_sync();  // peers may still be reading this block's memory
+#elif defined(__CUDA_ARCH__)
+  __trap();  // launch.cu does not choose it here
 #endif
 }
 

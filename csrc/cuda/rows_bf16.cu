@@ -1,3 +1,21 @@
-// The row kernels for a student in this type.
+// The row kernels for a student in this type; one of them answers what the device can do with all.
 #define FUSED_KD_STUDENT bf16
 #include "instances.h"
+
+#ifndef FUSED_KD_CUDA_ON_CPU
+
+namespace fused_kd {
+
+bool can_run_clusters(int blocks, int shared_bytes) {
+  const LaunchShape shape = {blocks, THREADS, shared_bytes, blocks, 1};
+  return can_run_cluster(rows_cluster<Divergence::forward_kl, Dtype::bf16, true>, shape);
+}
+
+int kernels_are_there() {
+  cudaFuncAttributes attributes;
+  return taken(cudaFuncGetAttributes(&attributes, scale_rows<Dtype::bf16>));
+}
+
+}  // namespace fused_kd
+
+#endif

@@ -2,33 +2,56 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
+#include <mutex>
+
+#include "instances.h"
 
 namespace fused_kd {
 
+namespace {
+
+int attribute(cudaDeviceAttr which, int index, int* value) {
+  return taken(cudaDeviceGetAttribute(value, which, index));
+}
+
+// For the current device, whose index this is.
+int ask(int index, Device* device) {
+  int error = kernels_are_there(), shared = 0;
+  if (!error) error = attribute(cudaDevAttrMultiProcessorCount, index, &device->multiprocessors);
+  if (!error)
+    error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index, &device->shared_bytes);
+  if (!error) error = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, &shared);
+  if (error) return error;
+  device->near_bytes = shared / 3 - 1024;  // 1 KiB of a block is the system's
+  device->cluster = 16;
+  while (device->cluster && !can_run_clusters(device->cluster, device->shared_bytes))
+    device->cluster /= 2;
+  return 0;
+}
+
+}  // namespace
+
 int describe_device(int index, Device* device) {
   constexpr int MAX_DEVICES = 64;
-  static std::atomic<int> capabilities[MAX_DEVICES], shared_bytes[MAX_DEVICES];  // 0: not asked yet
+  static std::mutex mutex;
+  static Device known[MAX_DEVICES];  // without multiprocessors: not asked yet
   if (index < 0 || index >= MAX_DEVICES) return cudaErrorInvalidDevice;
-  if (capabilities[index] == 0) {
-    int major = 0, minor = 0, bytes = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-    if (!error)
-      error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    if (error) {
-      cudaGetLastError();  // an error that is returned is not left for the next one who asks
-      return error;
-    }
-    shared_bytes[index] = bytes;
-    capabilities[index] = 10 * major + minor;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known[index].multiprocessors == 0) {
+    Device found = {};
+    const int error = ask(index, &found);
+    if (error) return error;
+    known[index] = found;
   }
-  *device = {capabilities[index], shared_bytes[index]};
+  *device = known[index];
   return 0;
 }
 
 int toolkit() { return CUDART_VERSION; }
 
-const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* error_text(int error) {
+  if (error == TOO_FEW_MULTIPROCESSORS) return "the device has too few multiprocessors for this V";
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 }  // namespace fused_kd

@@ -6,21 +6,18 @@ namespace fused_kd {
 #ifdef FUSED_KD_SMALL_SIZES
 constexpr int THREADS = 64;
 constexpr int FAR_BYTES = 2048;
-constexpr int NEAR_BYTES = 4096;
 constexpr int RING_RECORDS = 8;
 #else
 constexpr int THREADS = 256;
 // A block's slice of both sides in far memory: the rows in flight (4 blocks on each of 132
 // multiprocessors) then stay in a second-level cache of 40 MB between their visits.
 constexpr int FAR_BYTES = 48 * 1024;
-// Of shared memory: three blocks of a cluster share a multiprocessor's 228 KiB (1 KiB a block is the
-// system's): one loads while another computes and a third stores.
-constexpr int NEAR_BYTES = 228 * 1024 / 3 - 1024;
 // Records of blocks that meet in far memory: ten times what is in flight at once.
 constexpr int RING_RECORDS = 4096;
 #endif
 
-constexpr int MAX_PARTS = 32;       // blocks of one row
+constexpr int GENERAL_BLOCKS = 2;   // of rows_general on a multiprocessor, at least
+constexpr int MAX_PARTS = 16;       // blocks of one row
 constexpr int CHUNK = 2 * THREADS;  // groups of a slice that arrive together
 constexpr int MAX_CHUNKS = 16;      // of one slice
 

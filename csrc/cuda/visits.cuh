@@ -30,7 +30,8 @@ struct Params {
   int ring;                                // rows
 };
 
-// Multiplying a rounded gradient by it loses nothing: a power of two, or 0.
+// Multiplying a rounded gradient by it loses nothing, unless the result is subnormal: a power of two,
+// or 0.
 FUSED_KD_DEVICE bool is_exact(float scale) {
   const uint32_t bits = bits_of(scale);
   return (bits & 0x7fffffu) == 0 && (bits >> 23 & 0xffu) != 0xffu;
@@ -178,8 +179,8 @@ struct Gradient {
                                 const float (&t)[GROUP], const Options& o,
                                 float (&g)[GROUP]) const {
     constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
-    // P (a - b) with P = 0 must not meet an infinity
-    constexpr bool CLAMP = D == Divergence::reverse_kl || D == Divergence::mse;
+    // mse: absent on both sides is no difference
+    constexpr bool CLAMP = D == Divergence::mse;
     float a[GROUP], P[GROUP];
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
@@ -193,6 +194,8 @@ struct Gradient {
         g[e] =
             Rule<D>::gradient(CLAMP ? fmaxf(left, LOWEST) : left,
                               CLAMP ? fmaxf(right, LOWEST) : right, P[e], Q, soft, smoothing_term);
+        // P (a - b) with P = 0 may have met an infinity
+        if (D == Divergence::reverse_kl && P[e] == 0.0f) g[e] = smoothing_term;
       }
     }
     if (!hard) return;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from fused_kd import extension
@@ -17,6 +19,21 @@ def why_not(device_type: str | None = None) -> str | None:
     if device_type not in (None, "cuda"):
         return f"the cuda backend runs on CUDA tensors, not on {device_type}"
     reason = extension.cuda.why_not()
-    if reason is None and not torch.cuda.is_available():
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
         return "there is no CUDA device, or no driver for it"
-    return reason
+    return _why_not_here(torch.cuda.current_device())
+
+
+@cache
+def _why_not_here(device: int) -> str | None:
+    """Whether the module has kernels for the current device."""
+    module = extension.cuda.load()
+    assert module is not None
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    try:
+        module.device(device)
+    except RuntimeError as error:
+        return f"{error}; it was built for {module.build_info()['architectures']}"
+    return None

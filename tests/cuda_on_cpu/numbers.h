@@ -42,7 +42,6 @@ inline uint32_t to_f16(float x) {
 }  // namespace emulator
 
 inline float exp2_fast(float x) { return emulator::flush(exp2f(emulator::flush(x))); }
-inline float log2_fast(float x) { return emulator::flush(log2f(emulator::flush(x))); }
 
 inline float from_bf16(uint32_t low16) { return emulator::from_word(low16 << 16); }
 
