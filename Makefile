@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py pyproject.toml
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 
@@ -17,7 +17,7 @@ test: $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/.built $(VENV)/.demo
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.cpu_logits $(ARGS)

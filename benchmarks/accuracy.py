@@ -18,7 +18,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from fused_kd.testing import REGIMES, Inputs, Result, conditioning, make_inputs,
 
 from .cases import DTYPES
 from .measuring import environment
-from .report import Parser, Progress, Results, markdown_table, writable_file
+from .report import Parser, Progress, Results, markdown_table, show, writable_file
 
-BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+NAME = "accuracy"  # of its markers
 TEMPERATURES = (1.0, 2.0)
 #: Rows and vocabulary: one block and a tail; several blocks and a tail.
 SHAPES = ((8, 1009), (4, 32003))
@@ -145,21 +144,6 @@ def accuracy_table(backend: str, quick: bool, results: Results) -> str:
     return text
 
 
-def between_markers(document: str, text: str) -> str:
-    """The document with `text` between the two markers, which are appended if missing.
-
-    Raises:
-        ValueError: one marker without the other, or in the wrong order, or more than one.
-    """
-    counts = document.count(BEGIN), document.count(END)
-    if counts == (0, 0):
-        return document + ("\n" if document else "") + f"{BEGIN}\n{text}\n{END}\n"
-    if counts != (1, 1) or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"expected one {BEGIN} and after it one {END}")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table, or writes it; returns the exit status."""
     parser = Parser(prog="python -m benchmarks.accuracy", description=__doc__)
@@ -172,13 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reason = why_not(options.backend, "cpu")
     if reason is not None:
         parser.error(f"the {options.backend} backend cannot run: {reason}")
-    document = ""
-    if options.write is not None:
-        document = Path(options.write).read_text()
-        try:
-            between_markers(document, "")
-        except ValueError as error:
-            parser.error(f"{options.write}: {error}")
+    parser.check_markers(options.write, NAME)
     torch.set_num_threads(1)
     found = environment()
     with Results(options.json) as results:
@@ -186,12 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = accuracy_table(options.backend, options.quick, results)
     note = (f"`python -m benchmarks.accuracy`, backend {options.backend}, "
             f"{found['instruction_set']}, torch {found['torch']}")  # fmt: skip
-    text = f"{text}\n\n{note}"
-    if options.write is None:
-        print(text)
-    else:
-        Path(options.write).write_text(between_markers(document, text))
-        print(f"table written to {options.write}")
+    show(f"{text}\n\n{note}", options.write, NAME)
     return 0
 
 

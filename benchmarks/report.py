@@ -98,11 +98,49 @@ def megabytes(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
 
 
+def markers(name: str) -> tuple[str, str]:
+    """The lines of a document between which the table of this name stands."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def between_markers(document: str, text: str, name: str) -> str:
+    """The document with `text` between its two markers, which are appended if missing.
+
+    Raises:
+        ValueError: one marker without the other, or in the wrong order, or more than one.
+    """
+    begin, end = markers(name)
+    counts = document.count(begin), document.count(end)
+    if counts == (0, 0):
+        return document + ("\n" if document else "") + f"{begin}\n{text}\n{end}\n"
+    if counts != (1, 1) or document.index(begin) > document.index(end):
+        raise ValueError(f"expected one {begin} and after it one {end}")
+    before, rest = document.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
 class Parser(argparse.ArgumentParser):
     """Bad options: one line and exit code 2."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def check_markers(self, file: Path | None, name: str) -> None:
+        """Before anything is measured: that `show` will be able to write."""
+        if file is not None:
+            try:
+                between_markers(file.read_text(), "", name)
+            except ValueError as error:
+                self.error(f"{file}: {error}")
+
+
+def show(text: str, file: Path | None, name: str) -> None:
+    """Prints a table, or writes it between the markers of a file."""
+    if file is None:
+        print(text)
+    else:
+        file.write_text(between_markers(file.read_text(), text, name))
+        print(f"table written to {file}")
 
 
 def positive_int(text: str) -> int:

@@ -17,8 +17,9 @@ from fused_kd.backends import why_not
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import accuracy, cases, cpu_logits, guard, measuring  # noqa: E402
+from benchmarks import accuracy, cases, cpu_logits, guard, measuring, report  # noqa: E402
 
+BEGIN, END = report.markers(accuracy.NAME)
 needs_cpu = pytest.mark.skipif(
     why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
 )
@@ -61,7 +62,7 @@ def test_cpu_logits_prints_every_section_and_writes_json_lines(
 @needs_cpu
 def test_accuracy_writes_between_its_markers(tmp_path: Path) -> None:
     file = tmp_path / "numerics.md"
-    file.write_text(f"before\n{accuracy.BEGIN}\nold\n{accuracy.END}\nafter\n")
+    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = ["--quick", "--write", str(file)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "REGIMES", {"randn": None})
@@ -70,16 +71,16 @@ def test_accuracy_writes_between_its_markers(tmp_path: Path) -> None:
         first = file.read_text()
         assert accuracy.main(arguments) == 0
     assert file.read_text() == first
-    assert first.startswith(f"before\n{accuracy.BEGIN}\n| dtype |")
-    assert first.endswith(f"{accuracy.END}\nafter\n")
+    assert first.startswith(f"before\n{BEGIN}\n| dtype |")
+    assert first.endswith(f"{END}\nafter\n")
     assert "old" not in first
     assert first.count("`jsd`") == 3  # dtypes
 
 
 def test_markers_are_appended_where_there_are_none() -> None:
-    made = accuracy.between_markers("", "x")
-    assert made == f"{accuracy.BEGIN}\nx\n{accuracy.END}\n"
-    assert accuracy.between_markers(made, "y") == made.replace("x", "y")
+    made = report.between_markers("", "x", accuracy.NAME)
+    assert made == f"{BEGIN}\nx\n{END}\n"
+    assert report.between_markers(made, "y", accuracy.NAME) == made.replace("x", "y")
 
 
 # each reaches another check: type, range, name, list of names, file, directory, unknown option
@@ -116,12 +117,12 @@ def test_one_marker_alone_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "numerics.md"
-    file.write_text(accuracy.BEGIN)
+    file.write_text(BEGIN)
     with pytest.raises(SystemExit) as raised:
         accuracy.main(["--write", str(file)])
     assert raised.value.code == 2
     assert "expected one" in capsys.readouterr().err
-    assert file.read_text() == accuracy.BEGIN
+    assert file.read_text() == BEGIN
 
 
 @needs_cpu

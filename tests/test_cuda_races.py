@@ -1,0 +1,107 @@
+"""The CUDA backend's launchers under ThreadSanitizer and AddressSanitizer, run on the CPU.
+
+tests/cuda_on_cpu/check_races.cpp says what is launched. A race is reported where nothing orders two
+accesses, whatever came first in that run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import native_build
+import pytest
+from emulated_cuda import FLAGS
+
+pytestmark = pytest.mark.slow
+
+DRIVER = native_build.ROOT / "tests" / "cuda_on_cpu" / "check_races.cpp"
+THREAD = ["-g", "-fsanitize=thread"]
+RACE = 66  # ThreadSanitizer's exit status
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(
+        command, cwd=native_build.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _build(folder: Path, flags: list[str], csrc: Path, kernels: list[str]) -> Path:
+    """The driver with the launchers and these kernel files of a copy of csrc/."""
+    folder.mkdir()
+    files = [DRIVER, *(csrc / "cuda" / name for name in ["launch.cu", *kernels])]
+    common = [native_build.COMPILER, *FLAGS, *flags, f"-I{csrc / 'cuda'}"]
+    objects = [str(folder / f"{file.stem}.o") for file in files]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = zip(files, objects, strict=True)
+        # the largest are the last
+        list(pool.map(_compile, [[*common, "-xc++", "-c", str(f), "-o", o] for f, o in jobs][::-1]))
+    program = folder / "check_races"
+    _compile([native_build.COMPILER, *flags, "-rdynamic", *objects, "-o", str(program)])
+    return program
+
+
+def _run(program: Path, seeds: int) -> tuple[int, str]:
+    options = {"TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}", "ASAN_OPTIONS": ""}
+    done = subprocess.run(
+        [str(program), str(seeds)], env={**os.environ, **options},
+        capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    if "unexpected memory mapping" in text:
+        pytest.skip("ThreadSanitizer cannot run here: the kernel randomises addresses too widely")
+    return done.returncode, text
+
+
+# every access is ordered; every access is inside a tensor, a slice or the workspace
+@pytest.mark.parametrize(
+    ("flags", "seeds"), [(THREAD, 1), (native_build.SANITIZE, 2)], ids=["races", "memory"]
+)
+def test_every_launch(tmp_path: Path, flags: list[str], seeds: int) -> None:
+    native_build.need_compiler()
+    kernels = ["rows_f32.cu", "rows_bf16.cu"]
+    program = _build(tmp_path / "all", flags, native_build.ROOT / "csrc", kernels)
+    status, text = _run(program, seeds)
+    assert status == 0, text[:6000]
+    assert re.fullmatch(r"[1-9]\d{3,} launches, 0 failed\n", text), text
+
+
+#: What orders memory, and must not be left out: a statement of rows.cuh.
+ORDERING = re.compile(
+    r"(exchange\.)?\b(block_sync|cluster_sync|wait_for_place|finish|wait_until|arrive)"
+    r"\((?:[^(){};]|\([^(){};]*\))*\);"
+)
+
+
+def test_whatever_is_left_out_is_reported(tmp_path: Path) -> None:
+    """Every barrier, arrival and wait, one after another, in a copy."""
+    native_build.need_compiler()
+    source = (native_build.ROOT / "csrc" / "cuda" / "rows.cuh").read_text()
+    places = list(ORDERING.finditer(source))
+    assert len(places) >= 18
+
+    def report(place: re.Match[str] | None) -> str:
+        copy = tmp_path / ("none" if place is None else str(place.start()))
+        shutil.copytree(native_build.ROOT / "csrc", copy / "csrc")
+        if place is not None:
+            changed = source[: place.start()] + "(void)0;" + source[place.end() :]
+            (copy / "csrc" / "cuda" / "rows.cuh").write_text(changed)
+        flags = [*THREAD, "-O0", "-DONLY_TVD"]
+        status, text = _run(_build(copy / "build", flags, copy / "csrc", []), seeds=2)
+        found = status == RACE or "cuda_on_cpu: kernel" in text
+        return "reported" if found else f"status {status}: {text[-500:]}"
+
+    with ThreadPoolExecutor(2) as pool:
+        none, *found = pool.map(report, [None, *places])
+    assert none.startswith("status 0: "), none
+    missed = {
+        f"line {source.count(chr(10), 0, place.start()) + 1}, {place[0]}": told
+        for place, told in zip(places, found, strict=True)
+        if told != "reported"
+    }
+    assert missed == {}
