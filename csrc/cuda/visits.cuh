@@ -43,7 +43,7 @@ struct Row {
   float w_hard, w_soft;  // weights in the gradient
   bool hard, soft;
   int label;      // -1: outside the vocabulary, or no hard term
-  float s_label;  // the student's logit there; NaN without one
+  float s_label;  // the student's logit there, for the loss; NaN without one
 
   FUSED_KD_DEVICE Row(const Params& p, int64_t n) : n(n), label(-1) {
     const float w_h = p.w_hard ? p.w_hard[n] : 0.0f, w_s = p.w_soft ? p.w_soft[n] : 0.0f;
@@ -56,7 +56,9 @@ struct Row {
       const int64_t y = p.labels[n];
       if (y >= 0 && y < p.V) label = static_cast<int>(y);
     }
-    s_label = label >= 0 ? RowView(p.student, p.student.dtype, n, p.V).element(label) : NAN;
+    // from statistics no loss is made, and in place another block may be writing there
+    const bool read = label >= 0 && !p.from_stats;
+    s_label = read ? RowView(p.student, p.student.dtype, n, p.V).element(label) : NAN;
   }
 };
 
