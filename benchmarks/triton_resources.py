@@ -1,6 +1,6 @@
 """What the Triton kernels take of a GPU: registers, spills, shared memory, compiled without one.
 
-    python -m benchmarks.triton_resources [target ...] [--modes mode ...]
+    python -m benchmarks.triton_resources [target ...] [--modes mode ...] [--write docs/backends.md]
 
 prints, for every kernel x divergence x dtypes x target, what the compiler reports, as Markdown. The
 kernels are compiled with the configuration that a launch for V = 128256 would take.
@@ -8,13 +8,14 @@ kernels are compiled with the configuration that a launch for V = 128256 would t
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from fused_kd.backends.triton_configuration import (
 from fused_kd.options import DIVERGENCES
 
 #: CUDA compute capabilities and AMD architectures.
+from .report import Parser, markdown_table, show, writable_file
+
+NAME = "triton_resources"  # of its markers
 TARGETS = (75, 80, 90, 100, 120, "gfx942", "gfx90a")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = (
@@ -224,17 +228,19 @@ def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
 
 def _cell(task: tuple[Variant | torch.dtype, int | str]) -> str:
     what, target = task
-    compiler = compile_rows if isinstance(what, Variant) else compile_scale
-    found = compiler(what, target)  # type: ignore[arg-type]
+    if isinstance(what, torch.dtype):
+        found = compile_scale(what, target)
+    else:
+        # where programs do not wait for each other, the last of several launches
+        split = _is_amd(target) and what.mode == "forward_backward"
+        found = compile_rows(replace(what, mode="last visit") if split else what, target)
     return f"{found.registers} / {found.spills} / {found.shared}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("targets", nargs="*", help="75 80 90 100 120 gfx942 gfx90a")
-    parser.add_argument("--modes", nargs="*", default=["forward_backward"], choices=list(MODES))
-    arguments = parser.parse_args()
-    targets = [int(t) if t.isdigit() else t for t in arguments.targets] or list(TARGETS)
+def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
+    """The table, in Markdown."""
+    import triton
+
     rows: list[tuple[str, str, str, Variant | torch.dtype]] = [
         (
             mode,
@@ -242,22 +248,40 @@ def main() -> None:
             f"{NAMES[s]}, {NAMES[t]}",
             Variant(mode, divergence, student=s, teacher=t),
         )
-        for mode in arguments.modes
+        for mode in modes
         for divergence in DIVERGENCES
         if mode != "second visit" or divergence in ("jsd", "tvd")
         for s, t in DTYPES
     ]
-    rows += [("scale", "", NAMES[dtype], dtype) for dtype in NAMES]
-    print("Registers / bytes spilled / bytes of shared memory; V = 128256, with the hard term.\n")
-    print("| kernel | divergence | dtypes |", *(f" {t} |" for t in targets), sep="")
-    print("|---" * (3 + len(targets)) + "|")
+    rows += [("scale", "", name, dtype) for dtype, name in NAMES.items()]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        tasks = [(what, target) for *_, what in rows for target in targets]
-        cells = pool.map(_cell, tasks)
-        for mode, divergence, dtypes, _ in rows:
-            found = " | ".join(next(cells) for _ in targets)
-            print(f"| {mode} | {divergence} | {dtypes} | {found} |", flush=True)
+        cells = pool.map(_cell, [(what, target) for *_, what in rows for target in targets])
+        lines = [[*names, *(next(cells) for _ in targets)] for *names, _ in rows]
+    head = ["kernel", "divergence", "student, teacher"]
+    head += [t if isinstance(t, str) else f"sm_{t}" for t in targets]
+    return "\n\n".join(
+        (
+            "Registers / bytes spilled / bytes of shared memory of a program; V = 128256, with the "
+            "hard term. AMD: the last of several launches.",
+            markdown_table(head, lines, left=3),
+            f"`python -m benchmarks.triton_resources`, triton {triton.__version__}",
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table, or writes it; returns the exit status."""
+    parser = Parser(prog="python -m benchmarks.triton_resources", description=__doc__)
+    add = parser.add_argument
+    add("targets", nargs="*", help="75 80 90 100 120 gfx942 gfx90a; default: all")
+    add("--modes", nargs="*", default=["forward_backward"], choices=list(MODES))
+    add("--write", type=writable_file, metavar="FILE", help="between the markers of this file")
+    options = parser.parse_args(arguments)
+    parser.check_markers(options.write, NAME)
+    targets = [int(t) if t.isdigit() else t for t in options.targets] or list(TARGETS)
+    show(report(targets, options.modes), options.write, NAME)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
