@@ -74,14 +74,15 @@ FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
 struct RowView {
   char* data;
   Dtype dtype;
-  int V;
+  int entries;     // V
   int misaligned;  // the address modulo 16
 
   // dtype: of the rows; a constant where the caller knows it
-  FUSED_KD_DEVICE RowView(const Rows& rows, Dtype dtype, int64_t n, int V) : dtype(dtype), V(V) {
+  FUSED_KD_DEVICE RowView(const Rows& rows, Dtype dtype, int64_t n, int entries)
+      : dtype(dtype), entries(entries) {
     // 32 bits suffice for rows (launch.cu sees to it), and their division is an eighth of the price
-    const uint32_t row = static_cast<uint32_t>(n), inner = static_cast<uint32_t>(rows.inner);
-    const int64_t offset = row / inner * rows.outer_stride + row % inner * rows.inner_stride;
+    const uint32_t index = static_cast<uint32_t>(n), inner = static_cast<uint32_t>(rows.inner);
+    const int64_t offset = index / inner * rows.outer_stride + index % inner * rows.inner_stride;
     data = static_cast<char*>(rows.data) + offset * width_of(dtype);
     misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) & 15);
   }
@@ -121,10 +122,11 @@ FUSED_KD_DEVICE Raw load_ragged(const RowView& row, int group) {
   for (int e = 0; e < GROUP; ++e) {
     const int v = group * GROUP + e;
     if (row.dtype == Dtype::f32) {
-      words[e] = v < row.V ? reinterpret_cast<const uint32_t*>(row.data)[v] : 0xff800000u;
+      words[e] = v < row.entries ? reinterpret_cast<const uint32_t*>(row.data)[v] : 0xff800000u;
     } else {
       const uint32_t missing = row.dtype == Dtype::bf16 ? 0xff80u : 0xfc00u;
-      const uint32_t bits = v < row.V ? reinterpret_cast<const uint16_t*>(row.data)[v] : missing;
+      const uint32_t bits =
+          v < row.entries ? reinterpret_cast<const uint16_t*>(row.data)[v] : missing;
       words[e / 2] |= bits << (e % 2 * 16);
     }
   }
@@ -134,8 +136,8 @@ FUSED_KD_DEVICE Raw load_ragged(const RowView& row, int group) {
 // Group g of a row. A shifted read touches up to 16 bytes on either side: inside the row for all
 // groups but the outermost.
 FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
-  const bool whole = (group + 1) * GROUP <= row.V;
-  const bool inside = group > 0 && (group + 2) * GROUP <= row.V;
+  const bool whole = (group + 1) * GROUP <= row.entries;
+  const bool inside = group > 0 && (group + 2) * GROUP <= row.entries;
   if (!(row.misaligned ? inside : whole)) return load_ragged(row, group);
   const char* p = row.data + static_cast<int64_t>(group) * (GROUP * width_of(row.dtype));
   Raw raw = {};
@@ -153,7 +155,7 @@ template <Dtype D>
 FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)[GROUP]) {
   const Raw raw = narrow<D>(x);
   char* p = row.data + static_cast<int64_t>(group) * (GROUP * width_of(D));
-  if (row.misaligned == 0 && (group + 1) * GROUP <= row.V) {
+  if (row.misaligned == 0 && (group + 1) * GROUP <= row.entries) {
     store16(p, raw.low);
     if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
     return;
@@ -162,7 +164,7 @@ FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)
                                  raw.high.x, raw.high.y, raw.high.z, raw.high.w};
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
-    if (group * GROUP + e >= row.V) break;
+    if (group * GROUP + e >= row.entries) break;
     if constexpr (D == Dtype::f32)
       reinterpret_cast<uint32_t*>(p)[e] = words[e];
     else

@@ -56,7 +56,7 @@ Params params_of(const Problem& p, const Plan& plan) {
   const bool softened = divergence != Divergence::none && divergence != Divergence::mse;
   Params q = {};
   q.N = p.N;
-  q.V = static_cast<int>(p.V);
+  q.entries = static_cast<int>(p.V);
   q.student = p.student;
   q.teacher = p.teacher;
   q.grad = p.grad;

@@ -172,6 +172,7 @@ FUSED_KD_DEVICE void skip_row(const Params& p, int64_t n, const Source& source, 
 }
 
 // Any number of blocks a row; they meet in far memory. Grid: p.parts blocks for each row.
+// Budget: 128 registers, NEAR_MEMORY bytes of shared memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     rows_general(const __grid_constant__ Params p) {
@@ -204,6 +205,8 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
 }
 
 // A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory.
+// Budget: 80 registers (128 for jsd, which is bound by arithmetic), a third of a multiprocessor's shared
+// memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
     rows_cluster(const __grid_constant__ Params p) {
@@ -226,12 +229,12 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
 #endif
 }
 
-// A gradient times p.scale; entries of 0 stay 0 whatever it is. Grid: p.parts blocks for each row.
+// Budget: 48 registers. A gradient times p.scale; entries of 0 stay 0 whatever it is. Grid: p.parts blocks for each row.
 template <Dtype S>
 __global__ void __launch_bounds__(THREADS) scale_rows(const __grid_constant__ Params p) {
   const float scale = *p.scale;
   if (scale == 1.0f || (p.unless_exact && !is_exact(scale))) return;
-  const RowView grad(p.grad, S, p.first_row + blockIdx.x / p.parts, p.V);
+  const RowView grad(p.grad, S, p.first_row + blockIdx.x / p.parts, p.entries);
   const Slice slice(p, blockIdx.x % p.parts);
   for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
     float x[GROUP];

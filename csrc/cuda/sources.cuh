@@ -15,7 +15,7 @@ struct Slice {
   int begin, end;
 
   FUSED_KD_DEVICE Slice(const Params& p, int part) {
-    const int groups = (p.V + GROUP - 1) / GROUP;
+    const int groups = (p.entries + GROUP - 1) / GROUP;
     begin = part * p.slice;
     end = begin + p.slice < groups ? begin + p.slice : groups;
   }
@@ -32,9 +32,9 @@ struct Pair {
   bool stands_in;
 
   FUSED_KD_DEVICE Pair(const Params& p, const Row& row)
-      : p(p), n(row.n), student(p.student, S, n, p.V), teacher(student), stands_in(true) {
+      : p(p), n(row.n), student(p.student, S, n, p.entries), teacher(student), stands_in(true) {
     if (!READS_TEACHER || !row.soft) return;
-    teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, n, p.V);
+    teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, n, p.entries);
     stands_in = false;
   }
 
@@ -53,7 +53,7 @@ struct Pair {
   // stand-in gets -inf where the teacher has it, and a number where the student alone is -inf.
   FUSED_KD_DEVICE void true_teacher(int group, const float (&s)[GROUP], float (&t)[GROUP]) const {
     if (!stands_in || !p.options.smoothing) return;
-    const RowView truth(p.teacher, p.teacher.dtype, n, p.V);
+    const RowView truth(p.teacher, p.teacher.dtype, n, p.entries);
     widen_teacher<S, false>(load_group(truth, group), truth.dtype, t);
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) t[e] = s[e] == -INF && t[e] != -INF ? 0.0f : s[e];
@@ -113,7 +113,7 @@ struct NearRow : Pair<D, S, SAME> {
                           uint64_t* barriers)
       : Base(p, row), slice(p, part), near_s(memory), barriers(barriers) {
     near_t = near_s + static_cast<int64_t>(p.slice) * GROUP * width_of(S);
-    bulk = this->student.misaligned == 0 && this->teacher.misaligned == 0 && p.V % GROUP == 0;
+    bulk = this->student.misaligned == 0 && this->teacher.misaligned == 0 && p.entries % GROUP == 0;
   }
 
   // One thread orders everything; the others wait for the chunk that they come to. Rows that bulk

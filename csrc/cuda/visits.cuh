@@ -13,7 +13,7 @@ namespace fused_kd {
 // One launch. Pointers are to device memory; the parts are those of problem.h.
 struct Params {
   int64_t first_row, N;  // the rows of this launch, and of all
-  int V;
+  int entries;           // V, at most MAX_V: positions in a row are 32 bits wide
   Rows student, teacher, grad;
   const int64_t* labels;
   const float *w_hard, *w_soft, *scale;
@@ -54,11 +54,11 @@ struct Row {
     w_soft = w_s * scale;
     if (hard) {
       const int64_t y = p.labels[n];
-      if (y >= 0 && y < p.V) label = static_cast<int>(y);
+      if (y >= 0 && y < p.entries) label = static_cast<int>(y);
     }
     // from statistics no loss is made, and in place another block may be writing there
     const bool read = label >= 0 && !p.from_stats;
-    s_label = read ? RowView(p.student, p.student.dtype, n, p.V).element(label) : NAN;
+    s_label = read ? RowView(p.student, p.student.dtype, n, p.entries).element(label) : NAN;
   }
 };
 
@@ -165,7 +165,7 @@ struct Gradient {
     hard_scale = hard ? row.w_hard / r.d_1 : 0.0f;
     label_term = hard ? -(1.0f - p.label_smoothing) * row.w_hard : 0.0f;
     smoothing_term = hard && p.options.smoothing ? -row.w_hard * p.label_smoothing / r.count : 0.0f;
-    some_absent = p.options.smoothing && r.count != static_cast<float>(p.V);
+    some_absent = p.options.smoothing && r.count != static_cast<float>(p.entries);
   }
 
   // Smoothing spreads nothing over entries that are absent.
@@ -214,7 +214,7 @@ struct Gradient {
 template <Divergence D, Dtype S, class Source>
 FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Source& source,
                                     const Record& record) {
-  const RowView grad(p.grad, S, row.n, p.V);
+  const RowView grad(p.grad, S, row.n, p.entries);
   const Gradient<D> gradient(p, row, record);
   float g[GROUP];
   if (gradient.nan) {
@@ -235,7 +235,7 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
 
 template <Dtype S, class Source>
 FUSED_KD_DEVICE void zero_gradient(const Params& p, int64_t n, const Source& source) {
-  const RowView grad(p.grad, S, n, p.V);
+  const RowView grad(p.grad, S, n, p.entries);
   const float zeros[GROUP] = {};
   source.indices([&](int group) { store_group<S>(grad, group, zeros); });
 }

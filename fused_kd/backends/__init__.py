@@ -91,6 +91,7 @@ _MODULES: dict[str, ModuleType | str] = {
 }
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
 def why_not(name: str, device_type: str | None = None) -> str | None:
     """Why the backend `name` cannot run (on tensors of `device_type`), or None if it can.
 
