@@ -37,10 +37,10 @@ WORK = {
 }
 #: Kernel: instructions without which it reads or writes less than 16 bytes at a time.
 VECTORS = {
-    "rows_general": (r"LDG\S*\.128", r"STG\S*\.128"),
+    "rows_general": (r"LDG\S*\.128\S*", r"STG\S*\.128\S*"),
     # the bulk copy; rows that it can't take
-    "rows_cluster": (r"UBLKCP\S*", r"LDG\S*\.128", r"LDS\.128", r"STG\S*\.128"),
-    "scale_rows": (r"LDG\S*\.128", r"STG\S*\.128"),
+    "rows_cluster": (r"UBLKCP\S*", r"LDG\S*\.128\S*", r"LDS\S*\.128\S*", r"STG\S*\.128\S*"),
+    "scale_rows": (r"LDG\S*\.128\S*", r"STG\S*\.128\S*"),
 }
 #: float64, and local memory: what a thread can't hold in registers.
 FORBIDDEN = r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|\S*\.F64\b.*|MUFU\.\w*64\w*|(LDL|STL)\b.*"
