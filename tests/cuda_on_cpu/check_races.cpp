@@ -184,7 +184,7 @@ static void launched(int error, const Data& data) {
 }
 
 static void rows(const Data& data, const Problem& p) {
-  const Device device = {data.c.capability, 227 * 1024};
+  const Device device = {132, 227 * 1024, 4096, data.c.capability >= 90 ? 16 : 0};
   const auto workspace = exactly(std::vector<char>(workspace_bytes(p, device), char(0xff)));
   const bool wanted = workspace_bytes(p, device) > 0;
   launched(launch_rows(p, device, wanted ? workspace.get() : nullptr, nullptr), data);
