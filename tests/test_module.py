@@ -21,8 +21,7 @@ from helpers import N, check, make
 import fused_kd
 from fused_kd import KDLoss, kd_loss
 from fused_kd.env import VARIABLES, report
-from fused_kd.options import BACKENDS
-from fused_kd.options import KDOptions
+from fused_kd.options import BACKENDS, KDOptions
 
 # ------------------------------------------------------------------------------------ the module
 
