@@ -1,5 +1,5 @@
-// What a backend is asked to compute: rows of logits, options, and where the results go. The same for
-// CPU and GPU; torch-free.
+// What a backend is asked to compute: rows of logits, options, and where the results go. The same
+// for CPU and GPU; torch-free.
 #pragma once
 
 #include <stdint.h>
@@ -9,6 +9,9 @@
 namespace fused_kd {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Bytes of an element.
+FUSED_KD_HD constexpr int width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // N rows of V elements, last stride 1. Row n lies at (n / inner) * outer_stride + (n % inner) *
 // inner_stride, in elements.

@@ -1,5 +1,5 @@
-// The operators on CUDA tensors, and the module fused_kd._cuda whose import registers them. Nothing here
-// waits for the device.
+// The operators on CUDA tensors, and the module fused_kd._cuda whose import registers them. Nothing
+// here waits for the device.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,5 +1,5 @@
-// The operators of fused_kd/ops.py, the same for every backend of compiled kernels: check the tensors,
-// describe them to the kernels, call those of a `Backend`:
+// The operators of fused_kd/ops.py, the same for every backend of compiled kernels: check the
+// tensors, describe them to the kernels, call those of a `Backend`:
 //     DEVICE               its name in messages
 //     is_here(tensor)      whether a tensor lies where it can be used; same_device(a, b)
 //     Guard(tensor)        what must hold while kernels are called on the tensor's device
@@ -7,8 +7,9 @@
 //     rescale, scale       a gradient times a number
 //     made(tensor, bytes)  a fresh gradient, before it is written
 //
-// LibTorch Stable ABI only (torch >= 2.10): one build serves several torch versions. Every check that
-// protects memory is repeated here, since the operators can be called without the Python checks.
+// LibTorch Stable ABI only (torch >= 2.10): one build serves several torch versions. Every check
+// that protects memory is repeated here, since the operators can be called without the Python
+// checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -42,8 +43,6 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
     default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
   }
 }
-
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 template <class Backend>
 struct Operators {
@@ -121,7 +120,7 @@ struct Operators {
   static Tensor new_gradient(const Tensor& student) {
     const int64_t B = student.size(0), S = student.size(1), V = student.size(2);
     Tensor grad = torch::stable::new_empty(student, {B, S, V});
-    Backend::made(grad, B * S * V * bytes_of(dtype_of(student, "student")));
+    Backend::made(grad, B * S * V * width(dtype_of(student, "student")));
     return grad;
   }
 

@@ -49,8 +49,6 @@ auto with_rule(Divergence d, Call call) {
   }
 }
 
-int width(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
-
 char* row_pointer(const Rows& rows, int64_t n) {
   const int64_t element =
       (n / rows.inner) * rows.outer_stride + (n % rows.inner) * rows.inner_stride;

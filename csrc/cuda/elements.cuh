@@ -19,27 +19,19 @@ namespace fused_kd {
 constexpr int GROUP = 8;
 #define FUSED_KD_DEVICE __device__ __forceinline__
 
-FUSED_KD_DEVICE constexpr int width_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 // Eight elements as they lie in memory; `high` only for float.
 struct Raw {
   Bits16 low, high;
 };
 
-FUSED_KD_DEVICE uint32_t bits_of(float x) {
+// The same bits as another type of the same size.
+template <class To, class From>
+FUSED_KD_DEVICE To same_bits(From x) {
   union {
-    float value;
-    uint32_t bits;
+    From from;
+    To to;
   } u = {x};
-  return u.bits;
-}
-
-FUSED_KD_DEVICE float float_of(uint32_t bits) {
-  union {
-    uint32_t bits;
-    float value;
-  } u = {bits};
-  return u.value;
+  return u.to;
 }
 
 template <Dtype D>
@@ -49,9 +41,10 @@ FUSED_KD_DEVICE void widen(const Raw& raw, float (&x)[GROUP]) {
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
     if constexpr (D == Dtype::f32)
-      x[e] = float_of(words[e]);
+      x[e] = same_bits<float>(words[e]);
     else if constexpr (D == Dtype::bf16)
-      x[e] = e % 2 ? float_of(words[e / 2] & 0xffff0000u) : from_bf16(words[e / 2] & 0xffffu);
+      x[e] =
+          e % 2 ? same_bits<float>(words[e / 2] & 0xffff0000u) : from_bf16(words[e / 2] & 0xffffu);
     else
       x[e] = from_f16(e % 2 ? words[e / 2] >> 16 : words[e / 2] & 0xffffu);
   }
@@ -63,7 +56,7 @@ FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
     if constexpr (D == Dtype::f32)
-      words[e] = bits_of(x[e]);
+      words[e] = same_bits<uint32_t>(x[e]);
     else if (e % 2 == 0)
       words[e / 2] = D == Dtype::bf16 ? pack_bf16(x[e], x[e + 1]) : pack_f16(x[e], x[e + 1]);
   }
@@ -83,7 +76,7 @@ struct RowView {
     // 32 bits suffice for rows (launch.cu sees to it), and their division is an eighth of the price
     const uint32_t index = static_cast<uint32_t>(n), inner = static_cast<uint32_t>(rows.inner);
     const int64_t offset = index / inner * rows.outer_stride + index % inner * rows.inner_stride;
-    data = static_cast<char*>(rows.data) + offset * width_of(dtype);
+    data = static_cast<char*>(rows.data) + offset * width(dtype);
     misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) & 15);
   }
 
@@ -139,7 +132,7 @@ FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
   const bool whole = (group + 1) * GROUP <= row.entries;
   const bool inside = group > 0 && (group + 2) * GROUP <= row.entries;
   if (!(row.misaligned ? inside : whole)) return load_ragged(row, group);
-  const char* p = row.data + static_cast<int64_t>(group) * (GROUP * width_of(row.dtype));
+  const char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(row.dtype));
   Raw raw = {};
   if (row.misaligned) {
     raw.low = load16_shifted(p, row.misaligned);
@@ -154,7 +147,7 @@ FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
 template <Dtype D>
 FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)[GROUP]) {
   const Raw raw = narrow<D>(x);
-  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width_of(D));
+  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
   if (row.misaligned == 0 && (group + 1) * GROUP <= row.entries) {
     store16(p, raw.low);
     if constexpr (D == Dtype::f32) store16(p + 16, raw.high);

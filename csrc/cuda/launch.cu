@@ -1,5 +1,5 @@
-// Which kernel runs a problem, in how many blocks: by V and the types alone, never by N, so that the same
-// row gives the same bits in any batch.
+// Which kernel runs a problem, in how many blocks: by V and the types alone, never by N, so that
+// the same row gives the same bits in any batch.
 #include "launch.h"
 
 #include "instances.h"
@@ -11,8 +11,6 @@ namespace {
 constexpr int64_t MAX_GRID = (int64_t(1) << 31) - 1;
 
 int groups_of(int64_t V) { return static_cast<int>((V + GROUP - 1) / GROUP); }
-
-int width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 Divergence divergence_of(const Problem& p) { return p.w_soft ? p.divergence : Divergence::none; }
 
@@ -39,7 +37,8 @@ Plan plan_general(const Problem& p) {
   return Plan(Kernel::general, groups, parts < MAX_PARTS ? static_cast<int>(parts) : MAX_PARTS);
 }
 
-// The smallest cluster whose blocks share a multiprocessor, else the largest if it holds a row at all.
+// The smallest cluster whose blocks share a multiprocessor, else the largest if it holds a row at
+// all.
 Plan plan_rows(const Problem& p, const Device& device) {
   const int group_bytes = bytes_of_group(p);
   for (int blocks = 1; blocks <= device.cluster; blocks *= 2) {

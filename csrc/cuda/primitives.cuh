@@ -1,5 +1,6 @@
-// What the row kernels ask of a GPU besides arithmetic: memory, waiting, clusters. Tests replace this
-// file by tests/cuda_on_cpu/cuda_on_cpu.h, which has the same names, and run the kernels on the CPU.
+// What the row kernels ask of a GPU besides arithmetic: memory, waiting, clusters. Tests replace
+// this file by tests/cuda_on_cpu/cuda_on_cpu.h, which has the same names, and run the kernels on
+// the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,10 +1,11 @@
 // The two kernels that visit rows: losses, statistics and gradients of every divergence.
 //
 // Read and written, per element, for loss and gradient together:
-//     rows_general   each logit twice from memory (the second time mostly from the second-level cache, by
-//                    several blocks a row), each gradient once. Any alignment; sm_75 and later.
-//     rows_cluster   each logit once, into the shared memory of a cluster of blocks; sm_90 and later.
-// Accumulated in float; see sums.cuh. A block whose row is off (both weights 0) reads nothing of it.
+//     rows_general   each logit twice from memory (the second time mostly from the second-level
+//                    cache, by several blocks a row), each gradient once; any alignment; sm_75 on
+//     rows_cluster   each logit once, into the shared memory of a cluster of blocks; sm_90 on
+// Accumulated in float; see sums.cuh. A block whose row is off (both weights 0) reads nothing of
+// it.
 #pragma once
 
 #include "sources.cuh"
@@ -66,11 +67,12 @@ FUSED_KD_DEVICE Record read_far(const Record& record) {
 }
 
 // Blocks of one row that meet in far memory. Rows are numbered in the order in which their blocks
-// really started (tickets), and a block only waits for blocks of its own row or of earlier ones: those
-// that wait for a block that has not started all belong to the row that started last; everything else
-// runs to its end and makes room. So there must be room for the blocks of one row (launch.cu sees to
-// it), not for the grid; of launches that run at once, for one row of each. Records lie in a ring: a
-// row takes the place of the row `ring` before it, once that has been read.
+// really started (tickets), and a block only waits for blocks of its own row or of earlier ones:
+// those that wait for a block that has not started all belong to the row that started last;
+// everything else runs to its end and makes room. So there must be room for the blocks of one row
+// (launch.cu sees to it), not for the grid; of launches that run at once, for one row of each.
+// Records lie in a ring: a row takes the place of the row `ring` before it, once that has been
+// read.
 struct FarExchange {
   const Params& p;
   int64_t n;
@@ -204,8 +206,8 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
   gradient_visit<D, S>(p, row, source, record);
 }
 
-// A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory.
-// Budget: 80 registers (128 for jsd, which is bound by arithmetic), a third of a multiprocessor's shared
+// A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory. Budget:
+// 80 registers (128 for jsd, which is bound by arithmetic), a third of a multiprocessor's shared
 // memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
@@ -229,7 +231,8 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
 #endif
 }
 
-// Budget: 48 registers. A gradient times p.scale; entries of 0 stay 0 whatever it is. Grid: p.parts blocks for each row.
+// A gradient times p.scale; entries of 0 stay 0 whatever it is. Grid: p.parts blocks for each row.
+// Budget: 48 registers.
 template <Dtype S>
 __global__ void __launch_bounds__(THREADS) scale_rows(const __grid_constant__ Params p) {
   const float scale = *p.scale;

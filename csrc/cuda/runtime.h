@@ -5,8 +5,8 @@
 
 namespace fused_kd {
 
-// 0, or a CUDA error, also where there are no kernels for the device. It must be the current one; it is
-// asked once.
+// 0, or a CUDA error, also where there are no kernels for the device. It must be the current one;
+// it is asked once.
 int describe_device(int index, Device* device);
 const char* error_text(int error);
 // Of the toolkit that compiled this: 1000 * major + 10 * minor.

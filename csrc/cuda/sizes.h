@@ -1,4 +1,5 @@
-// Sizes that decide how a row is divided. Tests make them small, so that short rows take every path.
+// Sizes that decide how a row is divided. Tests make them small, so that short rows take every
+// path.
 #pragma once
 
 namespace fused_kd {
@@ -9,8 +10,9 @@ constexpr int FAR_BYTES = 2048;
 constexpr int RING_RECORDS = 8;
 #else
 constexpr int THREADS = 256;
-// A block's slice of both sides in far memory: the rows in flight (4 blocks on each of 132
-// multiprocessors) then stay in a second-level cache of 40 MB between their visits.
+// A block's slice of both sides in far memory, until MAX_PARTS is reached: the rows in flight (2 or
+// 3 blocks on each of a hundred multiprocessors) then stay in a second-level cache of 40 MB between
+// visits.
 constexpr int FAR_BYTES = 48 * 1024;
 // Records of blocks that meet in far memory: ten times what is in flight at once.
 constexpr int RING_RECORDS = 4096;

@@ -1,8 +1,9 @@
-// Where the groups of a row's slice come from: far memory (each visit reads it again), or this block's
-// shared memory (a cluster of blocks holds the whole row pair, so that far memory is read once).
+// Where the groups of a row's slice come from: far memory (each visit reads it again), or this
+// block's shared memory (a cluster of blocks holds the whole row pair, so that far memory is read
+// once).
 //
-// Both offer: first(visit) and again(visit), which call visit(group, s, t) for the groups of this thread;
-// indices(visit), which calls visit(group) and reads nothing.
+// Both offer: first(visit) and again(visit), which call visit(group, s, t) for the groups of this
+// thread; indices(visit), which calls visit(group) and reads nothing.
 #pragma once
 
 #include "sizes.h"
@@ -28,14 +29,25 @@ struct Pair {
   static constexpr bool READS_TEACHER = D != Divergence::none;
   const Params& p;
   int64_t n;
+  Slice slice;
   RowView student, teacher;
   bool stands_in;
 
-  FUSED_KD_DEVICE Pair(const Params& p, const Row& row)
-      : p(p), n(row.n), student(p.student, S, n, p.entries), teacher(student), stands_in(true) {
+  FUSED_KD_DEVICE Pair(const Params& p, const Row& row, int part)
+      : p(p),
+        n(row.n),
+        slice(p, part),
+        student(p.student, S, n, p.entries),
+        teacher(student),
+        stands_in(true) {
     if (!READS_TEACHER || !row.soft) return;
     teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, n, p.entries);
     stands_in = false;
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void indices(Visit visit) const {
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit(g);
   }
 
   template <class Visit>
@@ -63,10 +75,9 @@ struct Pair {
 template <Divergence D, Dtype S, bool SAME>
 struct FarRow : Pair<D, S, SAME> {
   using Base = Pair<D, S, SAME>;
-  Slice slice;
+  using Base::slice;
 
-  FUSED_KD_DEVICE FarRow(const Params& p, const Row& row, int part)
-      : Base(p, row), slice(p, part) {}
+  FUSED_KD_DEVICE FarRow(const Params& p, const Row& row, int part) : Base(p, row, part) {}
 
   template <class Visit>
   FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
@@ -78,7 +89,7 @@ struct FarRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit_group(g, visit);
+    this->indices([&](int group) { visit_group(group, visit); });
   }
 
   // Backwards: what was read last is still near.
@@ -90,11 +101,6 @@ struct FarRow : Pair<D, S, SAME> {
     for (int g = slice.begin + threadIdx.x + last; g >= slice.begin; g -= blockDim.x)
       visit_group(g, visit);
   }
-
-  template <class Visit>
-  FUSED_KD_DEVICE void indices(Visit visit) const {
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit(g);
-  }
 };
 
 // ------------------------------------------------------------------------------------ on chip
@@ -104,15 +110,15 @@ struct FarRow : Pair<D, S, SAME> {
 template <Divergence D, Dtype S, bool SAME>
 struct NearRow : Pair<D, S, SAME> {
   using Base = Pair<D, S, SAME>;
-  Slice slice;
+  using Base::slice;
   unsigned char *near_s, *near_t;  // shared memory
   uint64_t* barriers;              // (MAX_CHUNKS)
   bool bulk;
 
   FUSED_KD_DEVICE NearRow(const Params& p, const Row& row, int part, unsigned char* memory,
                           uint64_t* barriers)
-      : Base(p, row), slice(p, part), near_s(memory), barriers(barriers) {
-    near_t = near_s + static_cast<int64_t>(p.slice) * GROUP * width_of(S);
+      : Base(p, row, part), near_s(memory), barriers(barriers) {
+    near_t = near_s + static_cast<int64_t>(p.slice) * GROUP * width(S);
     bulk = this->student.misaligned == 0 && this->teacher.misaligned == 0 && p.entries % GROUP == 0;
   }
 
@@ -123,10 +129,10 @@ struct NearRow : Pair<D, S, SAME> {
       if (threadIdx.x == 0) order();
       return;
     }
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
+    this->indices([&](int g) {
       put(near_s, S, g, load_group(this->student, g));
       if (Base::READS_TEACHER) put(near_t, this->teacher.dtype, g, load_group(this->teacher, g));
-    }
+    });
   }
 
   FUSED_KD_DEVICE void order() const {
@@ -135,8 +141,8 @@ struct NearRow : Pair<D, S, SAME> {
     for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) {
       const int begin = slice.begin + c * CHUNK;
       const int groups = slice.end - begin < CHUNK ? slice.end - begin : CHUNK;
-      const int bytes_s = groups * GROUP * width_of(S);
-      const int bytes_t = Base::READS_TEACHER ? groups * GROUP * width_of(this->teacher.dtype) : 0;
+      const int bytes_s = groups * GROUP * width(S);
+      const int bytes_t = Base::READS_TEACHER ? groups * GROUP * width(this->teacher.dtype) : 0;
       barrier_expect(&barriers[c], bytes_s + bytes_t);
       copy(near_s, this->student, begin, bytes_s, c);
       if (Base::READS_TEACHER) copy(near_t, this->teacher, begin, bytes_t, c);
@@ -145,19 +151,19 @@ struct NearRow : Pair<D, S, SAME> {
 
   FUSED_KD_DEVICE void copy(unsigned char* near, const RowView& row, int group, int bytes,
                             int chunk) const {
-    const int size = GROUP * width_of(row.dtype);
+    const int size = GROUP * width(row.dtype);
     bulk_copy(near + static_cast<int64_t>(group - slice.begin) * size,
               row.data + static_cast<int64_t>(group) * size, bytes, &barriers[chunk]);
   }
 
   FUSED_KD_DEVICE void put(unsigned char* near, Dtype dtype, int group, const Raw& raw) const {
-    Bits16* to = reinterpret_cast<Bits16*>(near + (group - slice.begin) * GROUP * width_of(dtype));
+    Bits16* to = reinterpret_cast<Bits16*>(near + (group - slice.begin) * GROUP * width(dtype));
     to[0] = raw.low;
     if (dtype == Dtype::f32) to[1] = raw.high;
   }
 
   FUSED_KD_DEVICE Raw get(const unsigned char* near, Dtype dtype, int group) const {
-    const unsigned char* from = near + (group - slice.begin) * GROUP * width_of(dtype);
+    const unsigned char* from = near + (group - slice.begin) * GROUP * width(dtype);
     Raw raw = {load16(from), {}};
     if (dtype == Dtype::f32) raw.high = load16(from + 16);
     return raw;
@@ -182,12 +188,7 @@ struct NearRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void again(Visit visit) const {
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit_group(g, visit);
-  }
-
-  template <class Visit>
-  FUSED_KD_DEVICE void indices(Visit visit) const {
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit(g);
+    this->indices([&](int group) { visit_group(group, visit); });
   }
 };
 

@@ -1,8 +1,9 @@
 // The statistics of a row: what a thread sums up, and how threads, warps and blocks merge.
 //
-// Read: each element once. Accumulated in float: eight elements by a tree, groups one after another,
-// threads and blocks by trees of fixed shape, so that the bits depend on V and the dtypes alone.
-// References are exact maxima of what a thread has seen: exponents are <= 0, the largest is exactly 0.
+// Read: each element once. Accumulated in float: eight elements by a tree, groups one after
+// another, threads and blocks by trees of fixed shape, so that the bits depend on V and the dtypes
+// alone. References are exact maxima of what a thread has seen: exponents are <= 0, the largest is
+// exactly 0.
 #pragma once
 
 #include "elements.cuh"
@@ -92,8 +93,8 @@ FUSED_KD_DEVICE void make_hard_exponentials(const float (&a)[GROUP], float (&P)[
   }
 }
 
-// Entry by entry, for a group with an entry that is not finite: infinity is decided on the logits, and
-// an entry that is -inf on both sides is absent. Makes w and differences anew.
+// Entry by entry, for a group with an entry that is not finite: infinity is decided on the logits,
+// and an entry that is -inf on both sides is absent. Makes w and differences anew.
 template <Divergence D>
 FUSED_KD_DEVICE void add_carefully(Record& record, const float (&s)[GROUP], const float (&t)[GROUP],
                                    const Options& o, float& w, float& differences) {

@@ -1,5 +1,6 @@
-// The visits of a row, the same for rows that stay in far memory and for rows held on chip: a `Source`
-// hands out groups of elements, an `Exchange` merges what threads and blocks have summed up.
+// The visits of a row, the same for rows that stay in far memory and for rows held on chip: a
+// `Source` hands out groups of elements, an `Exchange` merges what threads and blocks have summed
+// up.
 //
 //     first visit     statistics of both sides, the divergence's first sum
 //     second visit    jsd and tvd only: sums that need the normalisers
@@ -30,10 +31,10 @@ struct Params {
   int ring;                                // rows
 };
 
-// Multiplying a rounded gradient by it loses nothing, unless the result is subnormal: a power of two,
-// or 0.
+// Multiplying a rounded gradient by it loses nothing, unless the result is subnormal: a power of
+// two, or 0.
 FUSED_KD_DEVICE bool is_exact(float scale) {
-  const uint32_t bits = bits_of(scale);
+  const uint32_t bits = same_bits<uint32_t>(scale);
   return (bits & 0x7fffffu) == 0 && (bits >> 23 & 0xffu) != 0xffu;
 }
 

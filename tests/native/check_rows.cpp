@@ -21,8 +21,6 @@ using namespace fused_kd;
 
 static constexpr float INF = std::numeric_limits<float>::infinity();
 static constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
-static int width(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
-
 // Rows of V elements in two leading dimensions; `gap` elements lie between rows, `outer_gap` more
 // between groups of `inner` rows, none behind the last row.
 struct Matrix {
