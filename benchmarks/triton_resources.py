@@ -92,7 +92,7 @@ def _kind(target: int | str) -> Kind:
 
 def compile_rows(variant: Variant, target: int | str) -> Resources:
     """Compiles _kd_rows_kernel as a launch would."""
-    kernels = backend._kernels()
+    kernels = backend.kernels()
     chosen = configuration(variant.vocabulary, variant.student, variant.teacher, _kind(target))
     step, gradient = MODES[variant.mode]
     constants: dict[str, Any] = {
@@ -210,7 +210,7 @@ def nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
 
 def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
     """Compiles _kd_scale_kernel as a launch would."""
-    kernel = backend._kernels()._kd_scale_kernel
+    kernel = backend.kernels()._kd_scale_kernel
     types = {"g_ptr": "*" + NAMES[dtype]}
     types.update(dict.fromkeys(("N", "S", "V"), "i32"))
     types.update(dict.fromkeys(("stride_b", "stride_s"), "i64"))

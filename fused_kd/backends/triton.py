@@ -11,115 +11,39 @@ one process to the next, which is why it is not the default.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from types import ModuleType
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from fused_kd import ops
+from fused_kd.options import DIVERGENCES
 
 from .registered import registered
 from .triton_configuration import (
-    AMD,
-    BLACKWELL,
     LONGEST,
     MAX_PARTS,
-    NVIDIA,
-    OTHER,
     Configuration,
     Kind,
     candidates,
     configuration,
-    may_wait,
     registers,
 )
+from .triton_device import can_wait, kernels, kind, why_not
 
-OLDEST = (3, 6)
 LOG2E = 1.4426950408889634
-JSD, MSE, NONE = 2, 4, 5  # NONE: the soft term is off
-TWO_VISITS = (2, 3)  # jsd, tvd
+JSD, TVD, MSE = (DIVERGENCES.index(name) for name in ("jsd", "tvd", "mse"))
+NONE = len(DIVERGENCES)  # the soft term is off
+TWO_VISITS = (JSD, TVD)
 #: Parts of rows whose sums are kept while programs wait for each other: 256 KiB, ten times those
 #: that an H100 runs at once.
 RING_PARTS = 4096
 
 forward, forward_backward, backward, rescale = registered(prefix="triton_")
-
-
-# ---------------------------------------------------------------------------------- can it run?
-
-
-def why_not(device_type: str | None = None) -> str | None:
-    """None if this backend can run (on that device), else the reason."""
-    return _why_not(device_type, _interpreted())
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _why_not(device_type: str | None, interpreted: bool) -> str | None:
-    if device_type == "cpu" and not interpreted:
-        return "CPU tensors need TRITON_INTERPRET=1 in the environment, set before the first use"
-    if device_type not in (None, "cpu", "cuda", "xpu"):
-        return f"the triton backend runs on cuda and xpu devices, not on {device_type}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    names = [device_type] if device_type else ["cuda", "xpu"]
-    if not interpreted and not any(getattr(torch, name).device_count() for name in names):
-        return f"torch finds no {' or '.join(names)} device"
-    import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
-    version, numpy_version = (
-        tuple(int(part) for part in found.split(".")[:2])
-        for found in (triton.__version__, numpy.__version__)
-    )
-    if interpreted and version < (3, 7) and numpy_version >= (2, 4):
-        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4"
-    if version < OLDEST:
-        return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
-    try:
-        kernels = _kernels()
-    except Exception as error:  # whatever a version that came later may raise
-        return f"its kernels cannot be imported: {error}"
-    if interpreted == isinstance(kernels._kd_rows_kernel, triton.JITFunction):
-        return "TRITON_INTERPRET has changed since the kernels were imported"
-    return None
-
-
-@cache
-def _kernels() -> ModuleType:
-    from . import triton_kernels
-
-    return triton_kernels
-
-
-@cache
-def _kind(device: torch.device) -> Kind:
-    if device.type != "cuda":  # the CPU: interpreted
-        return NVIDIA if device.type == "cpu" else OTHER
-    if torch.version.hip:
-        warp_size = int(torch.cuda.get_device_properties(device).warp_size)
-        return replace(AMD, warp_size=warp_size)
-    return BLACKWELL if torch.cuda.get_device_capability(device)[0] == 10 else NVIDIA
-
-
-def _can_wait(device: torch.device, parts: int) -> bool:
-    """Programs may wait for each other: where the parts of a row have room, on an NVIDIA GPU.
-
-    Elsewhere the memory order that waiting relies on is untried.
-    """
-    if device.type != "cuda" or torch.version.hip or _interpreted() or not may_wait():
-        return False
-    return torch.cuda.get_device_properties(device).multi_processor_count >= parts
 
 
 # ------------------------------------------------------------------------------------- launches
@@ -163,7 +87,7 @@ class _Call:
 
 def _configuration(call: _Call) -> Configuration:
     student, teacher = call.student, call.teacher
-    rule = configuration(student.shape[2], student.dtype, teacher.dtype, _kind(student.device))
+    rule = configuration(student.shape[2], student.dtype, teacher.dtype, kind(student.device))
     if os.environ.get("FUSED_KD_AUTOTUNE") != "1" or student.device.type == "cpu":
         return rule
     key = (rule, student.shape[2], student.dtype, teacher.dtype, call.soft, student.device)
@@ -177,7 +101,7 @@ _tuned: dict[tuple[object, ...], Configuration] = {}
 
 def _fastest(call: _Call, rule: Configuration) -> Configuration:
     """By the time of forward_backward with a gradient of its own."""
-    import triton
+    import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     gradient = torch.empty_like(call.student, memory_format=torch.contiguous_format)
     hard = gradient.new_empty((call.rows,), dtype=torch.float32)
@@ -194,7 +118,7 @@ def _fastest(call: _Call, rule: Configuration) -> Configuration:
 
 def _steps(call: _Call, chosen: Configuration) -> tuple[str, ...]:
     """The launches that make losses, and the gradient."""
-    if chosen.parts == 1 or _can_wait(call.student.device, chosen.parts):
+    if chosen.parts == 1 or can_wait(call.student.device, chosen.parts):
         return ("ALL",)
     return ("FIRST", "SECOND", "LAST") if call.soft in TWO_VISITS else ("FIRST", "LAST")
 
@@ -208,13 +132,13 @@ def _launch(
     scale: Tensor | None = None,  # 0-d
 ) -> None:
     """The steps, each one launch; ("ALL",) is one launch whose programs wait for each other."""
-    kernels, student, teacher = _kernels(), call.student, call.teacher
+    loaded, student, teacher = kernels(), call.student, call.teacher
     n, vocabulary = call.rows, student.shape[2]
     wait = steps == ("ALL",) and chosen.parts > 1
     partial = counters = None
     ring = min(n, RING_PARTS // chosen.parts) if wait else n
     if chosen.parts > 1 and steps != ("BACKWARD",):
-        shape = (ring, chosen.parts, kernels.PARTIAL.value)
+        shape = (ring, chosen.parts, loaded.PARTIAL.value)
         partial = student.new_empty(shape, dtype=torch.float32)
         if wait:
             counters = student.new_zeros((1 + 2 * n,), dtype=torch.int32)
@@ -223,7 +147,7 @@ def _launch(
     simple = call.temperature in (1.0, 2.0) and call.soft < MSE
     strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
     for step in steps:
-        kernels._kd_rows_kernel[(n * chosen.parts,)](
+        loaded._kd_rows_kernel[(n * chosen.parts,)](
             *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
             *(*losses, partial, counters, ring, student.shape[1], vocabulary, *strides),
             LOG2E / call.temperature,
@@ -232,13 +156,13 @@ def _launch(
             D=call.soft,
             HAS_HARD=has_hard,
             SMOOTHING=smoothing,
-            STEP=getattr(kernels, step).value,
+            STEP=getattr(loaded, step).value,
             WAIT=wait,
             PARTS=chosen.parts,
             LANES=chosen.lanes,
             VECTOR=chosen.vector,
             UNROLL=chosen.unroll,
-            **_options(chosen, _kind(student.device), call.soft, smoothing),
+            **_options(chosen, kind(student.device), call.soft, smoothing),
         )
 
 
@@ -324,7 +248,7 @@ def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
         return
     with _guard(gradient):
         # each looks at the scale and ends, most times: not one for every row
-        _kernels()._kd_scale_kernel[(min(b * s, 1024),)](
+        kernels()._kd_scale_kernel[(min(b * s, 1024),)](
             *(gradient, scale, b * s, s, vocabulary, *_row_strides(gradient)),
             ANY=any_number,
             BLOCK=4096,

@@ -1,0 +1,82 @@
+"""Where the Triton kernels run: whether, why not, and what kind of device it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+
+import numpy
+import torch
+
+from .triton_configuration import AMD, BLACKWELL, NVIDIA, OTHER, Kind, may_wait
+
+OLDEST = (3, 6)
+
+
+def why_not(device_type: str | None = None) -> str | None:
+    """None if this backend can run (on that device), else the reason."""
+    return _why_not(device_type, _interpreted())
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _why_not(device_type: str | None, interpreted: bool) -> str | None:
+    if device_type == "cpu" and not interpreted:
+        return "CPU tensors need TRITON_INTERPRET=1 in the environment, set before the first use"
+    if device_type not in (None, "cpu", "cuda", "xpu"):
+        return f"the triton backend runs on cuda and xpu devices, not on {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    names = [device_type] if device_type else ["cuda", "xpu"]
+    if not interpreted and not any(getattr(torch, name).device_count() for name in names):
+        return f"torch finds no {' or '.join(names)} device"
+    import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    version, numpy_version = (
+        tuple(int(part) for part in found.split(".")[:2])
+        for found in (triton.__version__, numpy.__version__)
+    )
+    if interpreted and version < (3, 7) and numpy_version >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4"
+    if version < OLDEST:
+        return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
+    try:
+        loaded = kernels()
+    except Exception as error:  # whatever a version that came later may raise
+        return f"its kernels cannot be imported: {error}"
+    if interpreted == isinstance(loaded._kd_rows_kernel, triton.JITFunction):
+        return "TRITON_INTERPRET has changed since the kernels were imported"
+    return None
+
+
+@cache
+def kernels() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+@cache
+def kind(device: torch.device) -> Kind:
+    if device.type != "cuda":  # the CPU: interpreted
+        return NVIDIA if device.type == "cpu" else OTHER
+    if torch.version.hip:
+        warp_size = int(torch.cuda.get_device_properties(device).warp_size)
+        return replace(AMD, warp_size=warp_size)
+    return BLACKWELL if torch.cuda.get_device_capability(device)[0] == 10 else NVIDIA
+
+
+def can_wait(device: torch.device, parts: int) -> bool:
+    """Programs may wait for each other: where the parts of a row have room, on an NVIDIA GPU.
+
+    Elsewhere the memory order that waiting relies on is untried.
+    """
+    if device.type != "cuda" or torch.version.hip or _interpreted() or not may_wait():
+        return False
+    return torch.cuda.get_device_properties(device).multi_processor_count >= parts
