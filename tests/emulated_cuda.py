@@ -100,7 +100,9 @@ class EmulatedCUDA:
     """
 
     def __init__(self, library: Path, capability: int) -> None:
+        self.capability = capability
         self._library = ctypes.CDLL(str(library))
+        self._library.workspace.restype = ctypes.c_int64
         self._device = _Device(132, 227 * 1024, 4096, 16 if capability >= 90 else 0)
 
     def why_not(self, device_type: str | None = None) -> str | None:
@@ -135,6 +137,11 @@ class EmulatedCUDA:
             self._run(SCALE, problem)
         else:
             self._run(RESCALE, _problem((*rows, options), grad, stats=stats, scale=scale))
+
+    def workspace(self, *rows: Any) -> int:
+        """Bytes of far memory in which the blocks of these rows meet: none for a cluster."""
+        problem = _problem(rows, rows[0])
+        return int(self._library.workspace(ctypes.byref(problem), ctypes.byref(self._device)))
 
     def _losses(self, rows: tuple[Any, ...], grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         count = rows[0].shape[0] * rows[0].shape[1]

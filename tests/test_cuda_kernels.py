@@ -94,6 +94,15 @@ def test_one_term_alone(divergence: str, terms: dict[str, float]) -> None:
         obey("inf_columns", divergence, dtypes, **terms)
 
 
+@pytest.mark.parametrize(("vocabulary", "in_a_cluster"), [(1203, True), (270_001, False)])
+def test_which_kernel_these_tests_run(
+    cuda: EmulatedCUDA, vocabulary: int, in_a_cluster: bool
+) -> None:
+    student, teacher, labels = make(vocabulary, BRAIN)
+    rows = student[None], teacher[None], labels, torch.ones(3), torch.ones(3), KDOptions()
+    assert (cuda.workspace(*rows) == 0) == (in_a_cluster and cuda.capability == 90)
+
+
 def test_a_row_too_long_for_a_cluster(cuda: EmulatedCUDA) -> None:
     obey("language_model", "forward_kl", (BRAIN, BRAIN), vocabulary=270_001)
 

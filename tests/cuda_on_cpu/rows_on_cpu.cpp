@@ -28,3 +28,8 @@ extern "C" __attribute__((visibility("default"))) int run(int what, const Proble
     default: return fused_kd::launch_scale(p->grad, p->N, p->V, p->scale, nullptr);
   }
 }
+
+extern "C" __attribute__((visibility("default"))) int64_t workspace(const Problem* p,
+                                                                    const Device* device) {
+  return fused_kd::workspace_bytes(*p, *device);
+}
