@@ -24,8 +24,6 @@ using namespace fused_kd;
 static constexpr float NaN = NAN;
 static int failures = 0, launches = 0;
 
-static int width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 static void must(bool ok, const std::string& what) {
   if (!ok && ++failures <= 20) printf("FAILED %s\n", what.c_str());
 }
@@ -95,7 +93,7 @@ struct Matrix {
   }
   char* address(int64_t i) const { return static_cast<char*>(rows.data) + i * width(rows.dtype); }
   void set(int64_t i, float x) {
-    const uint32_t word = rows.dtype == Dtype::f32 ? bits_of(x) : pack_bf16(x, x);
+    const uint32_t word = rows.dtype == Dtype::f32 ? same_bits<uint32_t>(x) : pack_bf16(x, x);
     memcpy(address(i), &word, width(rows.dtype));
   }
   void copy(const Matrix& other) { memcpy(address(0), other.address(0), bytes()); }
@@ -103,7 +101,7 @@ struct Matrix {
   bool is_nan(int64_t i) const {
     uint32_t word = 0;
     memcpy(&word, address(i), width(rows.dtype));
-    const float x = rows.dtype == Dtype::f32 ? float_of(word) : from_bf16(word);
+    const float x = rows.dtype == Dtype::f32 ? same_bits<float>(word) : from_bf16(word);
     return x != x;
   }
   // NaN in the gaps, and in no row but NO_LABEL's; that one is all NaN if it has a hard term.
