@@ -77,7 +77,7 @@ class ScalarLoss(torch.autograd.Function):
         inplace: bool,
         gradient_now: bool,
     ) -> Triple:
-        w_hard, w_soft = _term_weights(w, options)
+        w_hard, w_soft = term_weights(w, options)
         ctx.options, ctx.backend, ctx.inplace, ctx.used = options, backend, inplace, False
         ctx.buffer = None
         if gradient_now:
@@ -91,9 +91,9 @@ class ScalarLoss(torch.autograd.Function):
         else:
             hard, soft, stats = backend.forward(student, teacher, labels, w_hard, w_soft, options)
         ctx.gradient_now = gradient_now
-        _save(ctx, student, teacher, labels, w_hard, w_soft, stats)
+        save_tensors(ctx, student, teacher, labels, w_hard, w_soft, stats)
         hard, soft = (w * hard).sum(), (w * soft).sum()
-        loss = _combine(hard, soft, options)
+        loss = combine(hard, soft, options)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         return loss, hard, soft
@@ -108,7 +108,7 @@ class ScalarLoss(torch.autograd.Function):
                 "a second backward after inplace=True: the student logits were overwritten with "
                 "the gradient of the first; pass inplace=False to kd_loss"
             )
-        saved = _saved(ctx)
+        saved = saved_tensors(ctx)
         student, teacher, labels, w_hard, w_soft, stats = saved
         with torch.no_grad():
             if ctx.gradient_now and not ctx.used:
@@ -116,7 +116,7 @@ class ScalarLoss(torch.autograd.Function):
                 kept = None if ctx.inplace else student
                 ctx.backend.rescale(gradient, scale, kept, *saved[1:], ctx.options)
             else:
-                w_hard, w_soft = _times(w_hard, scale), _times(w_soft, scale)
+                w_hard, w_soft = times(w_hard, scale), times(w_soft, scale)
                 s, inplace = student.detach(), ctx.inplace
                 gradient = ctx.backend.backward(
                     s, teacher, labels, w_hard, w_soft, stats, ctx.options, inplace
@@ -125,7 +125,7 @@ class ScalarLoss(torch.autograd.Function):
                 increment_version(student)
         if not torch.compiler.is_compiling():
             ctx.used, ctx.buffer = True, None
-        return (_refuse_double_backward(student, gradient), *(None,) * 7)
+        return (refuse_double_backward(student, gradient), *(None,) * 7)
 
 
 class RowLosses(torch.autograd.Function):
@@ -141,12 +141,12 @@ class RowLosses(torch.autograd.Function):
         options: KDOptions,
         backend: Backend,
     ) -> Triple:
-        w_hard, w_soft = _term_weights(w, options)
+        w_hard, w_soft = term_weights(w, options)
         hard, soft, stats = backend.forward(student, teacher, labels, w_hard, w_soft, options)
         ctx.options, ctx.backend = options, backend
-        _save(ctx, student, teacher, labels, w_hard, w_soft, stats)
+        save_tensors(ctx, student, teacher, labels, w_hard, w_soft, stats)
         hard, soft = w * hard, w * soft
-        loss = _combine(hard, soft, options)
+        loss = combine(hard, soft, options)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         return loss, hard, soft
@@ -156,13 +156,13 @@ class RowLosses(torch.autograd.Function):
         per_row = upstream[0]
         if per_row is None:
             return (None,) * 6
-        student, teacher, labels, w_hard, w_soft, stats = _saved(ctx)
+        student, teacher, labels, w_hard, w_soft, stats = saved_tensors(ctx)
         with torch.no_grad():
-            w_hard, w_soft = _times(w_hard, per_row), _times(w_soft, per_row)
+            w_hard, w_soft = times(w_hard, per_row), times(w_soft, per_row)
             gradient = ctx.backend.backward(
                 student.detach(), teacher, labels, w_hard, w_soft, stats, ctx.options, False
             )
-        return (_refuse_double_backward(student, gradient), *(None,) * 5)
+        return (refuse_double_backward(student, gradient), *(None,) * 5)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -184,14 +184,14 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _refuse_double_backward(student: Tensor, gradient: Tensor) -> Tensor:
+def refuse_double_backward(x: Tensor, gradient: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient
-    result = _NoSecondDerivative.apply(student, gradient)  # type: ignore[no-untyped-call]
+    result = _NoSecondDerivative.apply(x, gradient)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 
 
-def _term_weights(w: Tensor, options: KDOptions) -> tuple[Tensor | None, Tensor | None]:
+def term_weights(w: Tensor, options: KDOptions) -> tuple[Tensor | None, Tensor | None]:
     hard, soft = options.hard_weight, options.soft_weight
     w_hard = None if hard == 0.0 else w if hard == 1.0 else w * hard
     if soft == hard:
@@ -199,7 +199,7 @@ def _term_weights(w: Tensor, options: KDOptions) -> tuple[Tensor | None, Tensor 
     return w_hard, None if soft == 0.0 else w if soft == 1.0 else w * soft
 
 
-def _combine(hard: Tensor, soft: Tensor, options: KDOptions) -> Tensor:
+def combine(hard: Tensor, soft: Tensor, options: KDOptions) -> Tensor:
     """hard_weight·hard + soft_weight·soft; a term that is off is 0 and is left out."""
     if options.hard_weight == 0.0:
         return soft * options.soft_weight
@@ -208,12 +208,12 @@ def _combine(hard: Tensor, soft: Tensor, options: KDOptions) -> Tensor:
     return torch.add(hard * options.hard_weight, soft, alpha=options.soft_weight)
 
 
-def _times(w: Tensor | None, upstream: Tensor) -> Tensor | None:
+def times(w: Tensor | None, upstream: Tensor) -> Tensor | None:
     """w·upstream, and 0 where w is 0 even if upstream is not finite."""
     return None if w is None else torch.where(w != 0, w * upstream, 0.0)
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
+def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
     """save_for_backward, which refuses tensors made under inference_mode: those are held as is."""
     ctx.held = {}
     if not torch.compiler.is_compiling():
@@ -221,5 +221,5 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(None if i in ctx.held else t for i, t in enumerate(tensors)))
 
 
-def _saved(ctx: Any) -> list[Any]:
+def saved_tensors(ctx: Any) -> list[Any]:
     return [ctx.held.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]

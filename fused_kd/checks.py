@@ -14,7 +14,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .options import LARGEST, SMALLEST
+from .options import LARGEST, SMALLEST, KDOptions
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHT_DTYPES = (
@@ -40,7 +40,7 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
         ValueError: shapes or devices that do not match, or a teacher that requires grad.
     """
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        _check_dense(name, logits)
+        check_dense(name, logits)
         if logits.dtype not in LOGIT_DTYPES:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64; got {logits.dtype}"
@@ -70,7 +70,7 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(
             f"student_logits must have at least one vocabulary entry; got {tuple(student.shape)}"
         )
-    _check_device("teacher_logits", teacher, student)
+    check_device("teacher_logits", teacher, student)
     if teacher.requires_grad:
         raise ValueError(
             "teacher_logits must not require grad, since the teacher gets no gradient; got a "
@@ -79,7 +79,33 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_labels(labels: Tensor | None, student: Tensor, hard_weight: float) -> None:
+def check_rows(
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: float | Tensor | None,
+    options: KDOptions,
+    student: Tensor,
+    vocabulary: int,
+    name: str = "student_logits",
+) -> Tensor | None:
+    """What comes with the rows of `student`, (..., anything), which messages call `name`.
+
+    Returns:
+        Which rows are kept, (...) bool; None: all.
+    """
+    check_labels(labels, student, options.hard_weight, name)
+    check_token_weight(token_weight, student, name)
+    check_num_items(num_items, options.reduction, student, name)
+    if labels is None:
+        return None
+    kept = labels != options.ignore_index
+    check_label_range(labels, kept, vocabulary, options.ignore_index)
+    return kept
+
+
+def check_labels(
+    labels: Tensor | None, student: Tensor, hard_weight: float, name: str = "student_logits"
+) -> None:
     """Presence, type, device and shape of the labels; their values: :func:`check_label_range`."""
     if labels is None:
         if hard_weight != 0.0:
@@ -88,11 +114,11 @@ def check_labels(labels: Tensor | None, student: Tensor, hard_weight: float) -> 
                 f"hard_weight={hard_weight}: pass labels, or hard_weight=0 for the soft term alone"
             )
         return
-    _check_dense("labels", labels)
+    check_dense("labels", labels)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels must be an integer tensor of class indices; got {labels.dtype}")
-    _check_row_shape("labels", labels, student)
-    _check_device("labels", labels, student)
+    _check_row_shape("labels", labels, student, name)
+    check_device("labels", labels, student, name)
 
 
 def check_label_range(labels: Tensor, kept: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -104,7 +130,7 @@ def check_label_range(labels: Tensor, kept: Tensor, vocabulary: int, ignore_inde
         vocabulary: V.
         ignore_index: named in the message.
     """
-    if labels.numel() == 0 or not _may_look_at_values(labels):
+    if labels.numel() == 0 or not may_look_at_values(labels):
         return
     low, high = torch.aminmax(torch.where(kept, labels, 0))
     if low.item() >= 0 and high.item() < vocabulary:
@@ -117,23 +143,25 @@ def check_label_range(labels: Tensor, kept: Tensor, vocabulary: int, ignore_inde
     )
 
 
-def check_token_weight(token_weight: Tensor | None, student: Tensor) -> None:
+def check_token_weight(
+    token_weight: Tensor | None, student: Tensor, name: str = "student_logits"
+) -> None:
     """Type, shape, device and (on the CPU) values of the weights of the tokens."""
     if token_weight is None:
         return
-    _check_dense("token_weight", token_weight)
+    check_dense("token_weight", token_weight)
     if token_weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"token_weight must be a bool, int or float tensor; got {token_weight.dtype}"
         )
-    _check_row_shape("token_weight", token_weight, student)
-    _check_device("token_weight", token_weight, student)
+    _check_row_shape("token_weight", token_weight, student, name)
+    check_device("token_weight", token_weight, student, name)
     if token_weight.requires_grad:
         raise ValueError(
             "token_weight must not require grad, since it gets no gradient; got a tensor that "
             "does: detach it"
         )
-    if token_weight.numel() == 0 or not _may_look_at_values(token_weight):
+    if token_weight.numel() == 0 or not may_look_at_values(token_weight):
         return
     low, high = (bound.item() for bound in torch.aminmax(token_weight))
     largest = torch.finfo(torch.float32).max
@@ -146,7 +174,12 @@ def check_token_weight(token_weight: Tensor | None, student: Tensor) -> None:
         )
 
 
-def check_num_items(num_items: float | Tensor | None, reduction: str, student: Tensor) -> None:
+def check_num_items(
+    num_items: float | Tensor | None,
+    reduction: str,
+    student: Tensor,
+    name: str = "student_logits",
+) -> None:
     """A positive number or a 0-d tensor (where 0 is allowed: the loss is then 0)."""
     if num_items is None:
         return
@@ -162,13 +195,13 @@ def check_num_items(num_items: float | Tensor | None, reduction: str, student: T
                 f"{tuple(num_items.shape)}"
             )
         if num_items.device.type != "cpu":
-            _check_device("num_items", num_items, student)
+            check_device("num_items", num_items, student, name)
         if num_items.is_complex() or num_items.dtype == torch.bool or num_items.requires_grad:
             raise TypeError(
                 "num_items must be an int or float tensor without grad; "
                 f"got {num_items.dtype}, requires_grad={num_items.requires_grad}"
             )
-        if _may_look_at_values(num_items) and not 0 <= num_items.item() < math.inf:
+        if may_look_at_values(num_items) and not 0 <= num_items.item() < math.inf:
             raise ValueError(
                 f"num_items must not be negative and must be finite; got {num_items.item()}"
             )
@@ -211,7 +244,7 @@ def refuse_copy_inplace(student: Tensor) -> None:
     )
 
 
-def _may_look_at_values(tensor: Tensor) -> bool:
+def may_look_at_values(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)  # a fake tensor has no values
@@ -220,7 +253,8 @@ def _may_look_at_values(tensor: Tensor) -> bool:
     )
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """`name` is an ordinary local tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
@@ -235,18 +269,19 @@ def _check_dense(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_row_shape(name: str, tensor: Tensor, student: Tensor) -> None:
+def _check_row_shape(name: str, tensor: Tensor, student: Tensor, like: str) -> None:
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
-            f"{name} must have the leading shape of student_logits, "
+            f"{name} must have the leading shape of {like}, "
             f"{tuple(student.shape[:-1])}; got {tuple(tensor.shape)}"
         )
 
 
-def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, student: Tensor, like: str = "student_logits") -> None:
+    """`name` lies on the device of the student, which messages call `like`."""
     if tensor.device != student.device:
         raise ValueError(
-            f"{name} must be on the device of student_logits, {student.device}; got {tensor.device}"
+            f"{name} must be on the device of {like}, {student.device}; got {tensor.device}"
         )
 
 

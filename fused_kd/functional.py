@@ -12,6 +12,7 @@ from . import checks
 from .autograd import kd_row_losses, kd_scalar_loss
 from .backends import choose
 from .options import KDOptions
+from .reduction import arithmetic_dtype, label_rows, row_weights, wide_labels
 
 
 class KDLossParts(NamedTuple):
@@ -136,15 +137,13 @@ def kd_loss_with(
     num_items: float | Tensor | None = None,
 ) -> Tensor | KDLossParts:
     """:func:`kd_loss` with its options already built and checked."""
-    if isinstance(labels, Tensor) and labels.dtype in checks.LABEL_DTYPES:
-        labels = labels.to(torch.int64)  # before any comparison: ignore_index may not fit theirs
+    labels = wide_labels(labels)
     kept, inplace = _check(options, student_logits, teacher_logits, labels, token_weight, num_items)
     backend = choose(options.backend, student_logits, teacher_logits)
     student, teacher = _as_rows(student_logits, teacher_logits, inplace)
-    w = _row_weights(student_logits, teacher_logits, kept, token_weight, options, num_items)
-    rows = None
-    if labels is not None and options.hard_weight != 0.0:
-        rows = labels.reshape(-1).contiguous()
+    dtype = arithmetic_dtype(student, teacher)
+    w = row_weights(student_logits, dtype, kept, token_weight, options, num_items)
+    rows = label_rows(labels, options)
     if options.reduction == "none":
         shape = student_logits.shape[:-1]
         parts = kd_row_losses(student, teacher, rows, w, options, backend)
@@ -165,9 +164,8 @@ def _check(
 ) -> tuple[Tensor | None, bool]:
     """All checks; returns which rows are kept (None: all) and whether to write in place."""
     checks.check_logits(student, teacher)
-    checks.check_labels(labels, student, options.hard_weight)
-    checks.check_token_weight(token_weight, student)
-    checks.check_num_items(num_items, options.reduction, student)
+    vocabulary = student.shape[-1]
+    kept = checks.check_rows(labels, token_weight, num_items, options, student, vocabulary)
     inplace = (
         options.inplace
         and torch.is_grad_enabled()
@@ -176,42 +174,7 @@ def _check(
     )
     if inplace:
         checks.check_inplace(student, teacher)
-    kept = None
-    if labels is not None:
-        kept = labels != options.ignore_index
-        checks.check_label_range(labels, kept, student.shape[-1], options.ignore_index)
     return kept, inplace
-
-
-def _row_weights(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor | None,  # (...), bool
-    token_weight: Tensor | None,  # (...)
-    options: KDOptions,
-    num_items: float | Tensor | None,
-) -> Tensor:
-    """(N,): the weight of each row in the reduced loss, denominator included, 0 if ignored."""
-    is_double = torch.float64 in (student.dtype, teacher.dtype)
-    dtype = torch.float64 if is_double else torch.float32
-    if token_weight is not None:
-        w = token_weight.to(dtype)
-        w = w if kept is None else torch.where(kept, w, 0.0)
-    elif kept is not None:
-        w = kept.to(dtype)
-    else:
-        w = torch.ones(student.shape[:-1], dtype=dtype, device=student.device)
-    w = w.reshape(-1)
-    if options.reduction != "mean":
-        return w.contiguous()
-    if num_items is None and token_weight is None:
-        return w / w.sum().clamp_(min=1)  # a count
-    # the sum of weights that are each finite need not be, in float32
-    denominator = w.sum(dtype=torch.float64) if num_items is None else num_items
-    if isinstance(denominator, Tensor):
-        denominator = torch.where(denominator == 0, math.inf, denominator.to(torch.float64))
-        return (w.to(torch.float64) / denominator).to(dtype)
-    return w / float(denominator)
 
 
 def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:

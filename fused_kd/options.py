@@ -12,6 +12,8 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "mse")
 SMALLEST, LARGEST = 2.0**-60, 2.0**60
 REDUCTIONS = ("mean", "sum", "none")
 SOFT_SCALES = ("t2", "none")
+#: Bytes.
+MIB = 2**20
 #: Backends that exist, besides "auto".
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 

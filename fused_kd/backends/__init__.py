@@ -106,13 +106,23 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
     return cast(Backend, module).why_not(device_type)
 
 
+def named(name: str) -> Backend:
+    """The backend that :func:`choose_name` named."""
+    return cast(Backend, _MODULES[name])
+
+
 def choose(requested: str, student: Tensor, teacher: Tensor) -> Backend:
-    """The backend for these tensors.
+    """The backend for these tensors; see :func:`choose_name`."""
+    return named(choose_name(requested, student, teacher))
+
+
+def choose_name(requested: str, student: Tensor, teacher: Tensor) -> str:
+    """The name of the backend for these tensors.
 
     Args:
         requested: "auto" or the name of a backend.
-        student: logits; device and dtype are looked at.
-        teacher: logits; the dtype is looked at.
+        student: logits, or what they are made of; device and dtype are looked at.
+        teacher: the same; the dtype is looked at.
 
     Raises:
         ValueError: the environment variable names no backend.
@@ -124,7 +134,7 @@ def choose(requested: str, student: Tensor, teacher: Tensor) -> Backend:
         source = ENVIRONMENT_VARIABLE
     is_double = student.dtype == torch.float64 or teacher.dtype == torch.float64
     if requested == "auto":
-        return cast(Backend, _MODULES["reference" if is_double else _automatic(student.device)])
+        return "reference" if is_double else _automatic(student.device)
     if requested not in _MODULES:
         raise ValueError(f"{source} must be 'auto' or one of {_known()}; got {requested!r}")
     reason = why_not(requested, student.device.type)
@@ -132,7 +142,7 @@ def choose(requested: str, student: Tensor, teacher: Tensor) -> Backend:
         reason = "float64 logits run on backend='reference' only"
     if reason is not None:
         raise RuntimeError(f"{source}={requested!r} cannot run: {reason}")
-    return cast(Backend, _MODULES[requested])
+    return requested
 
 
 def _automatic(device: torch.device) -> str:

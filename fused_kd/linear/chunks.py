@@ -1,0 +1,214 @@
+"""The chunk driver: logits of some rows, the row kernel over them, the products with the gradient.
+
+Of either model's logits no more than one chunk exists: float32 in buffers that every chunk uses
+again, the gradient written over the student's. The weight gradient is accumulated over the chunks,
+the first of which is written, not added.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..options import KDOptions
+from .memory import Sizes, chunk_rows
+from .products import Products, Side, products_for
+
+
+class Problem(NamedTuple):
+    """N rows of both models, and what is asked about them."""
+
+    student: Side
+    teacher: Side | None  # None: its logits are given
+    teacher_logits: Tensor | None  # (..., V)
+    labels: Tensor | None  # (N,)
+    w_hard: Tensor | None  # (N,); None: the term is off, 0: off for that row
+    w_soft: Tensor | None  # (N,)
+    options: KDOptions
+    backend: Backend
+    chunk_rows: int | None
+    memory_budget: int | None
+    kept_rows: int | None  # at most so many rows have a weight; None: ask the device, or mask
+
+
+class Gradients(NamedTuple):
+    """By the student's hidden (..., H), weight (V, H) and bias (V,); None: not wanted.
+
+    The first in its own dtype, the others in that of the accumulation.
+    """
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def run_chunks(
+    problem: Problem, wide: torch.dtype, gradients: Gradients | None
+) -> tuple[Tensor, Tensor]:
+    """hard (N,) and soft (N,), unweighted, 0 for rows without weight; fills the gradients.
+
+    Args:
+        problem: what to compute.
+        wide: the dtype of logits and losses.
+        gradients: to be written, whatever is in them.
+    """
+    rows = _Rows(problem)
+    hidden = problem.student.hidden
+    hard, soft = (hidden.new_zeros(rows.all, dtype=wide) for _ in range(2))
+    _clear(gradients, rows)
+    products = products_for(hidden.device, wide)
+    height = chunk_rows(
+        rows.count,
+        problem.chunk_rows,
+        problem.memory_budget,
+        hidden.device,
+        sizes_of(problem, wide, rows.index is not None),
+        products.fixed_bytes(),
+    )
+    chunk = _Chunk(problem, products, min(height, rows.count), wide)
+    for begin in range(0, rows.count, height):
+        here = rows.at(begin, min(begin + height, rows.count))
+        states = take(hidden, here)
+        if rows.mask is not None:  # 0 times what is not a number would spoil the weight gradient
+            states = torch.where(rows.mask[here, None], states, 0)
+        hard[here], soft[here] = chunk.losses(here, states, gradients is not None)
+        if gradients is not None:
+            chunk.multiply(here, states, gradients, add=begin > 0)
+    return hard, soft
+
+
+def sizes_of(problem: Problem, wide: torch.dtype, gathered: bool) -> Sizes:
+    """What the height of a chunk depends on."""
+    student, teacher, logits = problem.student, problem.teacher, problem.teacher_logits
+    given = logits if teacher is None else teacher.hidden
+    assert given is not None
+    return Sizes(
+        vocabulary=student.weight.shape[0],
+        student_hidden=student.weight.shape[1],
+        teacher_hidden=None if teacher is None else teacher.weight.shape[1],
+        wide_bytes=wide.itemsize,
+        student_bytes=student.hidden.dtype.itemsize,
+        teacher_bytes=given.dtype.itemsize,
+        gathered=gathered or _flat(given) is None or _flat(student.hidden) is None,
+    )
+
+
+class _Rows:
+    """Which rows are visited: all of them, or those of an index."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.all = self.count = problem.student.hidden.shape[:-1].numel()
+        self.index: Tensor | None = None
+        self.mask: Tensor | None = None  # of the rows that have a weight, where others are visited
+        weights = [w for w in (problem.w_hard, problem.w_soft) if w is not None]
+        if not weights:
+            self.count = 0
+            return
+        has_weight = (torch.stack(weights) != 0).any(0)
+        if has_weight.device.type == "cpu":
+            if not bool(has_weight.all()):
+                self.index = has_weight.nonzero().squeeze(1)
+        else:  # their number is not asked for: that would wait for the device
+            self.mask = has_weight
+            if problem.kept_rows is not None:
+                self.index = torch.argsort((~has_weight).byte(), stable=True)[: problem.kept_rows]
+        if self.index is not None:
+            self.count = self.index.shape[0]
+
+    def at(self, begin: int, end: int) -> slice | Tensor:
+        """Which rows these of the visited ones are."""
+        return slice(begin, end) if self.index is None else self.index[begin:end]
+
+
+class _Chunk:
+    """Buffers that every chunk uses again, and what is done with one chunk."""
+
+    def __init__(
+        self, problem: Problem, products: Products, height: int, wide: torch.dtype
+    ) -> None:
+        self.problem, self.products = problem, products
+        shape = (height, problem.student.weight.shape[0])
+        self.student = problem.student.hidden.new_empty(shape, dtype=wide)
+        has_pair = problem.teacher is not None
+        self.teacher = self.student.new_empty(shape) if has_pair else None
+
+    def losses(
+        self, rows: slice | Tensor, hidden: Tensor, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """hard and soft of these rows; the gradient lies over the student's logits after it."""
+        problem = self.problem
+        s = self.student[: hidden.shape[0]]
+        self.products.logits(s, hidden, problem.student)
+        t = self._teacher_logits(rows)
+        vectors = (problem.labels, problem.w_hard, problem.w_soft)
+        labels, w_hard, w_soft = (None if x is None else x[rows] for x in vectors)
+        arguments = (s[None], t[None], labels, w_hard, w_soft, problem.options)
+        if with_gradient:
+            return problem.backend.forward_backward(*arguments, inplace=True)[:2]
+        return problem.backend.forward(*arguments)[:2]
+
+    def multiply(
+        self, rows: slice | Tensor, hidden: Tensor, gradients: Gradients, add: bool
+    ) -> None:
+        """The chunk's part of each wanted gradient."""
+        side, count = self.problem.student, hidden.shape[0]
+        gradient = self.student[:count]
+        if gradients.bias is not None:
+            part = gradient.sum(0)
+            gradients.bias.copy_(gradients.bias + part if add else part)
+        operand = self.products.operand(gradient, self.teacher, side.compute)
+        if gradients.hidden is not None:
+            target = gradients.hidden.view(-1, hidden.shape[1])
+            if isinstance(rows, slice) and target.dtype == gradient.dtype:
+                self.products.hidden_gradient(target[rows], operand, side)
+            else:
+                part = gradient.new_empty(hidden.shape)
+                self.products.hidden_gradient(part, operand, side)
+                target[rows] = part.to(target.dtype)
+        if gradients.weight is not None:
+            self.products.weight_gradient(gradients.weight, operand, hidden, side.compute, add)
+
+    def _teacher_logits(self, rows: slice | Tensor) -> Tensor:
+        problem = self.problem
+        if problem.teacher is None:
+            assert problem.teacher_logits is not None
+            given = take(problem.teacher_logits, rows)
+            return given if given.stride(-1) == 1 else given.contiguous()
+        assert self.teacher is not None
+        hidden = take(problem.teacher.hidden, rows)
+        t = self.teacher[: hidden.shape[0]]
+        self.products.logits(t, hidden, problem.teacher)
+        return t
+
+
+def take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """Rows of x (..., K) as (C, K): a view where they lie together, else a copy of these alone."""
+    flat = _flat(x)
+    if flat is not None:
+        return flat[rows]
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=x.device)
+    return x[torch.unravel_index(rows, x.shape[:-1])]
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    """(N, K) as a view; None if the leading dimensions do not fold."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def _clear(gradients: Gradients | None, rows: _Rows) -> None:
+    """Zeros where no chunk will write."""
+    if gradients is None:
+        return
+    if gradients.hidden is not None and rows.index is not None:
+        gradients.hidden.zero_()
+    if rows.count == 0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()

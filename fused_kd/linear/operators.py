@@ -1,0 +1,144 @@
+"""The two registered operators of the linear level: the whole chunk loop is opaque to a compiler.
+
+A loop that a compiler traced would be compiled anew for every number of rows. Each operator takes
+the tensors and options of :func:`fused_kd.linear_kd_loss`, one weight per row and term (None: the
+term is off), and gives the unweighted terms of every row; the second one also the gradients of
+their weighted sum. Calling them directly is not differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import named
+from ..ops import library
+from ..options import KDOptions
+from ..reduction import arithmetic_dtype
+from .chunks import Gradients, Problem, run_chunks
+from .products import Side
+
+_TENSORS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits, Tensor? labels, "
+    "Tensor? w_hard, Tensor? w_soft"
+)
+_SETTINGS = (
+    "str divergence, float temperature, float beta, str soft_scale, float label_smoothing, "
+    "str backend, ScalarType student_dtype, ScalarType teacher_dtype, SymInt? chunk_rows, "
+    "SymInt? memory_budget, SymInt? kept_rows"
+)
+library.define(f"linear_losses({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)")
+# gradients by the student's hidden, weight and bias, empty if not wanted
+library.define(
+    f"linear_gradients({_TENSORS}, {_SETTINGS}, bool[] wanted, ScalarType accumulate)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def linear_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """hard (N,) and soft (N,)."""
+    problem = _problem(*arguments)
+    with torch.no_grad(), torch.autocast(problem.student.hidden.device.type, enabled=False):
+        return run_chunks(problem, _wide(problem), None)
+
+
+def linear_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hard, soft and the gradients by hidden, weight and bias."""
+    *rest, wanted, accumulate = arguments
+    problem = _problem(*rest)
+    outputs = _empty_gradients(problem.student, wanted, accumulate)
+    asked = (x if w else None for x, w in zip(outputs, wanted, strict=True))
+    with torch.no_grad(), torch.autocast(problem.student.hidden.device.type, enabled=False):
+        hard, soft = run_chunks(problem, _wide(problem), Gradients(*asked))
+    return hard, soft, *outputs
+
+
+def _problem(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    w_hard: Tensor | None,
+    w_soft: Tensor | None,
+    divergence: str,
+    temperature: float,
+    beta: float,
+    soft_scale: str,
+    label_smoothing: float,
+    backend: str,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    chunk_rows: int | None,
+    memory_budget: int | None,
+    kept_rows: int | None,
+) -> Problem:
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = Side(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
+    options = KDOptions(
+        divergence=divergence,
+        temperature=temperature,
+        beta=beta,
+        soft_scale=soft_scale,
+        label_smoothing=label_smoothing,
+    )
+    return Problem(
+        student=Side(student_hidden, student_weight, student_bias, student_dtype),
+        teacher=teacher,
+        teacher_logits=teacher_logits,
+        labels=labels,
+        w_hard=w_hard,
+        w_soft=w_soft,
+        options=options,
+        backend=named(backend),
+        chunk_rows=chunk_rows,
+        memory_budget=memory_budget,
+        kept_rows=kept_rows,
+    )
+
+
+def _wide(problem: Problem) -> torch.dtype:
+    given = problem.teacher_logits if problem.teacher is None else problem.teacher.hidden
+    return arithmetic_dtype(problem.student.hidden, given)
+
+
+def _empty_gradients(
+    student: Side, wanted: list[bool], accumulate: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = student.hidden, student.weight
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, accumulate, accumulate)
+    made = (
+        hidden.new_empty(shape if want else (0,), dtype=dtype)
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+    )
+    return tuple(made)  # type: ignore[return-value]
+
+
+def _fake_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = _problem(*arguments)
+    hidden, rows = problem.student.hidden, problem.student.hidden.shape[:-1].numel()
+    hard, soft = (hidden.new_empty((rows,), dtype=_wide(problem)) for _ in range(2))
+    return hard, soft
+
+
+def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    *rest, wanted, accumulate = arguments
+    student = _problem(*rest).student
+    return *_fake_losses(*rest), *_empty_gradients(student, wanted, accumulate)
+
+
+for _name, _run, _fake in (
+    ("linear_losses", linear_losses, _fake_losses),
+    ("linear_gradients", linear_gradients, _fake_gradients),
+):
+    for _device in ("CPU", "CUDA", "XPU"):
+        library.impl(_name, _run, _device)
+    torch.library.register_fake(f"fused_kd::{_name}", _fake)
