@@ -125,7 +125,7 @@ class ScalarLoss(torch.autograd.Function):
                 increment_version(student)
         if not torch.compiler.is_compiling():
             ctx.used, ctx.buffer = True, None
-        return (refuse_double_backward(student, gradient), *(None,) * 7)
+        return (refuse_double_backward(gradient, student), *(None,) * 7)
 
 
 class RowLosses(torch.autograd.Function):
@@ -162,32 +162,34 @@ class RowLosses(torch.autograd.Function):
             gradient = ctx.backend.backward(
                 student.detach(), teacher, labels, w_hard, w_soft, stats, ctx.options, False
             )
-        return (refuse_double_backward(student, gradient), *(None,) * 5)
+        return (refuse_double_backward(gradient, student), *(None,) * 5)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     """Passes the gradient through and raises when it is differentiated.
 
-    It takes the student as an input, so that autograd reaches it whatever the gradient itself
-    depends on: a bare ``once_differentiable`` was seen to drop the term silently.
+    It takes the loss's differentiable inputs, so that autograd reaches it whatever the gradient
+    itself depends on: a bare ``once_differentiable`` was seen to drop the term silently.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, student: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         raise RuntimeError(
-            "kd_loss cannot be differentiated twice (create_graph=True, gradient penalties, "
-            "Hessians): use fused_kd.testing.eager_kd_loss, plain torch, where you need that"
+            "kd_loss and linear_kd_loss cannot be differentiated twice (create_graph=True, "
+            "gradient penalties, Hessians): use fused_kd.testing.eager_kd_loss, plain torch, "
+            "where you need that"
         )
 
 
-def refuse_double_backward(x: Tensor, gradient: Tensor) -> Tensor:
+def refuse_double_backward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+    """The gradient by one of the inputs, whose own derivative by any of them raises."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient
-    result = _NoSecondDerivative.apply(x, gradient)  # type: ignore[no-untyped-call]
+    result = _NoSecondDerivative.apply(gradient, *inputs)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 
 

@@ -108,10 +108,10 @@ class _Rows:
             self.count = 0
             return
         has_weight = (torch.stack(weights) != 0).any(0)
-        if has_weight.device.type == "cpu":
+        if _host_knows(has_weight):
             if not bool(has_weight.all()):
                 self.index = has_weight.nonzero().squeeze(1)
-        else:  # their number is not asked for: that would wait for the device
+        else:
             self.mask = has_weight
             if problem.kept_rows is not None:
                 self.index = torch.argsort((~has_weight).byte(), stable=True)[: problem.kept_rows]
@@ -121,6 +121,11 @@ class _Rows:
     def at(self, begin: int, end: int) -> slice | Tensor:
         """Which rows these of the visited ones are."""
         return slice(begin, end) if self.index is None else self.index[begin:end]
+
+
+def _host_knows(x: Tensor) -> bool:
+    """Whether values can be asked for without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 class _Chunk:

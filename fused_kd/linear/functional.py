@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -157,7 +158,7 @@ def linear_kd_loss_with(
     kept = checks.check_rows(
         labels, token_weight, num_items, options, hidden, weight.shape[0], "student_hidden"
     )
-    check_kept_rows(kept_rows, kept, hidden.shape[:-1].numel())
+    check_kept_rows(kept_rows, kept, math.prod(hidden.shape[:-1]))
     given = teacher_logits if teacher[0] is None else teacher[0]
     assert given is not None
     wide = arithmetic_dtype(hidden, given)

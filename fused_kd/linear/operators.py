@@ -8,6 +8,7 @@ their weighted sum. Calling them directly is not differentiable.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ def _empty_gradients(
 
 def _fake_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = _problem(*arguments)
-    hidden, rows = problem.student.hidden, problem.student.hidden.shape[:-1].numel()
+    hidden = problem.student.hidden
+    rows = math.prod(hidden.shape[:-1])  # numel() would fix a symbolic size
     hard, soft = (hidden.new_empty((rows,), dtype=_wide(problem)) for _ in range(2))
     return hard, soft
 

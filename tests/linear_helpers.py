@@ -1,0 +1,100 @@
+"""What the tests of the linear level share: inputs, the float64 truth, the eager composition."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from helpers import as_loss
+from torch import Tensor
+
+from fused_kd import kd_loss, linear_kd_loss
+from fused_kd.testing import eager_kd_loss
+
+H_S, H_T = 24, 40
+
+
+class Heads(NamedTuple):
+    """Hidden states and heads of both models; the student's three are leaves that require grad."""
+
+    hidden: Tensor  # (N, H_S)
+    weight: Tensor  # (V, H_S)
+    bias: Tensor  # (V,)
+    teacher_hidden: Tensor  # (N, H_T)
+    teacher_weight: Tensor  # (V, H_T)
+    labels: Tensor  # (N,)
+
+    @property
+    def student(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.bias
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        return self.teacher_hidden, self.teacher_weight
+
+
+class Outcome(NamedTuple):
+    """Losses, and the gradients by hidden states, weight and bias."""
+
+    loss: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def make_heads(
+    rows: int = 37, vocabulary: int = 131, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Heads:
+    """Logits of a few units; labels that ignore nothing."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+        return (scale * torch.randn(*shape, generator=draw)).to(dtype).requires_grad_(grad)
+
+    return Heads(
+        leaf(rows, H_S),
+        leaf(vocabulary, H_S, scale=0.4),
+        leaf(vocabulary),
+        leaf(rows, H_T, grad=False),
+        leaf(vocabulary, H_T, scale=0.4, grad=False),
+        torch.randint(vocabulary, (rows,), generator=draw),
+    )
+
+
+def ours(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
+    """linear_kd_loss and its gradients."""
+    loss = linear_kd_loss(
+        heads.hidden,
+        heads.weight,
+        *heads.teacher,
+        heads.labels,
+        student_bias=heads.bias,
+        **keywords,
+    )
+    return _differentiate(as_loss(loss), heads.student, upstream)
+
+
+def truth(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
+    """The float64 reference on whole logits."""
+    student = [x.detach().double().requires_grad_() for x in heads.student]
+    teacher = F.linear(*(x.double() for x in heads.teacher))
+    loss = kd_loss(F.linear(*student), teacher, heads.labels, backend="reference", **keywords)
+    return _differentiate(as_loss(loss), tuple(student), upstream)
+
+
+def eager(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
+    """What a careful user composes, in the inputs' own dtype."""
+    logits = F.linear(*heads.student), F.linear(*heads.teacher)
+    loss = eager_kd_loss(*logits, heads.labels, **keywords)
+    return _differentiate(loss, heads.student, upstream)
+
+
+def _differentiate(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | None) -> Outcome:
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return Outcome(loss.detach(), *torch.autograd.grad(loss, inputs, upstream))
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    """The norm of the difference, relative to that of the exact value."""
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()

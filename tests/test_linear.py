@@ -1,0 +1,211 @@
+"""The linear level against the float64 reference on whole logits: values, reductions, rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fast import HERE
+from linear_helpers import Heads, Outcome, distance, eager, make_heads, ours, truth
+
+from fused_kd import KDLossParts, LinearKDLoss, kd_loss, linear_kd_loss
+from fused_kd.options import DIVERGENCES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def no_worse(got: Outcome, exact: Outcome, baseline: Outcome, heads: Heads) -> None:
+    """The error of loss and gradients is at most the eager composition's, plus float32 rounding."""
+    eps = torch.finfo(torch.float32).eps
+    for name, mine, theirs, want in zip(Outcome._fields, got, baseline, exact, strict=True):
+        slack = 8 * eps
+        if name != "loss":  # rounded once
+            slack += torch.finfo(heads.hidden.dtype).eps / 4
+        error, allowed = distance(mine, want), distance(theirs, want)
+        assert error <= 1.1 * allowed + slack, f"{name}: {error:.2e} > {allowed:.2e} + {slack:.0e}"
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_error_rule(divergence: str, dtype: torch.dtype, backend: str) -> None:
+    heads = make_heads(rows=13, dtype=dtype)
+    heads.labels[::4] = -100
+    upstream = torch.rand(13, generator=torch.Generator().manual_seed(1)) + 0.5
+    options: dict[str, Any] = {"divergence": divergence, "temperature": 2.0}
+    for reduction, up in (("none", upstream), ("mean", torch.tensor(3.0))):
+        keywords = {**options, "reduction": reduction}
+        got = ours(heads, up, backend=backend, chunk_rows=4, **keywords)
+        exact, baseline = truth(heads, up, **keywords), eager(heads, up, **keywords)
+        no_worse(got, exact, baseline, heads)
+
+
+# with teacher logits of another dtype; without bias; one term off; smoothing; weights
+CASES: list[dict[str, Any]] = [
+    {},
+    {"hard_weight": 0.0},
+    {"soft_weight": 0.0, "label_smoothing": 0.1},
+    {"hard_weight": 0.0, "soft_weight": 0.0},
+    {"reduction": "sum", "soft_scale": "none", "temperature": 3.0},
+    {"reduction": "mean", "num_items": 11},
+    {"reduction": "mean", "num_items": torch.tensor(0.0)},
+    {"token_weight": torch.arange(37) % 3},
+    {"token_weight": torch.arange(37) % 3, "reduction": "none"},
+    {"reduction": "none", "label_smoothing": 0.2},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("ignored", [0, 3, 37])
+def test_same_as_the_logits_level(case: dict[str, Any], ignored: int) -> None:
+    heads = make_heads(dtype=torch.float64)
+    heads.labels[:ignored] = -100
+    got, want = ours(heads, chunk_rows=5, **case), truth(heads, **case)
+    for name, mine, theirs in zip(Outcome._fields, got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_the_height_of_a_chunk(dtype: torch.dtype) -> None:
+    heads = make_heads(dtype=dtype)
+    whole = ours(heads, reduction="none", chunk_rows=37)
+    for height in (1, 2, 5, 16, 36, 100):
+        got = ours(heads, reduction="none", chunk_rows=height)
+        assert torch.equal(got.loss, whole.loss)
+        assert torch.equal(got.hidden, whole.hidden)
+        # sums over the rows in another order: a bound that does not know the number of chunks
+        for mine, theirs in ((got.weight, whole.weight), (got.bias, whole.bias)):
+            assert distance(mine, theirs) <= 2 * torch.finfo(dtype).eps
+
+
+def test_the_weight_gradient_does_not_lose_digits_with_the_number_of_chunks() -> None:
+    heads = make_heads(rows=512, dtype=torch.bfloat16)
+    exact = truth(heads).weight
+    one, many = (distance(ours(heads, chunk_rows=c).weight, exact) for c in (512, 2))
+    assert many <= 1.01 * one
+    rounded = ours(heads, chunk_rows=2, grad_accum_dtype=torch.bfloat16)
+    assert distance(rounded.weight, exact) > 3 * one  # what float32 is there to avoid
+
+
+def test_teacher_logits_instead_of_a_head() -> None:
+    heads = make_heads()
+    logits = F.linear(*heads.teacher)
+    for dtype in DTYPES:
+        given = logits.to(dtype)
+        padded = F.pad(given, (0, 3))[:, :-3]  # rows that lie apart
+        for teacher in (given, padded, given.t().contiguous().t()):
+            for ignored in (False, True):
+                labels = heads.labels.clone()
+                labels[::2] = -100 if ignored else 0
+                got = linear_kd_loss(
+                    heads.hidden, heads.weight, labels=labels, teacher_logits=teacher, chunk_rows=9
+                )
+                want = kd_loss(F.linear(heads.hidden, heads.weight), given, labels)
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 5), (2, 3, 4)])
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    rows = max(1, torch.Size(shape).numel())
+    heads = make_heads(rows=rows)
+    want = ours(heads, reduction="none")
+    hidden = heads.hidden.detach().view(*shape, -1).requires_grad_()
+    rows_of = (hidden, heads.weight, heads.teacher_hidden.view(*shape, -1), heads.teacher_weight)
+    labels = heads.labels.view(shape)
+    keywords = {"student_bias": heads.bias, "reduction": "none", "chunk_rows": 3}
+    loss = linear_kd_loss(*rows_of, labels, **keywords)
+    assert loss.shape == shape
+    assert torch.equal(loss.flatten(), want.loss)
+    loss.sum().backward()
+    assert torch.equal(hidden.grad.view(rows, -1), want.hidden)
+
+
+def test_rows_that_lie_apart_are_not_copied_together() -> None:
+    heads = make_heads(rows=24)
+    hidden = heads.hidden.detach().view(4, 6, -1)[:, :-1].requires_grad_()
+    teacher = heads.teacher_hidden.view(4, 6, -1)[:, :-1]
+    labels = heads.labels.view(4, 6)[:, :-1]
+    logits = F.linear(heads.teacher_hidden, heads.teacher_weight).view(4, 6, -1)[:, :-1]
+    want = linear_kd_loss(
+        hidden.contiguous(), heads.weight, teacher.contiguous(), heads.teacher_weight, labels
+    )
+    (expected,) = torch.autograd.grad(want, hidden)
+    for given in ({"teacher_hidden": teacher, "teacher_weight": heads.teacher_weight},
+                  {"teacher_logits": logits}):  # fmt: skip
+        got = linear_kd_loss(hidden, heads.weight, labels=labels, chunk_rows=7, **given)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], expected)
+
+
+def test_ignored_rows_are_not_looked_at() -> None:
+    heads = make_heads()
+    heads.labels[[0, 5, 36]] = -100
+    clean = ours(heads, chunk_rows=8)
+    with torch.no_grad():
+        heads.hidden[[0, 5, 36]] = torch.nan
+        heads.teacher_hidden[[0, 5, 36]] = torch.inf
+    got = ours(heads, chunk_rows=8)
+    assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
+    assert not got.hidden[[0, 5, 36]].any()
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other_loss() -> None:
+    heads = make_heads()
+    clean = ours(heads, reduction="none")
+    with torch.no_grad():
+        heads.hidden[3, 0] = torch.nan
+    got = ours(heads, reduction="none", chunk_rows=8)
+    others = torch.arange(37) != 3
+    assert got.loss[3].isnan()
+    assert torch.equal(got.loss[others], clean.loss[others])
+    assert torch.equal(got.hidden[others], clean.hidden[others])
+
+
+def test_a_vocabulary_padded_with_minus_infinity_changes_nothing() -> None:
+    heads = make_heads()
+    clean = ours(heads, label_smoothing=0.1)
+    padding = torch.full((9,), -torch.inf)
+    bias = torch.cat([heads.bias.detach(), padding]).requires_grad_()
+    got = linear_kd_loss(
+        heads.hidden,
+        F.pad(heads.weight, (0, 0, 0, 9)),
+        heads.teacher_hidden,
+        F.pad(heads.teacher_weight, (0, 0, 0, 9)),
+        heads.labels,
+        student_bias=bias,
+        teacher_bias=torch.cat([torch.zeros(131), padding]),
+        label_smoothing=0.1,
+    )
+    torch.testing.assert_close(got, clean.loss)
+    (grad,) = torch.autograd.grad(got, bias)
+    torch.testing.assert_close(grad, F.pad(clean.bias, (0, 9)), rtol=1e-5, atol=1e-7)
+
+
+def test_no_rows() -> None:
+    heads = make_heads(rows=0)
+    for reduction in ("mean", "none"):
+        got = ours(heads, reduction=reduction)
+        assert got.loss.sum() == 0
+        assert not got.weight.any()
+
+
+def test_parts() -> None:
+    heads = make_heads()
+    tensors = (heads.hidden, heads.weight, *heads.teacher, heads.labels)
+    loss = LinearKDLoss(return_parts=True, hard_weight=0.25, soft_weight=2.0, temperature=2.0)
+    got = loss(*tensors)
+    want = kd_loss(
+        F.linear(heads.hidden, heads.weight),
+        F.linear(*heads.teacher),
+        heads.labels,
+        return_parts=True,
+        hard_weight=0.25,
+        soft_weight=2.0,
+        temperature=2.0,
+    )
+    assert isinstance(got, KDLossParts)
+    torch.testing.assert_close(tuple(got), tuple(want))
+    assert not got.hard.requires_grad
+    assert not got.soft.requires_grad
