@@ -77,7 +77,7 @@ def check_chunks(
         ValueError: not positive, or both heights given.
     """
     for name, value in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
-        _check_count(name, value, least=1)
+        check_count(name, value, least=1)
     if chunk_rows is not None and memory_budget is not None:
         raise ValueError(
             "chunk_rows and memory_budget both decide the height of a chunk; got "
@@ -98,7 +98,7 @@ def check_accumulation(dtype: torch.dtype, weight: Tensor) -> None:
 
 def check_kept_rows(kept_rows: int | None, kept: Tensor | None, rows: int) -> None:
     """An int; on the CPU (by value) at least the number of rows that are not ignored."""
-    _check_count("kept_rows", kept_rows, least=0)
+    check_count("kept_rows", kept_rows, least=0)
     if kept_rows is None:
         return
     if kept is None:
@@ -187,7 +187,7 @@ def _check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: object, least: int) -> None:
     if value is None or isinstance(value, torch.SymInt):
         return
     if not isinstance(value, Integral) or isinstance(value, bool):

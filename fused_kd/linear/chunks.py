@@ -65,7 +65,7 @@ def run_chunks(
         problem.chunk_rows,
         problem.memory_budget,
         hidden.device,
-        sizes_of(problem, wide, rows.index is not None),
+        _sizes(problem, products, wide, rows.index is not None or rows.mask is not None),
         products.fixed_bytes(),
     )
     chunk = _Chunk(problem, products, min(height, rows.count), wide)
@@ -80,11 +80,16 @@ def run_chunks(
     return hard, soft
 
 
-def sizes_of(problem: Problem, wide: torch.dtype, gathered: bool) -> Sizes:
+def _sizes(problem: Problem, products: Products, wide: torch.dtype, gathered: bool) -> Sizes:
     """What the height of a chunk depends on."""
     student, teacher, logits = problem.student, problem.teacher, problem.teacher_logits
     given = logits if teacher is None else teacher.hidden
     assert given is not None
+    dtypes = {student.hidden.dtype, student.compute}
+    if teacher is not None:
+        dtypes |= {teacher.hidden.dtype, teacher.compute}
+    lie_apart = _flat(given) is None or _flat(student.hidden) is None
+    lie_apart |= teacher is None and given.stride(-1) != 1
     return Sizes(
         vocabulary=student.weight.shape[0],
         student_hidden=student.weight.shape[1],
@@ -92,7 +97,10 @@ def sizes_of(problem: Problem, wide: torch.dtype, gathered: bool) -> Sizes:
         wide_bytes=wide.itemsize,
         student_bytes=student.hidden.dtype.itemsize,
         teacher_bytes=given.dtype.itemsize,
-        gathered=gathered or _flat(given) is None or _flat(student.hidden) is None,
+        gathered=gathered or lie_apart,
+        converted=dtypes != {wide},
+        # with a teacher's head the copy lies over its logits
+        operand_bytes=0 if teacher else products.operand_bytes(student.compute),
     )
 
 
@@ -166,15 +174,18 @@ class _Chunk:
             gradients.bias.copy_(gradients.bias + part if add else part)
         operand = self.products.operand(gradient, self.teacher, side.compute)
         if gradients.hidden is not None:
-            target = gradients.hidden.view(-1, hidden.shape[1])
-            if isinstance(rows, slice) and target.dtype == gradient.dtype:
-                self.products.hidden_gradient(target[rows], operand, side)
-            else:
-                part = gradient.new_empty(hidden.shape)
-                self.products.hidden_gradient(part, operand, side)
-                target[rows] = part.to(target.dtype)
+            self._hidden_gradient(gradients.hidden, rows, operand)
         if gradients.weight is not None:
             self.products.weight_gradient(gradients.weight, operand, hidden, side.compute, add)
+
+    def _hidden_gradient(self, out: Tensor, rows: slice | Tensor, gradient: Tensor) -> None:
+        side, target = self.problem.student, out.view(-1, out.shape[-1])
+        if isinstance(rows, slice) and target.dtype == self.student.dtype:
+            self.products.hidden_gradient(target[rows], gradient, side)
+            return
+        part = self.student.new_empty((gradient.shape[0], target.shape[1]))
+        self.products.hidden_gradient(part, gradient, side)
+        target[rows] = part.to(target.dtype)
 
     def _teacher_logits(self, rows: slice | Tensor) -> Tensor:
         problem = self.problem

@@ -50,6 +50,10 @@ class Products(Protocol):
         """out = hidden · weightᵀ + bias."""
         ...
 
+    def operand_bytes(self, compute: torch.dtype) -> int:
+        """Of an element of the copy that :meth:`operand` makes without a spare; 0: makes none."""
+        ...
+
     def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
         """The gradient (C, V) as the two products below take it; `spare` (C, V) may be used."""
         ...
@@ -67,11 +71,7 @@ class Products(Protocol):
 
 def products_for(device: torch.device, wide: torch.dtype) -> Products:
     """Who multiplies on this device, with results of dtype `wide`."""
-    if (
-        wide == torch.float32
-        and device.type == "cpu"
-        and "product_bytes_per_thread" in (extension.cpu.build_info() or {})
-    ):
+    if wide == torch.float32 and device.type == "cpu" and extension.cpu.why_not() is None:
         return CompiledProducts()
     if wide == torch.float32 and device.type == "cuda":
         return CudaProducts()
@@ -99,14 +99,23 @@ class TorchProducts:
         if side.bias is not None:
             out.add_(side.bias)
 
+    def operand_bytes(self, compute: torch.dtype) -> int:
+        return 0
+
     def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
         return gradient
 
     def hidden_gradient(self, out: Tensor, gradient: Tensor, side: Side) -> None:
         for tile in self._tiles(side, out.dtype):
-            weight = _wide(side.weight[tile], side.compute, out.dtype)
-            # the first product is written, not added to what happens to lie there
-            torch.addmm(out, gradient[:, tile], weight, beta=int(tile.start > 0), out=out)
+            # the first product is written, not added to what happens to lie there; no name holds
+            # a tile while the next is made
+            torch.addmm(
+                out,
+                gradient[:, tile],
+                _wide(side.weight[tile], side.compute, out.dtype),
+                beta=int(tile.start > 0),
+                out=out,
+            )
 
     def weight_gradient(
         self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
@@ -138,6 +147,9 @@ class CompiledProducts:
         bias = None if side.bias is None else side.bias.float()
         _product(out, hidden, side.weight.t(), bias, side.compute, round_a=True)
 
+    def operand_bytes(self, compute: torch.dtype) -> int:
+        return 0
+
     def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
         return gradient
 
@@ -154,6 +166,7 @@ class CompiledProducts:
             part = gradient.new_empty(out[tile].shape)
             _product(part, gradient[:, tile].t(), hidden, None, compute)
             _put(out[tile], part, add)
+            del part  # before the next is made
 
 
 class CudaProducts:
@@ -168,6 +181,9 @@ class CudaProducts:
             _mm(out[:, tile], rows, side.weight[tile].to(side.compute).t())
         if side.bias is not None:
             out.add_(side.bias)
+
+    def operand_bytes(self, compute: torch.dtype) -> int:
+        return 0 if compute == torch.float32 else compute.itemsize
 
     def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
         if compute == gradient.dtype:
@@ -192,6 +208,7 @@ class CudaProducts:
             part = gradient.new_empty(out[tile].shape, dtype=torch.float32)
             _mm(part, gradient[:, tile].t(), rows)
             _put(out[tile], part, add)
+            del part  # before the next is made
 
     def _tiles(self, side: Side) -> Iterator[slice]:
         if side.weight.dtype == side.compute:
@@ -204,7 +221,7 @@ def _wide(x: Tensor, compute: torch.dtype, wide: torch.dtype) -> Tensor:
 
 
 def _put(out: Tensor, part: Tensor, add: bool) -> None:
-    out.copy_(out + part if add else part)  # the sum in float32, rounded once
+    out.copy_(part.add_(out) if add else part)  # the sum in float32, rounded once
 
 
 def _product(

@@ -1,0 +1,241 @@
+"""The memory and work of each level, counted from the sizes.
+
+For one forward and backward of the default loss (cross-entropy and forward KL, reduction "mean")
+with gradients by the student's hidden states and head. The logits are taken to be passed on, not
+kept: a variable that still holds them in the backward keeps them alive.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..checks import LOGIT_DTYPES
+from ..linear.checks import check_chunks, check_count
+from ..linear.memory import FEWEST_ROWS, Sizes, automatic_rows, chunk_rows, row_bytes
+from ..linear.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
+
+#: What eager composition holds at its peak, as float32 (N, V): both log-softmaxes of the student
+#: and the teacher's, kept for the backward, and the three factors of the divergence. Where logits
+#: are narrower their float32 copies come on top.
+EAGER_TEMPORARIES = 6
+#: (N, V) that it reads and writes in forward and backward, each operation counted once.
+EAGER_PASSES = 35
+
+
+class Level(NamedTuple):
+    """One way to the loss and its gradients."""
+
+    memory: dict[str, int]  # bytes of each part at the moment of the peak, beyond the inputs
+    flop: int  # of the products
+    traffic: int  # bytes read and written, each operand of each operation once
+
+    @property
+    def peak(self) -> int:
+        """Bytes beyond the inputs."""
+        return sum(self.memory.values())
+
+
+class Plan(NamedTuple):
+    """What :func:`plan` found."""
+
+    inputs: int  # bytes of hidden states, heads and labels
+    eager: Level
+    logits: Level
+    logits_inplace: Level
+    linear: Level
+    chunk_rows: int
+    chunks: int
+    reason: str  # what decided the height: rows, memory_budget, automatic or floor
+    explanation: str  # the same as a sentence
+    weight_gradient_share: float  # of the linear level's traffic: adding to the weight gradient
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        return {
+            "eager": self.eager,
+            "logits": self.logits,
+            "logits, in place": self.logits_inplace,
+            "linear": self.linear,
+        }
+
+
+def plan(
+    rows: int,
+    vocab: int,
+    hidden_student: int,
+    hidden_teacher: int,
+    dtype: torch.dtype = torch.bfloat16,
+    memory_budget: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    grad_accum_dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """Peak memory, work and chunks of eager, the logits level and the linear level.
+
+    Args:
+        rows: N, those that are not ignored.
+        vocab: V.
+        hidden_student: H of the student.
+        hidden_teacher: H of the teacher.
+        dtype: of hidden states and heads.
+        memory_budget: of the linear level, in bytes; None: automatic.
+        device: where it runs; the automatic budget of a GPU needs that GPU to be here.
+        grad_accum_dtype: of the linear level.
+
+    Raises:
+        TypeError: not an int, or not a dtype.
+        ValueError: a value out of range, or a budget that does not hold one row.
+    """
+    sizes = {"rows": rows, "vocab": vocab, "hidden_student": hidden_student}
+    for name, value in (sizes | {"hidden_teacher": hidden_teacher}).items():
+        if value is None:
+            raise TypeError(f"{name} must be an int; got None")
+        check_count(name, value, least=1)
+    check_chunks(None, memory_budget, grad_accum_dtype)
+    if dtype not in LOGIT_DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
+    if grad_accum_dtype not in (torch.float32, dtype):
+        raise ValueError(
+            f"grad_accum_dtype must be torch.float32 or dtype, {dtype}; got {grad_accum_dtype}"
+        )
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device; got {device!r} ({error})") from error
+    counted = _Count(rows, vocab, hidden_student, hidden_teacher, dtype, grad_accum_dtype, where)
+    height, reason, explanation = counted.chunk(memory_budget)
+    linear, added = counted.linear(height)
+    return Plan(
+        counted.inputs,
+        counted.whole(eager=True),
+        counted.whole(),
+        counted.whole(inplace=True),
+        linear,
+        height,
+        -(-rows // height),
+        reason,
+        explanation,
+        added / linear.traffic,
+    )
+
+
+class _Count:
+    """Bytes of everything that the levels are made of."""
+
+    def __init__(
+        self,
+        rows: int,
+        vocab: int,
+        student: int,
+        teacher: int,
+        dtype: torch.dtype,
+        accumulate: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.dtype, self.device = rows, dtype, device
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.accumulate = dtype if dtype == torch.float64 else accumulate
+        self.products = products_for(device, self.wide)
+        size, wide_size = dtype.itemsize, self.wide.itemsize
+        self.sizes = Sizes(
+            *(vocab, student, teacher, wide_size, size, size),
+            gathered=False,
+            converted=dtype != self.wide,
+        )
+        self.logits, self.wide_logits = rows * vocab * size, rows * vocab * wide_size
+        self.hidden, self.weight = rows * student * size, vocab * student * size
+        self.teacher = (rows + vocab) * teacher * size
+        self.inputs = self.hidden + self.weight + self.teacher + rows * torch.int64.itemsize
+        self.forward_flop = 2 * rows * vocab * (student + teacher)
+        self.flop = self.forward_flop + 4 * rows * vocab * student
+
+    def whole(self, eager: bool = False, inplace: bool = False) -> Level:
+        """With the logits of both models whole."""
+        n, wide = self.logits, self.wide_logits
+        narrow = 0 if self.dtype == self.wide else 2  # models whose logits eager widens
+        loss = {"student logits": n, "teacher logits": n}
+        # products: the logits of both written, their gradient read twice
+        traffic = 4 * n + 3 * (self.hidden + self.weight) + self.teacher
+        if eager:
+            loss["eager temporaries"] = (EAGER_TEMPORARIES + narrow) * wide
+            traffic += EAGER_PASSES * wide + (3 * (n + wide) if narrow else 0)
+        else:
+            traffic += 3 * n
+            if not inplace:
+                loss["gradient of the logits"] = n
+        after = {"gradient of the logits": n, "gradients": self.hidden + self.weight}
+        return Level(_highest(loss, after), self.flop, traffic)
+
+    def linear(self, height: int) -> tuple[Level, int]:
+        """In chunks; and the bytes that adding to the weight gradient costs."""
+        chunks = -(-self.rows // height)
+        total = self.weight // self.dtype.itemsize * self.accumulate.itemsize
+        rounded = self.weight if self.accumulate != self.dtype else 0
+        held = {"gradients": self.hidden, "accumulator": total}
+        chunk = {"chunk": height * row_bytes(self.sizes), "products": self._product_bytes(chunks)}
+        after = held | {"gradients": self.hidden + rounded}
+        weights = chunks * (self.weight + self.sizes.vocabulary * self._teacher_row())
+        forward = 4 * self.wide_logits + self.hidden + self.rows * self._teacher_row() + weights
+        added = (2 * chunks - 1) * total  # the first chunk is written, not added
+        traffic = forward + 3 * self.wide_logits + 2 * self.hidden + chunks * self.weight + added
+        flop = self.flop
+        if rounded:
+            traffic += total + rounded
+        if self.dtype == torch.float16:  # the logits are gone when its loss scale arrives
+            traffic, flop = traffic + forward, flop + self.forward_flop
+        return Level(_highest(held | chunk, after), flop, traffic), added
+
+    def chunk(self, budget: int | None) -> tuple[int, str, str]:
+        """The height, what decided it, and a sentence about that."""
+        fixed, one = self.products.fixed_bytes(), row_bytes(self.sizes)
+        try:
+            height = chunk_rows(self.rows, None, budget, self.device, self.sizes, fixed)
+            floor = budget is None and automatic_rows(self.device, self.sizes, fixed) == FEWEST_ROWS
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                "device must be on this machine where memory_budget is None, since its memory "
+                f"decides; got {str(self.device)!r}: pass memory_budget ({error})"
+            ) from error
+        if height == self.rows:
+            reason, because = "rows", "all of them fit"
+        elif budget is not None:
+            reason, because = "memory_budget", f"what memory_budget={shown(budget)} allows"
+        elif floor:
+            reason, because = "floor", "the fewest that the automatic choice takes"
+        else:
+            reason, because = "automatic", "what the automatic budget of the device allows"
+        need = f"{shown(one)} each, and {shown(fixed)} for the products"
+        return height, reason, f"chunks of {height} rows, {because} ({need})"
+
+    def _teacher_row(self) -> int:
+        return (self.sizes.teacher_hidden or 0) * self.dtype.itemsize
+
+    def _product_bytes(self, chunks: int) -> int:
+        """What the products hold beside the chunk, of what fixed_bytes() allows them."""
+        width = max(self.sizes.student_hidden, self.sizes.teacher_hidden or 0)
+        tile, sum_tile = (
+            min(TILE_BYTES, self.sizes.vocabulary * hidden * self.wide.itemsize)
+            for hidden in (width, self.sizes.student_hidden)
+        )
+        compiled = isinstance(self.products, CompiledProducts)
+        held = self.products.fixed_bytes() if compiled else 0
+        if self.accumulate != self.wide and self.device.type == "cpu":
+            held += sum_tile * min(chunks, 2)  # wide, and what it is added to
+        elif isinstance(self.products, TorchProducts) and self.dtype != self.wide:
+            held += tile
+        return held
+
+
+def _highest(*moments: dict[str, int]) -> dict[str, int]:
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def shown(size: float) -> str:
+    """Bytes for a reader: 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -1,0 +1,48 @@
+"""The registered operators of the linear level: schemas, fakes, and that they are opaque."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from linear_helpers import make_heads
+
+from fused_kd.linear.autograd import Settings
+from fused_kd.options import KDOptions
+
+CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
+def _arguments(dtype: torch.dtype, given_logits: bool, ignored: bool) -> tuple[Any, ...]:
+    heads = make_heads(rows=12, dtype=dtype)
+    tensors = [x.detach() for x in heads.student]
+    teacher: tuple[Any, ...] = (*heads.teacher, None, None)
+    if given_logits:
+        teacher = (None, None, None, F.linear(*heads.teacher))
+    w = torch.full((12,), 0.25, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    w[3] = 0.0 if ignored else 0.25
+    backend = "reference"
+    settings = Settings(
+        KDOptions(temperature=2.0), backend, dtype, dtype, 5, None, None, torch.float32
+    )
+    return (*tensors, *teacher, heads.labels, w, None, *settings.arguments())
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("given_logits", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_losses(dtype: torch.dtype, given_logits: bool, ignored: bool) -> None:
+    arguments = _arguments(dtype, given_logits, ignored)
+    torch.library.opcheck(torch.ops.fused_kd.linear_losses.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients(dtype: torch.dtype, wanted: list[bool]) -> None:
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments = (*_arguments(dtype, False, True), wanted, accumulate)
+    torch.library.opcheck(torch.ops.fused_kd.linear_gradients.default, arguments, test_utils=CHECKS)
+    _, _, *gradients = torch.ops.fused_kd.linear_gradients(*arguments)
+    assert [g.numel() > 0 for g in gradients] == wanted
