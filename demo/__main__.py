@@ -1,14 +1,15 @@
-"""``python -m demo``: distil a small model on real text, with the eager loss and with KDLoss."""
+"""``python -m demo``: distil a small model on real text, with the eager loss and with fused_kd."""
 
 import argparse
 import os
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-STEPS = 60
+STEPS = 50
 TRAIN_TOKENS, HELD_OUT_TOKENS = 1_000_000, 100_000
 NEEDED = ("torch", "transformers", "mistral_common", "matplotlib", "fused_kd")
 
@@ -25,8 +26,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m demo",
         description="Train a small teacher on the text of Python's standard library with a real "
-        "131,072-entry vocabulary; distil two students from it, one with the eager loss, one with "
-        "KDLoss, from the same weights and batches; compare curves, time and memory.",
+        "131,072-entry vocabulary; distil three students from it, with the eager loss, KDLoss and "
+        "LinearKDLoss, from the same weights and batches; compare curves, time and memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from demo import corpus, models, report, train
-    from fused_kd import KDLoss
+    from fused_kd import KDLoss, LinearKDLoss
     from fused_kd.backends import why_not
     from fused_kd.testing import eager_kd_loss
 
@@ -87,19 +88,21 @@ def main(arguments: list[str] | None = None) -> None:
     teacher = train.train_teacher(text, train.TEACHER_STEPS * chosen.steps, chosen.seed)
 
     weights = {"temperature": train.TEMPERATURE, "hard_weight": 0.5, "soft_weight": 0.5}
-    losses: dict[str, train.LossFunction] = {
-        "eager": lambda student, taught, labels: eager_kd_loss(student, taught, labels, **weights),
-        "KDLoss": KDLoss(**weights, inplace=chosen.inplace),
+    linear = LinearKDLoss(**weights, memory_budget=train.MEMORY_BUDGET)
+    methods = {
+        "eager": train.Method(train.logits, partial(eager_kd_loss, **weights)),
+        "KDLoss": train.Method(train.logits, KDLoss(**weights, inplace=chosen.inplace)),
+        "LinearKDLoss": train.Method(train.hidden_and_head, linear),
     }
     start = models.student_of(teacher)
-    students = train.distil(teacher, start, losses, text, chosen.steps, chosen.seed)
+    students = train.distil(teacher, start, methods, text, chosen.steps, chosen.seed)
     trained = {student.name: student.model for student in students}
     judged = train.evaluate({"teacher": teacher, "student before": start, **trained}, text)
 
     print("\n" + report.table(students, judged))
     print(
-        f"\nTimes are medians over {chosen.steps} steps; losses and perplexities are of held-out "
-        f"text.\nPerplexity of token frequencies alone: {text.unigram_perplexity():.0f}. "
+        f"\n{report.notes(students, train.MEMORY_BUDGET)}\n"
+        f"Perplexity of token frequencies alone: {text.unigram_perplexity():.0f}. "
         f"The curves differ by at most {report.largest_difference(students):.1e}."
     )
     report.picture(students, text.vocab_size, chosen.output)

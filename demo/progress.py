@@ -1,5 +1,6 @@
 """One line that tells how far a phase is: redrawn on a terminal, a few plain lines elsewhere."""
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -59,4 +60,6 @@ class Progress:
         """Redraw the line; the rest of the old one is erased."""
         filled = self.WIDTH * self.done // self.total
         bar = "━" * filled + "╌" * (self.WIDTH - filled)
-        print(f"\r\033[K{self.label:<10} {bar} {self.state(note)}", end="", flush=True)
+        line = f"{self.label:<10} {bar} {self.state(note)}"
+        line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be redrawn
+        print(f"\r\033[K{line}", end="", flush=True)

@@ -3,15 +3,32 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from demo.train import STUDENT_ROWS, WINDOW, Scores, Student
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MIB = 2**20
-COLOURS = ("#E69F00", "#0072B2")  # eager, fused: told apart by any eye
-LABELS = {"eager": "eager PyTorch", "KDLoss": "KDLoss"}
+COLOURS = ("#E69F00", "#0072B2", "#009E73")  # eager, logits, linear: told apart by any eye
+DOTS = {"ls": "none", "marker": "o", "ms": 5, "mec": "white", "mew": 0.9}
+CURVES: tuple[dict[str, Any], ...] = ({"lw": 6}, {"lw": 1.8}, DOTS)
+LINEAR = "LinearKDLoss"
+LABELS = {"eager": "eager PyTorch", "KDLoss": "KDLoss", LINEAR: LINEAR}
 INK, PALE_INK = "#222B35", "#5A6570"
+STYLE = {
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": "#9AA3AD",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +38,8 @@ class Summary:
     name: str
     loss_ms: float
     step_ms: float
-    peak_mib: float
+    loss_mib: float
+    step_mib: float
 
     @classmethod
     def of(cls, student: Student) -> "Summary":
@@ -29,37 +47,58 @@ class Summary:
             student.name,
             statistics.median(student.loss_ms),
             statistics.median(student.step_ms),
-            student.peak_bytes / MIB,
+            student.loss_bytes / MIB,
+            student.step_bytes / MIB,
         )
+
+    def needs(self) -> tuple[str, ...]:
+        """Its cells; a star where the loss contains products that other losses leave outside."""
+        star = "*" if self.name == LINEAR else " "
+        loss_ms, loss_mib = f"{self.loss_ms:.1f}{star}", f"{self.loss_mib:.1f}{star}"
+        return loss_ms, f"{self.step_ms:.0f} ", loss_mib, f"{self.step_mib:.1f} "
+
+    def ratios(self, eager: "Summary") -> tuple[str, ...]:
+        """How many times less it needs, where the two do the same."""
+        step_ms, step_mib = times(eager.step_ms, self.step_ms), times(eager.step_mib, self.step_mib)
+        if self.name == LINEAR:
+            return "", step_ms, "", step_mib
+        loss_ms, loss_mib = times(eager.loss_ms, self.loss_ms), times(eager.loss_mib, self.loss_mib)
+        return loss_ms, step_ms, loss_mib, step_mib
 
 
 def largest_difference(students: list[Student]) -> float:
-    """Between the two curves, over all steps."""
-    first, second = students
-    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
+    """Between any two curves, over all steps."""
+    steps = zip(*(student.losses for student in students), strict=True)
+    return max(max(losses) - min(losses) for losses in steps)
 
 
 def table(students: list[Student], scores: dict[str, Scores]) -> str:
-    """Times are medians over the steps; losses and perplexities are of the held-out text."""
-    eager, fused = rows = [Summary.of(student) for student in students]
+    """Of each student: time, memory and how it did; then the ratios; then the other models."""
+    rows = [Summary.of(student) for student in students]
+    eager, *fused = rows
     cells = [
-        ("", "loss", "step", "extra memory", "hard", "soft", "held-out"),
-        ("", "ms", "ms", "of the loss", "loss", "loss", "perplexity"),
+        ("", "loss ", "step ", "loss ", "step ", "hard", "soft", "held-out"),
+        ("", "ms ", "ms ", "MiB ", "MiB ", "loss", "loss", "perplexity"),
     ]
-    for row in rows:
-        needs = (f"{row.loss_ms:.1f}", f"{row.step_ms:.0f}", f"{row.peak_mib:.1f} MiB")
-        cells.append((row.name, *needs, *shown(scores[row.name])))
-    ratios = (
-        times(eager.loss_ms, fused.loss_ms),
-        times(eager.step_ms, fused.step_ms),
-        times(eager.peak_mib, fused.peak_mib),
-    )
-    cells.append(("ratio", *ratios, "", "", ""))
-    others = scores.keys() - {row.name for row in rows}
-    cells += [(name, "", "", "", *shown(scores[name])) for name in scores if name in others]
-    layout = "{:<15}{:>8}{:>8}{:>15}{:>11}{:>9}{:>12}"
+    cells += [(row.name, *row.needs(), *shown(scores[row.name])) for row in rows]
+    cells += [(f"eager / {row.name}", *row.ratios(eager), "", "", "") for row in fused]
+    others = [name for name in scores if name not in {row.name for row in rows}]
+    cells += [(name, "", "", "", "", *shown(scores[name])) for name in others]
+    layout = "{:<20}{:>8}{:>7}{:>9}{:>8}{:>8}{:>8}{:>12}"
     lines = [layout.format(*line) for line in cells]
     return "\n".join([*lines[:2], "─" * len(lines[0]), *lines[2:]])
+
+
+def notes(students: list[Student], budget: int) -> str:
+    """How the table is to be read."""
+    return f"""\
+Times are medians over {len(students[0].losses)} steps. Memory is the peak: of a loss,
+beyond what it is given; of a step, beyond weights and optimizer; gradients
+are counted. hard, soft and perplexity are those of held-out text.
+* {LINEAR} is given hidden states. Its loss contains the products with
+  both lm_heads and the gradients of the student's, which the others leave to
+  the rest of the step: compare the steps, not the losses. It holds at most
+  {budget // MIB} MiB of logits at a time; the rest is the gradient of the lm_head."""
 
 
 def shown(of: Scores) -> tuple[str, str, str]:
@@ -68,7 +107,7 @@ def shown(of: Scores) -> tuple[str, str, str]:
 
 
 def times(eager: float, fused: float) -> str:
-    """How many times less the fused loss needs."""
+    """How many times less is needed than by the eager loss."""
     ratio = eager / max(fused, 1e-9)
     return "> 9999×" if ratio > 9999 else f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
 
@@ -82,79 +121,70 @@ def setting(vocab_size: int) -> str:
 
 
 def picture(students: list[Student], vocab_size: int, path: Path) -> None:
-    """Left: both loss curves on one axis. Right: bars of time and memory."""
+    """Left: the loss curves on one axis. Right: bars of time and memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
-    plt.rcParams |= {
-        "font.size": 11,
-        "text.color": INK,
-        "axes.edgecolor": "#9AA3AD",
-        "axes.labelcolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    eager, fused = rows = [Summary.of(student) for student in students]
+    plt.rcParams |= STYLE
+    rows = [Summary.of(student) for student in students]
     figure = plt.figure(figsize=(12.5, 6.2), dpi=160)
-    grid = figure.add_gridspec(
-        3,
-        2,
-        width_ratios=(1.45, 1),
-        left=0.065,
-        right=0.97,
-        top=0.79,
-        bottom=0.13,
-        wspace=0.3,
-        hspace=1.0,
-    )
-    title = "The same training" + (
-        f": {times(eager.loss_ms, fused.loss_ms)} less time in the loss, "
-        f"{times(eager.peak_mib, fused.peak_mib)} less memory for it"
-        if fused.loss_ms < eager.loss_ms
-        else ", on the slow reference backend of fused_kd"
-    )
-    figure.text(0.02, 0.94, title, fontsize=17, fontweight="bold", va="center")
+    sides = {"left": 0.065, "right": 0.97, "top": 0.79, "bottom": 0.13}
+    grid = figure.add_gridspec(3, 2, width_ratios=(1.45, 1), wspace=0.3, hspace=1.0, **sides)
+    figure.text(0.02, 0.94, title(*rows), fontsize=17, fontweight="bold", va="center")
     figure.text(0.02, 0.885, setting(vocab_size), fontsize=10.5, color=PALE_INK, va="center")
-
-    curves = figure.add_subplot(grid[:, 0])
-    steps = range(1, len(students[0].losses) + 1)
-    for student, colour, width in zip(students, COLOURS, (6, 1.8), strict=True):
-        curves.plot(steps, student.losses, color=colour, lw=width, label=LABELS[student.name])
-    curves.set_title(
-        f"Training loss: the two curves are at most {largest_difference(students):.0e} apart",
-        loc="left",
-        fontweight="bold",
-        fontsize=12,
-    )
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    curves.set_xlabel("training step")
-    curves.set_ylabel("½ cross-entropy + ½ T² · KL divergence,  T = 2")
-    curves.grid(axis="y", color="#ECEEF0")
-    curves.set_axisbelow(True)
-    curves.margins(x=0.02)
-    curves.legend(frameon=False, fontsize=12, loc="upper right")
-
+    draw_curves(figure.add_subplot(grid[:, 0]), students)
     bars = (
-        ("Loss, forward + backward", "ms per step", [row.loss_ms for row in rows]),
-        ("Whole training step", "ms", [row.step_ms for row in rows]),
-        ("Memory that the loss adds", "MiB at its peak", [row.peak_mib for row in rows]),
+        ("Loss, forward + backward, ms per step", "loss_ms"),
+        ("Whole training step, ms", "step_ms"),
+        ("Memory of a step, MiB at its peak", "step_mib"),
     )
-    for place, (name, unit, values) in enumerate(bars):
-        axes = figure.add_subplot(grid[place, 1])
-        axes.barh([LABELS[row.name] for row in rows], values, color=COLOURS, height=0.72)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.14 * max(values))
-        axes.set_title(f"{name}, {unit}", loc="left", fontweight="bold", fontsize=12)
-        axes.tick_params(left=False, bottom=False, labelbottom=False)
-        axes.spines[["left", "bottom"]].set_visible(False)
-        ratio = f"   {times(*values)} less"
-        for height, value in enumerate(values):
-            shown = f" {value:,.0f}" if value >= 10 else f" {value:.1f}"
-            axes.text(value, height, shown + (ratio if height else ""), va="center")
+    for place, (name, quantity) in enumerate(bars):
+        draw_bars(figure.add_subplot(grid[place, 1]), rows, name, quantity)
     figure.savefig(path)
     plt.close(figure)
+
+
+def title(eager: Summary, fused: Summary, linear: Summary) -> str:
+    """What the picture shows, in one line."""
+    if fused.loss_ms >= eager.loss_ms:
+        return "The same training, on the slow reference backend of fused_kd"
+    faster, smaller = times(eager.loss_ms, fused.loss_ms), times(eager.step_mib, linear.step_mib)
+    return f"The same training: a {faster} faster loss, or steps in {smaller} less memory"
+
+
+def draw_curves(axes: "Axes", students: list[Student]) -> None:
+    """Over one another: the first as a band, the second as a line in it, the third as dots."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps = range(1, len(students[0].losses) + 1)
+    for student, colour, line in zip(students, COLOURS, CURVES, strict=True):
+        axes.plot(steps, student.losses, color=colour, label=LABELS[student.name], **line)
+    apart = f"{largest_difference(students):.0e}"
+    name = f"Training loss: the three curves are at most {apart} apart"
+    axes.set_title(name, loc="left", fontweight="bold", fontsize=12)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("training step")
+    axes.set_ylabel("½ cross-entropy + ½ T² · KL divergence,  T = 2")
+    axes.grid(axis="y", color="#ECEEF0")
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02)
+    axes.legend(frameon=False, fontsize=12, loc="upper right")
+
+
+def draw_bars(axes: "Axes", rows: list[Summary], name: str, quantity: str) -> None:
+    """One quantity of every student, and how much less than the first's it is."""
+    values = [getattr(row, quantity) for row in rows]
+    axes.barh([LABELS[row.name] for row in rows], values, color=COLOURS, height=0.72)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.14 * max(values))
+    axes.set_title(name, loc="left", fontweight="bold", fontsize=12)
+    axes.tick_params(left=False, bottom=False, labelbottom=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    for height, (row, value) in enumerate(zip(rows, values, strict=True)):
+        remark = f"{times(values[0], value)} less" if height else ""
+        if row.name == LINEAR and quantity == "loss_ms":
+            remark = "with lm_head products"
+        number = f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+        axes.text(value, height, f" {number}   {remark}", va="center")

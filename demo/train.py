@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,30 @@ WINDOW = 64  # tokens in a sequence
 TEACHER_ROWS, TEACHER_RATE, TEACHER_STEPS = 8, 2e-3, 8  # steps for each step of the students
 STUDENT_ROWS, STUDENT_RATE = 4, 1e-3
 HELD_OUT_TOKENS = 4096
+MEMORY_BUDGET = 64 * 2**20  # of LinearKDLoss: a quarter of the step's logits
 
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+def logits(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:
+    """What a loss at the logits level takes of a model: (B, S, V)."""
+    return (model(input_ids=ids).logits,)
+
+
+def hidden_and_head(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:
+    """What a loss at the linear level takes of a model: (B, S, H) and the lm_head's (V, H).
+
+    The head is a view of the weight: a gradient by the weight itself would be one by the tied
+    embedding too, whose part is the model's backward, not the loss's.
+    """
+    head = model.lm_head.weight
+    return model.model(input_ids=ids).last_hidden_state, head.view_as(head)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss, and what it takes of either model: ``loss(*student's, *teacher's, labels)``."""
+
+    outputs: Callable[[LlamaForCausalLM, Tensor], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,43 +66,58 @@ class Student:
 
     name: str
     model: LlamaForCausalLM
-    loss: LossFunction
+    method: Method
     losses: list[float] = field(default_factory=list)
     loss_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    loss_bytes: int = 0
+    step_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.optimizer = optimizer_of(self.model, STUDENT_RATE)
 
-    def loss_and_gradient(
-        self, logits: Tensor, teacher_logits: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient by the logits: the graph behind the logits is not entered."""
-        loss = self.loss(logits, teacher_logits, labels)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        return loss.detach(), gradient
+    def forward(self, teacher: LlamaForCausalLM, ids: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """What the loss takes: of the student, and of the teacher."""
+        with torch.no_grad():
+            taught = self.method.outputs(teacher, ids)
+        return self.method.outputs(self.model, ids), taught
 
-    def measure_peak(self, ids: Tensor, labels: Tensor, teacher_logits: Tensor) -> None:
-        """The memory that the loss needs beyond the logits, its gradient included."""
-        logits = self.model(input_ids=ids).logits
-        peak = cpu_peak(lambda: self.loss_and_gradient(logits, teacher_logits, labels))
-        self.peak_bytes = peak.highest
+    def loss_and_gradients(
+        self, outputs: tuple[Tensor, ...], taught: tuple[Tensor, ...], labels: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and its gradients by the outputs: the graph behind them is not entered."""
+        loss = self.method.loss(*outputs, *taught, labels)
+        return loss.detach(), torch.autograd.grad(loss, outputs)
 
-    def step(self, ids: Tensor, labels: Tensor, teacher_logits: Tensor, teacher_ms: float) -> None:
-        """One step of training. The teacher's forward, shared here, counts in the step's time."""
+    def forward_and_backward(
+        self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor
+    ) -> tuple[float, float]:
+        """A step without its update: the loss, and the milliseconds spent in it."""
+        outputs, taught = self.forward(teacher, ids)
         start = time.perf_counter()
-        logits = self.model(input_ids=ids).logits
-        before = time.perf_counter()
-        loss, gradient = self.loss_and_gradient(logits, teacher_logits, labels)
-        after = time.perf_counter()
-        logits.backward(gradient)
+        loss, gradients = self.loss_and_gradients(outputs, taught, labels)
+        end = time.perf_counter()
+        torch.autograd.backward(outputs, gradients)
+        return loss.item(), 1e3 * (end - start)
+
+    def measure_memory(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
+        """Peaks: of the loss beyond what it takes, of a step beyond weights and optimizer."""
+        inputs = self.forward(teacher, ids)
+        self.loss_bytes = cpu_peak(partial(self.loss_and_gradients, *inputs, labels)).highest
+        del inputs
+        step = partial(self.forward_and_backward, teacher, ids, labels)
+        self.step_bytes = cpu_peak(step).highest
+        self.optimizer.zero_grad()
+
+    def step(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
+        """One step of training."""
+        start = time.perf_counter()
+        loss, loss_ms = self.forward_and_backward(teacher, ids, labels)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        end = time.perf_counter()
-        self.losses.append(loss.item())
-        self.loss_ms.append(1e3 * (after - before))
-        self.step_ms.append(1e3 * (end - start) + teacher_ms)
+        self.step_ms.append(1e3 * (time.perf_counter() - start))
+        self.losses.append(loss)
+        self.loss_ms.append(loss_ms)
 
 
 def optimizer_of(model: LlamaForCausalLM, rate: float) -> torch.optim.Optimizer:
@@ -116,31 +154,25 @@ def train_teacher(corpus: Corpus, steps: int, seed: int) -> LlamaForCausalLM:
 def distil(
     teacher: LlamaForCausalLM,
     start: LlamaForCausalLM,
-    losses: dict[str, LossFunction],
+    methods: dict[str, Method],
     corpus: Corpus,
     steps: int,
     seed: int,
 ) -> list[Student]:
-    """One student per loss, side by side: all from the weights of `start`, on the same batches."""
-    students = [Student(name, deepcopy(start), loss) for name, loss in losses.items()]
+    """A student per method, side by side: all from the weights of `start`, on the same batches."""
+    students = [Student(name, deepcopy(start), method) for name, method in methods.items()]
     batches = corpus.batches(STUDENT_ROWS, WINDOW, seed + 1)
-    ids, labels = next(batches)
-    with torch.no_grad():
-        teacher_logits = teacher(input_ids=ids).logits
+    first = next(batches)
     for student in students:
-        student.measure_peak(ids, labels, teacher_logits)
+        student.measure_memory(teacher, *first)
     with Progress("students", steps) as progress:
         for step in range(steps):
-            ids, labels = next(batches)
-            before = time.perf_counter()
-            with torch.no_grad():
-                teacher_logits = teacher(input_ids=ids).logits
-            teacher_ms = 1e3 * (time.perf_counter() - before)
+            batch = next(batches)
             for student in students:
                 set_rate(student.optimizer, STUDENT_RATE, step, steps)
-                student.step(ids, labels, teacher_logits, teacher_ms)
-            shown = (f"{s.name} {s.losses[-1]:.4f} in {s.loss_ms[-1]:.0f} ms" for s in students)
-            progress.advance("loss: " + ", ".join(shown))
+                student.step(teacher, *batch)
+            shown = (f"{s.name} {s.losses[-1]:.4f} in {s.step_ms[-1]:.0f} ms" for s in students)
+            progress.advance(", ".join(shown))
     return students
 
 

@@ -1,11 +1,23 @@
-"""The demo: it runs, both curves coincide, the picture is there; bad options cost nothing."""
+"""The demo: it runs, the curves coincide, the picture is there; bad options cost nothing."""
+
+from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
+
+from fused_kd import KDLoss, LinearKDLoss
+from fused_kd.testing import eager_kd_loss
+
+if TYPE_CHECKING:
+    from demo import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,11 +45,83 @@ def test_curves_coincide(tmp_path: Path, inplace: bool) -> None:
     assert float(difference[1]) < 2e-3
     assert str(picture) in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    memory = {
-        name: float(mib) for name, mib in re.findall(r"^(\w+) .* ([\d.]+) MiB", done.stdout, re.M)
+    # MiB of the loss (LinearKDLoss: 64 of logits, 64 of the lm_head's gradient), and of a step.
+    row = re.compile(r"^(\w+) +[\d.]+[ *] +\d+ +([\d.]+)[ *] +([\d.]+)  ", re.M)
+    loss, step = ({row[0]: float(row[i]) for row in row.findall(done.stdout)} for i in (1, 2))
+    assert loss["KDLoss"] < (1 if inplace else 129)
+    assert loss["eager"] > 500
+    assert loss["LinearKDLoss"] < 64 + 64 + 8
+    assert step["LinearKDLoss"] < 0.5 * step["KDLoss"] < 0.5 * step["eager"]
+
+
+VOCABULARY, STEPS = 61, 3
+
+
+@pytest.fixture(scope="module")
+def students() -> list[train.Student]:
+    """Three tiny students of a tiny teacher, after a few steps of the demo's own loop."""
+    from demo import corpus, models, train
+
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (400,))
+    text = corpus.Corpus(tokens[:300], tokens[300:], VOCABULARY, files=1, characters=400)
+    teacher = models.build(VOCABULARY, models.TEACHER_LAYERS).requires_grad_(False)
+    # Of the linear level's rows a chunk takes some, the last chunk fewer.
+    linear = LinearKDLoss(temperature=2.0, chunk_rows=100)
+    methods = {
+        "eager": train.Method(train.logits, partial(eager_kd_loss, temperature=2.0)),
+        "KDLoss": train.Method(train.logits, KDLoss(temperature=2.0)),
+        "LinearKDLoss": train.Method(train.hidden_and_head, linear),
     }
-    assert memory["KDLoss"] < (1 if inplace else 129)
-    assert memory["eager"] > 500
+    return train.distil(teacher, models.student_of(teacher), methods, text, STEPS, seed=0)
+
+
+def test_students_learn_the_same(students: list[train.Student]) -> None:
+    eager, *fused = students
+    assert eager.losses[0] != eager.losses[-1]
+    for student in fused:
+        assert student.losses == pytest.approx(eager.losses, rel=1e-5), student.name
+
+
+def test_step_is_an_ordinary_backward(students: list[train.Student]) -> None:
+    """Measuring the loss by itself changes no gradient, the tied embedding's included."""
+    from demo import corpus, models
+
+    ids, labels = corpus.with_labels(torch.randint(VOCABULARY, (2, 9)))
+    teacher = models.build(VOCABULARY, models.TEACHER_LAYERS).requires_grad_(False)
+    for student in students:
+        outputs, taught = student.forward(teacher, ids)
+        student.method.loss(*outputs, *taught, labels).backward()
+        wanted = [parameter.grad for parameter in student.model.parameters()]
+        student.model.zero_grad()
+        student.forward_and_backward(teacher, ids, labels)
+        for parameter, gradient in zip(student.model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        student.model.zero_grad()
+
+
+def test_report(students: list[train.Student]) -> None:
+    from demo import report, train
+
+    scores = {name: train.Scores(1.0, 0.5) for name in ("teacher", *(s.name for s in students))}
+    figures = (
+        {"loss_ms": [800.0], "step_ms": [1300.0], "losses": [1.0, 2.0]},
+        {"loss_ms": [40.0], "step_ms": [500.0], "losses": [1.0, 2.25]},
+        {"loss_ms": [300.0], "step_ms": [520.0], "losses": [1.5, 2.0]},
+    )
+    memory = {"loss_bytes": 8 * 2**20, "step_bytes": 16 * 2**20}
+    students = [replace(s, **f, **memory) for s, f in zip(students, figures, strict=True)]
+    lines = [line.split() for line in report.table(students, scores).splitlines()]
+    scored = ["1.0000", "0.5000", "2.7"]
+    assert lines[3:] == [
+        ["eager", "800.0", "1300", "8.0", "16.0", *scored],
+        ["KDLoss", "40.0", "500", "8.0", "16.0", *scored],
+        ["LinearKDLoss", "300.0*", "520", "8.0*", "16.0", *scored],
+        ["eager", "/", "KDLoss", "20×", "2.6×", "1.0×", "1.0×"],
+        ["eager", "/", "LinearKDLoss", "2.5×", "1.0×"],  # of its loss there is no like
+        ["teacher", *scored],
+    ]
+    assert report.largest_difference(students) == 0.5
 
 
 @pytest.mark.slow
