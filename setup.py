@@ -31,16 +31,20 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-ma
 # Scheduling before register allocation interleaves a loop's exponentials: 12 % on the sums.
 SCHEDULE = ["-fschedule-insns", "-fsched-pressure"]
 # One translation unit per instruction set: its flags belong to that file alone.
-KERNELS = {f"{CPU}/rows_generic.cpp": SCHEDULE}
+INSTRUCTION_SETS = {"generic": []}
 if X86:
-    KERNELS[f"{CPU}/rows_avx2.cpp"] = [*SCHEDULE, *AVX2]
-    KERNELS[f"{CPU}/rows_avx512.cpp"] = [*SCHEDULE, *AVX512]
-    KERNELS[f"{CPU}/rows_avx512_bf16.cpp"] = [*SCHEDULE, *AVX512, "-mavx512bf16"]
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+KERNELS = {}
+for _name, _flags in INSTRUCTION_SETS.items():
+    KERNELS[f"{CPU}/rows_{_name}.cpp"] = [*SCHEDULE, *_flags]
+    KERNELS[f"{CPU}/product_{_name}.cpp"] = _flags
 SOURCES = [
     *KERNELS,
     f"{CPU}/rows.cpp",
+    f"{CPU}/product.cpp",
     f"{CPU}/dispatch.cpp",
     "csrc/bindings/cpu_ops.cpp",
+    "csrc/bindings/product_ops.cpp",
     "csrc/bindings/module.cpp",
 ]
 CUDA = "csrc/cuda"

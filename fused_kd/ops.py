@@ -38,10 +38,20 @@ _SCHEMAS = (
     "scale_(Tensor(a!) grad, Tensor factor) -> ()",
 )
 
+# out (M, N) float32 = a (M, K) · b (K, N) + bias (N,), or += without one, in float32 sums: the same
+# bits for a row whatever M and the number of threads. Each of a and b has its own dtype, and stride
+# 1 in one dimension. The values of b, with round_a those of a too, are first rounded to round_to
+# (float32: no rounding); a processor that multiplies pairs of bfloat16 then always rounds a's.
+_PRODUCT = (
+    "product_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, ScalarType round_to, bool round_a, "
+    "bool accumulate) -> ()"
+)
+
 library = torch.library.Library("fused_kd", "DEF")
 for _prefix in PREFIXES:
     for _schema in _SCHEMAS:
         library.define(_prefix + _schema)
+library.define(_PRODUCT)
 
 
 def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
@@ -102,3 +112,11 @@ _FAKES = {
 for _prefix in PREFIXES:
     for _name, _fake in _FAKES.items():
         torch.library.register_fake(f"fused_kd::{_prefix}{_name}", _fake)
+
+
+@torch.library.register_fake("fused_kd::product_")
+def _fake_product_(out, a, b, bias, *rest):  # type: ignore[no-untyped-def]
+    torch._check(a.dim() == b.dim() == out.dim() == 2, lambda: "out, a and b must be matrices")
+    torch._check(a.shape[1] == b.shape[0], lambda: "a has not as many columns as b rows")
+    torch._check(out.shape[0] == a.shape[0], lambda: "out has not as many rows as a")
+    torch._check(out.shape[1] == b.shape[1], lambda: "out has not as many columns as b")

@@ -50,40 +50,47 @@ def _compile(job: tuple[Path, list[str]]) -> None:
 
 def _alias(name: str) -> str:
     """dispatch.cpp names every table: one that isn't linked becomes the generic one."""
-    mangled = [f"_ZN8fused_kd{len(f'kernels_{x}')}kernels_{x}E" for x in (name, "generic")]
-    return f"-Wl,--defsym={mangled[0]}={mangled[1]}"
+    options = []
+    for kind in ("kernels", "product"):
+        mangled = [f"_ZN8fused_kd{len(f'{kind}_{x}')}{kind}_{x}E" for x in (name, "generic")]
+        options.append(f"--defsym={mangled[0]}={mangled[1]}")
+    return ",".join(["-Wl", *options])
 
 
-def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path, Path]:
-    """Compiles check_kernels and check_rows with these tables; both programs.
+def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path, Path, Path]:
+    """Compiles check_kernels, check_rows and check_product with these tables; the programs.
 
-    Every table counts as one that the processor has: check_rows takes by name those to run.
+    Every table counts as one that the processor has: the last two take by name those to run.
     """
     extra = SANITIZE if sanitize else []
     pointers = ",".join(f"&kernels_{name}" for name in tables)
     everywhere = ["-DFUSED_KD_X86"] if X86 else []
     # the largest first
-    jobs = {f"rows_{name}": [*TABLES[name], f"csrc/cpu/rows_{name}.cpp"] for name in tables[::-1]}
+    units = [f"{kind}_{name}" for kind in ("rows", "product") for name in tables[::-1]]
+    jobs = {unit: [*TABLES[unit.partition("_")[2]], f"csrc/cpu/{unit}.cpp"] for unit in units}
     jobs["check_kernels"] = [f"-DTABLES={pointers}", "tests/native/check_kernels.cpp"]
-    jobs["check_rows"] = ["tests/native/check_rows.cpp"]
-    jobs["rows"] = ["csrc/cpu/rows.cpp"]
+    for name in ("check_rows", "check_product"):
+        jobs[name] = [f"tests/native/{name}.cpp"]
+    for name in ("rows", "product"):
+        jobs[name] = [f"csrc/cpu/{name}.cpp"]
     jobs["dispatch"] = [*everywhere, "-D__builtin_cpu_supports(x)=1", "csrc/cpu/dispatch.cpp"]
     objects = {name: folder / f"{name}.o" for name in jobs}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(_compile, [(objects[name], [*extra, *jobs[name]]) for name in jobs]))
-    kernels = [objects[f"rows_{name}"] for name in tables]
+    kernels = [objects[unit] for unit in units]
     aliases = [_alias(name) for name in TABLES if name not in tables]
     programs = {
         "check_kernels": ["check_kernels"],
         "check_rows": ["check_rows", "rows", "dispatch"],
+        "check_product": ["check_product", "product", "dispatch"],
     }
     for program, parts in programs.items():
         files = [str(path) for path in [*kernels, *(objects[part] for part in parts)]]
-        link = [*aliases, "-pthread"] if program == "check_rows" else ["-pthread"]
+        link = [*aliases, "-pthread"] if "dispatch" in parts else ["-pthread"]
         command = [COMPILER, *extra, *files, *link, "-o", str(folder / program)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "check_kernels", folder / "check_rows"
+    return folder / "check_kernels", folder / "check_rows", folder / "check_product"
 
 
 def run(program: Path, *arguments: str) -> None:

@@ -1,7 +1,7 @@
 """The AVX-512 sources on a processor without AVX-512: intrinsics emulated in scalar loops.
 
 check_kernels compares every block kernel with double arithmetic, and the instruction sets with
-each other to the bit; check_rows does the same for whole rows.
+each other to the bit; check_rows does the same for whole rows, check_product for matrix products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     native_build.need_compiler()
     native_build.need_avx2()
     # with hardware bfloat16: without it the stores are the generic path's (the slow test has both)
@@ -22,12 +22,16 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return native_build.build(tmp_path_factory.mktemp("emulated"), tables)
 
 
-def test_block_kernels(programs: tuple[Path, Path]) -> None:
+def test_block_kernels(programs: tuple[Path, ...]) -> None:
     native_build.run(programs[0])
 
 
-def test_rows(programs: tuple[Path, Path]) -> None:
+def test_rows(programs: tuple[Path, ...]) -> None:
     native_build.run(programs[1], "generic", "avx512_bf16")
+
+
+def test_products(programs: tuple[Path, ...]) -> None:
+    native_build.run(programs[2], "generic", "avx2", "avx512_bf16")
 
 
 def test_every_intrinsic_is_emulated() -> None:

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 # every file that calls the operators directly or walks over shapes and strides
 SUITE = ["test_ops.py", "test_shapes.py", "test_inplace.py", "test_saved.py", "test_bounds.py"]
+SUITE += ["test_product.py"]
 
 
 def _libraries() -> list[str]:
@@ -36,9 +37,10 @@ def test_the_kernels_alone(tmp_path: Path) -> None:
     if native_build.X86:
         native_build.need_avx2()
     tables = list(native_build.TABLES)
-    kernels, rows = native_build.build(tmp_path, tables, sanitize=True)
+    kernels, rows, products = native_build.build(tmp_path, tables, sanitize=True)
     native_build.run(kernels)
     native_build.run(rows, *tables)
+    native_build.run(products, *tables)
 
 
 def test_the_extension_inside_torch(tmp_path: Path) -> None:

@@ -3,20 +3,12 @@
 #include <sys/mman.h>
 #endif
 
-#include "../cpu/rows.h"
 #include "operators.h"
+#include "parallel.h"
 
 namespace {
 
 using namespace fused_kd;
-
-Parallel parallel() {
-  auto split = [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-    torch::stable::parallel_for(0, n, 1,
-                                [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  };
-  return {split, static_cast<int>(torch::stable::get_num_threads())};
-}
 
 struct Cpu {
   static constexpr const char* DEVICE = "CPU";
@@ -29,9 +21,9 @@ struct Cpu {
     explicit Guard(const Tensor&) {}
   };
 
-  static void rows(const Problem& p, const Tensor&) { rows_forward(p, parallel()); }
+  static void rows(const Problem& p, const Tensor&) { rows_forward(p, torch_threads()); }
 
-  static void gradient(const Problem& p, const Tensor&) { rows_backward(p, parallel()); }
+  static void gradient(const Problem& p, const Tensor&) { rows_backward(p, torch_threads()); }
 
   static void rescale(const Problem& p, const Tensor& student) {
     int exponent;
@@ -39,7 +31,7 @@ struct Cpu {
     if (p.grad.dtype == Dtype::f32 || mantissa == 0.5f || mantissa == 0.0f)
       scale(p.grad, p.N, p.V, p.scale, student);
     else
-      rows_backward(p, parallel());
+      rows_backward(p, torch_threads());
   }
 
   static void scale(const Rows& grad, int64_t N, int64_t V, const float* factor, const Tensor&) {

@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "../cpu/product.h"
 #include "../cpu/rows.h"
 
 namespace py = pybind11;
@@ -25,6 +26,7 @@ static py::dict build_info() {
   info["built_with_torch"] = FUSED_KD_TORCH_VERSION;
   info["instruction_sets"] = sets;
   info["instruction_set"] = fused_kd::kernels().name;
+  info["product_bytes_per_thread"] = fused_kd::product_bytes();
   return info;
 }
 

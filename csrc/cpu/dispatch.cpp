@@ -10,8 +10,10 @@
 namespace fused_kd {
 
 extern const Kernels kernels_generic;
+extern const ProductKernels product_generic;
 #ifdef FUSED_KD_X86
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const ProductKernels product_avx2, product_avx512, product_avx512_bf16;
 
 static bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -27,17 +29,17 @@ static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("a
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {
 #ifdef FUSED_KD_X86
-      {"avx512_bf16", &kernels_avx512_bf16, has_avx512_bf16()},
-      {"avx512", &kernels_avx512, has_avx512()},
-      {"avx2", &kernels_avx2, has_avx2()},
+      {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16()},
+      {"avx512", &kernels_avx512, &product_avx512, has_avx512()},
+      {"avx2", &kernels_avx2, &product_avx2, has_avx2()},
 #endif
-      {"generic", &kernels_generic, true},
+      {"generic", &kernels_generic, &product_generic, true},
   };
   *count = sizeof all / sizeof all[0];
   return all;
 }
 
-static const Kernels* find(const std::string& name) {
+static const Candidate* find(const std::string& name) {
   int count;
   const Candidate* all = candidates(&count);
   std::string known;
@@ -45,23 +47,25 @@ static const Kernels* find(const std::string& name) {
     if (name.empty() ? all[i].runs : name == all[i].name) {
       if (!all[i].runs)
         throw std::runtime_error("FUSED_KD_CPU=" + name + ": this processor has no " + name);
-      return all[i].table;
+      return &all[i];
     }
     known += std::string(i ? ", " : "") + all[i].name;
   }
   throw std::runtime_error("FUSED_KD_CPU: expected one of " + known + ", got '" + name + "'");
 }
 
-static std::atomic<const Kernels*> chosen{nullptr};
+static std::atomic<const Candidate*> chosen{nullptr};
 
 void choose_kernels(const char* name) {
   const char* environment = std::getenv("FUSED_KD_CPU");
   chosen = find(*name ? name : environment ? environment : "");
 }
 
-const Kernels& kernels() {
+static const Candidate& choice() {
   if (!chosen) choose_kernels("");
   return *chosen;
 }
+const Kernels& kernels() { return *choice().rows; }
+const ProductKernels& product_kernels() { return *choice().product; }
 
 }  // namespace fused_kd

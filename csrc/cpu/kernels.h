@@ -64,13 +64,17 @@ struct Kernels {
   void (*scale)(Dtype, void* values, int64_t size, float factor);
 };
 
-// The best table for this processor, or the one that FUSED_KD_CPU names; throws std::runtime_error
-// if that one can't run here.
+struct ProductKernels;  // product.h
+
+// The best tables for this processor, or those that FUSED_KD_CPU names; throws std::runtime_error
+// if they can't run here.
 const Kernels& kernels();
+const ProductKernels& product_kernels();
 // Every name compiled in, and whether this processor can run it.
 struct Candidate {
   const char* name;
-  const Kernels* table;
+  const Kernels* rows;
+  const ProductKernels* product;
   bool runs;
 };
 const Candidate* candidates(int* count);

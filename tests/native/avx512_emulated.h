@@ -2,7 +2,7 @@
 // that a processor without AVX-512 proves the AVX-512 sources.
 //
 // Included before everything else (g++ -include) with -mavx2 -mfma -mf16c; with EMULATE_AVX512BF16
-// also the bfloat16 conversion. An intrinsic that is missing here does not compile: its own
+// also the bfloat16 conversion and product. An intrinsic that is missing here does not compile: its own
 // definition wants the instruction set.
 #pragma once
 
@@ -97,6 +97,49 @@ inline __m512i cvtne2ps_pbh(__m512 a, __m512 b) {
   return out.vector();
 }
 
+// To and from half precision, by the 256-bit instructions.
+inline __m512 cvtph_ps(__m256i x) {
+  __m128i half[2];
+  memcpy(half, &x, sizeof half);
+  const __m256 both[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
+  __m512 out;
+  memcpy(&out, both, sizeof out);
+  return out;
+}
+template <int ROUNDING>
+inline __m256i cvtps_ph(__m512 x) {
+  __m256 half[2];
+  memcpy(half, &x, sizeof half);
+  const __m128i both[2] = {_mm256_cvtps_ph(half[0], ROUNDING), _mm256_cvtps_ph(half[1], ROUNDING)};
+  __m256i out;
+  memcpy(&out, both, sizeof out);
+  return out;
+}
+
+// c + the products of two bfloat16 pairs, the upper one added first; each addition is rounded once,
+// subnormal operands and results become zeros.
+inline float without_subnormal(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+inline float from_bf16(uint16_t x) {
+  const uint32_t word = uint32_t(x) << 16;
+  float out;
+  memcpy(&out, &word, sizeof out);
+  return without_subnormal(out);
+}
+template <class Pairs>
+inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
+  Singles sum(c);
+  Shorts x, y;
+  memcpy(x.lane, &a, sizeof x.lane);
+  memcpy(y.lane, &b, sizeof y.lane);
+  for (int i = 0; i < 32; ++i) {
+    float& s = sum.lane[i / 2];
+    const int at = i ^ 1;
+    s = without_subnormal(
+        __builtin_fmaf(from_bf16(x.lane[at]), from_bf16(y.lane[at]), without_subnormal(s)));
+  }
+  return sum.vector();
+}
+
 inline __m512i permutexvar_epi16(__m512i index, __m512i a) {
   Shorts from(a), to(index);
   for (int i = 0; i < 32; ++i) to.lane[i] = from.lane[to.lane[i] & 31];
@@ -119,6 +162,10 @@ inline void storeu_si512(void* p, __m512i x) { memcpy(p, &x, 64); }
 #define _mm512_loadu_si512 avx512_emulated::loadu_si512
 #define _mm512_storeu_si512 avx512_emulated::storeu_si512
 #define _mm512_permutexvar_epi16 avx512_emulated::permutexvar_epi16
+#define _mm512_cvtph_ps avx512_emulated::cvtph_ps
+#undef _mm512_cvtps_ph  // a macro without optimisation
+#define _mm512_cvtps_ph(x, rounding) avx512_emulated::cvtps_ph<rounding>(x)
 #ifdef EMULATE_AVX512BF16
+#define _mm512_dpbf16_ps avx512_emulated::dpbf16_ps
 #define _mm512_cvtne2ps_pbh avx512_emulated::cvtne2ps_pbh
 #endif

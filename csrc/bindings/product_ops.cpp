@@ -1,0 +1,98 @@
+// The operator that multiplies CPU matrices (fused_kd/ops.py says what it promises).
+#include "../cpu/product.h"
+#include "operators.h"
+#include "parallel.h"
+
+namespace {
+
+using namespace fused_kd;
+
+void check_matrix(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor");
+  STD_TORCH_CHECK(x.dim() == 2, name, " must be a matrix; got ", x.dim(), " dimensions");
+}
+
+Operand operand_of(const Tensor& x, const char* name) {
+  // the stride of a dimension without a second element is never used
+  const int64_t row_stride = x.size(0) > 1 ? x.stride(0) : 1;
+  const int64_t column_stride = x.size(1) > 1 ? x.stride(1) : 1;
+  STD_TORCH_CHECK(row_stride == 1 || column_stride == 1, name,
+                  " must have stride 1 in one dimension; got strides ", row_stride, " and ",
+                  column_stride);
+  return {x.const_data_ptr(), dtype_of(x, name), row_stride, column_stride};
+}
+
+Dtype rounding_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "round_to must be float32, bfloat16 or float16");
+  }
+}
+
+const float* bias_of(const OptionalTensor& bias, int64_t columns) {
+  if (!bias) return nullptr;
+  STD_TORCH_CHECK(bias->is_cpu() && bias->scalar_type() == ScalarType::Float,
+                  "bias must be a float32 CPU tensor");
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && bias->is_contiguous(),
+                  "bias must be contiguous with one entry for each of the ", columns, " columns");
+  return static_cast<const float*>(bias->const_data_ptr());
+}
+
+// Bytes from the first element to behind the last.
+struct Extent {
+  uintptr_t begin, end;
+};
+Extent extent_of(const Tensor& x) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  if (x.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return {begin, begin + (last + 1) * x.element_size()};
+}
+
+void check_apart(const Tensor& out, const Tensor& x, const char* name) {
+  const Extent written = extent_of(out), read = extent_of(x);
+  STD_TORCH_CHECK(written.end <= read.begin || read.end <= written.begin, "out shares memory with ",
+                  name);
+}
+
+void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType round_to,
+              bool round_a, bool accumulate) {
+  Product p{};
+  check_matrix(out, "out");
+  check_matrix(a, "a");
+  check_matrix(b, "b");
+  p.M = a.size(0);
+  p.K = a.size(1);
+  p.N = b.size(1);
+  STD_TORCH_CHECK(b.size(0) == p.K, "a has ", p.K, " columns and b ", b.size(0), " rows");
+  STD_TORCH_CHECK(out.size(0) == p.M && out.size(1) == p.N, "out must be (", p.M, ", ", p.N,
+                  "); got (", out.size(0), ", ", out.size(1), ")");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
+  STD_TORCH_CHECK(p.N <= 1 || out.stride(1) == 1, "out must have last stride 1; got ",
+                  out.stride(1));
+  STD_TORCH_CHECK(p.M <= 1 || out.stride(0) >= p.N, "the rows of out overlap: stride ",
+                  out.stride(0), " for ", p.N, " columns");
+  STD_TORCH_CHECK(!(bias && accumulate), "bias and accumulate exclude each other");
+  p.round_to = rounding_of(round_to);
+  p.round_a = round_a;
+  p.accumulate = accumulate;
+  // first: what is written may have to part from what it shares memory with
+  p.c = static_cast<float*>(out.mutable_data_ptr());
+  p.c_stride = p.M > 1 ? out.stride(0) : p.N;
+  p.a = operand_of(a, "a");
+  p.b = operand_of(b, "b");
+  p.bias = bias_of(bias, p.N);
+  check_apart(out, a, "a");
+  check_apart(out, b, "b");
+  if (bias) check_apart(out, *bias, "bias");
+  multiply(p, torch_threads());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_kd, CPU, library) {
+  library.impl("product_", TORCH_BOX(&product_));
+}

@@ -1,0 +1,71 @@
+// How a product is divided among threads: a grid of regions of C, each with its own packed blocks.
+#include "product.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace fused_kd {
+
+namespace {
+
+constexpr int64_t LINE = 64;
+// Packing an element costs as much time as so many multiply-adds.
+constexpr int64_t PACKING = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Grid {
+  int64_t rows, columns;          // regions
+  int64_t row_step, column_step;  // of C in each
+};
+
+// The grid whose regions take the least time. K is never divided.
+Grid grid_of(const Product& p, const ProductKernels& kernels, int64_t threads) {
+  const int64_t row_tiles = ceil_div(p.M, kernels.rows);
+  const int64_t column_tiles = ceil_div(p.N, kernels.columns);
+  Grid best{};
+  int64_t least = 0;
+  for (int64_t rows = 1; rows <= std::min(threads, row_tiles); ++rows) {
+    const int64_t columns = std::min(threads / rows, column_tiles);
+    const int64_t row_step = ceil_div(row_tiles, rows) * kernels.rows;
+    const int64_t column_step = ceil_div(column_tiles, columns) * kernels.columns;
+    const int64_t time = row_step * column_step + PACKING * (row_step + column_step);
+    if (best.rows == 0 || time < least) {
+      best = {ceil_div(p.M, row_step), ceil_div(p.N, column_step), row_step, column_step};
+      least = time;
+    }
+  }
+  return best;
+}
+
+struct Task {
+  const Product& product;
+  const ProductKernels& kernels;
+  Grid grid;
+};
+
+void run(void* context, int64_t begin, int64_t end) {
+  const auto& [p, kernels, grid] = *static_cast<const Task*>(context);
+  const std::unique_ptr<char[]> memory(new char[kernels.bytes + LINE]);
+  const uintptr_t aligned = (reinterpret_cast<uintptr_t>(memory.get()) + LINE - 1) & -LINE;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / grid.columns * grid.row_step;
+    const int64_t column = i % grid.columns * grid.column_step;
+    const Region region{row, std::min(grid.row_step, p.M - row), column,
+                        std::min(grid.column_step, p.N - column)};
+    kernels.multiply(p, region, reinterpret_cast<float*>(aligned));
+  }
+}
+
+}  // namespace
+
+void multiply(const Product& p, const Parallel& parallel) {
+  if (p.M == 0 || p.N == 0) return;
+  const ProductKernels& kernels = product_kernels();
+  Task task{p, kernels, grid_of(p, kernels, std::max(parallel.threads, 1))};
+  parallel.split(task.grid.rows * task.grid.columns, run, &task);
+}
+
+int64_t product_bytes() { return product_kernels().bytes + LINE; }
+
+}  // namespace fused_kd

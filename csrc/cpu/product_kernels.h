@@ -1,0 +1,234 @@
+// The product of a region of C for the instruction set that this translation unit is compiled for.
+//
+// Two operands' blocks are packed (product_pack.h); a tile of C of ROWS x COLUMNS stays in registers
+// over the depth of a block, each step of which costs COLUMNS / LANES loads of B's panel and ROWS
+// broadcasts of A's. A block's sum starts at zero and is then added to what C holds: the order in
+// which an element is summed is that of K alone.
+#pragma once
+
+#include "product.h"
+#include "product_pack.h"
+
+namespace fused_kd {
+namespace FUSED_KD_ISA {
+
+// As many accumulators as the registers hold, with those of B's step and a broadcast beside them.
+#if FUSED_KD_LANES == 16
+constexpr int ROWS = 12, COLUMNS = 32;
+#elif FUSED_KD_LANES == 8
+constexpr int ROWS = 6, COLUMNS = 16;
+#elif defined(__aarch64__)
+constexpr int ROWS = 8, COLUMNS = 8;
+#else
+constexpr int ROWS = 4, COLUMNS = 8;
+#endif
+constexpr int VECTORS = COLUMNS / LANES;
+
+// A panel of B (STEPS x COLUMNS) stays in the first-level cache while A's block passes, A's block
+// (LARGE x STEPS) in the second-level one while SMALL columns of B after the other are packed and
+// multiplied, and the part of C (LARGE x WIDE) in the third between two blocks of K.
+constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1008 / SMALL * SMALL;
+static_assert(LARGE % ROWS == 0, "a block is whole panels");
+
+constexpr int64_t block_size(int W, int64_t width) { return width / W * panel_size(W, STEPS); }
+constexpr int64_t A_SIZE = block_size(ROWS, LARGE), B_SIZE = block_size(COLUMNS, SMALL);
+constexpr int64_t BYTES = (A_SIZE + B_SIZE) * int64_t(sizeof(float));
+static_assert(BYTES <= 1 << 20, "promised");
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct MultiplySingles {
+  static constexpr int DEPTH = 1;
+  static FUSED_KD_INLINE Floats add(Floats sum, const float* a, Floats b) {
+    return fma(splat(*a), b, sum);
+  }
+  template <int W>
+  static void pack(const Source& b, Dtype from, Dtype round, float* to) {
+    pack_singles<W>(b, from, round, to);
+  }
+};
+
+#ifdef __AVX512BF16__
+struct MultiplyPairs {
+  static constexpr int DEPTH = 2;
+  static FUSED_KD_INLINE Floats add(Floats sum, const float* a, Floats b) {
+    const Words pair = Words{} + loaded<uint32_t>(a);
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)b);
+  }
+  template <int W>
+  static void pack(const Source& b, Dtype from, Dtype, float* to) {
+    pack_pairs<W>(b, from, to);
+  }
+};
+#endif
+
+// Rows of C, or of what it starts from.
+template <class T>
+struct Place {
+  T* data;  // null: zeros
+  int64_t stride;
+};
+
+// to = from + a panel of A times a panel of B.
+template <class Step>
+FUSED_KD_INLINE void multiply_tile(int64_t steps, const float* a, const float* b,
+                                   Place<const float> from, Place<float> to) {
+  Floats sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] = Floats{};
+  for (int64_t step = 0; step < steps; ++step, a += ROWS, b += COLUMNS) {
+    Floats right[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) right[v] = loaded<Floats>(b + v * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] = Step::add(sum[i][v], a + i, right[v]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) {
+      Floats x = sum[i][v];
+      if (from.data) x = loaded<Floats>(from.data + i * from.stride + v * LANES) + x;
+      memcpy(to.data + i * to.stride + v * LANES, &x, sizeof x);
+    }
+}
+
+// The same where the tile is not whole: `rows` x `columns` of it exist.
+template <class Step>
+inline void multiply_edge(int64_t steps, const float* a, const float* b, Place<const float> from,
+                          Place<float> to, int64_t rows, int64_t columns) {
+  float tile[ROWS * COLUMNS] = {};
+  for (int64_t i = 0; from.data && i < rows; ++i)
+    memcpy(tile + i * COLUMNS, from.data + i * from.stride, columns * sizeof(float));
+  multiply_tile<Step>(steps, a, b, {from.data ? tile : nullptr, COLUMNS}, {tile, COLUMNS});
+  for (int64_t i = 0; i < rows; ++i)
+    memcpy(to.data + i * to.stride, tile + i * COLUMNS, columns * sizeof(float));
+}
+
+// The lines of memory that the next block of an operand is packed from, fetched a few at a time
+// while the present one is multiplied.
+class Ahead {
+ public:
+  Ahead(const Source& b, int element, int64_t tiles) {
+    const bool across = b.width_stride == 1;
+    const int64_t width = least(b.width, b.there);
+    next_ = static_cast<const char*>(b.data);
+    stride_ = (across ? b.depth_stride : b.width_stride) * element;
+    left_ = across ? b.depth : width;
+    bytes_ = (across ? width : b.depth) * element;
+    if (b.data) each_ = left_ * (bytes_ / LINE + 1) / tiles + 1;
+  }
+  FUSED_KD_INLINE void fetch() {
+    for (int64_t i = 0; i < each_ && left_ > 0; ++i) {
+      __builtin_prefetch(next_ + at_, 0, 2);
+      at_ += LINE;
+      if (at_ < bytes_ + LINE) continue;
+      at_ = 0;
+      next_ += stride_;
+      --left_;
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;
+  const char* next_;
+  int64_t stride_, left_, bytes_, at_ = 0, each_ = 0;
+};
+
+// All tiles of a block of C; B's panel stays in the first-level cache while A's pass.
+template <class Step>
+inline void multiply_block(int64_t steps, const float* a, const float* b, Place<const float> from,
+                           Place<float> to, int64_t rows, int64_t columns, Ahead& ahead) {
+  for (int64_t n = 0; n < columns; n += COLUMNS, b += panel_size(COLUMNS, steps)) {
+    const float* panel = a;
+    for (int64_t m = 0; m < rows; m += ROWS, panel += panel_size(ROWS, steps)) {
+      const Place<const float> start{from.data ? from.data + m * from.stride + n : nullptr,
+                                     from.stride};
+      const Place<float> target{to.data + m * to.stride + n, to.stride};
+      ahead.fetch();
+      if (rows - m >= ROWS && columns - n >= COLUMNS)
+        multiply_tile<Step>(steps, panel, b, start, target);
+      else
+        multiply_edge<Step>(steps, panel, b, start, target, least(rows - m, ROWS),
+                            least(columns - n, COLUMNS));
+    }
+  }
+}
+
+template <class Step>
+struct RegionProduct {
+  const Product& p;
+  float *a, *b;
+
+  static constexpr int64_t DEPTH = STEPS * Step::DEPTH;
+
+  int64_t depth(int64_t k) const { return least(p.K - k, DEPTH); }
+
+  static const void* at(const Operand& x, int64_t row, int64_t column) {
+    const int64_t offset = row * x.row_stride + column * x.column_stride;
+    return static_cast<const char*>(x.data) + offset * width(x.dtype);
+  }
+  Source rows_of_a(int64_t m, int64_t rows, int64_t k) const {
+    return {at(p.a, m, k), p.a.row_stride, p.a.column_stride, rows, p.M - m, depth(k)};
+  }
+  Source columns_of_b(int64_t n, int64_t columns, int64_t k) const {
+    return {at(p.b, k, n), p.b.column_stride, p.b.row_stride, columns, p.N - n, depth(k)};
+  }
+
+  void add_block(int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k,
+                 const Source& next) const {
+    const Place<float> to{p.c + m * p.c_stride + n, p.c_stride};
+    Place<const float> from{to.data, to.stride};
+    if (k == 0 && !p.accumulate) from = {p.bias ? p.bias + n : nullptr, 0};
+    const int64_t steps = (depth(k) + Step::DEPTH - 1) / Step::DEPTH;
+    const int64_t tiles = ((rows + ROWS - 1) / ROWS) * ((columns + COLUMNS - 1) / COLUMNS);
+    Ahead ahead(next, width(p.b.dtype), tiles);
+    multiply_block<Step>(steps, a, b, from, to, rows, columns, ahead);
+  }
+
+  // This block of C, which stays in a cache between two blocks of K.
+  void add_rows(int64_t m, int64_t rows, int64_t begin, int64_t end) const {
+    for (int64_t k = 0; k == 0 || k < p.K; k += DEPTH) {
+      Step::template pack<ROWS>(rows_of_a(m, rows, k), p.a.dtype,
+                                p.round_a ? p.round_to : Dtype::f32, a);
+      for (int64_t n = begin; n < end; n += SMALL) {
+        const int64_t columns = least(SMALL, end - n);
+        Step::template pack<COLUMNS>(columns_of_b(n, columns, k), p.b.dtype, p.round_to, b);
+        Source next{};
+        if (n + SMALL < end)
+          next = columns_of_b(n + SMALL, least(SMALL, end - n - SMALL), k);
+        else if (k + DEPTH < p.K)
+          next = columns_of_b(begin, least(SMALL, end - begin), k + DEPTH);
+        add_block(m, rows, n, columns, k, next);
+      }
+    }
+  }
+  void run(const Region& r) const {
+    const int64_t end_m = r.row + r.rows, end_n = r.column + r.columns;
+    for (int64_t n = r.column; n < end_n; n += WIDE)
+      for (int64_t m = r.row; m < end_m; m += LARGE)
+        add_rows(m, least(LARGE, end_m - m), n, least(n + WIDE, end_n));
+  }
+};
+
+inline void multiply_region(const Product& p, const Region& region, float* memory) {
+#ifdef __AVX512BF16__
+  if (p.round_to == Dtype::bf16)
+    return RegionProduct<MultiplyPairs>{p, memory, memory + A_SIZE}.run(region);
+#endif
+  RegionProduct<MultiplySingles>{p, memory, memory + A_SIZE}.run(region);
+}
+
+}  // namespace FUSED_KD_ISA
+}  // namespace fused_kd
+
+#define FUSED_KD_DEFINE_PRODUCT(table)                                                          \
+  namespace fused_kd {                                                                          \
+  extern const ProductKernels table;                                                            \
+  const ProductKernels table = {FUSED_KD_ISA::ROWS, FUSED_KD_ISA::COLUMNS, FUSED_KD_ISA::BYTES, \
+                                FUSED_KD_ISA::multiply_region};                                 \
+  }
