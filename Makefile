@@ -7,20 +7,24 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow bench bench-guard accuracy gpu-check lint format clean
+.PHONY: demo test test-slow bench bench-linear bench-guard accuracy gpu-check lint format clean
 
 # make demo ARGS="--steps 20"
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
 
 test-slow: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.cpu_logits $(ARGS)
+
+# Needs 16 GiB and about 20 minutes on two cores; beside Liger where liger-kernel is installed.
+bench-linear: $(VENV)/.built
+	$(BIN)/python -m benchmarks.cpu_linear $(ARGS)
 
 bench-guard: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -38,7 +38,7 @@ from .cases import (
     Bench,
     Case,
 )
-from .measuring import Contestant, Timing, environment, interleave, process_peak, ratio
+from .measuring import Contestant, Timing, interleave, process_peak, ratio
 from .report import (
     Parser,
     Progress,
@@ -46,11 +46,14 @@ from .report import (
     megabytes,
     positive_float,
     positive_int,
+    show_environment,
     table,
+    verdict,
     writable_file,
 )
 
 SECTIONS = ("main", "divergences", "growth", "memory")
+HEADING = "fused_kd on CPU logits: forward + backward of the public call, unless it says otherwise"
 #: The slow contestants take this share of the repeats.
 SLOW_SHARE = 3
 
@@ -61,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with Results(options.json) as results:
-        _show_environment(options, results)
+        repeats = f"{options.repeats}, interleaved; median [quartiles]"
+        show_environment(HEADING, repeats, results)
         for dtype in options.dtypes:
             _run_dtype(Case(options.n, options.v, dtype, options.temperature), options, results)
     return 0
@@ -93,15 +97,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _show_environment(options: argparse.Namespace, results: Results) -> None:
-    found = environment()
-    results.write("environment", **found)
-    print("fused_kd on CPU logits: forward + backward of the public call, unless it says otherwise")
-    for name, value in found.items():
-        print(f"  {name.replace('_', ' '):<16} {value}")
-    print(f"  {'repeats':<16} {options.repeats}, interleaved; median [quartiles]", flush=True)
-
-
 def _run_dtype(case: Case, options: argparse.Namespace, results: Results) -> None:
     doubled = 2 if "growth" in options.sections else 1
     bench = Bench(doubled * case.n * case.v, case.dtype, rows=doubled * case.n)
@@ -127,7 +122,7 @@ def _main_section(bench: Bench, case: Case, options: argparse.Namespace, results
             continue
         value = ratio(timings[goal.numerator], timings[goal.denominator]) / goal.factor
         limit, reached = goal.limit[case.dtype], goal.reached(value, case.dtype)
-        rows.append([goal.what, f"{value:.2f}", _limit(limit, goal.at_least), _verdict(reached)])
+        rows.append([goal.what, f"{value:.2f}", _limit(limit, goal.at_least), verdict(reached)])
         results.write("ratio", section="main", **_sizes(case), name=goal.what, value=value,
                       limit=limit, at_least=goal.at_least, reached=reached)  # fmt: skip
     print("\n" + table(["ratio", "here", "goal", ""], rows), flush=True)
@@ -163,8 +158,8 @@ def _divergence_section(
         timing, limit = timings[_name(one)], cases.DIVERGENCE_LIMIT[one.divergence]
         value = ratio(timing, timings[_name(base)])
         reached = value <= limit
-        rows.append([one.divergence, f"{one.temperature:g}", *_milliseconds(timing),
-                     f"{value:.2f}", _limit(limit, False), _verdict(reached)])  # fmt: skip
+        rows.append([one.divergence, f"{one.temperature:g}", *timing.cells(),
+                     f"{value:.2f}", _limit(limit, False), verdict(reached)])  # fmt: skip
         results.write("time", section="divergences", **_sizes(one), **timing.as_dict(),
                       over_base=value, limit=limit, reached=reached)  # fmt: skip
     head = ["in place", "T", "ms", "[quartiles]", "/ forward_kl T=2", "goal", ""]
@@ -188,8 +183,8 @@ def _growth_section(
             reached = abs(value - cases.GROWTH) <= cases.GROWTH_TOLERANCE
             what = f"{letter} {getattr(small, letter.lower())} → {getattr(large, letter.lower())}"
             goal = f"{cases.GROWTH:.1f} ± {cases.GROWTH_TOLERANCE:.1f}"
-            rows.append([what, *_milliseconds(before), *_milliseconds(after),
-                         f"{value:.2f}", goal, _verdict(reached)])  # fmt: skip
+            rows.append([what, *before.cells(), *after.cells(),
+                         f"{value:.2f}", goal, verdict(reached)])  # fmt: skip
             results.write("ratio", section="growth", **_sizes(large), name=what, value=value,
                           limit=cases.GROWTH, tolerance=cases.GROWTH_TOLERANCE,
                           reached=reached)  # fmt: skip
@@ -214,7 +209,7 @@ def _memory_section(
         gradient = 0 if inplace else case.matrix_bytes
         limit = gradient + cases.MEMORY_SLACK
         rows.append([name, megabytes(peak), megabytes(resident), megabytes(gradient),
-                     f"< {megabytes(limit)}", _verdict(peak < limit)])  # fmt: skip
+                     f"< {megabytes(limit)}", verdict(peak < limit)])  # fmt: skip
         results.write("memory", **_sizes(case), name=name, allocator_peak=peak,
                       process_peak=resident, gradient=gradient, limit=limit,
                       reached=peak < limit)  # fmt: skip
@@ -247,19 +242,13 @@ def _print_timings(timings: dict[str, Timing], case: Case, results: Results) -> 
         reads_only = name in (FORWARD, COPY)
         moved = case.expected_bytes["forward" if reads_only else "forward_backward"]
         rate = "" if name in (EAGER, COMPILED) else f"{moved / timing.median / 1e9:.1f}"
-        rows.append([name, *_milliseconds(timing), rate])
+        rows.append([name, *timing.cells(), rate])
         results.write("time", section="main", **_sizes(case), name=name, least_bytes=moved,
                       **timing.as_dict())  # fmt: skip
     floor = 1.5 * timings[COPY].median
     rows.append(["floor in place: 1.5 copies", f"{1e3 * floor:.1f}", "", ""])
     rows.append(["floor forward only: 1 copy", f"{1e3 * timings[COPY].median:.1f}", "", ""])
     print(table(["", "ms", "[quartiles]", "GB/s (least traffic)"], rows))
-
-
-def _milliseconds(timing: Timing) -> list[str]:
-    low, high = timing.quartiles
-    mark = " noisy" if timing.noisy else ""
-    return [f"{1e3 * timing.median:.1f}", f"[{1e3 * low:.1f}, {1e3 * high:.1f}]{mark}"]
 
 
 def _sizes(case: Case) -> dict[str, Any]:
@@ -269,10 +258,6 @@ def _sizes(case: Case) -> dict[str, Any]:
 
 def _limit(limit: float, at_least: bool) -> str:
     return f"{'≥' if at_least else '≤'} {limit:g}"
-
-
-def _verdict(reached: bool) -> str:
-    return "reached" if reached else "NOT reached"
 
 
 if __name__ == "__main__":

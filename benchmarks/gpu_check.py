@@ -5,11 +5,12 @@ Parts, each in a process of its own, one after the other whatever became of thos
 * build: the compiled modules, in place, for the card that is there.
 * tests: those marked ``gpu``; several at a time where pytest-xdist is installed.
 * sanitizer: small shapes under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
-* benchmark: ``benchmarks.gpu_logits``.
+* benchmark, linear: ``benchmarks.gpu_logits`` and ``benchmarks.gpu_linear``.
 
 Each keeps to its share of ``--minutes`` and says what it left out. Needs what it measures (torch,
 triton, nvcc, pytest, compute-sanitizer), uses what it finds, and goes on without the rest. Left in
-``--output``: gpu_check.json (everything), gpu_check.log (all output), gpu_logits.{jsonl,txt,png}.
+``--output``: gpu_check.json (everything), gpu_check.log (all output), gpu_logits.{jsonl,txt,png},
+gpu_linear.{jsonl,txt}.
 ``--device cpu`` runs all of it at tiny sizes, the CPU's backend standing in, and builds nothing.
 """
 
@@ -34,7 +35,9 @@ from .report import SCHEMA, Parser, positive_float, table
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Shares of the time: what an unfinished part may have of what is left.
-SHARES = {"build": 150, "tests": 150, "sanitizer": 90, "benchmark": 150}
+SHARES = {"build": 150, "tests": 150, "sanitizer": 90, "benchmark": 110, "linear": 80}
+#: What the parts that measure run, by the part.
+BENCHMARKS = {"benchmark": "gpu_logits", "linear": "gpu_linear"}
 #: Seconds kept for the report, and for a part that ends by itself before it is ended.
 RESERVE, GRACE = 6.0, 8.0
 #: Seconds that a part gets even if others took too long.
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = _environment(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     for old in ("json", "jsonl", "txt", "png"):
-        for stem in ("gpu_check", "gpu_logits"):
+        for stem in ("gpu_check", *BENCHMARKS.values()):
             (options.output / f"{stem}.{old}").unlink(missing_ok=True)
     with (options.output / "gpu_check.log").open("w") as log:
         run = Run(options.device, options.output.resolve(), log, found)
@@ -185,14 +188,14 @@ def _sanitizer(run: Run, part: Part) -> None:
 
 
 def _benchmark(run: Run, part: Part) -> None:
-    _script(run, part, "benchmarks.gpu_logits", "--output", str(run.output))
+    _script(run, part, f"benchmarks.{BENCHMARKS[part.name]}", "--output", str(run.output))
 
 
 PARTS: dict[str, Callable[[Run, Part], None]] = {
     "build": _build,
     "tests": _tests,
     "sanitizer": _sanitizer,
-    "benchmark": _benchmark,
+    **dict.fromkeys(BENCHMARKS, _benchmark),
 }
 
 
@@ -254,14 +257,17 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _write(run: Run, parts: Sequence[Part], names: Sequence[str]) -> None:
     """After every part: what there is lies there, whatever comes."""
-    lines = run.output / "gpu_logits.jsonl"
-    measured = [json.loads(x) for x in lines.read_text().splitlines()] if lines.exists() else []
+    measured: dict[str, list[Any]] = {}
+    for name, stem in BENCHMARKS.items():
+        lines = run.output / f"{stem}.jsonl"
+        found = lines.read_text().splitlines() if lines.exists() else []
+        measured[name] = [json.loads(line) for line in found]
     content = {
         "schema": SCHEMA,
         "environment": run.environment,
         "parts": [asdict(part) for part in parts],
         "not_run": list(names[len(parts) :]),
-        "benchmark": measured,
+        **measured,
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
     (run.output / "gpu_check.json").write_text(text + "\n")

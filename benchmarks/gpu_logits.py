@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Run:
     budget: Budget
     repeats: int
     backends: list[str]
-    compile: bool
+    is_trial: bool  # tiny sizes; nothing is compiled
     copy_bytes: int = COPY_BYTES
     measured: list[Measured] = field(default_factory=list)
     failed: bool = False
@@ -92,36 +93,22 @@ def planned(quick: bool) -> Iterator[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs everything that fits into the time; returns the exit status."""
-    options = _parse(arguments)
-    quick = options.device == "cpu"
-    found = backends(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)
+    options = parse("gpu_logits", __doc__, arguments)
     with Results(options.output / "gpu_logits.jsonl") as results:
-        run = Run(
-            device=options.device,
-            output=options.output,
-            results=results,
-            budget=Budget(options.seconds),
-            repeats=options.repeats or (2 if quick else 15),
-            backends=[name for name, why in found.items() if why is None],
-            compile=not quick,
-            copy_bytes=2**12 if quick else COPY_BYTES,
-        )
-        here = environment(options.device)
-        results.write("environment", **here)
-        for name, why in found.items():
-            if why is not None:
-                run.leave_out(f"backend {name}", why)
+        run, here = begin(options, results)
         try:
-            _run_all(run, list(planned(quick)))
+            _run_all(run, list(planned(quick=run.is_trial)))
         except Exception as error:  # what has been measured is shown all the same
             run.fail("the rest of the run", f"{type(error).__name__}: {error}")
         show(run.measured, here, options.output)
     return 1 if run.failed else 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.gpu_logits", description=__doc__)
+def parse(
+    name: str, description: str | None, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """The options of both GPU benchmarks; their folder is there afterwards."""
+    parser = Parser(prog=f"python -m benchmarks.{name}", description=description)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to try it")
     add("--output", type=Path, default=Path("out/gpu_check"), metavar="DIR")
@@ -130,7 +117,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --device cpu tries everything at tiny sizes")
+    options.output.mkdir(parents=True, exist_ok=True)
     return options
+
+
+def begin(options: argparse.Namespace, results: Results) -> tuple[Run, dict[str, Any]]:
+    """What a benchmark starts with, and what its figures depend on."""
+    found, is_trial = backends(options.device), options.device == "cpu"
+    run = Run(
+        device=options.device,
+        output=options.output,
+        results=results,
+        budget=Budget(options.seconds),
+        repeats=options.repeats or (2 if is_trial else 15),
+        backends=[name for name, why in found.items() if why is None],
+        is_trial=is_trial,
+        copy_bytes=2**12 if is_trial else COPY_BYTES,
+    )
+    here = environment(options.device)
+    results.write("environment", **here)
+    for name, why in found.items():
+        if why is not None:
+            run.leave_out(f"backend {name}", why)
+    return run, here
 
 
 def _run_all(run: Run, every: list[Case]) -> None:
@@ -149,7 +158,7 @@ def _run_all(run: Run, every: list[Case]) -> None:
         if not run.budget.allows(CASE_SECONDS):
             run.leave_out(name_of(case), "the time is up")
             continue
-        with_compile = run.compile and case.divergence == "forward_kl"
+        with_compile = not run.is_trial and case.divergence == "forward_kl"
         needed = COMPILE_SECONDS + CASE_SECONDS * (len(every) - i)
         if with_compile and not run.budget.allows(needed):
             run.leave_out(f"{COMPILED}, {name_of(case)}", "its time is left to other cases")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import COMPILED, EAGER, Case
+from .linear_cases import LinearCase
 from .measuring import Contestant, Timing
 from .report import megabytes, table
 
@@ -23,7 +24,7 @@ class Line:
     """A contestant that takes part, on its own number of rows, and its peak of memory."""
 
     contestant: Contestant
-    case: Case
+    case: Case | LinearCase
     peak: int
 
     @property
@@ -40,6 +41,19 @@ class Figure:
     peak: int
     rows: int  # measured on
 
+    @classmethod
+    def of(cls, line: Line, timing: Timing, rows: int) -> Figure:
+        scale = rows / line.case.n
+        low, high = timing.quartiles
+        quartiles = scale * low, scale * high
+        return cls(scale * timing.median, quartiles, int(scale * line.peak), line.case.n)
+
+    def cells(self, name: str, rows: int) -> list[str]:
+        """Name, milliseconds and quartiles for a table."""
+        low, high = (1e3 * q for q in self.quartiles)
+        scaled = "" if self.rows == rows else f" (N = {self.rows}, scaled)"
+        return [name + scaled, f"{1e3 * self.seconds:.3f}", f"[{low:.3f}, {high:.3f}]"]
+
 
 @dataclass
 class Measured:
@@ -50,11 +64,7 @@ class Measured:
     figures: dict[str, Figure]
 
     def add(self, line: Line, timing: Timing) -> None:
-        scale = self.case.n / line.case.n
-        low, high = timing.quartiles
-        self.figures[line.name] = Figure(
-            scale * timing.median, (scale * low, scale * high), int(scale * line.peak), line.case.n
-        )
+        self.figures[line.name] = Figure.of(line, timing, self.case.n)
 
     def bytes_of(self, name: str) -> int:
         """The least traffic with memory."""
@@ -103,9 +113,7 @@ class Measured:
         case = self.case
         rows = []
         for name, figure in self.figures.items():
-            low, high = (1e3 * q for q in figure.quartiles)
-            scaled = "" if figure.rows == case.n else f" (N = {figure.rows}, scaled)"
-            rows.append([name + scaled, f"{1e3 * figure.seconds:.3f}", f"[{low:.3f}, {high:.3f}]",
+            rows.append([*figure.cells(name, case.n),
                          f"{self.bytes_of(name) / figure.seconds / 1e9:.0f}",
                          f"{self.over_floor(name):.2f}", self.verdict(name),
                          megabytes(figure.peak)])  # fmt: skip
@@ -125,7 +133,7 @@ class Measured:
 
 def show(every: Sequence[Measured], here: dict[str, Any], folder: Path) -> None:
     """Prints the tables, and writes them and the picture into the folder."""
-    text = "\n\n".join([_heading(here), *_summary(every)])
+    text = "\n\n".join([heading("KDLoss on GPU logits", here), *_summary(every)])
     full = "\n".join([text, *(one.text() for one in every)])
     (folder / "gpu_logits.txt").write_text(full + "\n")
     print(f"\n{text}", flush=True)
@@ -134,10 +142,11 @@ def show(every: Sequence[Measured], here: dict[str, Any], folder: Path) -> None:
         print(f"LEFT OUT the picture: {why}", flush=True)
 
 
-def _heading(here: dict[str, Any]) -> str:
+def heading(what: str, here: dict[str, Any]) -> str:
+    """What was measured, on what, and how."""
     named = ("driver", "torch", "triton", "cuda", "commit")
     facts = ", ".join(f"{key} {here[key]}" for key in named if here.get(key))
-    return (f"KDLoss on GPU logits, {here['device']} ({facts})\nforward + backward of the public "
+    return (f"{what}, {here['device']} ({facts})\nforward + backward of the public "
             "call, T = 2, device time, median of interleaved calls; the host runs ahead; the "
             "second-level cache is not flushed, the matrices are larger")  # fmt: skip
 

@@ -11,6 +11,7 @@ import gc
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,12 @@ class Timing:
         """Too few undisturbed repetitions: the figure may be too high."""
         return len(self.clean) < self.wanted
 
+    def cells(self, unit: float = 1e-3, digits: int = 1) -> list[str]:
+        """Median and quartiles for a table, in units of so many seconds."""
+        low, high = (f"{q / unit:.{digits}f}" for q in self.quartiles)
+        mark = " noisy" if self.noisy else ""
+        return [f"{self.median / unit:.{digits}f}", f"[{low}, {high}]{mark}"]
+
     def as_dict(self) -> dict[str, Any]:
         """What goes into the results file; times in milliseconds."""
         low, high = self.quartiles
@@ -98,6 +105,8 @@ def interleave(
     repeats: int,
     advance: Callable[[str], object] = lambda name: None,
     clock: Clock | None = None,
+    warm_up: int = WARM_UP,
+    patience: int = PATIENCE,
 ) -> dict[str, Timing]:
     """Times each contestant `repeats` times, in turns, after a warm-up.
 
@@ -106,17 +115,19 @@ def interleave(
         repeats: of those that do not say.
         advance: called with a contestant's name after its warm-up and after every call.
         clock: what times a call; None: :func:`time_once`.
+        warm_up: calls of each before the first that counts.
+        patience: rounds of repeats beyond the wanted number, as a multiple of it.
     """
     clock = clock or time_once
     timings = {c.name: Timing(c.name, wanted=c.repeats or repeats) for c in contestants}
     assert len(timings) == len(contestants), "two contestants of one name"
     for one in contestants:
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             one.restore()
             one.call()
         advance(one.name)
-    for _ in range(max(t.wanted for t in timings.values()) * (1 + PATIENCE)):
-        waiting = [c for c in contestants if _wants_more(timings[c.name])]
+    for _ in range(max((t.wanted for t in timings.values()), default=0) * (1 + patience)):
+        waiting = [c for c in contestants if _wants_more(timings[c.name], patience)]
         if not waiting:
             break
         for one in waiting:
@@ -128,9 +139,9 @@ def interleave(
     return timings
 
 
-def _wants_more(timing: Timing) -> bool:
+def _wants_more(timing: Timing, patience: int) -> bool:
     calls = len(timing.clean) + len(timing.disturbed)
-    return timing.noisy and calls < timing.wanted * (1 + PATIENCE)
+    return timing.noisy and calls < timing.wanted * (1 + patience)
 
 
 def time_once(call: Callable[[], object]) -> tuple[float, bool]:
@@ -179,6 +190,17 @@ def _resident(name: str) -> int:
         if line.startswith(name + ":"):
             return 1024 * int(line.split()[1])
     raise OSError(f"no {name}")
+
+
+def available_memory() -> int:
+    """Bytes that may be allocated before the machine swaps or kills; all there are if unknown."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return sys.maxsize
 
 
 def environment() -> dict[str, Any]:

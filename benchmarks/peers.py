@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import Case
+from .linear_cases import LinearCase, Loss
 
 #: What :func:`liger` can express.
 LIGER_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -50,5 +52,56 @@ def liger(case: Case) -> Callable[..., Tensor]:
         soft: Tensor = divergence(p, q)
         hard: Tensor = cross_entropy(student, labels)
         return 0.5 * hard + 0.5 * temperature**2 * soft
+
+    return loss
+
+
+#: Peers of the linear level.
+LIGER_LINEAR, LIGER_LINEAR_COMPILED = "Liger chunked", "Liger chunked, compiled"
+TORCH_LINEAR = "F.linear_cross_entropy, hard term alone"
+
+
+def liger_linear_why_not() -> str | None:
+    """Why Liger's chunked distillation cannot take part, or None."""
+    try:
+        import liger_kernel.chunked_loss  # noqa: F401
+    except Exception as error:  # one that is installed may fail on a machine without triton
+        return f"liger_kernel.chunked_loss cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def liger_linear(case: LinearCase, compiled: bool) -> Loss:
+    """Liger's chunked JSD; at ``beta=0`` that is the forward KL.
+
+    It divides both logits by T but has no T²: the soft weight carries it. Its mean is over the rows
+    that are not ignored, its chunks have 1024 rows and more, and its softened softmaxes and weight
+    gradient are in the dtype of the inputs.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss: Loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.5,
+        weight_soft_loss=0.5 * case.temperature**2,
+        beta=0.0,
+        temperature=case.temperature,
+        compiled=compiled,
+    )
+    return loss
+
+
+def torch_linear_why_not() -> str | None:
+    """Why torch's chunked cross-entropy cannot take part, or None."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no F.linear_cross_entropy with chunks"
+    return None
+
+
+def torch_linear() -> Loss:
+    """Its cross-entropy from hidden states, in chunks, with the weight of the hard term."""
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, y: Tensor) -> Tensor:
+        value: Tensor = F.linear_cross_entropy(hidden, weight, y, options=options)
+        return 0.5 * value
 
     return loss

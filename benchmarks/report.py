@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from .measuring import environment
+
 #: Of the lines that `Results` writes. Each is an object with "schema", "kind" and what it holds:
 #: "environment", "time", "ratio", "memory", or "accuracy".
 SCHEMA = 1
@@ -96,6 +98,19 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 def megabytes(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "NOT reached"
+
+
+def show_environment(what: str, repeats: str, results: Results) -> None:
+    """The head of a run: what is measured, on what, how often."""
+    found = environment()
+    results.write("environment", **found)
+    print(what)
+    for name, value in [*found.items(), ("repeats", repeats)]:
+        print(f"  {name.replace('_', ' '):<16} {value}", flush=True)
 
 
 def markers(name: str) -> tuple[str, str]:

@@ -17,7 +17,15 @@ from fused_kd.backends import why_not
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import accuracy, cases, cpu_logits, guard, measuring, report  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    cases,
+    cpu_linear,
+    cpu_logits,
+    guard,
+    measuring,
+    report,
+)
 
 BEGIN, END = report.markers(accuracy.NAME)
 needs_cpu = pytest.mark.skipif(
@@ -92,6 +100,9 @@ BAD: list[tuple[ModuleType, list[str], str]] = [
     (cpu_logits, ["--dtypes", "bf16", "int8"], "--dtypes: invalid choice: 'int8'"),
     (cpu_logits, ["--skip", "liger"], "--skip: invalid choice: 'liger'"),
     (cpu_logits, ["--json", "no/such/folder/file"], "--json: cannot write 'no/such/folder/file'"),
+    (cpu_linear, ["--part", "all"], "--part: invalid choice: 'all'"),
+    (cpu_linear, ["--n", "8", "0"], "--n: must be a whole number of at least 1; got '0'"),
+    (cpu_linear, ["--limit-seconds", "0"], "--limit-seconds: must be a finite number above 0"),
     (accuracy, ["--write", "."], "--write: '.' is a directory, not a file"),
     (accuracy, ["--backend", "gpu"], "--backend: invalid choice: 'gpu'"),
     (guard, ["--what"], "unrecognized arguments: --what"),

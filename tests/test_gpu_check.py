@@ -70,7 +70,7 @@ def test_the_tests_for_a_gpu_run_on_the_cpu(
     (part,) = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert (part["name"], part["status"]) == ("tests", "passed")
     log = (tmp_path / "gpu_check.log").read_text()
-    for name in ("test_gpu.py", "test_gpu_running.py", "test_gpu_machine.py"):
+    for name in ("test_gpu.py", "test_gpu_linear.py", "test_gpu_running.py", "test_gpu_machine.py"):
         assert f"tests/{name} ." in log
     # nothing was left out on the way
     assert not [note for note in part["notes"] if not note.startswith("SKIPPED")]
@@ -85,8 +85,9 @@ def test_every_part(tmp_path: Path) -> None:
     assert found["environment"]["backends"] == {"cpu": "available"}
     names = {part["name"]: part["status"] for part in found["parts"]}
     assert names == {"build": "skipped", "tests": "passed", "sanitizer": "passed",
-                     "benchmark": "passed"}  # fmt: skip
+                     "benchmark": "passed", "linear": "passed"}  # fmt: skip
     assert {line["kind"] for line in found["benchmark"]} >= {"environment", "time", "copy"}
+    assert {line["kind"] for line in found["linear"]} >= {"environment", "time"}
 
 
 @needs_cpu
@@ -236,7 +237,8 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(
 ) -> None:
     hang = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '99'])"
     _fake_parts(monkeypatch, build="print('LEFT OUT x: y'); raise SystemExit(3)", tests=hang,
-                sanitizer="print('FAILED z')", benchmark="print('done')")  # fmt: skip
+                sanitizer="print('FAILED z')", benchmark="print('done')",
+                linear="print('done')")  # fmt: skip
     monkeypatch.setattr(gpu_check, "SHARES", {**gpu_check.SHARES, "tests": 1})
     monkeypatch.setattr(gpu_check, "LEAST", 1.5)
     begin = time.monotonic()
@@ -245,7 +247,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     statuses = {part["name"]: part["status"] for part in found["parts"]}
     assert statuses == {"build": "failed", "tests": "failed", "sanitizer": "passed",
-                        "benchmark": "passed"}  # fmt: skip
+                        "benchmark": "passed", "linear": "passed"}  # fmt: skip
     notes = {part["name"]: part["notes"] for part in found["parts"]}
     assert notes["build"] == ["LEFT OUT x: y"]
     assert notes["tests"] == ["FAILED tests: ended after 2 s, unfinished"]
