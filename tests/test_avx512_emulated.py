@@ -38,4 +38,4 @@ def test_every_intrinsic_is_emulated() -> None:
     emulated = (native_build.ROOT / "tests/native/avx512_emulated.h").read_text()
     for path in (native_build.ROOT / "csrc/cpu").iterdir():
         for name in re.findall(r"_mm512_\w+", path.read_text()):
-            assert f"#define {name} " in emulated, (path.name, name)
+            assert re.search(rf"#define {name}\b", emulated), (path.name, name)

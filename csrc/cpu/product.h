@@ -43,7 +43,7 @@ struct Region {
 
 // What an instruction set offers.
 struct ProductKernels {
-  int rows, columns;  // of a tile: regions begin at multiples
+  int64_t rows, columns;  // of a tile: regions begin at multiples
   int64_t bytes;      // of the packed blocks
   void (*multiply)(const Product&, const Region&, float* memory);  // at a cache line
 };
