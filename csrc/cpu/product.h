@@ -44,7 +44,7 @@ struct Region {
 // What an instruction set offers.
 struct ProductKernels {
   int64_t rows, columns;  // of a tile: regions begin at multiples
-  int64_t bytes;      // of the packed blocks
+  int64_t bytes;          // of the packed blocks
   void (*multiply)(const Product&, const Region&, float* memory);  // at a cache line
 };
 
