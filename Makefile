@@ -7,6 +7,9 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 
+# Threads that spin while they wait would take the processors from each other.
+test test-slow: export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: demo test test-slow bench bench-linear bench-guard accuracy gpu-check lint format clean
 
 # make demo ARGS="--steps 20"

@@ -253,7 +253,7 @@ def may_look_at_values(tensor: Tensor) -> bool:
     )
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor | None) -> None:
     """`name` is an ordinary local tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")

@@ -27,7 +27,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def packages() -> None:
     for name in ("transformers", "mistral_common", "matplotlib"):
         pytest.importorskip(name, reason=f"the demo needs {name} (demo/requirements.txt)")

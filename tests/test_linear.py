@@ -106,6 +106,42 @@ def test_teacher_logits_instead_of_a_head() -> None:
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtypes", [(32, 64), (64, 32), (16, 32), (32, 16)])
+def test_each_model_has_its_own_dtype(dtypes: tuple[int, int]) -> None:
+    kinds = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+    heads = make_heads(dtype=kinds[dtypes[0]])
+    taught = make_heads(dtype=kinds[dtypes[1]])
+    heads = heads._replace(
+        teacher_hidden=taught.teacher_hidden, teacher_weight=taught.teacher_weight
+    )
+    got, want = ours(heads), truth(heads)
+    assert got.loss.dtype == (torch.float64 if 64 in dtypes else torch.float32)
+    eps = torch.finfo(kinds[dtypes[0]]).eps
+    for mine, exact in zip(got, want, strict=True):
+        assert distance(mine, exact) <= 1e-6 + eps
+    given = F.linear(*(x.double() for x in heads.teacher))
+    loss = linear_kd_loss(
+        heads.hidden,
+        heads.weight,
+        labels=heads.labels,
+        teacher_logits=given,
+        student_bias=heads.bias,
+    )
+    assert distance(loss.detach(), want.loss) < 1e-6
+
+
+def test_a_teacher_that_no_term_reads_is_not_multiplied() -> None:
+    heads = make_heads()
+    want = ours(heads, soft_weight=0.0)
+    broken = heads._replace(teacher_hidden=torch.full_like(heads.teacher_hidden, torch.nan))
+    for height in (7, 100):
+        got = ours(broken, soft_weight=0.0, chunk_rows=height)
+        assert torch.equal(got.loss, want.loss)
+        torch.testing.assert_close(tuple(got), tuple(want))
+    # label smoothing counts the entries that are absent on both sides
+    assert ours(broken, soft_weight=0.0, label_smoothing=0.1).loss.isfinite()
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (2, 5), (2, 3, 4)])
 def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     rows = max(1, torch.Size(shape).numel())
@@ -137,6 +173,24 @@ def test_rows_that_lie_apart_are_not_copied_together() -> None:
         got = linear_kd_loss(hidden, heads.weight, labels=labels, chunk_rows=7, **given)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], expected)
+
+
+def test_any_strides() -> None:
+    heads = make_heads()
+    want = ours(heads, chunk_rows=10)
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        """The same values, no stride of which is 1."""
+        return x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(x.requires_grad)
+
+    def transposed(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().t().contiguous().t().requires_grad_(x.requires_grad)
+
+    for lay in (spread, transposed):
+        got = ours(Heads(*(lay(x) if x.dim() == 2 else x for x in heads)), chunk_rows=10)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    got = ours(heads._replace(bias=spread(heads.bias)), chunk_rows=10)
+    assert torch.equal(got.weight, want.weight)
 
 
 def test_ignored_rows_are_not_looked_at() -> None:

@@ -44,6 +44,20 @@ BAD: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
         },
         ["teacher_logits", "detach"],
     ),
+    (TypeError, {"student_hidden": None}, ["student_hidden", "torch.Tensor", "NoneType"]),
+    (TypeError, {"student_weight": None}, ["student_weight", "torch.Tensor", "NoneType"]),
+    (
+        ValueError,
+        {"student_hidden": torch.randn(6, 0), "student_weight": torch.randn(19, 0)},
+        ["student_weight", "H > 0"],
+    ),
+    (ValueError, {"memory_budget": 2**70}, ["memory_budget", "64 bits"]),
+    (ValueError, {"chunk_rows": 2**63}, ["chunk_rows", "64 bits"]),
+    (
+        TypeError,
+        {"student_hidden": HEADS.hidden.double()},
+        ["student_hidden", "float64", "float32"],
+    ),
     (ValueError, {"student_bias": torch.randn(18)}, ["student_bias", "(19,)", "(18,)"]),
     (ValueError, {"teacher_bias": torch.randn(19, 1)}, ["teacher_bias", "(19,)", "(19, 1)"]),
     (ValueError, {"memory_budget": 100}, ["memory_budget", "one row", "100"]),
@@ -103,6 +117,8 @@ def test_a_budget_that_holds_no_row_says_what_one_needs_and_the_next_byte_works(
     with pytest.raises(ValueError, match="at least one row"):
         linear_kd_loss(**GOOD, memory_budget=needed - 1)
     linear_kd_loss(**GOOD, memory_budget=needed)
+    ignored = torch.where(torch.arange(6) == 2, -100, HEADS.labels)  # rows are gathered
+    linear_kd_loss(**{**GOOD, "labels": ignored}, memory_budget=needed)
 
 
 def test_nothing_is_allocated_before_the_checks_have_passed() -> None:

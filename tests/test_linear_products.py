@@ -70,7 +70,7 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
 def test_cuda_autocast_casts_tiles(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "TILE_BYTES", 50 * 24 * 4)
+    monkeypatch.setattr(products.CudaProducts, "tile_bytes", 50 * 24 * 4)
     heads = make_heads()
     with torch.autocast("cpu", torch.bfloat16):
         got = ours(heads)
@@ -78,6 +78,17 @@ def test_cuda_autocast_casts_tiles(
     assert {call[2] for call in as_on_cuda} == {torch.bfloat16}
     for mine, exact in zip(got, truth(heads), strict=True):
         assert distance(mine, exact) < 2e-2
+
+
+def test_cuda_float16_is_scaled_before_the_operand_is_rounded(
+    as_on_cuda: list[tuple[Any, ...]],
+) -> None:
+    heads = make_heads()
+    with torch.autocast("cpu", torch.float16):
+        got = ours(heads, torch.tensor(2.0**16), num_items=2.0**26)
+    want = truth(heads, torch.tensor(2.0**16), num_items=2.0**26)
+    for mine, exact in zip(got, want, strict=True):
+        assert distance(mine, exact) < 2e-3
 
 
 def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any, ...]]) -> None:
@@ -103,7 +114,7 @@ def test_torch_products_tile_what_they_widen(
 ) -> None:
     for module in (chunks, functional):
         monkeypatch.setattr(module, "products_for", lambda device, wide: products.TorchProducts())
-    monkeypatch.setattr(products, "TILE_BYTES", 50 * 24 * 4)
+    monkeypatch.setattr(products.TorchProducts, "tile_bytes", 50 * 24 * 4)
     heads = make_heads(dtype=dtype)
     for accumulate in {torch.float32, dtype}:
         got = ours(heads, chunk_rows=10, grad_accum_dtype=accumulate)

@@ -304,7 +304,7 @@ def test_more_budget_means_fewer_chunks_and_less_traffic() -> None:
         ({"dtype": torch.int8}, TypeError, "dtype must be float32, bfloat16.*; got torch.int8"),
         ({"memory_budget": -1}, ValueError, "memory_budget must be at least 1; got -1"),
         ({"memory_budget": 10**4}, ValueError, "memory_budget must hold at least one row"),
-        ({"grad_accum_dtype": torch.float16}, ValueError, "must be torch.float32 or dtype"),
+        ({"grad_accum_dtype": torch.float16}, ValueError, "must be torch.float32 or the dtype"),
         ({"device": "nothing"}, ValueError, "device must be a torch device; got 'nothing'"),
     ],
 )

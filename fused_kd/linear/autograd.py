@@ -1,9 +1,10 @@
 """When the linear level computes which gradient.
 
 A scalar loss makes its gradients in the forward, chunk by chunk, since the logits exist only there;
-the first backward scales them and hands them over. A later one (``retain_graph=True``) recomputes,
-as do the losses of single rows, whose upstream gradients come with the backward, and float16, whose
-loss scale must enter before the rounding.
+the first backward scales them and hands them over. A later one (``retain_graph=True``) recomputes.
+So do the losses of single rows, whose upstream gradients come with the backward, and whatever is
+rounded to float16 (hidden states, operands under autocast, the accumulator): a loss scale must
+enter before that.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class LinearLoss(torch.autograd.Function):
         w_hard, w_soft = term_weights(w, options)
         ctx.settings, ctx.wanted, ctx.used, ctx.made = settings, wanted, False, None
         per_row = options.reduction == "none"
-        in_forward = any(wanted) and not per_row and inputs[0].dtype != torch.float16
+        rounded_to = (inputs[0].dtype, settings.student_dtype, settings.accumulate)
+        in_forward = any(wanted) and not per_row and torch.float16 not in rounded_to
         made: tuple[Tensor, ...] = ()
         if in_forward:
             hard, soft, *gradients = _gradients(tensors, w_hard, w_soft, settings, wanted)

@@ -11,6 +11,7 @@ from .. import checks
 from ..checks import LOGIT_DTYPES, check_dense, check_device
 
 _STUDENT = "student_hidden"
+_PARTS = ("hidden", "weight", "bias")
 _SHARDED = (
     "a head sharded by FSDP or tensor parallelism must be gathered first "
     "(FSDP.summon_full_params, or weight.full_tensor())"
@@ -87,12 +88,12 @@ def check_chunks(
         raise TypeError(f"grad_accum_dtype must be a torch.dtype; got {grad_accum_dtype!r}")
 
 
-def check_accumulation(dtype: torch.dtype, weight: Tensor) -> None:
+def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
     """float32, or the weight's own dtype."""
-    if dtype not in (torch.float32, weight.dtype):
+    if dtype not in (torch.float32, weight):
         raise ValueError(
-            "grad_accum_dtype must be torch.float32 or the dtype of student_weight, "
-            f"{weight.dtype}; got {dtype}"
+            "grad_accum_dtype must be torch.float32 or the dtype of the student's weight, "
+            f"{weight}; got {dtype}"
         )
 
 
@@ -114,21 +115,18 @@ def check_kept_rows(kept_rows: int | None, kept: Tensor | None, rows: int) -> No
         )
 
 
-_PARTS = ("hidden", "weight", "bias")
-
-
 def _check_pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """One model's hidden states (..., H), weight (V, H) and bias (V,)."""
     names = {f"{side}_hidden": hidden, f"{side}_weight": weight, f"{side}_bias": bias}
     for name, x in names.items():
-        if x is not None:
+        if x is not None or not name.endswith("_bias"):
             _check_floating(name, x)
     if hidden.dim() == 0:
         raise ValueError(f"{side}_hidden must have shape (..., H); got 0 dimensions")
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
-            f"{side}_weight must have shape (V, H) with V > 0; got {tuple(weight.shape)}: "
-            + _SHARDED
+            f"{side}_weight must have shape (V, H) with V > 0 and H > 0; "
+            f"got {tuple(weight.shape)}: {_SHARDED}"
         )
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -150,8 +148,9 @@ def check_dtypes(side: str, hidden: Tensor, weight: Tensor) -> None:
     """Outside autocast, hidden states and weight are multiplied as they are."""
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"{side}_hidden and {side}_weight must have the same dtype outside autocast; got "
-            f"{hidden.dtype} and {weight.dtype}: cast one, or call under torch.autocast"
+            f"{side}_hidden and {side}_weight must have the same dtype outside autocast (which "
+            f"leaves float64 alone); got {hidden.dtype} and {weight.dtype}: cast one, or call "
+            "under torch.autocast"
         )
 
 
@@ -179,8 +178,9 @@ def _check_detached(name: str, x: Tensor) -> None:
         )
 
 
-def _check_floating(name: str, x: Tensor) -> None:
+def _check_floating(name: str, x: Tensor | None) -> None:
     check_dense(name, x)
+    assert x is not None
     if x.device.type == "meta":
         raise TypeError(f"{name} must have values; got a tensor on the meta device")
     if x.dtype not in LOGIT_DTYPES:
@@ -192,5 +192,7 @@ def check_count(name: str, value: object, least: int) -> None:
         return
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
+    if int(value) >= 2**63:
+        raise ValueError(f"{name} must fit in 64 bits; got {value}")

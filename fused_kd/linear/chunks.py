@@ -22,13 +22,14 @@ class Problem(NamedTuple):
     """N rows of both models, and what is asked about them."""
 
     student: Side
-    teacher: Side | None  # None: its logits are given
-    teacher_logits: Tensor | None  # (..., V)
+    teacher: Side | None
+    teacher_logits: Tensor | None  # (..., V); None without a teacher: no term reads it
     labels: Tensor | None  # (N,)
     w_hard: Tensor | None  # (N,); None: the term is off, 0: off for that row
     w_soft: Tensor | None  # (N,)
     options: KDOptions
     backend: Backend
+    wide: torch.dtype  # of logits and losses
     chunk_rows: int | None
     memory_budget: int | None
     kept_rows: int | None  # at most so many rows have a weight; None: ask the device, or mask
@@ -45,18 +46,15 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def run_chunks(
-    problem: Problem, wide: torch.dtype, gradients: Gradients | None
-) -> tuple[Tensor, Tensor]:
+def run_chunks(problem: Problem, gradients: Gradients | None) -> tuple[Tensor, Tensor]:
     """hard (N,) and soft (N,), unweighted, 0 for rows without weight; fills the gradients.
 
     Args:
         problem: what to compute.
-        wide: the dtype of logits and losses.
         gradients: to be written, whatever is in them.
     """
     rows = _Rows(problem)
-    hidden = problem.student.hidden
+    hidden, wide = problem.student.hidden, problem.wide
     hard, soft = (hidden.new_zeros(rows.all, dtype=wide) for _ in range(2))
     _clear(gradients, rows)
     products = products_for(hidden.device, wide)
@@ -65,10 +63,16 @@ def run_chunks(
         problem.chunk_rows,
         problem.memory_budget,
         hidden.device,
-        _sizes(problem, products, wide, rows.index is not None or rows.mask is not None),
+        sizes_of(
+            problem.student,
+            problem.teacher,
+            problem.teacher_logits,
+            wide,
+            gathered=rows.index is not None or rows.mask is not None,
+        ),
         products.fixed_bytes(),
     )
-    chunk = _Chunk(problem, products, min(height, rows.count), wide)
+    chunk = _Chunk(problem, products, min(height, rows.count))
     for begin in range(0, rows.count, height):
         here = rows.at(begin, min(begin + height, rows.count))
         states = take(hidden, here)
@@ -80,24 +84,27 @@ def run_chunks(
     return hard, soft
 
 
-def _sizes(problem: Problem, products: Products, wide: torch.dtype, gathered: bool) -> Sizes:
-    """What the height of a chunk depends on."""
-    student, teacher, logits = problem.student, problem.teacher, problem.teacher_logits
-    given = logits if teacher is None else teacher.hidden
-    assert given is not None
+def sizes_of(
+    student: Side,
+    teacher: Side | None,
+    teacher_logits: Tensor | None,
+    wide: torch.dtype,
+    gathered: bool,
+) -> Sizes:
+    """What the height of a chunk depends on; `gathered`: rows are copied together in any case."""
+    products = products_for(student.hidden.device, wide)
+    given = teacher_logits if teacher is None else teacher.hidden
     dtypes = {student.hidden.dtype, student.compute}
     if teacher is not None:
         dtypes |= {teacher.hidden.dtype, teacher.compute}
-    lie_apart = _flat(given) is None or _flat(student.hidden) is None
-    lie_apart |= teacher is None and given.stride(-1) != 1
     return Sizes(
         vocabulary=student.weight.shape[0],
         student_hidden=student.weight.shape[1],
         teacher_hidden=None if teacher is None else teacher.weight.shape[1],
         wide_bytes=wide.itemsize,
         student_bytes=student.hidden.dtype.itemsize,
-        teacher_bytes=given.dtype.itemsize,
-        gathered=gathered or lie_apart,
+        teacher_bytes=0 if given is None else given.dtype.itemsize,
+        gathered=gathered or any(_lies_apart(x) for x in (student.hidden, given) if x is not None),
         converted=dtypes != {wide},
         # with a teacher's head the copy lies over its logits
         operand_bytes=0 if teacher else products.operand_bytes(student.compute),
@@ -139,12 +146,10 @@ def _host_knows(x: Tensor) -> bool:
 class _Chunk:
     """Buffers that every chunk uses again, and what is done with one chunk."""
 
-    def __init__(
-        self, problem: Problem, products: Products, height: int, wide: torch.dtype
-    ) -> None:
+    def __init__(self, problem: Problem, products: Products, height: int) -> None:
         self.problem, self.products = problem, products
         shape = (height, problem.student.weight.shape[0])
-        self.student = problem.student.hidden.new_empty(shape, dtype=wide)
+        self.student = problem.student.hidden.new_empty(shape, dtype=problem.wide)
         has_pair = problem.teacher is not None
         self.teacher = self.student.new_empty(shape) if has_pair else None
 
@@ -155,7 +160,7 @@ class _Chunk:
         problem = self.problem
         s = self.student[: hidden.shape[0]]
         self.products.logits(s, hidden, problem.student)
-        t = self._teacher_logits(rows)
+        t = self._teacher_logits(rows, s)
         vectors = (problem.labels, problem.w_hard, problem.w_soft)
         labels, w_hard, w_soft = (None if x is None else x[rows] for x in vectors)
         arguments = (s[None], t[None], labels, w_hard, w_soft, problem.options)
@@ -187,12 +192,10 @@ class _Chunk:
         self.products.hidden_gradient(part, gradient, side)
         target[rows] = part.to(target.dtype)
 
-    def _teacher_logits(self, rows: slice | Tensor) -> Tensor:
+    def _teacher_logits(self, rows: slice | Tensor, s: Tensor) -> Tensor:
         problem = self.problem
         if problem.teacher is None:
-            assert problem.teacher_logits is not None
-            given = take(problem.teacher_logits, rows)
-            return given if given.stride(-1) == 1 else given.contiguous()
+            return s if problem.teacher_logits is None else take(problem.teacher_logits, rows)
         assert self.teacher is not None
         hidden = take(problem.teacher.hidden, rows)
         t = self.teacher[: hidden.shape[0]]
@@ -201,21 +204,20 @@ class _Chunk:
 
 
 def take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    """Rows of x (..., K) as (C, K): a view where they lie together, else a copy of these alone."""
-    flat = _flat(x)
-    if flat is not None:
-        return flat[rows]
+    """Rows of x (..., K) as (C, K), last stride 1: a view if they lie so, else a copy of these."""
+    if not _lies_apart(x):
+        return x.view(-1, x.shape[-1])[rows]
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=x.device)
-    return x[torch.unravel_index(rows, x.shape[:-1])]
+    return x[torch.unravel_index(rows, x.shape[:-1])].contiguous()
 
 
-def _flat(x: Tensor) -> Tensor | None:
-    """(N, K) as a view; None if the leading dimensions do not fold."""
+def _lies_apart(x: Tensor) -> bool:
+    """Whether the leading dimensions do not fold as they lie, or the last stride is not 1."""
     try:
-        return x.view(-1, x.shape[-1])
+        return x.view(-1, x.shape[-1]).stride(-1) != 1
     except RuntimeError:
-        return None
+        return True
 
 
 def _clear(gradients: Gradients | None, rows: _Rows) -> None:

@@ -21,8 +21,9 @@ from .checks import (
     check_heads,
     check_kept_rows,
 )
-from .memory import Sizes, budget_rows
-from .products import products_for
+from .chunks import sizes_of
+from .memory import budget_rows
+from .products import Side, products_for
 
 
 class ChunkOptions(NamedTuple):
@@ -94,7 +95,8 @@ def linear_kd_loss(
         chunk_rows: rows of a chunk.
         memory_budget: bytes that a chunk may take (see ``python -m fused_kd.plan``), instead of
             chunk_rows. Default: 256 MiB on a CPU; on a GPU what 2048 rows need, at most 1/16 of its
-            memory. Small chunks read and write the weight gradient more often.
+            memory. Small chunks read and write the weight gradient more often. The reference backend
+            takes several times as much.
         grad_accum_dtype: of the weight and bias gradient while chunks are added: float32, or the
             weight's dtype, which saves a buffer and rounds once per chunk.
         kept_rows: an upper bound of the rows that are not ignored. If there are more the loss is
@@ -162,19 +164,26 @@ def linear_kd_loss_with(
     given = teacher_logits if teacher[0] is None else teacher[0]
     assert given is not None
     wide = arithmetic_dtype(hidden, given)
-    accumulate = wide if wide == torch.float64 else chunks.grad_accum_dtype
-    check_accumulation(accumulate, weight)
+    compute = _product_dtype("student", hidden, weight)
+    taught = None
+    if teacher[0] is not None and teacher[1] is not None:
+        taught = Side(
+            teacher[0], teacher[1], teacher[2], _product_dtype("teacher", teacher[0], teacher[1])
+        )
+    check_accumulation(chunks.grad_accum_dtype, weight.dtype)
+    if chunks.memory_budget is not None and not torch.compiler.is_compiling():
+        most = sizes_of(Side(*student, compute), taught, teacher_logits, wide, gathered=True)
+        budget_rows(chunks.memory_budget, most, products_for(hidden.device, wide).fixed_bytes())
     settings = Settings(
         options,
         choose_name(options.backend, hidden, given),
-        _product_dtype("student", hidden, weight),
-        wide if teacher[1] is None else _product_dtype("teacher", given, teacher[1]),
+        compute,
+        wide if taught is None else taught.compute,
         chunks.chunk_rows,
         chunks.memory_budget,
         kept_rows,
-        accumulate,
+        wide if wide == torch.float64 else chunks.grad_accum_dtype,
     )
-    _check_budget(chunks.memory_budget, hidden, weight, teacher[1], wide)
     w = row_weights(hidden, wide, kept, token_weight, options, num_items)
     if kept_rows is not None and kept is not None:
         w = torch.where(kept.sum() > kept_rows, torch.nan, w)
@@ -194,21 +203,3 @@ def _product_dtype(side: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     check_dtypes(side, hidden, weight)
     return hidden.dtype
-
-
-def _check_budget(
-    budget: int | None,
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    wide: torch.dtype,
-) -> None:
-    """Refuses one that does not even hold a row, before anything is allocated."""
-    if budget is None or torch.compiler.is_compiling():  # the operator refuses it too
-        return
-    teacher_hidden = None if teacher_weight is None else teacher_weight.shape[1]
-    vocabulary, student_hidden = weight.shape
-    sizes = Sizes(
-        vocabulary, student_hidden, teacher_hidden, wide_bytes=wide.itemsize, gathered=False
-    )
-    budget_rows(budget, sizes, products_for(hidden.device, wide).fixed_bytes())

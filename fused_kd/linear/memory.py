@@ -63,8 +63,8 @@ def budget_rows(budget: int, sizes: Sizes, fixed: int) -> int:
     if rows < 1:
         raise ValueError(
             f"memory_budget must hold at least one row, which needs {row_bytes(sizes) + fixed:,} "
-            f"bytes for V = {sizes.vocabulary} (the float32 logits that are not given, and "
-            f"{fixed:,} bytes for the products); got {budget:,}"
+            f"bytes for V = {sizes.vocabulary} (logits of {sizes.wide_bytes} bytes that are not "
+            f"given, and {fixed:,} bytes for the products); got {budget:,}"
         )
     return rows
 

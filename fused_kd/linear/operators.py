@@ -43,7 +43,7 @@ def linear_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
     """hard (N,) and soft (N,)."""
     problem = _problem(*arguments)
     with torch.no_grad(), torch.autocast(problem.student.hidden.device.type, enabled=False):
-        return run_chunks(problem, _wide(problem), None)
+        return run_chunks(problem, None)
 
 
 def linear_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -53,7 +53,7 @@ def linear_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     outputs = _empty_gradients(problem.student, wanted, accumulate)
     asked = (x if w else None for x, w in zip(outputs, wanted, strict=True))
     with torch.no_grad(), torch.autocast(problem.student.hidden.device.type, enabled=False):
-        hard, soft = run_chunks(problem, _wide(problem), Gradients(*asked))
+        hard, soft = run_chunks(problem, Gradients(*asked))
     return hard, soft, *outputs
 
 
@@ -80,8 +80,11 @@ def _problem(
     memory_budget: int | None,
     kept_rows: int | None,
 ) -> Problem:
+    wide = arithmetic_dtype(student_hidden, teacher_hidden, teacher_logits)
     teacher = None
-    if teacher_hidden is not None and teacher_weight is not None:
+    if w_soft is None and label_smoothing == 0.0:
+        teacher_logits = None  # nobody asks the teacher
+    elif teacher_hidden is not None and teacher_weight is not None:
         teacher = Side(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     options = KDOptions(
         divergence=divergence,
@@ -99,15 +102,11 @@ def _problem(
         w_soft=w_soft,
         options=options,
         backend=named(backend),
+        wide=wide,
         chunk_rows=chunk_rows,
         memory_budget=memory_budget,
         kept_rows=kept_rows,
     )
-
-
-def _wide(problem: Problem) -> torch.dtype:
-    given = problem.teacher_logits if problem.teacher is None else problem.teacher.hidden
-    return arithmetic_dtype(problem.student.hidden, given)
 
 
 def _empty_gradients(
@@ -127,7 +126,7 @@ def _fake_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = _problem(*arguments)
     hidden = problem.student.hidden
     rows = math.prod(hidden.shape[:-1])  # numel() would fix a symbolic size
-    hard, soft = (hidden.new_empty((rows,), dtype=_wide(problem)) for _ in range(2))
+    hard, soft = (hidden.new_empty((rows,), dtype=problem.wide) for _ in range(2))
     return hard, soft
 
 
@@ -141,6 +140,6 @@ for _name, _run, _fake in (
     ("linear_losses", linear_losses, _fake_losses),
     ("linear_gradients", linear_gradients, _fake_gradients),
 ):
-    for _device in ("CPU", "CUDA", "XPU"):
+    for _device in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _run, _device)
     torch.library.register_fake(f"fused_kd::{_name}", _fake)

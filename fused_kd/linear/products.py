@@ -18,7 +18,7 @@ they have it already, nothing is rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,101 +39,100 @@ class Side(NamedTuple):
     compute: torch.dtype
 
 
-class Products(Protocol):
-    """What the chunk driver needs."""
+class Products:
+    """What the chunk driver needs, by one product that each of the classes below brings."""
+
+    #: Bytes of a tile of weights that are converted, or copied, before they are multiplied.
+    tile_bytes = TILE_BYTES
 
     def fixed_bytes(self) -> int:
         """Memory of the products themselves, whatever the number of rows."""
-        ...
+        return 2 * self.tile_bytes  # in the autocast dtype, and widened
 
     def logits(self, out: Tensor, hidden: Tensor, side: Side) -> None:
         """out = hidden · weightᵀ + bias."""
-        ...
+        for tile in self._tiles(side, out.dtype):
+            bias = None if side.bias is None else side.bias[tile]
+            weight = side.weight[tile].t()
+            self._multiply(out[:, tile], hidden, weight, side.compute, bias=bias, round_a=True)
 
     def operand_bytes(self, compute: torch.dtype) -> int:
         """Of an element of the copy that :meth:`operand` makes without a spare; 0: makes none."""
-        ...
+        return 0
 
     def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
         """The gradient (C, V) as the two products below take it; `spare` (C, V) may be used."""
-        ...
+        return gradient
 
     def hidden_gradient(self, out: Tensor, gradient: Tensor, side: Side) -> None:
         """out (C, H) = gradient · weight."""
-        ...
+        for tile in self._tiles(side, out.dtype):
+            add = tile.start > 0  # the first is written, not added to what happens to lie there
+            self._multiply(out, gradient[:, tile], side.weight[tile], side.compute, add=add)
 
     def weight_gradient(
         self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
     ) -> None:
         """out (V, H) = or += gradientᵀ · hidden; float32, or rounded to out's dtype each time."""
-        ...
-
-
-def products_for(device: torch.device, wide: torch.dtype) -> Products:
-    """Who multiplies on this device, with results of dtype `wide`."""
-    if wide == torch.float32 and device.type == "cpu" and extension.cpu.why_not() is None:
-        return CompiledProducts()
-    if wide == torch.float32 and device.type == "cuda":
-        return CudaProducts()
-    return TorchProducts()
-
-
-def tiles(weight: Tensor, wide: torch.dtype) -> Iterator[slice]:
-    """Slices of the vocabulary whose weights take TILE_BYTES once widened."""
-    vocabulary, hidden = weight.shape
-    height = max(16, TILE_BYTES // (max(hidden, 1) * wide.itemsize))
-    for begin in range(0, vocabulary, height):
-        yield slice(begin, min(begin + height, vocabulary))
-
-
-class TorchProducts:
-    """torch.mm on widened operands."""
-
-    def fixed_bytes(self) -> int:
-        return 2 * TILE_BYTES  # in the autocast dtype, and widened
-
-    def logits(self, out: Tensor, hidden: Tensor, side: Side) -> None:
-        rows = _wide(hidden, side.compute, out.dtype)
-        for tile in self._tiles(side, out.dtype):
-            torch.mm(rows, _wide(side.weight[tile], side.compute, out.dtype).t(), out=out[:, tile])
-        if side.bias is not None:
-            out.add_(side.bias)
-
-    def operand_bytes(self, compute: torch.dtype) -> int:
-        return 0
-
-    def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
-        return gradient
-
-    def hidden_gradient(self, out: Tensor, gradient: Tensor, side: Side) -> None:
-        for tile in self._tiles(side, out.dtype):
-            # the first product is written, not added to what happens to lie there; no name holds
-            # a tile while the next is made
-            torch.addmm(
-                out,
-                gradient[:, tile],
-                _wide(side.weight[tile], side.compute, out.dtype),
-                beta=int(tile.start > 0),
-                out=out,
-            )
-
-    def weight_gradient(
-        self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
-    ) -> None:
-        rows = _wide(hidden, compute, gradient.dtype)
-        if out.dtype == gradient.dtype:
-            torch.addmm(out, gradient.t(), rows, beta=int(add), out=out)
+        if self._writes(out.dtype, gradient.dtype):
+            self._multiply(out, gradient.t(), hidden, compute, add=add)
             return
-        for tile in tiles(out, gradient.dtype):
-            _put(out[tile], gradient[:, tile].t() @ rows, add)
+        for tile in tiles(out, torch.float32, self.tile_bytes):
+            part = gradient.new_empty(out[tile].shape, dtype=torch.float32)
+            self._multiply(part, gradient[:, tile].t(), hidden, compute)
+            out[tile] = part.add_(out[tile]) if add else part  # the sum rounded once
+            del part  # before the next is made
 
     def _tiles(self, side: Side, wide: torch.dtype) -> Iterator[slice]:
-        if side.weight.dtype == side.compute == wide:
+        """The whole vocabulary, or slices whose weights are converted one after the other."""
+        if self._takes(side, wide):
             return iter([slice(0, side.weight.shape[0])])
-        return tiles(side.weight, wide)
+        return tiles(side.weight, wide, self.tile_bytes)
+
+    def _takes(self, side: Side, wide: torch.dtype) -> bool:
+        """Whether a weight is multiplied as it is."""
+        return side.weight.dtype == side.compute == wide
+
+    def _writes(self, out: torch.dtype, operand: torch.dtype) -> bool:
+        """Whether a product of operands of this dtype may be added to `out`."""
+        return out == operand
+
+    def _multiply(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        compute: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        round_a: bool = False,
+        add: bool = False,
+    ) -> None:
+        """out = or += a · b + bias, the values of b (and of a) rounded to `compute` before."""
+        raise NotImplementedError
 
 
-class CompiledProducts:
+class TorchProducts(Products):
+    """torch.mm on widened operands."""
+
+    def _multiply(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        compute: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        round_a: bool = False,
+        add: bool = False,
+    ) -> None:
+        a = (a.to(compute) if round_a else a).to(out.dtype)
+        torch.addmm(out, a, b.to(compute).to(out.dtype), beta=int(add), out=out)
+        if bias is not None:
+            out.add_(bias)
+
+
+class CompiledProducts(Products):
     """The product of csrc/cpu: converts while it packs, so nothing is cast beforehand."""
 
     def fixed_bytes(self) -> int:
@@ -143,44 +142,29 @@ class CompiledProducts:
         assert isinstance(per_thread, int)
         return per_thread * torch.get_num_threads()
 
-    def logits(self, out: Tensor, hidden: Tensor, side: Side) -> None:
-        bias = None if side.bias is None else side.bias.float()
-        _product(out, hidden, side.weight.t(), bias, side.compute, round_a=True)
+    def _takes(self, side: Side, wide: torch.dtype) -> bool:
+        return 1 in side.weight.stride()
 
-    def operand_bytes(self, compute: torch.dtype) -> int:
-        return 0
-
-    def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
-        return gradient
-
-    def hidden_gradient(self, out: Tensor, gradient: Tensor, side: Side) -> None:
-        _product(out, gradient, side.weight, None, side.compute)
-
-    def weight_gradient(
-        self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
+    def _multiply(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        compute: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        round_a: bool = False,
+        add: bool = False,
     ) -> None:
-        if out.dtype == torch.float32:
-            _product(out, gradient.t(), hidden, None, compute, accumulate=add)
-            return
-        for tile in tiles(out, torch.float32):
-            part = gradient.new_empty(out[tile].shape)
-            _product(part, gradient[:, tile].t(), hidden, None, compute)
-            _put(out[tile], part, add)
-            del part  # before the next is made
+        a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+        bias = None if bias is None else bias.float().contiguous()
+        torch.ops.fused_kd.product_(out, a, b, bias, compute, round_a, add)
 
 
-class CudaProducts:
+class CudaProducts(Products):
     """cuBLAS with 16-bit operands and float32 results; float32 operands as they are."""
 
-    def fixed_bytes(self) -> int:
-        return 2 * TILE_BYTES
-
-    def logits(self, out: Tensor, hidden: Tensor, side: Side) -> None:
-        rows = hidden.to(side.compute)
-        for tile in self._tiles(side):
-            _mm(out[:, tile], rows, side.weight[tile].to(side.compute).t())
-        if side.bias is not None:
-            out.add_(side.bias)
+    tile_bytes = 16 * MIB  # launches cost more than a cache gives
 
     def operand_bytes(self, compute: torch.dtype) -> int:
         return 0 if compute == torch.float32 else compute.itemsize
@@ -193,50 +177,29 @@ class CudaProducts:
         rows, vocabulary = gradient.shape
         return spare.view(-1).view(compute)[: rows * vocabulary].view(rows, -1).copy_(gradient)
 
-    def hidden_gradient(self, out: Tensor, gradient: Tensor, side: Side) -> None:
-        for tile in self._tiles(side):
-            _mm(out, gradient[:, tile], side.weight[tile].to(side.compute), add=tile.start > 0)
+    def _takes(self, side: Side, wide: torch.dtype) -> bool:
+        return side.weight.dtype == side.compute
 
-    def weight_gradient(
-        self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
+    def _writes(self, out: torch.dtype, operand: torch.dtype) -> bool:
+        return out in (torch.float32, operand)
+
+    def _multiply(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        compute: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        round_a: bool = False,
+        add: bool = False,
     ) -> None:
-        rows = hidden.to(compute)
-        if out.dtype in (torch.float32, compute):
-            _mm(out, gradient.t(), rows, add)
-            return
-        for tile in tiles(out, torch.float32):
-            part = gradient.new_empty(out[tile].shape, dtype=torch.float32)
-            _mm(part, gradient[:, tile].t(), rows)
-            _put(out[tile], part, add)
-            del part  # before the next is made
-
-    def _tiles(self, side: Side) -> Iterator[slice]:
-        if side.weight.dtype == side.compute:
-            return iter([slice(0, side.weight.shape[0])])
-        return tiles(side.weight, torch.float32)
+        _mm(out, a.to(compute), b.to(compute), add)
+        if bias is not None:
+            out.add_(bias)
 
 
-def _wide(x: Tensor, compute: torch.dtype, wide: torch.dtype) -> Tensor:
-    return x.to(compute).to(wide)
-
-
-def _put(out: Tensor, part: Tensor, add: bool) -> None:
-    out.copy_(part.add_(out) if add else part)  # the sum in float32, rounded once
-
-
-def _product(
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    compute: torch.dtype,
-    round_a: bool = False,
-    accumulate: bool = False,
-) -> None:
-    torch.ops.fused_kd.product_(out, a, b, bias, compute, round_a, accumulate)
-
-
-def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """out = or += a · b, where out may be wider than the operands."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
@@ -244,3 +207,20 @@ def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+def products_for(device: torch.device, wide: torch.dtype) -> Products:
+    """Who multiplies on this device, with results of dtype `wide`."""
+    if wide == torch.float32 and device.type == "cpu" and extension.cpu.why_not() is None:
+        return CompiledProducts()
+    if wide == torch.float32 and device.type == "cuda":
+        return CudaProducts()
+    return TorchProducts()
+
+
+def tiles(weight: Tensor, wide: torch.dtype, size: int) -> Iterator[slice]:
+    """Slices of the vocabulary whose weights take `size` bytes once widened."""
+    vocabulary, hidden = weight.shape
+    height = max(16, size // (max(hidden, 1) * wide.itemsize))
+    for begin in range(0, vocabulary, height):
+        yield slice(begin, min(begin + height, vocabulary))

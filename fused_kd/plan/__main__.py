@@ -21,12 +21,10 @@ _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "g
 def byte_count(text: str) -> int:
     """256MiB, 1.5 GB or a plain number, in bytes."""
     match = re.fullmatch(r"([0-9.]+) *([kmg]i?b)?", text.strip().lower())
-    try:
-        assert match is not None
-        return int(float(match[1]) * _UNITS.get(match[2], 1))
-    except (AssertionError, ValueError):
+    if match is None or match[1].count(".") > 1 or match[1] == ".":
         message = f"expected bytes such as 256MiB, 1GiB or 268435456; got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(message)
+    return int(float(match[1]) * _UNITS.get(match[2], 1))
 
 
 def _model(name: str) -> tuple[int, int]:

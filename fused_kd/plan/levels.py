@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..checks import LOGIT_DTYPES
-from ..linear.checks import check_chunks, check_count
+from ..linear.checks import check_accumulation, check_chunks, check_count
 from ..linear.memory import FEWEST_ROWS, Sizes, automatic_rows, chunk_rows, row_bytes
 from ..linear.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
 
@@ -96,13 +96,10 @@ def plan(
     check_chunks(None, memory_budget, grad_accum_dtype)
     if dtype not in LOGIT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
-    if grad_accum_dtype not in (torch.float32, dtype):
-        raise ValueError(
-            f"grad_accum_dtype must be torch.float32 or dtype, {dtype}; got {grad_accum_dtype}"
-        )
+    check_accumulation(grad_accum_dtype, dtype)
     try:
         where = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be a torch device; got {device!r} ({error})") from error
     counted = _Count(rows, vocab, hidden_student, hidden_teacher, dtype, grad_accum_dtype, where)
     height, reason, explanation = counted.chunk(memory_budget)
@@ -183,7 +180,10 @@ class _Count:
         flop = self.flop
         if rounded:
             traffic += total + rounded
-        if self.dtype == torch.float16:  # the logits are gone when its loss scale arrives
+        if torch.float16 in (
+            self.dtype,
+            self.accumulate,
+        ):  # the logits are gone when its loss scale arrives
             traffic, flop = traffic + forward, flop + self.forward_flop
         return Level(_highest(held | chunk, after), flop, traffic), added
 
@@ -193,7 +193,7 @@ class _Count:
         try:
             height = chunk_rows(self.rows, None, budget, self.device, self.sizes, fixed)
             floor = budget is None and automatic_rows(self.device, self.sizes, fixed) == FEWEST_ROWS
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 "device must be on this machine where memory_budget is None, since its memory "
                 f"decides; got {str(self.device)!r}: pass memory_budget ({error})"
