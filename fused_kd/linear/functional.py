@@ -95,8 +95,8 @@ def linear_kd_loss(
         chunk_rows: rows of a chunk.
         memory_budget: bytes that a chunk may take (see ``python -m fused_kd.plan``), instead of
             chunk_rows. Default: 256 MiB on a CPU; on a GPU what 2048 rows need, at most 1/16 of its
-            memory. Small chunks read and write the weight gradient more often. The reference backend
-            takes several times as much.
+            memory. Small chunks read and write the weight gradient more often. The reference
+            backend takes several times as much.
         grad_accum_dtype: of the weight and bias gradient while chunks are added: float32, or the
             weight's dtype, which saves a buffer and rounds once per chunk.
         kept_rows: an upper bound of the rows that are not ignored. If there are more the loss is
