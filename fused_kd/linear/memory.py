@@ -10,10 +10,11 @@ from ..options import MIB
 
 #: Bytes of the automatic budget on a CPU.
 CPU_BUDGET = 256 * MIB
-#: The automatic budget is never below what this many rows need: with fewer, reading and writing
-#: the weight gradient once per chunk takes longer than the products of the chunk.
+#: The automatic budget is never below what this many rows need: fewer would read and write the
+#: weight gradient so often that it takes a good part of the time.
 FEWEST_ROWS = 64
-#: Rows of an automatic chunk on a GPU; below about 1070 the weight gradient's traffic dominates.
+#: Rows of an automatic chunk on a GPU; below about 1070 the weight gradient's traffic dominates
+#: (calculated).
 GPU_ROWS = 2048
 #: ... and the share of the GPU's memory that they may take.
 GPU_SHARE = 16

@@ -51,10 +51,11 @@ class Products:
 
     def logits(self, out: Tensor, hidden: Tensor, side: Side) -> None:
         """out = hidden · weightᵀ + bias."""
+        hidden = hidden.to(side.compute)
         for tile in self._tiles(side, out.dtype):
-            bias = None if side.bias is None else side.bias[tile]
-            weight = side.weight[tile].t()
-            self._multiply(out[:, tile], hidden, weight, side.compute, bias=bias, round_a=True)
+            self._multiply(out[:, tile], hidden, side.weight[tile].t(), side.compute)
+        if side.bias is not None:
+            out.add_(side.bias)
 
     def operand_bytes(self, compute: torch.dtype) -> int:
         """Of an element of the copy that :meth:`operand` makes without a spare; 0: makes none."""
@@ -98,17 +99,9 @@ class Products:
         return out == operand
 
     def _multiply(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        compute: torch.dtype,
-        *,
-        bias: Tensor | None = None,
-        round_a: bool = False,
-        add: bool = False,
+        self, out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, add: bool = False
     ) -> None:
-        """out = or += a · b + bias, the values of b (and of a) rounded to `compute` before."""
+        """out = or += a · b, the values of b rounded to `compute` before."""
         raise NotImplementedError
 
 
@@ -116,20 +109,10 @@ class TorchProducts(Products):
     """torch.mm on widened operands."""
 
     def _multiply(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        compute: torch.dtype,
-        *,
-        bias: Tensor | None = None,
-        round_a: bool = False,
-        add: bool = False,
+        self, out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, add: bool = False
     ) -> None:
-        a = (a.to(compute) if round_a else a).to(out.dtype)
-        torch.addmm(out, a, b.to(compute).to(out.dtype), beta=int(add), out=out)
-        if bias is not None:
-            out.add_(bias)
+        wide = out.dtype
+        torch.addmm(out, a.to(wide), b.to(compute).to(wide), beta=int(add), out=out)
 
 
 class CompiledProducts(Products):
@@ -142,23 +125,19 @@ class CompiledProducts(Products):
         assert isinstance(per_thread, int)
         return per_thread * torch.get_num_threads()
 
+    def logits(self, out: Tensor, hidden: Tensor, side: Side) -> None:
+        for tile in self._tiles(side, out.dtype):
+            bias = None if side.bias is None else side.bias[tile].float().contiguous()
+            weight = side.weight[tile].t()
+            _product(out[:, tile], hidden, weight, bias, side.compute, round_a=True)
+
     def _takes(self, side: Side, wide: torch.dtype) -> bool:
         return 1 in side.weight.stride()
 
     def _multiply(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        compute: torch.dtype,
-        *,
-        bias: Tensor | None = None,
-        round_a: bool = False,
-        add: bool = False,
+        self, out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, add: bool = False
     ) -> None:
-        a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
-        bias = None if bias is None else bias.float().contiguous()
-        torch.ops.fused_kd.product_(out, a, b, bias, compute, round_a, add)
+        _product(out, a, b, None, compute, add=add)
 
 
 class CudaProducts(Products):
@@ -184,19 +163,23 @@ class CudaProducts(Products):
         return out in (torch.float32, operand)
 
     def _multiply(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        compute: torch.dtype,
-        *,
-        bias: Tensor | None = None,
-        round_a: bool = False,
-        add: bool = False,
+        self, out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, add: bool = False
     ) -> None:
-        _mm(out, a.to(compute), b.to(compute), add)
-        if bias is not None:
-            out.add_(bias)
+        _mm(out, a, b.to(compute), add)
+
+
+def _product(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    compute: torch.dtype,
+    *,
+    round_a: bool = False,
+    add: bool = False,
+) -> None:
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    torch.ops.fused_kd.product_(out, a, b, bias, compute, round_a, add)
 
 
 def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
