@@ -67,6 +67,16 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
             assert distance(mine, exact) < 1e-6
 
 
+def test_cuda_too_few_kept_rows_are_not_a_number(
+    as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host does not look, rows must not be left out silently."""
+    monkeypatch.setattr(functional, "check_kept_rows", lambda *arguments: None)
+    heads = make_heads()
+    assert ours(heads, kept_rows=37).loss.isfinite()
+    assert ours(heads, kept_rows=36).loss.isnan()
+
+
 def test_cuda_autocast_casts_tiles(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
