@@ -235,6 +235,16 @@ def test_the_budget_is_kept(
     assert peak <= limit, (peak / MIB, limit / MIB)
 
 
+def test_one_chunk_needs_no_accumulator(products: str) -> None:
+    tensors = make(64, 8192, 1024, 512, torch.bfloat16)
+    hidden, weight = tensors[:2]
+    chunk = 8 * 64 * 8192
+    peak = cpu_peak(lambda: plain(tensors, 64 * MIB).backward()).highest
+    tiles = 4 * TILE_BYTES  # of weights that torch's products widen, and of the gradient
+    assert peak <= hidden.nbytes + weight.nbytes + chunk + tiles + SLACK
+    assert tiles < weight.nbytes + weight.numel() * 4 - weight.nbytes - chunk  # it would show
+
+
 # a view of the rows; gathered rows; a layout that is copied chunk by chunk
 @pytest.mark.parametrize("kind", ["plain", "ignored", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

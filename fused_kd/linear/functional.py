@@ -22,7 +22,7 @@ from .checks import (
     check_kept_rows,
 )
 from .chunks import sizes_of
-from .memory import budget_rows
+from .memory import chunk_rows
 from .products import Side, products_for
 
 
@@ -77,8 +77,9 @@ def linear_kd_loss(
 
     The products run in the autocast dtype, else in the inputs' own (hidden states and weight of a
     model must then match), with float32 results; float64 inputs compute in float64. The gradients
-    have the dtypes of their inputs. That of the hidden states is rounded once more if the upstream
-    gradient is not a power of two.
+    have the dtypes of their inputs. What is 16-bit before the upstream gradient comes (that of the
+    hidden states; where all rows fit in one chunk that of the weight) is rounded once more if the
+    upstream gradient is not a power of two.
 
     Ignored rows are not multiplied at all on a CPU; on a GPU their number is unknown to the host,
     which never waits for it: they are masked, unless `kept_rows` tells how many there are.
@@ -98,7 +99,7 @@ def linear_kd_loss(
             memory. Small chunks read and write the weight gradient more often. The reference
             backend takes several times as much.
         grad_accum_dtype: of the weight and bias gradient while chunks are added: float32, or the
-            weight's dtype, which saves a buffer and rounds once per chunk.
+            weight's dtype, which saves a buffer and rounds once per chunk. One chunk needs no sum.
         kept_rows: an upper bound of the rows that are not ignored. If there are more the loss is
             NaN (an error on the CPU).
         temperature, hard_weight, soft_weight, divergence, beta, soft_scale, label_smoothing,
@@ -171,9 +172,11 @@ def linear_kd_loss_with(
             teacher[0], teacher[1], teacher[2], _product_dtype("teacher", teacher[0], teacher[1])
         )
     check_accumulation(chunks.grad_accum_dtype, weight.dtype)
-    if chunks.memory_budget is not None and not torch.compiler.is_compiling():
-        most = sizes_of(Side(*student, compute), taught, teacher_logits, wide, gathered=True)
-        budget_rows(chunks.memory_budget, most, products_for(hidden.device, wide).fixed_bytes())
+    accumulate = chunks.grad_accum_dtype if wide == torch.float32 else wide
+    if not torch.compiler.is_compiling():  # it would compile anew for another number of rows
+        sides = Side(*student, compute), taught
+        if _fit_in_one_chunk(math.prod(hidden.shape[:-1]), chunks, *sides, teacher_logits, wide):
+            accumulate = weight.dtype if wide == torch.float32 else wide  # nothing is added to it
     settings = Settings(
         options,
         choose_name(options.backend, hidden, given),
@@ -182,7 +185,7 @@ def linear_kd_loss_with(
         chunks.chunk_rows,
         chunks.memory_budget,
         kept_rows,
-        wide if wide == torch.float64 else chunks.grad_accum_dtype,
+        accumulate,
     )
     w = row_weights(hidden, wide, kept, token_weight, options, num_items)
     if kept_rows is not None and kept is not None:
@@ -194,6 +197,21 @@ def linear_kd_loss_with(
         parts = tuple(part.view(hidden.shape[:-1]) for part in parts)  # type: ignore[assignment]
     result = KDLossParts(*parts)
     return result if options.return_parts else result.loss
+
+
+def _fit_in_one_chunk(
+    rows: int,
+    chunks: ChunkOptions,
+    student: Side,
+    teacher: Side | None,
+    teacher_logits: Tensor | None,
+    wide: torch.dtype,
+) -> bool:
+    """Whether they do, wherever they lie and whichever are kept; refuses a budget below one row."""
+    device = student.hidden.device
+    most = sizes_of(student, teacher, teacher_logits, wide, gathered=True)
+    fixed = products_for(device, wide).fixed_bytes()
+    return rows <= chunk_rows(rows, chunks.chunk_rows, chunks.memory_budget, device, most, fixed)
 
 
 def _product_dtype(side: str, hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -168,10 +168,12 @@ class _Count:
     def linear(self, height: int) -> tuple[Level, int]:
         """In chunks; and the bytes that adding to the weight gradient costs."""
         chunks = -(-self.rows // height)
-        total = self.weight // self.dtype.itemsize * self.accumulate.itemsize
-        rounded = self.weight if self.accumulate != self.dtype else 0
+        accumulate = self.dtype if chunks == 1 else self.accumulate  # one is not added to anything
+        total = self.weight // self.dtype.itemsize * accumulate.itemsize
+        rounded = self.weight if accumulate != self.dtype else 0
         held = {"gradients": self.hidden, "accumulator": total}
-        chunk = {"chunk": height * row_bytes(self.sizes), "products": self._product_bytes(chunks)}
+        products = self._product_bytes(chunks, accumulate)
+        chunk = {"chunk": height * row_bytes(self.sizes), "products": products}
         after = held | {"gradients": self.hidden + rounded}
         weights = chunks * (self.weight + self.sizes.vocabulary * self._teacher_row())
         forward = 4 * self.wide_logits + self.hidden + self.rows * self._teacher_row() + weights
@@ -180,10 +182,7 @@ class _Count:
         flop = self.flop
         if rounded:
             traffic += total + rounded
-        if torch.float16 in (
-            self.dtype,
-            self.accumulate,
-        ):  # the logits are gone when its loss scale arrives
+        if torch.float16 in (self.dtype, accumulate):  # the logits are gone when its scale arrives
             traffic, flop = traffic + forward, flop + self.forward_flop
         return Level(_highest(held | chunk, after), flop, traffic), added
 
@@ -212,7 +211,7 @@ class _Count:
     def _teacher_row(self) -> int:
         return (self.sizes.teacher_hidden or 0) * self.dtype.itemsize
 
-    def _product_bytes(self, chunks: int) -> int:
+    def _product_bytes(self, chunks: int, accumulate: torch.dtype) -> int:
         """What the products hold beside the chunk, of what fixed_bytes() allows them."""
         width = max(self.sizes.student_hidden, self.sizes.teacher_hidden or 0)
         tile, sum_tile = (
@@ -221,10 +220,12 @@ class _Count:
         )
         compiled = isinstance(self.products, CompiledProducts)
         held = self.products.fixed_bytes() if compiled else 0
-        if self.accumulate != self.wide and self.device.type == "cpu":
-            held += sum_tile * min(chunks, 2)  # wide, and what it is added to
-        elif isinstance(self.products, TorchProducts) and self.dtype != self.wide:
-            held += tile
+        one_at_a_time = [0]
+        if accumulate != self.wide and self.device.type == "cpu":
+            one_at_a_time.append(sum_tile * min(chunks, 2))  # wide, and what it is added to
+        if isinstance(self.products, TorchProducts) and self.dtype != self.wide:
+            one_at_a_time.append(tile)
+        held += max(one_at_a_time)
         return held
 
 

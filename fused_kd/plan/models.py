@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-#: Vocabulary: hidden size of each model, from their published configurations.
+#: Vocabulary (rows of lm_head, padding included): hidden size of each model. Checked against
+#: published configurations.
 _FAMILIES = {
     32000: {"llama-2-7b": 4096, "llama-2-13b": 5120, "llama-2-70b": 8192},
     128256: {"llama-3.2-1b": 2048, "llama-3.2-3b": 3072, "llama-3-8b": 4096, "llama-3.1-8b": 4096}
