@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that spin while they wait would take the processors from each other.
 test test-slow: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow bench bench-linear bench-guard accuracy gpu-check lint format clean
+.PHONY: demo test test-slow bench bench-guard publish accuracy gpu-check lint format clean
 
 # make demo ARGS="--steps 20"
 demo: $(VENV)/.demo
@@ -22,12 +22,15 @@ test: $(VENV)/.built
 test-slow: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
 
-bench: $(VENV)/.built
-	$(BIN)/python -m benchmarks.cpu_logits $(ARGS)
+# Every suite on this CPU beside every peer that installs, then pictures and a page: about an hour on
+# two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume
+bench: $(VENV)/.peers
+	$(BIN)/python -m benchmarks run --output out/benchmarks/cpu.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks plot out/benchmarks/cpu.jsonl --output out/benchmarks
 
-# Needs 16 GiB and about 20 minutes on two cores; beside Liger where liger-kernel is installed.
-bench-linear: $(VENV)/.built
-	$(BIN)/python -m benchmarks.cpu_linear $(ARGS)
+# README's and docs/benchmarks.md's tables and picture, from the committed results.
+publish: $(VENV)/.peers
+	$(BIN)/python -m benchmarks.publish $(ARGS)
 
 bench-guard: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
@@ -65,4 +68,8 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 
 $(VENV)/.demo: $(VENV)/.built demo/requirements.txt
 	$(BIN)/pip install --quiet -r demo/requirements.txt
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.built benchmarks/requirements.txt
+	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
 	touch $@

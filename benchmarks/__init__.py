@@ -1,6 +1,11 @@
-"""Time, memory and accuracy of the losses, measured side by side in one run.
+"""Time, memory and accuracy of the losses, ours and every peer's, side by side in one run.
 
-``python -m benchmarks.cpu_logits`` and ``python -m benchmarks.cpu_linear`` time on a
-CPU; ``python -m benchmarks.accuracy`` compares with float64;
-``pytest benchmarks --benchmark-only`` guards against regressions by ratios (``benchmarks.guard``).
+``python -m benchmarks run|plot|compare|list`` is what users need; docs/benchmarks.md explains it.
+The way of the data: ``__main__`` (options) → ``suites`` (cases, entrants) → ``runner`` (a process
+for each case) → ``one_case`` (right? how large? how fast?) → ``records`` (the file of results), and
+from there to ``tables``, ``goals``, ``pictures``, ``page``, ``compare`` and ``publish``.
+
+Beside it: ``accuracy`` (errors by row, for docs/numerics.md), ``guard`` (regressions, by ratios),
+``gpu_check`` (everything on a GPU machine), and what kernels compile to (``cuda_resources``,
+``triton_resources``).
 """

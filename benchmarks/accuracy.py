@@ -29,8 +29,8 @@ from fused_kd.options import BACKENDS, DIVERGENCES, KDOptions
 from fused_kd.testing import REGIMES, Inputs, Result, conditioning, make_inputs, truth_and_eager
 
 from .cases import DTYPES
-from .measuring import environment
-from .report import Parser, Progress, Results, markdown_table, show, writable_file
+from .device import environment
+from .report import Parser, Progress, markdown_table, show, writable_file
 
 NAME = "accuracy"  # of its markers
 TEMPERATURES = (1.0, 2.0)
@@ -118,7 +118,7 @@ def measure(
     return ours, theirs
 
 
-def accuracy_table(backend: str, quick: bool, results: Results) -> str:
+def accuracy_table(backend: str, quick: bool) -> str:
     """In Markdown."""
     total = len(DTYPES) * len(DIVERGENCES) * len(list(cases(quick)))
     rows, failures = [], []
@@ -129,9 +129,6 @@ def accuracy_table(backend: str, quick: bool, results: Results) -> str:
                 cells = [f"{w.error[m]:.2f}" for m in MEASURES for w in (ours, theirs)]
                 rows.append([dtype, f"`{divergence}`", *cells])
                 for who, worst in (("KDLoss", ours), ("eager", theirs)):
-                    results.write("accuracy", who=who, dtype=dtype, divergence=divergence,
-                                  error=worst.error, regime=worst.regime,
-                                  not_finite=sorted(worst.not_finite))  # fmt: skip
                     if worst.not_finite:
                         where = ", ".join(f"`{regime}`" for regime in sorted(worst.not_finite))
                         failures.append(f"{who}, {dtype} `{divergence}`: {where}")
@@ -149,7 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.accuracy", description=__doc__)
     add = parser.add_argument
     add("--write", type=writable_file, metavar="FILE", help="between the markers of this file")
-    add("--json", type=writable_file, metavar="FILE", help="results as JSON lines")
     add("--backend", choices=BACKENDS, default="cpu", help="default: %(default)s")
     add("--quick", action="store_true", help="the small shape only")
     options = parser.parse_args(arguments)
@@ -159,9 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.check_markers(options.write, NAME)
     torch.set_num_threads(1)
     found = environment()
-    with Results(options.json) as results:
-        results.write("environment", **found)
-        text = accuracy_table(options.backend, options.quick, results)
+    text = accuracy_table(options.backend, options.quick)
     note = (f"`python -m benchmarks.accuracy`, backend {options.backend}, "
             f"{found['instruction_set']}, torch {found['torch']}")  # fmt: skip
     show(f"{text}\n\n{note}", options.write, NAME)

@@ -1,6 +1,6 @@
 """The device that is measured: its clock, its memory, and what a figure on it depends on.
 
-``python -m benchmarks.gpu [--device cpu]`` prints the last as JSON. Everything here also runs on
+``python -m benchmarks.device [--device cpu]`` prints the last as JSON. Everything here also runs on
 the CPU, so that the scripts built on it can be tried without a GPU.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fused_kd import extension
 from fused_kd.backends import why_not
 from fused_kd.env import report
 from fused_kd.testing import cpu_peak
@@ -101,21 +102,34 @@ class Budget:
         return self.left() > seconds
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a figure depends on besides the code."""
-    found = report()
-    result = {
+    found, info = report(), extension.cpu.build_info()
+    return {
         "device": _processor_name(found) if device == "cpu" else torch.cuda.get_device_name(),
         **({} if device == "cpu" else _card()),
+        "processor": found["processor"]["name"],
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": "none (not built)" if info is None else info["instruction_set"],
+        "compiler": None if info is None else info["compiler"],
         **{key: found["versions"][key] for key in ("torch", "cuda", "triton", "python")},
         "nvcc": _said(_nvcc() or "nvcc", "--version").split("release ")[-1].split(",")[0] or None,
         "backends": {name: why or "available" for name, why in backends(device).items()},
         "fused_kd": found["versions"]["fused_kd"],
         "commit": _commit(),
         "platform": found["versions"]["platform"],
-        "processors": os.cpu_count(),
+        "huge_pages": _huge_pages(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
     }
-    return result
+
+
+def _huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    return text.split("[")[-1].split("]")[0] if "[" in text else text.strip()
 
 
 def _processor_name(found: dict[str, Any]) -> str:
@@ -159,7 +173,7 @@ def _said(*command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the environment; exit status 1 where there is no such device."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     device = parser.parse_args(arguments).device
     if device == "cuda" and not torch.cuda.is_available():

@@ -5,12 +5,11 @@ Parts, each in a process of its own, one after the other whatever became of thos
 * build: the compiled modules, in place, for the card that is there.
 * tests: those marked ``gpu``; several at a time where pytest-xdist is installed.
 * sanitizer: small shapes under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
-* benchmark, linear: ``benchmarks.gpu_logits`` and ``benchmarks.gpu_linear``.
+* logits, linear: those suites of ``python -m benchmarks run``.
 
 Each keeps to its share of ``--minutes`` and says what it left out. Needs what it measures (torch,
 triton, nvcc, pytest, compute-sanitizer), uses what it finds, and goes on without the rest. Left in
-``--output``: gpu_check.json (everything), gpu_check.log (all output), gpu_logits.{jsonl,txt,png},
-gpu_linear.{jsonl,txt}.
+``--output``: gpu_check.json (everything), gpu_check.log (all output), logits.jsonl, linear.jsonl.
 ``--device cpu`` runs all of it at tiny sizes, the CPU's backend standing in, and builds nothing.
 """
 
@@ -31,13 +30,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from .report import SCHEMA, Parser, positive_float, table
+from .records import SCHEMA
+from .report import Parser, positive_float, table
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Shares of the time: what an unfinished part may have of what is left.
-SHARES = {"build": 150, "tests": 150, "sanitizer": 90, "benchmark": 110, "linear": 80}
-#: What the parts that measure run, by the part.
-BENCHMARKS = {"benchmark": "gpu_logits", "linear": "gpu_linear"}
+SHARES = {"build": 150, "tests": 150, "sanitizer": 90, "logits": 110, "linear": 80}
+#: Options of the suites, the most wanted sizes first, and tiny ones to try them on a CPU.
+SUITES = {
+    "logits": ("--dtype bf16 fp32 --v 151936 128256 262144 32000 --n 8192",
+               "--dtype bf16 fp32 --v 33 --n 5"),
+    "linear": ("--dtype bf16 --v 151936 128256 --n 8192 --hidden 2048 4096",
+               "--dtype bf16 --v 33 --n 5 --hidden 8 12"),
+}  # fmt: skip
+TRIAL = "--repeats 2 --skip compile liger-chunked-compiled"
 #: Seconds kept for the report, and for a part that ends by itself before it is ended.
 RESERVE, GRACE = 6.0, 8.0
 #: Seconds that a part gets even if others took too long.
@@ -86,9 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     found = _environment(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
-    for old in ("json", "jsonl", "txt", "png"):
-        for stem in ("gpu_check", *BENCHMARKS.values()):
-            (options.output / f"{stem}.{old}").unlink(missing_ok=True)
+    for old in ("gpu_check.json", *(f"{suite}.jsonl" for suite in SUITES)):
+        (options.output / old).unlink(missing_ok=True)
     with (options.output / "gpu_check.log").open("w") as log:
         run = Run(options.device, options.output.resolve(), log, found)
         run.say("\n".join(f"{key:<16} {value}" for key, value in found.items()))
@@ -118,7 +123,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _environment(device: str) -> dict[str, Any]:
     """Asked of another process: the one that builds must not have the modules loaded."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", device]
+    command = [sys.executable, "-m", "benchmarks.device", "--device", device]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         why = (done.stderr.strip() or "no reason given").splitlines()[-1]
@@ -187,22 +192,26 @@ def _sanitizer(run: Run, part: Part) -> None:
     _script(run, part, "benchmarks.gpu_sanitizer")
 
 
-def _benchmark(run: Run, part: Part) -> None:
-    _script(run, part, f"benchmarks.{BENCHMARKS[part.name]}", "--output", str(run.output))
+def _suite(run: Run, part: Part) -> None:
+    real, tiny = SUITES[part.name]
+    sizes = real if run.device == "cuda" else f"{tiny} {TRIAL}"
+    output = str(run.output / f"{part.name}.jsonl")
+    _script(run, part, "benchmarks", "run", part.name, "--in-process", *sizes.split(),
+            "--output", output)  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Run, Part], None]] = {
     "build": _build,
     "tests": _tests,
     "sanitizer": _sanitizer,
-    **dict.fromkeys(BENCHMARKS, _benchmark),
+    **dict.fromkeys(SUITES, _suite),
 }
 
 
 def _script(run: Run, part: Part, module: str, *arguments: str) -> None:
     seconds = max(1.0, part.limit - GRACE)
-    command = [sys.executable, "-m", module, "--device", run.device, "--seconds", f"{seconds:.1f}"]
-    _call(run, part, [*command, *arguments], {})
+    limits = ["--device", run.device, "--seconds", f"{seconds:.1f}"]
+    _call(run, part, [sys.executable, "-m", module, *arguments, *limits], {})
 
 
 def _call(run: Run, part: Part, command: list[str], environment: dict[str, str]) -> None:
@@ -258,10 +267,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _write(run: Run, parts: Sequence[Part], names: Sequence[str]) -> None:
     """After every part: what there is lies there, whatever comes."""
     measured: dict[str, list[Any]] = {}
-    for name, stem in BENCHMARKS.items():
-        lines = run.output / f"{stem}.jsonl"
+    for name in SUITES:
+        lines = run.output / f"{name}.jsonl"
         found = lines.read_text().splitlines() if lines.exists() else []
-        measured[name] = [json.loads(line) for line in found]
+        measured[name] = [json.loads(line) for line in found if line.endswith("}")]
     content = {
         "schema": SCHEMA,
         "environment": run.environment,

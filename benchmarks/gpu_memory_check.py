@@ -23,7 +23,7 @@ from fused_kd import KDLossParts, kd_loss
 from fused_kd.options import DIVERGENCES
 
 from .cases import DTYPES
-from .gpu import Budget, backends
+from .device import Budget, backends
 from .report import Parser, positive_float
 
 #: V that reach: less than a vector; one block; clusters of 2, 4, 8, 16 blocks and several programs

@@ -22,7 +22,7 @@ from typing import IO
 
 import torch
 
-from .gpu import Budget, backends
+from .device import Budget, backends
 from .report import Parser, positive_float
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,15 +19,21 @@ import torch
 
 from fused_kd.backends import why_not
 
-from . import cases
-from .cases import Bench, Case
-from .measuring import Contestant, environment, interleave, ratio
+from .cases import LOGITS, Case
+from .device import environment
+from .entrants import ENTRANTS, Loss
+from .entrants.compositions import eager
+from .entrants.ours import FORWARD, IN_PLACE, KDLOSS
+from .measuring import Contestant, interleave, ratio
+from .problems import LogitsProblem
 from .report import Parser, Progress, table
 
 BASELINE = Path(__file__).with_name("baseline.json")
 REPEATS = 9
 #: A ratio may be this many times the baseline's, on the baseline's processor and on another one.
 SLACK, SLACK_ELSEWHERE = 1.5, 3.0
+
+WAYS = {"in place": IN_PLACE, "out of place": KDLOSS, "forward only": FORWARD}
 
 _LARGE = {d: Case(128, 128256, d) for d in ("bf16", "fp32")}  # far larger than the caches
 _SMALL = {d: Case(64, 32768, d) for d in ("bf16", "fp32")}
@@ -38,7 +44,7 @@ class Guard:
     """KDLoss one way, over what it is compared with."""
 
     case: Case
-    way: str  # "in place", "out of place", "forward only"
+    way: str  # a key of WAYS
     against: str  # "copy", "eager", "forward_kl"
 
     @property
@@ -46,20 +52,23 @@ class Guard:
         c = self.case
         return f"{c.divergence} {c.dtype} {c.n}x{c.v} {self.way} / {self.against}"
 
-    def pair(self, bench: Bench) -> tuple[Contestant, Contestant]:
+    def pair(self, problem: LogitsProblem) -> tuple[Contestant, Contestant]:
         """Ours, and the other."""
-        loss = cases.fused(self.case, inplace=self.way == "in place")
-        call = (bench.forward if self.way == "forward only" else bench.step)(loss, self.case)
-        restore = bench.restore(self.case)
-        return Contestant("ours", call, restore), Contestant("other", self._other(bench), restore)
+        ours = problem.call(self._loss(self.case))
+        return (
+            Contestant("ours", ours, problem.restore),
+            Contestant("other", self._other(problem), problem.restore),
+        )
 
-    def _other(self, bench: Bench) -> Callable[[], None]:
+    def _other(self, problem: LogitsProblem) -> Callable[[], object]:
         if self.against == "copy":
-            return bench.copy(self.case)
+            return problem.floor()
         if self.against == "eager":
-            return bench.step(cases.eager(self.case), self.case)
-        base = self.case.with_(divergence=self.against)
-        return bench.step(cases.fused(base, inplace=self.way == "in place"), base)
+            return problem.call(eager(self.case))
+        return problem.call(self._loss(self.case.with_(divergence=self.against)))
+
+    def _loss(self, case: Case) -> Loss:
+        return ENTRANTS[f"{LOGITS}/{WAYS[self.way]}"].build(case)
 
 
 def _guards() -> Iterator[Guard]:
@@ -74,11 +83,6 @@ def _guards() -> Iterator[Guard]:
 GUARDS = tuple(_guards())
 
 
-def make_bench(guard: Guard) -> Bench:
-    """Just large enough for it."""
-    return Bench(guard.case.n * guard.case.v, guard.case.dtype, rows=guard.case.n)
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """A ratio does not depend then on how many processors are free."""
@@ -90,10 +94,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(guard: Guard, bench: Bench, repeats: int = REPEATS) -> float:
+def measure(guard: Guard, problem: LogitsProblem, repeats: int = REPEATS) -> float:
     """The ratio, of medians."""
     with one_thread():
-        timings = interleave(guard.pair(bench), repeats)
+        timings = interleave(guard.pair(problem), repeats)
     return ratio(timings["ours"], timings["other"])
 
 
@@ -113,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratios = {}
     with Progress("guards", len(GUARDS)) as progress:
         for guard in GUARDS:
-            ratios[guard.name] = round(measure(guard, make_bench(guard), 3 * REPEATS), 4)
+            ratios[guard.name] = round(measure(guard, LogitsProblem(guard.case), 3 * REPEATS), 4)
             progress.advance(guard.name)
     found = environment()
     every = read_baseline()

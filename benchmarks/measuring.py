@@ -8,8 +8,6 @@ processor that somebody else held is measured again, a limited number of times.
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import sys
 import time
@@ -17,11 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from fused_kd import extension
-from fused_kd.env import report
 
 #: Makes a call and returns its seconds, and whether it was disturbed.
 Clock = Callable[[Callable[[], object]], tuple[float, bool]]
@@ -42,12 +35,14 @@ class Contestant:
         call: what is timed.
         restore: run before every call, outside the timed region.
         repeats: calls wanted; None: as many as the others.
+        patience: rounds of repeats beyond the wanted number, as a multiple of it.
     """
 
     name: str
     call: Callable[[], object]
     restore: Callable[[], object] = lambda: None
     repeats: int | None = None
+    patience: int = PATIENCE
 
 
 @dataclass
@@ -88,15 +83,14 @@ class Timing:
         return [f"{self.median / unit:.{digits}f}", f"[{low}, {high}]{mark}"]
 
     def as_dict(self) -> dict[str, Any]:
-        """What goes into the results file; times in milliseconds."""
+        """What goes into the results file."""
         low, high = self.quartiles
         return {
-            "median_ms": 1e3 * self.median,
-            "quartiles_ms": [1e3 * low, 1e3 * high],
-            "fastest_ms": 1e3 * min(self.samples),
+            "median_s": self.median,
+            "quartiles_s": [low, high],
+            "fastest_s": min(self.samples),
             "repeats": len(self.samples),
             "undisturbed": len(self.clean),
-            "measured_again": len(self.clean) + len(self.disturbed) - len(self.samples),
         }
 
 
@@ -106,7 +100,6 @@ def interleave(
     advance: Callable[[str], object] = lambda name: None,
     clock: Clock | None = None,
     warm_up: int = WARM_UP,
-    patience: int = PATIENCE,
 ) -> dict[str, Timing]:
     """Times each contestant `repeats` times, in turns, after a warm-up.
 
@@ -116,7 +109,6 @@ def interleave(
         advance: called with a contestant's name after its warm-up and after every call.
         clock: what times a call; None: :func:`time_once`.
         warm_up: calls of each before the first that counts.
-        patience: rounds of repeats beyond the wanted number, as a multiple of it.
     """
     clock = clock or time_once
     timings = {c.name: Timing(c.name, wanted=c.repeats or repeats) for c in contestants}
@@ -126,10 +118,7 @@ def interleave(
             one.restore()
             one.call()
         advance(one.name)
-    for _ in range(max((t.wanted for t in timings.values()), default=0) * (1 + patience)):
-        waiting = [c for c in contestants if _wants_more(timings[c.name], patience)]
-        if not waiting:
-            break
+    while waiting := [c for c in contestants if _wants_more(c, timings[c.name])]:
         for one in waiting:
             one.restore()
             seconds, is_disturbed = clock(one.call)
@@ -139,9 +128,9 @@ def interleave(
     return timings
 
 
-def _wants_more(timing: Timing, patience: int) -> bool:
+def _wants_more(one: Contestant, timing: Timing) -> bool:
     calls = len(timing.clean) + len(timing.disturbed)
-    return timing.noisy and calls < timing.wanted * (1 + patience)
+    return timing.noisy and calls < timing.wanted * (1 + one.patience)
 
 
 def time_once(call: Callable[[], object]) -> tuple[float, bool]:
@@ -201,33 +190,6 @@ def available_memory() -> int:
     except OSError:
         pass
     return sys.maxsize
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    found = report()
-    info = extension.cpu.build_info()
-    return {
-        "processor": found["processor"]["name"],
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": "none (not built)" if info is None else info["instruction_set"],
-        "compiler": None if info is None else info["compiler"],
-        "torch": str(torch.__version__),
-        "fused_kd": found["versions"]["fused_kd"],
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "huge_pages": _huge_pages(),
-        "load_average": [round(x, 2) for x in os.getloadavg()],
-    }
-
-
-def _huge_pages() -> str:
-    try:
-        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return "unknown"
-    return text.split("[")[-1].split("]")[0] if "[" in text else text.strip()
 
 
 def ratio(numerator: Timing | float, denominator: Timing | float) -> float:

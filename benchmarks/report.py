@@ -1,22 +1,14 @@
-"""What a run shows: a line of progress, tables, and JSON lines that are written as they come."""
+"""What a run shows: a line of progress and tables; and what every command line needs."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
-
-from .measuring import environment
-
-#: Of the lines that `Results` writes. Each is an object with "schema", "kind" and what it holds:
-#: "environment", "time", "ratio", "memory", or "accuracy".
-SCHEMA = 1
 
 
 class Progress:
@@ -44,6 +36,14 @@ class Progress:
     def advance(self, note: str = "") -> None:
         """One more step is done; there may be more than `total` of them."""
         self.done += 1
+        self._draw(note)
+
+    def at(self, share: float, note: str = "") -> None:
+        """So much of the whole is done."""
+        self.done = int(share * self.total)
+        self._draw(note)
+
+    def _draw(self, note: str) -> None:
         now = time.perf_counter()
         share = min(100, 100 * self.done // max(1, self.total))
         line = f"{self.label}: {share:3d} %, {now - self.start:.0f} s  {note}"
@@ -54,25 +54,6 @@ class Progress:
         elif now - self.drawn > self.SECONDS:
             self.drawn = now
             print(line, file=self.stream, flush=True)
-
-
-class Results:
-    """JSON lines, flushed one by one; without a path they go nowhere."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._stack = ExitStack()
-        self._file = self._stack.enter_context(path.open("w")) if path else None
-
-    def __enter__(self) -> Results:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def write(self, kind: str, **content: Any) -> None:
-        if self._file is not None:
-            line = {"schema": SCHEMA, "kind": kind, **content}
-            print(json.dumps(line, ensure_ascii=False), file=self._file, flush=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -104,12 +85,10 @@ def verdict(reached: bool) -> str:
     return "reached" if reached else "NOT reached"
 
 
-def show_environment(what: str, repeats: str, results: Results) -> None:
-    """The head of a run: what is measured, on what, how often."""
-    found = environment()
-    results.write("environment", **found)
+def show_environment(what: str, found: dict[str, Any]) -> None:
+    """The head of a run: what is measured, and on what."""
     print(what)
-    for name, value in [*found.items(), ("repeats", repeats)]:
+    for name, value in found.items():
         print(f"  {name.replace('_', ' '):<16} {value}", flush=True)
 
 

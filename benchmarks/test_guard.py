@@ -14,8 +14,9 @@ import pytest
 from fused_kd.backends import why_not
 
 from . import guard
+from .device import environment
 from .guard import GUARDS, Guard
-from .measuring import environment
+from .problems import LogitsProblem
 
 #: A ratio above the limit is measured again this often: a regression stays, a disturbance goes.
 TRIES = 3
@@ -41,8 +42,8 @@ def baseline() -> dict[str, Any]:
 
 @pytest.mark.parametrize("one", GUARDS, ids=lambda g: g.name.replace(" ", "-").replace("/", "over"))
 def test_ratio(one: Guard, baseline: dict[str, Any], benchmark: Any) -> None:
-    bench = guard.make_bench(one)
-    ours, _ = one.pair(bench)
+    problem = LogitsProblem(one.case)
+    ours, _ = one.pair(problem)
     with guard.one_thread():
         benchmark.pedantic(
             ours.call, setup=lambda: (ours.restore(), None)[1], rounds=ROUNDS, warmup_rounds=1
@@ -51,7 +52,7 @@ def test_ratio(one: Guard, baseline: dict[str, Any], benchmark: Any) -> None:
     limit = baseline["slack"] * expected
     measured: list[float] = []
     while len(measured) < TRIES and (not measured or min(measured) > limit):
-        measured.append(guard.measure(one, bench))
+        measured.append(guard.measure(one, problem))
     benchmark.extra_info.update(ratio=min(measured), baseline=expected, limit=limit)
     assert min(measured) <= limit, (
         f"{one.name}: ratio {min(measured):.3f} in {TRIES} tries; the baseline is {expected:.3f} "

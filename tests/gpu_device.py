@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks.gpu import backends
+from benchmarks.device import backends
 from fused_kd import kd_loss
 from fused_kd.options import KDOptions
 from fused_kd.testing import (

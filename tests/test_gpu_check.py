@@ -16,22 +16,21 @@ import torch
 from fast import one_thread
 
 from fused_kd.backends import why_not
-from fused_kd.testing import eager_kd_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import (  # noqa: E402
-    cases,
-    gpu,
-    gpu_check,
-    gpu_logits,
-    gpu_memory_check,
-    gpu_results,
-    gpu_sanitizer,
-    peers,
+    __main__ as cli,
 )
-from benchmarks.measuring import Contestant, Timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    device,
+    gpu_check,
+    gpu_memory_check,
+    gpu_sanitizer,
+    records,
+)
 
 needs_cpu = pytest.mark.skipif(
     why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
@@ -43,10 +42,6 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -85,27 +80,30 @@ def test_every_part(tmp_path: Path) -> None:
     assert found["environment"]["backends"] == {"cpu": "available"}
     names = {part["name"]: part["status"] for part in found["parts"]}
     assert names == {"build": "skipped", "tests": "passed", "sanitizer": "passed",
-                     "benchmark": "passed", "linear": "passed"}  # fmt: skip
-    assert {line["kind"] for line in found["benchmark"]} >= {"environment", "time", "copy"}
-    assert {line["kind"] for line in found["linear"]} >= {"environment", "time"}
+                     "logits": "passed", "linear": "passed"}  # fmt: skip
+    for suite in gpu_check.SUITES:
+        assert {line["kind"] for line in found[suite]} == {"run", "floor", "result", "done"}
 
 
 @needs_cpu
-def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_logits.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    lines = _lines(tmp_path / "gpu_logits.jsonl")
-    every = list(gpu_logits.planned(quick=True))
-    times = [line for line in lines if line["kind"] == "time"]
-    # eager, and ours in place, out of place, forward only
-    assert len(times) >= 4 * len(every)
-    for line in times:
-        assert line["over_floor"] == pytest.approx(line["median_ms"] / line["floor_ms"])
-    for words in ("ms, forward + backward", "time / floor", "peak beyond the inputs, MiB", "jsd"):
-        assert words in shown
-    assert "time / floor" in (tmp_path / "gpu_logits.txt").read_text()
-    picture = tmp_path / "gpu_logits.png"
-    assert picture.exists() or "LEFT OUT the picture" in shown
+@pytest.mark.parametrize("suite", gpu_check.SUITES)
+def test_the_suites_run_as_they_are_called(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(gpu_check, "_script", lambda run, part, *words: commands.append(words))
+    for where in ("cuda", "cpu"):
+        with (tmp_path / "log").open("w") as log:
+            run = gpu_check.Run(where, tmp_path, log, {})
+            gpu_check._suite(run, gpu_check.Part(suite))
+    (module, *real), (_, *tiny) = commands
+    assert module == "benchmarks"
+    parsed = cli.make_parser().parse_args([*real, "--device", "cuda", "--seconds", "60"])
+    assert parsed.n == [8192]
+    assert cli.main([*tiny, "--device", "cpu", "--seconds", "60"]) == 0
+    found = records.read([tmp_path / f"{suite}.jsonl"])
+    assert {line["status"] for line in found.results.values()} <= {"measured", "skipped"}
+    assert found.floors
 
 
 @needs_cpu
@@ -127,17 +125,6 @@ def test_the_memory_check_covers_what_it_should() -> None:
 
 
 # --------------------------------------------------------------------- what it must not let pass
-
-
-@needs_cpu
-def test_a_wrong_loss_is_no_contestant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right, first = cases.fused, next(gpu_logits.planned(quick=True))
-    monkeypatch.setattr(gpu_logits, "planned", lambda quick: [first])
-    monkeypatch.setattr(cases, "fused", lambda *a: lambda *inputs: 1.1 * right(*a)(*inputs))
-    assert gpu_logits.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
-    assert "FAILED cpu, bf16 5x33 forward_kl: the loss is" in capsys.readouterr().out
 
 
 @needs_cpu
@@ -237,7 +224,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(
 ) -> None:
     hang = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '99'])"
     _fake_parts(monkeypatch, build="print('LEFT OUT x: y'); raise SystemExit(3)", tests=hang,
-                sanitizer="print('FAILED z')", benchmark="print('done')",
+                sanitizer="print('FAILED z')", logits="print('done')",
                 linear="print('done')")  # fmt: skip
     monkeypatch.setattr(gpu_check, "SHARES", {**gpu_check.SHARES, "tests": 1})
     monkeypatch.setattr(gpu_check, "LEAST", 1.5)
@@ -247,7 +234,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     statuses = {part["name"]: part["status"] for part in found["parts"]}
     assert statuses == {"build": "failed", "tests": "failed", "sanitizer": "passed",
-                        "benchmark": "passed", "linear": "passed"}  # fmt: skip
+                        "logits": "passed", "linear": "passed"}  # fmt: skip
     notes = {part["name"]: part["notes"] for part in found["parts"]}
     assert notes["build"] == ["LEFT OUT x: y"]
     assert notes["tests"] == ["FAILED tests: ended after 2 s, unfinished"]
@@ -298,7 +285,7 @@ def test_a_build_without_the_module_fails_only_where_it_could_be(
 
 @no_gpu
 def test_without_a_gpu_the_environment_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([]) == 1
+    assert device.main([]) == 1
     assert "finds no CUDA device" in capsys.readouterr().err
 
 
@@ -310,42 +297,3 @@ def test_without_a_gpu_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "finds no CUDA device; --device cpu tries everything at tiny sizes" in line
-
-
-# ------------------------------------------------------------------------------- figures
-
-
-def test_figures_are_scaled_and_set_against_the_goal() -> None:
-    case = cases.Case(8192, 151936, "bf16")
-    measured = gpu_results.Measured(case, 3e12, {})
-    floor = 3 * case.matrix_bytes / 3e12
-    assert measured.floor() == pytest.approx(floor)
-    assert measured.floor("cuda" + gpu_results.FORWARD_ONLY) == pytest.approx(2 * floor / 3)
-
-    def line(name: str, rows: int) -> gpu_results.Line:
-        return gpu_results.Line(Contestant(name, int), case.with_(n=rows), 2**20)
-
-    measured.add(line("cuda", 8192), Timing("cuda", [1.2 * floor], wanted=1))
-    measured.add(line("eager", 2048), Timing("eager", [5 * floor], wanted=1))
-    assert measured.over_floor("cuda") == pytest.approx(1.2)
-    assert measured.over_floor("eager") == pytest.approx(20)
-    assert measured.figures["eager"].peak == 4 * 2**20
-    assert measured.goal("cuda") == 1.15
-    assert measured.goal("cuda" + gpu_results.FORWARD_ONLY) is None
-    assert measured.as_dict("cuda")["reached"] is False
-    assert "NOT reached" in measured.text()
-    assert "eager (N = 2048, scaled)" in measured.text()
-
-
-def test_liger_where_it_is_installed() -> None:
-    case = cases.Case(4, 40, "fp32")
-    assert peers.liger_why_not(case.with_(divergence="mse")) is not None
-    why = peers.liger_why_not(case)
-    if why is not None or not torch.cuda.is_available():
-        pytest.skip(why or "Liger runs on GPUs")
-    student, teacher = (torch.randn(4, 40, device="cuda") for _ in range(2))
-    labels = torch.arange(4, device="cuda")
-    for divergence in peers.LIGER_DIVERGENCES:
-        one = case.with_(divergence=divergence)
-        got = peers.liger(one)(student.clone(), teacher, labels)
-        torch.testing.assert_close(got, eager_kd_loss(student, teacher, labels, **one.keywords))

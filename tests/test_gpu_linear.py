@@ -21,11 +21,7 @@ from gpu_device import (
     no_synchronization,
     size,
 )
-from torch import Tensor
-
-from benchmarks.cases import DTYPES
-from benchmarks.gpu import peak_bytes
-from benchmarks.linear_cases import (
+from gpu_heads import (
     Heads,
     LinearCase,
     Outcome,
@@ -36,6 +32,10 @@ from benchmarks.linear_cases import (
     outcome,
     step,
 )
+from torch import Tensor
+
+from benchmarks.cases import DTYPES
+from benchmarks.device import peak_bytes
 from fused_kd import linear_kd_loss
 from fused_kd.options import DIVERGENCES
 from fused_kd.testing import eager_kd_loss

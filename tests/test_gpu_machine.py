@@ -30,7 +30,7 @@ from gpu_device import (
 )
 from torch import Tensor
 
-from benchmarks.gpu import peak_bytes
+from benchmarks.device import peak_bytes
 from fused_kd import KDLoss, options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", BACKENDS)]

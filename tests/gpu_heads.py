@@ -1,47 +1,30 @@
-"""What is measured at the linear level: sizes, inputs, and the contestants with one signature.
-
-A loss takes (student_hidden, student_weight, teacher_hidden, teacher_weight, labels).
-"""
+"""Hidden states and heads for the tests of the linear level on a GPU, and what to do with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import DTYPES
 from fused_kd import LinearKDLoss
 from fused_kd.testing import eager_kd_loss
 
-from .cases import DTYPES
-
 Loss = Callable[..., Tensor]
-#: The names of our loss and of its floor: the four bare products on whole matrices.
-OURS, PRODUCTS = "LinearKDLoss", "four products"
+TEMPERATURE = 2.0
 
 
-@dataclass(frozen=True)
-class LinearCase:
-    """One loss of one size: forward_kl and cross-entropy at 0.5 each, heads without bias."""
+class LinearCase(NamedTuple):
+    """Sizes of both models."""
 
     n: int
     v: int
     student_hidden: int
     teacher_hidden: int
     dtype: str  # a key of cases.DTYPES
-    temperature: float = 2.0
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "divergence": "forward_kl"}
-
-    @property
-    def flops(self) -> int:
-        """Of the four products."""
-        return 2 * self.n * self.v * (3 * self.student_hidden + self.teacher_hidden)
 
     @property
     def gradient_bytes(self) -> int:
@@ -53,15 +36,6 @@ class LinearCase:
         """A float32 weight gradient; where that is the gradient itself, it counts as such."""
         is_gradient = DTYPES[self.dtype] == torch.float32
         return 0 if is_gradient else 4 * self.v * self.student_hidden
-
-    def sizes(self) -> dict[str, Any]:
-        """For a line of results."""
-        return {"n": self.n, "v": self.v, "student_hidden": self.student_hidden,
-                "teacher_hidden": self.teacher_hidden, "dtype": self.dtype,
-                "temperature": self.temperature}  # fmt: skip
-
-    def with_(self, **changes: Any) -> LinearCase:
-        return replace(self, **changes)
 
 
 class Heads(NamedTuple):
@@ -108,33 +82,20 @@ def make_heads(case: LinearCase, device: str = "cpu", seed: int = 0) -> Heads:
     )
 
 
-def show_title(name: str, case: LinearCase) -> None:
-    """What the tables below it are about."""
-    print(f"\n{name}: {case.dtype}, N = {case.n}, V = {case.v}, H_s = {case.student_hidden}, "
-          f"H_t = {case.teacher_hidden}, T = {case.temperature:g}", flush=True)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- contestants
-
-
 def ours(case: LinearCase, **settings: Any) -> Loss:
     """LinearKDLoss as a user calls it."""
-    return LinearKDLoss(**{**case.keywords, **settings})
+    return LinearKDLoss(**{"temperature": TEMPERATURE, **settings})
 
 
 def eager(case: LinearCase) -> Loss:
     """The composition of whole logits and the baseline."""
-    keywords = case.keywords
 
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, y: Tensor) -> Tensor:
-        return eager_kd_loss(F.linear(hidden, weight), F.linear(teacher, head), y, **keywords)
+        return eager_kd_loss(
+            F.linear(hidden, weight), F.linear(teacher, head), y, temperature=TEMPERATURE
+        )
 
     return loss
-
-
-def compiled(case: LinearCase) -> Loss:
-    """``torch.compile`` of that, for this size alone."""
-    return torch.compile(eager(case), dynamic=False)
 
 
 class Outcome(NamedTuple):
@@ -154,22 +115,6 @@ def outcome(loss: Loss, heads: Heads) -> Outcome:
 def step(loss: Loss, heads: Heads) -> Callable[[], object]:
     """Forward and backward as a call to time; its gradients are dropped, not accumulated."""
     return lambda: (outcome(loss, heads), None)[1]
-
-
-def products(heads: Heads) -> Callable[[], object]:
-    """The four products of whole matrices, one after the other, in the dtype of the inputs.
-
-    The student's logits stand in for their gradient: they have its shape.
-    """
-    hidden, weight, teacher, head = (x.detach() for x in heads[:4])
-
-    def run() -> None:
-        logits = torch.mm(hidden, weight.t())
-        torch.mm(teacher, head.t())
-        torch.mm(logits, weight)
-        torch.mm(logits.t(), hidden)
-
-    return run
 
 
 def distance(got: Tensor, exact: Tensor) -> float:

@@ -1,0 +1,99 @@
+"""The least that a case can take on this machine, measured among the entrants of the case.
+
+Logits: reading both (N, V) matrices once and writing one, at the bandwidth of a copy. Hidden
+states: the four matrix products, whole, in the dtype of the case, or in float32 where that is
+faster (a processor without 16-bit products emulates them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import device
+from .cases import LINEAR, LOGITS, Case
+from .entrants.ours import FORWARD
+from .measuring import Timing
+from .problems import LinearProblem, LogitsProblem, Problem
+
+NAME = "floor"
+#: The 16-bit products are slow if they take so many times as long as those of float32.
+SLOW = 4.0
+#: Rows on which that is tried, and seconds for which a short call is repeated.
+TRIED_ROWS, SHORT = 8, 1.0
+
+
+@dataclass
+class Floor:
+    """What stands for the machine: a call to be timed among the entrants."""
+
+    name: str  # copy or products
+    call: Callable[[], object]
+    seconds: float  # of the call, roughly; exactly after take()
+    is_slow: bool = False  # the case's dtype has no fast products here
+    why: str = ""
+    timing: Timing | None = None
+
+    def take(self, timing: Timing | None) -> None:
+        """What the call took among the others."""
+        self.timing = timing
+        if timing is not None:
+            self.seconds = timing.median
+
+    def seconds_of(self, entrant: str, case: Case) -> float:
+        """The least that this entrant can take."""
+        if case.level == LINEAR:
+            return self.seconds
+        reads_only = entrant.startswith(FORWARD)
+        return self.seconds if reads_only else 1.5 * self.seconds  # a copy moves two matrices
+
+    def as_dict(self, case: Case) -> dict[str, Any]:
+        """For a line of results."""
+        work = case.flops if case.level == LINEAR else 2 * case.matrix_bytes
+        return {"name": self.name, "why": self.why, "seconds": self.seconds_of("", case),
+                "rate": work / self.seconds,
+                "time": None if self.timing is None else self.timing.as_dict()}  # fmt: skip
+
+
+def floor(problem: Problem, limit_seconds: float) -> Floor | None:
+    """The floor of a case, its call made once already; a training step has none."""
+    case = problem.case
+    if isinstance(problem, LogitsProblem):
+        return Floor("copy", problem.floor(), fastest(problem.floor(), 0.0, case.device))
+    if not isinstance(problem, LinearProblem):
+        return None
+    dtype, why, is_slow = None, "", False
+    if case.dtype != "fp32" and case.device == "cpu":
+        rows = min(TRIED_ROWS, case.n)
+        narrow = fastest(problem.floor(rows), SHORT)
+        wide = fastest(problem.floor(rows, torch.float32), SHORT)
+        if narrow > SLOW * wide:
+            scaled = narrow * case.n / rows
+            dtype, is_slow = torch.float32, scaled > limit_seconds / SLOW
+            why = f"in float32; in {case.dtype} they take {narrow / wide:.0f} times as long"
+    call = problem.floor(dtype=dtype)
+    return Floor("products", call, fastest(call, 0.0, case.device), is_slow, why)
+
+
+def fastest(call: Callable[[], object], seconds: float, where: str = "cpu") -> float:
+    """Seconds of the fastest of the calls that fit into so much time; at least one is made."""
+    clock, times = device.clock(where), list[float]()
+    while not times or sum(times) < seconds:
+        times.append(clock(call)[0])
+    return min(times)
+
+
+def predict(points: list[tuple[int, float]], rows: int) -> float:
+    """Seconds on so many rows, by the straight line through the last two points (or the origin)."""
+    (n, t), (m, s) = points[-1], points[-2] if len(points) > 1 else (0, 0.0)
+    return t + max(0.0, (t - s) / (n - m)) * (rows - n)
+
+
+def work(case: Case) -> dict[str, int]:
+    """What the case takes at least: bytes of traffic, or floating-point operations."""
+    if case.level != LOGITS:
+        return {"flops": case.flops}
+    return {"bytes": case.expected_bytes["forward_backward"]}

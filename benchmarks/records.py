@@ -1,0 +1,134 @@
+"""The file of results: JSON lines, one object each, written and flushed as they come.
+
+Every line has "schema" (:data:`SCHEMA`) and "kind":
+
+* ``run``: begins the file, and is added by every ``--resume``. "environment" (processor, card,
+  versions, commit, ...), "packages" (version of each peer that is installed), "command".
+* ``floor``: what the machine can do, measured among the entrants of a case. "suite", "case" (the
+  fields of cases.Case), "name" ("copy" or "products"), "seconds" (the least that the case can
+  take), "rate" (bytes or floating-point operations per second), "time".
+* ``result``: one entrant in one case. "suite", "case", "case_name", "entrant", "title",
+  "is_ours", "status" (of :data:`STATUSES`), "why" (where it is not "measured"), "nearest" (what it
+  computes where it cannot compute the same), "error" ("loss" and "gradients", relative to float64,
+  None: not compared), "time", "rows" (measured on; the seconds are scaled to all of the case's),
+  "memory" ("allocator_bytes", "process_bytes": peaks beyond the inputs; None: unknown), "bytes"
+  (the least traffic; logits) or "flops" (of the products; linear), "floor_share" (the least time
+  over its own; None without a floor).
+* ``done``: a case is complete. "suite", "case", "case_name", "seconds".
+
+"time" is None, or has "median_s", "quartiles_s" (two), "fastest_s", "repeats", "undisturbed". A
+later line about the same suite, case and entrant replaces an earlier one: a case that was
+interrupted is measured again as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from .cases import Case
+
+SCHEMA = 2
+#: What became of an entrant: timed; timed on fewer rows and scaled; its numbers are wrong; it
+#: raised or crashed; too large; too slow; cannot take part.
+STATUSES = ("measured", "scaled", "wrong", "failed", "no memory", "no time", "skipped")
+#: Those with a time.
+TIMED = ("measured", "scaled")
+
+Line = dict[str, Any]
+
+
+class Writer:
+    """Appends lines to a stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, kind: str, **content: Any) -> None:
+        line = {"schema": SCHEMA, "kind": kind, **content}
+        print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
+
+
+@dataclass
+class Report:
+    """A file of results, as it was read: the last word on everything."""
+
+    runs: list[Line] = field(default_factory=list)
+    floors: dict[tuple[str, str], Line] = field(default_factory=dict)  # by suite and case name
+    results: dict[tuple[str, str, str], Line] = field(default_factory=dict)  # and entrant
+    done: set[tuple[str, str]] = field(default_factory=set)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.runs[-1]["environment"]
+        return found
+
+    @property
+    def suites(self) -> list[str]:
+        """In the order of the file."""
+        return list(dict.fromkeys(suite for suite, _, _ in self.results))
+
+    def cases(self, suite: str) -> list[Case]:
+        """In the order of the file."""
+        found = {name: Case(**line["case"]) for (s, name, _), line in self.results.items()
+                 if s == suite}  # fmt: skip
+        return list(found.values())
+
+    def of(self, suite: str, case: Case) -> list[Line]:
+        """The results of a case."""
+        return [x for (s, name, _), x in self.results.items() if (s, name) == (suite, case.name)]
+
+    def add(self, line: Line) -> None:
+        kind = line["kind"]
+        if kind == "run":
+            self.runs.append(line)
+            return
+        key = line["suite"], Case(**line["case"]).name
+        if kind == "floor":
+            self.floors[key] = line
+        elif kind == "result":
+            self.results[(*key, line["entrant"])] = line
+        elif kind == "done":
+            self.done.add(key)
+
+
+def read(paths: Sequence[Path]) -> Report:
+    """Files of results, as one report.
+
+    Raises:
+        ValueError: not such a file; the message names it and the line. A last line that was cut
+            off by an interruption is passed over.
+    """
+    report = Report()
+    for path in paths:
+        for line in _lines(path):
+            report.add(line)
+    if not report.runs:
+        raise ValueError(f"{', '.join(map(str, paths))}: no results in it")
+    return report
+
+
+def cut_off(path: Path) -> None:
+    """Drops a last line that an interruption left unfinished, so that lines can be appended."""
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    try:
+        texts = path.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if line["schema"] != SCHEMA:
+                raise ValueError(f"its schema is {line['schema']!r}, not {SCHEMA}")
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(texts) and not text.endswith("\n"):
+                return
+            raise ValueError(f"{path}:{number}: no line of results ({error})") from error
+        yield line

@@ -1,0 +1,226 @@
+"""Comparisons of files of results, and what is published of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from benchmark_lines import (
+    LINEAR_CASE,
+    LOGITS_CASE,
+    TITLES,
+    case_lines,
+    every_suite,
+    one_run,
+    report_of,
+    result_line,
+    run_line,
+    skipped_line,
+    write_lines,
+)
+
+from benchmarks import compare, pictures, publish, reading, records
+from benchmarks.cases import LINEAR, LOGITS, Case
+from benchmarks.records import Report
+
+# ------------------------------------------------------------------------------------ compare
+
+
+def _of_logits(**changes: float) -> Report:
+    return one_run(*case_lines(LOGITS, LOGITS_CASE, **changes))
+
+
+def test_reports_that_agree() -> None:
+    text, ok = compare.compare(_of_logits(), _of_logits(eager=1.08))
+    assert ok
+    lines = text.split("\n")
+    assert "eager torch" in lines[2]  # the worst first
+    assert "+8.0 %" in lines[2]
+    assert lines[-1] == "6 ratios compared, 0 of them differ by more than 10 %: the files agree"
+    assert not compare.compare(_of_logits(), _of_logits(eager=1.08), tolerance=0.05)[1]
+
+
+def test_a_slower_machine_is_no_difference_and_slower_ours_areone_run() -> None:
+    before = [*case_lines(LOGITS, LOGITS_CASE)]
+    after = [*case_lines(LOGITS, LOGITS_CASE)]
+    for line in after:
+        if line["kind"] == "floor":
+            line["seconds"] *= 3
+        if line.get("time"):
+            line["time"]["median_s"] *= 3
+    assert compare.compare(one_run(*before), one_run(*after))[1]
+    text, ok = compare.compare(_of_logits(), _of_logits(kdloss=1.5))
+    assert not ok
+    assert "DISAGREE" in text
+    assert "+50.0 %" in text  # ours, of the floor
+    assert "-33.3 %" in text  # the others, of ours
+
+
+def test_without_a_floor_ours_are_held_to_eager() -> None:
+    def step(seconds: float) -> Report:
+        return one_run(*(result_line("training-step", LINEAR_CASE.with_(level="step"), key, s)
+                      for key, s in (("kdloss", seconds), ("eager", 2.0))))  # fmt: skip
+
+    text, ok = compare.compare(step(1.0), step(1.2))
+    assert not ok
+    assert "/ eager" in text
+    assert "+20.0 %" in text
+
+
+def test_what_is_in_one_report_alone_is_said() -> None:
+    before, after = _of_logits(), _of_logits()
+    before.add(result_line(LOGITS, LOGITS_CASE, "gone", 1.0))
+    after.add(result_line(LOGITS, LOGITS_CASE.with_(v=32000), "kdloss", 1.0))
+    after.add(skipped_line(LOGITS, LOGITS_CASE, "trl", "not installed"))
+    text, ok = compare.compare(before, after)
+    assert ok
+    assert f"only before: {LOGITS_CASE.name}: gone" in text
+    assert f"{LOGITS_CASE.name}: {TITLES['trl']} (elsewhere: not installed)" in text
+    assert f"only after: {LOGITS_CASE.with_(v=32000).name}" in text
+    same = compare.compare(*[one_run(result_line("accuracy", LOGITS_CASE, "eager", None))] * 2)
+    assert same == ("0 ratios compared, 0 of them differ by more than 10 %: the files agree", True)
+    nothing = one_run(result_line("growth", LOGITS_CASE, "kdloss", 1.0))
+    assert compare.compare(before, nothing)[1] is False
+
+
+def test_a_time_that_is_lost_is_a_difference() -> None:
+    after = _of_logits()
+    after.add(result_line(LOGITS, LOGITS_CASE, "kdloss", None, status="wrong", why="off by 2"))
+    text, ok = compare.compare(_of_logits(), after)
+    assert not ok
+    assert f"{LOGITS_CASE.name}: KDLoss: was measured, is wrong (off by 2)" in text
+    text, _ = compare.compare(_of_logits(), one_run(*case_lines(LOGITS, LOGITS_CASE)))
+    assert "not the same" not in text
+    elsewhere = report_of([run_line(threads=8), *case_lines(LOGITS, LOGITS_CASE)])
+    assert "not the same: threads was 2 and is 8" in compare.compare(_of_logits(), elsewhere)[0]
+
+
+# ------------------------------------------------------------------------------------ publish
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with results, and documents that were written from them."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("docs", "benchmarks/results"):
+        (folder / name).mkdir(parents=True)
+    write_lines(every_suite(), folder / "benchmarks/results/cpu.jsonl")
+    empty = "above\n<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\nbelow\n"
+    for name in (publish.README, publish.DOCUMENT):
+        (folder / name).write_text(empty)
+    assert publish.main([], folder) == 0
+    return folder
+
+
+@pytest.fixture
+def root(published: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_what_was_published_agrees(root: Path) -> None:
+    assert publish.main(["--check"], root) == 0
+    readme = (root / publish.README).read_text()
+    assert readme.startswith("above\n")
+    assert readme.endswith("below\n")
+    rows = [line for line in readme.split("\n") if line.startswith("| ")]
+    titles = [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]]
+    assert titles == [
+        "KDLoss, in place", "KDLoss", "torch.compile of it", "eager torch",
+        "TRL generalized_jsd_loss", "floor: 1.5 copies", "LinearKDLoss",
+        "torch.compile of it, from hidden states", "Liger chunked JSD, from hidden states",
+        "floor: the four products",
+    ]  # fmt: skip
+    assert "| KDLoss | 11.8 ms | 125 MiB | 11.8 ms | 250 MiB |" in readme
+    assert "Faster than ours here: nobody who computes the same." in readme
+    document = (root / publish.DOCUMENT).read_text()
+    for words in ("### CPU: Example 9000", "#### growth", "* left out of logits: cce: ",
+                  "#### Goals", "kinds of inputs"):  # fmt: skip
+        assert words in document
+
+
+# a table, a document, a picture of other results, and each of the markers
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda root: _replace(root / publish.README, "| 11.8 ms |", "| 1.8 ms |"),
+         r"README.md: has '\| KDLoss \| 1.8 ms .*, the results say '\| KDLoss \| 11.8 ms .*"),
+        (lambda root: _replace(root / publish.DOCUMENT, "#### Goals\n", ""),
+         r"docs/benchmarks.md: has .*, the results say '#### Goals'"),
+        (lambda root: (root / publish.PICTURE).write_text("<svg/>"),
+         r"docs/benchmarks.svg: was not made from these results"),
+        (lambda root: (root / publish.PICTURE).unlink(),
+         r"docs/benchmarks.svg: was not made from these results"),
+        (lambda root: _replace(root / publish.README, "<!-- benchmarks:begin -->\n", ""),
+         r"README.md: expected one <!-- benchmarks:begin --> and after it one .*"),
+    ],
+)  # fmt: skip
+def test_a_check_finds_differences(
+    root: Path, capsys: Capture, spoil: Callable[[Path], object], said: str
+) -> None:
+    spoil(root)
+    assert publish.main(["--check"], root) == 1
+    assert re.match(said, capsys.readouterr().out.split("\n")[0])
+
+
+@pytest.fixture
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "published", lambda *given: "<svg/>")
+
+
+@pytest.mark.usefixtures("_no_picture")
+def test_nothing_is_published_without_markers_or_results(root: Path, capsys: Capture) -> None:
+    (root / publish.README).write_text("no markers\n")
+    assert publish.main([], root) == 1
+    assert "README.md: has no <!-- benchmarks:begin -->\n" in capsys.readouterr().out
+    assert (root / publish.README).read_text() == "no markers\n"
+    (root / "benchmarks/results/cpu.jsonl").unlink()
+    assert publish.main(["--check"], root) == 1
+    assert "there are no results" in capsys.readouterr().out
+
+
+def test_where_we_lose_the_readme_says_so() -> None:
+    lines = [*every_suite(), result_line(LOGITS, LOGITS_CASE, "fast", 1e-3)]
+    text = publish.readme_table(report_of(lines))
+    assert "Faster than ours here: fast (bf16: 0.08 of the time). ~" in text
+
+
+@pytest.mark.usefixtures("_no_picture")
+def test_two_machines_are_kept_apart(root: Path) -> None:
+    path = root / "benchmarks/results/gpu.jsonl"
+    case = Case(8192, 128256, "bf16", device="cuda")
+    write_lines([run_line(device="Card 1"), result_line(LOGITS, case, "kdloss", 1.0)], path)
+    assert [r.environment["device"] for r in publish.read_all(root)] == [
+        "CPU: Example 9000", "Card 1",
+    ]  # fmt: skip
+    assert publish.main([], root) == 0
+    assert "### Card 1" in (root / publish.DOCUMENT).read_text()
+
+
+def test_the_documents_agree_with_the_committed_results(capsys: Capture) -> None:
+    if not list((publish.ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        pytest.skip("no results are committed")
+    assert publish.main(["--check"]) == 0, capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- the examples
+
+
+def test_the_examples_are_a_file_of_results(tmp_path: Path) -> None:
+    found = records.read([write_lines(every_suite(), tmp_path / "results.jsonl")])
+    assert found.suites == ["logits", "linear", "training-step", "growth", "accuracy"]
+    assert reading.reference(found, LINEAR, found.cases(LINEAR)[0])["entrant"] == "linearkdloss"
