@@ -25,8 +25,8 @@ test-slow: $(VENV)/.built $(VENV)/.demo
 # Every suite on this CPU beside every peer that installs, then pictures and a page: about an hour on
 # two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume
 bench: $(VENV)/.peers
-	$(BIN)/python -m benchmarks run --output out/benchmarks/cpu.jsonl $(ARGS)
-	$(BIN)/python -m benchmarks plot out/benchmarks/cpu.jsonl --output out/benchmarks
+	$(BIN)/python -m benchmarks run --output out/benchmarks/cpu.jsonl $(ARGS); status=$$?; \
+	$(BIN)/python -m benchmarks plot out/benchmarks/cpu.jsonl --output out/benchmarks && exit $$status
 
 # README's and docs/benchmarks.md's tables and picture, from the committed results.
 publish: $(VENV)/.peers

@@ -1,18 +1,13 @@
 """``python -m benchmarks run|plot|compare|list``: ours and every peer, in one run.
 
-Bad options end in one line and exit status 2; a run that could not complete a case, or a comparison
-that finds a difference, with 1; an interrupted run, whose results are kept, with 130.
+Bad options end in one line and exit status 2; a run in which something crashed or ours is wrong, or
+a comparison that finds a difference, with 1; an interrupted run, whose results are kept, with 130.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-
-# One thread per core, decided before torch starts them (see one_case).
-os.environ.setdefault("OMP_PROC_BIND", "spread")
-
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "list":
         return _list()
     try:
-        reports = [records.read([path]) for path in options.files]
         if options.command == "compare":
-            text, is_same = compare.compare(*reports, tolerance=options.tolerance)
+            before, after = (records.read([path]) for path in options.files)
+            text, is_same = compare.compare(before, after, options.tolerance)
             print(text)
             return 0 if is_same else 1
-        return _plot(records.read(options.files), options.output)
+        return _plot(runner.read_together(options.files), options.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
         raise AssertionError from error  # not reached
@@ -64,7 +59,7 @@ def make_parser() -> Parser:
     plot.add_argument("--output", type=Path, default=Path("out/benchmarks"), metavar="DIR")
     both = commands.add_parser("compare", help="whether two files of results agree")
     both.add_argument("files", nargs=2, type=Path, metavar="FILE")
-    both.add_argument("--tolerance", type=positive_float, default=0.10,
+    both.add_argument("--tolerance", type=positive_float, default=compare.TOLERANCE,
                       help="of every ratio (default: %(default)s)")  # fmt: skip
     commands.add_parser("list", help="suites, losses and why one cannot run here, models")
     return parser
@@ -110,15 +105,18 @@ def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> i
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tasks, here = _tasks(options), device.environment(options.device)
+    if not tasks:
+        parser.error("--peers, --skip: nobody is left to be measured")
     report = _earlier(parser, options, here)
-    waiting = [t for t in tasks if (t.suite, t.case.name) not in report.done]
+    waiting = [task for task in tasks if not _is_there(report, task)]
     if len(waiting) < len(tasks):
         print(f"{len(tasks) - len(waiting)} of {len(tasks)} cases are there already")
     show_environment(f"benchmarks: {len(waiting)} cases", here)
 
     def show(task: Task) -> None:
-        found = records.read([options.output])
-        print(f"\n{tables.case_table(found, task.suite, task.case)}", flush=True)
+        if task.times:
+            found = records.read([options.output])
+            print(f"\n{tables.case_table(found, task.suite, task.case)}", flush=True)
 
     try:
         with options.output.open("a") as file:
@@ -129,9 +127,16 @@ def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> i
         return INTERRUPTED
     found = records.read([options.output])
     for suite in dict.fromkeys(task.suite for task in tasks):
-        print(f"\n{tables.left_out(found, suite)}", flush=True)
+        print(f"\n{tables.conclusion(found, suite)}", flush=True)
     print(f"\n{tables.goals_table(found)}\nwritten to {options.output}", flush=True)
     return 1 if failed or _ours_failed(found, tasks) else 0
+
+
+def _is_there(report: records.Report, task: Task) -> bool:
+    """Whether a file has the whole case, with everyone who is wanted now."""
+    key = task.suite, task.case.name
+    keys = (ENTRANTS[name].key for name in task.entrants)
+    return key in report.done and all((*key, one) in report.results for one in keys)
 
 
 def _ours_failed(report: records.Report, tasks: Sequence[Task]) -> bool:
@@ -181,6 +186,8 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
         suite = SUITES[name]
         for case in dict.fromkeys(suite.cases(options)):
             keys = suite.takes(case, options.peers, options.skip)
+            if not keys:
+                continue
             found.append(Task(name, case, tuple(keys), suite.times, options.repeats,
                               options.seconds_each, options.limit_seconds,
                               options.threads))  # fmt: skip
@@ -191,24 +198,27 @@ def _earlier(
     parser: Parser, options: argparse.Namespace, here: dict[str, object]
 ) -> records.Report:
     """What the output has already; refuses what would be lost or mixed, and what cannot be made."""
-    path = options.output
-    has_lines = path.is_file() and path.stat().st_size > 0
+    path, report = options.output, records.Report()
+    if path.exists() and not path.is_file():
+        parser.error(f"--output: cannot write '{path}': it is no file")
+    has_lines = path.exists() and path.stat().st_size > 0
     if has_lines and not (options.resume or options.overwrite):
-        parser.error(f"--output: {path} has results; --resume, --overwrite, or another name")
+        parser.error(f"--output: {path} is not empty; --resume, --overwrite, or another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
-        report = records.read([path]) if has_lines and options.resume else records.Report()
+        if has_lines:  # nothing else is written over either
+            report = records.read([path])
     except OSError as error:
         parser.error(f"--output: cannot write '{path}': {error.strerror}")
     except ValueError as error:
-        parser.error(f"--resume: {error}")
-    if report.runs and (found := runner.differences(report.environment, here)):
-        parser.error(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
+        parser.error(f"--output: {error}")
     if options.overwrite:
         path.write_text("")
-    elif has_lines:
-        records.cut_off(path)
+        return records.Report()
+    if report.runs and (found := runner.differences(report.environment, here)):
+        parser.error(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
+    records.cut_off(path)
     return report
 
 
@@ -231,7 +241,10 @@ def _list() -> int:
     rows = []
     for entrant in ENTRANTS.values():
         hidden = (0, 0) if entrant.level == LOGITS else (8, 8)
-        why = entrant.why_not(Case(8, 64, "fp32", 2.0, "forward_kl", entrant.level, *hidden, where))
+        cases = (Case(8, 64, "fp32", 2.0, divergence, entrant.level, *hidden, where)
+                 for divergence in DIVERGENCES)  # fmt: skip
+        reasons = [entrant.why_not(case) for case in cases]
+        why = None if None in reasons else reasons[0]
         rows.append([entrant.key, entrant.level, entrant.title, entrant.version() or "",
                      why or "runs here", entrant.nearest])  # fmt: skip
     print(table(["loss", "level", "", "version", f"on {where}", "computes instead"], rows))

@@ -54,6 +54,16 @@ class Case:
         return 2 * self.n * self.v * (3 * self.student_hidden + self.teacher_hidden)
 
     @property
+    def input_bytes(self) -> int:
+        """What has to be there before anything is measured, about."""
+        rows, hidden = self.n + self.v, self.student_hidden + self.teacher_hidden
+        if self.level == LOGITS:
+            return 3 * self.matrix_bytes  # the student's twice, to bring them back
+        if self.level == LINEAR:  # in float32 too, where the floor of 16 bits needs it
+            return rows * hidden * (self.itemsize if self.itemsize == 4 else self.itemsize + 4)
+        return 2 * self.v * (4 * self.student_hidden + self.teacher_hidden) * self.itemsize
+
+    @property
     def gradient_bytes(self) -> int:
         """By the logits; at the linear level by hidden states and weight."""
         if self.level == LOGITS:

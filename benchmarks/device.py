@@ -27,6 +27,7 @@ from fused_kd.testing import cpu_peak
 
 from .measuring import Clock, time_once
 
+ROOT = Path(__file__).resolve().parents[1]
 #: The backends under test, and what stands in for both where there is no GPU.
 BACKENDS, STAND_IN = ("cuda", "triton"), "cpu"
 #: Clock cycles for which a GPU is kept busy before a timed call (about a millisecond): the host
@@ -165,7 +166,9 @@ def _commit() -> str | None:
 def _said(*command: str) -> str:
     """What a program prints; nothing where it cannot run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -20,8 +20,10 @@ from .measuring import Timing
 from .problems import LinearProblem, LogitsProblem, Problem
 
 NAME = "floor"
-#: The 16-bit products are slow if they take so many times as long as those of float32.
-SLOW = 4.0
+#: The 16-bit products are slow if they take so many times as long as those of float32; others take
+#: so many times as long as the products, or as the copy, at most: who knows that a limit will be
+#: exceeded tries a few rows first.
+SLOW, EAGER_COPIES = 4.0, 200.0
 #: Rows on which that is tried, and seconds for which a short call is repeated.
 TRIED_ROWS, SHORT = 8, 1.0
 
@@ -33,7 +35,7 @@ class Floor:
     name: str  # copy or products
     call: Callable[[], object]
     seconds: float  # of the call, roughly; exactly after take()
-    is_slow: bool = False  # the case's dtype has no fast products here
+    is_slow: bool = False  # others may exceed the limit of a call
     why: str = ""
     timing: Timing | None = None
 
@@ -62,7 +64,8 @@ def floor(problem: Problem, limit_seconds: float) -> Floor | None:
     """The floor of a case, its call made once already; a training step has none."""
     case = problem.case
     if isinstance(problem, LogitsProblem):
-        return Floor("copy", problem.floor(), fastest(problem.floor(), 0.0, case.device))
+        seconds = fastest(problem.floor(), 0.0, case.device)
+        return Floor("copy", problem.floor(), seconds, EAGER_COPIES * seconds > limit_seconds)
     if not isinstance(problem, LinearProblem):
         return None
     dtype, why, is_slow = None, "", False
@@ -71,11 +74,11 @@ def floor(problem: Problem, limit_seconds: float) -> Floor | None:
         narrow = fastest(problem.floor(rows), SHORT)
         wide = fastest(problem.floor(rows, torch.float32), SHORT)
         if narrow > SLOW * wide:
-            scaled = narrow * case.n / rows
-            dtype, is_slow = torch.float32, scaled > limit_seconds / SLOW
+            dtype, is_slow = torch.float32, SLOW * narrow * case.n / rows > limit_seconds
             why = f"in float32; in {case.dtype} they take {narrow / wide:.0f} times as long"
     call = problem.floor(dtype=dtype)
-    return Floor("products", call, fastest(call, 0.0, case.device), is_slow, why)
+    seconds = fastest(call, 0.0, case.device)
+    return Floor("products", call, seconds, is_slow or SLOW * seconds > limit_seconds, why)
 
 
 def fastest(call: Callable[[], object], seconds: float, where: str = "cpu") -> float:
@@ -92,8 +95,9 @@ def predict(points: list[tuple[int, float]], rows: int) -> float:
     return t + max(0.0, (t - s) / (n - m)) * (rows - n)
 
 
-def work(case: Case) -> dict[str, int]:
-    """What the case takes at least: bytes of traffic, or floating-point operations."""
-    if case.level != LOGITS:
-        return {"flops": case.flops}
-    return {"bytes": case.expected_bytes["forward_backward"]}
+def work(case: Case, entrant: str) -> dict[str, int]:
+    """What it takes at least: bytes of traffic, or floating-point operations of the products."""
+    if case.level == LOGITS:
+        kind = "forward" if entrant.startswith(FORWARD) else "forward_backward"
+        return {"bytes": case.expected_bytes[kind]}
+    return {"flops": case.flops} if case.level == LINEAR else {}

@@ -7,11 +7,12 @@ processor that somebody else held is measured again, a limited number of times.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,24 @@ class Timing:
     clean: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
     wanted: int = 0
+    error: Exception | None = None  # it raised, and is not called again
+
+    def take(self, contestant: Contestant, clock: Clock) -> None:
+        """One repetition."""
+        if self.error is not None:
+            return
+        try:
+            contestant.restore()
+            seconds, is_disturbed = clock(contestant.call)
+        except Exception as error:  # the others go on
+            self.error = error
+            return
+        (self.disturbed if is_disturbed else self.clean).append(seconds)
+
+    def wants_more(self, patience: int) -> bool:
+        """Whether it is to be measured again, so many times its repeats at most."""
+        calls = len(self.clean) + len(self.disturbed)
+        return self.error is None and self.noisy and calls < self.wanted * (1 + patience)
 
     @property
     def samples(self) -> list[float]:
@@ -106,31 +125,33 @@ def interleave(
     Args:
         contestants: each with its own or this number of repeats.
         repeats: of those that do not say.
-        advance: called with a contestant's name after its warm-up and after every call.
+        advance: called with a contestant's name before every call that counts.
         clock: what times a call; None: :func:`time_once`.
         warm_up: calls of each before the first that counts.
     """
-    clock = clock or time_once
     timings = {c.name: Timing(c.name, wanted=c.repeats or repeats) for c in contestants}
     assert len(timings) == len(contestants), "two contestants of one name"
+
+    def repeat(one: Contestant) -> None:
+        advance(one.name)
+        timings[one.name].take(one, clock or time_once)
+
     for one in contestants:
         for _ in range(warm_up):
             one.restore()
             one.call()
-        advance(one.name)
-    while waiting := [c for c in contestants if _wants_more(c, timings[c.name])]:
+    rounds = max((t.wanted for t in timings.values()), default=0)
+    for turn in range(rounds):
+        for one in contestants:
+            # who has fewer repeats takes part in rounds from the first to the last
+            before, after = (int(t * timings[one.name].wanted / rounds + 0.5)
+                             for t in (turn, turn + 1))  # fmt: skip
+            if after > before:
+                repeat(one)
+    while waiting := [c for c in contestants if timings[c.name].wants_more(c.patience)]:
         for one in waiting:
-            one.restore()
-            seconds, is_disturbed = clock(one.call)
-            timing = timings[one.name]
-            (timing.disturbed if is_disturbed else timing.clean).append(seconds)
-            advance(one.name)
+            repeat(one)
     return timings
-
-
-def _wants_more(one: Contestant, timing: Timing) -> bool:
-    calls = len(timing.clean) + len(timing.disturbed)
-    return timing.noisy and calls < timing.wanted * (1 + one.patience)
 
 
 def time_once(call: Callable[[], object]) -> tuple[float, bool]:
@@ -160,16 +181,20 @@ def process_peak(call: Callable[[], object]) -> int | None:
     """Bytes by which the resident memory of the process rose during `call`; None if unknown.
 
     Sees what torch's allocator does not, and pages only where they are touched: give it a call
-    that has been made before.
+    that has been made before. What the heap has left over is given back first.
     """
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _resident("VmRSS")
-        kept = call()
-        peak = _resident("VmHWM")
     except OSError:
+        call()
         return None
+    kept = call()
+    peak = _resident("VmHWM")
     del kept
     return max(0, peak - before)
 
@@ -196,8 +221,3 @@ def ratio(numerator: Timing | float, denominator: Timing | float) -> float:
     """Of medians."""
     top, bottom = (x.median if isinstance(x, Timing) else x for x in (numerator, denominator))
     return top / bottom
-
-
-def noisy_names(timings: Iterable[Timing]) -> list[str]:
-    """Those whose figure may be too high."""
-    return [t.name for t in timings if t.noisy]

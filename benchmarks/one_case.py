@@ -1,12 +1,14 @@
 """One case of a suite, measured: in a process of its own, so that a crash ends no more than it.
 
 ``python -m benchmarks.one_case JSON`` (a :class:`Task`) prints lines of results as records.py
-describes them, and lines of the kind "progress" ("share", "note").
+describes them, and lines of the kind "progress" ("share", "note", "running").
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import sys
 import time
@@ -16,9 +18,6 @@ from typing import Any
 
 # What eager needs at large sizes leaves no room for fragments on a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# One thread per core, decided before torch starts them: left alone, Linux was seen to keep both of
-# two threads on one core for a whole run.
-os.environ.setdefault("OMP_PROC_BIND", "spread")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
@@ -67,6 +66,7 @@ class Task:
     seconds_each: float = 8.0  # that the repeats of an entrant may take together
     limit_seconds: float = 60.0  # of one call; slower ones are scaled from fewer rows
     threads: int | None = None
+    seconds: float | None = None  # for all of it; what is not begun by then has "no time"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -81,26 +81,54 @@ class Task:
 class Line:
     """What is known of an entrant; what :func:`run_task` writes of it in the end."""
 
+    name: str  # its key in ENTRANTS
     entrant: Entrant
     error: dict[str, float | None]
     loss: Loss
     memory: dict[str, int | None] | None = None
     repeats: int = 1
     patience: int = 0
-    rows: int = 0
+    rows: int = 0  # timed; 0: all
 
 
 def run_task(task: Task, emit: Emit) -> None:
     """Everything about one case; `emit(kind, **content)` is called as it comes."""
-    started = time.monotonic()
+    started, case = time.monotonic(), task.case
     if task.threads is not None:
         torch.set_num_threads(task.threads)
-    _Run(task, emit).run()
-    emit("done", **_about(task), seconds=round(time.monotonic() - started, 1))
+    free = _free(case)
+    if case.input_bytes > free:
+        why = f"the inputs need {_gib(case.input_bytes)}, {_gib(free)} are free"
+        for name in task.entrants:
+            emit("result", **result(task, ENTRANTS[name], "no memory", why))
+    else:
+        _Run(task, emit).run()
+    gc.collect()
+    device.release(case.device)
+    emit("done", **_about(task), threads=torch.get_num_threads(),
+         seconds=round(time.monotonic() - started, 1))  # fmt: skip
+
+
+def result(task: Task, entrant: Entrant, status: str, why: str, **more: Any) -> dict[str, Any]:
+    """What a line of the kind "result" holds."""
+    known = {"error": None, "time": None, "rows": task.case.n, "memory": None, "floor_share": None}
+    return {
+        **_about(task), "entrant": entrant.key, "title": entrant.title, "is_ours": entrant.is_ours,
+        "status": status, "why": why, "nearest": entrant.nearest, **known,
+        **floors.work(task.case, entrant.key), **more,
+    }  # fmt: skip
 
 
 def _about(task: Task) -> dict[str, Any]:
     return {"suite": task.suite, "case": task.case.sizes, "case_name": task.case.name}
+
+
+def _free(case: Case) -> int:
+    return available_memory() if case.device == "cpu" else device.room(case.device)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 class _Run:
@@ -108,40 +136,43 @@ class _Run:
 
     def __init__(self, task: Task, emit: Emit) -> None:
         self.task, self.case, self._emit = task, task.case, emit
+        self._until = math.inf if task.seconds is None else time.monotonic() + task.seconds
+        self._steps, self._all = 0, 4 * len(task.entrants)
+        self._progress("the inputs")
         torch.compiler.reset()  # or one size would be taken for one too many, and run eagerly
         self.problem = PROBLEMS[task.case.level](task.case)
         self.floor: floors.Floor | None = None
-        self._steps, self._all = 0, 3 * len(task.entrants)
 
     def run(self) -> None:
         if self.task.times:
             self.floor = floors.floor(self.problem, self.task.limit_seconds)
-        lines = []
-        for key in self.task.entrants:
-            line = self._check(ENTRANTS[key])
-            if line is not None:
-                lines.append(line)
-        if self.task.times:
-            self._time(lines)
+        checked = [line for name in self.task.entrants if (line := self._check(name))]
+        if not self.task.times:
+            return
+        fitting = [line for line in checked if self._guarded(line, self._fits)]
+        torch.compiler.reset()  # what was compiled for a few rows, and may have become dynamic
+        self._time([line for line in fitting if self._guarded(line, self._prepare)])
 
     # -------------------------------------------------------------------------- right?
 
-    def _check(self, entrant: Entrant) -> Line | None:
+    def _check(self, name: str) -> Line | None:
         """Compared with float64; None where that is the last word on it."""
-        self._progress(f"errors of {entrant.title}")
+        entrant = ENTRANTS[name]
+        self._progress(f"errors of {entrant.title}", name)
         case = self.case.with_(level=entrant.level)
         why = entrant.why_not(case)
         if why is not None:
             return self._result(entrant, "skipped", why)
+        if self._is_late(entrant):
+            return None
         try:
             loss = entrant.build(case)
             if self.case.level == STEP:
                 loss = after_heads(loss, entrant.level)
-            error = errors.of(self.problem, entrant, loss)
-        except Exception as error_:  # of a peer, of a compiler: the others go on
-            return self._result(entrant, "failed", _said(error_))
-        line = Line(entrant, error, loss, rows=self.case.n)
-        worst = max((x for x in error.values() if x is not None), default=0.0)
+            line = Line(name, entrant, errors.of(self.problem, entrant, loss), loss)
+        except Exception as error:  # of a peer, of a compiler: the others go on
+            return self._result(entrant, "failed", _said(error))
+        worst = max((x for x in line.error.values() if x is not None), default=0.0)
         if not worst < WRONG[self.case.dtype] and self.case.regime == "randn":
             return self._result(entrant, "wrong", f"a relative error of {worst:.2g}", line)
         if not self.task.times:
@@ -150,60 +181,69 @@ class _Run:
 
     # -------------------------------------------------------------------- how large, how fast?
 
-    def _time(self, lines: list[Line]) -> None:
-        ready = [line for line in lines if self._prepare(line)]
-        contestants = [
-            Contestant(line.entrant.key, self.problem.call(line.loss), self.problem.restore,
-                       line.repeats, line.patience)
-            for line in ready
-        ]  # fmt: skip
-        reference = self._floor_contestant()
-        self._all = self._steps + sum(c.repeats or 1 for c in [*contestants, *reference])
-        timings = interleave([*reference, *contestants], 1, self._progress,
-                             clock=device.clock(self.case.device), warm_up=0)  # fmt: skip
-        if self.floor is not None:
-            self.floor.take(timings.get(floors.NAME))
-            self._emit("floor", **_about(self.task), **self.floor.as_dict(self.case))
-        for line in ready:
-            self._result(line.entrant, "measured", line=line, timing=timings[line.entrant.key])
-
-    def _floor_contestant(self) -> list[Contestant]:
-        if self.floor is None or self.floor.call is None:
-            return []
-        repeats = self._repeats(self.floor.seconds)
-        return [Contestant(floors.NAME, self.floor.call, self.problem.restore, repeats)]
-
-    def _prepare(self, line: Line) -> bool:
-        """Measures memory and one call; False where that is the last word."""
-        entrant, case = line.entrant, self.case
-        self._progress(f"memory of {entrant.title}")
-        needed, free = self._needed(entrant), self._free()
-        if needed > free:
-            why = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-            self._result(entrant, "no memory", why, line)
+    def _guarded(self, line: Line, step: Callable[[Line], bool]) -> bool:
+        """A step with one entrant; False where that is the last word on it."""
+        if self._is_late(line.entrant):
             return False
         try:
-            if self.floor is not None and self.floor.is_slow:
-                predicted = floors.predict(self._probe(line), case.n)
-                if predicted > self.task.limit_seconds:
-                    self._scaled(line, predicted)
-                    return False
-            call = self.problem.call(line.loss)
-            if entrant.compiles or case.device != "cpu":
-                self._first(call)
-            seconds, line.memory = self._peaks(call)
+            return step(line)
         except torch.OutOfMemoryError:
-            self._result(entrant, "no memory", "the GPU's memory does not suffice", line)
-            return False
+            self._result(line.entrant, "no memory", "the GPU's memory does not suffice", line)
         except Exception as error:
-            self._result(entrant, "failed", _said(error), line)
-            return False
+            self._result(line.entrant, "failed", _said(error), line)
         finally:
             self.problem.restore()
-            device.release(case.device)
+            device.release(self.case.device)
+        return False
+
+    def _fits(self, line: Line) -> bool:
+        """Into memory, and into the time of a call."""
+        self._progress(f"a few rows of {line.entrant.title}", line.name)
+        needed, free = self._needed(line.entrant), _free(self.case)
+        if needed > free:
+            why = f"needs {_gib(needed)}, {_gib(free)} are free"
+            self._result(line.entrant, "no memory", why, line)
+            return False
+        if self.floor is not None and self.floor.is_slow:
+            predicted = floors.predict(self._probe(line), self.case.n)
+            if predicted > self.task.limit_seconds:
+                self._scaled(line, predicted)
+                return False
+        return True
+
+    def _prepare(self, line: Line) -> bool:
+        """Measures memory and one call."""
+        self._progress(f"memory of {line.entrant.title}", line.name)
+        call = self.problem.call(line.loss)
+        if line.entrant.compiles or self.case.device != "cpu" or self.case.level == STEP:
+            self._first(call)
+        seconds, line.memory = self._peaks(call)
         line.repeats = self._repeats(seconds)
         line.patience = PATIENCE if seconds < BRIEF else 0
         return True
+
+    def _time(self, lines: list[Line]) -> None:
+        contestants = [
+            Contestant(line.name, self.problem.call(line.loss), self.problem.restore,
+                       line.repeats, line.patience)
+            for line in lines
+        ]  # fmt: skip
+        if self.floor is not None:
+            repeats = self._repeats(self.floor.seconds)
+            reference = Contestant(floors.NAME, self.floor.call, self.problem.restore, repeats)
+            contestants.insert(0, reference)
+        self._all = self._steps + sum(one.repeats or 1 for one in contestants)
+        timings = interleave(contestants, 1, lambda name: self._progress(f"time of {name}", name),
+                             clock=device.clock(self.case.device), warm_up=0)  # fmt: skip
+        if self.floor is not None and timings[floors.NAME].error is None:
+            self.floor.take(timings[floors.NAME])
+            self._emit("floor", **_about(self.task), **self.floor.as_dict(self.case))
+        for line in lines:
+            timing = timings[line.name]
+            if timing.error is not None:
+                self._result(line.entrant, "failed", _said(timing.error), line)
+            else:
+                self._result(line.entrant, "measured", line=line, timing=timing)
 
     def _first(self, call: Callable[[], object]) -> None:
         """Compiles, tunes, allocates what stays."""
@@ -212,16 +252,14 @@ class _Run:
 
     def _peaks(self, call: Callable[[], object]) -> tuple[float, dict[str, int | None]]:
         """Seconds of a call, and its peaks in bytes beyond the inputs."""
-        clock, process = device.clock(self.case.device), None
-        if self.case.device == "cpu":
-            found: list[float] = []
-            process = process_peak(lambda: found.append(clock(call)[0]))
-            seconds = found[0]
-        else:
-            seconds = clock(call)[0]
-        self.problem.restore()
+        clock, seconds, process = device.clock(self.case.device), list[float](), None
         allocator = device.peak_bytes(call, self.case.device)
-        return seconds, {"allocator_bytes": allocator, "process_bytes": process}
+        self.problem.restore()
+        if self.case.device == "cpu":
+            process = process_peak(lambda: seconds.append(clock(call)[0]))
+        else:
+            seconds.append(clock(call)[0])
+        return seconds[0], {"allocator_bytes": allocator, "process_bytes": process}
 
     def _repeats(self, seconds: float) -> int:
         least = LEAST_REPEATS if seconds < LONG else 2
@@ -249,10 +287,14 @@ class _Run:
         rows = min(self.case.n, entrant.most_rows or self.case.n)
         return int(4 * self.case.v * (entrant.matrices * rows + WEIGHTS * self.case.student_hidden))
 
-    def _free(self) -> int:
-        return available_memory() if self.case.device == "cpu" else device.room(self.case.device)
-
     # ---------------------------------------------------------------------------- results
+
+    def _is_late(self, entrant: Entrant) -> bool:
+        """Whether the time is up, which is then the last word."""
+        late = time.monotonic() > self._until
+        if late:
+            self._result(entrant, "no time", "the time is up")
+        return late
 
     def _result(
         self,
@@ -262,21 +304,21 @@ class _Run:
         line: Line | None = None,
         timing: Timing | None = None,
     ) -> None:
-        share, work = None, floors.work(self.case)
-        if timing is not None and self.floor is not None:
-            share = self.floor.seconds_of(entrant.key, self.case) / timing.median
-        self._emit(
-            "result", **_about(self.task), entrant=entrant.key, title=entrant.title,
-            is_ours=entrant.is_ours, status=status, why=why, nearest=entrant.nearest,
-            error=None if line is None else line.error,
-            time=None if timing is None else timing.as_dict(),
-            rows=self.case.n if line is None else line.rows,
-            memory=None if line is None else line.memory, floor_share=share, **work,
-        )  # fmt: skip
+        more: dict[str, Any] = {}
+        if line is not None:
+            more = {"error": line.error, "memory": line.memory, "rows": line.rows or self.case.n}
+        if timing is not None:
+            more["time"] = timing.as_dict()
+            if self.floor is not None:
+                least = self.floor.seconds_of(entrant.key, self.case)
+                more["floor_share"] = least / timing.median
+        self._emit("result", **result(self.task, entrant, status, why, **more))
 
-    def _progress(self, note: str) -> None:
+    def _progress(self, note: str, running: str | None = None) -> None:
+        """`running`: which entrant is, should it crash."""
         self._steps += 1
-        self._emit("progress", share=min(1.0, self._steps / max(1, self._all)), note=note)
+        share = min(1.0, self._steps / max(1, self._all))
+        self._emit("progress", share=share, note=note, running=running)
 
 
 def _said(error: Exception) -> str:

@@ -11,6 +11,8 @@ from .entrants.ours import KDLOSS, OURS
 from .records import Line, Report
 
 MIB = 2**20
+#: Bytes by which the two counts of memory may differ: heap that is used again, code that is loaded.
+PEAK_SLACK = 16 * MIB
 LOSS, GRADIENTS = "loss", "gradients"
 EAGER, COMPILE = "eager", "compile"
 #: Plain torch, in the forms that a user writes; what else is not ours is a peer.
@@ -48,6 +50,14 @@ def is_noisy(line: Line) -> bool:
     """Too few undisturbed repetitions: the figure may be too high."""
     time = line["time"]
     return time is not None and time["undisturbed"] < time["repeats"]
+
+
+def peaks_differ(line: Line) -> bool:
+    """Whether the process and the allocator disagree by more than a tenth and a few pages."""
+    both = [memory(line, kind) for kind in ("allocator_bytes", "process_bytes")]
+    if both[0] is None or both[1] is None:
+        return False
+    return abs(both[0] - both[1]) > max(both[0], both[1]) / 10 + PEAK_SLACK
 
 
 def taking_part(report: Report, suite: str, case: Case) -> list[Line]:

@@ -14,7 +14,7 @@ Every line has "schema" (:data:`SCHEMA`) and "kind":
   "memory" ("allocator_bytes", "process_bytes": peaks beyond the inputs; None: unknown), "bytes"
   (the least traffic; logits) or "flops" (of the products; linear), "floor_share" (the least time
   over its own; None without a floor).
-* ``done``: a case is complete. "suite", "case", "case_name", "seconds".
+* ``done``: a case is complete. "suite", "case", "case_name", "seconds", "threads".
 
 "time" is None, or has "median_s", "quartiles_s" (two), "fastest_s", "repeats", "undisturbed". A
 later line about the same suite, case and entrant replaces an earlier one: a case that was
@@ -104,8 +104,11 @@ def read(paths: Sequence[Path]) -> Report:
     """
     report = Report()
     for path in paths:
-        for line in _lines(path):
-            report.add(line)
+        for number, line in _lines(path):
+            try:
+                report.add(line)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: no line of results ({error!r})") from error
     if not report.runs:
         raise ValueError(f"{', '.join(map(str, paths))}: no results in it")
     return report
@@ -117,7 +120,7 @@ def cut_off(path: Path) -> None:
     path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _lines(path: Path) -> Iterator[tuple[int, Line]]:
     try:
         texts = path.read_text().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -131,4 +134,4 @@ def _lines(path: Path) -> Iterator[Line]:
             if number == len(texts) and not text.endswith("\n"):
                 return
             raise ValueError(f"{path}:{number}: no line of results ({error})") from error
-        yield line
+        yield number, line

@@ -77,10 +77,6 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
 
 
-def megabytes(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
-
-
 def verdict(reached: bool) -> str:
     return "reached" if reached else "NOT reached"
 

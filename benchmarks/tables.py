@@ -26,6 +26,8 @@ def note(line: Line) -> str:
         words.append(f"~ scaled from N = {line['rows']}: {line['why']}")
     elif line["status"] != "measured":
         words.append(f"{line['status']}: {line['why']}")
+    if reading.peaks_differ(line):
+        words.append("the process's peak is another")
     if reading.is_noisy(line):
         words.append("disturbed")
     return "; ".join(words)
@@ -92,16 +94,6 @@ def _floor(report: Report, suite: str, case: Case) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------ a suite
-
-
-def suite_tables(report: Report, suite: str) -> str:
-    """Every case, who is faster than ours, and who was left out, for a terminal."""
-    if _has_times(report, suite):
-        tables = [case_table(report, suite, case) for case in report.cases(suite)]
-    else:
-        tables = [f"{suite}: {title}\n{cells.text()}" for title, cells in overviews(report, suite)]
-    return "\n\n".join([*tables, *lines_of(faster_lines(report, suite)),
-                        *lines_of(left_out_lines(report, suite))])  # fmt: skip
 
 
 def lines_of(lines: list[str]) -> list[str]:
@@ -199,13 +191,14 @@ def faster_lines(report: Report, suite: str) -> list[str]:
     """Where we lose, a line for each entrant."""
     found: dict[str, list[tuple[Case, Line, float]]] = {}
     for case, line, share in reading.faster(report, suite):
+        if line["nearest"]:  # its time says nothing about the same loss
+            continue
         found.setdefault(line["entrant"], []).append((case, line, share))
     lines = []
     for every in found.values():
         case, line, share = min(every, key=lambda one: one[2])
-        what = f" (computes: {line['nearest']})" if line["nearest"] else ""
         more = f", less than it in {len(every)} cases" if len(every) > 1 else ""
-        lines.append(f"faster than ours: {line['title']}{what} takes {share:.2f} of its time in "
+        lines.append(f"faster than ours: {line['title']} takes {share:.2f} of its time in "
                      f"{case.name}{more}")  # fmt: skip
     return lines
 
@@ -213,10 +206,13 @@ def faster_lines(report: Report, suite: str) -> list[str]:
 # ------------------------------------------------------------------------- left out, and goals
 
 
-def left_out(report: Report, suite: str) -> str:
-    """Who could not take part in a suite, and why."""
-    lines = left_out_lines(report, suite)
-    return "\n".join(lines) if lines else f"{suite}: nobody was left out"
+def conclusion(report: Report, suite: str) -> str:
+    """What stands below the tables of a suite: errors at a glance, who is faster, who left out."""
+    glances = [] if _has_times(report, suite) else [
+        f"{suite}: {title}\n{cells.text()}\n" for title, cells in overviews(report, suite)
+    ]  # fmt: skip
+    lines = faster_lines(report, suite) + left_out_lines(report, suite)
+    return "\n".join([*glances, *(lines or [f"{suite}: nobody was left out"])])
 
 
 def left_out_lines(report: Report, suite: str) -> list[str]:

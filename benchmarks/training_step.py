@@ -24,7 +24,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(hidden, max(1, hidden // HEAD), 4 * hidden, dropout=0.0,
+            nn.TransformerEncoderLayer(hidden, _heads(hidden), 4 * hidden, dropout=0.0,
                                        batch_first=True, norm_first=True)
             for _ in range(layers)
         )  # fmt: skip
@@ -41,6 +41,11 @@ class Decoder(nn.Module):
             x = layer(x, src_mask=mask, is_causal=True)
         result: Tensor = self.norm(x).flatten(0, 1)
         return result
+
+
+def _heads(hidden: int) -> int:
+    """As many as divide the hidden size, of HEAD entries or a few more."""
+    return next(n for n in range(max(1, hidden // HEAD), 0, -1) if hidden % n == 0)
 
 
 class StepProblem(Problem):

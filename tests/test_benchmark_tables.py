@@ -64,13 +64,13 @@ def test_a_suite_says_who_was_left_out_once_and_where_we_lose() -> None:
     some = skipped_line(LOGITS, LOGITS_CASE, "some", "it has no jsd")
     lines = [*case_lines(LOGITS, LOGITS_CASE), *case_lines(LOGITS, other), fast, faster, some,
              result_line(LOGITS, other, "some", 1.0)]  # fmt: skip
-    text = tables.suite_tables(one_run(*lines), LOGITS)
+    text = tables.conclusion(one_run(*lines), LOGITS)
     assert text.count("left out of logits: cce: its kernels need a GPU\n") == 1
     assert text.endswith("left out of logits: some: it has no jsd (in 1 of 2 cases)")
     assert text.count("faster than ours: ") == 1
     said = f"fast takes 0.03 of its time in {other.name}, less than it in 2 cases\n"
     assert f"faster than ours: {said}" in text
-    assert tables.left_out(one_run(fast), LOGITS) == "logits: nobody was left out"
+    assert tables.conclusion(one_run(fast), LOGITS) == "logits: nobody was left out"
 
 
 def test_long_times_are_in_seconds_and_a_case_without_entrants_says_so() -> None:
@@ -88,7 +88,7 @@ def test_errors_alone_are_shown_by_their_worst() -> None:
     lines = [result_line("accuracy", case.with_(regime=regime), "eager", None,
                          error={"loss": error, "gradients": None})
              for regime, error in errors.items()]  # fmt: skip
-    text = tables.suite_tables(one_run(*lines), "accuracy")
+    text = tables.conclusion(one_run(*lines), "accuracy")
     assert "logits, fp32, N = 16, V = 8192, forward_kl, T = 2, 3 kinds of inputs" in text
     assert _row(text, "eager torch").split()[2:] == ["nan", "huge"]
 

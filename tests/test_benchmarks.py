@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -166,13 +167,19 @@ def test_an_interruption_ends_the_child_too(tmp_path: Path) -> None:
     while "load average" not in process.stdout.readline():
         pass
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    child = ""
-    while "libtorch" not in (Path(f"/proc/{child}/maps").read_text() if child else ""):
+    child = Path("/proc/none")
+
+    def measures() -> bool:
+        return child.exists() and b"one_case" in (child / "cmdline").read_bytes() and (
+            "libtorch" in (child / "maps").read_text()
+        )  # fmt: skip
+
+    while not measures():
         assert process.poll() is None
-        child = next(iter(children.read_text().split()), "")
+        child = Path("/proc", next(iter(children.read_text().split()), "none"))
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == cli.INTERRUPTED
-    assert not Path(f"/proc/{child}").exists()
+    assert not child.exists()
 
 
 def test_results_of_another_machine_are_not_mixed_in(
@@ -234,34 +241,100 @@ def test_one_that_raises_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatc
     assert found["kdloss"]["status"] == "measured"
 
 
-def test_a_crash_ends_no_more_than_its_case(
+#: A child that crashes while it runs the eager composition, as a peer's kernel would make it.
+CRASHES = """
+import json, os, sys
+line = {"kind": "progress", "share": 0.5, "note": "time of eager", "running": "logits/eager"}
+print(json.dumps(line), flush=True)
+print("last words", file=sys.stderr, flush=True)
+os.abort()
+"""
+
+
+def test_a_crash_costs_no_more_than_the_one_that_crashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = subprocess.Popen, []
+    real, children = subprocess.Popen, []
 
     def popen(command: list[str], **keywords: Any) -> Any:
-        calls.extend(word for word in command if word == "benchmarks.one_case")
-        if calls == ["benchmarks.one_case"] and command[2] == calls[0]:
-            code = "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()"
-            command = [sys.executable, "-c", code]
+        if "benchmarks.one_case" in command:
+            children.append((command, keywords["env"]))
+            if len(children) == 1:
+                command = [sys.executable, "-c", CRASHES]
         return real(command, **keywords)
 
     monkeypatch.setattr(runner.subprocess, "Popen", popen)
     file = tmp_path / "results.jsonl"
     arguments = [word for word in TINY if word != "--in-process"]
-    assert cli.main(["run", "logits", *arguments, "--output", str(file)]) == 1
-    shown = capsys.readouterr().out
-    assert "FAILED logits bf16 N=4 V=60 T=2 forward_kl: its process ended with status -6" in shown
-    assert "last words" in shown
-    assert [name.split()[1] for _, name in records.read([file]).done] == ["fp32"]
+    options = ["run", "logits", *arguments, "--dtype", "fp32", "--output", str(file)]
+    assert cli.main(options) == 1
+    assert "time of eager: its process ended with status -6: last words" in capsys.readouterr().out
+    found = records.read([file])
+    (case,) = found.cases("logits")
+    statuses = {line["entrant"]: line["status"] for line in found.of("logits", case)}
+    assert statuses == {"kdloss": "measured", "kdloss-inplace": "measured",
+                        "checkpoint": "measured", "eager": "failed"}  # fmt: skip
+    assert ("logits", case.name) in found.done
+    # a thread for each core in the children; not here, or they would all be bound to one
+    assert all(environment["OMP_PROC_BIND"] == "spread" for _, environment in children)
+    assert "OMP_PROC_BIND" not in os.environ
+
+
+def test_one_that_raises_while_it_is_timed_does_not_stop_the_others() -> None:
+    def fails() -> None:
+        raise RuntimeError("the third time")
+
+    calls = [lambda: None, lambda: None, fails]
+    pair = [
+        measuring.Contestant("a", lambda: calls.pop(0)(), repeats=5),
+        measuring.Contestant("b", lambda: None, repeats=5),
+    ]
+    timings = measuring.interleave(pair, 1, warm_up=0)
+    assert str(timings["a"].error) == "the third time"
+    assert timings["b"].error is None
+    assert len(timings["b"].samples) == 5
+
+
+def test_resume_measures_who_was_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    base = ["run", "logits", "--n", "4", "--v", "60", "--dtype", "fp32", "--repeats", "2",
+            "--in-process", "--output", str(file)]  # fmt: skip
+    assert cli.main([*base, "--peers", "kdloss"]) == 0
+    assert cli.main([*base, "--peers", "kdloss", "eager", "--resume"]) == 0
+    lines = len(_lines(file))
+    assert cli.main([*base, "--peers", "eager", "--resume"]) == 0
+    assert len(_lines(file)) == lines + 1  # the line of the run alone
+    found = records.read([file])
+    assert {key for _, _, key in found.results} == {"kdloss", "eager"}
+
+
+def test_when_the_time_is_up_the_rest_is_not_begun() -> None:
+    found = _results(_task("logits/kdloss", "logits/eager", seconds=0.0))
+    assert {line["status"] for line in found.values()} == {"no time"}
+
+
+def test_where_the_process_cannot_be_asked_the_call_is_made_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Path, text: str) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    calls: list[int] = []
+    assert measuring.process_peak(lambda: calls.append(1)) is None
+    assert calls == [1]
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_case, "available_memory", lambda: 2**10)
+    monkeypatch.setattr(one_case, "available_memory", lambda: 3 * 4 * 5 * 40)  # the inputs do
     found = _results(_task("logits/eager", "logits/kdloss-inplace"))
     assert found["eager"]["status"] == "no memory"
-    assert found["eager"]["why"] == "needs 0.0 GiB, 0.0 are free"
+    assert found["eager"]["why"] == "needs 0.0 GiB, 0.0 GiB are free"
     assert found["kdloss-inplace"]["status"] == "measured"
+    monkeypatch.setattr(one_case, "available_memory", lambda: 2**10)
+    found = _results(_task("logits/eager", "logits/kdloss-inplace"))
+    assert {line["status"] for line in found.values()} == {"no memory"}
+    assert found["eager"]["why"] == "the inputs need 0.0 GiB, 0.0 GiB are free"
 
 
 def test_what_takes_too_long_is_scaled_from_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,9 +369,12 @@ BAD: list[tuple[list[str], str]] = [
     (["run", "--teacher-model", "gpt2"], "--teacher-model needs --model"),
     (["run", "--resume", "--overwrite"], "give one of them"),
     (["run", "--output", "/proc/no/such/folder"], "--output: cannot write"),
-    (["run", "--output", "tests"], "--output: cannot write 'tests': Is a directory"),
-    (["run", "--output", "setup.py"], "setup.py has results; --resume, --overwrite, or another"),
+    (["run", "--output", "tests"], "--output: cannot write 'tests': it is no file"),
+    (["run", "--output", "/dev/null"], "--output: cannot write '/dev/null': it is no file"),
+    (["run", "--output", "setup.py"], "setup.py is not empty; --resume, --overwrite, or another"),
     (["run", "--output", "setup.py", "--resume"], "setup.py:1: no line of results"),
+    (["run", "--output", "setup.py", "--overwrite"], "setup.py:1: no line of results"),
+    (["run", "logits", "--peers", "linearkdloss"], "nobody is left to be measured"),
     (["plot", "no-such-file"], "no-such-file: cannot be read"),
     (["compare", "README.md", "setup.py"], "README.md:1: no line of results"),
     (["compare", "a"], "the following arguments are required: FILE"),
@@ -347,6 +423,7 @@ def test_sizes_by_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.Monkey
     names = ["--model", "qwen3-0.6b", "--teacher-model", "qwen3-4b"]
     arguments = ["run", "linear", *names, "--in-process", "--output", str(tmp_path / "r.jsonl")]
     cli.main(arguments)
+    assert len(seen) == 2  # dtypes
     for task in seen:
         sizes = task.case.v, task.case.student_hidden, task.case.teacher_hidden
         assert sizes == (151936, 1024, 2560)
@@ -376,7 +453,8 @@ def test_contestants_take_turns_and_restore_before_each_call() -> None:
     timings = measuring.interleave(pair, 3)
     warm_up = measuring.WARM_UP
     start = ["ra", "a"] * warm_up + ["rb", "b"] * warm_up
-    assert seen[: len(start) + 4] == [*start, "ra", "a", "rb", "b"]
+    turns = ["ra", "a", "ra", "a", "rb", "b", "ra", "a"]  # one repeat of three: in the middle
+    assert seen[: len(start) + 8] == [*start, *turns]
     assert len(timings["a"].samples) == 3
     assert len(timings["b"].samples) == 1
 

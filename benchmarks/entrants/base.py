@@ -83,8 +83,3 @@ def needs_gpu(case: Case) -> str | None:
 def only(case: Case, *divergences: str) -> str | None:
     """For a loss that has not all of them."""
     return None if case.divergence in divergences else f"it has no {case.divergence}"
-
-
-def first(*reasons: str | None) -> str | None:
-    """The first that is one."""
-    return next((reason for reason in reasons if reason is not None), None)

@@ -33,5 +33,5 @@ def _why_not(case: Case) -> str | None:
 ENTRANTS = [
     Entrant("cut-cross-entropy", "Cut Cross-Entropy", LINEAR, _build, _why_not,
             "cut-cross-entropy", computes=hard_alone, nearest=HARD_ALONE, compiles=True,
-            matrices=3),
+            matrices=1.5),
 ]  # fmt: skip

@@ -31,5 +31,5 @@ def _why_not(case: Case) -> str | None:
 
 ENTRANTS = [
     Entrant("fla", "Flash Linear Attention", LINEAR, _build, _why_not, "flash-linear-attention",
-            matrices=3),
+            most_rows=2048, matrices=3),
 ]  # fmt: skip

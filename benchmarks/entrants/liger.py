@@ -133,17 +133,17 @@ def _chunked_why_not(case: Case) -> str | None:
 
 ENTRANTS = [
     Entrant("liger", "Liger", LOGITS, _logits, _triton("cross_entropy", *BETA, "tvd"),
-            "liger-kernel", matrices=6),
+            "liger-kernel", matrices=7),
     Entrant("liger-ce-tvd", "Liger fused CE + TVD", LOGITS, _fused_tvd,
             _triton("fused_ce_tvd", "tvd"), "liger-kernel", computes=_at_one,
             nearest="the same at temperature 1", matrices=1),
     Entrant("liger-chunked", "Liger chunked", LINEAR, partial(_chunked, False), _chunked_why_not,
-            "liger-kernel", most_rows=2 * CHUNK_ROWS - 1, matrices=9),
+            "liger-kernel", most_rows=2 * CHUNK_ROWS - 1, matrices=10),
     Entrant("liger-chunked-compiled", "Liger chunked, compiled", LINEAR, partial(_chunked, True),
             _chunked_why_not, "liger-kernel", compiles=True, most_rows=2 * CHUNK_ROWS - 1,
             matrices=4.5),
     Entrant("liger-fused-jsd", "Liger fused linear JSD", LINEAR, _fused_jsd,
-            _triton("fused_linear_jsd", *BETA), "liger-kernel", matrices=9),
+            _triton("fused_linear_jsd", *BETA), "liger-kernel", most_rows=2048, matrices=9),
     Entrant("liger-fused-kl", "Liger fused linear KL", LINEAR, _fused_kl,
             _triton("fused_linear_kl_div", "forward_kl"), "liger-kernel", matrices=4),
 ]  # fmt: skip

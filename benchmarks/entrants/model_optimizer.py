@@ -27,5 +27,6 @@ def _why_not(case: Case) -> str | None:
 
 
 ENTRANTS = [
-    Entrant("modelopt", "NVIDIA Model Optimizer", LOGITS, _build, _why_not, "nvidia-modelopt"),
-]
+    Entrant("modelopt", "NVIDIA Model Optimizer", LOGITS, _build, _why_not, "nvidia-modelopt",
+            matrices=6),
+]  # fmt: skip

@@ -52,8 +52,11 @@ def _available(backend: str) -> Callable[[Case], str | None]:
     def why(case: Case) -> str | None:
         if backend != "auto" and case.device == "cpu":
             return "a backend for GPUs"
-        return why_not("cpu" if case.device == "cpu" else backend.replace("auto", "cuda"),
-                       case.device)  # fmt: skip
+        if backend == "auto":
+            names = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
+            reasons = [why_not(name, case.device) for name in names]
+            return None if None in reasons else reasons[0]
+        return why_not(backend, case.device)
 
     return why
 

@@ -54,5 +54,5 @@ def _why_not(case: Case) -> str | None:
 
 ENTRANTS = [
     Entrant("torch-linear-ce", "F.linear_cross_entropy", LINEAR, _linear_cross_entropy, _why_not,
-            computes=hard_alone, nearest=HARD_ALONE, matrices=3),
+            computes=hard_alone, nearest=HARD_ALONE, matrices=1.5),
 ]  # fmt: skip

@@ -72,7 +72,7 @@ def _entrants(divergence: str) -> list[Entrant]:
 
     return [
         entrant(f"torchtune{key}", f"torchtune{name}", _whole, 9),
-        entrant(f"torchtune{key}-chunked", f"torchtune{name}, {CHUNKS} chunks", _chunked, 9),
+        entrant(f"torchtune{key}-chunked", f"torchtune{name}, {CHUNKS} chunks", _chunked, 6),
     ]
 
 

@@ -61,7 +61,8 @@ def _has(module: str, case: Case) -> str | None:
 
 ENTRANTS = [
     Entrant("trl-gkd", "TRL GKD", LOGITS, _logits,
-            lambda case: _has("trl.experimental.gkd", case), "trl"),
+            lambda case: _has("trl.experimental.gkd", case), "trl", matrices=9),
     Entrant("trl-chunked", "TRL chunked", LINEAR, _linear,
-            lambda case: _has("trl.kernels.chunked_divergence", case), "trl", most_rows=4096),
+            lambda case: _has("trl.kernels.chunked_divergence", case), "trl", most_rows=4096,
+            matrices=4),
 ]  # fmt: skip
