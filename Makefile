@@ -8,9 +8,9 @@ export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 
 # Threads that spin while they wait would take the processors from each other.
-test test-slow: export OMP_WAIT_POLICY := PASSIVE
+test test-slow test-peers: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow bench bench-guard publish accuracy gpu-check lint format clean
+.PHONY: demo test test-slow test-peers bench bench-guard publish accuracy gpu-check lint format clean
 
 # make demo ARGS="--steps 20"
 demo: $(VENV)/.demo
@@ -21,6 +21,10 @@ test: $(VENV)/.built
 
 test-slow: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
+
+# The peers of the benchmarks agree with float64; pictures and page are made.
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -m "not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py $(ARGS)
 
 # Every suite on this CPU beside every peer that installs, then pictures and a page: about an hour on
 # two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume

@@ -88,8 +88,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=positive_int, default=15, help="of each, at most (default: 15)")
     add("--seconds-each", type=positive_float, default=8.0, metavar="S",
         help="that the repeats of one loss may take together (default: %(default)g)")  # fmt: skip
-    add("--limit-seconds", type=positive_float, default=60.0, metavar="S",
-        help="of a call; slower ones are scaled from few rows (default: %(default)g)")  # fmt: skip
+    add("--limit-seconds", type=positive_float, default=30.0, metavar="S",
+        help="of a call; who is slower has no time (default: %(default)g)")  # fmt: skip
     add("--seconds", type=positive_float, help="for everything; no case is begun after that")
     add("--threads", type=positive_int, help="default: torch's choice")
     add("--in-process", action="store_true",

@@ -89,12 +89,6 @@ def fastest(call: Callable[[], object], seconds: float, where: str = "cpu") -> f
     return min(times)
 
 
-def predict(points: list[tuple[int, float]], rows: int) -> float:
-    """Seconds on so many rows, by the straight line through the last two points (or the origin)."""
-    (n, t), (m, s) = points[-1], points[-2] if len(points) > 1 else (0, 0.0)
-    return t + max(0.0, (t - s) / (n - m)) * (rows - n)
-
-
 def work(case: Case, entrant: str) -> dict[str, int]:
     """What it takes at least: bytes of traffic, or floating-point operations of the products."""
     if case.level == LOGITS:

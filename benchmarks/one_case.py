@@ -47,8 +47,8 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 #: Weight-shaped float32 buffers that an entrant may hold beside its matrices.
 WEIGHTS = 3
-#: Rows of the probes of what is too slow on all of them; seconds for which a short one is repeated.
-PROBE_ROWS, SHORT = (2, 8), 1.0
+#: Rows that are tried first where a call on all may take too long, and how many times as many next.
+FIRST_ROWS, MORE_ROWS = 8, 4
 #: Repeats at least; where a call takes more seconds than LONG, two. What takes more than BRIEF is
 #: not measured again where it was disturbed.
 LEAST_REPEATS, LONG, BRIEF = 3, 5.0, 0.5
@@ -64,7 +64,7 @@ class Task:
     times: bool = True  # and memory; else errors alone
     repeats: int = 15  # at most
     seconds_each: float = 8.0  # that the repeats of an entrant may take together
-    limit_seconds: float = 60.0  # of one call; slower ones are scaled from fewer rows
+    limit_seconds: float = 30.0  # of one call; slower ones have "no time"
     threads: int | None = None
     seconds: float | None = None  # for all of it; what is not begun by then has "no time"
 
@@ -204,11 +204,9 @@ class _Run:
             why = f"needs {_gib(needed)}, {_gib(free)} are free"
             self._result(line.entrant, "no memory", why, line)
             return False
-        if self.floor is not None and self.floor.is_slow:
-            predicted = floors.predict(self._probe(line), self.case.n)
-            if predicted > self.task.limit_seconds:
-                self._scaled(line, predicted)
-                return False
+        if self.floor is not None and self.floor.is_slow and (why := self._exceeds(line)):
+            self._result(line.entrant, "no time", why, line)
+            return False
         return True
 
     def _prepare(self, line: Line) -> bool:
@@ -266,21 +264,22 @@ class _Run:
         fitting = int(self.task.seconds_each / max(seconds, 1e-9))
         return min(self.task.repeats, max(least, fitting))
 
-    def _probe(self, line: Line) -> list[tuple[int, float]]:
-        """(rows, seconds) of calls on few rows."""
-        points: list[tuple[int, float]] = []
-        for rows in sorted({min(rows, self.case.n) for rows in PROBE_ROWS}):
+    def _exceeds(self, line: Line) -> str:
+        """What shows on more and more rows that a call would exceed the limit; "" if nothing does.
+
+        No time is concluded from fewer rows: products of a few run differently.
+        """
+        rows = FIRST_ROWS
+        while rows < self.case.n:
             call = self.problem.call(line.loss, rows)
             if line.entrant.compiles:
                 call()
-            points.append((rows, floors.fastest(call, SHORT)))
-        return points
-
-    def _scaled(self, line: Line, predicted: float) -> None:
-        timing = Timing(line.entrant.key, clean=[predicted], wanted=1)
-        line.rows = min(PROBE_ROWS[-1], self.case.n)
-        why = f"a straight line through N = {', '.join(map(str, PROBE_ROWS))}"
-        self._result(line.entrant, "scaled", why, line, timing)
+            seconds = floors.fastest(call, 0.0, self.case.device)
+            factor = min(MORE_ROWS, self.case.n / rows)
+            if seconds * factor > self.task.limit_seconds:
+                return f"{rows} rows alone took {seconds:.1f} s"
+            rows *= MORE_ROWS
+        return ""
 
     def _needed(self, entrant: Entrant) -> int:
         """Bytes beyond the inputs, roughly."""

@@ -109,8 +109,7 @@ def readme_table(report: Report) -> str:
     lost = [line for suite in SHOWN for line in _lost(report, suite)]
     return "\n".join([
         f"{reading.machine(report.environment)}; {_what(report)}:", "", cells.markdown(), "",
-        "Faster than ours here: " + ("; ".join(lost) if lost else "nobody who computes the same")
-        + ". ~: scaled from fewer rows.",
+        f"Faster than ours here: {'; '.join(lost) or 'nobody who computes the same'}.",
     ])  # fmt: skip
 
 

@@ -19,16 +19,16 @@ def time_cell(line: Line, scale: float) -> str:
     return ("~ " if reading.is_scaled(line) else "") + figure(seconds / scale)
 
 
-def note(line: Line) -> str:
+def note(line: Line, brief: bool = False) -> str:
     """What it computes where that is something else, and what became of it."""
     words = [f"computes: {line['nearest']}"] if line["nearest"] else []
     if line["status"] == "scaled":
         words.append(f"~ scaled from N = {line['rows']}: {line['why']}")
     elif line["status"] != "measured":
         words.append(f"{line['status']}: {line['why']}")
-    if reading.peaks_differ(line):
+    if reading.peaks_differ(line) and not brief:
         words.append("the process's peak is another")
-    if reading.is_noisy(line):
+    if reading.is_noisy(line) and not brief:
         words.append("disturbed")
     return "; ".join(words)
 
@@ -147,7 +147,7 @@ def _overview_row(every: Sequence[Line | None], scale: float) -> list[str]:
         *("" if x is None else mebibytes(reading.memory(x)) for x in every),
         shares[-1] if shares else "",
         *(scientific(x) for x in worst),
-        "; ".join(dict.fromkeys(note(x).removesuffix("; disturbed") for x in lines if note(x))),
+        "; ".join(dict.fromkeys(note(x, brief=True) for x in lines if note(x, brief=True))),
     ]
 
 

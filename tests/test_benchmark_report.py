@@ -43,7 +43,7 @@ def test_reports_that_agree() -> None:
     assert not compare.compare(_of_logits(), _of_logits(eager=1.08), tolerance=0.05)[1]
 
 
-def test_a_slower_machine_is_no_difference_and_slower_ours_areone_run() -> None:
+def test_a_slower_machine_is_no_difference_and_slower_ours_are_one() -> None:
     before = [*case_lines(LOGITS, LOGITS_CASE)]
     after = [*case_lines(LOGITS, LOGITS_CASE)]
     for line in after:
@@ -212,8 +212,6 @@ def test_two_machines_are_kept_apart(root: Path) -> None:
 
 
 def test_the_documents_agree_with_the_committed_results(capsys: Capture) -> None:
-    if not list((publish.ROOT / "benchmarks" / "results").glob("*.jsonl")):
-        pytest.skip("no results are committed")
     assert publish.main(["--check"]) == 0, capsys.readouterr().out
 
 

@@ -85,7 +85,7 @@ def scatter(axis: Any, series: Sequence[Series], xlabel: str, ylabel: str) -> No
     name_ends(axis, names)
 
 
-def bars(axis: Any, series: Sequence[Series], xlabel: str) -> None:
+def bars(axis: Any, series: Sequence[Series], xlabel: str, guides: Sequence[Guide] = ()) -> None:
     """The first y of each as a bar with its number and name, the smallest on top."""
     found = sorted(series, key=lambda one: -one.points[0][1])
     longest = max((one.points[0][1] for one in found), default=1.0)
@@ -96,6 +96,10 @@ def bars(axis: Any, series: Sequence[Series], xlabel: str) -> None:
                   alpha=1.0 if look.is_ours else 0.75)  # fmt: skip
         text = f"{'~ ' if one.scaled else ''}{figure(value)}  {short(one.title)}"
         axis.text(value + 0.01 * longest, i, text, va="center", weight=look.weight, fontsize=8.5)
+    for guide in guides:
+        axis.axvline(guide.points[0][1], linestyle=(0, (5, 3)), color=guide.colour, linewidth=1.6)
+        axis.text(guide.points[0][1], len(found) - 0.4, guide.title, va="bottom", ha="left",
+                  weight="bold", fontsize=8.5, color=guide.colour)  # fmt: skip
     axis.set_yticks([])
     axis.set_xlim(0, 1.05 * longest)
     axis.grid(visible=False, axis="y")

@@ -238,5 +238,5 @@ def _panel(series: list[Series], xlabel: str, ylabel: str, guides: Sequence[Guid
     if not series:
         return lambda axis: panels.empty(axis, "nothing was measured")
     if len({x for one in series for x, _ in one.points}) == 1:
-        return lambda axis: panels.bars(axis, series, ylabel)
+        return lambda axis: panels.bars(axis, series, ylabel, guides)
     return lambda axis: panels.lines(axis, series, xlabel, ylabel, guides)

@@ -103,7 +103,7 @@ def plan(
         raise ValueError(f"device must be a torch device; got {device!r} ({error})") from error
     counted = _Count(rows, vocab, hidden_student, hidden_teacher, dtype, grad_accum_dtype, where)
     height, reason, explanation = counted.chunk(memory_budget)
-    linear, added = counted.linear(height)
+    linear, added = counted.linear(height, counted.fit_in_one_chunk(memory_budget))
     return Plan(
         counted.inputs,
         counted.whole(eager=True),
@@ -165,10 +165,10 @@ class _Count:
         after = {"gradient of the logits": n, "gradients": self.hidden + self.weight}
         return Level(_highest(loss, after), self.flop, traffic)
 
-    def linear(self, height: int) -> tuple[Level, int]:
+    def linear(self, height: int, in_one: bool) -> tuple[Level, int]:
         """In chunks; and the bytes that adding to the weight gradient costs."""
         chunks = -(-self.rows // height)
-        accumulate = self.dtype if chunks == 1 else self.accumulate  # one is not added to anything
+        accumulate = self.dtype if in_one else self.accumulate  # one is not added to anything
         total = self.weight // self.dtype.itemsize * accumulate.itemsize
         rounded = self.weight if accumulate != self.dtype else 0
         held = {"gradients": self.hidden, "accumulator": total}
@@ -207,6 +207,11 @@ class _Count:
             reason, because = "automatic", "what the automatic budget of the device allows"
         need = f"{shown(one)} each, and {shown(fixed)} for the products"
         return height, reason, f"chunks of {height} rows, {because} ({need})"
+
+    def fit_in_one_chunk(self, budget: int | None) -> bool:
+        """Whether the rows do wherever they lie: only then the call knows it beforehand."""
+        fixed, most = self.products.fixed_bytes(), self.sizes._replace(gathered=True)
+        return self.rows <= chunk_rows(self.rows, None, budget, self.device, most, fixed)
 
     def _teacher_row(self) -> int:
         return (self.sizes.teacher_hidden or 0) * self.dtype.itemsize
