@@ -9,7 +9,7 @@ from . import reading
 from .cases import Case
 from .cells import Table, figure, mebibytes, scientific
 from .reading import EAGER, GRADIENTS, LOSS
-from .records import TIMED, Line, Report
+from .records import Line, Report
 from .runner import differences
 
 TOLERANCE = 0.10
@@ -52,6 +52,10 @@ class Pair:
         ]  # fmt: skip
 
 
+def _has_time(line: Line) -> bool:
+    return bool(line["status"] == "measured")
+
+
 def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> tuple[str, bool]:
     """What changed, the worst first, and whether the two agree.
 
@@ -63,8 +67,7 @@ def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> tupl
     pairs = sorted(_pairs(before, after), key=lambda pair: -abs(pair.change))
     timed = [pair for pair in pairs if pair.ratios is not None]
     far = [pair for pair in timed if not abs(pair.change) <= tolerance]
-    turned = [pair for pair in pairs
-              if (pair.before["status"] in TIMED) != (pair.after["status"] in TIMED)]  # fmt: skip
+    turned = [pair for pair in pairs if _has_time(pair.before) != _has_time(pair.after)]
     text = [
         *(f"not the same: {what}" for what in differences(before.environment, after.environment)),
         *_table(pairs),

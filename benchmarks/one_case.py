@@ -88,7 +88,6 @@ class Line:
     memory: dict[str, int | None] | None = None
     repeats: int = 1
     patience: int = 0
-    rows: int = 0  # timed; 0: all
 
 
 def run_task(task: Task, emit: Emit) -> None:
@@ -111,7 +110,7 @@ def run_task(task: Task, emit: Emit) -> None:
 
 def result(task: Task, entrant: Entrant, status: str, why: str, **more: Any) -> dict[str, Any]:
     """What a line of the kind "result" holds."""
-    known = {"error": None, "time": None, "rows": task.case.n, "memory": None, "floor_share": None}
+    known = {"error": None, "time": None, "memory": None, "floor_share": None}
     return {
         **_about(task), "entrant": entrant.key, "title": entrant.title, "is_ours": entrant.is_ours,
         "status": status, "why": why, "nearest": entrant.nearest, **known,
@@ -305,7 +304,7 @@ class _Run:
     ) -> None:
         more: dict[str, Any] = {}
         if line is not None:
-            more = {"error": line.error, "memory": line.memory, "rows": line.rows or self.case.n}
+            more = {"error": line.error, "memory": line.memory}
         if timing is not None:
             more["time"] = timing.as_dict()
             if self.floor is not None:

@@ -155,8 +155,7 @@ def _cells(line: Line | None) -> tuple[str, str]:
         return MISSING, ""
     time, peak = reading.seconds(line), reading.memory(line)
     shown = str(line["status"]) if time is None else _time(time)
-    tilde = "~ " if reading.is_scaled(line) else ""
-    return tilde + shown, MISSING if peak is None else f"{mebibytes(peak)} MiB"
+    return shown, MISSING if peak is None else f"{mebibytes(peak)} MiB"
 
 
 def _time(seconds: float) -> str:

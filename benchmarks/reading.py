@@ -42,10 +42,6 @@ def error(line: Line, of: str) -> float | None:
     return found
 
 
-def is_scaled(line: Line) -> bool:
-    return bool(line["status"] == "scaled")
-
-
 def is_noisy(line: Line) -> bool:
     """Too few undisturbed repetitions: the figure may be too high."""
     time = line["time"]

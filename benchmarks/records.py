@@ -10,10 +10,9 @@ Every line has "schema" (:data:`SCHEMA`) and "kind":
 * ``result``: one entrant in one case. "suite", "case", "case_name", "entrant", "title",
   "is_ours", "status" (of :data:`STATUSES`), "why" (where it is not "measured"), "nearest" (what it
   computes where it cannot compute the same), "error" ("loss" and "gradients", relative to float64,
-  None: not compared), "time", "rows" (measured on; the seconds are scaled to all of the case's),
-  "memory" ("allocator_bytes", "process_bytes": peaks beyond the inputs; None: unknown), "bytes"
-  (the least traffic; logits) or "flops" (of the products; linear), "floor_share" (the least time
-  over its own; None without a floor).
+  None: not compared), "time", "memory" ("allocator_bytes", "process_bytes": peaks beyond the
+  inputs; None: unknown), "bytes" (the least traffic; logits) or "flops" (of the products;
+  linear), "floor_share" (the least time over its own; None without a floor).
 * ``done``: a case is complete. "suite", "case", "case_name", "seconds", "threads".
 
 "time" is None, or has "median_s", "quartiles_s" (two), "fastest_s", "repeats", "undisturbed". A
@@ -32,11 +31,9 @@ from typing import Any, TextIO
 from .cases import Case
 
 SCHEMA = 2
-#: What became of an entrant: timed; timed on fewer rows and scaled; its numbers are wrong; it
+#: What became of an entrant: its numbers are right, and it was timed; its numbers are wrong; it
 #: raised or crashed; too large; too slow; cannot take part.
-STATUSES = ("measured", "scaled", "wrong", "failed", "no memory", "no time", "skipped")
-#: Those with a time.
-TIMED = ("measured", "scaled")
+STATUSES = ("measured", "wrong", "failed", "no memory", "no time", "skipped")
 
 Line = dict[str, Any]
 

@@ -16,15 +16,13 @@ def time_cell(line: Line, scale: float) -> str:
     seconds = reading.seconds(line)
     if seconds is None:
         return "" if line["status"] == "measured" else str(line["status"])
-    return ("~ " if reading.is_scaled(line) else "") + figure(seconds / scale)
+    return figure(seconds / scale)
 
 
 def note(line: Line, brief: bool = False) -> str:
     """What it computes where that is something else, and what became of it."""
     words = [f"computes: {line['nearest']}"] if line["nearest"] else []
-    if line["status"] == "scaled":
-        words.append(f"~ scaled from N = {line['rows']}: {line['why']}")
-    elif line["status"] != "measured":
+    if line["status"] != "measured":
         words.append(f"{line['status']}: {line['why']}")
     if reading.peaks_differ(line) and not brief:
         words.append("the process's peak is another")

@@ -60,7 +60,7 @@ def result_line(suite: str, case: Case, entrant: str, seconds: float | None, **m
         "kind": "result", "suite": suite, "case": case.sizes, "case_name": case.name,
         "entrant": entrant, "title": TITLES.get(entrant, entrant),
         "is_ours": entrant.startswith(("kdloss", "linearkdloss")), "status": "measured", "why": "",
-        "nearest": "", "error": {"loss": 1e-7, "gradients": 2e-7}, "time": time, "rows": case.n,
+        "nearest": "", "error": {"loss": 1e-7, "gradients": 2e-7}, "time": time,
         "memory": {"allocator_bytes": MIB, "process_bytes": MIB}, "floor_share": None, **more,
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ from .suites import Panel, SuitePictures
 #: Stands in a published picture before the digest of the figures that it shows.
 DIGEST = "digest of the data"
 #: What marks of the panels mean.
-MARKS = "†: computes something else; hollow: scaled from fewer rows"
+MARKS = "†: computes something else"
 #: Inches of a panel with its names; of the heading and the small print, together.
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 7.0, 4.4, 0.9
 

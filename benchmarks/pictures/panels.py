@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..cells import figure
-from .style import FAINT, INK, PAPER, Look, Name, name_ends, short
+from .style import FAINT, INK, Look, Name, name_ends, short
 
 #: Where a figure that is no positive number is drawn on a logarithmic axis of memory or errors.
 LEAST_MEMORY, LEAST_ERROR = 2.0**-10, 1e-9
@@ -18,12 +18,11 @@ ERROR_MARGIN = 6.0
 
 @dataclass(frozen=True)
 class Series:
-    """One entrant: points (x, y), and those of them that were scaled from fewer rows."""
+    """One entrant: points (x, y)."""
 
     title: str
     look: Look
     points: list[tuple[float, float]]
-    scaled: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,6 @@ def lines(
         axis.plot(*zip(*one.points, strict=True), linestyle=look.dashes, color=look.colour,
                   marker=look.marker, linewidth=look.width, markersize=look.size,
                   zorder=look.order)  # fmt: skip
-        if one.scaled:
-            axis.plot(*zip(*one.scaled, strict=True), linestyle="none", marker=look.marker,
-                      color=PAPER, markeredgecolor=look.colour, markersize=look.size,
-                      zorder=look.order)  # fmt: skip
         names.append(Name(*one.points[-1], one.title, look.colour, look.weight))
     values = sorted({x for one in series for x, _ in one.points})
     axis.set_xticks(values, [f"{x:g}" if x < 1e4 else f"{x / 1e3:.0f}k" for x in values])
@@ -72,9 +67,8 @@ def scatter(axis: Any, series: Sequence[Series], xlabel: str, ylabel: str) -> No
     names = []
     for one in series:
         (point,), look = one.points, one.look
-        axis.plot(*point, marker=look.marker, color=look.colour if not one.scaled else PAPER,
-                  markeredgecolor=look.colour, markersize=look.size + 2, linestyle="none",
-                  zorder=look.order)  # fmt: skip
+        axis.plot(*point, marker=look.marker, color=look.colour, linestyle="none",
+                  markersize=look.size + 2, zorder=look.order)  # fmt: skip
         names.append(Name(*point, one.title, look.colour, look.weight))
     axis.margins(0.1)
     _plain_numbers(axis.xaxis)
@@ -91,10 +85,9 @@ def bars(axis: Any, series: Sequence[Series], xlabel: str, guides: Sequence[Guid
     longest = max((one.points[0][1] for one in found), default=1.0)
     for i, one in enumerate(found):
         value, look = one.points[0][1], one.look
-        axis.barh(i, value, 0.66, color=PAPER if one.scaled else look.colour,
-                  edgecolor=look.colour, linestyle="--" if one.scaled else "-",
+        axis.barh(i, value, 0.66, color=look.colour, edgecolor=look.colour,
                   alpha=1.0 if look.is_ours else 0.75)  # fmt: skip
-        text = f"{'~ ' if one.scaled else ''}{figure(value)}  {short(one.title)}"
+        text = f"{figure(value)}  {short(one.title)}"
         axis.text(value + 0.01 * longest, i, text, va="center", weight=look.weight, fontsize=8.5)
     for guide in guides:
         axis.axvline(guide.points[0][1], linestyle=(0, (5, 3)), color=guide.colour, linewidth=1.6)

@@ -162,9 +162,8 @@ class SuitePictures:
             time, error = reading.seconds(line), reading.error(line, of)
             if time is not None and error is not None and math.isfinite(error):
                 point = time / scale, max(error, panels.LEAST_ERROR)
-                scaled = [point] if reading.is_scaled(line) else []
                 look = self.looks[line["entrant"]]
-                series.append(Series(_name(line), look, [point], scaled))
+                series.append(Series(_name(line), look, [point]))
         if not series:
             return lambda axis: panels.empty(axis, "nothing was compared")
         return lambda axis: panels.scatter(
@@ -199,8 +198,6 @@ class SuitePictures:
                     continue
                 one = found.setdefault(key, Series(_name(line), self.looks[key], []))
                 one.points.append((float(x(case)), value))
-                if reading.is_scaled(line):
-                    one.scaled.append(one.points[-1])
         return list(found.values())
 
     def _drawn(self, case: Case) -> list[Line]:
