@@ -161,7 +161,11 @@ def test_an_interruption_ends_the_child_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "run", "logits", "--n", "64", "--v", "9000",
                "--repeats", "100000", "--seconds-each", "1000", "--peers", "kdloss",
                "--output", str(tmp_path / "results.jsonl")]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        # whoever runs the tests may ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     while "load average" not in process.stdout.readline():
         pass
@@ -173,12 +177,15 @@ def test_an_interruption_ends_the_child_too(tmp_path: Path) -> None:
             "libtorch" in (child / "maps").read_text()
         )  # fmt: skip
 
-    while not measures():
-        assert process.poll() is None
-        child = Path("/proc", next(iter(children.read_text().split()), "none"))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == cli.INTERRUPTED
-    assert not child.exists()
+    try:
+        while not measures():
+            assert process.poll() is None
+            child = Path("/proc", next(iter(children.read_text().split()), "none"))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == cli.INTERRUPTED
+        assert not child.exists()
+    finally:
+        process.kill()
 
 
 def test_results_of_another_machine_are_not_mixed_in(
