@@ -90,7 +90,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="that the repeats of one loss may take together (default: %(default)g)")  # fmt: skip
     add("--limit-seconds", type=positive_float, default=30.0, metavar="S",
         help="of a call; who is slower has no time (default: %(default)g)")  # fmt: skip
-    add("--seconds", type=positive_float, help="for everything; no case is begun after that")
+    add("--seconds", type=positive_float, help="for everything; nothing is begun after that")
     add("--threads", type=positive_int, help="default: torch's choice")
     add("--in-process", action="store_true",
         help="no process for each case: quicker, but a crash ends the run")  # fmt: skip

@@ -172,11 +172,11 @@ def linear_kd_loss_with(
             teacher[0], teacher[1], teacher[2], _product_dtype("teacher", teacher[0], teacher[1])
         )
     check_accumulation(chunks.grad_accum_dtype, weight.dtype)
-    accumulate = chunks.grad_accum_dtype if wide == torch.float32 else wide
+    accumulate = chunks.grad_accum_dtype
     if not torch.compiler.is_compiling():  # it would compile anew for another number of rows
         sides = Side(*student, compute), taught
         if _fit_in_one_chunk(math.prod(hidden.shape[:-1]), chunks, *sides, teacher_logits, wide):
-            accumulate = weight.dtype if wide == torch.float32 else wide  # nothing is added to it
+            accumulate = weight.dtype  # nothing is added to it
     settings = Settings(
         options,
         choose_name(options.backend, hidden, given),
@@ -185,7 +185,7 @@ def linear_kd_loss_with(
         chunks.chunk_rows,
         chunks.memory_budget,
         kept_rows,
-        accumulate,
+        accumulate if wide == torch.float32 else wide,
     )
     w = row_weights(hidden, wide, kept, token_weight, options, num_items)
     if kept_rows is not None and kept is not None:
