@@ -1,65 +1,34 @@
-"""``python -m benchmarks``: suites run at tiny sizes, keep what they measure, and end clearly."""
+"""``python -m benchmarks run``: suites at tiny sizes keep what they measure, whatever happens."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from fast import one_thread
-from torch import Tensor
+from benchmark_runs import NEEDS_CPU, ROOT, TINY, quickly
 
-from fused_kd.backends import why_not
+from benchmarks import __main__ as cli
+from benchmarks import floors, measuring, one_case, records, runner
+from benchmarks.cases import LINEAR, LOGITS, Case
+from benchmarks.entrants import ENTRANTS
+from benchmarks.one_case import Task
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
-
-from benchmarks import (  # noqa: E402
-    __main__ as cli,
-)
-from benchmarks import (  # noqa: E402
-    accuracy,
-    errors,
-    floors,
-    guard,
-    measuring,
-    one_case,
-    records,
-    report,
-    runner,
-)
-from benchmarks.cases import LINEAR, LOGITS, STEP, Case  # noqa: E402
-from benchmarks.entrants import ENTRANTS  # noqa: E402
-from benchmarks.entrants.compositions import eager  # noqa: E402
-from benchmarks.one_case import Task  # noqa: E402
-from benchmarks.problems import LinearProblem, LogitsProblem  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
-)
-BEGIN, END = report.markers(accuracy.NAME)
-#: Who is quick enough for a test.
-QUICK = ["--peers", "kdloss", "kdloss-inplace", "linearkdloss", "eager", "checkpoint"]
-TINY = ["--n", "4", "--v", "60", "--hidden", "8", "12", "--repeats", "2", "--in-process", *QUICK]
+pytestmark = NEEDS_CPU
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(floors, "SHORT", 0.0)
-    gc.freeze()  # or every measurement would search all that the other tests have left
-    with one_thread():
+def _quick() -> Iterator[None]:
+    with quickly():
         yield
-    gc.unfreeze()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -352,226 +321,3 @@ def test_what_takes_too_long_has_no_time(monkeypatch: pytest.MonkeyPatch) -> Non
     line = _results(replace(task, limit_seconds=1e-9))["eager"]
     assert (line["status"], line["time"]) == ("no time", None)
     assert line["why"].startswith("8 rows alone took ")
-
-
-# --------------------------------------------------------------------------------- bad options
-
-# each reaches another check: type, range, names, file, conflicting options
-BAD: list[tuple[list[str], str]] = [
-    (["run", "--n", "ten"], "--n: must be a whole number of at least 1; got 'ten'"),
-    (["run", "--v", "-1"], "--v: must be a whole number of at least 1; got '-1'"),
-    (["run", "--temperature", "nan"], "--temperature: must be a finite number above 0"),
-    (["run", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-    (["run", "speed"], "unknown suite 'speed'; there are logits linear training-step growth"),
-    (["run", "--peers", "kdloss", "ligre"], "--peers: unknown loss 'ligre'; there are kdloss"),
-    (["run", "--skip", "nobody"], "--skip: unknown loss 'nobody'"),
-    (["run", "--model", "gpt-9"], "--model: unknown model 'gpt-9'"),
-    (["run", "--teacher-model", "gpt2"], "--teacher-model needs --model"),
-    (["run", "--resume", "--overwrite"], "give one of them"),
-    (["run", "--output", "/proc/no/such/folder"], "--output: cannot write"),
-    (["run", "--output", "tests"], "--output: cannot write 'tests': it is no file"),
-    (["run", "--output", "/dev/null"], "--output: cannot write '/dev/null': it is no file"),
-    (["run", "--output", "setup.py"], "setup.py is not empty; --resume, --overwrite, or another"),
-    (["run", "--output", "setup.py", "--resume"], "setup.py:1: no line of results"),
-    (["run", "--output", "setup.py", "--overwrite"], "setup.py:1: no line of results"),
-    (["run", "logits", "--peers", "linearkdloss"], "nobody is left to be measured"),
-    (["plot", "no-such-file"], "no-such-file: cannot be read"),
-    (["compare", "README.md", "setup.py"], "README.md:1: no line of results"),
-    (["compare", "a"], "the following arguments are required: FILE"),
-    (["draw"], "invalid choice: 'draw'"),
-    ([], "required"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_option_is_one_line_and_exit_code_2(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as raised:
-        cli.main(arguments)
-    assert raised.value.code == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert message in shown.err
-    assert len(shown.err.splitlines()) == 1
-
-
-BAD_SCRIPTS: list[tuple[ModuleType, list[str], str]] = [
-    (accuracy, ["--write", "."], "--write: '.' is a directory, not a file"),
-    (accuracy, ["--backend", "gpu"], "--backend: invalid choice: 'gpu'"),
-    (guard, ["--what"], "unrecognized arguments: --what"),
-]
-
-
-@pytest.mark.parametrize(("module", "arguments", "message"), BAD_SCRIPTS)
-def test_the_other_scripts_refuse_alike(
-    module: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as raised:
-        module.main(arguments)
-    assert raised.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_sizes_by_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Task] = []
-    monkeypatch.setattr(runner, "run_task", lambda task, emit: seen.append(task))
-    names = ["--model", "qwen3-0.6b", "--teacher-model", "qwen3-4b"]
-    arguments = ["run", "linear", *names, "--in-process", "--output", str(tmp_path / "r.jsonl")]
-    cli.main(arguments)
-    assert len(seen) == 2  # dtypes
-    for task in seen:
-        sizes = task.case.v, task.case.student_hidden, task.case.teacher_hidden
-        assert sizes == (151936, 1024, 2560)
-
-
-def test_list_names_everything_and_why_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["list"]) == 0
-    shown = capsys.readouterr().out
-    for words in (*ENTRANTS, "training-step", "qwen3-0.6b"):
-        assert words.split("/")[-1] in shown
-    assert "a backend for GPUs" in shown or torch.cuda.is_available()
-
-
-# ------------------------------------------------------------------------------- the measuring
-
-
-def test_contestants_take_turns_and_restore_before_each_call() -> None:
-    seen: list[str] = []
-
-    def note(word: str) -> Callable[[], None]:
-        return lambda: seen.append(word)
-
-    pair = [
-        measuring.Contestant("a", note("a"), note("ra")),
-        measuring.Contestant("b", note("b"), note("rb"), repeats=1),
-    ]
-    timings = measuring.interleave(pair, 3)
-    warm_up = measuring.WARM_UP
-    start = ["ra", "a"] * warm_up + ["rb", "b"] * warm_up
-    turns = ["ra", "a", "ra", "a", "rb", "b", "ra", "a"]  # one repeat of three: in the middle
-    assert seen[: len(start) + 8] == [*start, *turns]
-    assert len(timings["a"].samples) == 3
-    assert len(timings["b"].samples) == 1
-
-
-def test_disturbed_repetitions_count_only_where_others_lack() -> None:
-    timing = measuring.Timing("x", clean=[2.0, 1.0], disturbed=[9.0, 5.0], wanted=3)
-    assert timing.samples == [2.0, 1.0, 5.0]
-    assert timing.median == 2.0
-    assert timing.noisy
-    enough = measuring.Timing("x", clean=[2.0, 1.0, 3.0], disturbed=[9.0], wanted=3)
-    assert enough.samples == [2.0, 1.0, 3.0]
-    assert not enough.noisy
-    assert enough.quartiles == (1.5, 2.5)
-
-
-def test_in_place_is_really_in_place_and_restored() -> None:
-    case = Case(4, 50, "fp32")
-    problem = LogitsProblem(case)
-    student = problem._student
-    before = student.clone()
-    problem.call(ENTRANTS["logits/kdloss"].build(case))()
-    assert torch.equal(student, before)
-    problem.call(ENTRANTS["logits/kdloss-inplace"].build(case))()
-    assert not torch.equal(student, before)
-    assert student.sum(1).abs().max() < 1e-5  # a gradient: its rows add up to zero
-    problem.restore()
-    assert torch.equal(student, before)
-
-
-@pytest.mark.parametrize("level", [LOGITS, LINEAR, STEP])
-def test_errors_are_those_against_float64(level: str) -> None:
-    hidden = (0, 0) if level == LOGITS else (64, 64)
-    case = Case(6, 50, "fp32", 2.0, "forward_kl", level, *hidden)
-    problem = one_case.PROBLEMS[level](case)
-    entrant = ENTRANTS[f"{LOGITS if level == LOGITS else LINEAR}/eager"]
-    right = eager(case.with_(level=entrant.level))
-    found = errors.of(problem, entrant, right)
-    assert all(x is not None and x < 1e-6 for x in found.values())
-
-    class Off(torch.autograd.Function):
-        """The right value with a gradient that is 1 % too large."""
-
-        @staticmethod
-        def forward(ctx: Any, value: Tensor) -> Tensor:
-            return value.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return 1.01 * gradients[0]
-
-    off = errors.of(problem, entrant, lambda *tensors: Off.apply(right(*tensors)))  # type: ignore[no-untyped-call]
-    assert off["loss"] is not None
-    assert off["loss"] < 1e-6
-    assert off["gradients"] == pytest.approx(0.01, rel=1e-3)
-
-
-def test_the_floor_of_the_linear_level_is_float32_where_that_is_faster(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    problem = LinearProblem(Case(8, 40, "bf16", level=LINEAR, student_hidden=8, teacher_hidden=12))
-    monkeypatch.setattr(floors, "fastest", lambda call, seconds, where="cpu": 1.0)
-    found = floors.floor(problem, 60.0)
-    assert found is not None
-    assert (found.why, found.is_slow) == ("", False)
-    times = iter([100.0, 1.0, 8.0])
-    monkeypatch.setattr(floors, "fastest", lambda call, seconds, where="cpu": next(times))
-    found = floors.floor(problem, 60.0)
-    assert found is not None
-    assert found.why == "in float32; in bf16 they take 100 times as long"
-    assert found.is_slow
-
-
-def test_every_guard_has_a_baseline() -> None:
-    names = {one.name for one in guard.GUARDS}
-    for found in guard.read_baseline().values():
-        assert set(found["ratios"]) == names
-
-
-def test_a_guard_compares_with_what_it_names() -> None:
-    for one in guard.GUARDS:
-        small = replace(one, case=one.case.with_(n=2, v=16))
-        assert guard.measure(small, LogitsProblem(small.case), repeats=1) > 0
-
-
-# ------------------------------------------------------------------------------- documents
-
-
-def test_accuracy_writes_between_its_markers(tmp_path: Path) -> None:
-    file = tmp_path / "numerics.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    arguments = ["--quick", "--write", str(file)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy, "REGIMES", {"randn": None})
-        patch.setattr(accuracy, "SHAPES", ((3, 17),))
-        assert accuracy.main(arguments) == 0
-        first = file.read_text()
-        assert accuracy.main(arguments) == 0
-    assert file.read_text() == first
-    assert first.startswith(f"before\n{BEGIN}\n| dtype |")
-    assert first.endswith(f"{END}\nafter\n")
-    assert "old" not in first
-    assert first.count("`jsd`") == 3  # dtypes
-
-
-def test_markers_are_appended_where_there_are_none() -> None:
-    made = report.between_markers("", "x", accuracy.NAME)
-    assert made == f"{BEGIN}\nx\n{END}\n"
-    assert report.between_markers(made, "y", accuracy.NAME) == made.replace("x", "y")
-
-
-def test_one_marker_alone_is_refused_before_anything_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "numerics.md"
-    file.write_text(BEGIN)
-    with pytest.raises(SystemExit) as raised:
-        accuracy.main(["--write", str(file)])
-    assert raised.value.code == 2
-    assert "expected one" in capsys.readouterr().err
-    assert file.read_text() == BEGIN
