@@ -10,7 +10,8 @@ export HF_HUB_OFFLINE := 1
 # Threads that spin while they wait would take the processors from each other.
 test test-slow test-peers: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow test-peers bench bench-guard publish accuracy gpu-check lint format clean
+.PHONY: demo test test-slow test-peers examples bench bench-guard publish accuracy gpu-check lint \
+	format clean
 
 # make demo ARGS="--steps 20"
 demo: $(VENV)/.demo
@@ -22,9 +23,15 @@ test: $(VENV)/.built
 test-slow: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
 
-# The peers of the benchmarks agree with float64; pictures and page are made.
+# With other people's packages: the peers of the benchmarks agree with float64, pictures and page are
+# made, and the integrations train in the real frameworks.
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -m "not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
+
+# A training run for each framework, its own loss beside ours: about 20 minutes on two cores.
+# make examples ARGS="trl_gkd --steps 5"
+examples: $(VENV)/.peers
+	$(BIN)/python -m examples $(ARGS)
 
 # Every suite on this CPU beside every peer that installs, then pictures and a page: about an hour on
 # two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume
@@ -74,6 +81,6 @@ $(VENV)/.demo: $(VENV)/.built demo/requirements.txt
 	$(BIN)/pip install --quiet -r demo/requirements.txt
 	touch $@
 
-$(VENV)/.peers: $(VENV)/.built benchmarks/requirements.txt
+$(VENV)/.peers: $(VENV)/.built benchmarks/requirements.txt requirements/frameworks.txt
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
 	touch $@

@@ -1,4 +1,5 @@
-"""``python -m fused_kd.env [--json]``: versions, which backend runs where, and why not the others.
+"""``python -m fused_kd.env [--json]``: versions, which backend runs where and why not the others,
+which frameworks are installed and whether the integrations were tested with these versions.
 
 Only the standard library is imported here; every probe is guarded, so that the report comes out
 also where an installation is broken.
@@ -46,6 +47,7 @@ def report() -> dict[str, Any]:
             "threads": _probe(lambda: _torch().get_num_threads()),
         },
         "backends": _probe(_backends),
+        "frameworks": _probe(_frameworks),
         "compiled_module": _probe(lambda: _compiled_module("cpu")),
         "compiled_module_cuda": _probe(lambda: _compiled_module("cuda")),
         "variables": {name: os.environ.get(name) for name, _ in VARIABLES},
@@ -77,6 +79,11 @@ def _backends() -> dict[str, str]:
     names = importlib.import_module("fused_kd.options").BACKENDS
     reasons = {name: backends.why_not(name) for name in names}
     return {name: "available" if why is None else str(why) for name, why in reasons.items()}
+
+
+def _frameworks() -> dict[str, str]:
+    found = importlib.import_module("fused_kd.integrations.frameworks").FRAMEWORKS
+    return {framework.distribution: framework.status for framework in found.values()}
 
 
 def _compiled_module(name: str) -> Any:

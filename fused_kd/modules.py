@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from .functional import KDLossParts, kd_loss_with
 from .linear.checks import check_chunks
 from .linear.functional import ChunkOptions, linear_kd_loss_with
 from .options import KDOptions
+from .presets import keywords as preset
 
 #: Always shown by repr; the other options only where they differ from the default.
 _ALWAYS_SHOWN = ("temperature", "hard_weight", "soft_weight", "divergence", "backend")
@@ -64,6 +66,21 @@ class KDLoss(nn.Module):
             return_parts=return_parts,
             backend=backend,
         )
+
+    @classmethod
+    def like(cls, name: str, **keywords: Any) -> KDLoss:
+        """The loss with the conventions of another framework: see :mod:`fused_kd.presets`.
+
+        Args:
+            name: "automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer",
+                "torchdistill", "torchtune" or "trl".
+            keywords: of the constructor, instead of the framework's; `beta` as it means it.
+
+        Raises:
+            TypeError: a keyword of the wrong type.
+            ValueError: no such framework, or a keyword outside its range.
+        """
+        return cls(**preset(name, keywords))
 
     def forward(
         self,
@@ -134,6 +151,11 @@ class LinearKDLoss(nn.Module):
             return_parts=return_parts,
             backend=backend,
         )
+
+    @classmethod
+    def like(cls, name: str, **keywords: Any) -> LinearKDLoss:
+        """As :meth:`KDLoss.like`."""
+        return cls(**preset(name, keywords))
 
     def forward(
         self,

@@ -1,0 +1,101 @@
+"""``python -m examples [NAME ...] [--steps N]``: every example, then docs/integrations.md's table.
+
+Each runs in a process of its own; what it measured is a line of out/examples/results.jsonl. With
+``--write`` the table of the committed results, examples/results.jsonl, is made from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import between_markers, markers
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "integrations"
+MEASURED, COMMITTED = Path("out/examples/results.jsonl"), Path("examples/results.jsonl")
+DOCUMENT = Path("docs/integrations.md")
+#: Name of a module here, and the framework that it needs.
+EXAMPLES = {
+    "transformers_trainer": "transformers",
+    "trl_gkd": "trl",
+    "trl_distillation": "trl",
+    "liger": "liger_kernel",
+    "torchtune": "torchtune",
+    "model_optimizer": "modelopt",
+    "lightning_module": "lightning",
+    "accelerate_loop": "accelerate",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the examples; returns how many failed."""
+    parser = argparse.ArgumentParser(prog="python -m examples", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {' '.join(EXAMPLES)}")
+    parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--write", action="store_true", help="keep the results, write the table")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in EXAMPLES]:
+        parser.error(f"unknown example {unknown[0]!r}; there are {' '.join(EXAMPLES)}")
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1; got {options.steps}")
+    if options.write and not options.names:
+        MEASURED.unlink(missing_ok=True)
+    failed = [name for name in options.names or EXAMPLES if not _run(name, options.steps)]
+    if options.write and not failed:
+        COMMITTED.write_text(MEASURED.read_text())
+        DOCUMENT.write_text(between_markers(DOCUMENT.read_text(), table(_lines()), NAME))
+    for name in failed:
+        print(f"FAILED {name}")
+    return 1 if failed else 0
+
+
+def _run(name: str, steps: int) -> bool:
+    if find_spec(EXAMPLES[name]) is None:
+        print(f"left out: {name}: {EXAMPLES[name]} is not installed")
+        return True
+    command = [sys.executable, "-m", f"examples.{name}", "--steps", str(steps)]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def _lines() -> list[dict[str, Any]]:
+    """The last word on each."""
+    found = [json.loads(line) for line in (ROOT / COMMITTED).read_text().splitlines()]
+    return list({line["name"]: line for line in found}.values())
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Of all comparisons; a cell is "own / ours" where there are two."""
+    heads = ("", "with", "steps", "last loss, own / ours", "losses differ by", "weights differ by",
+             "training moved a weight by", "s a step, own / ours", "MiB, own / ours")  # fmt: skip
+    rows = [heads, ("---",) * len(heads)]
+    for line in lines:
+        rows.append((
+            line["name"], line["framework"], str(line["steps"]),
+            f"{line['losses_own'][-1]:.5f} / {line['losses_ours'][-1]:.5f}",
+            f"{line['largest_loss_difference']:.1e}", f"{line['largest_weight_difference']:.1e}",
+            f"{line['largest_weight_change']:.1e}",
+            f"{line['seconds_own']:.2f} / {line['seconds_ours']:.2f}",
+            f"{_mebibytes(line['peak_own'])} / {_mebibytes(line['peak_ours'])}",
+        ))  # fmt: skip
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _mebibytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**20:.0f}"
+
+
+def document_is_right() -> bool:
+    """Whether the table is that of the committed results."""
+    begin, end = markers(NAME)
+    text = (ROOT / DOCUMENT).read_text()
+    return f"{begin}\n{table(_lines())}\n{end}" in text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

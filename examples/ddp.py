@@ -1,0 +1,106 @@
+"""``torchrun --nproc-per-node 2 -m examples.ddp``: DistributedDataParallel, the exact mean.
+
+Every rank trains on its rows, each of which keeps another number of tokens. Then rank 0 trains on
+the whole batches, alone: the losses and the weights are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from examples import common
+from fused_kd import LinearKDLoss
+from fused_kd.integrations.distilled import DistilledLM
+from fused_kd.integrations.distributed import global_num_items
+from fused_kd.integrations.heads import shifted
+
+Batch = dict[str, Tensor]
+
+
+def train(model: nn.Module, student: nn.Module, batches: Iterable[Batch]) -> list[float]:
+    """What a user writes: a plain loop. The losses are those of all ranks."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    losses = []
+    for batch in batches:
+        num_items = global_num_items(shifted(batch["labels"]))
+        loss = model(**batch, num_items=num_items)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean_over_ranks(loss.detach()))
+    return losses
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    """For printing; gradients are averaged so by whatever wraps the model."""
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return loss.item()
+
+
+def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
+    """Trains `wrap(model)` on all ranks, then the model on one, and prints how they differ."""
+    options = common.arguments(None)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    source = common.text()
+    if rank == 0:
+        common.student_and_teacher(source)  # keeps the teacher for the others
+    dist.barrier()
+    student, teacher = common.student_and_teacher(source)
+    model = DistilledLM(student.train(), teacher, LinearKDLoss(temperature=2.0))
+    alone = deepcopy(model)
+    whole = [with_prompts(ids) for ids in common.batches(source, options.steps, 2 * ranks)]
+    own = [{key: x.chunk(ranks)[rank] for key, x in batch.items()} for batch in whole]
+    parallel, start = wrap(model), time.perf_counter()
+    losses = train(parallel, model.student, own)
+    seconds = (time.perf_counter() - start) / len(losses)
+    weights = [full(p) for p in model.student.parameters()]  # every rank has to come here
+    dist.destroy_process_group()
+    if rank == 0:
+        before = [p.detach().clone() for p in alone.student.parameters()]
+        want = train(alone, alone.student, whole)
+        after = list(alone.student.parameters())
+        print(
+            f"{name}, {ranks} ranks, {len(losses)} steps of {seconds:.2f} s\n"
+            f"  loss     {losses[0]:.6f} -> {losses[-1]:.6f}; in one process {want[0]:.6f} -> "
+            f"{want[-1]:.6f}; they differ by at most "
+            f"{max(abs(a - b) for a, b in zip(losses, want, strict=True)):.1e}\n"
+            f"  weights  differ by at most {difference(weights, after):.1e}; "
+            f"training moved one by {difference(before, after):.1e}"
+        )
+
+
+def with_prompts(ids: Tensor) -> Batch:
+    """A growing part of each row is a prompt, and does not count: (rows, LENGTH) each."""
+    rows, length = ids.shape
+    prompts = torch.arange(rows) * length // rows
+    return {
+        "input_ids": ids,
+        "labels": torch.where(torch.arange(length) < prompts[:, None], -100, ids),
+    }
+
+
+def full(parameter: Tensor) -> Tensor:
+    """A sharded one is gathered."""
+    gather = getattr(parameter, "full_tensor", None)
+    return (parameter if gather is None else gather()).detach()
+
+
+def difference(first: Iterable[Tensor], second: Iterable[Tensor]) -> float:
+    """The largest of any weight."""
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+
+
+if __name__ == "__main__":
+    compare("DistributedDataParallel", DistributedDataParallel)

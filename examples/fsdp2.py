@@ -1,0 +1,28 @@
+"""``torchrun --nproc-per-node 2 -m examples.fsdp2``: FSDP2, the linear level in the forward.
+
+The loop is that of examples/ddp.py. Every block is sharded for itself; embeddings, last norms and
+lm_heads belong to the outermost module, whose forward gives the loss: they are gathered once a
+step, before it, and kept until the backward is through.
+"""
+
+from __future__ import annotations
+
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from examples.ddp import compare
+from fused_kd.integrations.distilled import DistilledLM
+
+
+def shard(model: DistilledLM) -> nn.Module:
+    """In place."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in [*model.student.model.layers, *model.teacher.model.layers]:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+if __name__ == "__main__":
+    compare("FSDP2", shard)

@@ -1,0 +1,72 @@
+"""The frameworks that fused_kd plugs into: which versions were tested, which are installed."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A row of ``python -m fused_kd.env``."""
+
+    package: str  # as imported
+    distribution: str  # as installed
+    module: str  # of fused_kd.integrations; "" if a page of the docs is all it needs
+    tested: (
+        str  # the version that the tests and the example ran with; "" if none could be installed
+    )
+
+    @property
+    def installed(self) -> str | None:
+        """Its version, without importing it."""
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return None
+
+    @property
+    def status(self) -> str:
+        """For people."""
+        found = self.installed
+        if not self.tested:
+            tested = "by signature only, never run with it"
+        elif found == self.tested:
+            tested = "tested with this version"
+        else:
+            tested = f"tested with {self.tested}"
+        return f"{found or 'not installed'}; {tested}"
+
+
+FRAMEWORKS = {
+    framework.package: framework
+    for framework in (
+        Framework("transformers", "transformers", "transformers", "5.24.0"),
+        Framework("trl", "trl", "trl", "1.16.0"),
+        Framework("liger_kernel", "liger-kernel", "liger", "0.8.5"),
+        Framework("torchtune", "torchtune", "torchtune", "0.6.1"),
+        Framework("modelopt", "nvidia-modelopt", "model_optimizer", "0.47.0"),
+        Framework("lightning", "lightning", "lightning", "2.6.1"),
+        Framework("accelerate", "accelerate", "", "1.15.0"),
+        Framework("nemo_automodel", "nemo-automodel", "automodel", ""),
+        Framework("distillkit", "distillkit", "distillkit", ""),
+    )
+}
+
+
+def need(package: str) -> ModuleType:
+    """The framework, imported.
+
+    Raises:
+        ImportError: it is not installed or cannot be imported; the message says what to install.
+    """
+    framework = FRAMEWORKS[package]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"fused_kd.integrations.{framework.module} needs {framework.distribution}: "
+            f"pip install {framework.distribution} ({error})"
+        ) from error

@@ -1,0 +1,297 @@
+"""Liger-Kernel's distillation losses under their names and signatures: change the import line.
+
+Liger itself is not needed. What differs, on purpose:
+
+* all arithmetic and the losses are float32; Liger's chunked loss computes in the logits' dtype;
+* hidden states (B, S, H) are cut into chunks of rows as flat ones are, none of more rows than
+  ``chunk_size``; weight gradients are summed in float32 unless ``accum_dtype`` says otherwise;
+* ``compiled`` and ``eps`` have no effect: nothing is compiled, and log 0 needs no bound;
+* a teacher with a larger vocabulary is refused, where Liger gives the student logits of zero;
+* a negative weight or temperature is refused.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import KDLoss, LinearKDLoss
+from .probabilities import check_reduction, denominator, kl_from
+
+_SOFT_ALONE: dict[str, Any] = {"hard_weight": 0.0, "soft_weight": 1.0}
+_FORWARD_KL: dict[str, Any] = {**_SOFT_ALONE, "divergence": "forward_kl", "soft_scale": "none"}
+
+
+class _Shown(nn.Module):
+    """Keeps the constructor's arguments as attributes, which may be changed, and shows them."""
+
+    def extra_repr(self) -> str:
+        """The attributes."""
+        own = (item for item in vars(self).items() if not item[0].startswith("_"))
+        return ", ".join(f"{name}={value!r}" for name, value in own if name != "training")
+
+
+class LigerFusedLinearJSDLoss(_Shown):
+    """``weight_hard_loss`` · cross-entropy + ``weight_soft_loss`` · JSD(β), from hidden states.
+
+    The numbers of ``LinearKDLoss.like("liger", ...)``; `beta` = 0 and 1 are forward and reverse KL.
+
+    Args:
+        weight_hard_loss: of the cross-entropy, at temperature 1.
+        weight_soft_loss: of the divergence, not multiplied by T².
+        beta: the teacher's weight, in [0, 1].
+        ignore_index: rows with this label do not count.
+        temperature: of the divergence.
+        compiled: no effect.
+        chunk_size: the most rows of a chunk.
+        return_soft_hard_loss: return (loss, soft, hard); the last two without gradient. One whose
+            weight is 0 costs a second forward pass.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.compiled = compiled
+        self.chunk_size = chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+        self._loss(weight_hard_loss, weight_soft_loss)  # refuses what is out of range
+
+    def _loss(self, hard_weight: float, soft_weight: float) -> LinearKDLoss:
+        return LinearKDLoss.like(
+            "liger",
+            hard_weight=hard_weight,
+            soft_weight=soft_weight,
+            beta=self.beta,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+            chunk_rows=self.chunk_size,
+            return_parts=self.return_soft_hard_loss,
+        )
+
+    def forward(
+        self,
+        student_input: Tensor,  # (..., H_s)
+        student_weight: Tensor,  # (V, H_s)
+        teacher_input: Tensor,  # (..., H_t)
+        teacher_weight: Tensor,  # (V, H_t)
+        true_labels: Tensor,  # (...)
+        student_bias: Tensor | None = None,  # (V,)
+        teacher_bias: Tensor | None = None,  # (V,)
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
+        tensors = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
+        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        result = self._loss(self.weight_hard_loss, self.weight_soft_loss)(*tensors, **biases)
+        if isinstance(result, Tensor):
+            return result
+        loss, hard, soft = result
+        if 0 in (self.weight_hard_loss, self.weight_soft_loss):
+            with torch.no_grad():  # a term of weight 0 was not computed
+                _, hard, soft = self._loss(1.0, 1.0)(*tensors, **biases)
+        return loss, soft, hard
+
+
+class LigerFusedLinearJSD(_Shown):
+    """JSD(β) alone, from hidden states; `jsd_beta` = 0 and 1 are forward and reverse KL.
+
+    Args:
+        jsd_beta: the teacher's weight, in [0, 1].
+        ignore_index: rows with this label do not count.
+        temperature: of both sides; nothing is multiplied by T².
+        accum_dtype: of the weight gradient while chunks are added: None is float32 here.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.jsd_beta = jsd_beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.accum_dtype = accum_dtype
+        self._loss()  # refuses what is out of range
+
+    def _loss(self) -> LinearKDLoss:
+        return LinearKDLoss.like(
+            "liger",
+            **_SOFT_ALONE,
+            beta=self.jsd_beta,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+            grad_accum_dtype=self.accum_dtype or torch.float32,
+        )
+
+    def forward(
+        self,
+        student_input: Tensor,  # (..., H_s)
+        student_weight: Tensor,  # (V, H_s)
+        teacher_input: Tensor,  # (..., H_t)
+        teacher_weight: Tensor,  # (V, H_t)
+        shift_labels: Tensor | None,  # (...); only says which rows count
+    ) -> Tensor:
+        """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
+        tensors = (student_input, student_weight, teacher_input, teacher_weight, shift_labels)
+        loss: Tensor = self._loss()(*tensors)
+        return loss
+
+
+class LigerFusedLinearKLDivLoss(_Shown):
+    """KL(target ‖ softmax(student / T)) from hidden states, against explicit probabilities.
+
+    Rows of the target need not sum to 1. Their logarithm is the one tensor (N, V) that this makes,
+    in float32: who has the teacher's logits or log-probabilities saves it with
+    ``LinearKDLoss(...)(hidden, weight, teacher_logits=...)``.
+
+    Args:
+        reduction: "batchmean" divides by the number of rows that count, "mean" by V times that,
+            "sum" by nothing.
+        ignore_index: rows with this label do not count.
+        temperature: of the student alone.
+        eps: no effect.
+        accum_dtype: of the weight gradient while chunks are added: None is float32 here.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        eps: float = 1e-10,
+        accum_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.eps = eps
+        self.accum_dtype = accum_dtype
+        self._loss()  # refuses what is out of range
+
+    def _loss(self) -> LinearKDLoss:
+        return LinearKDLoss(
+            **_FORWARD_KL,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+            grad_accum_dtype=self.accum_dtype or torch.float32,
+        )
+
+    def forward(
+        self,
+        student_input: Tensor,  # (..., H)
+        student_weight: Tensor,  # (V, H)
+        target: Tensor,  # (..., V), probabilities
+        shift_labels: Tensor | None = None,  # (...); only says which rows count
+    ) -> Tensor:
+        """The reduced divergence; raises as :func:`fused_kd.linear_kd_loss`."""
+
+        def loss(logs: Tensor, **weights: Any) -> Tensor:
+            logs = logs.mul_(self.temperature)  # the target is not softened: the loss divides again
+            student = (student_input, student_weight)
+            divergence: Tensor = self._loss()(
+                *student, labels=shift_labels, teacher_logits=logs, **weights
+            )
+            return divergence
+
+        kept = None if shift_labels is None else shift_labels != self.ignore_index
+        return kl_from(target, kept, self.reduction, loss)
+
+
+class LigerJSD(_Shown):
+    """JSD(β) of log-probabilities; `beta` = 0 and 1 are forward and reverse KL.
+
+    The log-softmax of log-probabilities is they themselves, so they are taken as logits. The
+    gradient by `log_q` is the one by logits. Liger's takes `log_q` for a free variable and differs
+    by a multiple of softmax in each row, which the backward of the log_softmax in front removes:
+    behind that, both are the same. `log_q` must be normalised, as there.
+
+    Args:
+        beta: the teacher's weight, in [0, 1].
+        ignore_index: rows with this label do not count.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self._loss()  # refuses what is out of range
+
+    def _loss(self) -> KDLoss:
+        return KDLoss.like("liger", **_SOFT_ALONE, beta=self.beta, ignore_index=self.ignore_index)
+
+    def forward(
+        self,
+        log_q: Tensor,  # (..., V), the student's
+        log_p: Tensor,  # (..., V), the teacher's
+        shift_labels: Tensor | None = None,  # (...); only says which rows count
+    ) -> Tensor:
+        """The mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
+        loss: Tensor = self._loss()(log_q, log_p, shift_labels)
+        return loss
+
+
+class LigerKLDIVLoss(nn.KLDivLoss):
+    """KL(y_true ‖ exp(y_pred)) of log-probabilities `y_pred`; of its gradient see LigerJSD.
+
+    Probabilities (``log_target=False``) cost a float32 tensor of their logarithms, and need not sum
+    to 1; log-probabilities must be normalised.
+
+    Args:
+        eps: no effect.
+        args: of :class:`torch.nn.KLDivLoss`: size_average, reduce, reduction, log_target.
+        kwargs: the same by name.
+
+    Raises:
+        ValueError: a reduction other than "mean" (by N·V), "batchmean" (by N) and "sum".
+    """
+
+    def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_reduction(self.reduction)
+        self.eps = eps
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:  # (..., V), (..., V)
+        """The reduced divergence; raises as :func:`fused_kd.kd_loss`."""
+        loss = partial(KDLoss(**_FORWARD_KL), y_pred)
+        if not self.log_target:
+            return kl_from(y_true, None, self.reduction, loss)
+        divisor = denominator(self.reduction, y_true[..., 0].numel(), None, y_true.shape[-1])
+        divergence: Tensor = loss(y_true, num_items=divisor)
+        return divergence

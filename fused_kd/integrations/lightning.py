@@ -1,0 +1,196 @@
+"""Lightning: a LightningModule that distils, and a callback that runs the teacher for yours.
+
+::
+
+    module = KDModule(student, teacher, LinearKDLoss(temperature=2.0),
+                      optimizer=partial(torch.optim.AdamW, lr=1e-4))
+    Trainer(accumulate_grad_batches=4).fit(module, loader)  # batches: input_ids, labels, ...
+
+The package is ``lightning``, or ``pytorch_lightning`` where only that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import KDLossParts
+from ..modules import KDLoss, LinearKDLoss
+from .distilled import DistilledLM, logits_of
+from .distributed import divide_gradients
+from .frameworks import need
+from .heads import IGNORED, check_head, head_of, headless, shifted
+
+if find_spec("lightning") is None and find_spec("pytorch_lightning") is not None:
+    import pytorch_lightning as pl
+else:
+    need("lightning")
+    import lightning.pytorch as pl
+
+
+class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
+    """A LightningModule that trains the student of a :class:`DistilledLM`.
+
+    An update is the gradient of the mean over all tokens it kept, in however many micro-batches
+    (``accumulate_grad_batches``) and on however many devices: the losses are sums, and the
+    gradients are divided by the count once, before they are clipped. That also makes
+    ``train_loss``, ``train_hard`` and ``train_soft`` exact means of the update; they are logged as
+    tensors, and nothing waits for a device. ``val_...`` and ``test_...`` are means over all kept
+    tokens of the evaluation. Automatic optimisation only.
+
+    What Lightning itself calls the loss of a step (``outputs["loss"]`` in a callback) is
+    the sum, times ``accumulate_grad_batches``, which Lightning divides by.
+
+    Args:
+        student: see :class:`DistilledLM`; put into training mode.
+        teacher: see :class:`DistilledLM`; moved with the module, not in its checkpoints.
+        loss: KDLoss or LinearKDLoss with ``reduction="mean"``; None: ``KDLoss()``.
+        optimizer: called with the student's parameters that require grad; returns what
+            ``configure_optimizers`` may return.
+
+    Raises:
+        TypeError, ValueError: as DistilledLM; another reduction.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: KDLoss | LinearKDLoss | None = None,
+        *,
+        optimizer: Callable[[Iterable[nn.Parameter]], Any],
+    ) -> None:
+        super().__init__(student, teacher, loss)
+        if self.loss.options.reduction != "mean":
+            raise ValueError(
+                "loss must have reduction='mean', which is made exact over an update; "
+                f"got {self.loss.options.reduction!r}"
+            )
+        self.student.train()  # from_pretrained gives evaluation mode, which Lightning keeps
+        self.make_optimizer = optimizer
+        self._sums: dict[str, Tensor] = {}
+
+    def configure_optimizers(self) -> Any:
+        """What `optimizer` makes."""
+        return self.make_optimizer([p for p in self.student.parameters() if p.requires_grad])
+
+    def on_train_start(self) -> None:
+        """An update that was interrupted is not gone on with: nor are its gradients."""
+        self._sums.pop("train", None)
+
+    def training_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> Tensor:
+        """The sum over the batch's kept tokens, times what Lightning divides by."""
+        divisor: int = self._lightning.accumulate_grad_batches
+        return self._step("train", batch).loss * divisor
+
+    def validation_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> None:
+        """Adds to the sums."""
+        self._step("val", batch)
+
+    def test_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> None:
+        """Adds to the sums."""
+        self._step("test", batch)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Divides the gradients by the count of kept tokens; logs the update's means."""
+        kept = self._log_means("train")
+        divide_gradients(self.student.parameters(), kept / self._lightning.world_size)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the means."""
+        self._log_means("test")
+
+    @property
+    def _lightning(self) -> Any:
+        """The Trainer: to nn.Module, any attribute may be a parameter or a module."""
+        return self.trainer
+
+    def _step(self, stage: str, batch: MutableMapping[str, Any]) -> KDLossParts:
+        _check_batch(batch)
+        parts = self.parts(**batch, num_items=1)
+        kept = (shifted(batch["labels"]) != IGNORED).sum()
+        sums = torch.stack([kept.double(), *(part.detach().double() for part in parts)])
+        self._sums[stage] = self._sums[stage] + sums if stage in self._sums else sums
+        return parts
+
+    def _log_means(self, stage: str) -> Tensor:
+        """Over all devices, since the last call; returns the number of kept tokens."""
+        sums = self._lightning.strategy.reduce(self._sums.pop(stage), reduce_op="sum")
+        loss, hard, soft = (sums[1:] / sums[0].clamp(min=1)).float()
+        means = {f"{stage}_loss": loss, f"{stage}_hard": hard, f"{stage}_soft": soft}
+        log: Any = self.log_dict
+        log(means)
+        kept: Tensor = sums[0]
+        return kept
+
+
+class TeacherCallback(pl.Callback):  # type: ignore[misc]
+    """Runs a teacher on every batch, and leaves in the batch what it gives.
+
+    For a LightningModule of your own, whose steps then read ``batch["teacher_logits"]``, or with
+    ``linear=True`` ``batch["teacher_hidden"]``, ``batch["teacher_weight"]`` and
+    ``batch["teacher_bias"]`` (where it has one). The teacher belongs to no module: it is in no
+    checkpoint, no optimizer and no gradient synchronisation. It is frozen, in evaluation mode, and
+    runs without gradient in the Trainer's precision.
+
+    Args:
+        teacher: called with everything in the batch but the labels.
+        linear: whether the lm_head is left out, for a LinearKDLoss.
+
+    Raises:
+        TypeError, ValueError: with ``linear``, an lm_head that cannot be left out.
+    """
+
+    def __init__(self, teacher: nn.Module, *, linear: bool = False) -> None:
+        self.teacher, self.linear = teacher.eval().requires_grad_(False), linear
+        if linear:
+            check_head(teacher)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Moves the teacher to the device of this process."""
+        self.teacher.to(trainer.strategy.root_device)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Before every training step."""
+        self._teach(trainer, batch)
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Before every validation step."""
+        self._teach(trainer, batch)
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Before every test step."""
+        self._teach(trainer, batch)
+
+    def _teach(self, trainer: Any, batch: MutableMapping[str, Any]) -> None:
+        _check_batch(batch)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            if not self.linear:
+                batch["teacher_logits"] = logits_of(self.teacher(**inputs))
+                return
+            with headless(self.teacher):
+                batch["teacher_hidden"] = logits_of(self.teacher(**inputs))
+        head = head_of(self.teacher)
+        batch["teacher_weight"] = head.weight
+        if head.bias is not None:
+            batch["teacher_bias"] = head.bias
+
+
+def _check_batch(batch: object) -> None:
+    if not isinstance(batch, MutableMapping) or not isinstance(batch.get("labels"), Tensor):
+        found = type(batch).__name__
+        if isinstance(batch, MutableMapping):
+            found = f"one with {', '.join(map(repr, batch))}"
+        raise TypeError(
+            "a batch must be a dict with labels, -100 where a token does not count, and what the "
+            f"models are called with; got {found}"
+        )

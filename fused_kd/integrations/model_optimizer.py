@@ -1,0 +1,179 @@
+"""NVIDIA Model Optimizer: its losses on logits, for ``KDLossConfig.criterion``.
+
+::
+
+    loss = LogitsDistillationLoss(temperature=2.0)  # from here instead of modelopt.torch.distill
+    config = {"teacher_model": teacher, "criterion": {("lm_head", "lm_head"): loss}}
+    model = mtd.convert(student, mode=[("kd_loss", config)])
+
+Names, keywords and numbers are modelopt's; it takes any ``_Loss``, and is itself not needed here.
+The losses are float32 whatever the dtype of the logits. The teacher gets no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from ..checks import check_label_range, check_labels, check_logits
+from ..functional import KDLossParts
+from ..modules import KDLoss
+from ..reduction import arithmetic_dtype, wide_labels
+from .heads import IGNORED
+from .probabilities import check_reduction, denominator
+
+#: What modelopt adds to a denominator of MFTLoss.
+TINY = 1e-7
+#: Rows whose softmax MFTLoss makes at a time.
+ROWS = 64
+
+
+class LogitsDistillationLoss(_Loss):
+    """T²·KL(teacher ‖ student), both softened by T.
+
+    Args:
+        temperature: T.
+        reduction: "mean" divides the sum by N·V, "batchmean" by the first dimension, "sum" by
+            nothing; "none" gives the loss of every row.
+        inplace: write the gradient over the student's logits, see :func:`fused_kd.kd_loss`.
+        backend: as there.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        reduction: str = "mean",
+        *,
+        inplace: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(reduction=reduction)
+        if reduction != "none":
+            check_reduction(reduction)
+        self.loss = KDLoss.like(
+            "model_optimizer",
+            temperature=temperature,
+            reduction="none" if reduction == "none" else "mean",
+            inplace=inplace,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        logits_s: Tensor,  # (..., V)
+        logits_t: Tensor,  # (..., V)
+    ) -> Tensor:
+        """0-d, or (...) for "none"; raises as :func:`fused_kd.kd_loss`."""
+        num_items = None
+        if self.reduction != "none":
+            *leading, vocabulary = logits_s.shape
+            rows = leading[0] if self.reduction == "batchmean" else math.prod(leading)
+            num_items = denominator(self.reduction, rows, None, vocabulary)
+        return _as_tensor(self.loss(logits_s, logits_t.detach(), num_items=num_items))
+
+    def extra_repr(self) -> str:
+        """The reduction; the other options are those of the loss inside."""
+        return f"reduction={self.reduction!r}"
+
+
+class MFTLoss(_Loss):
+    """T²·KL(corrected teacher ‖ student): minifinetuning, which moves the teacher to the label.
+
+    The target is (1-m)·q + m·[label], with the m that puts the label `threshold` above its rivals.
+    All entries but the label's keep their ratios, so it is a softmax again, of logits that differ
+    in one entry of each row. A float32 copy of the teacher's logits holds them.
+
+    Args:
+        temperature: T.
+        threshold: from 0 to 1.
+        reduction: "batchmean" divides the sum by the rows, "mean" by V times the rows, "sum" by
+            nothing. "none" would be (N, V): refused.
+        inplace: write the gradient over the student's logits, see :func:`fused_kd.kd_loss`.
+        backend: as there.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        threshold: float = 0.2,
+        reduction: str = "batchmean",
+        *,
+        inplace: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(reduction=reduction)
+        check_reduction(reduction)
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold must be in [0, 1]; got {threshold}")
+        self.threshold = threshold
+        self.loss = KDLoss.like(
+            "model_optimizer",
+            temperature=temperature,
+            reduction="mean",
+            inplace=inplace,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        logits_s: Tensor,  # (..., V)
+        logits_t: Tensor,  # (..., V)
+        labels: Tensor,  # (N,), or (...)
+    ) -> Tensor:
+        """0-d. Rows with the label -100 do not count; raises as :func:`fused_kd.kd_loss`."""
+        logits_t = logits_t.detach()
+        check_logits(logits_s, logits_t)
+        *leading, vocabulary = logits_s.shape
+        if isinstance(labels, Tensor) and labels.numel() == math.prod(leading):
+            labels = labels.reshape(leading)
+        check_labels(labels, logits_s, hard_weight=1.0)
+        targets = wide_labels(labels)
+        assert targets is not None
+        kept = targets != IGNORED
+        check_label_range(targets, kept, vocabulary, IGNORED)
+        taught = self._corrected(logits_t, torch.where(kept, targets, 0))
+        num_items = denominator(self.reduction, 0, kept, vocabulary)
+        return _as_tensor(self.loss(logits_s, taught, targets, num_items=num_items))
+
+    @torch.no_grad()
+    def _corrected(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits whose softmax at T is the target; `labels` (...) in [0, V)."""
+        temperature = self.loss.options.temperature
+        corrected = logits.new_empty(logits.shape, dtype=arithmetic_dtype(logits)).copy_(logits)
+        every, labels = corrected.view(-1, logits.shape[-1]), labels.reshape(-1, 1)
+        for begin in range(0, len(every), ROWS):
+            rows, label = every[begin : begin + ROWS], labels[begin : begin + ROWS]
+            softened = rows / temperature
+            log_sum = softened.logsumexp(-1, keepdim=True)
+            top, which = softened.max(-1, keepdim=True)
+            p_top = (top - log_sum).exp()
+            p_label = (softened.gather(-1, label) - log_sum).exp()
+            odds = self._odds(p_top, p_label, which == label)
+            rows.scatter_(-1, label, temperature * (log_sum + (p_label + odds).log()))
+        return corrected
+
+    def _odds(self, p_top: Tensor, p_label: Tensor, is_right: Tensor) -> Tensor:
+        """m/(1-m), modelopt's m solved for it, so that m near 1 is not rounded."""
+        wrong = (p_top - p_label + self.threshold) / (1 - self.threshold + TINY)
+        capped = torch.where(p_label > 1 - self.threshold, 1, p_label + self.threshold)
+        return torch.where(is_right, (capped - p_top) / (1 - capped + TINY), wrong)
+
+    def extra_repr(self) -> str:
+        """What the loss inside does not show."""
+        return f"threshold={self.threshold!r}, reduction={self.reduction!r}"
+
+
+def _as_tensor(loss: Tensor | KDLossParts) -> Tensor:
+    assert isinstance(loss, Tensor)
+    return loss

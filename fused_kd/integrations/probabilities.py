@@ -1,0 +1,71 @@
+"""Teachers given as probabilities, and the reductions of :class:`torch.nn.KLDivLoss`.
+
+A row of explicit probabilities is a·q̂: its mass a, which rounding alone moves from 1, and a
+distribution q̂. Then Σ a·q̂ log(a·q̂ / p) = a·KL(q̂ ‖ p) + a log a: the loss of a row of weight a, and
+a constant. So rows need not sum to 1, and those of mass 0 are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..functional import KDLossParts
+from ..reduction import arithmetic_dtype
+
+
+def kl_from(
+    probabilities: Tensor,  # (..., V)
+    kept: Tensor | None,  # (...), bool; None: all rows
+    reduction: str,
+    loss: Callable[..., Tensor | KDLossParts],
+) -> Tensor:
+    """Σ q log(q/p) over the rows that count, reduced.
+
+    Args:
+        probabilities: q; any dtype of logits.
+        kept: which rows count.
+        reduction: as of :func:`denominator`.
+        loss: called with the logits of q̂ (float32, or float64 for float64 probabilities, in memory
+            of their own), `token_weight` and `num_items`; returns the loss.
+
+    Raises:
+        ValueError: a reduction that does not exist, or `kept` of another shape.
+    """
+    wide = arithmetic_dtype(probabilities)
+    mass = probabilities.sum(-1, dtype=wide)
+    if kept is not None:
+        if kept.shape != mass.shape:
+            raise ValueError(
+                "labels must have the leading shape of the probabilities, "
+                f"{tuple(mass.shape)}; got {tuple(kept.shape)}"
+            )
+        mass = torch.where(kept, mass, 0.0)
+    divisor = denominator(reduction, mass.numel(), kept, probabilities.shape[-1])
+    logs = probabilities.to(wide, copy=True).log_()
+    divergence = loss(logs, token_weight=mass, num_items=divisor)
+    assert isinstance(divergence, Tensor)
+    return divergence + torch.xlogy(mass, mass).sum() / divisor
+
+
+def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int) -> int | Tensor:
+    """What the sum over the rows is divided by; at least 1, so that no row gives 0.
+
+    Raises:
+        ValueError: a reduction other than "batchmean" (by the rows that count), "mean" (by V times
+            them) and "sum".
+    """
+    check_reduction(reduction)
+    count = max(rows, 1) if kept is None else kept.sum().clamp(min=1)
+    return {"batchmean": count, "mean": count * vocabulary, "sum": 1}[reduction]
+
+
+def check_reduction(reduction: str) -> None:
+    """One of those three."""
+    if reduction not in ("batchmean", "mean", "sum"):
+        raise ValueError(
+            f"reduction must be one of 'batchmean', 'mean', 'sum'; got {reduction!r}: for the loss "
+            "of each row use fused_kd.KDLoss(reduction='none')"
+        )

@@ -1,0 +1,305 @@
+"""Hugging Face Trainer: a ``compute_loss_func`` that holds the teacher, and a Trainer around it.
+
+::
+
+    trainer = Trainer(student, args, train_dataset=..., data_collator=...,
+                      compute_loss_func=DistillationLoss(student, teacher, KDLoss(temperature=2.0)))
+
+or ``KDTrainer(student, args, teacher=teacher, loss=LinearKDLoss(temperature=2.0), ...)``, which
+logs the hard and the soft part too. `KDLoss` takes the logits of both models; `LinearKDLoss` their
+hidden states, and neither model makes logits while it trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import KDLossParts
+from ..modules import KDLoss, LinearKDLoss
+from .frameworks import need
+from .heads import (
+    IGNORED,
+    check_head,
+    check_vocabularies,
+    head_of,
+    headless,
+    leave_out_head,
+    shifted,
+)
+from .parts import parts_of
+
+need("transformers")
+from transformers import Trainer, TrainerCallback  # noqa: E402
+
+#: What a batch has for the loss; everything else goes to the teacher as it went to the student.
+NOT_FOR_THE_TEACHER = ("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict")
+
+
+@dataclass
+class _Seen:
+    """What the student was called with last."""
+
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None  # in force when it came to its lm_head
+
+
+@dataclass
+class _Parts:
+    """Sums since they were logged last; on the device, so that nothing waits for them."""
+
+    hard: Tensor | float = 0.0
+    soft: Tensor | float = 0.0
+    weight: int = 0
+
+    def add(self, parts: KDLossParts, weight: int) -> None:
+        self.hard = self.hard + weight * parts.hard
+        self.soft = self.soft + weight * parts.soft
+        self.weight += weight
+
+
+class DistillationLoss:
+    """For ``Trainer(compute_loss_func=...)``: hard and soft loss of a causal language model.
+
+    The labels are those of the batch, not shifted: it is done here. The sum over the kept tokens is
+    divided by the Trainer's ``num_items_in_batch``, so an update does not depend on how its batch
+    is cut into micro-batches or spread over processes. The teacher is called with what the student
+    was called with, without gradient, under the same autocast.
+
+    With a :class:`fused_kd.LinearKDLoss` the student's lm_head passes its input on while the
+    student is in training mode; in evaluation the logits are made, and returned to the Trainer.
+
+    Args:
+        student: the model that the Trainer trains, before it is wrapped.
+        teacher: a model of the same vocabulary in evaluation mode, on the student's device.
+        loss: KDLoss or LinearKDLoss, with ``reduction="mean"``; its ``ignore_index`` must be -100,
+            the Trainer's.
+
+    Raises:
+        TypeError: student, teacher or loss of another kind; with a LinearKDLoss an lm_head that is
+            not a plain nn.Linear.
+        ValueError: another vocabulary; a teacher in training mode; an encoder-decoder model; with
+            a LinearKDLoss logits that are soft-capped or otherwise changed after the lm_head.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: KDLoss | LinearKDLoss | None = None,
+    ) -> None:
+        self.loss = KDLoss() if loss is None else loss
+        self.student, self.teacher = student, teacher
+        self._check()
+        self.is_linear = isinstance(self.loss, LinearKDLoss)
+        self.training_parts, self.evaluation_parts = _Parts(), _Parts()
+        self._seen = _Seen()
+        self._undo: list[Callable[[], None]] = []
+        if self.is_linear:
+            check_head(student)
+            check_head(teacher)
+            self._undo.append(leave_out_head(student, lambda: student.training))
+        self._listen()
+
+    def __call__(
+        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The loss, as Trainer.compute_loss asks for it.
+
+        Args:
+            outputs: of the student, with logits (B, S, V).
+            labels: (B, S), -100 where a token does not count.
+            num_items_in_batch: kept tokens of the whole update; None: of this batch.
+        """
+        seen, self._seen = self._seen, _Seen()
+        if not seen.arguments and not seen.keywords:
+            raise RuntimeError(
+                "the student that this DistillationLoss was given has not been called: give it the "
+                "model that the Trainer trains"
+            )
+        targets = self._targets(labels, seen)
+        given = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        with self._autocast(given.device, seen.autocast):
+            parts = self._parts(given, seen, targets, num_items_in_batch)
+        kept = self.training_parts if self.student.training else self.evaluation_parts
+        kept.add(parts, 1 if self.student.training else len(targets))
+        return parts.loss
+
+    def remove(self) -> None:
+        """Gives the student back as it was: for whoever goes on training it with another loss."""
+        while self._undo:
+            self._undo.pop()()
+
+    # ------------------------------------------------------------------------------ the parts
+
+    def _parts(
+        self, given: Tensor, seen: _Seen, labels: Tensor, num_items: Tensor | int | None
+    ) -> KDLossParts:
+        """`given`: (B, S, V) logits; (B, S, H) hidden states where the head was left out."""
+        if not (self.is_linear and self.student.training):
+            return parts_of(self.loss, given, self._teach(seen), labels, num_items)
+        with headless(self.teacher):
+            taught = self._teach(seen)
+        heads = head_of(self.student), head_of(self.teacher)
+        return parts_of(self.loss, given, taught, labels, num_items, heads)
+
+    def _teach(self, seen: _Seen) -> Tensor:
+        """The teacher's logits for the student's last inputs; its hidden states if headless."""
+        if self.teacher.training:
+            raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
+        keywords = {k: v for k, v in seen.keywords.items() if k not in NOT_FOR_THE_TEACHER}
+        with torch.no_grad():
+            logits: Tensor = self.teacher(*seen.arguments, **keywords, use_cache=False).logits
+        return logits
+
+    def _targets(self, labels: Tensor | None, seen: _Seen) -> Tensor:
+        ready = seen.keywords.get("shift_labels")
+        if isinstance(ready, Tensor):
+            return ready
+        if labels is None:
+            raise ValueError(
+                "labels are absent from the batch: they say which tokens count, also where only "
+                "the teacher is learned from; a collator such as "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them"
+            )
+        return shifted(labels)
+
+    def _autocast(
+        self, device: torch.device, dtype: torch.dtype | None
+    ) -> contextlib.AbstractContextManager[Any]:
+        """As the student had it: Trainer's mixed precision ends with the student's forward."""
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype)
+
+    # ----------------------------------------------------------------------------- at the start
+
+    def _listen(self) -> None:
+        """Keeps what the student is called with, and the autocast it is called under."""
+
+        def before_student(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+            self._seen.arguments, self._seen.keywords = arguments, keywords
+
+        def before_head(module: nn.Module, arguments: Any) -> None:
+            kind = arguments[0].device.type
+            enabled = torch.is_autocast_enabled(kind)
+            self._seen.autocast = torch.get_autocast_dtype(kind) if enabled else None
+
+        hooks = [self.student.register_forward_pre_hook(before_student, with_kwargs=True)]
+        head = self.student.get_output_embeddings()  # type: ignore[operator]
+        if head is not None:
+            hooks.append(head.register_forward_pre_hook(before_head))
+        self._undo += [hook.remove for hook in hooks]
+
+    def _check(self) -> None:
+        for name in ("student", "teacher"):
+            model = getattr(self, name)
+            if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+                raise TypeError(
+                    f"{name} must be a causal language model of transformers; got "
+                    f"{'None' if model is None else type(model).__name__}"
+                )
+        if not isinstance(self.loss, (KDLoss, LinearKDLoss)):
+            raise TypeError(f"loss must be KDLoss or LinearKDLoss; got {type(self.loss).__name__}")
+        if getattr(self.student.config, "is_encoder_decoder", False):
+            raise ValueError("student must be a causal language model; got an encoder-decoder")
+        if self.teacher is self.student:
+            raise ValueError("teacher must be another model than the student")
+        if self.teacher.training:
+            raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
+        check_vocabularies(self.student, self.teacher)
+        options = self.loss.options
+        if options.reduction != "mean" or options.ignore_index != IGNORED:
+            raise ValueError(
+                "loss must have reduction='mean' and ignore_index=-100, as the Trainer counts "
+                f"tokens; got {options.reduction!r} and {options.ignore_index}"
+            )
+
+
+class KDTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that distils, and logs ``hard_loss`` and ``soft_loss`` beside ``loss``.
+
+    Args:
+        teacher: see :class:`DistillationLoss`; moved to the student's device.
+        loss: KDLoss or LinearKDLoss.
+        everything else: as transformers.Trainer; ``compute_loss_func`` is taken.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        teacher: nn.Module,
+        loss: KDLoss | LinearKDLoss | None = None,
+        **keywords: Any,
+    ) -> None:
+        if keywords.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is what KDTrainer itself sets; got one")
+        super().__init__(*arguments, **keywords)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "KDTrainer: one process with several GPUs is torch's DataParallel, which splits "
+                "outputs; start a process for each GPU with torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
+        if isinstance(teacher, nn.Module) and self.place_model_on_device:
+            teacher.to(self.args.device)
+        self.compute_loss_func = DistillationLoss(self.model, teacher, loss)
+        log_parts(self)
+
+
+def log_parts(trainer: Trainer) -> None:
+    """Adds hard_loss and soft_loss to whatever a trainer with a DistillationLoss logs.
+
+    They are means as ``loss`` is, over the steps since the last log; ``eval_hard_loss`` and
+    ``eval_soft_loss`` over an evaluation. They are read from the device when the loss is.
+
+    Raises:
+        TypeError: the trainer's compute_loss_func is no DistillationLoss.
+    """
+    loss = trainer.compute_loss_func
+    if not isinstance(loss, DistillationLoss):
+        raise TypeError(
+            f"trainer.compute_loss_func must be a DistillationLoss; got {type(loss).__name__}"
+        )
+    trainer.add_callback(_PartsLogger(trainer, loss))
+
+
+class _PartsLogger(TrainerCallback):  # type: ignore[misc]
+    """Stands between a trainer and its log."""
+
+    def __init__(self, trainer: Trainer, loss: DistillationLoss) -> None:
+        self._trainer, self._loss, self._log, self._last = trainer, loss, trainer.log, 0
+        trainer.log = self._log_with_parts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Counts from here: a resumed training does not begin with step 0."""
+        self._last, self._loss.training_parts = state.global_step, _Parts()
+
+    def _log_with_parts(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        trainer, loss = self._trainer, self._loss
+        if "loss" in logs:
+            steps, self._last = trainer.state.global_step - self._last, trainer.state.global_step
+            parts, loss.training_parts = loss.training_parts, _Parts()
+            logs.update(_means(trainer, parts, steps, ""))
+        elif "eval_loss" in logs:
+            parts, loss.evaluation_parts = loss.evaluation_parts, _Parts()
+            logs.update(_means(trainer, parts, parts.weight, "eval_"))
+        self._log(logs, *arguments, **keywords)
+
+
+def _means(trainer: Trainer, parts: _Parts, count: int, prefix: str) -> dict[str, float]:
+    """Over `count` and all processes, scaled as Trainer.compute_loss scales the loss."""
+    if count <= 0 or not isinstance(parts.hard, Tensor) or not isinstance(parts.soft, Tensor):
+        return {}
+    both = torch.stack([parts.hard, parts.soft]) / count
+    if trainer.args.world_size > 1:
+        both = trainer.accelerator.reduce(both, "mean")
+        if trainer.args.average_tokens_across_devices:
+            both = both * trainer.accelerator.num_processes
+    hard, soft = both.tolist()
+    return {f"{prefix}hard_loss": hard, f"{prefix}soft_loss": soft}

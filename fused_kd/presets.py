@@ -1,0 +1,75 @@
+"""The conventions of other frameworks, as keywords of :class:`fused_kd.KDLoss`.
+
+``KDLoss.like("liger", temperature=2.0)`` computes Liger's numbers: its weights, its divergence, no
+factor T², its denominator. A table says what each framework does where the caller says nothing; the
+caller's keywords come first. ``beta`` is meant as the framework means it: for "liger" and "trl" 0
+and 1 are forward and reverse KL, and "kdflow" weighs the student with it.
+
+Two numbers are out of reach of any option. "model_optimizer" divides by N·V by default: the preset
+has its ``reduction="none"``, fused_kd.integrations.model_optimizer the rest. "torchtune" returns
+the soft cross-entropy, which is larger by the teacher's entropy and has the same gradient:
+fused_kd.integrations.torchtune returns it. Where a framework divides by a count of its own it is
+``num_items`` of the call (Automodel's ``num_batch_labels``, KDFlow's ``avg_token_num``, the batch
+size of TRL's "batchmean" without labels).
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, NamedTuple
+
+
+class Convention(NamedTuple):
+    """What a framework computes by default, in our keywords."""
+
+    hard_weight: float
+    soft_weight: float
+    divergence: str
+    soft_scale: str
+    reduction: str = "mean"
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+
+
+# fmt: off
+CONVENTIONS = {  # the framework's own entry point beside it
+    "automodel":       Convention(0.0, 1.0, "forward_kl", "t2"),    # KDLoss
+    "distillkit":      Convention(0.0, 1.0, "forward_kl", "t2"),    # KLDLoss
+    "fla":             Convention(0.0, 1.0, "forward_kl", "none"),  # FusedKLDivLoss; no labels
+    "kdflow":          Convention(0.5, 0.5, "forward_kl", "none"),  # kd_ratio=0.5
+    "liger":           Convention(0.5, 0.5, "jsd", "none"),         # LigerFusedLinearJSDLoss
+    "model_optimizer": Convention(0.0, 1.0, "forward_kl", "t2", "none"),  # LogitsDistillationLoss
+    "torchdistill":    Convention(0.5, 0.5, "forward_kl", "t2"),    # KDLoss(alpha=0.5)
+    "torchtune":       Convention(0.0, 1.0, "forward_kl", "none"),  # ForwardKLLoss
+    "trl":             Convention(0.0, 1.0, "jsd", "none"),         # generalized_jsd_loss
+}
+# fmt: on
+
+
+def keywords(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a framework's loss, those of the caller instead where there are any.
+
+    Args:
+        name: a key of CONVENTIONS.
+        given: keywords of KDLoss or LinearKDLoss.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name not in CONVENTIONS:
+        known = ", ".join(repr(key) for key in CONVENTIONS)
+        sparse = " (axolotl's teacher is top-k log-probabilities, not logits)"
+        raise ValueError(
+            f"name must be one of {known}; got {name!r}{sparse if name == 'axolotl' else ''}"
+        )
+    merged = {**CONVENTIONS[name]._asdict(), **given}
+    if not isinstance(given.get("beta"), Real):
+        return merged
+    beta: float = given["beta"]
+    if name == "kdflow":
+        merged["divergence"] = given.get("divergence", "jsd")
+        if 0 < beta < 1:
+            merged["beta"] = 1 - beta
+    elif name in ("liger", "trl") and beta in (0, 1) and "divergence" not in given:
+        merged["divergence"] = "forward_kl" if beta == 0 else "reverse_kl"
+    return merged

@@ -1,0 +1,262 @@
+"""What is checked on every rank: training on shares of a batch is training on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from small_models import VOCABULARY, SmallLM
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_kd import KDLoss, LinearKDLoss
+from fused_kd.integrations.distilled import DistilledLM
+from fused_kd.integrations.distributed import divide_gradients, global_num_items
+from fused_kd.integrations.heads import shifted
+
+STEPS, ROWS, LENGTH = 3, 2, 7
+#: Of weights after a few steps: float32 sums in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train; `wrap` is what makes it parallel."""
+
+    wrap: Callable[..., nn.Module]
+    linear: bool = True
+    micro_batches: int = 1
+    last_rank_is_empty: bool = False
+    divide: bool = False  # sums, divided at the end, instead of a count at the start
+    model: dict[str, Any] = field(default_factory=dict)  # of SmallLM
+    options: dict[str, Any] = field(default_factory=dict)  # of wrap
+
+    def __call__(self) -> None:
+        alone, parallel = self.distilled(), self.wrap(self.distilled(), **self.options)
+        want = self.train(alone, None)
+        got = self.train(parallel, dist.get_rank())
+        dist.all_reduce(got)
+        torch.testing.assert_close(got / dist.get_world_size(), want, **CLOSE)
+        for name, weight in student_of(alone).named_parameters():
+            mine = whole(student_of(parallel).get_parameter(name))
+            torch.testing.assert_close(mine, weight, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+    def distilled(self) -> DistilledLM:
+        loss = (LinearKDLoss if self.linear else KDLoss)(temperature=2.0)
+        return DistilledLM(SmallLM(0, **self.model), SmallLM(1, hidden=24), loss)
+
+    def train(self, model: nn.Module, rank: int | None) -> Tensor:
+        """The loss of every step, (STEPS,); of a rank: its share, times the number of ranks."""
+        optimizer = torch.optim.SGD(student_of(model).parameters(), lr=0.5)
+        losses = torch.zeros(STEPS)
+        for step in range(STEPS):
+            if rank is None:
+                (batch,) = self.batches(step, None)
+                losses[step] = self.backward(model, batch, None)
+            else:
+                losses[step] = self.backward_of_all(model, self.batches(step, rank))
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    def backward_of_all(self, model: nn.Module, parts: list[Batch]) -> Tensor:
+        """Of the micro-batches of a rank."""
+        num_items = global_num_items(*(shifted(part["labels"]) for part in parts))
+        loss = torch.zeros(())
+        for i, part in enumerate(parts):
+            with synchronised(model, i == len(parts) - 1):
+                loss += self.backward(model, part, 1 if self.divide else num_items)
+        if not self.divide:
+            return loss
+        divide_gradients(student_of(model).parameters(), num_items)
+        return loss / num_items
+
+    def backward(self, model: nn.Module, batch: Batch, num_items: Any) -> Tensor:
+        loss = model(**batch, num_items=num_items)
+        loss.backward()
+        return loss.detach()
+
+    def batches(self, step: int, rank: int | None) -> list[Batch]:
+        """The micro-batches of a rank; of None: the whole batch of all, in one."""
+        generator = torch.Generator().manual_seed(step)
+        count = dist.get_world_size() * self.micro_batches * ROWS
+        ids = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
+        kept = torch.rand(ids.shape, generator=generator) < torch.linspace(0.1, 0.9, count)[:, None]
+        kept[0, 1:3] = True  # the mean exists
+        if self.last_rank_is_empty:
+            kept[-self.micro_batches * ROWS :] = False
+        labels = torch.where(kept, ids, -100)
+        if rank is None:
+            return [{"input_ids": ids, "labels": labels}]
+        shares = list(zip(ids.split(ROWS), labels.split(ROWS), strict=True))
+        own = shares[rank * self.micro_batches : (rank + 1) * self.micro_batches]
+        return [{"input_ids": share[0], "labels": share[1]} for share in own]
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    return (model.module if isinstance(model, DistributedDataParallel) else model).student
+
+
+def whole(x: Any) -> Tensor:
+    return x.full_tensor().detach() if hasattr(x, "full_tensor") else x.detach()
+
+
+def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients meet in the last micro-batch's backward."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def shard(model: DistilledLM, **options: Any) -> nn.Module:
+    """FSDP2: every block for itself; embeddings, norms and heads belong to the outermost."""
+    options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in [*model.student.blocks, *model.teacher.blocks]:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def a_mean_of_means_is_another() -> None:
+    """What the other checks would not notice, they could not check."""
+    case = Case(DistributedDataParallel)
+    model = case.wrap(case.distilled())
+    (batch,) = case.batches(0, dist.get_rank())
+    (all_of_them,) = case.batches(0, None)
+    model(**batch).backward()
+    alone = case.distilled()
+    alone(**all_of_them).backward()
+    got, want = (student_of(m).lm_head.weight.grad for m in (model, alone))
+    assert (got - want).norm() > 0.01 * want.norm()
+
+
+def no_rank_keeps_a_token() -> None:
+    for wrap in (DistributedDataParallel, shard):
+        case = Case(wrap)
+        model = case.wrap(case.distilled())
+        (batch,) = case.batches(0, dist.get_rank())
+        batch["labels"].fill_(-100)
+        loss = model(**batch, num_items=global_num_items(shifted(batch["labels"])))
+        loss.backward()
+        assert loss.item() == 0.0
+        for parameter in student_of(model).parameters():
+            assert not whole(parameter.grad).any()
+
+
+class Gathers(TorchDispatchMode):
+    """Elements of every all-gather."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.c10d._allgather_base_.default:
+            self.sizes.append(args[0].numel())
+        return op(*args, **(kwargs or {}))
+
+
+def the_head_is_gathered_once() -> None:
+    """In a whole step, with all else that is in no block. The student's blocks are gathered twice,
+    the teacher's once: nothing of it is prefetched for the backward."""
+    model = shard(Case(shard).distilled())
+    model.student.blocks[0].set_modules_to_backward_prefetch([model])
+    (batch,) = Case(shard).batches(0, dist.get_rank())
+    with Gathers() as seen:
+        model(**batch).backward()
+    blocks = {*model.student.blocks.parameters(), *model.teacher.blocks.parameters()}
+    outermost = sum(p.numel() for p in model.parameters() if p not in blocks)
+    assert len([size for size in seen.sizes if size >= outermost]) == 1, seen.sizes
+    gathers = 1 + 2 * len(model.student.blocks) + len(model.teacher.blocks)
+    assert len(seen.sizes) == gathers, seen.sizes
+
+
+def a_sharded_head_is_refused_outside_the_forward() -> None:
+    """P57: CCE#31, torchtune#2800."""
+    model = shard(Case(shard).distilled())
+    head, hidden = model.student.lm_head, torch.randn(3, 16)
+    with pytest.raises(TypeError, match="student_weight must be a local tensor; got a DTensor"):
+        LinearKDLoss(hard_weight=0)(hidden, head.weight, teacher_logits=torch.randn(3, VOCABULARY))
+
+
+def bfloat16_takes_a_count_that_is_not_cast() -> None:
+    case = Case(shard)
+    (batch,) = case.batches(0, dist.get_rank())
+    (all_of_them,) = case.batches(0, None)
+    num_items = global_num_items(shifted(batch["labels"]))
+    losses = []
+    for cast in (True, False):
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=cast)
+        model = shard(case.distilled(), mp_policy=policy)
+        if cast:
+            with pytest.raises(TypeError, match="num_items"):
+                model(**batch, num_items=num_items)
+        else:
+            loss = model(**batch, num_items=num_items)
+            loss.backward()
+            losses.append(loss.detach())
+    dist.all_reduce(losses[0])
+    want = case.distilled()(**all_of_them)
+    torch.testing.assert_close(losses[0] / dist.get_world_size(), want, rtol=0.02, atol=0.0)
+
+
+def the_teacher_is_in_no_checkpoint() -> None:
+    model = shard(Case(shard).distilled())
+    plain = Case(shard).distilled()
+    for state in (get_model_state_dict(model), get_model_state_dict(model.student)):
+        assert not [name for name in state if name.startswith("teacher")]
+    for name, value in get_model_state_dict(model.student).items():
+        torch.testing.assert_close(whole(value), plain.student.state_dict()[name])
+
+
+BOTH = {"logits": False, "linear": True}
+UNUSED = {"find_unused_parameters": True}
+DDP_CHECKS: dict[str, Callable[[], None]] = {
+    **{f"{name}": Case(DistributedDataParallel, linear) for name, linear in BOTH.items()},
+    **{
+        f"{name}, the last rank keeps no token": Case(
+            DistributedDataParallel, linear, last_rank_is_empty=True
+        )
+        for name, linear in BOTH.items()
+    },
+    "two micro-batches": Case(DistributedDataParallel, micro_batches=2),
+    "two micro-batches, divided at the end": Case(
+        DistributedDataParallel, micro_batches=2, divide=True, last_rank_is_empty=True
+    ),
+    "find_unused_parameters": Case(DistributedDataParallel, options=UNUSED),
+    "find_unused_parameters, the last rank keeps no token": Case(
+        DistributedDataParallel, last_rank_is_empty=True, options=UNUSED
+    ),
+    "static_graph": Case(DistributedDataParallel, options={"static_graph": True}),
+    "static_graph, tied, checkpointed": Case(
+        DistributedDataParallel,
+        options={"static_graph": True},
+        model={"tied": True, "checkpointed": True},
+    ),
+    "a mean of means is another": a_mean_of_means_is_another,
+}
+FSDP2_CHECKS: dict[str, Callable[[], None]] = {
+    **{f"{name}": Case(shard, linear) for name, linear in BOTH.items()},
+    "tied": Case(shard, model={"tied": True}),
+    "checkpointed": Case(shard, model={"checkpointed": True}),
+    "the last rank keeps no token": Case(shard, last_rank_is_empty=True),
+    "two micro-batches": Case(shard, micro_batches=2),
+    "two micro-batches, divided at the end": Case(shard, micro_batches=2, divide=True),
+    "no rank keeps a token": no_rank_keeps_a_token,
+    "the head is gathered once": the_head_is_gathered_once,
+    "a sharded head is refused": a_sharded_head_is_refused_outside_the_forward,
+    "bfloat16": bfloat16_takes_a_count_that_is_not_cast,
+    "the teacher is in no checkpoint": the_teacher_is_in_no_checkpoint,
+}

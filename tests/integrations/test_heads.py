@@ -1,0 +1,136 @@
+"""A model's head is left out only where its logits are a multiple of what the head gives."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import Tensor, nn
+
+transformers = need("transformers")
+
+from fused_kd.integrations import heads  # noqa: E402
+
+IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+def _model(kind: str, **changes: object) -> nn.Module:
+    names = f"{kind}ForCausalLM", f"{kind}Config"
+    model, config = (getattr(transformers, name) for name in names)
+    return tiny.build(model, config, seed=0, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {}),
+        ("Qwen3", {"tie_word_embeddings": True}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Gemma2", {"final_logit_softcapping": None}),
+    ],
+)
+def test_the_head_left_out_and_applied_again_gives_the_logits(
+    kind: str, changes: dict[str, object]
+) -> None:
+    model = _model(kind, **changes)
+    heads.check_head(model)
+    logits = model(input_ids=IDS).logits
+    with heads.headless(model):
+        hidden = model(input_ids=IDS).logits
+    assert hidden.shape[-1] == 16
+    torch.testing.assert_close(heads.head_of(model)(hidden), logits, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soft_capped_head_is_refused_also_where_the_logits_are_small(dtype: torch.dtype) -> None:
+    """P04: TRL#6629, the cap was dropped silently."""
+    model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
+    with torch.no_grad():
+        heads.head_of(model).weight.mul_(1e-3)
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes its logits.*KDLoss"):
+        heads.check_head(model)
+    assert "forward" not in heads.head_of(model).__dict__
+
+
+class _Changed(nn.Module):
+    """A head, and something done to what it gives."""
+
+    def __init__(self, change: object, bias: bool = False) -> None:
+        super().__init__()
+        self.head, self.change = nn.Linear(8, 12, bias=bias), change
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor) -> object:
+        logits = self.change(self.head(torch.ones(*input_ids.shape, 8)))  # type: ignore[operator]
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x + 1.0, lambda x: x[..., :-1], lambda x: x.clamp(max=100.0), lambda x: -x.abs(),
+     lambda x: x.log_softmax(-1), lambda x: x * torch.arange(12)],
+    ids=["added", "cut", "clamped", "absolute", "normalised", "by-column"],
+)  # fmt: skip
+def test_whatever_is_no_factor_is_refused(change: object) -> None:
+    with pytest.raises(ValueError, match="changes its logits"):
+        heads.check_head(_Changed(change))
+
+
+def test_a_scaled_bias_is_refused_and_a_plain_one_is_not() -> None:
+    with pytest.raises(ValueError, match=r"bias included, by 0\.5"):
+        heads.check_head(_Changed(lambda x: 0.5 * x, bias=True))
+    heads.check_head(_Changed(lambda x: x, bias=True))
+    heads.check_head(_Changed(lambda x: 0.5 * x))
+
+
+def test_training_mode_survives_the_probe() -> None:
+    model = tiny.llama(0).train()
+    heads.check_head(model)
+    assert model.training
+    assert model.model.training
+
+
+class _Adapted(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) + 1.0
+
+
+def test_a_head_that_does_more_is_refused_by_name() -> None:
+    model = tiny.llama(0)
+    model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
+    with pytest.raises(TypeError, match=r"plain nn.Linear; found a _Adapted.*KDLoss"):
+        heads.head_of(model)
+    with pytest.raises(TypeError, match="found none"):
+        heads.head_of(nn.Linear(2, 2))
+
+
+def test_vocabularies_are_compared_by_size() -> None:
+    """P13: 151936 against 152064 gave a broadcast error elsewhere."""
+    with pytest.raises(ValueError, match=r"vocab_size is 97 in the student and 99 in the teacher"):
+        heads.check_vocabularies(tiny.llama(0), tiny.llama(1, vocab_size=99))
+    heads.check_vocabularies(tiny.llama(0), tiny.llama(1, hidden=32, head_dim=16))
+
+
+def test_the_weight_of_a_head_left_out_stays_in_the_graph() -> None:
+    """Or DistributedDataParallel would take it for unused."""
+    model = tiny.llama(0)
+    with heads.headless(model):
+        hidden = model(input_ids=IDS).logits
+    seen, found = [hidden.grad_fn], set()
+    while seen:
+        node = seen.pop()
+        found.add(getattr(node, "variable", None))
+        seen += [following for following, _ in node.next_functions if following is not None]
+    assert model.lm_head.weight in found
+    hidden.sum().backward()
+    assert model.lm_head.weight.grad is None
+
+
+def test_labels_are_shifted_and_the_last_position_is_ignored() -> None:
+    labels = torch.tensor([[5, 6, 7], [8, -100, 9]])
+    assert heads.shifted(labels).tolist() == [[6, 7, -100], [-100, 9, -100]]

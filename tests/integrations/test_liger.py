@@ -1,0 +1,111 @@
+"""The installed Liger beside ours: signatures of all five classes, numbers of the chunked loss.
+
+Its other classes are Triton kernels; tests/test_liger_formulas.py holds ours to their formulas.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from linear_helpers import H_S, H_T
+from needs import need
+from torch import Tensor
+
+need("liger_kernel")
+from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss as LigersOwn  # noqa: E402
+
+from fused_kd import LinearKDLoss  # noqa: E402
+from fused_kd.integrations import liger  # noqa: E402
+
+V = 131
+MODULES = {
+    "LigerFusedLinearJSDLoss": "chunked_loss.jsd_loss",
+    "LigerFusedLinearJSD": "transformers.fused_linear_jsd",
+    "LigerFusedLinearKLDivLoss": "transformers.fused_linear_kl_div",
+    "LigerJSD": "transformers.jsd",
+    "LigerKLDIVLoss": "transformers.kl_div",
+}
+
+
+def inputs(*leading: int, bias: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Positional tensors, the student's first two leaves; labels that ignore a few rows."""
+    draw = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    labels = torch.randint(V, leading, generator=draw)
+    labels.view(-1)[::4] = -100
+    tensors = [random(*leading, H_S).requires_grad_(), (0.4 * random(V, H_S)).requires_grad_(),
+               random(*leading, H_T), 0.4 * random(V, H_T), labels]  # fmt: skip
+    if not bias:
+        return tensors, {}
+    return tensors, {"student_bias": random(V).requires_grad_(), "teacher_bias": random(V)}
+
+
+def outcome(loss: Any, tensors: list[Tensor], biases: dict[str, Tensor]) -> list[Tensor]:
+    """The loss, or its parts, and the gradients under an upstream gradient that is not 1."""
+    result = loss(*tensors, **biases)
+    parts = result if isinstance(result, tuple) else (result,)
+    wanted = [x for x in [*tensors, *biases.values()] if x.requires_grad]
+    return [*(x.detach() for x in parts), *torch.autograd.grad(3 * parts[0], wanted)]
+
+
+def check(tensors: list[Tensor], biases: dict[str, Tensor], **options: Any) -> None:
+    own = outcome(LigersOwn(compiled=False, **options), tensors, biases)
+    ours = outcome(liger.LigerFusedLinearJSDLoss(compiled=False, **options), tensors, biases)
+    for a, b in zip(ours, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_every_beta_and_temperature_P09(beta: float, temperature: float) -> None:
+    """No factor T²; β = 0 and 1 are the two KL divergences."""
+    check(*inputs(21), beta=beta, temperature=temperature)
+
+
+@pytest.mark.parametrize("leading", [(21,), (3, 7)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk_size", [4, 1024])
+def test_shapes_biases_chunks(leading: tuple[int, ...], bias: bool, chunk_size: int) -> None:
+    check(*inputs(*leading, bias=bias), beta=0.3, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.3, 0.9)])
+@pytest.mark.parametrize("parts", [False, True])
+def test_weights_and_parts(weights: tuple[float, float], parts: bool) -> None:
+    """Liger returns a part whose weight is 0 as well, in the order loss, soft, hard."""
+    hard, soft = weights
+    check(*inputs(21), weight_hard_loss=hard, weight_soft_loss=soft, return_soft_hard_loss=parts)
+
+
+def test_another_ignore_index() -> None:
+    tensors, biases = inputs(21)
+    tensors[4][tensors[4] == -100] = 7
+    check(tensors, biases, ignore_index=7)
+
+
+def test_the_preset_is_the_class() -> None:
+    tensors, _ = inputs(21)
+    options = {"beta": 0.2, "temperature": 1.7}
+    own = LigersOwn(compiled=False, **options)(*tensors)
+    torch.testing.assert_close(LinearKDLoss.like("liger", **options)(*tensors), own)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_signatures_are_ligers(name: str) -> None:
+    """Names, order and defaults, of constructor and call."""
+    module = importlib.import_module(f"liger_kernel.{MODULES[name]}")
+
+    def shape(method: Any) -> list[tuple[str, Any, Any]]:
+        found = inspect.signature(method).parameters.values()
+        return [(p.name, p.kind, p.default) for p in found]
+
+    own, ours = getattr(module, name), getattr(liger, name)
+    for method in ("__init__", "forward"):
+        assert shape(getattr(ours, method)) == shape(getattr(own, method)), method

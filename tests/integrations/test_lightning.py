@@ -1,0 +1,237 @@
+"""Lightning: a real Trainer does what a plain loop over whole batches does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+pl = need("lightning").pytorch
+
+from fused_kd import KDLoss, KDLossParts, LinearKDLoss  # noqa: E402
+from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.heads import head_of, headless, shifted  # noqa: E402
+from fused_kd.integrations.lightning import KDModule, TeacherCallback  # noqa: E402
+
+RATE = 0.1
+SGD = partial(torch.optim.SGD, lr=RATE)
+LOSSES = [KDLoss(temperature=2.0), LinearKDLoss(temperature=2.0)]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, few batches
+
+
+@pytest.fixture(params=LOSSES, ids=lambda loss: type(loss).__name__)
+def loss(request: pytest.FixtureRequest) -> nn.Module:
+    return deepcopy(request.param)
+
+
+def _module(loss: nn.Module, **changes: Any) -> KDModule:
+    return KDModule(tiny.llama(0, **changes), tiny.llama(1), loss, optimizer=SGD)
+
+
+def _loader(rows: int, seed: int = 0) -> DataLoader[Any]:
+    return DataLoader(tiny.ragged(seed=seed), batch_size=rows, collate_fn=tiny.padded)
+
+
+def _trainer(folder: Path, **options: Any) -> Any:
+    defaults = {
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+        "enable_checkpointing": False, "default_root_dir": folder, "log_every_n_steps": 1,
+    }  # fmt: skip
+    return pl.Trainer(**{**defaults, **options})
+
+
+class _Seen(pl.Callback):
+    """The metrics after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step > len(self.steps):
+            self.steps.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+
+def _plain_loop(loss: nn.Module, rows: int, epochs: int = 1) -> tuple[nn.Module, list[float]]:
+    """No framework, whole batches."""
+    model = DistilledLM(tiny.llama(0).train(), tiny.llama(1), loss)
+    optimizer = SGD(model.student.parameters())
+    losses = []
+    for batch in [*_loader(rows)] * epochs:
+        value = model(**batch)
+        assert isinstance(value, Tensor)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return model.student, losses
+
+
+def _close(first: nn.Module, second: nn.Module) -> None:
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_same_weights_as_a_plain_loop(loss: nn.Module, accumulate: int, tmp_path: Path) -> None:
+    """P50: 4 ragged micro-batches of one row are one batch of four."""
+    module, seen = _module(loss), _Seen()
+    trainer = _trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=[seen])
+    trainer.fit(module, _loader(4 // accumulate))
+    student, losses = _plain_loop(loss, 4)
+    _close(module.student, student)
+    assert [step["train_loss"] for step in seen.steps] == pytest.approx(losses, rel=1e-5)
+    for step in seen.steps:
+        parts = 0.5 * step["train_hard"] + 0.5 * step["train_soft"]
+        assert step["train_loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_the_last_update_of_an_epoch_may_have_fewer_micro_batches(tmp_path: Path) -> None:
+    module = _module(KDLoss())
+    trainer = _trainer(tmp_path, accumulate_grad_batches=6)  # 16 rows: 6, 6, 4
+    trainer.fit(module, _loader(1))
+    assert trainer.global_step == 3
+    _close(module.student, _plain_loop(KDLoss(), 6)[0])
+
+
+def test_gradients_are_clipped_after_they_are_divided(tmp_path: Path) -> None:
+    norms = []
+
+    class Norm(pl.Callback):  # type: ignore[misc]
+        def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            gradients = [p.grad for p in module.student.parameters() if p.grad is not None]
+            if gradients:
+                norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01, "callbacks": [Norm()]}
+    _trainer(tmp_path, **options).fit(_module(KDLoss()), _loader(2))
+    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+    assert len(norms) >= 3
+
+
+def test_a_checkpoint_has_no_teacher_and_is_resumed_from(loss: nn.Module, tmp_path: Path) -> None:
+    whole = _module(loss)
+    _trainer(tmp_path, max_epochs=2).fit(whole, _loader(4))
+    half, path = _module(loss), tmp_path / "half.ckpt"
+    trainer = _trainer(tmp_path)
+    trainer.fit(half, _loader(4))
+    trainer.save_checkpoint(path)
+    kept = torch.load(path, weights_only=False)["state_dict"]
+    assert kept.keys() == {f"student.{name}" for name in half.student.state_dict()}
+    again = _module(loss)
+    _trainer(tmp_path, max_epochs=2).fit(again, _loader(4), ckpt_path=path)
+    _close(again.student, whole.student)
+    loaded = KDModule.load_from_checkpoint(
+        path, student=tiny.llama(2), teacher=tiny.llama(1), loss=loss, optimizer=SGD
+    )
+    _close(loaded.student, half.student)
+
+
+def test_validation_is_a_mean_over_all_tokens(loss: nn.Module, tmp_path: Path) -> None:
+    module = _module(loss)
+    teacher = deepcopy(module.teacher)
+    trainer = _trainer(tmp_path)
+    trainer.fit(module, _loader(4), _loader(3, seed=1))
+    got = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+    assert module.student.training
+    assert not module.teacher.training
+    want = _mean_of_all(module, _loader(16, seed=1))
+    assert got == pytest.approx(want, rel=1e-5)
+    (tested,) = trainer.test(module, _loader(3, seed=1), verbose=False)
+    assert list(tested.values()) == pytest.approx(list(want.values()), rel=1e-5)
+    _close(module.teacher, teacher)
+
+
+def _mean_of_all(module: KDModule, loader: DataLoader[Any]) -> dict[str, float]:
+    (batch,) = loader
+    module.eval()
+    with torch.no_grad():
+        parts = module.parts(**batch)
+    module.train()
+    return {f"val_{name}": getattr(parts, name).item() for name in KDLossParts._fields}
+
+
+def test_mixed_precision(loss: nn.Module, tmp_path: Path) -> None:
+    module = _module(loss)
+    _trainer(tmp_path, precision="bf16-mixed", accumulate_grad_batches=2).fit(module, _loader(2))
+    plain, _ = _plain_loop(loss, 4)
+    start = tiny.llama(0)
+    moved = tiny.largest_difference(plain, start)
+    assert 0 < tiny.largest_difference(module.student, plain) < 0.1 * moved
+
+
+@pytest.mark.slow
+def test_two_devices(tmp_path: Path) -> None:
+    """Two processes with 8 micro-batches of one row each, in whatever order: one batch of 16."""
+    loss = LOSSES[1]
+    module = _module(loss)
+    options = {"devices": 2, "strategy": "ddp_spawn", "accumulate_grad_batches": 8}
+    _trainer(tmp_path, max_epochs=2, **options).fit(module, _loader(1))
+    _close(module.student, _plain_loop(loss, 16, epochs=2)[0])
+
+
+class _Own(pl.LightningModule):  # type: ignore[misc]
+    """As a user has it; the teacher's part of a batch is what the callback left there."""
+
+    def __init__(self, step: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.student, self.step = tiny.llama(0).train(), step
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.step(self.student, batch)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.step(self.student, batch))
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters())
+
+
+def _logits_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = student(batch["input_ids"], batch["attention_mask"]).logits
+    return LOSSES[0](logits, batch["teacher_logits"], shifted(batch["labels"]))
+
+
+def _linear_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with headless(student):
+        hidden = student(batch["input_ids"], batch["attention_mask"]).logits
+    taught = batch["teacher_hidden"], batch["teacher_weight"]
+    return LOSSES[1](hidden, head_of(student).weight, *taught, shifted(batch["labels"]))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_teacher_beside_a_module_of_ones_own(linear: bool, tmp_path: Path) -> None:
+    module = _Own(_linear_step if linear else _logits_step)
+    teacher = TeacherCallback(tiny.llama(1).train(), linear=linear)
+    trainer = _trainer(tmp_path, callbacks=[teacher])
+    trainer.fit(module, _loader(4), _loader(4, seed=1))
+    _close(module.student, _plain_loop(LOSSES[linear], 4)[0])
+    assert trainer.callback_metrics["val_loss"] > 0
+    assert not teacher.teacher.training
+    path = tmp_path / "own.ckpt"
+    trainer.save_checkpoint(path)
+    kept = torch.load(path, weights_only=False)["state_dict"]
+    assert all(name.startswith("student.") for name in kept)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reduction='mean'.*got 'sum'"):
+        _module(KDLoss(reduction="sum"))
+    with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module; got NoneType"):
+        KDModule(tiny.llama(0), None, optimizer=SGD)
+    with pytest.raises(ValueError, match="vocab_size is 97 in the student and 101"):
+        KDModule(tiny.llama(0), tiny.llama(1, vocab_size=101), optimizer=SGD)
+    data = DataLoader([row["input_ids"] for row in tiny.ragged(4)], batch_size=1)
+    with pytest.raises(TypeError, match=r"a batch must be a dict with labels.*got Tensor"):
+        _trainer(tmp_path).fit(_module(KDLoss()), data)

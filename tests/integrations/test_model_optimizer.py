@@ -1,0 +1,229 @@
+"""modelopt trains as before with fused_kd's losses as criterion; their numbers beside its own."""
+
+from __future__ import annotations
+
+import itertools
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import Tensor, nn
+
+need("transformers")
+need("modelopt")
+import modelopt.torch.distill as mtd  # noqa: E402
+from modelopt.torch.distill.losses import LogitsDistillationLoss as TheirLogits  # noqa: E402
+from modelopt.torch.distill.losses import MFTLoss as TheirMFT  # noqa: E402
+
+from fused_kd.integrations.model_optimizer import (  # noqa: E402
+    LogitsDistillationLoss,
+    MFTLoss,
+)
+
+V = tiny.VOCABULARY
+HEADS = ("lm_head", "lm_head")
+REDUCTIONS = ["mean", "batchmean", "sum"]
+
+
+def converted(loss: nn.Module, layers: tuple[str, str] = HEADS, weight: float = 1.0) -> Any:
+    """A student that modelopt distils from a teacher; the same weights every time."""
+    config = {
+        "teacher_model": tiny.llama(seed=2, hidden=24),
+        "criterion": {layers: loss},
+        "loss_balancer": mtd.StaticLossBalancer(weight),
+    }
+    return mtd.convert(tiny.llama(seed=1), mode=[("kd_loss", config)])
+
+
+def trained(model: Any, rate: float, **keywords: Any) -> tuple[list[float], list[Tensor]]:
+    """Four steps: the losses, and the weights after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    rows, losses = tiny.ragged(), []
+    before = deepcopy(list(model.parameters()))
+    model.train()
+    for step in range(4):
+        batch = tiny.padded(rows[4 * step : 4 * step + 4])
+        own = model(**batch).loss
+        given = {"student_loss": own} if "student_loss" in keywords else {}
+        if "labels" in keywords:
+            given["labels"] = batch["labels"].clamp_min(0).flatten()
+        if "masked" in keywords:
+            kept = batch["labels"] != -100
+            given["loss_reduction_fn"] = lambda loss, kept=kept: loss[kept].mean()
+        loss = model.compute_kd_loss(**given)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    weights = [p.detach() for p in model.parameters()]
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(before, weights, strict=True))
+    return losses, weights
+
+
+def same(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize(
+    ("reduction", "rate"), [("mean", 5.0), ("batchmean", 0.005), ("sum", 0.001)]
+)
+def test_training(reduction: str, rate: float) -> None:
+    theirs = trained(converted(TheirLogits(2.0, reduction)), rate)
+    same(trained(converted(LogitsDistillationLoss(2.0, reduction)), rate), theirs)
+    inplace = LogitsDistillationLoss(2.0, reduction, inplace=True)
+    same(trained(converted(inplace), rate), theirs)
+
+
+def test_training_with_a_mask() -> None:
+    theirs, ours = (kind(2.0, "none") for kind in (TheirLogits, LogitsDistillationLoss))
+    runs = (trained(converted(loss), 0.3, masked=True) for loss in (ours, theirs))
+    same(*runs)
+
+
+def test_training_with_the_students_own_loss() -> None:
+    theirs, ours = (kind(2.0, "batchmean") for kind in (TheirLogits, LogitsDistillationLoss))
+    runs = (trained(converted(x, weight=0.5), 0.005, student_loss=True) for x in (ours, theirs))
+    same(*runs)
+
+
+def test_training_with_mft() -> None:
+    runs = (trained(converted(kind(2.0, 0.3)), 0.3, labels=True) for kind in (MFTLoss, TheirMFT))
+    same(*runs)
+
+
+class Logits(nn.Module):
+    """A model whose output is a tensor: then modelopt needs no names of layers."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.model = tiny.llama(seed)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids).logits
+        return logits
+
+
+def test_a_criterion_without_layers() -> None:
+    losses = []
+    for criterion in (LogitsDistillationLoss(), TheirLogits()):
+        config = {"teacher_model": Logits(2), "criterion": criterion}
+        model = mtd.convert(Logits(1), mode=[("kd_loss", config)])
+        model.train()  # as modelopt has it, it returns None
+        model(torch.arange(12).view(2, 6))
+        losses.append(model.compute_kd_loss())
+        assert mtd.export(model).state_dict().keys() == Logits(1).state_dict().keys()
+    same(*losses)
+
+
+def test_the_trainer_of_the_plugin(tmp_path: Path) -> None:
+    """It keeps its criterion in an attribute."""
+    from modelopt.torch.distill.plugins.huggingface import KDTrainer
+    from transformers import TrainingArguments
+
+    losses = []
+    for criterion in (None, LogitsDistillationLoss(2.0, "none")):
+        settings = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=3, logging_steps=1,
+            report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, seed=1,
+        )  # fmt: skip
+        trainer = KDTrainer(
+            tiny.llama(seed=1), settings, train_dataset=tiny.ragged(), data_collator=tiny.padded,
+            distill_args={"teacher_model": tiny.llama(seed=2), "temperature": 2.0},
+        )  # fmt: skip
+        if criterion is not None:
+            trainer._kd_criterion = criterion
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    same(*losses)
+
+
+# ------------------------------------------------------------------------------ the losses alone
+
+
+def outcome(loss: nn.Module, student: Tensor, *others: Tensor) -> list[Tensor]:
+    """The loss, and the gradient of it times numbers that are not 1."""
+    value = loss(student, *others)
+    upstream = torch.linspace(0.5, 2.0, max(value.numel(), 1), dtype=value.dtype).view(value.shape)
+    return [value, *torch.autograd.grad(value, student, upstream)]
+
+
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "none"])
+@pytest.mark.parametrize("shape", [(6, V), (2, 5, V)])
+def test_same_numbers(shape: tuple[int, ...], reduction: str) -> None:
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    for temperature in (1.0, 0.7, 4.0):
+        theirs = outcome(TheirLogits(temperature, reduction), student, teacher)
+        ours = outcome(LogitsDistillationLoss(temperature, reduction), student, teacher)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.9, 1.0])
+def test_same_numbers_of_mft(threshold: float, reduction: str) -> None:
+    rows = 150  # more than are corrected at a time
+    student = torch.randn(rows, V, dtype=torch.float64, requires_grad=True)
+    teacher = 2 * torch.randn(rows, V, dtype=torch.float64)
+    labels = torch.where(torch.arange(rows) % 3 == 0, torch.randint(V, (rows,)), teacher.argmax(-1))
+    teacher[1, labels[1]] += 20  # surer than the threshold asks for
+    for temperature in (1.0, 2.0):
+        theirs = outcome(TheirMFT(temperature, threshold, reduction), student, teacher, labels)
+        ours = outcome(MFTLoss(temperature, threshold, reduction), student, teacher, labels)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_mft_of_narrow_logits() -> None:
+    """As if they had been wide: what is corrected is not rounded to their dtype."""
+    student, teacher = torch.randn(2, 7, V), 2 * torch.randn(2, 7, V)
+    labels = torch.randint(V, (2, 7))
+    narrow = (student.bfloat16(), teacher.bfloat16())
+    wide = [x.double() for x in narrow]
+    found, expected = MFTLoss()(*narrow, labels), MFTLoss()(*wide, labels)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_mft_without_the_rows_that_do_not_count() -> None:
+    student, teacher = torch.randn(5, V), torch.randn(5, V)
+    labels = torch.tensor([3, -100, 5, -100, 7])
+    kept = labels >= 0
+    for reduction in REDUCTIONS:
+        loss = MFTLoss(reduction=reduction)
+        torch.testing.assert_close(
+            loss(student, teacher, labels), loss(student[kept], teacher[kept], labels[kept])
+        )
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+def test_bad_input() -> None:
+    logits, labels = torch.randn(4, V), torch.arange(4)
+    for make, message in (
+        (partial(LogitsDistillationLoss, reduction="median"), "reduction must be one of"),
+        (partial(LogitsDistillationLoss, temperature=0.0), "temperature must be positive"),
+        (partial(LogitsDistillationLoss, reduction="none", inplace=True), "inplace=True needs"),
+        (partial(MFTLoss, reduction="none"), "reduction must be one of"),
+        (partial(MFTLoss, threshold=1.5), r"threshold must be in \[0, 1\]; got 1\.5"),
+        (partial(MFTLoss(), logits, logits, labels + V), rf"labels must be in \[0, {V}\)"),
+        (partial(MFTLoss(), logits, logits, labels[:3]), "labels must have the leading shape"),
+        (partial(MFTLoss(), logits, logits[:, :-1], labels), "same vocabulary size"),
+        (partial(LogitsDistillationLoss(), logits, logits[:, :-1]), "same vocabulary size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_shown_and_kept() -> None:
+    for loss, theirs in ((LogitsDistillationLoss, TheirLogits), (MFTLoss, TheirMFT)):
+        assert loss.__name__ == theirs.__name__  # modelopt's names of the parts
+        assert not loss().state_dict()
+        assert "temperature=3.0" in repr(deepcopy(loss(temperature=3.0)))
+        both = itertools.zip_longest(loss().named_parameters(), theirs().named_parameters())
+        assert not list(both)

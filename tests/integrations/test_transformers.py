@@ -1,0 +1,281 @@
+"""The real Trainer with our loss: exact counts, both levels, logs, evaluation, refusals."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import Tensor, nn
+
+need("transformers")
+need("accelerate")
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd.integrations.heads import shifted  # noqa: E402
+from fused_kd.integrations.transformers import (  # noqa: E402
+    DistillationLoss,
+    KDTrainer,
+    log_parts,
+)
+from fused_kd.testing import eager_kd_loss  # noqa: E402
+
+OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
+LOSSES = [KDLoss(**OPTIONS), KDLoss(**OPTIONS, inplace=True), LinearKDLoss(**OPTIONS)]
+BOTH = pytest.mark.parametrize("loss", LOSSES, ids=["logits", "in-place", "linear"])
+
+
+def _settings(folder: Path, **changes: Any) -> TrainingArguments:
+    usual = {
+        "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2,
+        "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "seed": 1,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**usual, **changes})
+
+
+def _trained(
+    folder: Path, loss: Any = None, student: nn.Module | None = None, **changes: Any
+) -> KDTrainer:
+    """A KDTrainer after its training."""
+    student = tiny.llama(0) if student is None else student
+    trainer = KDTrainer(
+        student, _settings(folder, **changes), teacher=tiny.llama(1, layers=2, hidden=32),
+        loss=loss, train_dataset=tiny.ragged(), eval_dataset=tiny.ragged(6, seed=1),
+        data_collator=tiny.padded,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+class _Eager(Trainer):
+    """The reference: torch operations on sliced logits, divided by the Trainer's count."""
+
+    teacher: nn.Module
+    model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        with torch.no_grad():
+            taught = self.teacher(**inputs).logits
+        loss = eager_kd_loss(outputs.logits[:, :-1], taught[:, :-1], labels[:, 1:],
+                             num_items=num_items_in_batch, **OPTIONS)  # fmt: skip
+        return (loss, outputs) if return_outputs else loss
+
+
+def _eager(folder: Path, **changes: Any) -> _Eager:
+    trainer = _Eager(tiny.llama(0), _settings(folder, **changes), train_dataset=tiny.ragged(),
+                     data_collator=tiny.padded)  # fmt: skip
+    trainer.teacher = tiny.llama(1, layers=2, hidden=32)
+    trainer.model_accepts_loss_kwargs = True
+    trainer.train()
+    return trainer
+
+
+def _logged(trainer: Trainer, key: str = "loss") -> list[float]:
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+@BOTH
+def test_the_same_training_as_with_torch_operations(tmp_path: Path, loss: Any) -> None:
+    expected = _eager(tmp_path)
+    trainer = _trained(tmp_path, loss)
+    assert _logged(trainer) == pytest.approx(_logged(expected), rel=1e-5)
+    assert tiny.largest_difference(trainer.model, expected.model) < 1e-6
+    assert tiny.largest_difference(trainer.model, tiny.llama(0)) > 1e-3
+
+
+@BOTH
+def test_an_update_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, loss: Any) -> None:
+    """P50: TRL#4719, means of micro-batches were averaged."""
+    whole = _trained(tmp_path, loss)
+    cut = _trained(tmp_path, loss, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert tiny.largest_difference(whole.model, cut.model) < 1e-6
+    for key in ("loss", "hard_loss", "soft_loss"):
+        assert _logged(cut, key) == pytest.approx(_logged(whole, key), rel=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_parts_are_logged_with_the_loss(tmp_path: Path, loss: Any, every: int) -> None:
+    trainer = _trained(tmp_path, loss, logging_steps=every, eval_strategy="steps", eval_steps=2,
+                       per_device_eval_batch_size=4)  # fmt: skip
+    for prefix, count in (("", 4 // every), ("eval_", 2)):
+        whole, hard, soft = (_logged(trainer, f"{prefix}{k}loss") for k in ("", "hard_", "soft_"))
+        assert len(whole) == len(hard) == len(soft) == count
+        weighted = [0.3 * h + 0.7 * s for h, s in zip(hard, soft, strict=True)]
+        assert weighted == pytest.approx(whole, rel=1e-4)
+        assert min(hard) > 0.1
+        assert min(soft) > 0.01
+
+
+def test_the_stock_trainer_takes_the_loss_and_logs_its_parts(tmp_path: Path) -> None:
+    student, teacher = tiny.llama(0), tiny.llama(1, layers=2, hidden=32)
+    trainer = Trainer(
+        student, _settings(tmp_path), train_dataset=tiny.ragged(), data_collator=tiny.padded,
+        compute_loss_func=DistillationLoss(student, teacher, KDLoss(**OPTIONS)),
+    )  # fmt: skip
+    log_parts(trainer)
+    trainer.train()
+    expected = _trained(tmp_path, KDLoss(**OPTIONS))
+    assert _logged(trainer) == _logged(expected)
+    assert _logged(trainer, "soft_loss") == _logged(expected, "soft_loss")
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@BOTH
+def test_evaluation_returns_logits_and_the_same_loss(tmp_path: Path, loss: Any) -> None:
+    trainer = _trained(tmp_path, loss)
+    seen = trainer.predict(tiny.ragged(3, seed=2))
+    assert seen.predictions.shape[-1] == tiny.VOCABULARY
+    batch = tiny.padded(tiny.ragged(3, seed=2))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits, taught = trainer.model(**batch).logits, trainer.compute_loss_func.teacher(**batch)
+    expected = eager_kd_loss(logits, taught.logits, shifted(labels), **OPTIONS)
+    assert seen.metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_linear_training_makes_no_logits(tmp_path: Path) -> None:
+    shapes = set()
+    student = tiny.llama(0)
+    student.register_forward_hook(
+        lambda model, _, outputs: shapes.add((model.training, outputs.logits.shape[-1]))
+    )
+    trainer = _trained(tmp_path, LOSSES[-1], student)
+    assert shapes == {(False, 97), (True, 16)}  # the probe at the start, the training
+    trainer.compute_loss_func.remove()
+    assert student.train()(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.shape[-1] == 97
+    assert not student._forward_pre_hooks
+    assert "forward" not in student.lm_head.__dict__
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Cohere", "Granite"])
+def test_capped_and_scaled_heads_are_honoured_or_refused(tmp_path: Path, kind: str) -> None:
+    """P04: TRL#6629."""
+    import transformers
+
+    changes = {"Gemma2": {"final_logit_softcapping": 2.0}, "Cohere": {"logit_scale": 0.25},
+               "Granite": {"logits_scaling": 4.0}}[kind]  # fmt: skip
+    model, config = (getattr(transformers, kind + n) for n in ("ForCausalLM", "Config"))
+    student, teacher = (tiny.build(model, config, seed, **changes) for seed in (0, 1))
+    batch = tiny.padded(tiny.ragged(4))
+    labels = batch.pop("labels")
+    expected = eager_kd_loss(
+        student(**batch).logits, teacher(**batch).logits, shifted(labels), **OPTIONS
+    )
+    if kind == "Gemma2":
+        with pytest.raises(ValueError, match="changes its logits"):
+            DistillationLoss(student, teacher, LinearKDLoss(**OPTIONS))
+        with pytest.raises(ValueError, match="changes its logits"):
+            DistillationLoss(tiny.llama(0), teacher, LinearKDLoss(**OPTIONS))
+    for loss in LOSSES[:1] if kind == "Gemma2" else LOSSES:
+        one = deepcopy(student).train()
+        given = DistillationLoss(one, teacher, loss)(one(**batch), labels)
+        assert given.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@BOTH
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, loss: Any) -> None:
+    trainer = _trained(tmp_path, loss, gradient_checkpointing=True)
+    assert tiny.largest_difference(trainer.model, _trained(tmp_path, loss).model) < 1e-7
+
+
+def test_mixed_precision_reaches_the_products_and_the_teacher(tmp_path: Path) -> None:
+    expected = _logged(_trained(tmp_path, LOSSES[0]))
+    seen = []
+    logits, linear = (_trained(tmp_path, loss, bf16=True) for loss in (LOSSES[0], LOSSES[2]))
+    for trainer in (logits, linear):
+        assert _logged(trainer) == pytest.approx(expected, rel=2e-2)
+        assert _logged(trainer) != expected
+    teacher = linear.compute_loss_func.teacher
+    teacher.model.layers[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    linear.train()
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    whole = _trained(tmp_path / "whole", LOSSES[2])
+    changes: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    _trained(tmp_path / "cut", LOSSES[2], max_steps=2, **changes)
+    trainer = KDTrainer(
+        tiny.llama(5), _settings(tmp_path / "cut", **changes), loss=LOSSES[2],
+        teacher=tiny.llama(1, layers=2, hidden=32), train_dataset=tiny.ragged(),
+        data_collator=tiny.padded,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert tiny.largest_difference(trainer.model, whole.model) < 1e-7
+    for key in ("loss", "hard_loss", "soft_loss"):
+        assert _logged(trainer, key) == pytest.approx(_logged(whole, key), rel=1e-5)
+    saved = list((tmp_path / "cut" / "checkpoint-2").glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in saved) < 2 * 4 * sum(
+        p.numel() for p in tiny.llama(0).parameters()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[2]], ids=["logits", "linear"])
+def test_compiled_students_train_the_same(tmp_path: Path, loss: Any) -> None:
+    compiled = _trained(tmp_path, loss, torch_compile=True, eval_strategy="steps", eval_steps=2)
+    expected = _trained(tmp_path, loss, eval_strategy="steps", eval_steps=2)
+    assert tiny.largest_difference(compiled.model, expected.model) < 1e-5
+    for key in ("loss", "eval_loss", "soft_loss"):
+        assert _logged(compiled, key) == pytest.approx(_logged(expected, key), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+def test_bad_models_and_losses_are_refused_at_once() -> None:
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+        ((student, None), TypeError, "teacher must be a causal language model.*got None"),
+        ((student, nn.Linear(2, 2)), TypeError, "teacher must be .*got Linear"),
+        ((student, student), ValueError, "teacher must be another model"),
+        ((student, tiny.llama(1, vocab_size=99)), ValueError, "97 in the student and 99"),
+        ((student, tiny.llama(1).train()), ValueError, "teacher is in training mode"),
+        ((student, teacher, "kl"), TypeError, "loss must be KDLoss or LinearKDLoss; got str"),
+        ((student, teacher, KDLoss(reduction="sum")), ValueError, "reduction='mean'.*got 'sum'"),
+        ((student, teacher, KDLoss(ignore_index=0)), ValueError, "ignore_index=-100.* and 0"),
+    ]
+    for arguments, kind, message in bad:
+        with pytest.raises(kind, match=message):
+            DistillationLoss(*arguments)
+    assert not student._forward_pre_hooks
+
+
+def test_absent_labels_and_a_teacher_that_trains_are_named(tmp_path: Path) -> None:
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    loss, batch = DistillationLoss(student, teacher), tiny.padded(tiny.ragged(2))
+    labels = batch.pop("labels")
+    with pytest.raises(ValueError, match="labels are absent"):
+        loss(student(**batch), None)
+    with pytest.raises(RuntimeError, match="has not been called"):
+        loss(tiny.llama(0)(**batch), labels)
+    teacher.train()
+    with pytest.raises(ValueError, match="teacher is in training mode"):
+        loss(student(**batch), labels)
+    with pytest.raises(TypeError, match="must be a DistillationLoss; got NoneType"):
+        log_parts(Trainer(tiny.llama(0), _settings(tmp_path)))
+    with pytest.raises(ValueError, match="compute_loss_func is what KDTrainer"):
+        KDTrainer(tiny.llama(0), teacher=teacher, compute_loss_func=loss)
+
+
+def test_labels_that_are_shifted_already_are_taken_as_they_are() -> None:
+    """Collators without padding give shift_labels."""
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    loss, batch = DistillationLoss(student, teacher), tiny.padded(tiny.ragged(2))
+    labels = batch.pop("labels")
+    expected = loss(student(**batch), labels)
+    ready = loss(student(**batch, shift_labels=shifted(labels)), torch.zeros_like(labels))
+    assert ready.item() == expected.item()

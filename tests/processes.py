@@ -1,0 +1,50 @@
+"""A function in several real processes that talk over gloo, and what it gave in each."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+#: A collective that not every rank comes to fails after this, and the test with it.
+TIMEOUT = timedelta(seconds=60)
+
+
+def failures(checks: dict[str, Callable[[], None]], ranks: int, folder: Path) -> list[str]:
+    """Runs all checks, one after the other, on every rank of one process group.
+
+    Args:
+        checks: functions of a module, by name.
+        ranks: processes to start.
+        folder: an empty one, to meet in.
+
+    Returns:
+        For each check that failed on a rank: its name, the rank and the traceback.
+    """
+    multiprocessing.spawn(_rank, (ranks, folder, checks), nprocs=ranks)
+    return [line for rank in range(ranks) for line in torch.load(folder / f"{rank}.pt")]
+
+
+def _rank(rank: int, ranks: int, folder: Path, checks: dict[str, Callable[[], None]]) -> None:
+    torch.set_num_threads(1)
+    for name, value in {"RANK": rank, "WORLD_SIZE": ranks}.items():  # as torchrun sets them
+        os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
+    dist.init_process_group(
+        "gloo", f"file://{folder / 'store'}", TIMEOUT, world_size=ranks, rank=rank
+    )
+    failed: list[Any] = []
+    for name, check in checks.items():
+        torch.manual_seed(0)
+        try:
+            check()
+        except Exception:
+            failed.append(f"{name}, rank {rank} of {ranks}:\n{traceback.format_exc()}")
+    torch.save(failed, folder / f"{rank}.pt")
+    dist.destroy_process_group()

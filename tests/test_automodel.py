@@ -1,0 +1,70 @@
+"""NeMo Automodel's KDLoss by its signature: the formula of its source in float64."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import INF, make_ignored
+from torch import Tensor
+
+from fused_kd.integrations.automodel import KDLoss
+
+T = 1.7
+
+
+def formula(student: Tensor, teacher: Tensor, labels: Tensor, count: int | None) -> Tensor:
+    """T²·KL(teacher ‖ student), over the rows that count."""
+    kept = labels != -100
+    log_p = F.log_softmax(student.double()[kept] / T, -1)
+    log_q = F.log_softmax(teacher.double()[kept] / T, -1)
+    rows = T**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
+    return rows.mean() if count is None else rows.sum() / count
+
+
+def test_the_signature() -> None:
+    assert str(inspect.signature(KDLoss)).startswith(
+        "(ignore_index: 'int' = -100, temperature: 'float' = 1.0, fp32_upcast: 'bool' = True, "
+        "tp_group: 'Any' = None, chunk_size: 'int' = 0)"
+    )
+    names = list(inspect.signature(KDLoss.forward).parameters)
+    assert names == ["self", "student_logits", "teacher_logits", "labels", "num_batch_labels"]
+
+
+@pytest.mark.parametrize("count", [None, 11])
+def test_value_and_gradient(count: int | None) -> None:
+    student, teacher, labels = make_ignored()
+    exact = student.detach().double().requires_grad_()
+    got = KDLoss(temperature=T)(student, teacher, labels, num_batch_labels=count)
+    want = formula(exact, teacher, labels, count)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_attributes_may_be_changed() -> None:
+    student, teacher, labels = make_ignored()
+    loss = pickle.loads(pickle.dumps(KDLoss(ignore_index=3)))
+    loss.temperature, loss.ignore_index = T, -100
+    want = KDLoss(temperature=T)(student, teacher, labels)
+    assert torch.equal(loss(student, teacher, labels), want)
+
+
+def test_no_row_that_counts_P47() -> None:
+    student, teacher, labels = make_ignored()
+    logits = torch.full_like(student, -INF).requires_grad_()
+    loss = KDLoss()(logits, teacher, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.count_nonzero(logits.grad) == 0
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="tp_group must be None"):
+        KDLoss(tp_group=object())
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        KDLoss(temperature=0.0)

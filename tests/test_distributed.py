@@ -1,0 +1,52 @@
+"""Data parallel and sharded training on several real processes: the same as on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_checks import DDP_CHECKS, FSDP2_CHECKS
+from processes import failures
+from torch import distributed as dist
+
+from fused_kd.integrations.distributed import divide_gradients, global_num_items
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
+)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_distributed_data_parallel(ranks: int, tmp_path: Path) -> None:
+    """P10, P47, P50: the gradient's size, hangs, local counts."""
+    assert not (found := failures(DDP_CHECKS, ranks, tmp_path)), "\n".join(found)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_fully_shard(ranks: int, tmp_path: Path) -> None:
+    """P57: the lm_head is a DTensor but in the forward of what was sharded."""
+    assert not (found := failures(FSDP2_CHECKS, ranks, tmp_path)), "\n".join(found)
+
+
+def test_the_count_of_one_process() -> None:
+    labels = torch.tensor([[3, -100], [-100, 5]]), torch.tensor([7, 8, -100])
+    found = global_num_items(*labels)
+    assert found.shape == ()
+    assert found.dtype == torch.float64
+    assert found == 4
+    assert global_num_items(labels[1], ignore_index=7) == 2
+    with pytest.raises(ValueError, match="labels must be given"):
+        global_num_items()
+
+
+def test_gradients_are_divided_in_place() -> None:
+    with_one, without = torch.nn.Parameter(torch.ones(2).bfloat16()), torch.nn.Parameter()
+    with_one.grad = torch.tensor([2.0, 6.0]).bfloat16()
+    before = with_one.grad
+    divide_gradients([with_one, without], torch.tensor(4.0, dtype=torch.float64))
+    assert with_one.grad is before
+    assert before.tolist() == [0.5, 1.5]
+    divide_gradients([with_one], torch.tensor(0.0, dtype=torch.float64))
+    assert before.tolist() == [0.0, 0.0]
+    assert without.grad is None

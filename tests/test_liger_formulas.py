@@ -1,0 +1,247 @@
+"""Liger's classes whose own kernels need a GPU: their formulas in float64. Chunks, parts, refusals.
+
+tests/integrations/test_liger.py compares the chunked loss with the installed Liger.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from linear_helpers import Heads, make_heads
+from torch import Tensor
+
+from fused_kd.integrations import liger
+from fused_kd.testing import cpu_peak
+
+T, EPS = 1.7, 1e-10
+BETAS = [0.0, 0.1, 0.5, 1.0]  # asymmetric ones on purpose
+REDUCTIONS = ["batchmean", "mean", "sum"]
+CLASSES = [
+    liger.LigerFusedLinearJSDLoss,
+    liger.LigerFusedLinearJSD,
+    liger.LigerFusedLinearKLDivLoss,
+    liger.LigerJSD,
+    liger.LigerKLDIVLoss,
+]
+
+
+def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Of student q and teacher p, every row: Liger's letters."""
+    q, p = log_q.exp(), log_p.exp()
+    if beta == 0.0:
+        return (p * (log_p - log_q)).sum(-1)
+    if beta == 1.0:
+        return (q * (log_q - log_p)).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+    return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
+
+
+def divisor(reduction: str, rows: int, vocabulary: int) -> int:
+    return {"batchmean": rows, "mean": rows * vocabulary, "sum": 1}[reduction]
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    """float64 copies that require grad."""
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def check(got: Tensor, inputs: list[Tensor], want: Tensor, exact: list[Tensor]) -> None:
+    """Values and gradients, under an upstream gradient that is not 1."""
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    ours, theirs = torch.autograd.grad(3 * got, inputs), torch.autograd.grad(3 * want, exact)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+def make() -> Heads:
+    """Labels that ignore every third row, the first too."""
+    heads = make_heads(rows=12, vocabulary=67)
+    heads.labels[::3] = -100
+    return heads
+
+
+def probabilities(*shape: int) -> Tensor:
+    """Some entries 0, one row that sums to a half."""
+    p = torch.randn(*shape).softmax(-1)
+    p[..., :5] = 0
+    p /= p.sum(-1, keepdim=True)
+    p[1] /= 2
+    return p
+
+
+# ------------------------------------------------------------------------------- from hidden states
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_fused_linear_jsd_P09(beta: float, labelled: bool) -> None:
+    heads = make()
+    labels = heads.labels if labelled else None
+    student, teacher = [heads.hidden, heads.weight], heads.teacher
+    got = liger.LigerFusedLinearJSD(beta, temperature=T)(*student, *teacher, labels)
+    exact = leaves(*student)
+    log_q = F.log_softmax(F.linear(*exact) / T, -1)
+    log_p = F.log_softmax(F.linear(*(x.double() for x in teacher)) / T, -1)
+    rows = jsd(log_q, log_p, beta)
+    want = rows[heads.labels != -100].mean() if labelled else rows.mean()
+    check(got, student, want, exact)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_fused_linear_kl_from_probabilities_P32(reduction: str, labelled: bool) -> None:
+    """The temperature is the student's alone; a target need not sum to 1."""
+    heads, target = make(), probabilities(12, 67)
+    student = [heads.hidden, heads.weight]
+    before = target.clone()
+    loss = liger.LigerFusedLinearKLDivLoss(reduction, temperature=T)
+    got = loss(*student, target, heads.labels if labelled else None)
+    assert torch.equal(target, before)
+    exact, q = leaves(*student), target.double()
+    log_p = F.log_softmax(F.linear(*exact) / T, -1)
+    rows = (q * (q.clamp(min=EPS).log() - log_p)).sum(-1)
+    kept = heads.labels != -100 if labelled else torch.ones(12).bool()
+    want = rows[kept].sum() / divisor(reduction, int(kept.sum()), 67)
+    check(got, student, want, exact)
+
+
+# --------------------------------------------------------------------------- from log-probabilities
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_jsd_of_log_probabilities(beta: float, labelled: bool) -> None:
+    """The gradients are equal in front of the log_softmax, and both are what Liger's formula says.
+
+    Liger's gradient by log_q is (1-β) q (log q - log m), not that of a function of normalised
+    log-probabilities; the backward of log_softmax takes the difference out.
+    """
+    logits, teacher = torch.randn(6, 31, requires_grad=True), torch.randn(6, 31).log_softmax(-1)
+    labels = torch.tensor([-100, 1, 2, 3, -100, 5]) if labelled else None
+    got = liger.LigerJSD(beta)(logits.log_softmax(-1), teacher, labels)
+    exact = leaves(logits)
+    rows = jsd(exact[0].log_softmax(-1), teacher.double(), beta)
+    want = rows.mean() if labels is None else rows[labels != -100].mean()
+    check(got, [logits], want, exact)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("log_target", [True, False])
+def test_kl_of_log_probabilities(reduction: str, log_target: bool) -> None:
+    logits, target = torch.randn(6, 31, requires_grad=True), torch.randn(6, 31).log_softmax(-1)
+    q = target.double().exp()
+    if not log_target:
+        target = probabilities(6, 31)
+        q = target.double()
+    loss = liger.LigerKLDIVLoss(EPS, reduction=reduction, log_target=log_target)
+    got = loss(logits.log_softmax(-1), target)
+    exact = leaves(logits)
+    rows = (q * (q.clamp(min=EPS).log() - exact[0].log_softmax(-1))).sum(-1)
+    check(got, [logits], rows.sum() / divisor(reduction, 6, 31), exact)
+
+
+# ------------------------------------------------------------------------------------- what differs
+
+
+def test_hidden_states_of_three_dimensions_are_chunked_P46() -> None:
+    """The peak is that of flat ones, and far below the logits of all rows."""
+    heads = make_heads(rows=64, vocabulary=4096)
+    loss = liger.LigerFusedLinearJSDLoss(chunk_size=4)
+
+    def peak(*leading: int) -> int:
+        hidden, teacher = (x.detach().view(*leading, -1) for x in (heads.hidden, heads[3]))
+        hidden.requires_grad_()
+        labels = heads.labels.view(leading)
+        arguments = (hidden, heads.weight, teacher, heads.teacher_weight, labels)
+        loss(*arguments).backward()  # whatever is made once
+        return cpu_peak(lambda: loss(*arguments).backward()).highest
+
+    flat, cut = peak(64), peak(4, 16)
+    assert abs(cut - flat) <= 4096
+    weight_gradient = 2 * heads.weight.numel() * 4
+    assert cut <= weight_gradient + 3 * 4 * 4096 * 4
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.3, 0.7)])
+def test_parts_in_ligers_order_P41(weights: tuple[float, float]) -> None:
+    """(loss, soft, hard), a part of weight 0 too; they carry no gradient that would be zero."""
+    heads = make()
+    arguments = (heads.hidden, heads.weight, *heads.teacher, heads.labels)
+    loss = liger.LigerFusedLinearJSDLoss(*weights, temperature=T, return_soft_hard_loss=True)
+    total, soft, hard = loss(*arguments, student_bias=heads.bias)
+    logits = F.linear(*heads.student)
+    taught = F.linear(*heads.teacher)
+    kept = heads.labels != -100
+    rows = jsd((logits / T).log_softmax(-1), (taught / T).log_softmax(-1), 0.5)
+    torch.testing.assert_close(soft, rows[kept].mean().detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(hard, F.cross_entropy(logits, heads.labels).detach())
+    torch.testing.assert_close(total.detach(), weights[0] * hard + weights[1] * soft)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        soft.backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_row_that_counts_P47(fused: bool) -> None:
+    heads = make()
+    labels = torch.full_like(heads.labels, -100)
+    student = [heads.hidden, heads.weight]
+    if fused:
+        loss = liger.LigerFusedLinearKLDivLoss()(*student, probabilities(12, 67), labels)
+    else:
+        loss = liger.LigerFusedLinearJSDLoss()(*student, *heads.teacher, labels)
+    assert loss.item() == 0.0
+    assert all(torch.count_nonzero(g) == 0 for g in torch.autograd.grad(loss, student))
+
+
+def test_what_is_not_a_number_stays_in_an_ignored_row_P20() -> None:
+    heads, target = make(), probabilities(12, 67)
+    student = [heads.hidden, heads.weight]
+    loss = liger.LigerFusedLinearKLDivLoss()
+    want = loss(*student, target, heads.labels)
+    target[0] = torch.nan
+    got = loss(*student, target, heads.labels)
+    assert torch.equal(got, want)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(got, student))
+
+
+def test_equal_models_P03() -> None:
+    heads = make()
+    student = (heads.hidden, heads.weight)
+    loss = liger.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+    same = loss(*student, *(x.detach() for x in student), heads.labels)
+    assert abs(same.item()) < 1e-6
+
+
+def test_attributes_are_the_arguments_and_may_be_changed() -> None:
+    heads = make()
+    arguments = (heads.hidden, heads.weight, *heads.teacher, heads.labels)
+    loss = pickle.loads(pickle.dumps(copy.deepcopy(liger.LigerFusedLinearJSDLoss(beta=0.3))))
+    assert loss.state_dict() == {}
+    assert "beta=0.3, ignore_index=-100, temperature=1.0, compiled=True" in repr(loss)
+    loss.temperature, loss.beta = T, 0.1
+    want = liger.LigerFusedLinearJSDLoss(temperature=T, beta=0.1)(*arguments)
+    assert torch.equal(loss(*arguments), want)
+
+
+def test_refusals() -> None:
+    for loss in CLASSES[:3]:
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            loss(temperature=0.0)
+    for loss in (liger.LigerFusedLinearKLDivLoss, liger.LigerKLDIVLoss):
+        with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
+            loss(reduction="none")
+    for loss, name in zip(CLASSES[:2], ("beta", "jsd_beta"), strict=True):
+        with pytest.raises(ValueError, match=r"beta must be in \(0, 1\) .*; got 1\.5"):
+            loss(**{name: 1.5})
+    heads: Any = make()
+    with pytest.raises(ValueError, match=r"of the probabilities, \(12,\); got \(11,\)"):
+        CLASSES[2]()(*heads[:2], probabilities(12, 67), heads.labels[1:])
+    larger = torch.randn(70, heads.teacher_weight.shape[1])
+    with pytest.raises(ValueError, match="V = 67 for the student and V = 70 for the teacher"):
+        liger.LigerFusedLinearJSDLoss()(*heads[:2], heads.teacher_hidden, larger, heads.labels)

@@ -1,0 +1,139 @@
+"""KDLoss.like: other frameworks' numbers, by formulas written out here in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make, make_ignored
+from torch import Tensor
+
+from fused_kd import KDLoss, LinearKDLoss
+from fused_kd.presets import CONVENTIONS
+
+NAMES = ("automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer", "torchdistill",
+         "torchtune", "trl")  # fmt: skip
+BETA, T = 0.1, 1.7  # asymmetric on purpose
+
+
+def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q ‖ p) of every row."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    return torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+
+
+def jsd(q: Tensor, p: Tensor, beta: float) -> Tensor:
+    """Liger, TRL: the teacher q has the weight β, in the mixture and outside."""
+    m = mixture(q, p, beta)
+    return beta * kl(q, m) + (1 - beta) * kl(p, m)
+
+
+def kdflow(q: Tensor, p: Tensor, beta: float) -> Tensor:
+    """KDFlow: the student p has it."""
+    m = mixture(p, q, beta)
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+# name, keywords, what the framework makes of (q, p) at temperature T and of the cross-entropy: rows
+Row = Callable[[Tensor, Tensor, Tensor], Tensor]
+# fmt: off
+FORMULAS: list[tuple[str, dict[str, Any], Row]] = [
+    ("automodel",       {},                    lambda q, p, ce: T**2 * kl(q, p)),
+    ("distillkit",      {},                    lambda q, p, ce: T**2 * kl(q, p)),
+    ("distillkit",      {"divergence": "jsd"}, lambda q, p, ce: T**2 * jsd(q, p, 0.5)),
+    ("kdflow",          {},                    lambda q, p, ce: 0.5 * ce + 0.5 * kl(q, p)),
+    ("kdflow",          {"beta": BETA},        lambda q, p, ce: (ce + kdflow(q, p, BETA)) / 2),
+    ("liger",           {},                    lambda q, p, ce: 0.5 * ce + 0.5 * jsd(q, p, 0.5)),
+    ("liger",           {"beta": BETA},        lambda q, p, ce: 0.5 * ce + 0.5 * jsd(q, p, BETA)),
+    ("liger",           {"beta": 0},           lambda q, p, ce: 0.5 * ce + 0.5 * kl(q, p)),
+    ("liger",           {"beta": 1.0},         lambda q, p, ce: 0.5 * ce + 0.5 * kl(p, q)),
+    ("torchdistill",    {"hard_weight": 0.3, "soft_weight": 0.7},
+                                               lambda q, p, ce: 0.3 * ce + 0.7 * T**2 * kl(q, p)),
+    ("trl",             {"beta": BETA},        lambda q, p, ce: jsd(q, p, BETA)),
+    ("trl",             {"beta": 0.0},         lambda q, p, ce: kl(q, p)),
+    ("trl",             {"beta": 1},           lambda q, p, ce: kl(p, q)),
+]
+# fmt: on
+
+
+def _distributions(student: Tensor, teacher: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """log q and log p, float64."""
+    s, t_ = student.double() / t, teacher.double() / t
+    return F.log_softmax(t_, -1), F.log_softmax(s, -1)
+
+
+@pytest.mark.parametrize(("name", "keywords", "rows"), FORMULAS)
+def test_the_frameworks_number_and_its_gradient_P01_P09(
+    name: str, keywords: dict[str, Any], rows: Row
+) -> None:
+    """The gradient is that of the value, T² included (P01); β points the right way (P09)."""
+    student, teacher, labels = make_ignored()
+    got = KDLoss.like(name, temperature=T, **keywords)(student, teacher, labels)
+    exact = student.detach().double().requires_grad_()
+    ce = F.cross_entropy(exact, labels, reduction="none")
+    kept = labels != -100
+    want = rows(*_distributions(exact, teacher, T), ce)[kept].mean()
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_what_needs_no_labels() -> None:
+    student, teacher, _ = make()
+    q, p = _distributions(student, teacher, 1.0)
+    fla = KDLoss.like("fla")(student, teacher)
+    torch.testing.assert_close(fla.double(), kl(q, p).mean(), rtol=1e-5, atol=1e-6)
+    tuned = KDLoss.like("torchtune")(student, teacher)
+    soft_cross_entropy, entropy = -(q.exp() * p).sum(-1).mean(), -(q.exp() * q).sum(-1).mean()
+    torch.testing.assert_close(tuned.double() + entropy, soft_cross_entropy, rtol=1e-5, atol=1e-6)
+    q, p = _distributions(student, teacher, T)
+    rows = KDLoss.like("model_optimizer", temperature=T)(student, teacher)
+    torch.testing.assert_close(rows.double(), T**2 * kl(q, p), rtol=1e-5, atol=1e-6)
+
+
+def test_the_names() -> None:
+    assert tuple(CONVENTIONS) == NAMES
+    for loss in (KDLoss, LinearKDLoss):
+        assert loss.like.__doc__
+        with pytest.raises(ValueError, match=r"'automodel', .*'trl'; got 'leger'$"):
+            loss.like("leger")
+        with pytest.raises(ValueError, match=r"got 'axolotl' \(axolotl's teacher is top-k"):
+            loss.like("axolotl")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_levels_have_one_convention(name: str) -> None:
+    assert LinearKDLoss.like(name, beta=0.4).options == KDLoss.like(name, beta=0.4).options
+
+
+def test_the_callers_keywords_come_first() -> None:
+    loss = KDLoss.like("liger", hard_weight=0.0, soft_scale="t2", divergence="tvd", beta=0.0)
+    assert (loss.options.hard_weight, loss.options.soft_weight) == (0.0, 0.5)
+    assert (loss.options.soft_scale, loss.options.divergence) == ("t2", "tvd")
+    assert KDLoss.like("kdflow", divergence="reverse_kl", beta=0.9).options.divergence == (
+        "reverse_kl"
+    )
+    assert LinearKDLoss.like("trl", chunk_rows=7).chunks.chunk_rows == 7
+    assert KDLoss.like("trl", inplace=True).options.inplace
+
+
+@pytest.mark.parametrize("name", ["liger", "trl", "kdflow"])
+def test_a_beta_outside_its_range_is_shown_as_it_came(name: str) -> None:
+    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\) .*; got 1\.5"):
+        KDLoss.like(name, beta=1.5)
+    with pytest.raises(TypeError, match="beta must be a Python number"):
+        KDLoss.like(name, beta="half")
+    if name == "kdflow":  # has no ends
+        with pytest.raises(ValueError, match=r"got 0\.0"):
+            KDLoss.like(name, beta=0)
+    else:
+        with pytest.raises(ValueError, match=r"got 0\.0"):
+            KDLoss.like(name, beta=0, divergence="jsd")
