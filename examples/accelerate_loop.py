@@ -20,7 +20,7 @@ from fused_kd.integrations.distributed import divide_gradients, global_num_items
 from fused_kd.integrations.heads import shifted
 from fused_kd.testing import eager_kd_loss
 
-TEMPERATURE, RATE, MICRO_BATCHES = 2.0, 0.5, 2
+TEMPERATURE, RATE, MICRO_BATCHES = 2.0, 0.1, 2
 
 
 def loader(ids: list[Tensor]) -> DataLoader[dict[str, Tensor]]:

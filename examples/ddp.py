@@ -27,7 +27,7 @@ Batch = dict[str, Tensor]
 
 def train(model: nn.Module, student: nn.Module, batches: Iterable[Batch]) -> list[float]:
     """What a user writes: a plain loop. The losses are those of all ranks."""
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     losses = []
     for batch in batches:
         num_items = global_num_items(shifted(batch["labels"]))

@@ -21,7 +21,7 @@ def train(
     """A loop as in modelopt's documentation; the student is changed in place."""
     config = {"teacher_model": teacher, "criterion": {HEADS: loss}}
     model = mtd.convert(student, mode=[("kd_loss", config)])
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5 / common.LENGTH)
     losses = []
     for batch in ids:
         model.train()

@@ -121,11 +121,13 @@ def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def shard(model: DistilledLM, **options: Any) -> nn.Module:
+def shard(model: DistilledLM, teacher_apart: bool = False, **options: Any) -> nn.Module:
     """FSDP2: every block for itself; embeddings, norms and heads belong to the outermost."""
     options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [*model.student.blocks, *model.teacher.blocks]:
         fully_shard(block, **options)
+    if teacher_apart:
+        fully_shard(model.teacher, **options)
     return fully_shard(model, **options)
 
 
@@ -249,6 +251,7 @@ DDP_CHECKS: dict[str, Callable[[], None]] = {
 }
 FSDP2_CHECKS: dict[str, Callable[[], None]] = {
     **{f"{name}": Case(shard, linear) for name, linear in BOTH.items()},
+    "logits, the teacher apart": Case(shard, linear=False, options={"teacher_apart": True}),
     "tied": Case(shard, model={"tied": True}),
     "checkpointed": Case(shard, model={"checkpointed": True}),
     "the last rank keeps no token": Case(shard, last_rank_is_empty=True),

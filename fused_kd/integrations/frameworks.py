@@ -48,7 +48,7 @@ FRAMEWORKS = {
         Framework("liger_kernel", "liger-kernel", "liger", "0.8.5"),
         Framework("torchtune", "torchtune", "torchtune", "0.6.1"),
         Framework("modelopt", "nvidia-modelopt", "model_optimizer", "0.47.0"),
-        Framework("lightning", "lightning", "lightning", "2.6.1"),
+        Framework("lightning", "lightning", "lightning", "2.6.6"),
         Framework("accelerate", "accelerate", "", "1.15.0"),
         Framework("nemo_automodel", "nemo-automodel", "automodel", ""),
         Framework("distillkit", "distillkit", "distillkit", ""),
@@ -66,7 +66,7 @@ def need(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
+        needs = f"fused_kd.integrations.{framework.module} needs " if framework.module else "missing: "
         raise ImportError(
-            f"fused_kd.integrations.{framework.module} needs {framework.distribution}: "
-            f"pip install {framework.distribution} ({error})"
+            f"{needs}{framework.distribution}: pip install {framework.distribution} ({error})"
         ) from error

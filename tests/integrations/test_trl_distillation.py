@@ -6,7 +6,6 @@ On a CPU TRL's own loss runs its torch fallback, the same chunks without Triton.
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -98,7 +97,8 @@ def test_evaluation(tmp_path: Path) -> None:
 
 
 def test_only_this_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, other = use_fused_kd(distillation(tmp_path)), distillation(tmp_path)
+    make = partial(distillation, tmp_path, max_steps=1)
+    trainer, other = use_fused_kd(make()), make()
     assert distillation_trainer._chunked_divergence_loss is THEIRS
     assert "_compute_loss" not in vars(other)
 
@@ -111,7 +111,7 @@ def test_only_this_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             other.train()
         trained(trainer)
     assert "_compute_loss" not in vars(restore(trainer))
-    same(trained(restore(use_fused_kd(distillation(tmp_path)))), trained(distillation(tmp_path)))
+    same(trained(restore(use_fused_kd(make()))), trained(make()))
 
 
 # ------------------------------------------------------------------------------ the loss alone
@@ -146,9 +146,9 @@ def outcome(loss: Any, given: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("beta", BETAS)
 def test_same_numbers(beta: float, temperature: float) -> None:
-    for bias, items, scales in itertools.product(
-        (True, False), (None, 5, torch.tensor(7)), ((1.0, 1.0), (0.5, 0.3))
-    ):
+    for bias, items, scales in (
+        (True, None, (1.0, 1.0)), (True, torch.tensor(7), (0.5, 0.3)), (False, 5, (0.5, 0.3)),
+    ):  # fmt: skip
         given: dict[str, Any] = {
             **tensors(bias), "beta": beta, "temperature": temperature, "num_items_in_batch": items,
             "student_logit_scale": scales[0], "teacher_logit_scale": scales[1],

@@ -58,8 +58,8 @@ def test_training(tmp_path: Path, beta: float, accumulation: int) -> None:
     make = partial(gkd, tmp_path, beta=beta, gradient_accumulation_steps=accumulation)
     theirs = trained(make())
     for level in LEVELS:
-        same(trained(use_fused_kd(make(), level=level)), theirs)
-    same(trained(use_fused_kd(make(), inplace=True)), theirs)
+        in_place = level == "logits" and accumulation > 1
+        same(trained(use_fused_kd(make(), level=level, inplace=in_place)), theirs)
 
 
 def test_training_on_its_own_completions(tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_evaluation(tmp_path: Path, level: str) -> None:
 def test_only_this_trainer(tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("generalized_jsd_loss", "compute_loss")
     library = {name: vars(GKDTrainer)[name] for name in names}
-    trainer, other = gkd(tmp_path), gkd(tmp_path)
+    make = partial(gkd, tmp_path, max_steps=1)
+    trainer, other = make(), make()
     assert use_fused_kd(use_fused_kd(trainer, level=level), level=level) is trainer
     assert {name: vars(GKDTrainer)[name] for name in names} == library
     assert not set(names) & set(vars(other))
@@ -143,7 +144,7 @@ def test_only_this_trainer(tmp_path: Path, level: str, monkeypatch: pytest.Monke
         trained(trainer)
     assert restore(trainer) is trainer
     assert not set(names) & set(vars(trainer))
-    same(trained(use_fused_kd(restore(gkd(tmp_path)))), trained(gkd(tmp_path)))
+    same(trained(restore(use_fused_kd(make(), level=level))), trained(make()))
 
 
 def test_what_was_set_before_comes_back(tmp_path: Path) -> None:

@@ -29,10 +29,11 @@ def logits(batch: int = 3, length: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("beta", BETAS)
 def test_same_numbers(beta: float, temperature: float) -> None:
     student, teacher, targets = logits()
-    for reduction, items, labels, part in itertools.product(
-        ("batchmean", "mean", "sum"), (None, 5, torch.tensor(7)), (targets, None),
-        (slice(0, -1), slice(1, None)),
-    ):  # fmt: skip
+    denominators = [("batchmean", None), ("mean", None), ("sum", None), ("sum", 5)]
+    denominators += [("batchmean", torch.tensor(7))]
+    slices = itertools.cycle((slice(0, -1), slice(1, None)))
+    cases = zip(denominators, slices, strict=False)
+    for ((reduction, items), part), labels in itertools.product(cases, (targets, None)):
         results = []
         for loss in (generalized_jsd_loss, GKDTrainer.generalized_jsd_loss):
             value = loss(

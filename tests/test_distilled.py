@@ -1,0 +1,119 @@
+"""Student, teacher and loss in one module: what it gives, keeps, saves and refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import VOCABULARY, SmallLM
+from torch import Tensor, nn
+
+from fused_kd import KDLoss, KDLossParts, LinearKDLoss
+from fused_kd.integrations.distilled import DistilledLM
+from fused_kd.integrations.heads import shifted
+
+LOSSES = [KDLoss(temperature=2.0), LinearKDLoss(temperature=2.0)]
+IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+LABELS = torch.where(IDS % 3 == 0, -100, IDS)
+
+
+def _distilled(loss: Any = None) -> DistilledLM:
+    return DistilledLM(SmallLM(0), SmallLM(1, hidden=24), loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_it_is_the_loss_of_the_logits_and_the_shifted_labels(loss: nn.Module) -> None:
+    model = _distilled(loss)
+    got = model(input_ids=IDS, labels=LABELS)
+    student, teacher = (m(IDS).logits for m in (model.student, model.teacher))
+    want = LOSSES[0](student, teacher, shifted(LABELS))
+    torch.testing.assert_close(got, want)
+    count = (shifted(LABELS) != -100).sum()
+    torch.testing.assert_close(model(LABELS, input_ids=IDS, num_items=2 * count), want / 2)
+    weights = list(model.student.parameters())
+    pairs = zip(torch.autograd.grad(got, weights), torch.autograd.grad(want, weights), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_if_the_loss_gives_them() -> None:
+    plain = _distilled()
+    parts = _distilled(KDLoss(return_parts=True))(input_ids=IDS, labels=LABELS)
+    assert isinstance(parts, KDLossParts)
+    assert torch.equal(parts.loss, plain(input_ids=IDS, labels=LABELS))
+    assert torch.equal(plain.parts(input_ids=IDS, labels=LABELS).soft, parts.soft)
+
+
+def test_the_teacher_stays_in_evaluation_mode_and_frozen() -> None:
+    teacher = SmallLM(1).train()
+    model = DistilledLM(SmallLM(0), teacher).train()
+    assert model.student.norm.training
+    assert not teacher.norm.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    model.eval()
+    assert not model.student.norm.training
+
+
+@pytest.mark.parametrize("prefix", ["", "wrapped."])
+def test_the_teacher_is_in_no_state_dict_and_not_missed(prefix: str) -> None:
+    first, second = _distilled(), DistilledLM(SmallLM(2), SmallLM(3, hidden=24))
+    outer = [nn.ModuleDict({"wrapped": m}) if prefix else m for m in (first, second)]
+    kept = outer[0].state_dict()
+    assert kept.keys() == {f"{prefix}student.{name}" for name in first.student.state_dict()}
+    outer[1].load_state_dict(kept)  # strict
+    for a, b in zip(first.student.parameters(), second.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.teacher.embed.weight, second.teacher.embed.weight)
+    del kept[f"{prefix}student.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*student\.norm\.weight"):
+        outer[1].load_state_dict(kept)
+
+
+def test_it_is_copied_and_pickled() -> None:
+    model = _distilled(LOSSES[1])
+    want = model(input_ids=IDS, labels=LABELS)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(input_ids=IDS, labels=LABELS), want)
+        assert not any(name.startswith("teacher") for name in twin.state_dict())
+
+
+class _Plain(nn.Module):
+    """Returns its logits; knows nothing of heads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.inner = SmallLM(seed)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.inner(input_ids).logits
+        return logits
+
+
+def test_a_plain_module_at_the_logits_level() -> None:
+    got = DistilledLM(_Plain(0), _Plain(1))(input_ids=IDS, labels=LABELS)
+    want = DistilledLM(SmallLM(0), SmallLM(1))(input_ids=IDS, labels=LABELS)
+    assert torch.equal(got, want)
+    with pytest.raises(TypeError, match=r"an lm_head that is a plain nn.Linear; found none"):
+        DistilledLM(_Plain(0), _Plain(1), LinearKDLoss())
+
+
+def test_bad_input() -> None:
+    student, teacher = SmallLM(0), SmallLM(1)
+    with pytest.raises(TypeError, match=r"teacher must be a torch\.nn\.Module; got NoneType"):
+        DistilledLM(student, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss must be KDLoss or LinearKDLoss; got KLDivLoss"):
+        DistilledLM(student, teacher, nn.KLDivLoss())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"ignore_index=-100.*got 0"):
+        DistilledLM(student, teacher, KDLoss(ignore_index=0))
+    with pytest.raises(ValueError, match=r"also the student's: copy\.deepcopy the teacher"):
+        DistilledLM(student, student)
+    model = DistilledLM(student, teacher)
+    with pytest.raises(TypeError, match=r"rounded to 16 bits; got torch\.bfloat16: FSDP2"):
+        model(input_ids=IDS, labels=LABELS, num_items=torch.tensor(257.0).bfloat16())
+    teacher.forward = lambda input_ids: SimpleNamespace(loss=1.0)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="or an object with logits; got SimpleNamespace"):
+        model(input_ids=IDS, labels=LABELS)
