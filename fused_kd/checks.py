@@ -264,8 +264,9 @@ def check_dense(name: str, tensor: Tensor | None) -> None:
         raise TypeError(f"{name} must be a dense, unquantised tensor; got {kind}")
     if type(tensor) is not Tensor and hasattr(tensor, "device_mesh"):
         raise TypeError(
-            f"{name} must be a local tensor; got a DTensor: pass tensor.to_local() or "
-            "tensor.full_tensor()"
+            f"{name} must be a local tensor; got a DTensor: call the loss inside the forward of "
+            "the module that was sharded (docs/howto/distributed.md); full_tensor() of what is "
+            "trained gives each shard a wrong gradient"
         )
 
 

@@ -66,7 +66,8 @@ def need(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        needs = f"fused_kd.integrations.{framework.module} needs " if framework.module else "missing: "
+        module = f"fused_kd.integrations.{framework.module}".rstrip(".")
         raise ImportError(
-            f"{needs}{framework.distribution}: pip install {framework.distribution} ({error})"
+            f"{module} needs {framework.distribution}: "
+            f"pip install {framework.distribution} ({error})"
         ) from error

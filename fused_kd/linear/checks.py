@@ -13,8 +13,8 @@ from ..checks import LOGIT_DTYPES, check_dense, check_device
 _STUDENT = "student_hidden"
 _PARTS = ("hidden", "weight", "bias")
 _SHARDED = (
-    "a head sharded by FSDP or tensor parallelism must be gathered first "
-    "(FSDP.summon_full_params, or weight.full_tensor())"
+    "a head sharded by FSDP is whole only inside the forward of the module that was sharded: call "
+    "the loss there (docs/howto/distributed.md)"
 )
 
 

@@ -196,16 +196,20 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_heads_sharded_by_fsdp2() -> None:
+def test_a_teachers_shards_are_gathered_and_a_trained_heads_are_refused() -> None:
+    """The backward of full_tensor() gives each shard the gradient of its own rank's tokens."""
     given = {**tensors(), "beta": 0.1}
     mesh = init_device_mesh("cpu", (1,))
-    sharded = dict(given)
-    for name in given:
-        if "lm_head" in name:
-            x = distribute_tensor(given[name].detach(), mesh, [Shard(0)])
-            sharded[name] = x.requires_grad_(given[name].requires_grad)
-    whole = [getattr(x, "full_tensor", lambda x=x: x)() for x in outcome(OURS, sharded)]
-    torch.testing.assert_close(whole, outcome(OURS, given))
+
+    def sharded(model: str) -> dict[str, Any]:
+        names = [name for name in given if name.startswith(f"{model}_lm_head")]
+        shards = {n: distribute_tensor(given[n].detach(), mesh, [Shard(0)]) for n in names}
+        heads = {n: shards[n].requires_grad_(given[n].requires_grad) for n in names}
+        return {**given, **heads}
+
+    torch.testing.assert_close(outcome(OURS, sharded("teacher")), outcome(OURS, given))
+    with pytest.raises(TypeError, match=r"student_weight must be a local tensor; got a DTensor"):
+        outcome(OURS, sharded("student"))
 
 
 # ----------------------------------------------------------------------- versions and bad input

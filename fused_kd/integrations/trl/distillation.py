@@ -138,7 +138,9 @@ def _head(model: str, given: dict[str, Any]) -> Head:
     hidden, weight, bias = (given[f"{model}_{name}"] for name in _TENSORS)
     if given.get(f"{model}_final_logit_softcapping") is not None:
         raise ValueError(_capped(model, given[f"{model}_final_logit_softcapping"]))
-    if isinstance(weight, DTensor):  # sharded by FSDP2: gathered once, not in every chunk
+    # A teacher's shards are gathered once. Of a student they are refused below: the backward of
+    # full_tensor() takes the gradient to be the same on all ranks, which it is not.
+    if isinstance(weight, DTensor) and not torch.is_grad_enabled():
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
