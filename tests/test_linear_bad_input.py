@@ -79,7 +79,11 @@ BAD: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (TypeError, {"student_hidden": HEADS.hidden.int()}, ["student_hidden", "int32"]),
     (TypeError, {"student_weight": HEADS.weight.bfloat16()}, ["float32", "bfloat16", "autocast"]),
     (TypeError, {"teacher_weight": HEADS.teacher_weight.half()}, ["teacher_hidden", "float16"]),
-    (ValueError, {"student_weight": HEADS.weight.flatten()}, ["student_weight", "gathered"]),
+    (
+        ValueError,
+        {"student_weight": HEADS.weight.flatten()},
+        ["student_weight", "inside the forward"],
+    ),
     (ValueError, {"student_weight": HEADS.weight[:0]}, ["student_weight", "V > 0"]),
     (ValueError, {"teacher_hidden": HEADS.teacher_hidden.requires_grad_() * 1}, ["detach"]),
     (ValueError, {"labels": HEADS.labels[:5]}, ["labels", "student_hidden", "(6,)", "(5,)"]),
