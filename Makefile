@@ -33,7 +33,7 @@ test-peers: $(VENV)/.peers
 examples: $(VENV)/.peers
 	$(BIN)/python -m examples $(ARGS)
 
-# Every suite on this CPU beside every peer that installs, then pictures and a page: about an hour on
+# Every suite on this CPU beside every peer that installs, then pictures and a page: about two hours on
 # two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume
 bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks run --output out/benchmarks/cpu.jsonl $(ARGS); status=$$?; \
