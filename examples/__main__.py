@@ -71,6 +71,7 @@ def _lines() -> list[dict[str, Any]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Of all comparisons; a cell is "own / ours" where there are two."""
+    machines = ", ".join(dict.fromkeys(line["processor"] for line in lines))
     heads = ("", "with", "steps", "last loss, own / ours", "losses differ by", "weights differ by",
              "training moved a weight by", "s a step, own / ours", "MiB, own / ours")  # fmt: skip
     rows = [heads, ("---",) * len(heads)]
@@ -83,7 +84,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             f"{line['seconds_own']:.2f} / {line['seconds_ours']:.2f}",
             f"{_mebibytes(line['peak_own'])} / {_mebibytes(line['peak_ours'])}",
         ))  # fmt: skip
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([f"{machines}:", "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _mebibytes(size: int | None) -> str:

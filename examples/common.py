@@ -10,14 +10,13 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import process_peak
 from demo import corpus, models, train
+from fused_kd.env import report
 from fused_kd.integrations.frameworks import FRAMEWORKS
 
 STEPS, ROWS, LENGTH = 20, 2, 128
@@ -133,10 +133,11 @@ def compare(
             best[key] = seconds, peak, losses, model
     (s_own, p_own, l_own, m_own), (s_ours, p_ours, l_ours, m_ours) = best["own"], best["ours"]
     found = Comparison(
-        name, f"{package} {version(FRAMEWORKS[package].distribution)}", platform.machine(),
+        name, f"{package} {FRAMEWORKS[package].installed}", report()["processor"]["name"],
         len(l_own), l_own, l_ours,
         max(abs(a - b) for a, b in zip(l_own, l_ours, strict=True)),
-        _difference(m_own, m_ours), _difference(m_own, student),
+        difference(m_own.parameters(), m_ours.parameters()),
+        difference(m_own.parameters(), student.parameters()),
         s_own / len(l_own), s_ours / len(l_ours), p_own, p_ours,
     )  # fmt: skip
     OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,12 @@ def _trained(
     return seconds[0], peak, losses, model
 
 
-def _difference(first: nn.Module, second: nn.Module) -> float:
+def difference(first: Iterable[Tensor], second: Iterable[Tensor]) -> float:
     """The largest of any weight."""
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs)
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+
+
+def logged(trainer: Any) -> list[float]:
+    """Trains with a Trainer of transformers or TRL; the losses that it logs, one for each step."""
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -76,8 +76,8 @@ def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
             f"  loss     {losses[0]:.6f} -> {losses[-1]:.6f}; in one process {want[0]:.6f} -> "
             f"{want[-1]:.6f}; they differ by at most "
             f"{max(abs(a - b) for a, b in zip(losses, want, strict=True)):.1e}\n"
-            f"  weights  differ by at most {difference(weights, after):.1e}; "
-            f"training moved one by {difference(before, after):.1e}"
+            f"  weights  differ by at most {common.difference(weights, after):.1e}; "
+            f"training moved one by {common.difference(before, after):.1e}"
         )
 
 
@@ -95,11 +95,6 @@ def full(parameter: Tensor) -> Tensor:
     """A sharded one is gathered."""
     gather = getattr(parameter, "full_tensor", None)
     return (parameter if gather is None else gather()).detach()
-
-
-def difference(first: Iterable[Tensor], second: Iterable[Tensor]) -> float:
-    """The largest of any weight."""
-    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
 
 
 if __name__ == "__main__":

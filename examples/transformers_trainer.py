@@ -47,8 +47,7 @@ def train(make: partial[Trainer], ids: list[Tensor], student: nn.Module) -> list
         report_to="none", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     trainer = make(student, settings, train_dataset=data)
-    trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return common.logged(trainer)
 
 
 def main() -> None:

@@ -48,8 +48,7 @@ def train(teacher: nn.Module, ids: list[Tensor], change: Any, student: nn.Module
         processing_class=tokenizer(teacher.config),
     )  # fmt: skip
     change(trainer)
-    trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return common.logged(trainer)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
-from .heads import IGNORED, check_head, check_vocabularies, head_of, headless, shifted
-from .parts import parts_of
+from .heads import check_head, check_vocabularies, head_of, headless, shifted
+from .parts import check_loss, parts_of
 
 
 class DistilledLM(nn.Module):
@@ -109,13 +109,7 @@ def _check(student: nn.Module, teacher: nn.Module, loss: KDLoss | LinearKDLoss) 
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(model).__name__}")
-    if not isinstance(loss, (KDLoss, LinearKDLoss)):
-        raise TypeError(f"loss must be KDLoss or LinearKDLoss; got {type(loss).__name__}")
-    if loss.options.ignore_index != IGNORED:
-        raise ValueError(
-            "loss must have ignore_index=-100, since labels are shifted here and their ends "
-            f"ignored by that; got {loss.options.ignore_index}"
-        )
+    check_loss(loss, is_mean=False)
     shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
         raise ValueError(

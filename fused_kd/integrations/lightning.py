@@ -24,6 +24,7 @@ from .distilled import DistilledLM, logits_of
 from .distributed import divide_gradients
 from .frameworks import need
 from .heads import IGNORED, check_head, head_of, headless, shifted
+from .parts import check_loss
 
 if find_spec("lightning") is None and find_spec("pytorch_lightning") is not None:
     import pytorch_lightning as pl
@@ -65,11 +66,7 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         optimizer: Callable[[Iterable[nn.Parameter]], Any],
     ) -> None:
         super().__init__(student, teacher, loss)
-        if self.loss.options.reduction != "mean":
-            raise ValueError(
-                "loss must have reduction='mean', which is made exact over an update; "
-                f"got {self.loss.options.reduction!r}"
-            )
+        check_loss(self.loss, is_mean=True)
         self.student.train()  # from_pretrained gives evaluation mode, which Lightning keeps
         self.make_optimizer = optimizer
         self._sums: dict[str, Tensor] = {}

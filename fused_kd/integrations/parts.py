@@ -1,4 +1,4 @@
-"""One call for both levels: what two models gave, and the loss between them."""
+"""One call for both levels: the loss between what two models gave, and what it must be."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from ..functional import KDLossParts, kd_loss_with
 from ..linear.functional import linear_kd_loss_with
 from ..modules import KDLoss, LinearKDLoss
+from .heads import IGNORED
 
 
 def parts_of(
     loss: KDLoss | LinearKDLoss,
     student: Tensor,  # (B, S, V) logits, or (B, S, H_s) hidden states
     teacher: Tensor,  # (B, S, V), or (B, S, H_t)
-    labels: Tensor,  # (B, S), aligned
+    labels: Tensor | None,  # (B, S), aligned
     num_items: float | Tensor | None,
     heads: tuple[nn.Linear, nn.Linear] | None = None,
 ) -> KDLossParts:
@@ -41,3 +42,28 @@ def parts_of(
         )  # fmt: skip
     assert isinstance(parts, KDLossParts)
     return parts
+
+
+def check_loss(loss: KDLoss | LinearKDLoss, *, is_mean: bool) -> None:
+    """Refuses a loss that does not fit labels that are shifted for it.
+
+    Args:
+        loss: what a user gives.
+        is_mean: whether its denominator is counted for it, so that it must be a mean.
+
+    Raises:
+        TypeError: neither KDLoss nor LinearKDLoss.
+        ValueError: another ignore_index than -100; another reduction than "mean".
+    """
+    if not isinstance(loss, (KDLoss, LinearKDLoss)):
+        raise TypeError(f"loss must be KDLoss or LinearKDLoss; got {type(loss).__name__}")
+    if loss.options.ignore_index != IGNORED:
+        raise ValueError(
+            "loss must have ignore_index=-100, since labels are shifted here and their ends "
+            f"ignored by that; got {loss.options.ignore_index}"
+        )
+    if is_mean and loss.options.reduction != "mean":
+        raise ValueError(
+            "loss must have reduction='mean', whose denominator is counted for it; "
+            f"got {loss.options.reduction!r}"
+        )

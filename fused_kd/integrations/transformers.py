@@ -24,7 +24,6 @@ from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
 from .frameworks import need
 from .heads import (
-    IGNORED,
     check_head,
     check_vocabularies,
     head_of,
@@ -32,7 +31,7 @@ from .heads import (
     leave_out_head,
     shifted,
 )
-from .parts import parts_of
+from .parts import check_loss, parts_of
 
 need("transformers")
 from transformers import Trainer, TrainerCallback  # noqa: E402
@@ -48,6 +47,12 @@ class _Seen:
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None  # in force when it came to its lm_head
+
+    def again(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The same autocast: Trainer's mixed precision ends with the student's forward."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast)
 
 
 @dataclass
@@ -97,11 +102,10 @@ class DistillationLoss:
         self.loss = KDLoss() if loss is None else loss
         self.student, self.teacher = student, teacher
         self._check()
-        self.is_linear = isinstance(self.loss, LinearKDLoss)
         self.training_parts, self.evaluation_parts = _Parts(), _Parts()
         self._seen = _Seen()
         self._undo: list[Callable[[], None]] = []
-        if self.is_linear:
+        if isinstance(self.loss, LinearKDLoss):
             check_head(student)
             check_head(teacher)
             self._undo.append(leave_out_head(student, lambda: student.training))
@@ -125,7 +129,7 @@ class DistillationLoss:
             )
         targets = self._targets(labels, seen)
         given = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        with self._autocast(given.device, seen.autocast):
+        with seen.again(given.device):
             parts = self._parts(given, seen, targets, num_items_in_batch)
         kept = self.training_parts if self.student.training else self.evaluation_parts
         kept.add(parts, 1 if self.student.training else len(targets))
@@ -142,7 +146,7 @@ class DistillationLoss:
         self, given: Tensor, seen: _Seen, labels: Tensor, num_items: Tensor | int | None
     ) -> KDLossParts:
         """`given`: (B, S, V) logits; (B, S, H) hidden states where the head was left out."""
-        if not (self.is_linear and self.student.training):
+        if not (isinstance(self.loss, LinearKDLoss) and self.student.training):
             return parts_of(self.loss, given, self._teach(seen), labels, num_items)
         with headless(self.teacher):
             taught = self._teach(seen)
@@ -169,14 +173,6 @@ class DistillationLoss:
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them"
             )
         return shifted(labels)
-
-    def _autocast(
-        self, device: torch.device, dtype: torch.dtype | None
-    ) -> contextlib.AbstractContextManager[Any]:
-        """As the student had it: Trainer's mixed precision ends with the student's forward."""
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype)
 
     # ----------------------------------------------------------------------------- at the start
 
@@ -205,8 +201,7 @@ class DistillationLoss:
                     f"{name} must be a causal language model of transformers; got "
                     f"{'None' if model is None else type(model).__name__}"
                 )
-        if not isinstance(self.loss, (KDLoss, LinearKDLoss)):
-            raise TypeError(f"loss must be KDLoss or LinearKDLoss; got {type(self.loss).__name__}")
+        check_loss(self.loss, is_mean=True)
         if getattr(self.student.config, "is_encoder_decoder", False):
             raise ValueError("student must be a causal language model; got an encoder-decoder")
         if self.teacher is self.student:
@@ -214,12 +209,6 @@ class DistillationLoss:
         if self.teacher.training:
             raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
         check_vocabularies(self.student, self.teacher)
-        options = self.loss.options
-        if options.reduction != "mean" or options.ignore_index != IGNORED:
-            raise ValueError(
-                "loss must have reduction='mean' and ignore_index=-100, as the Trainer counts "
-                f"tokens; got {options.reduction!r} and {options.ignore_index}"
-            )
 
 
 class KDTrainer(Trainer):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...modules import KDLoss, LinearKDLoss
 from ..heads import IGNORED, check_head, head_of, headless
 from ..liger import LigerFusedLinearJSDLoss
+from ..parts import parts_of
 from ..probabilities import denominator
 from .trainers import as_tensor, check_arguments, check_inherited, class_of, models_of
 
@@ -117,11 +118,8 @@ class _Linear:
         num_items = _num_items(student_logits, labels, vocabulary, reduction, num_items_in_batch)
         loss = LinearKDLoss.like("trl", beta=beta, temperature=temperature, **self.options)
         with self.trainer.accelerator.autocast():  # the models' own ended with their forward
-            parts = loss(
-                student_logits, student.weight, teacher_logits, teacher.weight, labels,
-                student_bias=student.bias, teacher_bias=teacher.bias, num_items=num_items,
-            )  # fmt: skip
-        return as_tensor(parts)
+            heads = student, teacher
+            return parts_of(loss, student_logits, teacher_logits, labels, num_items, heads).loss
 
 
 def _num_items(
