@@ -80,7 +80,7 @@ def test_rows_do_not_depend_on_the_height_of_a_chunk(dtype: torch.dtype) -> None
             assert distance(mine, theirs) <= 2 * torch.finfo(dtype).eps
 
 
-def test_the_weight_gradient_does_not_lose_digits_with_the_number_of_chunks() -> None:
+def test_the_weight_gradient_is_as_exact_in_many_chunks_R_47() -> None:
     heads = make_heads(rows=512, dtype=torch.bfloat16)
     exact = truth(heads).weight
     one, many = (distance(ours(heads, chunk_rows=c).weight, exact) for c in (512, 2))
@@ -173,6 +173,26 @@ def test_rows_that_lie_apart_are_not_copied_together() -> None:
         got = linear_kd_loss(hidden, heads.weight, labels=labels, chunk_rows=7, **given)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], expected)
+
+
+def test_rows_at_an_offset_of_2_to_the_31_R_13() -> None:
+    """Address space, of which two rows of each model are touched."""
+    heads = make_heads(rows=2, dtype=torch.bfloat16)
+    want = ours(heads)
+
+    def far(x: torch.Tensor) -> torch.Tensor:
+        memory = torch.empty(2**31 + 4096, dtype=x.dtype)
+        view = memory.as_strided(x.shape, (2**31, 1)).copy_(x.detach())
+        return view.requires_grad_(x.requires_grad)
+
+    placed = heads._replace(hidden=far(heads.hidden), teacher_hidden=far(heads.teacher_hidden))
+    loss = linear_kd_loss(
+        placed.hidden, heads.weight, *placed.teacher, heads.labels, student_bias=heads.bias
+    )
+    assert torch.equal(loss.detach(), want.loss)
+    student = (placed.hidden, heads.weight)
+    for got, expected in zip(torch.autograd.grad(loss, student), want[1:3], strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_any_strides() -> None:

@@ -175,6 +175,29 @@ def test_autocast_rounds_the_operands_and_nothing_else(dtype: torch.dtype) -> No
         assert distance(mine, theirs) < (2e-3 if native else 1e-6)
 
 
+@pytest.mark.parametrize("enabled", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("parameters", DTYPES)
+def test_autocast_of_any_parameters_R_46(
+    parameters: torch.dtype, bias: bool, enabled: torch.dtype
+) -> None:
+    """Liger#305, #336: addmm was given two dtypes without bias, or with float32 master weights."""
+    heads, hidden = make_heads(dtype=parameters), make_heads().hidden
+    student = [hidden, heads.weight, *([heads.bias] if bias else [])]
+    with torch.autocast("cpu", enabled):
+        loss = linear_kd_loss(
+            *student[:2], *heads.teacher, heads.labels, student_bias=heads.bias if bias else None
+        )
+        logits = F.linear(*student).float(), F.linear(*heads.teacher).float()
+    want = kd_loss(*logits, heads.labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want, rtol=2e-2, atol=0)
+    eager = torch.autograd.grad(want, student)
+    for x, got, expected in zip(student, torch.autograd.grad(loss, student), eager, strict=True):
+        assert got.dtype == x.dtype
+        assert distance(got, expected) < 3e-2
+
+
 def test_autocast_takes_what_would_not_match_without_it() -> None:
     heads = make_heads()
     hidden = heads.hidden.detach().bfloat16().requires_grad_()

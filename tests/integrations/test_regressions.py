@@ -1,0 +1,227 @@
+"""What goes wrong in other projects' glue must not in ours: a test each, over every adapter.
+
+Numbers as in the names of the other tests: P01 axolotl, P02 axolotl#3660, P03 TRL#5731, P04
+TRL#6629, P09 TRL#3043, P49 FLA, and the shift of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from needs import need
+from torch import Tensor, nn
+
+need("transformers")
+need("trl")
+import transformers  # noqa: E402
+
+from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd.integrations import (  # noqa: E402
+    automodel,
+    distillkit,
+    liger,
+    model_optimizer,
+    torchtune,
+)
+from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
+from fused_kd.integrations.trl import generalized_jsd_loss  # noqa: E402
+
+N, V, T = 7, 19, 2.0
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def on_logits(fused_linear: nn.Module) -> Loss:
+    """Logits are hidden states under the head that is the identity."""
+    return lambda s, t, y: fused_linear(
+        s, torch.eye(V, dtype=s.dtype), t, torch.eye(V, dtype=t.dtype), y
+    )
+
+
+def _kl_of_probabilities(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    loss = liger.LigerFusedLinearKLDivLoss(temperature=T)
+    return loss(s, torch.eye(V, dtype=s.dtype), (t / T).softmax(-1), y)
+
+
+def _distillkit(kind: Any) -> Loss:
+    def loss(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        outputs, signal = SimpleNamespace(logits=s), SimpleNamespace(logits=t)
+        return kind(T)(outputs, signal, mask=(y != -100).to(s.dtype))
+
+    return loss
+
+
+def _chunks(kind: Any) -> Loss:
+    return lambda s, t, y: kind(2)([*s[None].chunk(2, 1)], [*t[None].chunk(2, 1)], y[None])
+
+
+ONLY_SOFT = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
+#: Every adapter that has a soft term, without a hard one.
+SOFT: dict[str, Loss] = {
+    "liger fused linear jsd loss": on_logits(
+        liger.LigerFusedLinearJSDLoss(**ONLY_SOFT, temperature=T)
+    ),
+    "liger fused linear jsd": on_logits(liger.LigerFusedLinearJSD(temperature=T)),
+    "liger fused linear kl": _kl_of_probabilities,
+    "liger jsd": lambda s, t, y: liger.LigerJSD()(s.log_softmax(-1), t.log_softmax(-1), y),
+    "trl": lambda s, t, y: generalized_jsd_loss(s[None], t[None], y[None], temperature=T),
+    "torchtune forward": torchtune.ForwardKLLoss(),
+    "torchtune reverse": torchtune.ReverseKLLoss(),
+    "torchtune symmetric": torchtune.SymmetricKLLoss(),
+    "torchtune forward, chunks": _chunks(torchtune.ForwardKLWithChunkedOutputLoss),
+    "torchtune reverse, chunks": _chunks(torchtune.ReverseKLWithChunkedOutputLoss),
+    "torchtune symmetric, chunks": _chunks(torchtune.SymmetricKLWithChunkedOutputLoss),
+    "model optimizer": lambda s, t, y: model_optimizer.LogitsDistillationLoss(T)(s, t),
+    "automodel": automodel.KDLoss(temperature=T),
+    "distillkit kl": _distillkit(distillkit.KLDLoss),
+    "distillkit jsd": _distillkit(distillkit.JSDLoss),
+}
+#: How much of the teacher's entropy is in the value: torchtune's forward KL is a cross-entropy.
+ENTROPY = {"torchtune forward": 1.0, "torchtune symmetric": 0.5}
+EVERY = pytest.mark.parametrize("name", SOFT)
+
+
+def logits(rows: int = N, seed: int = 0) -> Tensor:
+    """float64, of a few units."""
+    draw = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(rows, V, dtype=torch.float64, generator=draw)
+
+
+def value_and_gradient(loss: Loss, s: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = s.clone().requires_grad_()
+    value = loss(leaf, t, y)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+@EVERY
+def test_equal_models_have_nothing_to_learn_P03(name: str) -> None:
+    """TRL#5731: half of the loss was a cross-entropy that nobody had asked for."""
+    s, y = logits(), torch.arange(N)
+    value, gradient = value_and_gradient(SOFT[name], s, s.clone(), y)
+    if share := ENTROPY.get(name.partition(",")[0]):
+        value = value + share * (s.softmax(-1) * s.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(
+        value.double(), torch.zeros((), dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    assert gradient.abs().max() < 1e-12
+
+
+@EVERY
+def test_rows_that_do_not_count_change_nothing_P49(name: str) -> None:
+    """FLA divides by the padding too; so does Model Optimizer, which has no labels, also here."""
+    s, t, y = logits(), logits(seed=1), torch.arange(N)
+    want = value_and_gradient(SOFT[name], s, t, y)
+    longer = [torch.cat([x, logits(3, seed=2)]) for x in (s, t)]
+    got = value_and_gradient(SOFT[name], *longer, F.pad(y, (0, 3), value=-100))
+    if name == "model optimizer":
+        longer[0][N:] = longer[1][N:]  # rows that lose nothing
+        value = value_and_gradient(SOFT[name], *longer, y)[0]
+        torch.testing.assert_close(value, want[0] * N / (N + 3))
+        return
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1][:N], want[1])
+    assert not got[1][N:].any()
+
+
+@EVERY
+def test_the_gradient_is_that_of_the_value_P01(name: str) -> None:
+    """axolotl multiplied the loss by T² after its gradients had been taken."""
+    s, t, y = logits(), logits(seed=1), torch.arange(N)
+    direction, step = logits(seed=2), 1e-5
+    _, gradient = value_and_gradient(SOFT[name], s, t, y)
+    ahead, behind = (SOFT[name](s + h * direction, t, y) for h in (step, -step))
+    slope = (ahead - behind) / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_beta_weighs_the_teacher_P09(beta: float) -> None:
+    """TRL#3043; both models are far apart, so the other orientation is another number."""
+    s, t, y = logits(), logits(seed=1), torch.arange(N)
+    p, q = ((x / T).softmax(-1) for x in (s, t))
+    m = (1 - beta) * p + beta * q
+    want = beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+    for loss in (
+        on_logits(liger.LigerFusedLinearJSDLoss(**ONLY_SOFT, beta=beta, temperature=T)),
+        on_logits(liger.LigerFusedLinearJSD(beta, temperature=T)),
+        lambda s, t, y: liger.LigerJSD(beta)((s / T).log_softmax(-1), (t / T).log_softmax(-1), y),
+        lambda s, t, y: generalized_jsd_loss(s[None], t[None], y[None], beta, T),
+    ):
+        torch.testing.assert_close(loss(s, t, y), want.mean())
+
+
+def hugging_face(student: nn.Module, teacher: nn.Module, loss: Any, batch: Any) -> list[Tensor]:
+    """The loss of a batch by the adapters that shift its labels."""
+    batch = dict(batch)
+    with_trainer = DistillationLoss(student.train(), teacher, loss)
+    labels = batch.pop("labels")
+    found = with_trainer(student(**batch), labels)
+    with_trainer.remove()
+    return [found, DistilledLM(student, teacher, loss)(labels=labels, **batch)]
+
+
+@pytest.mark.parametrize("loss", [KDLoss(), LinearKDLoss()], ids=["logits", "linear"])
+def test_each_token_learns_the_next_one(loss: Any) -> None:
+    """The shift, by hand; and what stands first is nobody's label."""
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    batch = tiny.padded(tiny.ragged(3))
+    changed = {**batch, "labels": batch["labels"].clone()}
+    changed["labels"][:, 0] = 5
+    s, t = (
+        model(batch["input_ids"], batch["attention_mask"]).logits for model in (student, teacher)
+    )
+    labels = batch["labels"][:, 1:]
+    p, q = (x[:, :-1][labels != -100].double().log_softmax(-1) for x in (s, t))
+    hard = -p.gather(-1, labels[labels != -100][:, None]).mean()
+    want = 0.5 * hard + 0.5 * (q.exp() * (q - p)).sum(-1).mean()
+    for given in (batch, changed):
+        for found in hugging_face(student, teacher, loss, given):
+            torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+
+
+def test_a_soft_cap_is_never_dropped_P04() -> None:
+    """TRL#6629: the fused path read lm_head.weight and nothing else."""
+    made = [
+        tiny.build(transformers.Gemma2ForCausalLM, transformers.Gemma2Config, seed,
+                   final_logit_softcapping=cap)
+        for cap in (0.5, None) for seed in (0, 1)
+    ]  # fmt: skip
+    batch = tiny.padded(tiny.ragged(3))
+    capped, free = (hugging_face(*pair, KDLoss(), batch) for pair in (made[:2], made[2:]))
+    for a, b in zip(capped, free, strict=True):
+        assert abs(a - b) > 0.1  # the logits level sees it
+    for a, b in zip(hugging_face(*made[2:], LinearKDLoss(), batch), free, strict=True):
+        torch.testing.assert_close(a, b)
+    for student, teacher in ((made[0], made[3]), (made[2], made[1])):
+        for kind in (DistillationLoss, DistilledLM):
+            with pytest.raises(ValueError, match="soft-capping"):
+                kind(student, teacher, LinearKDLoss())
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.25, 0.0), (0.5, 0.5)])
+def test_the_hard_term_has_its_gradient_P02(weights: tuple[float, float]) -> None:
+    """axolotl#3660: a cross-entropy alone was shown, and had no gradient."""
+    hard, soft = weights
+    s, t, y = logits(), logits(seed=1), torch.arange(N)
+    want = value_and_gradient(lambda s, t, y: hard * F.cross_entropy(s, y), s, t, y)[1]
+    if soft:
+        both = SOFT["liger fused linear jsd loss"]
+        want = want + soft * value_and_gradient(both, s, t, y)[1]
+    loss = liger.LigerFusedLinearJSDLoss(hard, soft, temperature=T)
+    torch.testing.assert_close(value_and_gradient(on_logits(loss), s, t, y)[1], want)
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    batch = tiny.padded(tiny.ragged(3))
+    for kind in (KDLoss, LinearKDLoss):
+        chosen = kind(hard_weight=hard, soft_weight=0.0)
+        for found in hugging_face(student, teacher, chosen, batch):
+            got = torch.autograd.grad(found, student.lm_head.weight)[0]
+            own = hard * student(**batch).loss
+            torch.testing.assert_close(
+                got, torch.autograd.grad(own, student.lm_head.weight)[0], rtol=1e-4, atol=1e-7
+            )
