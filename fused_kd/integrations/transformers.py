@@ -59,14 +59,13 @@ class _Seen:
 class _Parts:
     """Sums since they were logged last; on the device, so that nothing waits for them."""
 
-    hard: Tensor | float = 0.0
-    soft: Tensor | float = 0.0
-    weight: int = 0
+    sums: Tensor | None = None  # (2,): hard, soft
+    count: int = 0
 
-    def add(self, parts: KDLossParts, weight: int) -> None:
-        self.hard = self.hard + weight * parts.hard
-        self.soft = self.soft + weight * parts.soft
-        self.weight += weight
+    def add(self, parts: Tensor) -> None:  # (..., 2)
+        rows = parts.reshape(-1, 2)
+        self.sums = rows.sum(0) + (0 if self.sums is None else self.sums)
+        self.count += len(rows)
 
 
 class DistillationLoss:
@@ -102,7 +101,9 @@ class DistillationLoss:
         self.loss = KDLoss() if loss is None else loss
         self.student, self.teacher = student, teacher
         self._check()
-        self.training_parts, self.evaluation_parts = _Parts(), _Parts()
+        self.training_parts = _Parts()
+        self.evaluated: Tensor | None = None  # (2,): hard and soft loss of the last batch
+        self.has_num_items = False  # whether the Trainer counted tokens for the last loss
         self._seen = _Seen()
         self._undo: list[Callable[[], None]] = []
         if isinstance(self.loss, LinearKDLoss):
@@ -122,6 +123,7 @@ class DistillationLoss:
             num_items_in_batch: kept tokens of the whole update; None: of this batch.
         """
         seen, self._seen = self._seen, _Seen()
+        self.has_num_items = num_items_in_batch is not None
         if not seen.arguments and not seen.keywords:
             raise RuntimeError(
                 "the student that this DistillationLoss was given has not been called: give it the "
@@ -131,8 +133,11 @@ class DistillationLoss:
         given = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         with seen.again(given.device):
             parts = self._parts(given, seen, targets, num_items_in_batch)
-        kept = self.training_parts if self.student.training else self.evaluation_parts
-        kept.add(parts, 1 if self.student.training else len(targets))
+        both = torch.stack([parts.hard, parts.soft])
+        if self.student.training:
+            self.training_parts.add(both)
+        else:
+            self.evaluated = both
         return parts.loss
 
     def remove(self) -> None:
@@ -263,32 +268,51 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: Trainer, loss: DistillationLoss) -> None:
         self._trainer, self._loss, self._log, self._last = trainer, loss, trainer.log, 0
+        self._evaluation = _Parts()
         trainer.log = self._log_with_parts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Counts from here: a resumed training does not begin with step 0."""
         self._last, self._loss.training_parts = state.global_step, _Parts()
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Adds a batch of all processes, each row once, as Trainer.evaluation_loop does."""
+        parts, self._loss.evaluated = self._loss.evaluated, None
+        if parts is not None:
+            rows = self._scale() * parts.repeat(args.eval_batch_size, 1)
+            self._evaluation.add(self._trainer.accelerator.gather_for_metrics(rows))
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **unused: Any) -> None:
+        """Trainer.predict logs nothing, and is no part of the next evaluation."""
+        self._evaluation = _Parts()
+
     def _log_with_parts(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        trainer, loss = self._trainer, self._loss
         if "loss" in logs:
-            steps, self._last = trainer.state.global_step - self._last, trainer.state.global_step
-            parts, loss.training_parts = loss.training_parts, _Parts()
-            logs.update(_means(trainer, parts, steps, ""))
+            step = self._trainer.state.global_step
+            logs.update(self._training_means(step - self._last))
+            self._last = step
         elif "eval_loss" in logs:
-            parts, loss.evaluation_parts = loss.evaluation_parts, _Parts()
-            logs.update(_means(trainer, parts, parts.weight, "eval_"))
+            parts, self._evaluation = self._evaluation, _Parts()
+            if parts.sums is not None:
+                logs.update(_named(parts.sums / parts.count, "eval_"))
         self._log(logs, *arguments, **keywords)
 
+    def _training_means(self, steps: int) -> dict[str, float]:
+        """Over the steps and all processes."""
+        parts, self._loss.training_parts = self._loss.training_parts, _Parts()
+        if steps <= 0 or parts.sums is None:
+            return {}
+        means = self._trainer.accelerator.reduce(parts.sums / steps, "mean")
+        return _named(self._scale() * means, "")
 
-def _means(trainer: Trainer, parts: _Parts, count: int, prefix: str) -> dict[str, float]:
-    """Over `count` and all processes, scaled as Trainer.compute_loss scales the loss."""
-    if count <= 0 or not isinstance(parts.hard, Tensor) or not isinstance(parts.soft, Tensor):
-        return {}
-    both = torch.stack([parts.hard, parts.soft]) / count
-    if trainer.args.world_size > 1:
-        both = trainer.accelerator.reduce(both, "mean")
-        if trainer.args.average_tokens_across_devices:
-            both = both * trainer.accelerator.num_processes
-    hard, soft = both.tolist()
+    def _scale(self) -> int:
+        """What Trainer.compute_loss multiplies a loss by that was divided by a count of tokens."""
+        accelerator, args = self._trainer.accelerator, self._trainer.args
+        is_scaled = args.average_tokens_across_devices and self._loss.has_num_items
+        return int(accelerator.num_processes) if is_scaled else 1
+
+
+def _named(parts: Tensor, prefix: str) -> dict[str, float]:
+    """For a log."""
+    hard, soft = parts.tolist()
     return {f"{prefix}hard_loss": hard, f"{prefix}soft_loss": soft}

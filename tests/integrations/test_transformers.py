@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import tiny
 import torch
 from needs import need
+from processes import failures
 from torch import Tensor, nn
 
 need("transformers")
@@ -27,6 +31,7 @@ from fused_kd.testing import eager_kd_loss  # noqa: E402
 
 OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
 LOSSES = [KDLoss(**OPTIONS), KDLoss(**OPTIONS, inplace=True), LinearKDLoss(**OPTIONS)]
+KEYS = ("loss", "hard_loss", "soft_loss")
 BOTH = pytest.mark.parametrize("loss", LOSSES, ids=["logits", "in-place", "linear"])
 
 
@@ -101,7 +106,7 @@ def test_an_update_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, loss:
     whole = _trained(tmp_path, loss)
     cut = _trained(tmp_path, loss, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert tiny.largest_difference(whole.model, cut.model) < 1e-6
-    for key in ("loss", "hard_loss", "soft_loss"):
+    for key in KEYS:
         assert _logged(cut, key) == pytest.approx(_logged(whole, key), rel=1e-5)
 
 
@@ -215,7 +220,7 @@ def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     assert tiny.largest_difference(trainer.model, whole.model) < 1e-7
-    for key in ("loss", "hard_loss", "soft_loss"):
+    for key in KEYS:
         assert _logged(trainer, key) == pytest.approx(_logged(whole, key), rel=1e-5)
     saved = list((tmp_path / "cut" / "checkpoint-2").glob("*.safetensors"))
     assert sum(file.stat().st_size for file in saved) < 2 * 4 * sum(
@@ -269,6 +274,42 @@ def test_absent_labels_and_a_teacher_that_trains_are_named(tmp_path: Path) -> No
         log_parts(Trainer(tiny.llama(0), _settings(tmp_path)))
     with pytest.raises(ValueError, match="compute_loss_func is what KDTrainer"):
         KDTrainer(tiny.llama(0), teacher=teacher, compute_loss_func=loss)
+
+
+def _on_two_ranks(which: int) -> None:
+    """Two ranks of 2 rows are one of 4, whatever the tokens of each; rank 0 logs for all."""
+    folder = Path(os.environ["FUSED_KD_TEST_FOLDER"])
+    trainer = _trained(folder, LOSSES[which], per_device_train_batch_size=2)
+    expected = torch.load(folder / f"alone{which}.pt", weights_only=True)
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(weight, expected["weights"][name], rtol=0, atol=1e-6)
+    if trainer.is_world_process_zero():
+        for key in KEYS:
+            assert _logged(trainer, key) == pytest.approx(expected[key], rel=1e-5), key
+    _parts_of_the_evaluation(trainer)
+
+
+def _parts_of_the_evaluation(trainer: KDTrainer) -> None:
+    """As Trainer counts the loss: what fills up the last batch of the ranks does not."""
+    for _ in range(2):
+        trainer.predict(tiny.ragged(5, seed=2))
+        found = trainer.evaluate()
+        parts = 0.3 * found["eval_hard_loss"] + 0.7 * found["eval_soft_loss"]
+        assert parts == pytest.approx(found["eval_loss"], rel=1e-5)
+
+
+def test_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock Trainer's own DistributedDataParallel, at every level."""
+    monkeypatch.setenv("FUSED_KD_TEST_FOLDER", str(tmp_path))
+    for which, loss in enumerate(LOSSES):
+        alone = _trained(tmp_path, loss)
+        _parts_of_the_evaluation(alone)
+        logs = {key: _logged(alone, key) for key in KEYS}
+        torch.save({"weights": alone.model.state_dict(), **logs}, tmp_path / f"alone{which}.pt")
+    checks: dict[str, Callable[[], None]] = {
+        f"loss {which}": partial(_on_two_ranks, which) for which in range(len(LOSSES))
+    }
+    assert not (wrong := failures(checks, 2, tmp_path)), "\n".join(wrong)
 
 
 def test_labels_that_are_shifted_already_are_taken_as_they_are() -> None:
