@@ -1,7 +1,8 @@
-"""``python -m examples [NAME ...] [--steps N]``: every example, then docs/integrations.md's table.
+"""``python -m examples [NAME ...] [--steps N]``: every example, beside the framework's own loss.
 
 Each runs in a process of its own; what it measured is a line of out/examples/results.jsonl. With
-``--write`` the table of the committed results, examples/results.jsonl, is made from them.
+``--write`` the lines become those of examples/results.jsonl, whose other lines stay, and the table
+and the picture of docs/integrations.md are made from that.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import between_markers, markers
+from examples import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "integrations"
 MEASURED, COMMITTED = Path("out/examples/results.jsonl"), Path("examples/results.jsonl")
-DOCUMENT = Path("docs/integrations.md")
+DOCUMENT, PICTURE = Path("docs/integrations.md"), Path("docs/integrations.svg")
 #: Name of a module here, and the framework that it needs.
 EXAMPLES = {
     "transformers_trainer": "transformers",
@@ -44,12 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown example {unknown[0]!r}; there are {' '.join(EXAMPLES)}")
     if options.steps < 1:
         parser.error(f"--steps must be at least 1; got {options.steps}")
-    if options.write and not options.names:
-        MEASURED.unlink(missing_ok=True)
+    MEASURED.unlink(missing_ok=True)
     failed = [name for name in options.names or EXAMPLES if not _run(name, options.steps)]
     if options.write and not failed:
-        COMMITTED.write_text(MEASURED.read_text())
-        DOCUMENT.write_text(between_markers(DOCUMENT.read_text(), table(_lines()), NAME))
+        write()
     for name in failed:
         print(f"FAILED {name}")
     return 1 if failed else 0
@@ -63,10 +63,20 @@ def _run(name: str, steps: int) -> bool:
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
-def _lines() -> list[dict[str, Any]]:
-    """The last word on each."""
-    found = [json.loads(line) for line in (ROOT / COMMITTED).read_text().splitlines()]
-    return list({line["name"]: line for line in found}.values())
+def write() -> None:
+    """Merges what was measured into what is committed, and makes the document from that."""
+    lines = _lines(COMMITTED) | _lines(MEASURED)
+    (ROOT / COMMITTED).write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    document = ROOT / DOCUMENT
+    document.write_text(between_markers(document.read_text(), table([*lines.values()]), NAME))
+    (ROOT / PICTURE).write_text(picture.curves([*lines.values()]))
+
+
+def _lines(file: Path) -> dict[str, dict[str, Any]]:
+    """By the name of the comparison."""
+    path = ROOT / file
+    found = path.read_text().splitlines() if path.exists() else []
+    return {line["name"]: line for line in map(json.loads, found)}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -92,10 +102,11 @@ def _mebibytes(size: int | None) -> str:
 
 
 def document_is_right() -> bool:
-    """Whether the table is that of the committed results."""
-    begin, end = markers(NAME)
+    """Whether table and picture are those of the committed results."""
+    (begin, end), lines = markers(NAME), [*_lines(COMMITTED).values()]
     text = (ROOT / DOCUMENT).read_text()
-    return f"{begin}\n{table(_lines())}\n{end}" in text
+    is_there = f"{begin}\n{table(lines)}\n{end}" in text
+    return is_there and picture.digest(lines) in (ROOT / PICTURE).read_text()
 
 
 if __name__ == "__main__":

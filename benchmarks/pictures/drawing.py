@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from ..records import Report
 from . import style
 from .suites import Panel, SuitePictures
 
-#: Stands in a published picture before the digest of the figures that it shows.
-DIGEST = "digest of the data"
 #: What marks of the panels mean.
 MARKS = "†: computes something else"
 #: Inches of a panel with its names; of the heading and the small print, together.
@@ -35,20 +32,11 @@ class Picture:
 
     def save(self, path: Path) -> Path:
         """In the format of the suffix; the same figures give the same bytes."""
-        path.write_bytes(self._bytes(path.suffix[1:]))
+        path.write_bytes(style.rendered(self.figure, path.suffix[1:]))
         return path
 
     def svg(self) -> str:
-        return self._bytes("svg").decode()
-
-    def _bytes(self, format_: str) -> bytes:
-        import matplotlib
-
-        buffer = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if format_ == "svg" else {"Software": None}
-        with matplotlib.rc_context(style.SETTINGS):
-            self.figure.savefig(buffer, format=format_, dpi=110, metadata=metadata)
-        return buffer.getvalue()
+        return style.svg(self.figure)
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -95,8 +83,7 @@ def published(report: Report, chosen: Mapping[str, tuple[Sequence[Case], Sequenc
         panels[f"Memory: {what}"] = one.peaks(cases, "v")
     title = "Distillation loss, forward + backward, by vocabulary"
     made = _figure(title, panels, report.environment)
-    text = Picture("benchmarks", "", title, made).svg()
-    return text.replace("<svg ", f"<!-- {DIGEST}: {digest_of(report, chosen)} -->\n<svg ", 1)
+    return style.svg(made, digest_of(report, chosen))
 
 
 def digest_of(report: Report, chosen: Mapping[str, tuple[Sequence[Case], Sequence[str]]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,23 @@ def need_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
+
+
+def rendered(figure: Any, format_: str) -> bytes:
+    """The file of a figure of matplotlib; the same figure gives the same bytes."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if format_ == "svg" else {"Software": None}
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(buffer, format=format_, dpi=110, metadata=metadata)
+    return buffer.getvalue()
+
+
+def svg(figure: Any, digest: str = "") -> str:
+    """As a text; with the digest of the data that it shows, for a check without matplotlib."""
+    text = rendered(figure, "svg").decode()
+    return text.replace("<svg ", f"<!-- digest of the data: {digest} -->\n<svg ", digest != "")
 
 
 @dataclass(frozen=True)
