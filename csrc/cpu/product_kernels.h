@@ -26,8 +26,8 @@ constexpr int VECTORS = COLUMNS / LANES;
 
 // A panel of B (STEPS x COLUMNS) stays in the first-level cache while A's block passes, A's block
 // (LARGE x STEPS) in the second-level one while SMALL columns of B after the other are packed and
-// multiplied, and the part of C (LARGE x WIDE) in the third between two blocks of K.
-constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1008 / SMALL * SMALL;
+// multiplied, and the part of C (LARGE x at most WIDE) in the third between two blocks of K.
+constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
 static_assert(LARGE % ROWS == 0, "a block is whole panels");
 
 constexpr int64_t block_size(int W, int64_t width) { return width / W * panel_size(W, STEPS); }
@@ -36,6 +36,7 @@ constexpr int64_t BYTES = (A_SIZE + B_SIZE) * int64_t(sizeof(float));
 static_assert(BYTES <= 1 << 20, "promised");
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct MultiplySingles {
   static constexpr int DEPTH = 1;
@@ -184,8 +185,8 @@ struct RegionProduct {
     const Place<float> to{p.c + m * p.c_stride + n, p.c_stride};
     Place<const float> from{to.data, to.stride};
     if (k == 0 && !p.accumulate) from = {p.bias ? p.bias + n : nullptr, 0};
-    const int64_t steps = (depth(k) + Step::DEPTH - 1) / Step::DEPTH;
-    const int64_t tiles = ((rows + ROWS - 1) / ROWS) * ((columns + COLUMNS - 1) / COLUMNS);
+    const int64_t steps = divided(depth(k), Step::DEPTH);
+    const int64_t tiles = divided(rows, ROWS) * divided(columns, COLUMNS);
     Ahead ahead(next, width(p.b.dtype), tiles);
     multiply_block<Step>(steps, a, b, from, to, rows, columns, ahead);
   }
@@ -209,9 +210,11 @@ struct RegionProduct {
   }
   void run(const Region& r) const {
     const int64_t end_m = r.row + r.rows, end_n = r.column + r.columns;
-    for (int64_t n = r.column; n < end_n; n += WIDE)
+    // A is packed once for each part of the columns: few of them, and none narrow
+    const int64_t wide = divided(divided(r.columns, divided(r.columns, WIDE)), SMALL) * SMALL;
+    for (int64_t n = r.column; n < end_n; n += wide)
       for (int64_t m = r.row; m < end_m; m += LARGE)
-        add_rows(m, least(LARGE, end_m - m), n, least(n + WIDE, end_n));
+        add_rows(m, least(LARGE, end_m - m), n, least(n + wide, end_n));
   }
 };
 

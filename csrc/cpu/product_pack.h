@@ -94,6 +94,22 @@ struct Singles {
 };
 
 #ifdef __AVX512BF16__
+// The 16 bits in the lower half of the vector, each followed by its counterpart in the upper half.
+FUSED_KD_INLINE Words interleaved(Words halves) {
+  typedef uint16_t Parts __attribute__((vector_size(sizeof(Words))));
+#define FUSED_KD_PAIR(i) i, i + LANES
+#define FUSED_KD_PAIRS                                                                          \
+  FUSED_KD_PAIR(0), FUSED_KD_PAIR(1), FUSED_KD_PAIR(2), FUSED_KD_PAIR(3), FUSED_KD_PAIR(4),     \
+      FUSED_KD_PAIR(5), FUSED_KD_PAIR(6), FUSED_KD_PAIR(7), FUSED_KD_PAIR(8), FUSED_KD_PAIR(9), \
+      FUSED_KD_PAIR(10), FUSED_KD_PAIR(11), FUSED_KD_PAIR(12), FUSED_KD_PAIR(13),               \
+      FUSED_KD_PAIR(14), FUSED_KD_PAIR(15)
+#ifdef __clang__
+  return (Words)__builtin_shufflevector((Parts)halves, (Parts)halves, FUSED_KD_PAIRS);
+#else
+  return (Words)__builtin_shuffle((Parts)halves, Parts{FUSED_KD_PAIRS});
+#endif
+}
+
 // Two bfloat16 per step, the first in the lower half.
 template <class T>
 struct Pairs {
@@ -108,9 +124,19 @@ struct Pairs {
   }
   // `stride` away lies the second of the pair, if `depth` has it.
   static FUSED_KD_INLINE Words across(const T* p, int64_t stride, int64_t depth, int64_t count) {
-    using One = Singles<T, Dtype::bf16>;
-    const Words first = One::along(p, count) >> 16;
-    return depth > 1 ? first | One::along(p + stride, count) : first;
+    T copy[LANES];
+    const T* q = complete<LANES>(p, count, copy);
+    if constexpr (std::is_same_v<T, Bf16>) {
+      const Words first = __builtin_convertvector(loaded<HalfWords>(q), Words);
+      if (depth == 1) return first;
+      q = complete<LANES>(p + stride, count, copy);
+      return first | __builtin_convertvector(loaded<HalfWords>(q), Words) << 16;
+    } else {
+      const Floats first = widened(q);
+      Floats second{};
+      if (depth > 1) second = widened(complete<LANES>(p + stride, count, copy));
+      return interleaved((Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+    }
   }
 };
 #endif
