@@ -36,7 +36,7 @@ EXAMPLES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the examples; returns how many failed."""
+    """Runs the examples; returns 1 if one failed, or if there is nothing to write."""
     parser = argparse.ArgumentParser(prog="python -m examples", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {' '.join(EXAMPLES)}")
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
@@ -46,9 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown example {unknown[0]!r}; there are {' '.join(EXAMPLES)}")
     if options.steps < 1:
         parser.error(f"--steps must be at least 1; got {options.steps}")
-    MEASURED.unlink(missing_ok=True)
+    (ROOT / MEASURED).unlink(missing_ok=True)
     failed = [name for name in options.names or EXAMPLES if not _run(name, options.steps)]
     if options.write and not failed:
+        if not (ROOT / MEASURED).exists():
+            print("nothing was measured: nothing is written")
+            return 1
         write()
     for name in failed:
         print(f"FAILED {name}")

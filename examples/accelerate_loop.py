@@ -20,7 +20,7 @@ from fused_kd.integrations.distributed import divide_gradients, global_num_items
 from fused_kd.integrations.heads import shifted
 from fused_kd.testing import eager_kd_loss
 
-TEMPERATURE, RATE, MICRO_BATCHES = 2.0, 0.1, 2
+TEMPERATURE, MICRO_BATCHES = 2.0, 2
 
 
 def loader(ids: list[Tensor]) -> DataLoader[dict[str, Tensor]]:
@@ -32,7 +32,7 @@ def loader(ids: list[Tensor]) -> DataLoader[dict[str, Tensor]]:
 def train_own(ids: list[Tensor], teacher: nn.Module, student: nn.Module) -> list[float]:
     """A mean of the micro-batches' means: the same, as long as they keep as many tokens."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
-    optimizer = torch.optim.SGD(student.parameters(), lr=RATE)
+    optimizer = torch.optim.SGD(student.parameters(), lr=common.RATE)
     model, optimizer, data = accelerator.prepare(student.train(), optimizer, loader(ids))
     losses = []
     for batch in data:
@@ -55,7 +55,7 @@ def train_ours(
     """Sums, divided by the number of kept tokens where the gradients are complete."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
     distilled = DistilledLM(student.train(), teacher, loss)
-    optimizer = torch.optim.SGD(student.parameters(), lr=RATE)
+    optimizer = torch.optim.SGD(student.parameters(), lr=common.RATE)
     model, optimizer, data = accelerator.prepare(distilled, optimizer, loader(ids))
     losses, seen = [], []
     for batch in data:

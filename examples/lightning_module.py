@@ -21,7 +21,7 @@ from fused_kd.integrations.lightning import KDModule
 from fused_kd.testing import eager_kd_loss
 
 TEMPERATURE = 2.0
-OPTIMIZER = partial(torch.optim.SGD, lr=0.1)
+OPTIMIZER = partial(torch.optim.SGD, lr=common.RATE)
 
 
 class EagerModule(pl.LightningModule):  # type: ignore[misc]

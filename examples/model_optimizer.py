@@ -18,10 +18,13 @@ HEADS = ("lm_head", "lm_head")  # of student and teacher: what their logits come
 def train(
     teacher: nn.Module, ids: list[Tensor], loss: nn.Module, student: nn.Module
 ) -> list[float]:
-    """A loop as in modelopt's documentation; the student is changed in place."""
+    """A loop as in modelopt's documentation; the student is changed in place.
+
+    "batchmean" is a sum over each sequence's tokens: rate and logged losses are those of a token.
+    """
     config = {"teacher_model": teacher, "criterion": {HEADS: loss}}
     model = mtd.convert(student, mode=[("kd_loss", config)])
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.5 / common.LENGTH)
+    optimizer = torch.optim.SGD(student.parameters(), lr=common.RATE / common.LENGTH)
     losses = []
     for batch in ids:
         model.train()
@@ -30,7 +33,7 @@ def train(
         step.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(step.item())
+        losses.append(step.item() / common.LENGTH)
     mtd.export(model)
     return losses
 

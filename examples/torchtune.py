@@ -42,7 +42,7 @@ def train(kd_loss: Any, teacher: Any, batches: list[Tensor], student: Any) -> li
     class_loss: Any = CEWithChunkedOutputLoss(chunks) if chunks else nn.CrossEntropyLoss()
     for model in (student, teacher):
         model.set_num_output_chunks(chunks)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(student.parameters(), lr=common.RATE)
     losses = []
     for ids in batches:
         logits, labels = student(ids), shifted(ids)

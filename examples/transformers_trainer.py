@@ -43,8 +43,8 @@ def train(make: partial[Trainer], ids: list[Tensor], student: nn.Module) -> list
     data = [{"input_ids": row, "labels": row} for batch in ids for row in batch]
     settings = TrainingArguments(
         output_dir="out/examples/trainer", per_device_train_batch_size=common.ROWS,
-        max_steps=len(ids), logging_steps=1, learning_rate=0.5, optim="sgd", save_strategy="no",
-        report_to="none", disable_tqdm=True, use_cpu=True,
+        max_steps=len(ids), logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True, **common.PLAIN,
     )  # fmt: skip
     trainer = make(student, settings, train_dataset=data)
     return common.logged(trainer)

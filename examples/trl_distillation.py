@@ -24,10 +24,9 @@ def train(teacher: nn.Module, ids: list[Tensor], change: Any, student: nn.Module
     """The trainer's own logged losses; `change` is applied to it before it trains."""
     arguments = DistillationConfig(
         output_dir="out/examples/trl", per_device_train_batch_size=ROWS, max_steps=len(ids),
-        max_completion_length=COMPLETION, beta=1.0, learning_rate=0.5, optim="sgd",
-        logging_steps=1, bf16=False,
+        max_completion_length=COMPLETION, beta=1.0, logging_steps=1, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=True, **common.PLAIN,
     )  # fmt: skip
     rows = [written(row[:PROMPT]) for batch in ids for row in batch]
     trainer = DistillationTrainer(

@@ -38,9 +38,8 @@ def train(teacher: nn.Module, ids: list[Tensor], change: Any, student: nn.Module
     """The trainer's own logged losses; `change` is applied to it before it trains."""
     arguments = GKDConfig(
         output_dir="out/examples/trl", per_device_train_batch_size=common.ROWS, max_steps=len(ids),
-        lmbda=0.0, beta=BETA, learning_rate=0.5, optim="sgd", logging_steps=1, bf16=False,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        use_cpu=True,
+        lmbda=0.0, beta=BETA, logging_steps=1, bf16=False, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, **common.PLAIN,
     )  # fmt: skip
     trainer = GKDTrainer(
         model=student, teacher_model=teacher, args=arguments, data_collator=collate,

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import INF, make_ignored
+from helpers import INF, make, make_ignored
 from torch import Tensor
 
 from fused_kd.integrations.automodel import KDLoss
@@ -63,8 +63,33 @@ def test_no_row_that_counts_P47() -> None:
     assert torch.count_nonzero(logits.grad) == 0
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_labels_only_mask_and_may_be_flat(ignore_index: int) -> None:
+    student, teacher, _ = make(2, 4)
+    labels = torch.tensor([[ignore_index, 1, 2, 3], [4, 5, 6, ignore_index]])
+    odd = labels.clone()
+    odd[0, 1], odd[0, 2] = -1, 10**6
+    loss = KDLoss(ignore_index)
+    want = KDLoss()(student, teacher, labels.where(labels != ignore_index, -100))
+    assert torch.equal(loss(student, teacher, labels), want)
+    assert torch.equal(loss(student, teacher, odd), want)
+    assert torch.equal(loss(student, teacher, labels.flatten()), want)
+    narrow = torch.full((2, 4), 156, dtype=torch.uint8)  # -100 in eight bits
+    every = loss(student, teacher, torch.ones(2, 4).long())
+    assert torch.equal(loss(student, teacher, narrow), every)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="tp_group must be None"):
         KDLoss(tp_group=object())
+    student, teacher, labels = make()
+    loss = KDLoss()
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor; got NoneType"):
+        loss(student, teacher, None)
+    with pytest.raises(ValueError, match=r"labels must have the leading shape .*; got \(5,\)"):
+        loss(student, teacher, labels[1:])
+    loss.tp_group = object()
+    with pytest.raises(ValueError, match="tp_group must be None"):
+        loss(student, teacher, labels)
     with pytest.raises(ValueError, match="temperature must be positive"):
         KDLoss(temperature=0.0)

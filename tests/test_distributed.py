@@ -38,6 +38,9 @@ def test_the_count_of_one_process() -> None:
     assert global_num_items(labels[1], ignore_index=7) == 2
     with pytest.raises(ValueError, match="labels must be given"):
         global_num_items()
+    for bad, found in ((None, "NoneType"), (torch.ones(2), r"torch\.float32")):
+        with pytest.raises(TypeError, match=f"labels must be tensors of integers; got {found}"):
+            global_num_items(bad)  # type: ignore[arg-type]
 
 
 def test_gradients_are_divided_in_place() -> None:
@@ -47,6 +50,14 @@ def test_gradients_are_divided_in_place() -> None:
     divide_gradients([with_one, without], torch.tensor(4.0, dtype=torch.float64))
     assert with_one.grad is before
     assert before.tolist() == [0.5, 1.5]
-    divide_gradients([with_one], torch.tensor(0.0, dtype=torch.float64))
-    assert before.tolist() == [0.0, 0.0]
+    divide_gradients([with_one], 2)
+    assert before.tolist() == [0.25, 0.75]
+    for nothing in (torch.tensor(0.0, dtype=torch.float64), 0):
+        before[0] = torch.inf
+        divide_gradients([with_one], nothing)
+        assert before.tolist() == [0.0, 0.0]
     assert without.grad is None
+    with pytest.raises(TypeError, match=r"num_items must be a number or a 0-d .*got NoneType"):
+        divide_gradients([with_one], None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"num_items must be a number or a 0-d .*got \(2,\)"):
+        divide_gradients([with_one], torch.ones(2))

@@ -17,6 +17,7 @@ from fused_kd.integrations.frameworks import FRAMEWORKS, Framework
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
+from examples import __main__ as examples  # noqa: E402
 from examples.__main__ import EXAMPLES, document_is_right  # noqa: E402
 
 
@@ -61,6 +62,18 @@ def test_every_integration_has_its_modules_example_and_page() -> None:
 
 def test_the_table_of_runs_is_that_of_the_committed_results() -> None:
     assert document_is_right(), "python -m examples --write"
+
+
+def test_without_a_framework_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(examples, "find_spec", lambda package: None)
+    monkeypatch.setattr(examples, "ROOT", tmp_path)
+    assert examples.main(["--write"]) == 1
+    out = capsys.readouterr().out
+    assert "left out: liger: liger_kernel is not installed" in out
+    assert out.endswith("nothing was measured: nothing is written\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_the_package_imports_no_framework() -> None:

@@ -229,6 +229,75 @@ def test_attributes_are_the_arguments_and_may_be_changed() -> None:
     assert torch.equal(loss(*arguments), want)
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_labels_that_only_mask_may_be_any_number(ignore_index: int) -> None:
+    heads: Any = make()
+    labels = torch.where(heads.labels == -100, ignore_index, heads.labels.clamp(min=1))
+    odd = labels.clone()
+    odd[1], odd[2] = -1, 67
+    student, teacher = heads[:2], heads.teacher
+    logits = F.linear(*student).detach()
+    arguments: dict[Any, tuple[Tensor, ...]] = {
+        liger.LigerFusedLinearJSD: (*student, *teacher),
+        liger.LigerFusedLinearKLDivLoss: (*student, F.linear(*teacher).softmax(-1)),
+        liger.LigerJSD: (logits.log_softmax(-1), F.linear(*teacher).log_softmax(-1)),
+    }
+    for kind, tensors in arguments.items():
+        loss = kind(ignore_index=ignore_index)
+        assert torch.equal(loss(*tensors, odd), kind()(*tensors, heads.labels)), kind
+    both = liger.LigerFusedLinearJSDLoss(0.0, 1.0, ignore_index=ignore_index)
+    want = liger.LigerFusedLinearJSDLoss(0.0, 1.0)(*student, *teacher, heads.labels)
+    assert torch.equal(both(*student, *teacher, odd), want)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 67\)"):
+        liger.LigerFusedLinearJSDLoss(ignore_index=ignore_index)(*student, *teacher, odd)
+
+
+def test_a_target_of_probabilities_is_checked_by_its_name() -> None:
+    heads: Any = make()
+    target, loss = probabilities(12, 67), liger.LigerFusedLinearKLDivLoss()
+
+    def refused(error: type[Exception], message: str, target: Any, labels: Any = None) -> None:
+        with pytest.raises(error, match=message):
+            loss(*heads[:2], target, labels)
+
+    refused(TypeError, r"^target must be a torch\.Tensor; got NoneType", None)
+    refused(TypeError, r"^target must be float32, .*; got torch\.int64", target.long())
+    refused(TypeError, r"^shift_labels must be a torch\.Tensor; got list", target, [1] * 12)
+    refused(ValueError, r"^target must have .* vocabulary, \(12, 67\); got \(12, 66\)",
+            target[:, 1:])  # fmt: skip
+    refused(ValueError, r"^target must not require grad", target.clone().requires_grad_())
+    negative = target.clone()
+    negative[0, 3] = -0.25
+    refused(ValueError, r"^target must hold probabilities, .*; got -0\.25: of logits", negative)
+    loss(*heads[:2], negative, heads.labels)  # that row does not count
+    log_q = torch.randn(12, 67).log_softmax(-1)
+    for log_target in (False, True):
+        kl = liger.LigerKLDIVLoss(log_target=log_target)
+        with pytest.raises(TypeError, match=r"^y_true must be a torch\.Tensor"):
+            kl(log_q, None)
+        with pytest.raises(ValueError, match=r"^y_true must have .*\(12, 67\); got \(12, 66\)"):
+            kl(log_q, target[:, 1:])
+        with pytest.raises(ValueError, match=r"^y_true must not require grad"):
+            kl(log_q, target.clone().requires_grad_())
+
+
+def test_options_are_refused_by_ligers_names() -> None:
+    heads: Any = make()
+    for size in (0, "many"):
+        with pytest.raises(ValueError, match=r"^chunk_size must be an int of at least 1; got"):
+            liger.LigerFusedLinearJSDLoss(chunk_size=size)
+    tensors = (*heads[:2], *heads.teacher, heads.labels)
+    for loss in (liger.LigerFusedLinearJSD, liger.LigerFusedLinearKLDivLoss):
+        with pytest.raises(TypeError, match=r"^accum_dtype must be None or a torch\.dtype"):
+            loss(accum_dtype="float32")
+    with pytest.raises(ValueError, match=r"^accum_dtype must be .* torch\.float32; got .*bfloat16"):
+        liger.LigerFusedLinearJSD(accum_dtype=torch.bfloat16)(*tensors)
+    with pytest.raises(ValueError, match=r"^accum_dtype must be .* torch\.float32; got .*bfloat16"):
+        liger.LigerFusedLinearKLDivLoss(accum_dtype=torch.bfloat16)(
+            *heads[:2], probabilities(12, 67)
+        )
+
+
 def test_refusals() -> None:
     for loss in CLASSES[:3]:
         with pytest.raises(ValueError, match="temperature must be positive"):
@@ -240,7 +309,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=r"beta must be in \(0, 1\) .*; got 1\.5"):
             loss(**{name: 1.5})
     heads: Any = make()
-    with pytest.raises(ValueError, match=r"of the probabilities, \(12,\); got \(11,\)"):
+    with pytest.raises(ValueError, match=r"labels must have .*, \(12,\); got \(11,\)"):
         CLASSES[2]()(*heads[:2], probabilities(12, 67), heads.labels[1:])
     larger = torch.randn(70, heads.teacher_weight.shape[1])
     with pytest.raises(ValueError, match="V = 67 for the student and V = 70 for the teacher"):

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import KDLoss as _KDLoss
+from ..checks import check_dense
+from .arguments import counted
 
 
 class KDLoss(nn.Module):
@@ -39,11 +41,6 @@ class KDLoss(nn.Module):
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
-        if tp_group is not None:
-            raise ValueError(
-                "tp_group must be None: the loss needs whole rows of logits, not a shard of the "
-                f"vocabulary; got {tp_group!r}"
-            )
         self.ignore_index = ignore_index
         self.temperature = temperature
         self.fp32_upcast = fp32_upcast
@@ -52,6 +49,11 @@ class KDLoss(nn.Module):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> _KDLoss:
+        if self.tp_group is not None:
+            raise ValueError(
+                "tp_group must be None: the loss needs whole rows of logits, not a shard of the "
+                f"vocabulary; got {self.tp_group!r}"
+            )
         return _KDLoss.like(
             "automodel", ignore_index=self.ignore_index, temperature=self.temperature
         )
@@ -60,15 +62,19 @@ class KDLoss(nn.Module):
         self,
         student_logits: Tensor,  # (..., V)
         teacher_logits: Tensor,  # (..., V)
-        labels: Tensor,  # (...); only says which rows count
+        labels: Tensor,  # as many as there are rows; only says which rows count
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
         """The mean over the rows that count, or their sum over `num_batch_labels`.
 
         Raises:
-            TypeError: a tensor of the wrong dtype, or a DTensor.
+            TypeError: no tensor, one of the wrong dtype, or a DTensor.
             ValueError: shapes or values that do not fit; as :func:`fused_kd.kd_loss`.
         """
+        check_dense("student_logits", student_logits)
+        labels, rows = counted(labels, self.ignore_index), student_logits.shape[:-1]
+        if labels.numel() == rows.numel():
+            labels = labels.reshape(rows)
         loss: Tensor = self._loss()(
             student_logits, teacher_logits, labels, num_items=num_batch_labels
         )

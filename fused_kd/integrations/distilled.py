@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
-from .heads import check_head, check_vocabularies, head_of, headless, shifted
+from .heads import check_head, check_models, head_of, headless, shifted
 from .parts import check_loss, parts_of
 
 
@@ -39,8 +39,9 @@ class DistilledLM(nn.Module):
     Raises:
         TypeError: a loss of another kind; with a LinearKDLoss an lm_head that is no plain
             nn.Linear.
-        ValueError: another vocabulary; a parameter that both models have; with a LinearKDLoss
-            logits that are soft-capped or otherwise changed after the lm_head.
+        ValueError: another vocabulary; a parameter that both models have; a router whose aux_loss
+            would be lost; with a LinearKDLoss logits that are soft-capped or otherwise changed
+            after the lm_head.
     """
 
     def __init__(
@@ -110,14 +111,7 @@ def _check(student: nn.Module, teacher: nn.Module, loss: KDLoss | LinearKDLoss) 
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(model).__name__}")
     check_loss(loss, is_mean=False)
-    shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
-    if shared:
-        raise ValueError(
-            "teacher must have parameters of its own, since they are frozen; got "
-            f"{len(shared)} that are also the student's: copy.deepcopy the teacher"
-        )
-    if all(hasattr(model, "get_output_embeddings") for model in (student, teacher)):
-        check_vocabularies(student, teacher)
+    check_models(student, teacher)
     if isinstance(loss, LinearKDLoss):
         check_head(student)
         check_head(teacher)

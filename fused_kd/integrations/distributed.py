@@ -46,10 +46,15 @@ def global_num_items(
         (``MixedPrecisionPolicy(..., cast_forward_inputs=False)``).
 
     Raises:
+        TypeError: labels that are no tensor of integers.
         ValueError: no labels are given.
     """
     if not labels:
         raise ValueError("labels must be given, of every micro-batch of the update; got none")
+    for given in labels:
+        if not isinstance(given, Tensor) or given.is_floating_point():
+            found = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"labels must be tensors of integers; got {found}")
     kept = torch.stack([(x != ignore_index).sum() for x in labels]).sum()
     ranks = 1
     if dist.is_available() and dist.is_initialized():
@@ -58,16 +63,30 @@ def global_num_items(
     return kept.to(torch.float64) / ranks
 
 
-def divide_gradients(parameters: Iterable[nn.Parameter], num_items: Tensor) -> None:
+def divide_gradients(parameters: Iterable[nn.Parameter], num_items: float | Tensor) -> None:
     """Makes the gradients of sums those of their mean, in place.
 
     To be called after the last backward of an update, before gradients are clipped.
 
     Args:
         parameters: those without a gradient are left alone; sharded ones are as good.
-        num_items: 0-d, of :func:`global_num_items`; if it is 0 the gradients become 0.
+        num_items: a number, or 0-d of :func:`global_num_items`; if it is 0 the gradients become 0,
+            whatever they were.
+
+    Raises:
+        TypeError: num_items is neither.
+        ValueError: it is a tensor of more dimensions.
     """
-    factor = torch.where(num_items == 0, 0.0, 1.0 / num_items)
+    if not isinstance(num_items, (int, float, Tensor)):
+        raise TypeError(
+            f"num_items must be a number or a 0-d tensor; got {type(num_items).__name__}"
+        )
+    count = torch.as_tensor(num_items, dtype=torch.float64)
+    if count.dim() != 0:
+        raise ValueError(f"num_items must be a number or a 0-d tensor; got {tuple(count.shape)}")
     for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+        gradient = parameter.grad
+        if gradient is not None:
+            here = count.to(gradient.device)
+            gradient.mul_(torch.where(here == 0, 0.0, 1.0 / here))
+            gradient.masked_fill_(here == 0, 0.0)  # 0 times infinity is not 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,26 @@ from torch import Tensor, nn
 PROBE = 1e4
 #: Largest relative deviation from a pure factor; beyond what bfloat16 rounds twice.
 TOLERANCE = 0.01
+#: What models call the weight of their router's aux_loss.
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 #: Of a label that does not count.
 IGNORED = -100
 
 
-def shifted(labels: Tensor) -> Tensor:  # (B, S) -> (B, S)
+def shifted(labels: Tensor | None) -> Tensor:  # (B, S) -> (B, S)
     """Labels as a causal language model is trained on: the next token's, none for the last.
 
     The labels are shifted, never the logits: a slice of the logits costs a second gradient.
+
+    Raises:
+        ValueError: the labels of a batch that has none.
     """
+    if labels is None:
+        raise ValueError(
+            "labels are absent from the batch: they say which tokens count, also where only the "
+            "teacher is learned from; a collator such as "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them"
+        )
     return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
 
@@ -39,15 +51,59 @@ def head_of(model: nn.Module) -> nn.Linear:
         TypeError: it has none, or one that does more than multiply by its weight and add its bias
             (an adapter, a quantised layer).
     """
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
+    head = _output_of(model)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        found = "none" if head is None else f"a {type(head).__name__}"
+        kind = type(head)  # with its module: quantised layers are called Linear too
+        found = "none" if head is None else f"a {kind.__module__}.{kind.__qualname__}"
         raise TypeError(
             f"{type(model).__name__}: the linear level needs an lm_head that is a plain nn.Linear; "
             f"found {found}: use the logits level, KDLoss"
         )
     return head
+
+
+def _output_of(model: nn.Module) -> Any:
+    """What makes its logits, an lm_head or whatever it has; None: it does not say."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find is not None else None
+
+
+def check_models(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses two models between which the loss would not be what it seems.
+
+    Raises:
+        ValueError: a parameter that both models have; vocabularies that differ in size; a student
+            whose lm_head is left out already, or whose own loss has a term that would be.
+    """
+    shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
+    if shared:
+        raise ValueError(
+            "teacher must be another model than the student, with parameters of its own; got "
+            f"{len(shared)} that are also the student's: copy.deepcopy the teacher, before "
+            "get_peft_model makes a student of it"
+        )
+    if all(hasattr(model, "get_output_embeddings") for model in (student, teacher)):
+        check_vocabularies(student, teacher)
+    if getattr(getattr(_output_of(student), "forward", None), "func", None) is _pass_or_forward:
+        raise ValueError(
+            "student has its lm_head left out already, by another loss or in what it is a copy of: "
+            "call that loss's remove() first, loss.remove()"
+        )
+    _check_router(student)
+
+
+def _check_router(student: nn.Module) -> None:
+    """Of a mixture of experts, which adds to its loss only if it is given labels."""
+    config: Any = getattr(student, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [getattr(x, n, None) for n in ROUTER_WEIGHTS for x in (student, text, config)]
+    weight = next((x for x in found if x is not None), 0.0)
+    if weight and any(getattr(x, "output_router_logits", False) for x in (text, config)):
+        raise ValueError(
+            f"student has output_router_logits=True: {type(student).__name__} would add its "
+            f"router's aux_loss, times {weight}, to a loss of its own, which is not used here; set "
+            "output_router_logits=False in its config to train without aux_loss"
+        )
 
 
 def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
@@ -58,17 +114,18 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
     """
     of_student, of_teacher = vocabulary_of(student), vocabulary_of(teacher)
     if of_student != of_teacher:
-        raise ValueError(
+        larger = "student" if of_student > of_teacher else "teacher"
+        raise ValueError(  # the other one enlarged would give probability to no token
             f"student and teacher must share a vocabulary: vocab_size is {of_student} in the "
             f"student and {of_teacher} in the teacher. If they have one tokenizer and only their "
-            f"padding differs, teacher.resize_token_embeddings({of_student}) makes them equal"
+            f"padding differs, {larger}.resize_token_embeddings({min(of_student, of_teacher)}) "
+            "makes them equal"
         )
 
 
 def vocabulary_of(model: nn.Module) -> int:
     """Entries of the model's logits; its head, where there is one, over its configuration."""
-    find = getattr(model, "get_output_embeddings", None)
-    weight = getattr(find() if find is not None else None, "weight", None)
+    weight = getattr(_output_of(model), "weight", None)
     if weight is not None and weight.dim() == 2:
         return int(weight.shape[0])
     config: Any = getattr(model, "config", None)
@@ -80,22 +137,28 @@ def vocabulary_of(model: nn.Module) -> int:
     return int(text.vocab_size)
 
 
-def leave_out_head(model: nn.Module, when: Callable[[], bool]) -> Callable[[], None]:
-    """Makes the lm_head pass on what it is given, whenever `when()`; returns what undoes it.
+def leave_out_head(model: nn.Module) -> Callable[[], None]:
+    """Makes the lm_head pass on what it is given while it trains; returns what undoes it.
 
     The head's weight stays in the graph, without gradient from here: or DistributedDataParallel,
-    looking for unused parameters from the model's outputs, would not wait for the loss's.
+    looking for unused parameters from the model's outputs, would not wait for the loss's. A deep
+    copy of the model does the same with the copy's head. Not to be called twice, which
+    :func:`check_models` sees to: the two could be undone in one order only.
     """
     head = head_of(model)
-    forward = head.forward
+    # Not a closure, which a deep copy of the model would share with it.
+    return _set_forward(head, partial(_pass_or_forward, head, head.forward))
 
-    def forward_or_pass(hidden: Tensor) -> Tensor:
-        if when():
-            passed: Tensor = _Pass.apply(hidden, head.weight, head.bias)
-            return passed
-        return forward(hidden)
 
-    return _set_forward(head, forward_or_pass)
+def _pass_or_forward(
+    head: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor
+) -> Tensor:
+    return _passed(head, hidden) if head.training else forward(hidden)
+
+
+def _passed(head: nn.Linear, hidden: Tensor) -> Tensor:
+    passed: Tensor = _Pass.apply(hidden, head.weight, head.bias)
+    return passed
 
 
 def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -115,7 +178,8 @@ def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callab
 @contextmanager
 def headless(model: nn.Module) -> Iterator[None]:
     """Within, ``model(...).logits`` are the hidden states that its head is to be applied to."""
-    undo = leave_out_head(model, lambda: True)
+    head = head_of(model)
+    undo = _set_forward(head, lambda hidden: _passed(head, hidden))  # a new partial would recompile
     try:
         yield
     finally:
@@ -123,45 +187,55 @@ def headless(model: nn.Module) -> Iterator[None]:
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuses a model whose logits are not a multiple of its head's output, by one tiny forward.
+    """Refuses a model whose logits are not a multiple of its head's output.
+
+    Raises:
+        TypeError, ValueError: as :func:`scale_of`; it scales the sum of product and bias.
+    """
+    scale = scale_of(model)
+    if head_of(model).bias is not None and abs(scale - 1.0) > TOLERANCE:
+        raise ValueError(
+            f"{type(model).__name__} multiplies its logits, bias included, by {scale:.4g}: the "
+            "linear level cannot; use the logits level, KDLoss"
+        )
+
+
+def scale_of(model: nn.Module) -> float:
+    """What a model multiplies its head's output by, measured by one tiny forward.
 
     Raises:
         TypeError: as :func:`head_of`.
-        ValueError: the model caps, cuts or otherwise changes its logits; or scales the sum of
-            product and bias.
+        ValueError: the model caps, cuts or otherwise changes its logits.
     """
-    head, was_training = head_of(model), model.training
+    head = head_of(model)
+    modes = [(module, module.training) for module in model.modules()]
+    # float32 whatever the head's dtype: a scaled float16 would overflow.
     ramp = torch.linspace(-PROBE, PROBE, head.out_features, device=head.weight.device)
-    ramp = torch.stack([torch.zeros_like(ramp), ramp])[None].to(head.weight.dtype)  # (1, 2, V)
+    ramp = torch.stack([torch.zeros_like(ramp), ramp])[None]  # (1, 2, V)
     undo = _set_forward(head, lambda hidden: ramp)
     try:
         model.eval()
         ids = torch.zeros(1, 2, dtype=torch.int64, device=ramp.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             given = model(input_ids=ids).logits
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
         undo()
-    _check_scaled(type(model).__name__, ramp.double(), given.double(), head.bias is not None)
+    return _scale(type(model).__name__, ramp.double(), given.double())
 
 
-def _check_scaled(name: str, ramp: Tensor, given: Tensor, has_bias: bool) -> None:
-    """Whether `given` is a multiple of `ramp`, and the same where a bias is added before."""
-    is_scaled = ramp.shape == given.shape
-    if is_scaled:
+def _scale(name: str, ramp: Tensor, given: Tensor) -> float:
+    """The factor between two tensors, if there is one."""
+    if ramp.shape == given.shape:
         scale = (given * ramp).sum() / ramp.square().sum()
         deviation = (given - scale * ramp).norm(dim=-1)  # nothing may be added to the zeros
-        is_scaled = bool((deviation <= TOLERANCE * given.norm(dim=-1)).all())
-        if is_scaled and has_bias and abs(scale.item() - 1.0) > TOLERANCE:
-            raise ValueError(
-                f"{name} multiplies its logits, bias included, by {scale:.4g}: the linear level "
-                "cannot; use the logits level, KDLoss"
-            )
-    if not is_scaled:
-        raise ValueError(
-            f"{name} changes its logits after the lm_head by more than a factor (soft-capping, as "
-            "in Gemma-2, does): the linear level would drop that; use the logits level, KDLoss"
-        )
+        if (deviation <= TOLERANCE * given.norm(dim=-1)).all():
+            return scale.item()
+    raise ValueError(
+        f"{name} changes its logits after the lm_head by more than a factor (soft-capping, as "
+        "in Gemma-2, does): the linear level would drop that; use the logits level, KDLoss"
+    )
 
 
 class _Pass(torch.autograd.Function):

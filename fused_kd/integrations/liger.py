@@ -19,10 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import KDLoss, LinearKDLoss
+from ..checks import check_dense
+from .arguments import check_target, counted
 from .probabilities import check_reduction, denominator, kl_from
 
 _SOFT_ALONE: dict[str, Any] = {"hard_weight": 0.0, "soft_weight": 1.0}
 _FORWARD_KL: dict[str, Any] = {**_SOFT_ALONE, "divergence": "forward_kl", "soft_scale": "none"}
+
+
+def _mask(labels: Tensor | None, ignore_index: int, name: str = "shift_labels") -> Tensor | None:
+    return None if labels is None else counted(labels, ignore_index, name)
+
+
+def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
+    """`accum_dtype`: of the right type, and with the weight at hand one that sums are kept in."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"accum_dtype must be None or a torch.dtype; got {dtype!r}")
+    if weight is not None and dtype not in (None, torch.float32, weight.dtype):
+        raise ValueError(
+            "accum_dtype must be None, torch.float32 or the dtype of student_weight, "
+            f"{weight.dtype}; got {dtype}"
+        )
 
 
 class _Shown(nn.Module):
@@ -78,6 +95,8 @@ class LigerFusedLinearJSDLoss(_Shown):
         self._loss(weight_hard_loss, weight_soft_loss)  # refuses what is out of range
 
     def _loss(self, hard_weight: float, soft_weight: float) -> LinearKDLoss:
+        if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be an int of at least 1; got {self.chunk_size!r}")
         return LinearKDLoss.like(
             "liger",
             hard_weight=hard_weight,
@@ -99,16 +118,24 @@ class LigerFusedLinearJSDLoss(_Shown):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
-        tensors = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
+        """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`.
+
+        Without a cross-entropy the labels only say which rows count.
+        """
+        labels: Tensor | None = true_labels
+        if self.weight_hard_loss == 0:
+            labels = _mask(true_labels, self.ignore_index, "true_labels")
+        tensors = (student_input, student_weight, teacher_input, teacher_weight)
         biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
-        result = self._loss(self.weight_hard_loss, self.weight_soft_loss)(*tensors, **biases)
+        result = self._loss(self.weight_hard_loss, self.weight_soft_loss)(
+            *tensors, labels, **biases
+        )
         if isinstance(result, Tensor):
             return result
         loss, hard, soft = result
         if 0 in (self.weight_hard_loss, self.weight_soft_loss):
             with torch.no_grad():  # a term of weight 0 was not computed
-                _, hard, soft = self._loss(1.0, 1.0)(*tensors, **biases)
+                _, hard, soft = self._loss(1.0, 1.0)(*tensors, true_labels, **biases)
         return loss, soft, hard
 
 
@@ -141,6 +168,7 @@ class LigerFusedLinearJSD(_Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> LinearKDLoss:
+        _check_accumulation(self.accum_dtype)
         return LinearKDLoss.like(
             "liger",
             **_SOFT_ALONE,
@@ -159,8 +187,10 @@ class LigerFusedLinearJSD(_Shown):
         shift_labels: Tensor | None,  # (...); only says which rows count
     ) -> Tensor:
         """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
-        tensors = (student_input, student_weight, teacher_input, teacher_weight, shift_labels)
-        loss: Tensor = self._loss()(*tensors)
+        check_dense("student_weight", student_weight)
+        _check_accumulation(self.accum_dtype, student_weight)
+        tensors = (student_input, student_weight, teacher_input, teacher_weight)
+        loss: Tensor = self._loss()(*tensors, _mask(shift_labels, self.ignore_index))
         return loss
 
 
@@ -202,6 +232,7 @@ class LigerFusedLinearKLDivLoss(_Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> LinearKDLoss:
+        _check_accumulation(self.accum_dtype)
         return LinearKDLoss(
             **_FORWARD_KL,
             ignore_index=self.ignore_index,
@@ -217,17 +248,22 @@ class LigerFusedLinearKLDivLoss(_Shown):
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
         """The reduced divergence; raises as :func:`fused_kd.linear_kd_loss`."""
+        check_dense("student_input", student_input)
+        check_dense("student_weight", student_weight)
+        _check_accumulation(self.accum_dtype, student_weight)
+        check_target("target", target, (*student_input.shape[:-1], student_weight.shape[0]))
+        labels = _mask(shift_labels, self.ignore_index)
 
         def loss(logs: Tensor, **weights: Any) -> Tensor:
             logs = logs.mul_(self.temperature)  # the target is not softened: the loss divides again
             student = (student_input, student_weight)
             divergence: Tensor = self._loss()(
-                *student, labels=shift_labels, teacher_logits=logs, **weights
+                *student, labels=labels, teacher_logits=logs, **weights
             )
             return divergence
 
-        kept = None if shift_labels is None else shift_labels != self.ignore_index
-        return kl_from(target, kept, self.reduction, loss)
+        kept = None if labels is None else labels != self.ignore_index
+        return kl_from(target, kept, self.reduction, loss, "target")
 
 
 class LigerJSD(_Shown):
@@ -263,7 +299,7 @@ class LigerJSD(_Shown):
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
         """The mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
-        loss: Tensor = self._loss()(log_q, log_p, shift_labels)
+        loss: Tensor = self._loss()(log_q, log_p, _mask(shift_labels, self.ignore_index))
         return loss
 
 
@@ -289,9 +325,11 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:  # (..., V), (..., V)
         """The reduced divergence; raises as :func:`fused_kd.kd_loss`."""
+        check_dense("y_pred", y_pred)
+        check_target("y_true", y_true, tuple(y_pred.shape))
         loss = partial(KDLoss(**_FORWARD_KL), y_pred)
         if not self.log_target:
-            return kl_from(y_true, None, self.reduction, loss)
+            return kl_from(y_true, None, self.reduction, loss, "y_true")
         divisor = denominator(self.reduction, y_true[..., 0].numel(), None, y_true.shape[-1])
         divergence: Tensor = loss(y_true, num_items=divisor)
         return divergence

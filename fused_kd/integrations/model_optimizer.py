@@ -13,12 +13,13 @@ The losses are float32 whatever the dtype of the logits. The teacher gets no gra
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from ..checks import check_label_range, check_labels, check_logits
+from ..checks import check_dense, check_label_range, check_labels, check_logits
 from ..functional import KDLossParts
 from ..modules import KDLoss
 from ..reduction import arithmetic_dtype, wide_labels
@@ -55,14 +56,20 @@ class LogitsDistillationLoss(_Loss):
         backend: str = "auto",
     ) -> None:
         super().__init__(reduction=reduction)
-        if reduction != "none":
-            check_reduction(reduction)
-        self.loss = KDLoss.like(
+        self.temperature = temperature
+        self.inplace = inplace
+        self.backend = backend
+        self._loss()  # refuses what is out of range
+
+    def _loss(self) -> KDLoss:
+        if self.reduction != "none":
+            check_reduction(self.reduction)
+        return KDLoss.like(
             "model_optimizer",
-            temperature=temperature,
-            reduction="none" if reduction == "none" else "mean",
-            inplace=inplace,
-            backend=backend,
+            temperature=self.temperature,
+            reduction="none" if self.reduction == "none" else "mean",
+            inplace=self.inplace,
+            backend=self.backend,
         )
 
     def forward(
@@ -71,16 +78,18 @@ class LogitsDistillationLoss(_Loss):
         logits_t: Tensor,  # (..., V)
     ) -> Tensor:
         """0-d, or (...) for "none"; raises as :func:`fused_kd.kd_loss`."""
+        logits_t = _checked(logits_s, logits_t)
         num_items = None
         if self.reduction != "none":
-            *leading, vocabulary = logits_s.shape
-            rows = leading[0] if self.reduction == "batchmean" else math.prod(leading)
+            first, vocabulary = logits_s.shape[0], logits_s.shape[-1]
+            rows = first if self.reduction == "batchmean" else logits_s[..., 0].numel()
             num_items = denominator(self.reduction, rows, None, vocabulary)
-        return _as_tensor(self.loss(logits_s, logits_t.detach(), num_items=num_items))
+        return _as_tensor(self._loss()(logits_s, logits_t, num_items=num_items))
 
     def extra_repr(self) -> str:
-        """The reduction; the other options are those of the loss inside."""
-        return f"reduction={self.reduction!r}"
+        """The attributes."""
+        names = ("temperature", "reduction", "inplace", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 class MFTLoss(_Loss):
@@ -114,6 +123,8 @@ class MFTLoss(_Loss):
     ) -> None:
         super().__init__(reduction=reduction)
         check_reduction(reduction)
+        if not isinstance(threshold, (int, float, Real)):
+            raise TypeError(f"threshold must be a Python number; got {type(threshold).__name__}")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold must be in [0, 1]; got {threshold}")
         self.threshold = threshold
@@ -132,10 +143,10 @@ class MFTLoss(_Loss):
         labels: Tensor,  # (N,), or (...)
     ) -> Tensor:
         """0-d. Rows with the label -100 do not count; raises as :func:`fused_kd.kd_loss`."""
-        logits_t = logits_t.detach()
-        check_logits(logits_s, logits_t)
+        logits_t = _checked(logits_s, logits_t)
         *leading, vocabulary = logits_s.shape
-        if isinstance(labels, Tensor) and labels.numel() == math.prod(leading):
+        check_dense("labels", labels)
+        if labels.numel() == math.prod(leading):
             labels = labels.reshape(leading)
         check_labels(labels, logits_s, hard_weight=1.0)
         targets = wide_labels(labels)
@@ -152,8 +163,9 @@ class MFTLoss(_Loss):
         temperature = self.loss.options.temperature
         corrected = logits.new_empty(logits.shape, dtype=arithmetic_dtype(logits)).copy_(logits)
         every, labels = corrected.view(-1, logits.shape[-1]), labels.reshape(-1, 1)
-        for begin in range(0, len(every), ROWS):
-            rows, label = every[begin : begin + ROWS], labels[begin : begin + ROWS]
+        # a compiler fuses what it sees whole, and a loop would be compiled for every length
+        size = max(len(every), 1) if torch.compiler.is_compiling() else ROWS
+        for rows, label in zip(*(torch.split(x, size) for x in (every, labels)), strict=True):
             softened = rows / temperature
             log_sum = softened.logsumexp(-1, keepdim=True)
             top, which = softened.max(-1, keepdim=True)
@@ -172,6 +184,15 @@ class MFTLoss(_Loss):
     def extra_repr(self) -> str:
         """What the loss inside does not show."""
         return f"threshold={self.threshold!r}, reduction={self.reduction!r}"
+
+
+def _checked(logits_s: Tensor, logits_t: Tensor) -> Tensor:
+    """The teacher's logits, of the student's shape and without a graph."""
+    check_dense("logits_s", logits_s)
+    check_dense("logits_t", logits_t)
+    logits_t = logits_t.detach()
+    check_logits(logits_s, logits_t)
+    return logits_t
 
 
 def _as_tensor(loss: Tensor | KDLossParts) -> Tensor:

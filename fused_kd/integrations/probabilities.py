@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..functional import KDLossParts
 from ..reduction import arithmetic_dtype
+from .arguments import check_not_negative
 
 
 def kl_from(
@@ -21,6 +22,7 @@ def kl_from(
     kept: Tensor | None,  # (...), bool; None: all rows
     reduction: str,
     loss: Callable[..., Tensor | KDLossParts],
+    name: str,
 ) -> Tensor:
     """Σ q log(q/p) over the rows that count, reduced.
 
@@ -30,9 +32,10 @@ def kl_from(
         reduction: as of :func:`denominator`.
         loss: called with the logits of q̂ (float32, or float64 for float64 probabilities, in memory
             of their own), `token_weight` and `num_items`; returns the loss.
+        name: what messages call the probabilities.
 
     Raises:
-        ValueError: a reduction that does not exist, or `kept` of another shape.
+        ValueError: a reduction that does not exist, `kept` of another shape, or a negative entry.
     """
     wide = arithmetic_dtype(probabilities)
     mass = probabilities.sum(-1, dtype=wide)
@@ -43,6 +46,7 @@ def kl_from(
                 f"{tuple(mass.shape)}; got {tuple(kept.shape)}"
             )
         mass = torch.where(kept, mass, 0.0)
+    check_not_negative(name, probabilities, kept)
     divisor = denominator(reduction, mass.numel(), kept, probabilities.shape[-1])
     logs = probabilities.to(wide, copy=True).log_()
     divergence = loss(logs, token_weight=mass, num_items=divisor)

@@ -7,7 +7,8 @@ What differs, on purpose:
 
 * with no row that counts, the loss is 0 and attached to the graph, with zero gradients; torchtune
   returns a constant, or 0/0;
-* an entry of -inf for the student alone makes the forward KL infinite; torchtune drops the term;
+* an entry of -inf for the student alone makes the forward KL infinite, one for the teacher alone
+  the reverse and the symmetric one; torchtune drops the term;
 * a teacher that requires grad is refused, and so are chunks that do not match.
 """
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import kd_loss
+from ..checks import check_dense
+from .arguments import counted
 
 
 class _KLLoss(nn.Module):
@@ -39,10 +42,11 @@ class _KLLoss(nn.Module):
         """The mean over the rows whose label is not `ignore_index`; their sum without `normalize`.
 
         Raises:
-            TypeError: a tensor of the wrong dtype.
+            TypeError: no tensor, or one of the wrong dtype.
             ValueError: shapes that do not fit, as :func:`fused_kd.kd_loss`.
         """
-        rows = student_logits.shape[:-1]
+        check_dense("student_logits", student_logits)
+        labels, rows = counted(labels, self.ignore_index), student_logits.shape[:-1]
         if labels.numel() == rows.numel():
             labels = labels.reshape(rows)
         divisor = kept_rows(labels, self.ignore_index) if normalize else 1
@@ -165,8 +169,8 @@ class _ChunkedOutputLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Sequence[Tensor],  # (B, S_i, V) each
-        teacher_logits: Sequence[Tensor],  # (B, S_i, V) each
+        student_logits: Sequence[Tensor],  # (B, S_i, V) or (B·S_i, V) each
+        teacher_logits: Sequence[Tensor],  # the same
         labels: Tensor,  # (B, Σ S_i); only says which rows count
     ) -> Tensor:
         """The mean over the rows whose label is not `ignore_index`.
@@ -174,21 +178,32 @@ class _ChunkedOutputLoss(nn.Module):
         The logits say where they are cut: `num_output_chunks` is for the model.
 
         Raises:
-            TypeError: a tensor of the wrong dtype.
+            TypeError: not a list of chunks, or a tensor of the wrong dtype.
             ValueError: chunks of other lengths; or as :func:`fused_kd.kd_loss`.
         """
-        lengths = [chunk.shape[1] for chunk in student_logits]
-        if len(teacher_logits) != len(lengths) or sum(lengths) != labels.shape[1]:
+        _check_chunks("student_logits", student_logits)
+        _check_chunks("teacher_logits", teacher_logits)
+        labels = counted(labels, self.ignore_index)
+        if labels.dim() != 2:
+            raise ValueError(f"labels must have shape (B, S); got {tuple(labels.shape)}")
+        batch = max(len(labels), 1)
+        rows = [chunk.shape[:-1].numel() for chunk in student_logits]
+        lengths = [count // batch for count in rows]
+        fit = sum(rows) == labels.numel() and not any(count % batch for count in rows)
+        if len(teacher_logits) != len(lengths) or not fit:
             raise ValueError(
                 "student_logits and teacher_logits must be as many chunks, as long together as the "
                 f"labels; got {lengths} for the student, {len(teacher_logits)} chunks for the "
                 f"teacher and labels of shape {tuple(labels.shape)}"
             )
-        chunks = zip(
-            student_logits, teacher_logits, torch.split(labels, lengths, dim=1), strict=True
-        )
         divisor = kept_rows(labels, self.ignore_index)
-        return torch.stack([self.loss.divided(*chunk, divisor) for chunk in chunks]).sum()
+        losses = [
+            self.loss.divided(student, teacher, part.reshape(student.shape[:-1]), divisor)
+            for student, teacher, part in zip(
+                student_logits, teacher_logits, torch.split(labels, lengths, dim=1), strict=True
+            )
+        ]
+        return torch.stack(losses).sum()
 
 
 class ForwardKLWithChunkedOutputLoss(_ChunkedOutputLoss):
@@ -218,6 +233,23 @@ class SymmetricKLWithChunkedOutputLoss(_ChunkedOutputLoss):
     ) -> None:
         super().__init__(num_output_chunks, SymmetricKLLoss(sym_kd_ratio, ignore_index))
         self.sym_kd_ratio = sym_kd_ratio
+
+
+def _check_chunks(name: str, chunks: Sequence[Tensor]) -> None:
+    """A list of at least one tensor with rows."""
+    is_list = isinstance(chunks, (list, tuple))
+    if not is_list or not chunks:
+        got = "none" if is_list else f"a {type(chunks).__name__}"
+        raise TypeError(
+            f"{name} must be a list of chunks, at least one; got {got}: for whole logits there is "
+            "the class without chunks"
+        )
+    for i, chunk in enumerate(chunks):
+        check_dense(f"{name}[{i}]", chunk)
+        if chunk.dim() < 2:
+            raise ValueError(
+                f"{name}[{i}] must have shape (B, S_i, V) or (B*S_i, V); got {tuple(chunk.shape)}"
+            )
 
 
 def kept_rows(labels: Tensor, ignore_index: int) -> Tensor:

@@ -23,14 +23,7 @@ from torch import Tensor, nn
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
 from .frameworks import need
-from .heads import (
-    check_head,
-    check_vocabularies,
-    head_of,
-    headless,
-    leave_out_head,
-    shifted,
-)
+from .heads import check_head, check_models, head_of, headless, leave_out_head, shifted
 from .parts import check_loss, parts_of
 
 need("transformers")
@@ -38,6 +31,8 @@ from transformers import Trainer, TrainerCallback  # noqa: E402
 
 #: What a batch has for the loss; everything else goes to the teacher as it went to the student.
 NOT_FOR_THE_TEACHER = ("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict")
+#: What a model that generates is called with, under its names in versions of transformers.
+CACHES = ("past_key_values", "cache", "cache_params")
 
 
 @dataclass
@@ -88,8 +83,10 @@ class DistillationLoss:
     Raises:
         TypeError: student, teacher or loss of another kind; with a LinearKDLoss an lm_head that is
             not a plain nn.Linear.
-        ValueError: another vocabulary; a teacher in training mode; an encoder-decoder model; with
-            a LinearKDLoss logits that are soft-capped or otherwise changed after the lm_head.
+        ValueError: another vocabulary; a parameter that both models have; a router whose aux_loss
+            would be lost; a teacher in training mode; an encoder-decoder model; with a LinearKDLoss
+            logits that are soft-capped or otherwise changed after the lm_head, or a student of
+            another such loss.
     """
 
     def __init__(
@@ -109,7 +106,7 @@ class DistillationLoss:
         if isinstance(self.loss, LinearKDLoss):
             check_head(student)
             check_head(teacher)
-            self._undo.append(leave_out_head(student, lambda: student.training))
+            self._undo.append(leave_out_head(student))
         self._listen()
 
     def __call__(
@@ -151,7 +148,7 @@ class DistillationLoss:
         self, given: Tensor, seen: _Seen, labels: Tensor, num_items: Tensor | int | None
     ) -> KDLossParts:
         """`given`: (B, S, V) logits; (B, S, H) hidden states where the head was left out."""
-        if not (isinstance(self.loss, LinearKDLoss) and self.student.training):
+        if not (isinstance(self.loss, LinearKDLoss) and head_of(self.student).training):
             return parts_of(self.loss, given, self._teach(seen), labels, num_items)
         with headless(self.teacher):
             taught = self._teach(seen)
@@ -171,23 +168,26 @@ class DistillationLoss:
         ready = seen.keywords.get("shift_labels")
         if isinstance(ready, Tensor):
             return ready
-        if labels is None:
-            raise ValueError(
-                "labels are absent from the batch: they say which tokens count, also where only "
-                "the teacher is learned from; a collator such as "
-                "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them"
-            )
         return shifted(labels)
 
     # ----------------------------------------------------------------------------- at the start
 
     def _listen(self) -> None:
-        """Keeps what the student is called with, and the autocast it is called under."""
+        """Keeps what the student is called with, and the autocast it is called under.
+
+        Deep copies of the student have these hooks too, and are not listened to.
+        """
 
         def before_student(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+            if module is not self.student:
+                return
+            if any(keywords.get(name) is not None for name in CACHES):  # large, and for no loss
+                arguments, keywords = (), {}
             self._seen.arguments, self._seen.keywords = arguments, keywords
 
         def before_head(module: nn.Module, arguments: Any) -> None:
+            if module is not head:
+                return
             kind = arguments[0].device.type
             enabled = torch.is_autocast_enabled(kind)
             self._seen.autocast = torch.get_autocast_dtype(kind) if enabled else None
@@ -209,11 +209,9 @@ class DistillationLoss:
         check_loss(self.loss, is_mean=True)
         if getattr(self.student.config, "is_encoder_decoder", False):
             raise ValueError("student must be a causal language model; got an encoder-decoder")
-        if self.teacher is self.student:
-            raise ValueError("teacher must be another model than the student")
+        check_models(self.student, self.teacher)
         if self.teacher.training:
             raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
-        check_vocabularies(self.student, self.teacher)
 
 
 class KDTrainer(Trainer):  # type: ignore[misc]
@@ -223,6 +221,10 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         teacher: see :class:`DistillationLoss`; moved to the student's device.
         loss: KDLoss or LinearKDLoss.
         everything else: as transformers.Trainer; ``compute_loss_func`` is taken.
+
+    Raises:
+        TypeError, ValueError: as DistillationLoss; ``compute_loss_func``, ``model_init`` or
+            ``label_smoothing_factor`` are given; several GPUs in one process.
     """
 
     def __init__(
@@ -235,6 +237,17 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         if keywords.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is what KDTrainer itself sets; got one")
         super().__init__(*arguments, **keywords)
+        if self.model_init is not None:
+            raise ValueError(
+                "model_init makes another student in train() than the one whose head and inputs "
+                "the loss knows: give model, and make a KDTrainer for each trial of a search"
+            )
+        if self.args.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor is what Trainer's own loss smooths by, which is not used "
+                f"here; got {self.args.label_smoothing_factor}: give "
+                "loss=KDLoss(label_smoothing=...), or LinearKDLoss"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 "KDTrainer: one process with several GPUs is torch's DataParallel, which splits "
@@ -274,6 +287,7 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Counts from here: a resumed training does not begin with step 0."""
         self._last, self._loss.training_parts = state.global_step, _Parts()
+        self._evaluation = _Parts()
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Adds a batch of all processes, each row once, as Trainer.evaluation_loop does."""
@@ -291,10 +305,10 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
             step = self._trainer.state.global_step
             logs.update(self._training_means(step - self._last))
             self._last = step
-        elif "eval_loss" in logs:
+        elif prefix := _prefix_of_evaluation(logs):
             parts, self._evaluation = self._evaluation, _Parts()
-            if parts.sums is not None:
-                logs.update(_named(parts.sums / parts.count, "eval_"))
+            if parts.sums is not None:  # None: the train_loss of a whole training
+                logs.update(_named(parts.sums / parts.count, prefix))
         self._log(logs, *arguments, **keywords)
 
     def _training_means(self, steps: int) -> dict[str, float]:
@@ -310,6 +324,12 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
         accelerator, args = self._trainer.accelerator, self._trainer.args
         is_scaled = args.average_tokens_across_devices and self._loss.has_num_items
         return int(accelerator.num_processes) if is_scaled else 1
+
+
+def _prefix_of_evaluation(logs: dict[str, float]) -> str | None:
+    """Of its loss and runtime: eval_, for one of several sets eval_name_; None: another log."""
+    prefixes = (key.removesuffix("runtime") for key in logs if key.endswith("_runtime"))
+    return next((prefix for prefix in prefixes if f"{prefix}loss" in logs), None)
 
 
 def _named(parts: Tensor, prefix: str) -> dict[str, float]:

@@ -138,7 +138,7 @@ def test_the_logits_are_not_converted() -> None:
     """accelerate makes float32 of what a prepared model returns: here, of the loss."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    batch = tiny.padded(tiny.ragged(16))
+    batch = tiny.padded(tiny.ragged(64))  # nothing else is as large as the logits
     inputs = {name: x for name, x in batch.items() if name != "labels"}
     labels = shifted(torch.full_like(batch["labels"], 5))  # every row counts
 

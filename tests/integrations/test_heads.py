@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import tiny
 import torch
@@ -44,7 +46,7 @@ def test_the_head_left_out_and_applied_again_gives_the_logits(
     torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_soft_capped_head_is_refused_also_where_the_logits_are_small(dtype: torch.dtype) -> None:
     """P04: TRL#6629, the cap was dropped silently."""
     model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
@@ -53,6 +55,21 @@ def test_a_soft_capped_head_is_refused_also_where_the_logits_are_small(dtype: to
     with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes its logits.*KDLoss"):
         heads.check_head(model)
     assert "forward" not in heads.head_of(model).__dict__
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "scale"),
+    [
+        ("Llama", {}, 1.0),
+        ("Cohere", {"logit_scale": 16.0}, 16.0),
+        ("Granite", {"logits_scaling": 8.0}, 0.125),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_scale_is_measured(
+    kind: str, changes: dict[str, object], scale: float, dtype: torch.dtype
+) -> None:
+    assert heads.scale_of(_model(kind, **changes).to(dtype)) == pytest.approx(scale, rel=1e-6)
 
 
 class _Changed(nn.Module):
@@ -90,9 +107,10 @@ def test_a_scaled_bias_is_refused_and_a_plain_one_is_not() -> None:
 
 def test_training_mode_survives_the_probe() -> None:
     model = tiny.llama(0).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
     heads.check_head(model)
-    assert model.training
-    assert model.model.training
+    assert [module.training for module in model.modules()] == before
 
 
 class _Adapted(nn.Linear):
@@ -103,7 +121,7 @@ class _Adapted(nn.Linear):
 def test_a_head_that_does_more_is_refused_by_name() -> None:
     model = tiny.llama(0)
     model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
-    with pytest.raises(TypeError, match=r"plain nn.Linear; found a _Adapted.*KDLoss"):
+    with pytest.raises(TypeError, match=r"plain nn.Linear; found a test_heads\._Adapted.*KDLoss"):
         heads.head_of(model)
     with pytest.raises(TypeError, match="found none"):
         heads.head_of(nn.Linear(2, 2))
@@ -111,8 +129,14 @@ def test_a_head_that_does_more_is_refused_by_name() -> None:
 
 def test_vocabularies_are_compared_by_size() -> None:
     """P13: 151936 against 152064 gave a broadcast error elsewhere."""
-    with pytest.raises(ValueError, match=r"vocab_size is 97 in the student and 99 in the teacher"):
-        heads.check_vocabularies(tiny.llama(0), tiny.llama(1, vocab_size=99))
+    small, large = tiny.llama(0), tiny.llama(1, vocab_size=99)
+    for pair, sizes, larger in (
+        ((small, large), "97 in the student and 99 in the teacher", "teacher"),
+        ((large, small), "99 in the student and 97 in the teacher", "student"),
+    ):
+        message = rf"vocab_size is {sizes}.* {larger}\.resize_token_embeddings\(97\)"
+        with pytest.raises(ValueError, match=message):
+            heads.check_vocabularies(*pair)
     heads.check_vocabularies(tiny.llama(0), tiny.llama(1, hidden=32, head_dim=16))
 
 
@@ -129,6 +153,30 @@ def test_the_weight_of_a_head_left_out_stays_in_the_graph() -> None:
     assert model.lm_head.weight in found
     hidden.sum().backward()
     assert model.lm_head.weight.grad is None
+
+
+def test_a_deep_copy_leaves_out_its_own_head_in_its_own_mode() -> None:
+    """Of averaged weights, say, which are evaluated while the model trains."""
+    model = tiny.llama(0)
+    undo = heads.leave_out_head(model)
+    copy = deepcopy(model)
+    with torch.no_grad():
+        copy.lm_head.weight.mul_(2)
+    model.train()
+    expected = 2 * tiny.llama(0)(input_ids=IDS).logits
+    logits = copy(input_ids=IDS).logits
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert copy.lm_head.weight.grad is not None
+    assert model.lm_head.weight.grad is None
+    assert model(input_ids=IDS).logits.shape[-1] == 16
+    assert copy.train()(input_ids=IDS).logits.shape[-1] == 16
+    for left_out in (model, copy):
+        with pytest.raises(ValueError, match=r"left out already.*loss\.remove\(\)"):
+            heads.check_models(left_out, tiny.llama(1))
+    undo()
+    heads.check_models(model, tiny.llama(1))
+    assert "forward" not in model.lm_head.__dict__
 
 
 def test_labels_are_shifted_and_the_last_position_is_ignored() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch._dynamo.testing
 from needs import need
 from torch import Tensor, nn
 
@@ -165,6 +166,34 @@ def test_same_numbers(shape: tuple[int, ...], reduction: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "none"])
+def test_one_row(reduction: str) -> None:
+    """Of logits (V,) the first dimension, which "batchmean" divides by, is V."""
+    student, teacher = torch.randn(V, requires_grad=True), torch.randn(V)
+    pair = (outcome(kind(2.0, reduction), student, teacher)
+            for kind in (LogitsDistillationLoss, TheirLogits))  # fmt: skip
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+
+
+def test_a_changed_reduction_counts() -> None:
+    student, teacher = torch.randn(6, V), torch.randn(6, V)
+    loss = LogitsDistillationLoss(2.0, "none")
+    for reduction in (*REDUCTIONS, "none"):
+        loss.reduction = reduction
+        want = LogitsDistillationLoss(2.0, reduction)(student, teacher)
+        assert torch.equal(loss(student, teacher), want)
+
+
+def test_mft_is_compiled_for_two_lengths_not_for_each() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    loss = MFTLoss(2.0)
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for rows in (70, 150, 230, 300):
+        tensors = (torch.randn(rows, V), torch.randn(rows, V), torch.randint(V, (rows,)))
+        torch.testing.assert_close(compiled(*tensors), loss(*tensors))
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.9, 1.0])
 def test_same_numbers_of_mft(threshold: float, reduction: str) -> None:
@@ -218,6 +247,19 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_what_is_no_tensor_or_number_is_named() -> None:
+    logits, labels = torch.randn(4, V), torch.arange(4)
+    for loss, rest in ((LogitsDistillationLoss(), ()), (MFTLoss(), (labels,))):
+        with pytest.raises(TypeError, match=r"logits_s must be a torch\.Tensor; got dict"):
+            loss({}, logits, *rest)
+        with pytest.raises(TypeError, match=r"logits_t must be a torch\.Tensor; got NoneType"):
+            loss(logits, None, *rest)
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor; got NoneType"):
+        MFTLoss()(logits, logits, None)
+    with pytest.raises(TypeError, match="threshold must be a Python number; got str"):
+        MFTLoss(threshold="a")
 
 
 def test_shown_and_kept() -> None:

@@ -87,6 +87,44 @@ def test_another_ignore_index_and_labels_of_another_shape(name: str) -> None:
     check(*(getattr(module, name)(ignore_index=5)(*tensors) for module in (ours, own)), student)
 
 
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_labels_only_mask(name: str, ignore_index: int) -> None:
+    """They may be no classes at all, or bools."""
+    student, teacher, labels = inputs(2, 8)
+    labels[labels == -100] = ignore_index
+    labels[0, 1], labels[0, 2] = -1, V
+    pair = [getattr(module, name)(ignore_index=ignore_index) for module in (ours, own)]
+    check(*(loss(student, teacher, labels) for loss in pair), student)
+    if ignore_index == 0:
+        check(*(loss(student, teacher, labels != 0) for loss in pair), student)
+    chunks = cut(student), cut(teacher), labels
+    chunked = name.replace("Loss", "WithChunkedOutputLoss")
+    check(*(getattr(m, chunked)(CHUNKS, ignore_index=ignore_index)(*chunks) for m in (ours, own)),
+          student)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_of_rows(name: str) -> None:
+    """(B·S_i, V) each."""
+    student, teacher, labels = inputs(2, 8)
+    chunks = [x.flatten(0, 1) for x in cut(student)], [x.flatten(0, 1) for x in cut(teacher)]
+    check(*(getattr(module, name)(CHUNKS)(*chunks, labels) for module in (ours, own)), student)
+
+
+def test_an_entry_of_minus_infinity_for_one_alone_is_infinite() -> None:
+    """torchtune leaves it out."""
+    student, teacher, labels = inputs(5)
+    without = [x.detach().clone() for x in (student, teacher)]
+    for x in without:
+        x[:, 7] = -torch.inf
+    for logits, names in ((without[0], WHOLE[::2]), (without[1], WHOLE[1:])):
+        pair = (logits, teacher) if logits is without[0] else (student, logits)
+        for name in names:
+            assert getattr(ours, name)()(*pair, labels).isposinf(), name
+            assert getattr(own, name)()(*pair, labels).isfinite(), name
+
+
 @pytest.mark.parametrize("name", [*WHOLE, *CHUNKED])
 def test_no_row_that_counts_P47(name: str) -> None:
     """0 with a graph: torchtune's has none, or is 0/0."""
@@ -165,6 +203,19 @@ def test_refusals() -> None:
         loss(cut(student), cut(teacher), labels[:, 1:])
     with pytest.raises(ValueError, match="sym_kd_ratio must be in"):
         ours.SymmetricKLLoss(1.5)
+    for chunks, got in (([], "none"), (student, "a Tensor"), (None, "a NoneType")):
+        with pytest.raises(TypeError, match=f"student_logits must be a list .*; got {got}"):
+            loss(chunks, cut(teacher), labels)
+    with pytest.raises(TypeError, match=r"teacher_logits\[0\] must be a torch\.Tensor"):
+        loss(cut(student), [None] * CHUNKS, labels)
+    with pytest.raises(ValueError, match=r"student_logits\[0\] must have shape \(B, S_i, V\)"):
+        loss([student[0, 0]], [teacher[0, 0]], labels)
+    with pytest.raises(ValueError, match=r"labels must have shape \(B, S\); got \(16,\)"):
+        loss(cut(student), cut(teacher), labels.flatten())
+    for refused in (loss, ours.ForwardKLLoss()):
+        logits = (cut(student), cut(teacher)) if refused is loss else (student, teacher)
+        with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor; got NoneType"):
+            refused(*logits, None)
     with pytest.raises(ValueError, match="labels must have the leading shape"):
         ours.ForwardKLLoss()(student, teacher, labels[:1])
 

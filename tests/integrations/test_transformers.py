@@ -21,6 +21,7 @@ need("accelerate")
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
 from fused_kd.integrations.heads import shifted  # noqa: E402
 from fused_kd.integrations.transformers import (  # noqa: E402
     DistillationLoss,
@@ -151,6 +152,31 @@ def test_evaluation_returns_logits_and_the_same_loss(tmp_path: Path, loss: Any) 
     assert seen.metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@BOTH
+def test_each_of_several_evaluation_sets_has_its_parts(tmp_path: Path, loss: Any) -> None:
+    trainer = _trained(tmp_path, loss)
+    sets = {name: tiny.ragged(6, seed=seed) for seed, name in enumerate("ab", 1)}
+    for _ in range(2):
+        found = trainer.evaluate(sets)
+        for name, rows in sets.items():
+            alone = trainer.evaluate(rows)
+            for key in KEYS:
+                assert found[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-6)
+    assert not _logged(trainer, "train_hard_loss")
+
+
+def test_a_copy_of_the_student_and_what_it_generates_are_not_kept() -> None:
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    loss, batch = DistillationLoss(student, teacher), tiny.padded(tiny.ragged(2))
+    labels = batch.pop("labels")
+    expected = loss(student(**batch), labels)
+    outputs, ids = student(**batch), torch.tensor([[3, 4, 5]])
+    deepcopy(student)(input_ids=ids)
+    assert loss(outputs, labels) == expected
+    student.generate(ids, max_new_tokens=3, do_sample=False)
+    assert not loss._seen.keywords
+
+
 def test_a_linear_training_makes_no_logits(tmp_path: Path) -> None:
     shapes = set()
     student = tiny.llama(0)
@@ -238,15 +264,66 @@ def test_compiled_students_train_the_same(tmp_path: Path, loss: Any) -> None:
         assert _logged(compiled, key) == pytest.approx(_logged(expected, key), rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[2]], ids=["logits", "linear"])
+def test_a_student_that_is_compiled_already(tmp_path: Path, loss: Any) -> None:
+    """Trainer cannot read what columns it takes."""
+    changes: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
+    student = torch.compile(tiny.llama(0), backend="eager")
+    trainer, expected = _trained(tmp_path, loss, student, **changes), _trained(tmp_path, loss)
+    assert tiny.largest_difference(trainer.model, expected.model) < 1e-6
+    found = trainer.evaluate()
+    for key, value in expected.evaluate().items():
+        if key.endswith("loss"):
+            assert found[key] == pytest.approx(value, rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------- bad input
 
 
+def test_a_router_whose_loss_would_be_lost_is_refused() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    build = partial(tiny.build, MixtralForCausalLM, MixtralConfig, 0, num_local_experts=4)
+    teacher = build(output_router_logits=True)
+    student = build(output_router_logits=True, router_aux_loss_coef=0.1)
+    for kind in (DistillationLoss, DistilledLM):
+        with pytest.raises(ValueError, match=r"aux_loss, times 0\.1.*output_router_logits=False"):
+            kind(student, teacher)
+    student.config.output_router_logits = False
+    DistilledLM(student, teacher)
+    DistillationLoss(build(output_router_logits=True, router_aux_loss_coef=0.0), teacher)
+
+
+def test_a_student_whose_head_another_loss_has_left_out() -> None:
+    student, linear = tiny.llama(0), LinearKDLoss()
+    first = DistillationLoss(student, tiny.llama(1), linear)
+    for loss in (linear, KDLoss()):
+        with pytest.raises(ValueError, match=r"left out already.*loss\.remove\(\)"):
+            DistillationLoss(student, tiny.llama(2), loss)
+        with pytest.raises(ValueError, match="left out already"):
+            DistilledLM(student, tiny.llama(2), loss)
+    first.remove()
+    DistillationLoss(student, tiny.llama(2), linear).remove()
+    assert student.train()(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.shape[-1] == 97
+
+
+def test_arguments_of_trainer_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    kept = {"teacher": tiny.llama(1), "loss": KDLoss()}
+    settings = _settings(tmp_path, label_smoothing_factor=0.2)
+    with pytest.raises(ValueError, match=r"got 0\.2: give loss=KDLoss\(label_smoothing="):
+        KDTrainer(tiny.llama(0), settings, **kept)
+    with pytest.raises(ValueError, match="model_init makes another student"):
+        KDTrainer(args=_settings(tmp_path), model_init=lambda: tiny.llama(0), **kept)
+
+
 def test_bad_models_and_losses_are_refused_at_once() -> None:
-    student, teacher = tiny.llama(0), tiny.llama(1)
+    student, teacher, base = tiny.llama(0), tiny.llama(1), tiny.llama(2)
+    base.model.layers[0] = student.model.layers[0]  # as PEFT's model and what it was made of
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ((student, None), TypeError, "teacher must be a causal language model.*got None"),
         ((student, nn.Linear(2, 2)), TypeError, "teacher must be .*got Linear"),
         ((student, student), ValueError, "teacher must be another model"),
+        ((student, base), ValueError, "got 9 that are also the student's: copy.deepcopy"),
         ((student, tiny.llama(1, vocab_size=99)), ValueError, "97 in the student and 99"),
         ((student, tiny.llama(1).train()), ValueError, "teacher is in training mode"),
         ((student, teacher, "kl"), TypeError, "loss must be KDLoss or LinearKDLoss; got str"),

@@ -275,6 +275,20 @@ def test_soft_capped_logits(tmp_path: Path) -> None:
         OURS(**given)
 
 
+def test_heads_are_measured_whatever_their_configuration_says(tmp_path: Path) -> None:
+    """TRL reads some names: of another's soft-cap it knows nothing, and leaves it out."""
+    trainer = distillation(tmp_path)
+    student = trainer.model
+    capped = {"logits_soft_cap": 0.5, "lru_width": 16, "num_hidden_layers": 3}
+    trainer.model = build("RecurrentGemma", 16, seed=1, **capped)
+    with pytest.raises(ValueError, match=r"the student: RecurrentGemma.*changes its logits.*GKD"):
+        use_fused_kd(trainer)
+    trainer.model = student
+    trainer.teacher_model.config.logit_scale = 2.0  # which Llama does not
+    with pytest.raises(ValueError, match=r"teacher scales its logits by 1, .* by 2: upgrade trl"):
+        use_fused_kd(trainer)
+
+
 class OwnLoss(DistillationTrainer):
     def _compute_loss(self, *arguments: Any) -> Any:
         loss, *rest = super()._compute_loss(*arguments)

@@ -63,8 +63,8 @@ def use_fused_kd(
     Raises:
         TypeError: another trainer, or one without a teacher or with a loss of its own; a version of
             TRL that is not known; at the level "linear" an lm_head that is not a plain nn.Linear.
-        ValueError: vocabularies that differ; at the level "linear" logits that are soft-capped; an
-            option out of its range.
+        ValueError: vocabularies that differ; at the level "linear" logits that are soft-capped, or
+            scaled by another factor than TRL takes; an option out of its range.
     """
     kind = next((name for name in _KINDS if class_of(trainer, name) is not None), None)
     if kind is None:

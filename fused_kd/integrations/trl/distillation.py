@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ...linear import linear_kd_loss
 from ...modules import LinearKDLoss
-from ..heads import IGNORED
+from ..heads import IGNORED, TOLERANCE, scale_of
 from .trainers import (
     as_tensor,
     check_arguments,
@@ -37,7 +37,7 @@ _RENAMED = {
     "teacher_hidden": "teacher_hidden_states",
     "mask": "completion_mask",
 }
-#: What configurations call the factor of the logits.
+#: What TRL takes for the factor of the logits: the first that a configuration has.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
@@ -57,7 +57,7 @@ def attributes(trainer: Any, level: str, entropy: bool, options: dict[str, Any])
     names = [_RENAMED.get(name, name) for name in signature.parameters]
     check_arguments(LOSS, names, _REQUIRED, _OPTIONAL)
     for which, model in zip(_MODELS, models_of(trainer), strict=True):
-        _check_config(which, model, is_scaled="student_logit_scale" in names)
+        _check_head(which, model, is_scaled="student_logit_scale" in names)
     ours = partial(called, signature, entropy, options)
     method = types.FunctionType(
         own.__code__, {**own.__globals__, LOSS: ours}, own.__name__, own.__defaults__,
@@ -78,7 +78,7 @@ def called(
 
     Args:
         signature: of the installed one.
-        entropy: whether to compute it; NaN otherwise, which the trainer leaves out of its logs.
+        entropy: whether to compute it; NaN otherwise; the trainer logs None where all are.
         options: of :class:`fused_kd.LinearKDLoss`.
         arguments: as `signature` has them.
         keywords: the same.
@@ -150,20 +150,39 @@ def _head(model: str, given: dict[str, Any]) -> Head:
     return Head(hidden, weight, bias)
 
 
-def _check_config(which: str, model: nn.Module, is_scaled: bool) -> None:
-    """Refuses what would be dropped of a model's head."""
+def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
+    """Refuses what would be dropped of a model's head.
+
+    Measured, not only read: configurations have several names for a scale and for a soft-cap.
+    """
     config: Any = model.config
     config = config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None:
         raise ValueError(_capped(which, cap))
-    scales = {name: getattr(config, name, None) for name in _SCALES}
-    dropped = {name: scale for name, scale in scales.items() if scale not in (None, 1)}
-    if dropped and not is_scaled:
+    try:
+        measured = scale_of(model)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"the {which}: {error}; of TRL's trainers that is GKDTrainer's level 'logits'"
+        ) from None
+    taken = _scale_in(config) if is_scaled else 1.0
+    if abs(measured - taken) > TOLERANCE * abs(measured):
         raise ValueError(
-            f"the {which} scales its logits ({dropped}), and this version of TRL ({KIND}) does "
-            "not: upgrade trl"
+            f"the {which} scales its logits by {measured:.4g}, and this version of TRL ({KIND}) "
+            f"by {taken:.4g}: upgrade trl, or train with a GKDTrainer, whose level 'logits' takes "
+            "the logits as the model made them"
         )
+
+
+def _scale_in(config: Any) -> float:
+    """As TRL reads it."""
+    for name in _SCALES:
+        scale = getattr(config, name, None)
+        if scale is not None:
+            is_divisor = name == "logits_scaling" and config.model_type != "hyperclovax"
+            return float(1 / scale if is_divisor else scale)
+    return 1.0
 
 
 def _capped(which: str, cap: float) -> str:

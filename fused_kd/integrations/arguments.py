@@ -1,0 +1,75 @@
+"""Checks of what a framework's classes are given, by the names that the framework has for it."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from ..checks import LOGIT_DTYPES, check_dense, may_look_at_values
+from ..reduction import wide_labels
+
+
+def counted(labels: Tensor, ignore_index: int, name: str = "labels") -> Tensor:
+    """Labels that only say which rows count: the ignored ones stay, all others are one class.
+
+    So -1, an entry beyond the vocabulary, a mask of bools are labels like any other, as they are
+    to the frameworks.
+
+    Args:
+        labels: (...), of any dtype.
+        ignore_index: of the rows that do not count.
+        name: what messages call the labels.
+
+    Raises:
+        TypeError: not a tensor, or an `ignore_index` that is not an int.
+    """
+    check_dense(name, labels)
+    if not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
+    wide = wide_labels(labels)
+    return torch.where(wide != ignore_index, int(ignore_index == 0), ignore_index)
+
+
+def check_target(name: str, target: Tensor, shape: tuple[int, ...]) -> None:
+    """What a teacher says of every entry of the vocabulary.
+
+    Raises:
+        TypeError: not a dense floating tensor.
+        ValueError: of another shape, or one that requires grad.
+    """
+    check_dense(name, target)
+    if target.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(
+            f"{name} must have the student's leading shape and vocabulary, {shape}; "
+            f"got {tuple(target.shape)}"
+        )
+    if target.requires_grad:
+        raise ValueError(
+            f"{name} must not require grad, since the teacher gets no gradient; got a tensor that "
+            "does: detach it"
+        )
+
+
+def check_not_negative(
+    name: str,
+    probabilities: Tensor,  # (..., V)
+    kept: Tensor | None,  # (...), bool; None: all rows
+) -> None:
+    """No entry of a row that counts is below 0; by value, so on the CPU only.
+
+    Raises:
+        ValueError: logits or log-probabilities.
+    """
+    if probabilities.numel() == 0 or not may_look_at_values(probabilities):
+        return
+    lowest = probabilities.amin(-1)
+    low = (lowest if kept is None else torch.where(kept, lowest, 0)).min().item()
+    if low < 0:
+        raise ValueError(
+            f"{name} must hold probabilities, which are at least 0; got {low:g}: of logits pass "
+            "the softmax"
+        )
