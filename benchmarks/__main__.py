@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fused_kd.backends import why_not
-from fused_kd.options import DIVERGENCES
+from fused_kd.options import DIVERGENCES, KDOptions
 from fused_kd.plan.models import MODELS
 
 from . import compare, device, page, pictures, records, runner, tables
@@ -108,7 +109,7 @@ def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> i
     if not tasks:
         parser.error("--peers, --skip: nobody is left to be measured")
     report = _earlier(parser, options, here)
-    waiting = [task for task in tasks if not _is_there(report, task)]
+    waiting = [_together(report, task) for task in tasks if not _is_there(report, task)]
     if len(waiting) < len(tasks):
         print(f"{len(tasks) - len(waiting)} of {len(tasks)} cases are there already")
     show_environment(f"benchmarks: {len(waiting)} cases", here)
@@ -137,6 +138,13 @@ def _is_there(report: records.Report, task: Task) -> bool:
     key = task.suite, task.case.name
     keys = (ENTRANTS[name].key for name in task.entrants)
     return key in report.done and all((*key, one) in report.results for one in keys)
+
+
+def _together(report: records.Report, task: Task) -> Task:
+    """With everyone whom the file has in this case: times of two runs make no comparison."""
+    keys = {line["entrant"] for line in report.of(task.suite, task.case)}
+    keys.update(ENTRANTS[name].key for name in task.entrants)
+    return replace(task, entrants=tuple(SUITES[task.suite].takes(task.case, keys, ())))
 
 
 def _ours_failed(report: records.Report, tasks: Sequence[Task]) -> bool:
@@ -171,6 +179,11 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--teacher-model needs --model")
     if "all" in options.divergence:
         options.divergence = list(DIVERGENCES)
+    for temperature in options.temperature:
+        try:
+            KDOptions(temperature=temperature)
+        except ValueError as error:
+            parser.error(f"--temperature: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device: torch {torch.__version__} finds no CUDA device")
     if options.device == "cpu" and (why := why_not("cpu", "cpu")) is not None:
@@ -199,12 +212,12 @@ def _earlier(
 ) -> records.Report:
     """What the output has already; refuses what would be lost or mixed, and what cannot be made."""
     path, report = options.output, records.Report()
-    if path.exists() and not path.is_file():
-        parser.error(f"--output: cannot write '{path}': it is no file")
-    has_lines = path.exists() and path.stat().st_size > 0
-    if has_lines and not (options.resume or options.overwrite):
-        parser.error(f"--output: {path} is not empty; --resume, --overwrite, or another name")
     try:
+        if path.exists() and not path.is_file():
+            parser.error(f"--output: cannot write '{path}': it is no file")
+        has_lines = path.exists() and path.stat().st_size > 0
+        if has_lines and not (options.resume or options.overwrite):
+            parser.error(f"--output: {path} is not empty; --resume, --overwrite, or another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
         if has_lines:  # nothing else is written over either
@@ -216,9 +229,11 @@ def _earlier(
     if options.overwrite:
         path.write_text("")
         return records.Report()
-    if report.runs and (found := runner.differences(report.environment, here)):
+    now = {"environment": here, "packages": runner.packages()}
+    if report.runs and (found := runner.differences(report.runs[-1], now)):
         parser.error(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
-    records.cut_off(path)
+    if records.cut_off(path):  # it may have been a whole one, which is counted no more
+        report = records.read([path]) if path.stat().st_size else records.Report()
     return report
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
+#: States of a token, of its hidden size each, that the layers of a training step hold, about.
+LAYER_STATES = 16
 #: What a loss is given, and what the suites measure: logits, hidden states and heads, a training
 #: step.
 LOGITS, LINEAR, STEP = "logits", "linear", "step"
@@ -54,6 +54,11 @@ class Case:
         return 2 * self.n * self.v * (3 * self.student_hidden + self.teacher_hidden)
 
     @property
+    def teacher_flops(self) -> int:
+        """Of the one product among them that a loss without a teacher does not need."""
+        return 2 * self.n * self.v * self.teacher_hidden
+
+    @property
     def input_bytes(self) -> int:
         """What has to be there before anything is measured, about."""
         rows, hidden = self.n + self.v, self.student_hidden + self.teacher_hidden
@@ -61,7 +66,8 @@ class Case:
             return 3 * self.matrix_bytes  # the student's twice, to bring them back
         if self.level == LINEAR:  # in float32 too, where the floor of 16 bits needs it
             return rows * hidden * (self.itemsize if self.itemsize == 4 else self.itemsize + 4)
-        return 2 * self.v * (4 * self.student_hidden + self.teacher_hidden) * self.itemsize
+        weights = 2 * self.v * (4 * self.student_hidden + self.teacher_hidden)
+        return (weights + LAYER_STATES * self.n * hidden) * self.itemsize
 
     @property
     def gradient_bytes(self) -> int:

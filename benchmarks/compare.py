@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import reading
 from .cases import Case
 from .cells import Table, figure, mebibytes, scientific
+from .goals import ERROR_SLACK
 from .reading import EAGER, GRADIENTS, LOSS
 from .records import Line, Report
 from .runner import differences
 
 TOLERANCE = 0.10
+#: How far an error may grow, besides what rounding alone may cost: the order of sums differs
+#: between machines.
+ERROR_GROWTH = 2.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,20 @@ class Pair:
     @property
     def name(self) -> str:
         return f"{reading.name(self.suite, self.case)}: {self.before['title']}"
+
+    @property
+    def errors(self) -> list[tuple[str, float, float]]:
+        """What was compared with float64 in both files, and how far it was off."""
+        found = ((of, reading.error(self.before, of), reading.error(self.after, of))
+                 for of in (LOSS, GRADIENTS))  # fmt: skip
+        return [(of, a, b) for of, a, b in found if a is not None and b is not None]
+
+    @property
+    def worse(self) -> list[str]:
+        """A line for each error that grew too far, or is no finite number any more."""
+        return [f"{self.name}: error of the {of} was {scientific(a)}, is {scientific(b)}"
+                for of, a, b in self.errors
+                if math.isfinite(a) and not b <= ERROR_GROWTH * a + ERROR_SLACK]  # fmt: skip
 
     @property
     def differs(self) -> bool:
@@ -61,26 +80,32 @@ def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> tupl
 
     Times are compared as multiples of that of ours in the same case and file; ours as multiples of
     the floor, or of eager where there is none. They agree if no such ratio differs by more than
-    the tolerance and nobody who had a time lost it, or the other way round. What is in one file
-    alone is said, and no disagreement. Memory and errors are shown.
+    the tolerance, nobody who had a time lost it, or the other way round, and no error became more
+    than twice as large, or not finite. What is in one file alone is said, and no disagreement, but
+    there must be something to compare. Memory is shown.
     """
     pairs = sorted(_pairs(before, after), key=lambda pair: -abs(pair.change))
     timed = [pair for pair in pairs if pair.ratios is not None]
     far = [pair for pair in timed if not abs(pair.change) <= tolerance]
     turned = [pair for pair in pairs if _has_time(pair.before) != _has_time(pair.after)]
+    errors, worse = sum(len(p.errors) for p in pairs), [line for p in pairs for line in p.worse]
     text = [
-        *(f"not the same: {what}" for what in differences(before.environment, after.environment)),
+        *(f"not the same: {what}" for what in differences(before.runs[-1], after.runs[-1])),
         *_table(pairs),
+        *worse,
         *(f"{pair.name}: was {_said(pair.before)}, is {_said(pair.after)}" for pair in turned),
         *_alone(before, after, "before"),
         *_alone(after, before, "after"),
     ]
     if not pairs:
         return "\n".join([*text, "the files have nothing in common"]), False
-    ok = not far and not turned
+    if not timed and not errors:
+        return "\n".join([*text, "nothing to compare: no ratio and no error in both"]), False
+    ok = not far and not turned and not worse
     text.append(
         f"{len(timed)} ratios compared, {len(far)} of them differ by more than "
-        f"{100 * tolerance:g} %: {'the files agree' if ok else 'the files DISAGREE'}"
+        f"{100 * tolerance:g} %; {errors} errors compared, {len(worse)} of them grew: "
+        f"{'the files agree' if ok else 'the files DISAGREE'}"
     )
     return "\n".join(text), ok
 

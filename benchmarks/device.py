@@ -49,12 +49,14 @@ def clock(device: str) -> Clock:
 def _events(call: Callable[[], object]) -> tuple[float, bool]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     gc.disable()
-    torch.cuda._sleep(HEAD_START)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    gc.enable()
+    try:
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+    finally:
+        gc.enable()
     return start.elapsed_time(end) / 1e3, False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,14 @@ def of(problem: Problem, entrant: Entrant, loss: Loss) -> dict[str, float | None
         found["loss"] = distance(got.loss, exact.loss)
     if "gradients" in entrant.compared:
         pairs = zip(got.gradients, exact.gradients, strict=True)
-        found["gradients"] = max(distance(mine, theirs) for mine, theirs in pairs)
+        found["gradients"] = worst(distance(mine, theirs) for mine, theirs in pairs)
     return found
+
+
+def worst(errors: Iterable[float | None]) -> float | None:
+    """The largest of those that were compared; one that is not a number is worse than any."""
+    found = [x for x in errors if x is not None]
+    return next((x for x in found if x != x), max(found, default=None))
 
 
 def distance(got: Tensor, exact: Tensor) -> float:

@@ -157,12 +157,14 @@ def interleave(
 def time_once(call: Callable[[], object]) -> tuple[float, bool]:
     """Seconds by the host's clock, and whether our threads waited for a processor."""
     gc.disable()
-    waited = waiting_for_processor()
-    start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
-    waited = waiting_for_processor() - waited
-    gc.enable()
+    try:
+        waited = waiting_for_processor()
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        waited = waiting_for_processor() - waited
+    finally:
+        gc.enable()
     return seconds, waited > DISTURBED * seconds
 
 

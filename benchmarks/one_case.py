@@ -1,15 +1,18 @@
 """One case of a suite, measured: in a process of its own, so that a crash ends no more than it.
 
-``python -m benchmarks.one_case JSON`` (a :class:`Task`) prints lines of results as records.py
-describes them, and lines of the kind "progress" ("share", "note", "running").
+``python -m benchmarks.one_case JSON PARENT`` (a :class:`Task`, the process that it ends with)
+prints lines of results as records.py describes them, and lines of the kind "progress" ("share",
+"note", "running").
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +25,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
 
-from . import device, errors, floors
+from . import device, errors, floors, records
 from .cases import LINEAR, LOGITS, STEP, Case
 from .entrants import ENTRANTS, Entrant, Loss
 from .measuring import (
@@ -52,6 +55,8 @@ FIRST_ROWS, MORE_ROWS = 8, 4
 #: Repeats at least; where a call takes more seconds than LONG, two. What takes more than BRIEF is
 #: not measured again where it was disturbed.
 LEAST_REPEATS, LONG, BRIEF = 3, 5.0, 0.5
+#: Of Linux's prctl: the signal to get when the parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Task:
     times: bool = True  # and memory; else errors alone
     repeats: int = 15  # at most
     seconds_each: float = 8.0  # that the repeats of an entrant may take together
-    limit_seconds: float = 30.0  # of one call; slower ones have "no time"
+    limit_seconds: float = 30.0  # of one call on all rows; slower ones have "no time"
     threads: int | None = None
     seconds: float | None = None  # for all of it; what is not begun by then has "no time"
 
@@ -91,8 +96,11 @@ class Line:
 
 
 def run_task(task: Task, emit: Emit) -> None:
-    """Everything about one case; `emit(kind, **content)` is called as it comes."""
-    started, case = time.monotonic(), task.case
+    """Everything about one case; `emit(kind, **content)` is called as it comes.
+
+    A case in which the time was up has no line "done": it is for another run to complete.
+    """
+    started, case, is_cut = time.monotonic(), task.case, False
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     free = _free(case)
@@ -101,11 +109,14 @@ def run_task(task: Task, emit: Emit) -> None:
         for name in task.entrants:
             emit("result", **result(task, ENTRANTS[name], "no memory", why))
     else:
-        _Run(task, emit).run()
+        run = _Run(task, emit)
+        run.run()
+        is_cut = run.is_cut
     gc.collect()
     device.release(case.device)
-    emit("done", **_about(task), threads=torch.get_num_threads(),
-         seconds=round(time.monotonic() - started, 1))  # fmt: skip
+    if not is_cut:
+        emit("done", **_about(task), threads=torch.get_num_threads(),
+             seconds=round(time.monotonic() - started, 1))  # fmt: skip
 
 
 def result(task: Task, entrant: Entrant, status: str, why: str, **more: Any) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def result(task: Task, entrant: Entrant, status: str, why: str, **more: Any) -> 
     return {
         **_about(task), "entrant": entrant.key, "title": entrant.title, "is_ours": entrant.is_ours,
         "status": status, "why": why, "nearest": entrant.nearest, **known,
-        **floors.work(task.case, entrant.key), **more,
+        **floors.work(task.case, entrant), **more,
     }  # fmt: skip
 
 
@@ -136,6 +147,7 @@ class _Run:
     def __init__(self, task: Task, emit: Emit) -> None:
         self.task, self.case, self._emit = task, task.case, emit
         self._until = math.inf if task.seconds is None else time.monotonic() + task.seconds
+        self.is_cut = False  # the time was up before somebody was measured
         self._steps, self._all = 0, 4 * len(task.entrants)
         self._progress("the inputs")
         torch.compiler.reset()  # or one size would be taken for one too many, and run eagerly
@@ -171,8 +183,9 @@ class _Run:
             line = Line(name, entrant, errors.of(self.problem, entrant, loss), loss)
         except Exception as error:  # of a peer, of a compiler: the others go on
             return self._result(entrant, "failed", _said(error))
-        worst = max((x for x in line.error.values() if x is not None), default=0.0)
-        if not worst < WRONG[self.case.dtype] and self.case.regime == "randn":
+        worst = errors.worst(line.error.values())
+        is_right = worst is None or worst < WRONG[self.case.dtype]  # a NaN is below nothing
+        if not is_right and self.case.regime == "randn":
             return self._result(entrant, "wrong", f"a relative error of {worst:.2g}", line)
         if not self.task.times:
             self._result(entrant, "measured", line=line)
@@ -209,12 +222,15 @@ class _Run:
         return True
 
     def _prepare(self, line: Line) -> bool:
-        """Measures memory and one call."""
+        """Measures memory and one call, which is held to the limit."""
         self._progress(f"memory of {line.entrant.title}", line.name)
         call = self.problem.call(line.loss)
         if line.entrant.compiles or self.case.device != "cpu" or self.case.level == STEP:
             self._first(call)
         seconds, line.memory = self._peaks(call)
+        if seconds > self.task.limit_seconds:
+            self._result(line.entrant, "no time", self._limited("a call", seconds), line)
+            return False
         line.repeats = self._repeats(seconds)
         line.patience = PATIENCE if seconds < BRIEF else 0
         return True
@@ -264,21 +280,25 @@ class _Run:
         return min(self.task.repeats, max(least, fitting))
 
     def _exceeds(self, line: Line) -> str:
-        """What shows on more and more rows that a call would exceed the limit; "" if nothing does.
+        """What shows on more and more rows that a call exceeds the limit; "" if nothing does.
 
-        No time is concluded from fewer rows: products of a few run differently.
+        So that none is begun that takes hours. Nothing is concluded from fewer rows than take so
+        long themselves, products of a few run differently, nor from a first call, which compiles
+        and allocates.
         """
         rows = FIRST_ROWS
         while rows < self.case.n:
             call = self.problem.call(line.loss, rows)
-            if line.entrant.compiles:
-                call()
             seconds = floors.fastest(call, 0.0, self.case.device)
-            factor = min(MORE_ROWS, self.case.n / rows)
-            if seconds * factor > self.task.limit_seconds:
-                return f"{rows} rows alone took {seconds:.1f} s"
+            if seconds > self.task.limit_seconds:
+                seconds = floors.fastest(call, 0.0, self.case.device)
+            if seconds > self.task.limit_seconds:
+                return self._limited(f"{rows} rows alone", seconds)
             rows *= MORE_ROWS
         return ""
+
+    def _limited(self, what: str, seconds: float) -> str:
+        return f"{what} took {seconds:.3g} s, the limit is {self.task.limit_seconds:g} s"
 
     def _needed(self, entrant: Entrant) -> int:
         """Bytes beyond the inputs, roughly."""
@@ -291,6 +311,7 @@ class _Run:
         """Whether the time is up, which is then the last word."""
         late = time.monotonic() > self._until
         if late:
+            self.is_cut = True
             self._result(entrant, "no time", "the time is up")
         return late
 
@@ -307,7 +328,7 @@ class _Run:
             more = {"error": line.error, "memory": line.memory}
         if timing is not None:
             more["time"] = timing.as_dict()
-            if self.floor is not None:
+            if self.floor is not None and not entrant.nearest:
                 least = self.floor.seconds_of(entrant.key, self.case)
                 more["floor_share"] = least / timing.median
         self._emit("result", **result(self.task, entrant, status, why, **more))
@@ -323,14 +344,28 @@ def _said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def _ends_with(parent: int) -> bool:
+    """Has the system end this process when its parent ends; False if that has happened already.
+
+    Who kills a run wants the machine back, and the next run is not to be disturbed. Where there is
+    no such call, the first line that nobody reads ends the process.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux's
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    return os.getppid() == parent
+
+
 def main() -> int:
     """Reads the task from the command line; nothing but results goes to standard output."""
     task = Task.from_json(sys.argv[1])
+    if not _ends_with(int(sys.argv[2])):
+        return 1
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what peers print
 
     def emit(kind: str, **content: Any) -> None:
-        print(json.dumps({"kind": kind, **content}), file=results, flush=True)
+        print(records.dumps({"kind": kind, **content}), file=results, flush=True)
 
     run_task(task, emit)
     return 0

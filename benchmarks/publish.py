@@ -1,7 +1,10 @@
 """``python -m benchmarks.publish [--check]``: documents from the committed results.
 
-Writes README's table, the picture, and the tables of docs/benchmarks.md. With ``--check`` nothing
-is written: every difference is a line, and the exit status is then 1.
+Writes README's headline and table, the picture, and the tables of docs/benchmarks.md. With
+``--check`` nothing is written: every difference is a line, and the exit status is then 1.
+
+README and the picture are of the last machine by the names of its files, cpu_avx2 before
+cpu_avx512 before gpu; docs/benchmarks.md has all of them, the last one first.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from .records import Line, Report
 from .report import Parser, between_markers, markers
 
 ROOT = Path(__file__).resolve().parents[1]
-NAME = "benchmarks"
+NAME, HEADLINE = "benchmarks", "headline"  # of its markers
 README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.svg"
 #: The case of README's table, and its columns.
 ROWS, VOCABULARY, DTYPES = 512, 128256, ("bf16", "fp32")
@@ -56,30 +59,32 @@ def read_all(root: Path) -> list[Report]:
     return [records.read(paths) for paths in machines.values()]
 
 
-def _texts(reports: Sequence[Report]) -> dict[str, str]:
-    """What must stand between the markers of each document."""
-    return {README: readme_table(reports[0]), DOCUMENT: "\n\n".join(map(document, reports))}
+def _texts(reports: Sequence[Report]) -> Iterator[tuple[str, str, str]]:
+    """Documents, the names of their markers, and what must stand between those."""
+    yield README, HEADLINE, headline(reports[-1])
+    yield README, NAME, readme_table(reports[-1])
+    yield DOCUMENT, NAME, "\n\n".join(map(document, reversed(reports)))
 
 
 def _write(root: Path, reports: Sequence[Report]) -> Iterator[str]:
     """Yields what could not be."""
-    picture = pictures.published(reports[0], chosen(reports[0]))
-    for name, text in _texts(reports).items():
-        path = root / name
+    picture = pictures.published(reports[-1], chosen(reports[-1]))
+    for name, marker, text in _texts(reports):
+        path, (begin, _) = root / name, markers(marker)
         content = path.read_text() if path.exists() else ""
-        if markers(NAME)[0] not in content:
-            yield f"{name}: has no {markers(NAME)[0]}"
+        if begin not in content:
+            yield f"{name}: has no {begin}"
             continue
-        path.write_text(between_markers(content, text, NAME))
-        print(f"{name}: written")
+        path.write_text(between_markers(content, text, marker))
+        print(f"{name}: {marker} written")
     (root / PICTURE).write_text(picture)
     print(f"{PICTURE}: written")
 
 
 def _differences(root: Path, reports: Sequence[Report]) -> Iterator[str]:
     """A line for each."""
-    for name, text in _texts(reports).items():
-        path, (begin, end) = root / name, markers(NAME)
+    for name, marker, text in _texts(reports):
+        path, (begin, end) = root / name, markers(marker)
         content = path.read_text() if path.exists() else ""
         if content.count(begin) != 1 or content.count(end) != 1:
             yield f"{name}: expected one {begin} and after it one {end}"
@@ -89,7 +94,7 @@ def _differences(root: Path, reports: Sequence[Report]) -> Iterator[str]:
             if has != wanted:
                 yield f"{name}: has {_said(has)}, the results say {_said(wanted)}"
     path = root / PICTURE
-    digest = pictures.digest_of(reports[0], chosen(reports[0]))
+    digest = pictures.digest_of(reports[-1], chosen(reports[-1]))
     if not path.exists() or digest not in path.read_text():
         yield f"{PICTURE}: was not made from these results"
 
@@ -99,6 +104,32 @@ def _said(line: str | None) -> str:
 
 
 # ------------------------------------------------------------------------------------- README
+
+
+def headline(report: Report) -> str:
+    """A sentence: ours in place, beside plain torch, in the first dtype of the table."""
+    case = _case(report, LOGITS, DTYPES[0])
+    ours, *others = (None if case is None else reading.entrant(report, LOGITS, case, key)
+                     for key in (IN_PLACE, COMPILE, EAGER))  # fmt: skip
+    time = reading.seconds(ours)
+    if case is None or ours is None or time is None:
+        return "There are no results of this size."
+    found = [(name, line, seconds)
+             for name, line in zip(("`torch.compile`", "eager torch"), others, strict=True)
+             if line is not None and (seconds := reading.seconds(line)) is not None]  # fmt: skip
+    times = " and ".join(f"{_time(seconds)} for {name}" for name, _, seconds in found)
+    peaks = " and ".join(_cells(line)[1] for _, line, _ in found)
+    beside = (f" against {times}", f" against {peaks}") if found else ("", "")
+    found_on = report.environment
+    where = f"{found_on['device']} ("
+    if case.device == "cpu":
+        device = str(found_on["device"]).removeprefix("CPU: ")
+        where = f"{found_on['threads']} threads of {device} ({found_on['instruction_set']}; "
+    return (
+        f"On {where}{ROWS} × {VOCABULARY} logits, {case.dtype}, forward + backward): "
+        f"**{_time(time)}** in place{beside[0]};\n"
+        f"memory beyond the logits: {_cells(ours)[1]}{beside[1]}."
+    )
 
 
 def readme_table(report: Report) -> str:
@@ -142,8 +173,7 @@ def _rows(report: Report, suite: str) -> Iterator[list[str]]:
             where = "" if key in (KDLOSS, IN_PLACE, LINEARKDLOSS) else level
             yield [title + where, *(cell for line in lines for cell in _cells(line))]
     floors = [None if case is None else reading.floor(report, suite, case) for case in cases]
-    titles = (reading.floor_title(report, suite, case) for case in cases if case is not None)
-    title = next(filter(None, titles), "")
+    title = reading.floor_titles(report, suite, [case for case in cases if case is not None])
     if title:
         shown = [MISSING if time is None else _time(time) for time in floors]
         yield [title, *(cell for time in shown for cell in (time, ""))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .cases import LINEAR, LOGITS, Case
@@ -86,6 +86,21 @@ def floor(report: Report, suite: str, case: Case) -> float | None:
 def floor_title(report: Report, suite: str, case: Case) -> str:
     line = report.floors.get((suite, case.name))
     return "" if line is None else f"floor: {FLOORS.get(line['name'], line['name'])}"
+
+
+def floor_share(line: Line) -> float | None:
+    """The least time over its own; None where it computes something else, or there is no floor."""
+    found: float | None = None if line["nearest"] else line["floor_share"]
+    return found
+
+
+def floor_titles(report: Report, suite: str, cases: Sequence[Case]) -> str:
+    """Of several cases in a row: with the reason, of the last, why it is not their dtype's."""
+    titles = [title for case in cases if (title := floor_title(report, suite, case))]
+    whys = [line.get("why") for case in cases
+            if (line := report.floors.get((suite, case.name))) is not None]  # fmt: skip
+    reasons = [f" ({why})" for why in whys if why]
+    return "".join([*titles[:1], *reasons[-1:]])
 
 
 def sweeps(report: Report, suite: str, size: str) -> list[list[Case]]:

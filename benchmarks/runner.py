@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -103,14 +102,14 @@ def packages() -> dict[str, str]:
 
 def _child(task: Task, listener: _Listener) -> str | None:
     """Runs one task in a process of its own; why it did not end well, or None."""
-    command = [sys.executable, "-m", "benchmarks.one_case", task.to_json()]
+    command = [sys.executable, "-m", "benchmarks.one_case", task.to_json(), str(os.getpid())]
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                    stderr=said, env=_environment(task))  # fmt: skip
         try:
             assert process.stdout is not None
             for text in process.stdout:
-                listener(**json.loads(text))
+                listener(**records.loads(text))
             status = process.wait()
         finally:  # an interruption ends the child too
             process.kill()
@@ -141,13 +140,16 @@ def _here(task: Task, listener: _Listener) -> str | None:
     return None
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In what two environments differ that must be the same."""
-    return [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in SAME
-        if before.get(name) != now.get(name)
-    ]
+def differences(before: records.Line, now: records.Line) -> list[str]:
+    """In what two runs differ that must be the same: of the environment, and versions of peers.
+
+    A peer that only one of them has is no difference: the other one left it out.
+    """
+    old, new = before["environment"], now["environment"]
+    pairs = [(name, old.get(name), new.get(name)) for name in SAME]
+    old, new = before.get("packages", {}), now.get("packages", {})
+    pairs += [(name, old[name], new[name]) for name in old if name in new]
+    return [f"{name} was {was!r} and is {value!r}" for name, was, value in pairs if was != value]
 
 
 def read_together(paths: Sequence[Path]) -> records.Report:
@@ -158,6 +160,6 @@ def read_together(paths: Sequence[Path]) -> records.Report:
     """
     report = records.read(paths)
     for run_line in report.runs:
-        if found := differences(run_line["environment"], report.environment):
-            raise ValueError(f"files of different machines: {'; '.join(found)}")
+        if found := differences(run_line, report.runs[-1]):
+            raise ValueError(f"files of different machines or versions: {'; '.join(found)}")
     return report

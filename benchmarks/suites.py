@@ -12,6 +12,7 @@ from fused_kd.testing import REGIMES
 from .cases import LINEAR, LOGITS, STEP, Case
 from .entrants import ENTRANTS, Entrant
 from .entrants.ours import BUDGETED, IN_PLACE, KDLOSS, LINEARKDLOSS
+from .training_step import whole_sequences
 
 #: Sizes where the options say nothing: those of real vocabularies, and heads of small models.
 VOCABULARIES, DTYPES = (32000, 128256, 262144), ("bf16", "fp32")
@@ -83,9 +84,10 @@ def _linear(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def _step(options: argparse.Namespace) -> Iterator[Case]:
-    return _grid(
-        _defaults(options, dtype=["fp32"], v=STEP_VOCABULARY, n=[ROWS], hidden=STEP_HIDDEN), STEP
-    )
+    """N up to whole sequences."""
+    options = _defaults(options, dtype=["fp32"], v=STEP_VOCABULARY, n=[ROWS], hidden=STEP_HIDDEN)
+    options.n = [whole_sequences(n) for n in options.n]
+    return _grid(options, STEP)
 
 
 def _growth(options: argparse.Namespace) -> Iterator[Case]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from . import goals, reading
+from . import errors, goals, reading
 from .cases import LINEAR, Case
 from .cells import Table, figure, mebibytes, scientific, unit_of
 from .reading import GRADIENTS, LOSS
@@ -21,6 +21,10 @@ def time_cell(line: Line, scale: float) -> str:
 
 def note(line: Line, brief: bool = False) -> str:
     """What it computes where that is something else, and what became of it."""
+    return "; ".join(_notes(line, brief))
+
+
+def _notes(line: Line, brief: bool) -> list[str]:
     words = [f"computes: {line['nearest']}"] if line["nearest"] else []
     if line["status"] != "measured":
         words.append(f"{line['status']}: {line['why']}")
@@ -28,7 +32,7 @@ def note(line: Line, brief: bool = False) -> str:
         words.append("the process's peak is another")
     if reading.is_noisy(line) and not brief:
         words.append("disturbed")
-    return "; ".join(words)
+    return words
 
 
 # ------------------------------------------------------------------------------------- a case
@@ -75,7 +79,8 @@ def _ratio(ours: Line | None, line: Line) -> str:
 
 
 def _share(line: Line) -> str:
-    return "" if line["floor_share"] is None else f"{100 * line['floor_share']:.0f} %"
+    share = reading.floor_share(line)
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _floor(report: Report, suite: str, case: Case) -> list[str]:
@@ -117,42 +122,49 @@ def _has_times(report: Report, suite: str) -> bool:
 
 
 def overview(report: Report, suite: str, cases: Sequence[Case], size: str) -> Table:
-    """Entrants against the cases of a sweep: times, memory, the worst errors."""
+    """Entrants against the cases of a sweep: times, memory, the worst errors.
+
+    The floor's share is of the last case, the largest, for everyone.
+    """
     found = {case: reading.taking_part(report, suite, case) for case in cases}
     order = list(dict.fromkeys(x["entrant"] for case in cases[::-1] for x in found[case]))
     by_key = {key: [next((x for x in found[case] if x["entrant"] == key), None) for case in cases]
               for key in order}  # fmt: skip
     unit, scale = unit_of([reading.seconds(x) for lines in found.values() for x in lines])
     labels = [f"{size.upper()} = {getattr(case, size)}" for case in cases]
-    rows = [_overview_row(lines, scale) for lines in by_key.values()]
+    rows = [_overview_row(lines, labels, scale) for lines in by_key.values()]
     if any((suite, case.name) in report.floors for case in cases):
         times = [reading.floor(report, suite, case) for case in cases]
-        title = next(filter(None, (reading.floor_title(report, suite, case) for case in cases)))
+        title = reading.floor_titles(report, suite, cases)
         shown = ["" if time is None else figure(time / scale) for time in times]
         rows.append([title, *shown, *[""] * (len(cases) + 4)])
     head = ["", *(f"{label}: {unit}" for label in labels), *(f"{label}: MiB" for label in labels),
-            "floor / it", "loss error", "gradient error", "note"]  # fmt: skip
+            f"{labels[-1]}: floor / it", "loss error", "gradient error", "note"]  # fmt: skip
     return Table(head, rows, note=True).without_empty()
 
 
-def _overview_row(every: Sequence[Line | None], scale: float) -> list[str]:
+def _overview_row(every: Sequence[Line | None], labels: Sequence[str], scale: float) -> list[str]:
     lines = [line for line in every if line is not None]
-    shares = [_share(line) for line in lines if line["floor_share"] is not None]
-    worst = [_worst([reading.error(line, of) for line in lines]) for of in (LOSS, GRADIENTS)]
+    worst = [errors.worst([reading.error(line, of) for line in lines]) for of in (LOSS, GRADIENTS)]
     return [
         lines[0]["title"],
         *("" if x is None else time_cell(x, scale) for x in every),
         *("" if x is None else mebibytes(reading.memory(x)) for x in every),
-        shares[-1] if shares else "",
+        "" if every[-1] is None else _share(every[-1]),
         *(scientific(x) for x in worst),
-        "; ".join(dict.fromkeys(note(x, brief=True) for x in lines if note(x, brief=True))),
+        _overview_note(every, labels),
     ]
 
 
-def _worst(errors: Sequence[float | None]) -> float | None:
-    """The largest; one that is not a number is worse than any."""
-    found = [x for x in errors if x is not None]
-    return next((x for x in found if x != x), max(found, default=None))
+def _overview_note(every: Sequence[Line | None], labels: Sequence[str]) -> str:
+    """Everything that is said of an entrant, once, and in which cases unless it is in all."""
+    found: dict[str, list[str]] = {}
+    for line, label in zip(every, labels, strict=True):
+        for word in [] if line is None else _notes(line, brief=True):
+            found.setdefault(word, []).append(label)
+    count = sum(line is not None for line in every)
+    return "; ".join(word if len(where) == count else f"{', '.join(where)}: {word}"
+                     for word, where in found.items())  # fmt: skip
 
 
 def _regimes(report: Report, suite: str) -> list[tuple[str, Table]]:
@@ -176,7 +188,7 @@ def _errors(report: Report, suite: str, cases: Sequence[Case]) -> Table:
             pairs = [
                 (e, case.regime) for case, x in found if (e := reading.error(x, of)) is not None
             ]
-            worst = _worst([e for e, _ in pairs])
+            worst = errors.worst([e for e, _ in pairs])
             where = next((regime for e, regime in pairs if e is worst), "")
             row += [scientific(worst), where if worst is not None else ""]
         row.append("; ".join(dict.fromkeys(note(x) for _, x in found if note(x))))

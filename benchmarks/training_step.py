@@ -17,6 +17,11 @@ LENGTH, HEAD, STUDENT_LAYERS, TEACHER_LAYERS = 128, 64, 1, 2
 LEARNING_RATE = 1e-5
 
 
+def whole_sequences(tokens: int) -> int:
+    """So many tokens, or the next number of them that makes whole sequences."""
+    return tokens if tokens <= LENGTH else LENGTH * -(-tokens // LENGTH)
+
+
 class Decoder(nn.Module):
     """Embedding, causal transformer layers, and a head that the loss applies, or the step."""
 
@@ -57,6 +62,8 @@ class StepProblem(Problem):
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         super().__init__(case)
+        if whole_sequences(case.n) != case.n:
+            raise ValueError(f"N must be up to {LENGTH} or a multiple of it; got {case.n}")
         torch.manual_seed(seed)
         dtype, device = DTYPES[case.dtype], case.device
         self._student, self._teacher = (
@@ -66,7 +73,7 @@ class StepProblem(Problem):
         )  # fmt: skip
         self._teacher.requires_grad_(False).eval()
         length = min(LENGTH, case.n)
-        self._ids = torch.randint(case.v, (-(-case.n // length), length), device=device)
+        self._ids = torch.randint(case.v, (case.n // length, length), device=device)
         self._labels = self._ids.roll(-1, 1).flatten()
         self._optimizer = torch.optim.AdamW(
             self._student.parameters(), lr=LEARNING_RATE, fused=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,38 @@ def test_the_floor_of_the_linear_level_is_float32_where_that_is_faster(
     assert found is not None
     assert found.why == "in float32; in bf16 they take 100 times as long"
     assert found.is_slow
+
+
+def test_who_computes_something_else_is_held_to_no_floor() -> None:
+    case = Case(4, 40, "fp32", level=LINEAR, student_hidden=8, teacher_hidden=12)
+    assert floors.work(case, ENTRANTS["linear/eager"]) == {"flops": 2 * 4 * 40 * (3 * 8 + 12)}
+    alone = ENTRANTS["linear/torch-linear-ce"]  # it has no teacher
+    assert floors.work(case, alone) == {"flops": 2 * 4 * 40 * 3 * 8}
+    lines: list[dict[str, Any]] = []
+    task = one_case.Task("linear", case, ("linear/eager", "linear/torch-linear-ce"), repeats=1)
+    one_case.run_task(task, lambda kind, **more: lines.append({"kind": kind, **more}))
+    shares = {x["entrant"]: x["floor_share"] for x in lines if x["kind"] == "result"}
+    assert shares["eager"] > 0
+    assert shares["torch-linear-ce"] is None
+
+
+def test_an_error_that_is_no_number_is_the_worst() -> None:
+    nan = float("nan")
+    for every in ([1.0, nan, 2.0], [nan, 1.0], [None, nan]):
+        found = errors.worst(every)
+        assert found is not None
+        assert found != found
+    assert errors.worst([None, 1.0, 2.0]) == 2.0
+    assert errors.worst([None]) is None
+
+
+def test_garbage_is_collected_again_after_a_call_that_raises() -> None:
+    def fails() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        measuring.time_once(fails)
+    assert gc.isenabled()
 
 
 def test_every_guard_has_a_baseline() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from benchmark_lines import LOGITS_CASE, result_line, run_line, write_lines
 from benchmark_runs import NEEDS_CPU, ROOT
 
 from benchmarks import __main__ as cli
 from benchmarks import accuracy, guard, runner
+from benchmarks.cases import LOGITS
 from benchmarks.entrants import ENTRANTS
 from benchmarks.one_case import Task
 
@@ -21,6 +24,7 @@ BAD: list[tuple[list[str], str]] = [
     (["run", "--n", "ten"], "--n: must be a whole number of at least 1; got 'ten'"),
     (["run", "--v", "-1"], "--v: must be a whole number of at least 1; got '-1'"),
     (["run", "--temperature", "nan"], "--temperature: must be a finite number above 0"),
+    (["run", "--temperature", "1e-30"], "--temperature: temperature must be positive and finite"),
     (["run", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     (["run", "speed"], "unknown suite 'speed'; there are logits linear training-step growth"),
     (["run", "--peers", "kdloss", "ligre"], "--peers: unknown loss 'ligre'; there are kdloss"),
@@ -31,6 +35,11 @@ BAD: list[tuple[list[str], str]] = [
     (["run", "--output", "/proc/no/such/folder"], "--output: cannot write"),
     (["run", "--output", "tests"], "--output: cannot write 'tests': it is no file"),
     (["run", "--output", "/dev/null"], "--output: cannot write '/dev/null': it is no file"),
+    (["run", "--output", "x" * 300], "': File name too long"),
+    (
+        ["plot", "benchmarks/results/cpu_avx2_training_step.jsonl", "--output", "x" * 300],
+        "File name too long",
+    ),
     (["run", "--output", "setup.py"], "setup.py is not empty; --resume, --overwrite, or another"),
     (["run", "--output", "setup.py", "--resume"], "setup.py:1: no line of results"),
     (["run", "--output", "setup.py", "--overwrite"], "setup.py:1: no line of results"),
@@ -41,6 +50,41 @@ BAD: list[tuple[list[str], str]] = [
     (["draw"], "invalid choice: 'draw'"),
     ([], "required"),
 ]
+
+
+#: Fields of a line of results that are taken away, or are something else.
+SPOILT: list[tuple[dict[str, Any], str]] = [
+    ({"nearest": None}, "result without nearest"),
+    ({"floor_share": None}, "result without floor_share"),
+    ({"time": {"median_s": 1.0}}, "time without quartiles_s"),
+    ({"error": "large"}, "error of result is 'large'"),
+    ({"error": {"loss": "large"}}, "loss of error is 'large'"),
+    ({"case": {"n": 4}}, "case without v"),
+    ({"case": {**LOGITS_CASE.sizes, "height": 4}}, "unexpected keyword argument 'height'"),
+]
+
+
+@pytest.mark.parametrize(("spoilt", "message"), SPOILT)
+@pytest.mark.parametrize("command", ["plot", "compare", "run"])
+def test_a_line_without_its_fields_is_one_line_too(
+    spoilt: dict[str, Any], message: str, command: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    line = result_line(LOGITS, LOGITS_CASE, "kdloss", 1.0)
+    ((name, value),) = spoilt.items()
+    if value is None:
+        del line[name]
+    else:
+        line[name] = value
+    file = str(write_lines([run_line(), line], tmp_path / "results.jsonl"))
+    more = {"plot": [file], "compare": [file, file], "run": ["--resume", "--output", file]}
+    with pytest.raises(SystemExit) as raised:
+        cli.main([command, *more[command]])
+    assert raised.value.code == 2
+    shown = capsys.readouterr().err
+    assert "results.jsonl:2: no line of results (" in shown
+    assert message in shown
+    assert len(shown.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)

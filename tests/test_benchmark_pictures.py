@@ -71,6 +71,14 @@ def test_no_picture_overwrites_another() -> None:
     assert names == [f"accuracy-{case.n}-{case.v}-fp32" for case in cases]
 
 
+def test_growth_with_one_size_has_no_picture() -> None:
+    growth = result_line("growth", LOGITS_CASE, "kdloss", 1.0)
+    found = one_run(growth, result_line(LOGITS, LOGITS_CASE, "kdloss", 1.0))
+    assert [picture.name for picture in pictures.pictures(found)] == ["logits-bf16"]
+    with pytest.raises(ValueError, match=r"^the results have no cases over the vocabulary"):
+        pictures.published(found, {})
+
+
 def test_without_matplotlib_a_line_says_so(
     report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from benchmark_lines import (
 )
 
 from benchmarks import compare, pictures, publish, reading, records
-from benchmarks.cases import LINEAR, LOGITS, Case
+from benchmarks.cases import LINEAR, LOGITS
 from benchmarks.records import Report
 
 # ------------------------------------------------------------------------------------ compare
@@ -39,7 +39,10 @@ def test_reports_that_agree() -> None:
     lines = text.split("\n")
     assert "eager torch" in lines[2]  # the worst first
     assert "+8.0 %" in lines[2]
-    assert lines[-1] == "6 ratios compared, 0 of them differ by more than 10 %: the files agree"
+    assert lines[-1] == (
+        "6 ratios compared, 0 of them differ by more than 10 %; "
+        "11 errors compared, 0 of them grew: the files agree"
+    )
     assert not compare.compare(_of_logits(), _of_logits(eager=1.08), tolerance=0.05)[1]
 
 
@@ -81,7 +84,9 @@ def test_what_is_in_one_report_alone_is_said() -> None:
     assert f"{LOGITS_CASE.name}: {TITLES['trl']} (elsewhere: not installed)" in text
     assert f"only after: {LOGITS_CASE.with_(v=32000).name}" in text
     same = compare.compare(*[one_run(result_line("accuracy", LOGITS_CASE, "eager", None))] * 2)
-    assert same == ("0 ratios compared, 0 of them differ by more than 10 %: the files agree", True)
+    assert same[0].startswith("0 ratios compared, ")
+    assert same[0].endswith("2 errors compared, 0 of them grew: the files agree")
+    assert same[1] is True
     nothing = one_run(result_line("growth", LOGITS_CASE, "kdloss", 1.0))
     assert compare.compare(before, nothing)[1] is False
 
@@ -98,6 +103,35 @@ def test_a_time_that_is_lost_is_a_difference() -> None:
     assert "not the same: threads was 2 and is 8" in compare.compare(_of_logits(), elsewhere)[0]
 
 
+# no number any more, and more than twice as large; a little more is what rounding may cost
+@pytest.mark.parametrize(
+    ("loss", "agrees"),
+    [(float("nan"), False), (float("inf"), False), (3e-6, False), (2e-6, True), (1e-9, True)],
+)
+def test_an_error_that_grew_is_a_difference(loss: float, agrees: bool) -> None:
+    def accuracy(loss: float) -> Report:
+        error = {"loss": loss, "gradients": None}
+        return one_run(result_line("accuracy", LOGITS_CASE, "kdloss", None, error=error))
+
+    text, ok = compare.compare(accuracy(1e-6), accuracy(loss))
+    assert ok is agrees
+    assert ("KDLoss: error of the loss was 1.0e-06, is" in text) is not agrees
+    assert compare.compare(accuracy(float("nan")), accuracy(float("nan")))[1]  # as it was
+
+
+def test_files_without_a_figure_in_both_do_not_agree() -> None:
+    failed = one_run(result_line(LOGITS, LOGITS_CASE, "kdloss", None, status="failed", error=None))
+    text, ok = compare.compare(failed, failed)
+    assert not ok
+    assert text.endswith("nothing to compare: no ratio and no error in both")
+
+
+def test_other_versions_of_a_peer_are_said() -> None:
+    other = report_of([{**run_line(), "packages": {"trl": "1.1"}},
+                       *case_lines(LOGITS, LOGITS_CASE)])  # fmt: skip
+    assert "not the same: trl was '1.0' and is '1.1'" in compare.compare(_of_logits(), other)[0]
+
+
 # ------------------------------------------------------------------------------------ publish
 
 
@@ -109,9 +143,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("docs", "benchmarks/results"):
         (folder / name).mkdir(parents=True)
     write_lines(every_suite(), folder / "benchmarks/results/cpu.jsonl")
-    empty = "above\n<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\nbelow\n"
-    for name in (publish.README, publish.DOCUMENT):
-        (folder / name).write_text(empty)
+    empty = "<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\nbelow\n"
+    first = "<!-- headline:begin -->\n<!-- headline:end -->\n"
+    (folder / publish.README).write_text("above\n" + first + empty)
+    (folder / publish.DOCUMENT).write_text("above\n" + empty)
     assert publish.main([], folder) == 0
     return folder
 
@@ -145,6 +180,8 @@ def test_what_was_published_agrees(root: Path) -> None:
         "torch.compile of it, from hidden states", "Liger chunked JSD, from hidden states",
         "floor: the four products",
     ]  # fmt: skip
+    assert "**9.19 ms** in place against 131 ms for `torch.compile` and 591 ms for eager" in readme
+    assert "memory beyond the logits: 0.00 MiB against 376 MiB and 877 MiB." in readme
     assert "| KDLoss | 11.8 ms | 125 MiB | 11.8 ms | 250 MiB |" in readme
     assert "Faster than ours here: nobody who computes the same." in readme
     document = (root / publish.DOCUMENT).read_text()
@@ -159,6 +196,8 @@ def test_what_was_published_agrees(root: Path) -> None:
     [
         (lambda root: _replace(root / publish.README, "| 11.8 ms |", "| 1.8 ms |"),
          r"README.md: has '\| KDLoss \| 1.8 ms .*, the results say '\| KDLoss \| 11.8 ms .*"),
+        (lambda root: _replace(root / publish.README, "**9.19 ms**", "**9 ms**"),
+         r"README.md: has '.*\*\*9 ms\*\* in place .*, the results say '.*\*\*9.19 ms\*\* in"),
         (lambda root: _replace(root / publish.DOCUMENT, "#### Goals\n", ""),
          r"docs/benchmarks.md: has .*, the results say '#### Goals'"),
         (lambda root: (root / publish.PICTURE).write_text("<svg/>"),
@@ -186,7 +225,9 @@ def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_published_without_markers_or_results(root: Path, capsys: Capture) -> None:
     (root / publish.README).write_text("no markers\n")
     assert publish.main([], root) == 1
-    assert "README.md: has no <!-- benchmarks:begin -->\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for name in ("headline", "benchmarks"):
+        assert f"README.md: has no <!-- {name}:begin -->\n" in said
     assert (root / publish.README).read_text() == "no markers\n"
     (root / "benchmarks/results/cpu.jsonl").unlink()
     assert publish.main(["--check"], root) == 1
@@ -202,13 +243,17 @@ def test_where_we_lose_the_readme_says_so() -> None:
 @pytest.mark.usefixtures("_no_picture")
 def test_two_machines_are_kept_apart(root: Path) -> None:
     path = root / "benchmarks/results/gpu.jsonl"
-    case = Case(8192, 128256, "bf16", device="cuda")
-    write_lines([run_line(device="Card 1"), result_line(LOGITS, case, "kdloss", 1.0)], path)
+    line = result_line(LOGITS, LOGITS_CASE, "kdloss-inplace", 1.0)
+    write_lines([run_line(device="Card 1"), line], path)
     assert [r.environment["device"] for r in publish.read_all(root)] == [
         "CPU: Example 9000", "Card 1",
     ]  # fmt: skip
     assert publish.main([], root) == 0
-    assert "### Card 1" in (root / publish.DOCUMENT).read_text()
+    document = (root / publish.DOCUMENT).read_text()
+    assert document.index("### Card 1") < document.index("### CPU: Example 9000")
+    readme = (root / publish.README).read_text()  # of the last one alone
+    assert "threads of Card 1 " in readme
+    assert "Example 9000" not in readme
 
 
 def test_the_documents_agree_with_the_committed_results(capsys: Capture) -> None:

@@ -6,6 +6,7 @@ import pytest
 from benchmark_lines import (
     LINEAR_CASE,
     LOGITS_CASE,
+    TITLES,
     case_lines,
     every_suite,
     one_run,
@@ -102,6 +103,45 @@ def test_a_suite_at_a_glance(report: Report) -> None:
     growth = tables.overviews(report, "growth")
     assert [cells.head[1] for _, cells in growth] == ["N = 256: ms", "V = 64128: ms"]
     assert "| KDLoss | 2.95 |" in cells.markdown()
+
+
+def _rows_of(*lines: Line) -> dict[str, list[str]]:
+    """Of the one table of a suite, by title, with the head at ""."""
+    ((_, cells),) = tables.overviews(one_run(*lines), LINEAR)
+    return {"": cells.head, **{row[0]: row for row in cells.rows}}
+
+
+def test_shares_of_the_floor_at_a_glance_are_of_one_size() -> None:
+    small = LINEAR_CASE.with_(v=32000)
+    lines = [result_line(LINEAR, case, key, 1.0, floor_share=share)
+             for case, key, share in ((small, "eager", 0.5), (LINEAR_CASE, "eager", 0.4),
+                                      (small, "trl", 0.9))]  # fmt: skip
+    other = result_line(LINEAR, LINEAR_CASE, "alone", 1.0, floor_share=1.4, nearest="half of it")
+    slow = result_line(LINEAR, LINEAR_CASE, "trl", None, status="no time", why="8 rows")
+    rows = _rows_of(*lines, other, slow)
+    place = rows[""].index("V = 128256: floor / it")
+    assert [rows[title][place] for title in ("eager torch", TITLES["trl"], "alone")] == [
+        "40 %", "", "",
+    ]  # fmt: skip
+
+
+def test_notes_at_a_glance_say_of_which_size_they_are() -> None:
+    small = LINEAR_CASE.with_(v=32000)
+    more = {"status": "no time", "nearest": "half of it"}
+    rows = _rows_of(
+        result_line(LINEAR, small, "trl", None, why="8 rows", **more),
+        result_line(LINEAR, LINEAR_CASE, "trl", None, why="32 rows", **more),
+        result_line(LINEAR, LINEAR_CASE, "eager", 1.0),
+    )
+    assert rows[TITLES["trl"]][-1] == (
+        "computes: half of it; V = 32000: no time: 8 rows; V = 128256: no time: 32 rows"
+    )
+
+
+def test_the_floor_says_where_it_is_of_another_dtype() -> None:
+    lines = [*case_lines(LINEAR, LINEAR_CASE)]
+    lines[0]["why"] = "in float32; in bf16 they take 9 times as long"
+    assert f"floor: the four products ({lines[0]['why']})" in _rows_of(*lines)
 
 
 # figures below and above the digits, and none

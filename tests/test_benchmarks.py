@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_lines import result_line, run_line, write_lines
 from benchmark_runs import NEEDS_CPU, ROOT, TINY, quickly
 
 from benchmarks import __main__ as cli
 from benchmarks import floors, measuring, one_case, records, runner
-from benchmarks.cases import LINEAR, LOGITS, Case
+from benchmarks.cases import LINEAR, LOGITS, STEP, Case
 from benchmarks.entrants import ENTRANTS
 from benchmarks.one_case import Task
 
@@ -157,6 +159,37 @@ def test_an_interruption_ends_the_child_too(tmp_path: Path) -> None:
         process.kill()
 
 
+#: A child in the middle of a call that takes long, and its parent.
+CALLS = """
+import os, sys, time
+from benchmarks import one_case
+has_parent = one_case._ends_with(int(sys.argv[1])), not one_case._ends_with(-1)
+print(all(has_parent), os.getpid(), flush=True)
+time.sleep(100)
+"""
+STARTS = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1], str(os.getpid())])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such call")
+def test_a_child_ends_with_a_run_that_is_killed() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", STARTS, CALLS], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    has_parent, number = parent.stdout.readline().split()
+    status = Path("/proc", number, "status")
+    assert (has_parent, status.exists()) == ("True", True)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_results_of_another_machine_are_not_mixed_in(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +234,41 @@ def test_a_wrong_loss_is_not_timed_and_fails_the_run_if_it_is_ours(
     line = found.results["logits", found.cases("logits")[0].name, "kdloss"]
     assert (line["status"], line["time"]) == ("wrong", None)
     assert line["error"]["loss"] == pytest.approx(0.01, rel=1e-3)
+
+
+class _Lost(torch.autograd.Function):
+    """The right value with a gradient of NaNs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * float("nan")
+
+
+# beside a good loss, and beside a good gradient that is compared before it
+@pytest.mark.parametrize(("level", "position"), [(LOGITS, 0), (LINEAR, 1)])
+def test_a_gradient_that_is_no_number_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, level: str, position: int
+) -> None:
+    right = ENTRANTS[f"{level}/eager"]
+
+    def build(case: Case) -> Any:
+        def loss(*tensors: torch.Tensor) -> Any:
+            given = list(tensors)
+            given[position] = _Lost.apply(given[position])  # type: ignore[no-untyped-call]
+            return right.build(case)(*given)
+
+        return loss
+
+    monkeypatch.setitem(ENTRANTS, f"{level}/eager", replace(right, build=build))
+    hidden = (0, 0) if level == LOGITS else (8, 12)
+    case = Case(5, 40, "fp32", 2.0, "forward_kl", level, *hidden)
+    line = _results(Task(level, case, (f"{level}/eager",), repeats=1))["eager"]
+    assert (line["status"], line["why"]) == ("wrong", "a relative error of nan")
+    assert line["error"]["loss"] < 1e-6
 
 
 def test_one_that_raises_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +351,56 @@ def test_resume_measures_who_was_not_there(tmp_path: Path) -> None:
     assert {key for _, _, key in found.results} == {"kdloss", "eager"}
 
 
+def test_a_case_is_resumed_with_everyone_whom_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    base = ["run", "logits", "--n", "4", "--v", "60", "--dtype", "fp32", "--repeats", "2",
+            "--in-process", "--output", str(file)]  # fmt: skip
+    assert cli.main([*base, "--peers", "kdloss", "checkpoint"]) == 0
+    assert cli.main([*base, "--peers", "eager", "--resume"]) == 0
+    lines = _lines(file)
+    (_, second) = (i for i, line in enumerate(lines) if line["kind"] == "run")
+    again = {line["entrant"] for line in lines[second:] if line["kind"] == "result"}
+    assert again == {"kdloss", "checkpoint", "eager"}
+
+
+def test_what_the_clock_cut_is_measured_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, right = tmp_path / "results.jsonl", runner.run_task
+    with monkeypatch.context() as patch:  # begun, and then there was no time
+        patch.setattr(runner, "run_task", lambda task, emit: right(replace(task, seconds=0), emit))
+        assert _run(file, "logits", "--dtype", "fp32") == 0
+    found = records.read([file])
+    assert {line["status"] for line in found.results.values()} == {"no time"}
+    assert found.done == set()
+    assert _run(file, "logits", "--dtype", "fp32", "--resume") == 0
+    found = records.read([file])
+    assert len(found.done) == 1
+    assert {line["status"] for line in found.results.values()} == {"measured"}
+
+
+def test_a_last_line_that_does_not_end_is_not_counted(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    assert _run(file, "logits", "--dtype", "fp32") == 0
+    file.write_text(file.read_text().removesuffix("\n"))  # the line "done", whole
+    assert _run(file, "logits", "--dtype", "fp32", "--resume") == 0
+    assert [line["kind"] for line in _lines(file)].count("done") == 1
+    assert len(records.read([file]).done) == 1
+
+
+def test_results_with_another_version_of_a_peer_are_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "results.jsonl"
+    monkeypatch.setattr(runner, "packages", lambda: {"trl": "1.0", "gone": "3"})
+    assert _run(file, "logits", "--dtype", "fp32") == 0
+    monkeypatch.setattr(runner, "packages", lambda: {"trl": "2.0", "new": "4"})
+    with pytest.raises(SystemExit) as raised:
+        _run(file, "logits", "--resume")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.endswith("made elsewhere: trl was '1.0' and is '2.0'\n")
+
+
 def test_when_the_time_is_up_the_rest_is_not_begun() -> None:
     found = _results(_task("logits/kdloss", "logits/eager", seconds=0.0))
     assert {line["status"] for line in found.values()} == {"no time"}
@@ -321,3 +439,62 @@ def test_what_takes_too_long_has_no_time(monkeypatch: pytest.MonkeyPatch) -> Non
     line = _results(replace(task, limit_seconds=1e-9))["eager"]
     assert (line["status"], line["time"]) == ("no time", None)
     assert line["why"].startswith("8 rows alone took ")
+    assert line["why"].endswith(" s, the limit is 1e-09 s")
+
+
+def test_fewer_rows_are_held_to_the_limit_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(64, 40, "bf16", level=LINEAR, student_hidden=8, teacher_hidden=12)
+    slow = floors.Floor("products", lambda: None, 1.0, is_slow=True)
+    monkeypatch.setattr(floors, "floor", lambda problem, limit: slow)
+    task = Task("linear", case, ("linear/eager",), limit_seconds=30.0, repeats=1)
+    times = iter([40.0, 29.0, 29.0])  # 8 rows: the first call, the second; 32 rows
+    monkeypatch.setattr(floors, "fastest", lambda *given: next(times))
+    assert _results(task)["eager"]["status"] == "measured"
+    assert list(times) == []
+    times = iter([29.0, 40.0, 31.0])
+    assert _results(task)["eager"]["why"] == "32 rows alone took 31 s, the limit is 30 s"
+
+
+# nobody tries fewer rows there
+@pytest.mark.parametrize(("level", "hidden"), [(LOGITS, (0, 0)), (LINEAR, (8, 12)), (STEP, (8, 8))])
+def test_a_whole_call_is_held_to_the_limit(
+    monkeypatch: pytest.MonkeyPatch, level: str, hidden: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(one_case._Run, "_exceeds", lambda self, line: "")
+    case = Case(6, 40, "fp32", 2.0, "forward_kl", level, *hidden)
+    task = Task(level, case, (f"{LOGITS if level == LOGITS else LINEAR}/eager",), repeats=1)
+    assert _results(task)["eager"]["status"] == "measured"
+    line = _results(replace(task, limit_seconds=1e-9))["eager"]
+    assert (line["status"], line["time"]) == ("no time", None)
+    assert line["why"].startswith("a call took ")
+
+
+def test_a_training_step_is_of_whole_sequences(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    arguments = ["run", "training-step", *TINY, "--peers", "eager", "--n", "4", "200", "--output"]
+    assert cli.main([*arguments, str(file)]) == 0
+    (few, many) = records.read([file]).cases("training-step")
+    assert (few.n, many.n) == (4, 256)
+    with pytest.raises(ValueError, match="N must be up to 128 or a multiple of it; got 200"):
+        one_case.PROBLEMS[STEP](many.with_(n=200))
+    line = _results(Task("training-step", many.with_(n=128 * 10**9), ("linear/eager",)))["eager"]
+    assert line["status"] == "no memory"
+
+
+def test_figures_that_are_not_finite_are_strings_in_the_file(tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    file = tmp_path / "results.jsonl"
+    error = {"loss": float("nan"), "gradients": float("-inf")}
+    line = result_line(LOGITS, Case(5, 40, "fp32"), "eager", None, error=error, why="nan")
+    write_lines([run_line(), line], file)
+    for text in file.read_text().splitlines():
+        json.loads(text, parse_constant=refuse)
+    (found,) = records.read([file]).results.values()
+    assert [str(x) for x in found["error"].values()] == ["nan", "-inf"]
+    assert isinstance(found["error"]["loss"], float)
+    assert found["why"] == "nan"
+    file.write_text(file.read_text().replace('"loss": "nan"', '"loss": NaN'))  # as it was once
+    (found,) = records.read([file]).results.values()
+    assert isinstance(found["error"]["loss"], float)

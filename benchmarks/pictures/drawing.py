@@ -72,9 +72,11 @@ def published(report: Report, chosen: Mapping[str, tuple[Sequence[Case], Sequenc
         chosen: by suite the cases of one sweep and the keys of the entrants to show.
 
     Raises:
-        ValueError: there is no matplotlib.
+        ValueError: there is no matplotlib, or nothing to show.
     """
     style.need_matplotlib()
+    if not chosen:
+        raise ValueError("the results have no cases over the vocabulary to draw")
     panels: dict[str, Panel] = {}
     for suite, (cases, keys) in chosen.items():
         one = SuitePictures(report, suite, keys)

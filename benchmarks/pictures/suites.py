@@ -61,6 +61,8 @@ class SuitePictures:
         for one, cases in groups.items():
             cases.sort(key=lambda case: (case.v, case.n))
             title, made = make(cases)
+            if not made:  # of growth with one size alone
+                continue
             yield Description(self._name(one, list(groups)), title, made)
 
     def _lines(self) -> Iterator[Line]:
