@@ -92,8 +92,10 @@ def assert_close(found: dict[str, int], measured: int) -> None:
 SHAPES = [(64, 8192, 32, 64), (32, 8192, 256, 64)]
 
 
+# large enough for 5 % to hold what torch's 16-bit products take for themselves: up to 0.4 MiB on a
+# processor that has such products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], (32, 16384, 512, 64)], ids=str)
 def test_whole_logits_peak_within_5_percent(
     shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
