@@ -52,6 +52,7 @@ FRAMEWORKS = {
         Framework("accelerate", "accelerate", "", "1.15.0"),
         Framework("nemo_automodel", "nemo-automodel", "automodel", ""),
         Framework("distillkit", "distillkit", "distillkit", ""),
+        Framework("axolotl", "axolotl", "axolotl", ""),
     )
 }
 

@@ -1,0 +1,108 @@
+"""axolotl's loss of a top-k teacher by its signature (``axolotl.integrations.kd``).
+
+To be imported in place of those of ``axolotl.integrations.kd.topk_logprob.forward_kl``.
+Written from its source (2025 and 2026) and tested against its formula; never run inside axolotl.
+The top k log-probabilities are laid into float32 logits of the whole vocabulary, -inf elsewhere:
+as much memory as the student's logits in float32. ChunkedTopKKDLoss needs that of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import KDLoss
+from ..checks import check_dense
+
+
+def loss(
+    student_logits: Tensor,  # (B, S, V)
+    target_token_ids: Tensor,  # (B, S_t, K), S_t <= S; the entries of a token differ
+    target_logprobs: Tensor,  # (B, S_t, K)
+    target_mask: Tensor,  # (B, S_t, K)
+    num_items_in_batch: int = -1,
+    kd_temperature: float = 1.0,
+) -> Tensor:
+    """Σ q (log q - log p) over the entries of the mask; p is the student's, of all V, at T.
+
+    q is taken as it is given: not softened, and not made to sum to 1. There is no factor T².
+
+    Returns:
+        0-d: the sum, divided by `num_items_in_batch`, or if that is not positive by the number of
+        entries (not of tokens), as axolotl does. 0 if there is none, where axolotl's is NaN.
+
+    Raises:
+        TypeError: not a tensor, or one of the wrong dtype.
+        ValueError: shapes that do not fit.
+    """
+    teacher = (target_token_ids, target_logprobs, target_mask)
+    _check(student_logits, *teacher)
+    kept = target_mask.to(torch.bool)
+    divisor = num_items_in_batch if num_items_in_batch > 0 else kept.sum().clamp(min=1)
+    shape = (*target_token_ids.shape[:2], student_logits.shape[-1])
+    logs = target_logprobs.float().masked_fill(~kept, -torch.inf)
+    mass = logs.exp().sum(-1)  # a row of mass a and its distribution, as in probabilities.py
+    dense = torch.full(shape, -torch.inf, device=logs.device)
+    dense.scatter_reduce_(-1, target_token_ids, logs * kd_temperature, "amax")
+    forward_kl = KDLoss(
+        hard_weight=0.0, soft_weight=1.0, soft_scale="none", temperature=kd_temperature
+    )
+    student = student_logits[:, : shape[1]]
+    divergence = forward_kl(student, dense, token_weight=mass, num_items=divisor)
+    assert isinstance(divergence, Tensor)
+    return divergence + torch.xlogy(mass, mass).sum() / divisor
+
+
+class ChunkedTopKKDLoss(nn.Module):
+    """:func:`loss`, over parts of the sequence one after the other.
+
+    Args:
+        num_output_chunks: how many, at most.
+        kd_temperature: of the student.
+    """
+
+    def __init__(self, num_output_chunks: int = 8, kd_temperature: float = 1.0) -> None:
+        super().__init__()
+        self.num_output_chunks = num_output_chunks
+        self.kd_temperature = kd_temperature
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (B, S, V)
+        target_token_ids: Tensor,  # (B, S_t, K)
+        target_logprobs: Tensor,  # (B, S_t, K)
+        target_mask: Tensor,  # (B, S_t, K)
+        num_items_in_batch: int = -1,
+    ) -> Tensor:
+        """As :func:`loss`."""
+        _check(student_logits, target_token_ids, target_logprobs, target_mask)
+        length = target_token_ids.shape[1]
+        whole = (student_logits[:, :length], target_token_ids, target_logprobs, target_mask)
+        chunks = zip(*(x.chunk(self.num_output_chunks, dim=1) for x in whole), strict=True)
+        total = torch.stack(
+            [loss(s, ids, logs, mask, 1, self.kd_temperature) for s, ids, logs, mask in chunks]
+        ).sum()
+        if num_items_in_batch > 0:
+            return total / num_items_in_batch
+        return total / target_mask.to(torch.bool).sum().clamp(min=1)
+
+
+def _check(student_logits: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:
+    check_dense("student_logits", student_logits)
+    if student_logits.dim() != 3:
+        raise ValueError(f"student_logits must be (B, S, V); got {tuple(student_logits.shape)}")
+    for name, x in (("token_ids", ids), ("logprobs", logprobs), ("mask", mask)):
+        check_dense(f"target_{name}", x)
+        if x.dim() != 3 or x.shape != ids.shape:
+            raise ValueError(
+                f"target_{name} must be (B, S_t, K), like target_token_ids, {tuple(ids.shape)}; "
+                f"got {tuple(x.shape)}"
+            )
+    if ids.dtype != torch.int64:
+        raise TypeError(f"target_token_ids must be int64; got {ids.dtype}")
+    batch, length = student_logits.shape[:2]
+    if ids.shape[0] != batch or ids.shape[1] > length:
+        raise ValueError(
+            f"target_token_ids must have the student's batch, {batch}, and at most its length, "
+            f"{length}; got {tuple(ids.shape)}"
+        )
