@@ -8,11 +8,14 @@ as much memory as the student's logits in float32. ChunkedTopKKDLoss needs that 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from .. import KDLoss
 from ..checks import check_dense
+from .probabilities import kl_of_mass
 
 
 def loss(
@@ -35,22 +38,18 @@ def loss(
         TypeError: not a tensor, or one of the wrong dtype.
         ValueError: shapes that do not fit.
     """
-    teacher = (target_token_ids, target_logprobs, target_mask)
-    _check(student_logits, *teacher)
+    _check(student_logits, target_token_ids, target_logprobs, target_mask)
     kept = target_mask.to(torch.bool)
-    divisor = num_items_in_batch if num_items_in_batch > 0 else kept.sum().clamp(min=1)
     shape = (*target_token_ids.shape[:2], student_logits.shape[-1])
     logs = target_logprobs.float().masked_fill(~kept, -torch.inf)
-    mass = logs.exp().sum(-1)  # a row of mass a and its distribution, as in probabilities.py
     dense = torch.full(shape, -torch.inf, device=logs.device)
     dense.scatter_reduce_(-1, target_token_ids, logs * kd_temperature, "amax")
     forward_kl = KDLoss(
         hard_weight=0.0, soft_weight=1.0, soft_scale="none", temperature=kd_temperature
     )
     student = student_logits[:, : shape[1]]
-    divergence = forward_kl(student, dense, token_weight=mass, num_items=divisor)
-    assert isinstance(divergence, Tensor)
-    return divergence + torch.xlogy(mass, mass).sum() / divisor
+    divisor = _divisor(target_mask, num_items_in_batch)
+    return kl_of_mass(dense, logs.exp().sum(-1), divisor, partial(forward_kl, student))
 
 
 class ChunkedTopKKDLoss(nn.Module):
@@ -82,9 +81,11 @@ class ChunkedTopKKDLoss(nn.Module):
         total = torch.stack(
             [loss(s, ids, logs, mask, 1, self.kd_temperature) for s, ids, logs, mask in chunks]
         ).sum()
-        if num_items_in_batch > 0:
-            return total / num_items_in_batch
-        return total / target_mask.to(torch.bool).sum().clamp(min=1)
+        return total / _divisor(target_mask, num_items_in_batch)
+
+
+def _divisor(mask: Tensor, num_items: int) -> int | Tensor:
+    return num_items if num_items > 0 else mask.to(torch.bool).sum().clamp(min=1)
 
 
 def _check(student_logits: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:

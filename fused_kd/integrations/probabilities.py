@@ -49,6 +49,16 @@ def kl_from(
     check_not_negative(name, probabilities, kept)
     divisor = denominator(reduction, mass.numel(), kept, probabilities.shape[-1])
     logs = probabilities.to(wide, copy=True).log_()
+    return kl_of_mass(logs, mass, divisor, loss)
+
+
+def kl_of_mass(
+    logs: Tensor,  # (..., V)
+    mass: Tensor,  # (...)
+    divisor: int | Tensor,
+    loss: Callable[..., Tensor | KDLossParts],
+) -> Tensor:
+    """Σ a·q̂ log(a·q̂ / p) / divisor, of rows of mass a and the logits of q̂; `loss` as above."""
     divergence = loss(logs, token_weight=mass, num_items=divisor)
     assert isinstance(divergence, Tensor)
     return divergence + torch.xlogy(mass, mass).sum() / divisor
