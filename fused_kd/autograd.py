@@ -3,7 +3,7 @@
 * :class:`ScalarLoss` (``mean``, ``sum``): one visit of the rows in the forward gives loss and
   gradient. The buffer is handed over in the first backward, scaled by the upstream gradient; a
   later one (``retain_graph=True``) recomputes it. float16 recomputes always, so that a loss scale
-  enters before the rounding, and so does a traced graph.
+  enters before the rounding, and so do a traced graph and a batch of upstream gradients.
 * :class:`RowLosses` (``none``): the upstream gradient of each row is known only in the backward.
 
 Weights `w` are those of the reduction, zero for rows that do not count; the weight of a term of a
@@ -78,18 +78,18 @@ class ScalarLoss(torch.autograd.Function):
         gradient_now: bool,
     ) -> Triple:
         w_hard, w_soft = term_weights(w, options)
-        ctx.options, ctx.backend, ctx.inplace, ctx.used = options, backend, inplace, False
-        ctx.buffer = None
+        ctx.options, ctx.backend, ctx.inplace, ctx.hand_over = options, backend, inplace, None
         if gradient_now:
             hard, soft, stats, gradient = backend.forward_backward(
                 student, teacher, labels, w_hard, w_soft, options, inplace
             )
             if inplace:
                 increment_version(student)
-            else:
-                ctx.buffer = gradient
+            ctx.hand_over = HandOver(None if inplace else gradient)
         else:
             hard, soft, stats = backend.forward(student, teacher, labels, w_hard, w_soft, options)
+            if inplace:
+                ctx.hand_over = HandOver(None)
         ctx.gradient_now = gradient_now
         save_tensors(ctx, student, teacher, labels, w_hard, w_soft, stats)
         hard, soft = (w * hard).sum(), (w * soft).sum()
@@ -103,17 +103,25 @@ class ScalarLoss(torch.autograd.Function):
         scale = upstream[0]
         if scale is None:
             return (None,) * 8
-        if ctx.inplace and ctx.used:
+        batched = is_batched(scale)
+        if ctx.inplace and batched:
+            raise RuntimeError(
+                "inplace=True has memory for one gradient; got a batch of upstream gradients "
+                "(is_grads_batched=True): pass inplace=False to kd_loss"
+            )
+        is_first, gradient = False, cast(Any, None)
+        if ctx.hand_over is not None and not batched:
+            is_first, gradient = ctx.hand_over.take()
+        if ctx.inplace and not is_first:
             raise RuntimeError(
                 "a second backward after inplace=True: the student logits were overwritten with "
                 "the gradient of the first; pass inplace=False to kd_loss"
             )
-        saved = saved_tensors(ctx)
+        saved = _saved_or_overwritten(ctx)
         student, teacher, labels, w_hard, w_soft, stats = saved
         with torch.no_grad():
-            if ctx.gradient_now and not ctx.used:
-                gradient = student.detach() if ctx.inplace else ctx.buffer
-                kept = None if ctx.inplace else student
+            if ctx.gradient_now and is_first:
+                gradient, kept = (student.detach(), None) if ctx.inplace else (gradient, student)
                 ctx.backend.rescale(gradient, scale, kept, *saved[1:], ctx.options)
             else:
                 w_hard, w_soft = times(w_hard, scale), times(w_soft, scale)
@@ -123,9 +131,21 @@ class ScalarLoss(torch.autograd.Function):
                 )
             if ctx.inplace:
                 increment_version(student)
-        if not torch.compiler.is_compiling():
-            ctx.used, ctx.buffer = True, None
         return (refuse_double_backward(gradient, student), *(None,) * 7)
+
+
+def _saved_or_overwritten(ctx: Any) -> list[Any]:
+    """Return the saved tensors; raise an error that names `inplace` if others wrote over them."""
+    try:
+        return saved_tensors(ctx)
+    except RuntimeError as error:
+        if not ctx.inplace:
+            raise
+        raise RuntimeError(
+            "inplace=True: the memory of student_logits was written to between the loss and its "
+            "backward, for example by kd_loss(inplace=True) on another slice of the same tensor; "
+            f"pass inplace=False, or call the loss once on the whole tensor ({error})"
+        ) from error
 
 
 class RowLosses(torch.autograd.Function):
@@ -163,6 +183,35 @@ class RowLosses(torch.autograd.Function):
                 student.detach(), teacher, labels, w_hard, w_soft, stats, ctx.options, False
             )
         return (refuse_double_backward(gradient, student), *(None,) * 5)
+
+
+class HandOver:
+    """The gradient that the forward computed, for the first of the backwards.
+
+    Two threads may run the backward of one graph, and operators release the GIL. ``list.pop`` is
+    atomic, so exactly one of them takes the gradient. It does not stay here afterwards, or the
+    buffer would live as long as the graph.
+
+    Args:
+        gradient: whatever the backward needs of it; None if it overwrote the student's logits.
+    """
+
+    def __init__(self, gradient: Any) -> None:
+        self._gradients = [gradient]
+
+    def take(self) -> tuple[bool, Any]:
+        """Return True and the gradient to the first caller, False and None to all later ones."""
+        try:
+            return True, self._gradients.pop()
+        except IndexError:
+            return False, None
+
+
+def is_batched(upstream: Tensor) -> bool:
+    """Return True under ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._functorch.is_legacy_batchedtensor(upstream))
 
 
 class _NoSecondDerivative(torch.autograd.Function):

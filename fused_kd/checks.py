@@ -29,26 +29,46 @@ WEIGHT_DTYPES = (
     torch.float32,
     torch.float64,
 )
+#: Of a view made by an ordinary operator; autograd forbids writing to all others.
+WRITABLE_VIEW = torch._C._autograd.CreationMeta.DEFAULT
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_logits(student: Tensor, teacher: Tensor) -> None:
+def refuse_transforms() -> None:
+    """Raise RuntimeError under a transform of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the loss does not run under torch.func (grad, vmap, jvp, jacrev); call it on ordinary "
+            "tensors and use torch.autograd.grad, or fused_kd.testing.eager_kd_loss, plain torch"
+        )
+
+
+def check_logits(student: Tensor, teacher: Tensor | None, soft_weight: float) -> None:
     """Types, layouts, dtypes, devices and shapes of the two logits.
 
     Raises:
         TypeError: not a dense floating tensor.
-        ValueError: shapes or devices that do not match, or a teacher that requires grad.
+        ValueError: shapes or devices that do not match, a teacher that requires grad, or none
+            although soft_weight is not 0.
     """
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        check_dense(name, logits)
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64; got {logits.dtype}"
-            )
+    _check_floating("student_logits", student)
     if student.dim() == 0:
         raise ValueError(
             "student_logits must have shape (..., V) with at least one dimension; got 0 dimensions"
         )
+    if student.shape[-1] == 0:
+        raise ValueError(
+            f"student_logits must have at least one vocabulary entry; got {tuple(student.shape)}"
+        )
+    if teacher is None:
+        if soft_weight != 0.0:
+            raise ValueError(
+                "teacher_logits must be given when soft_weight is not 0; got teacher_logits=None "
+                f"with soft_weight={soft_weight}: pass the teacher's logits, or soft_weight=0 for "
+                "the hard term alone"
+            )
+        return
+    _check_floating("teacher_logits", teacher)
     if student.dim() != teacher.dim():
         raise ValueError(
             "teacher_logits must have as many dimensions as student_logits; "
@@ -66,10 +86,6 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
             "teacher_logits must have the leading shape of student_logits; "
             f"got {tuple(teacher.shape)} for {tuple(student.shape)}"
         )
-    if student.shape[-1] == 0:
-        raise ValueError(
-            f"student_logits must have at least one vocabulary entry; got {tuple(student.shape)}"
-        )
     check_device("teacher_logits", teacher, student)
     if teacher.requires_grad:
         raise ValueError(
@@ -77,6 +93,12 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
             "tensor that does: detach it (teacher_logits.detach()) or run the teacher under "
             "torch.no_grad()"
         )
+
+
+def _check_floating(name: str, logits: Tensor) -> None:
+    check_dense(name, logits)
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {logits.dtype}")
 
 
 def check_rows(
@@ -214,7 +236,7 @@ def check_num_items(
         raise ValueError(f"num_items must be positive and finite{bounds}; got {num_items}")
 
 
-def check_inplace(student: Tensor, teacher: Tensor) -> None:
+def check_inplace(student: Tensor, teacher: Tensor | None) -> None:
     """The student's memory may be overwritten with the gradient."""
     base = student._base if student._is_view() else None
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
@@ -222,13 +244,19 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
             "inplace=True needs student_logits that a model computed; got a leaf tensor that "
             "requires grad, or a view of one, whose values the gradient would destroy"
         )
+    if student._is_view() and torch._C._autograd._get_creation_meta(student) != WRITABLE_VIEW:
+        raise ValueError(
+            "inplace=True needs student_logits that autograd lets be written to; got a view made "
+            "by chunk, split or unbind, by a custom autograd.Function, or without gradients: pass "
+            "inplace=False, the whole tensor, or a slice of it (logits[a:b])"
+        )
     if _overlaps(student):
         raise ValueError(
             "inplace=True needs student_logits whose entries do not share memory; got shape "
             f"{tuple(student.shape)} with strides {student.stride()} (an expanded or overlapping "
             "view)"
         )
-    if _share_memory(student, teacher):
+    if teacher is not None and _share_memory(student, teacher):
         raise ValueError(
             "inplace=True needs teacher_logits in memory of their own, or exactly where "
             "student_logits lie; got two that partly share it: clone one"
@@ -299,11 +327,19 @@ def _overlaps(tensor: Tensor) -> bool:
 
 def _share_memory(student: Tensor, teacher: Tensor) -> bool:
     """Whether bytes of both overlap, unless each entry lies where its counterpart does."""
+    if not (_has_memory(student) and _has_memory(teacher)):
+        return False
     same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
-    if student.numel() == 0 or (student.data_ptr(), student.stride(), student.dtype) == same:
+    if (student.data_ptr(), student.stride(), student.dtype) == same:
         return False
     (a, end_a), (b, end_b) = _span(student), _span(teacher)
     return a < end_b and b < end_a
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return False for an empty, a meta and a fake tensor."""
+    is_fake = isinstance(tensor, torch._subclasses.FakeTensor)
+    return tensor.numel() > 0 and tensor.device.type != "meta" and not is_fake
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ class KDLossParts(NamedTuple):
 
 def kd_loss(
     student_logits: Tensor,  # (..., V)
-    teacher_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor | None,  # (..., V)
     labels: Tensor | None = None,  # (...)
     *,
     temperature: float = 1.0,
@@ -68,12 +68,13 @@ def kd_loss(
     of the logits is created but the gradient, except a copy where the last stride is not 1 or the
     leading dimensions do not collapse to two strides.
 
-    An entry that is -inf on both sides is absent: padding a vocabulary so changes nothing. A row
-    with a NaN or +inf logit is NaN, in no other row. Terms and rows of weight 0 are skipped.
+    An entry that is -inf on both sides is absent: padding a vocabulary so changes nothing. With
+    ``soft_weight=0`` the teacher is not read, and an entry that is -inf for the student is absent.
+    A row with a NaN or +inf logit is NaN, in no other row. Terms and rows of weight 0 are skipped.
 
     Args:
         student_logits: (..., V); 1-D is a single row.
-        teacher_logits: (..., V), without grad.
+        teacher_logits: (..., V), without grad; None needs ``soft_weight=0``.
         labels: (...), integers aligned with the logits (nothing is shifted); None needs
             ``hard_weight=0``. On a GPU a label outside [0, V) makes its row NaN
             (FUSED_KD_DEBUG=1: an error that names it, at the cost of a synchronisation).
@@ -108,8 +109,8 @@ def kd_loss(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a value, shape or device that does not fit; the message names the argument.
-        RuntimeError: a backend asked for by name cannot run; in the backward, when it is
-            differentiated again or run twice after ``inplace=True``.
+        RuntimeError: a backend asked for by name cannot run; under a transform of ``torch.func``;
+            in the backward, when it is differentiated again or run twice after ``inplace=True``.
     """
     options = KDOptions(
         temperature=temperature,
@@ -131,7 +132,7 @@ def kd_loss(
 def kd_loss_with(
     options: KDOptions,
     student_logits: Tensor,  # (..., V)
-    teacher_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor | None,  # (..., V)
     labels: Tensor | None = None,  # (...)
     token_weight: Tensor | None = None,  # (...)
     num_items: float | Tensor | None = None,
@@ -139,6 +140,8 @@ def kd_loss_with(
     """:func:`kd_loss` with its options already built and checked."""
     labels = wide_labels(labels)
     kept, inplace = _check(options, student_logits, teacher_logits, labels, token_weight, num_items)
+    if teacher_logits is None or options.soft_weight == 0.0:  # its -inf entries decide nothing
+        teacher_logits = student_logits.detach()
     backend = choose(options.backend, student_logits, teacher_logits)
     student, teacher = _as_rows(student_logits, teacher_logits, inplace)
     dtype = arithmetic_dtype(student, teacher)
@@ -157,13 +160,14 @@ def kd_loss_with(
 def _check(
     options: KDOptions,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     labels: Tensor | None,
     token_weight: Tensor | None,
     num_items: float | Tensor | None,
 ) -> tuple[Tensor | None, bool]:
     """All checks; returns which rows are kept (None: all) and whether to write in place."""
-    checks.check_logits(student, teacher)
+    checks.refuse_transforms()
+    checks.check_logits(student, teacher, options.soft_weight)
     vocabulary = student.shape[-1]
     kept = checks.check_rows(labels, token_weight, num_items, options, student, vocabulary)
     inplace = (
@@ -171,6 +175,7 @@ def _check(
         and torch.is_grad_enabled()
         and student.requires_grad
         and not torch.compiler.is_compiling()
+        and student.numel() > 0
     )
     if inplace:
         checks.check_inplace(student, teacher)
@@ -186,9 +191,9 @@ def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, T
     if student.stride(-1) != 1:
         if inplace:
             checks.refuse_copy_inplace(student)
-        student = student.contiguous()
+        student = _copy(student)
     if teacher.stride(-1) != 1:
-        teacher = teacher.contiguous()
+        teacher = _copy(teacher)
     if student.dim() <= 3:
         while student.dim() < 3:
             student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
@@ -197,11 +202,11 @@ def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, T
     if not splits:
         if inplace:
             checks.refuse_copy_inplace(student)
-        student = student.contiguous()
+        student = _copy(student)
         splits = _foldable_splits(student)
     common = splits & _foldable_splits(teacher)
     if not common:
-        teacher = teacher.contiguous()
+        teacher = _copy(teacher)
         common = splits
     split = min(common)
     shape = (
@@ -210,6 +215,11 @@ def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, T
         student.shape[-1],
     )
     return student.view(shape), teacher.view(shape)
+
+
+def _copy(logits: Tensor) -> Tensor:
+    """Return a contiguous copy. ``contiguous()`` keeps the strides of a tensor without rows."""
+    return logits.clone(memory_format=torch.contiguous_format)
 
 
 def _foldable_splits(logits: Tensor) -> set[int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import difflib
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .functional import KDLossParts, kd_loss_with
-from .linear.checks import check_chunks
 from .linear.functional import ChunkOptions, linear_kd_loss_with
 from .options import KDOptions
 from .presets import keywords as preset
@@ -18,7 +18,42 @@ from .presets import keywords as preset
 _ALWAYS_SHOWN = ("temperature", "hard_weight", "soft_weight", "divergence", "backend")
 
 
-class KDLoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss whose keywords are attributes, held by frozen objects that check them."""
+
+    options: KDOptions
+    #: Keyword: the attribute that holds it.
+    _HOLDERS: ClassVar[dict[str, str]]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the value of a keyword; all else is nn.Module's."""
+        holder = self._HOLDERS.get(name)
+        return super().__getattr__(name) if holder is None else getattr(getattr(self, holder), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check and replace a keyword; all else is nn.Module's.
+
+        Raises:
+            AttributeError: A public name that this loss does not have, close to that of an option.
+        """
+        holder = self._HOLDERS.get(name)
+        if holder is None:
+            self._refuse_misspelt(name)
+            super().__setattr__(name, value)
+        else:
+            held = dataclasses.replace(getattr(self, holder), **{name: value})
+            super().__setattr__(holder, held)
+
+    def _refuse_misspelt(self, name: str) -> None:
+        if name.startswith("_") or name in vars(self) or hasattr(type(self), name):
+            return
+        known = {field.name for field in dataclasses.fields(KDOptions)} | self._HOLDERS.keys()
+        for near in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            why = "an option of KDLoss alone" if near == name else f"did you mean {near!r}?"
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}: {why}")
+
+
+class KDLoss(_Loss):
     """Knowledge-distillation loss on logits: the keywords here, the tensors in ``forward``.
 
     Equivalent to::
@@ -27,13 +62,18 @@ class KDLoss(nn.Module):
             return kd_loss(student_logits, teacher_logits, labels, **weights, **keywords)
 
     The keywords are those of :func:`fused_kd.kd_loss`, where they are documented. The module has
-    no parameters and no buffers. Its ``options`` are frozen; to change one during training, assign
-    ``loss.options = dataclasses.replace(loss.options, temperature=2.0)``.
+    no parameters and no buffers. The keywords are attributes too: ``loss.temperature = 2.0`` is
+    checked as the constructor checks it, and counts from the next call on.
 
     Raises:
         TypeError: a keyword of the wrong type.
         ValueError: a keyword outside its range.
+        AttributeError: the assignment of a name that is nearly that of an option.
     """
+
+    _HOLDERS: ClassVar[dict[str, str]] = dict.fromkeys(
+        (field.name for field in dataclasses.fields(KDOptions)), "options"
+    )
 
     def __init__(
         self,
@@ -85,7 +125,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,  # (..., V)
-        teacher_logits: Tensor,  # (..., V)
+        teacher_logits: Tensor | None,  # (..., V)
         labels: Tensor | None = None,  # (...)
         *,
         token_weight: Tensor | None = None,  # (...)
@@ -101,7 +141,7 @@ class KDLoss(nn.Module):
         return _shown(self.options)
 
 
-class LinearKDLoss(nn.Module):
+class LinearKDLoss(_Loss):
     """Knowledge-distillation loss on hidden states: the keywords here, tensors in ``forward``.
 
     Equivalent to::
@@ -110,12 +150,19 @@ class LinearKDLoss(nn.Module):
             return linear_kd_loss(*tensors, **named_tensors, **keywords)
 
     The keywords are those of :func:`fused_kd.linear_kd_loss`, where they are documented. The module
-    has no parameters and no buffers: the heads stay where they are, in the models.
+    has no parameters and no buffers: the heads stay where they are, in the models. The keywords are
+    attributes, as those of :class:`KDLoss`.
 
     Raises:
         TypeError: a keyword of the wrong type.
         ValueError: a keyword outside its range.
+        AttributeError: the assignment of a name that is nearly that of an option.
     """
+
+    _HOLDERS: ClassVar[dict[str, str]] = {
+        **{name: holder for name, holder in KDLoss._HOLDERS.items() if name != "inplace"},
+        **dict.fromkeys((field.name for field in dataclasses.fields(ChunkOptions)), "chunks"),
+    }
 
     def __init__(
         self,
@@ -136,7 +183,6 @@ class LinearKDLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_chunks(chunk_rows, memory_budget, grad_accum_dtype)
         self.chunks = ChunkOptions(chunk_rows, memory_budget, grad_accum_dtype)
         self.options = KDOptions(
             temperature=temperature,
@@ -188,9 +234,9 @@ class LinearKDLoss(nn.Module):
     def extra_repr(self) -> str:
         """The main options, and the others that are not the default."""
         changed = [
-            f"{name}={value!r}"
-            for name, value in self.chunks._asdict().items()
-            if value != ChunkOptions._field_defaults[name]
+            f"{field.name}={getattr(self.chunks, field.name)!r}"
+            for field in dataclasses.fields(ChunkOptions)
+            if getattr(self.chunks, field.name) != field.default
         ]
         return ", ".join([_shown(self.options), *changed])
 

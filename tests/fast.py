@@ -48,7 +48,7 @@ def one_thread() -> AbstractContextManager[None]:
 
 
 def rows_and_gradient(
-    student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, **keywords: Any
 ) -> tuple[Tensor, Tensor]:
     """Every row's loss and the gradient of their plain sum."""
     leaf = student.detach().clone().requires_grad_()

@@ -79,6 +79,12 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "student_logits must have shape (..., V) with at least one dimension; got 0 dimensions",
     ),
+    "no teacher": (
+        {"teacher_logits": None},
+        ValueError,
+        "teacher_logits must be given when soft_weight is not 0; got teacher_logits=None with "
+        "soft_weight=0.5: pass the teacher's logits, or soft_weight=0",
+    ),
     "wrong rank": (
         {"teacher_logits": T[0]},
         ValueError,

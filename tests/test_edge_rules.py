@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fast import FAST, rows_and_gradient, scalar_and_gradient, truth
 from torch import Tensor
 
@@ -134,10 +135,28 @@ def test_the_hard_terms_infinities(backend: str, case: str) -> None:
         torch.tensor([label]),
         label_smoothing=smoothing,
         backend=backend,
-        **HARD,
+        hard_weight=1.0,
+        soft_weight=2.0**-100,  # with 0 the teacher is not read; tvd is finite here
+        divergence="tvd",
     )
     torch.testing.assert_close(got[0], torch.tensor([value]), rtol=1e-6, atol=0)
     torch.testing.assert_close(got[1], torch.tensor([expected]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_a_teacher_of_weight_0_decides_nothing(backend: str, case: str) -> None:
+    smoothing, teacher, label, *_ = HARD_CASES[case]
+    keywords = {"label_smoothing": smoothing, "backend": backend, **HARD}
+    student, labels = logits(*PART), torch.tensor([label])
+    want = rows_and_gradient(student[:, :2], None, labels.clamp(max=1), **keywords)
+    for given in (None, logits(*teacher), logits(INF, math.nan, 1), logits(*PART).double()):
+        got = rows_and_gradient(student, given, labels, **keywords)
+        if label < 2:  # the third entry is absent
+            torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
+            torch.testing.assert_close(got[1], F.pad(want[1], (0, 1)), rtol=1e-6, atol=1e-7)
+        else:
+            assert got[0] == INF
+            assert got[1][0, 2] == -(1 - smoothing)
 
 
 # -------------------------------------------------------------- infinities at the seams of a row

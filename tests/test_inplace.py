@@ -54,8 +54,22 @@ def test_a_write_between_forward_and_backward_raises(backend: str) -> None:
     loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
     with torch.no_grad():
         logits.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(
+        RuntimeError, match="inplace=True: the memory of student_logits was written"
+    ):
         loss.backward()
+
+
+def test_two_slices_of_one_tensor_raise_and_name_inplace(backend: str) -> None:
+    student, teacher, labels = make_ignored()
+    logits, half = student * 1.0, N // 2
+    for part in (slice(0, half), slice(half, N)):  # one slice alone works
+        loss = kd_loss(logits[part], teacher[part], labels[part], inplace=True, backend=backend)
+        if part.start == 0:
+            first = as_loss(loss)
+    as_loss(loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"inplace=True: .* another slice of the same tensor"):
+        first.backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,6 +115,25 @@ INPLACE = {
         grown(4, 6, 8, 5)[:3, :4, :6],
         "a last stride of 1 and leading dimensions",
     ),
+}
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+_FORBIDDEN = "student_logits that autograd lets be written to; got a view made by chunk, split"
+INPLACE |= {
+    "a chunk": (grown(4, 3, 5).chunk(2)[0], _FORBIDDEN),
+    "a slice of a split": (grown(4, 3, 5).split(2)[1][:1], _FORBIDDEN),
+    "unbound": (grown(4, 3, 5).unbind(1)[2], _FORBIDDEN),
+    "a custom Function's view": (_Identity.apply(grown(2, 3, 5)), _FORBIDDEN),  # type: ignore[no-untyped-call]
 }
 
 

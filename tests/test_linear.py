@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast import HERE
+from helpers import as_loss
 from linear_helpers import Heads, Outcome, distance, eager, make_heads, ours, truth
 
 from fused_kd import KDLossParts, LinearKDLoss, kd_loss, linear_kd_loss
@@ -87,6 +88,41 @@ def test_the_weight_gradient_is_as_exact_in_many_chunks_R_47() -> None:
     assert many <= 1.01 * one
     rounded = ours(heads, chunk_rows=2, grad_accum_dtype=torch.bfloat16)
     assert distance(rounded.weight, exact) > 3 * one  # what float32 is there to avoid
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 7])
+@pytest.mark.parametrize("accumulate", [torch.float32, torch.bfloat16])
+def test_a_bias_wider_than_its_head_keeps_its_digits(
+    accumulate: torch.dtype, chunk_rows: int | None
+) -> None:
+    """In one chunk too, whose weight gradient is accumulated in 16 bits."""
+    narrow = make_heads(dtype=torch.bfloat16)
+    heads = narrow._replace(bias=narrow.bias.detach().float().requires_grad_())
+    got = ours(heads, chunk_rows=chunk_rows, grad_accum_dtype=accumulate)
+    assert got.bias.dtype == torch.float32
+    assert distance(got.bias, truth(heads).bias) < 1e-6
+
+
+def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
+    heads = make_heads()
+    masked = heads._replace(bias=heads.bias.detach().clone())
+    masked.bias[5] = -torch.inf  # no label of make_heads is 5
+    masked = masked._replace(
+        bias=masked.bias.requires_grad_(), labels=torch.where(heads.labels == 5, 6, heads.labels)
+    )
+    options: dict[str, Any] = {"soft_weight": 0, "label_smoothing": 0.1, "backend": backend}
+    given = ours(masked, **options)
+    loss = linear_kd_loss(
+        masked.hidden, masked.weight, labels=masked.labels, student_bias=masked.bias, **options
+    )
+    assert torch.equal(as_loss(loss), given.loss)
+    rest = [i for i in range(131) if i != 5]
+    logits = F.linear(*masked.student)[:, rest]
+    labels = torch.where(masked.labels > 5, masked.labels - 1, masked.labels)
+    want = 0.5 * F.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(given.loss, want.detach())
+    for got, expected in zip(given[1:], torch.autograd.grad(want, masked.student), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_teacher_logits_instead_of_a_head() -> None:

@@ -28,7 +28,11 @@ BAD: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (ValueError, {"teacher_weight": torch.randn(21, 40)}, ["V = 19", "V = 21", "weight[:V]"]),
     (ValueError, {"teacher_hidden": torch.randn(5, 40)}, ["teacher_hidden", "(6,)", "(5,)"]),
     (ValueError, {"teacher_logits": LOGITS}, ["teacher_logits", "teacher_hidden and", "leave one"]),
-    (ValueError, {"teacher_hidden": None, "teacher_weight": None}, ["teacher_logits", "None"]),
+    (
+        ValueError,
+        {"teacher_hidden": None, "teacher_weight": None},
+        ["teacher_logits", "None", "soft_weight=0"],
+    ),
     (ValueError, {"teacher_weight": None}, ["teacher_weight=None"]),
     (
         ValueError,

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_helpers import make_heads
+from linear_helpers import H_S, H_T, make_heads
+from torch.utils.flop_counter import FlopCounterMode
 
+from fused_kd import linear_kd_loss
 from fused_kd.linear.autograd import Settings
 from fused_kd.options import KDOptions
 
@@ -46,3 +48,22 @@ def test_gradients(dtype: torch.dtype, wanted: list[bool]) -> None:
     torch.library.opcheck(torch.ops.fused_kd.linear_gradients.default, arguments, test_utils=CHECKS)
     _, _, *gradients = torch.ops.fused_kd.linear_gradients(*arguments)
     assert [g.numel() > 0 for g in gradients] == wanted
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
+def test_flop_counter_mode_counts_the_products(wanted: tuple[bool, bool], reduction: str) -> None:
+    heads = make_heads()
+    rows, vocabulary = heads.hidden.shape[0], heads.weight.shape[0]
+    student, teacher = (2 * rows * vocabulary * size for size in (H_S, H_T))
+    inputs = [x.detach().requires_grad_(w) for x, w in zip(heads.student[:2], wanted, strict=True)]
+    for soft_weight, of_teacher in ((0.5, teacher), (0.0, 0)):
+        with FlopCounterMode(display=False) as counter:
+            loss = linear_kd_loss(
+                *inputs, *heads.teacher, heads.labels, soft_weight=soft_weight, reduction=reduction
+            )
+            if any(wanted):
+                loss.sum().backward()
+        again = 2 if reduction == "none" and any(wanted) else 1  # the logits, in the backward
+        want = again * (student + of_teacher) + sum(wanted) * student
+        assert counter.get_total_flops() == want

@@ -191,7 +191,7 @@ def _checked(logits_s: Tensor, logits_t: Tensor) -> Tensor:
     check_dense("logits_s", logits_s)
     check_dense("logits_t", logits_t)
     logits_t = logits_t.detach()
-    check_logits(logits_s, logits_t)
+    check_logits(logits_s, logits_t, soft_weight=1.0)
     return logits_t
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..autograd import (
+    HandOver,
     Triple,
     combine,
+    is_batched,
     refuse_double_backward,
     save_tensors,
     saved_tensors,
@@ -76,7 +78,7 @@ class LinearLoss(torch.autograd.Function):
         *tensors, w, settings, wanted = inputs
         options = settings.options
         w_hard, w_soft = term_weights(w, options)
-        ctx.settings, ctx.wanted, ctx.used, ctx.made = settings, wanted, False, None
+        ctx.settings, ctx.wanted, ctx.hand_over = settings, wanted, None
         per_row = options.reduction == "none"
         rounded_to = (inputs[0].dtype, settings.student_dtype, settings.accumulate)
         in_forward = any(wanted) and not per_row and torch.float16 not in rounded_to
@@ -91,8 +93,8 @@ class LinearLoss(torch.autograd.Function):
         ctx.in_forward = in_forward
         if torch.compiler.is_compiling():
             save_tensors(ctx, *tensors, w_hard, w_soft, *made)
-        else:  # they are handed over, and must not stay for a second backward
-            ctx.made = made
+        else:
+            ctx.hand_over = HandOver(made) if in_forward else None
             save_tensors(ctx, *tensors, w_hard, w_soft)
         hard, soft = w * hard, w * soft
         if not per_row:
@@ -109,11 +111,13 @@ class LinearLoss(torch.autograd.Function):
             return (None,) * _INPUTS
         *tensors, w_hard, w_soft = saved_tensors(ctx)[: _INPUTS - 1]
         student = tensors[:_STUDENT]
+        made = None
+        if ctx.in_forward and torch.compiler.is_compiling():
+            made = saved_tensors(ctx)[_INPUTS - 1 :]
+        elif ctx.hand_over is not None and not is_batched(scale):
+            _, made = ctx.hand_over.take()
         with torch.no_grad():
-            if ctx.in_forward and not ctx.used:
-                made = ctx.made
-                if torch.compiler.is_compiling():
-                    made = saved_tensors(ctx)[_INPUTS - 1 :]
+            if made is not None:
                 gradients = [
                     _scaled(made[i], scale, x.dtype, settings) if ctx.wanted[i] else None
                     for i, x in enumerate(student)
@@ -124,8 +128,6 @@ class LinearLoss(torch.autograd.Function):
                 gradients = [
                     made[i].to(x.dtype) if ctx.wanted[i] else None for i, x in enumerate(student)
                 ]
-        if not torch.compiler.is_compiling():
-            ctx.used, ctx.made = True, None
         refused = (None if g is None else refuse_double_backward(g, *student) for g in gradients)
         return (*refused, *(None,) * (_INPUTS - _STUDENT))
 

@@ -22,6 +22,7 @@ def check_heads(
     student: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight, bias
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
     teacher_logits: Tensor | None,
+    soft_weight: float,
 ) -> None:
     """Types, layouts, dtypes, devices and shapes of both models' tensors.
 
@@ -42,12 +43,15 @@ def check_heads(
         _check_teacher_logits(teacher_logits, rows, vocabulary)
         check_device("teacher_logits", teacher_logits, hidden, _STUDENT)
         return
+    if soft_weight == 0.0 and all(x is None for x in teacher):
+        return
     teacher_hidden, teacher_weight, teacher_bias = teacher
     if teacher_hidden is None or teacher_weight is None:
         missing = "teacher_hidden" if teacher_hidden is None else "teacher_weight"
         raise ValueError(
             "the teacher must be given as teacher_hidden and teacher_weight, or as "
-            f"teacher_logits; got {missing}=None without teacher_logits"
+            f"teacher_logits; got {missing}=None without teacher_logits: pass one of the two, or "
+            "none of them with soft_weight=0"
         )
     _check_pair("teacher", teacher_hidden, teacher_weight, teacher_bias)
     if tuple(teacher_hidden.shape[:-1]) != rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,12 +26,20 @@ from .memory import chunk_rows
 from .products import Side, products_for
 
 
-class ChunkOptions(NamedTuple):
-    """How the work is cut into chunks, and what the weight gradient is accumulated in."""
+@dataclass(frozen=True)
+class ChunkOptions:
+    """How the work is cut into chunks, and what the weight gradient is accumulated in.
+
+    Raises:
+        TypeError, ValueError: as :func:`fused_kd.linear.checks.check_chunks`.
+    """
 
     chunk_rows: int | None = None
     memory_budget: int | None = None
     grad_accum_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_chunks(self.chunk_rows, self.memory_budget, self.grad_accum_dtype)
 
 
 def linear_kd_loss(
@@ -92,7 +100,8 @@ def linear_kd_loss(
         labels: (...), aligned with the hidden states; None needs ``hard_weight=0``.
         student_bias: (V,).
         teacher_bias: (V,).
-        teacher_logits: (..., V), without grad, instead of teacher_hidden and teacher_weight.
+        teacher_logits: (..., V), without grad, instead of teacher_hidden and teacher_weight. With
+            ``soft_weight=0`` no teacher is needed.
         chunk_rows: rows of a chunk.
         memory_budget: bytes that a chunk may take (see ``python -m fused_kd.plan``), instead of
             chunk_rows. Default: 256 MiB on a CPU; on a GPU what 2048 rows need, at most 1/16 of its
@@ -128,7 +137,6 @@ def linear_kd_loss(
         return_parts=return_parts,
         backend=backend,
     )
-    check_chunks(chunk_rows, memory_budget, grad_accum_dtype)
     return linear_kd_loss_with(
         options,
         ChunkOptions(chunk_rows, memory_budget, grad_accum_dtype),
@@ -154,16 +162,18 @@ def linear_kd_loss_with(
     kept_rows: int | None,
 ) -> Tensor | KDLossParts:
     """:func:`linear_kd_loss` with its options already built and checked."""
+    checks.refuse_transforms()
     labels = wide_labels(labels)
-    check_heads(student, teacher, teacher_logits)
+    check_heads(student, teacher, teacher_logits, options.soft_weight)
     hidden, weight, _ = student
+    if options.soft_weight == 0.0:
+        teacher, teacher_logits = (None, None, None), None
     teacher = tuple(None if x is None else x.detach() for x in teacher)  # type: ignore[assignment]
     kept = checks.check_rows(
         labels, token_weight, num_items, options, hidden, weight.shape[0], "student_hidden"
     )
     check_kept_rows(kept_rows, kept, math.prod(hidden.shape[:-1]))
     given = teacher_logits if teacher[0] is None else teacher[0]
-    assert given is not None
     wide = arithmetic_dtype(hidden, given)
     compute = _product_dtype("student", hidden, weight)
     taught = None
@@ -179,7 +189,7 @@ def linear_kd_loss_with(
             accumulate = weight.dtype  # nothing is added to it
     settings = Settings(
         options,
-        choose_name(options.backend, hidden, given),
+        choose_name(options.backend, hidden, hidden if given is None else given),
         compute,
         wide if taught is None else taught.compute,
         chunks.chunk_rows,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import named
 from ..ops import library
@@ -82,8 +83,8 @@ def _problem(
 ) -> Problem:
     wide = arithmetic_dtype(student_hidden, teacher_hidden, teacher_logits)
     teacher = None
-    if w_soft is None and label_smoothing == 0.0:
-        teacher_logits = None  # nobody asks the teacher
+    if w_soft is None:
+        teacher_logits = None  # no term reads the teacher
     elif teacher_hidden is not None and teacher_weight is not None:
         teacher = Side(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     options = KDOptions(
@@ -112,9 +113,14 @@ def _problem(
 def _empty_gradients(
     student: Side, wanted: list[bool], accumulate: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = student.hidden, student.weight
+    hidden, weight, bias = student.hidden, student.weight, student.bias
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (hidden.dtype, accumulate, accumulate)
+    # a sum keeps the digits of the gradient that it becomes: a bias may be wider than the weight
+    sums = (
+        accumulate if x is None else torch.promote_types(accumulate, x.dtype)
+        for x in (weight, bias)
+    )
+    dtypes = (hidden.dtype, *sums)
     made = (
         hidden.new_empty(shape if want else (0,), dtype=dtype)
         for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
@@ -143,3 +149,25 @@ for _name, _run, _fake in (
     for _device in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _run, _device)
     torch.library.register_fake(f"fused_kd::{_name}", _fake)
+
+
+# What FlopCounterMode counts: the products of all rows. How many are ignored, no shape says.
+
+
+@register_flop_formula(torch.ops.fused_kd.linear_losses)
+def _forward_flop(*shapes: Any, out_shape: Any = None) -> int:
+    student_hidden, student_weight, _, teacher_hidden, teacher_weight, *_ = shapes
+    w_soft = shapes[9]
+    flop: int = 2 * math.prod(student_hidden) * student_weight[0]
+    if w_soft is not None and teacher_hidden is not None:
+        flop += 2 * math.prod(teacher_hidden) * teacher_weight[0]
+    return flop
+
+
+@register_flop_formula(torch.ops.fused_kd.linear_gradients)
+def _gradients_flop(*shapes: Any, out_shape: Any = None) -> int:
+    student_hidden, student_weight, *_, wanted, _ = shapes
+    of_hidden, of_weight, _ = wanted
+    backward: int = 2 * math.prod(student_hidden) * student_weight[0] * (of_hidden + of_weight)
+    forward: int = _forward_flop(*shapes)
+    return forward + backward

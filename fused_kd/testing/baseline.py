@@ -11,7 +11,7 @@ from torch import Tensor
 
 def eager_kd_loss(
     student_logits: Tensor,  # (..., V)
-    teacher_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor | None,  # (..., V); None needs soft_weight=0
     labels: Tensor | None = None,  # (...)
     *,
     temperature: float = 1.0,
@@ -32,11 +32,11 @@ def eager_kd_loss(
     and autograd rounds the gradient once to the student's dtype. It has none of kd_loss's rules
     for -inf.
     """
-    double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
-    dtype = torch.float64 if double else torch.float32
+    given = student_logits if teacher_logits is None else teacher_logits
+    dtype = torch.float64 if torch.float64 in (student_logits.dtype, given.dtype) else torch.float32
     vocabulary = student_logits.shape[-1]
     s = student_logits.to(dtype).reshape(-1, vocabulary)
-    t = teacher_logits.to(dtype).reshape(-1, vocabulary)
+    t = given.to(dtype).reshape(-1, vocabulary)
     w = torch.ones_like(s[:, 0]) if token_weight is None else token_weight.flatten().to(dtype)
     if labels is not None:
         w = torch.where(labels.flatten() != ignore_index, w, 0.0)

@@ -1,0 +1,137 @@
+"""The gradient of the forward is handed over once, whoever asks for it and however often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+from helpers import DTYPES, as_loss, make_ignored
+from linear_helpers import make_heads
+from torch import Tensor
+
+from fused_kd import kd_loss, linear_kd_loss
+
+Graph = tuple[Tensor, tuple[Tensor, ...]]  # a loss, and what it is differentiated by
+
+
+def from_logits(dtype: torch.dtype, **keywords: Any) -> Graph:
+    student, teacher, labels = make_ignored(dtype)
+    return as_loss(kd_loss(student, teacher, labels, **keywords)), (student,)
+
+
+def from_heads(dtype: torch.dtype, **keywords: Any) -> Graph:
+    heads = make_heads(rows=12, dtype=dtype)
+    loss = linear_kd_loss(
+        heads.hidden, heads.weight, *heads.teacher, heads.labels,
+        student_bias=heads.bias, chunk_rows=5, **keywords,
+    )  # fmt: skip
+    return as_loss(loss), heads.student
+
+
+LEVELS = pytest.mark.parametrize("make", [from_logits, from_heads])
+
+
+def in_threads(function: Callable[[], Any]) -> list[Any]:
+    """Call a function in two threads that start together; return both results."""
+    barrier, results = Barrier(2), list[Any]()
+
+    def run() -> None:
+        barrier.wait()
+        try:
+            results.append(function())
+        except Exception as error:
+            results.append(error)
+
+    threads = [Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@LEVELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_threads_in_the_backward_of_one_graph(
+    backend: str, dtype: torch.dtype, make: Callable[..., Graph]
+) -> None:
+    upstream = torch.tensor(2.0)  # a scale that rounds nothing
+    for _ in range(5):
+        loss, inputs = make(dtype, backend=backend)
+        found = in_threads(
+            lambda loss=loss, inputs=inputs: torch.autograd.grad(  # type: ignore[misc]
+                loss, inputs, upstream, retain_graph=True
+            )
+        )
+        once = torch.autograd.grad(loss, inputs)
+        for gradients in found:
+            for got, want in zip(gradients, once, strict=True):
+                torch.testing.assert_close(got, 2 * want, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_one_of_two_threads_raises(backend: str, dtype: torch.dtype) -> None:
+    student, teacher, labels = make_ignored(dtype)
+    want = torch.autograd.grad(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
+    logits = student * 1.0
+    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
+    found = in_threads(
+        lambda: torch.autograd.grad(loss, logits, torch.tensor(2.0), retain_graph=True)[0].clone()
+    )
+    (error,) = (x for x in found if isinstance(x, Exception))
+    assert "a second backward after inplace=True" in str(error)
+    (gradient,) = (x for x in found if isinstance(x, Tensor))
+    torch.testing.assert_close(gradient, 2 * want[0], rtol=1e-2, atol=1e-6)
+
+
+@LEVELS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_of_upstream_gradients(
+    backend: str, dtype: torch.dtype, reduction: str, make: Callable[..., Graph]
+) -> None:
+    """torch.autograd.functional.jacobian(vectorize=True) does this."""
+    loss, inputs = make(dtype, backend=backend, reduction=reduction)
+    upstream = torch.rand(3, *loss.shape)
+    torch.autograd.grad(loss, inputs, upstream[0], retain_graph=True)  # takes the first gradient
+    batch = torch.autograd.grad(loss, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        want = torch.autograd.grad(loss, inputs, one, retain_graph=True)
+        for got, expected in zip(batch, want, strict=True):
+            assert torch.equal(got[i], expected)
+
+
+@LEVELS
+def test_a_batch_leaves_the_first_gradient_alone(backend: str, make: Callable[..., Graph]) -> None:
+    loss, inputs = make(torch.float32, backend=backend)
+    upstream = torch.tensor([2.0, 4.0])
+    batch = torch.autograd.grad(loss, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    for got, want in zip(batch, torch.autograd.grad(loss, inputs), strict=True):
+        torch.testing.assert_close(got, torch.stack([2 * want, 4 * want]))
+
+
+def test_a_batch_in_place_is_refused(backend: str) -> None:
+    student, teacher, labels = make_ignored()
+    logits = student * 1.0
+    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
+    with pytest.raises(RuntimeError, match=r"a batch of upstream gradients .*: pass inplace=False"):
+        torch.autograd.grad(loss, logits, torch.ones(2), is_grads_batched=True)
+
+
+def test_transforms_of_torch_func_are_refused(backend: str) -> None:
+    student, teacher, labels = (x.detach() for x in make_ignored())
+    heads = make_heads()
+
+    def on_logits(x: Tensor) -> Tensor:
+        return as_loss(kd_loss(x, teacher, labels, backend=backend))
+
+    def on_hidden(x: Tensor) -> Tensor:
+        return as_loss(linear_kd_loss(x, heads.weight, *heads.teacher, heads.labels))
+
+    for function, x in ((on_logits, student), (on_hidden, heads.hidden.detach())):
+        for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):
+            with pytest.raises(RuntimeError, match=r"does not run under torch\.func"):
+                transform(function)(x)
