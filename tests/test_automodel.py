@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import INF, make, make_ignored
 from torch import Tensor
+from torch import distributed as dist
+from torch.testing._internal.distributed import fake_pg
 
 from fused_kd.integrations.automodel import KDLoss
 
@@ -54,10 +57,12 @@ def test_attributes_may_be_changed() -> None:
     assert torch.equal(loss(student, teacher, labels), want)
 
 
-def test_no_row_that_counts_P47() -> None:
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
+def test_no_row_that_counts_P47(count: int | Tensor | None) -> None:
+    """The recipe counts labels as a Python int, which is 0 then."""
     student, teacher, labels = make_ignored()
     logits = torch.full_like(student, -INF).requires_grad_()
-    loss = KDLoss()(logits, teacher, torch.full_like(labels, -100))
+    loss = KDLoss()(logits, teacher, torch.full_like(labels, -100), num_batch_labels=count)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.count_nonzero(logits.grad) == 0
@@ -79,8 +84,29 @@ def test_labels_only_mask_and_may_be_flat(ignore_index: int) -> None:
     assert torch.equal(loss(student, teacher, narrow), every)
 
 
+@pytest.fixture
+def groups() -> Iterator[dict[int, dist.ProcessGroup]]:
+    """Process groups of this one process, by the number of ranks that they claim."""
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=2)
+    yield {ranks: dist.new_group(range(ranks)) for ranks in (1, 2)}
+    dist.destroy_process_group()
+
+
+def test_tensor_parallelism_R_60(groups: dict[int, dist.ProcessGroup]) -> None:
+    """A group of one rank has whole rows."""
+    student, teacher, labels = make_ignored()
+    want = KDLoss()(student, teacher, labels)
+    assert torch.equal(KDLoss(tp_group=groups[1])(student, teacher, labels), want)
+    with pytest.raises(ValueError, match=r"tp_group must be None or of one rank.*got 2 ranks"):
+        KDLoss(tp_group=groups[2])
+    loss = KDLoss()
+    loss.tp_group = groups[2]
+    with pytest.raises(ValueError, match="tp_group must be None or of one rank"):
+        loss(student, teacher, labels)
+
+
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="tp_group must be None"):
+    with pytest.raises(TypeError, match=r"tp_group must be None or a .*ProcessGroup; got object"):
         KDLoss(tp_group=object())
     student, teacher, labels = make()
     loss = KDLoss()
@@ -88,8 +114,7 @@ def test_refusals() -> None:
         loss(student, teacher, None)
     with pytest.raises(ValueError, match=r"labels must have the leading shape .*; got \(5,\)"):
         loss(student, teacher, labels[1:])
-    loss.tp_group = object()
-    with pytest.raises(ValueError, match="tp_group must be None"):
-        loss(student, teacher, labels)
+    with pytest.raises(ValueError, match=r"^num_batch_labels must be positive .*; got -3"):
+        loss(student, teacher, labels, num_batch_labels=-3)
     with pytest.raises(ValueError, match="temperature must be positive"):
         KDLoss(temperature=0.0)

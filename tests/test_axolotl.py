@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -42,6 +43,21 @@ def test_value_and_gradient(temperature: float, count: int, chunks: int) -> None
         got = loss(student, *teacher, count, temperature)
     exact = student.detach().double().requires_grad_()
     want = formula(exact, teacher, count, temperature)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [0, 3])
+def test_a_token_that_is_twice_among_the_top_k(chunks: int) -> None:
+    """Its probability is the sum of its entries; the entropy is that of the entries."""
+    student, (ids, logs, mask) = inputs()
+    ids[..., 1] = ids[..., 0]
+    ids[1] = ids[1, :, :1]  # rows of one token; some of its entries are masked
+    run = ChunkedTopKKDLoss(chunks, 1.7) if chunks else partial(loss, kd_temperature=1.7)
+    exact = student.detach().double().requires_grad_()
+    got, want = run(student, ids, logs, mask), formula(exact, (ids, logs, mask), -1, 1.7)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     got.backward()
     want.backward()

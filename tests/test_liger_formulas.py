@@ -17,6 +17,7 @@ from linear_helpers import Heads, make_heads
 from torch import Tensor
 
 from fused_kd.integrations import liger
+from fused_kd.integrations.liger import functional
 from fused_kd.testing import cpu_peak
 
 T, EPS = 1.7, 1e-10
@@ -144,6 +145,48 @@ def test_kl_of_log_probabilities(reduction: str, log_target: bool) -> None:
     exact = leaves(logits)
     rows = (q * (q.clamp(min=EPS).log() - exact[0].log_softmax(-1))).sum(-1)
     check(got, [logits], rows.sum() / divisor(reduction, 6, 31), exact)
+
+
+# -------------------------------------------------------------------------------------- from logits
+
+
+def test_cross_entropy_and_tvd_of_every_row() -> None:
+    """Two losses that a caller weighs row by row, each with its gradient."""
+    student, teacher = torch.randn(2, 3, 31, requires_grad=True), torch.randn(2, 3, 31)
+    target, weights = torch.tensor([[-100, 1, 2], [3, -100, 30]]), torch.rand(2, 2, 3)
+    ce, tvd = liger.LigerFusedCETVDLoss()(student, teacher, target)
+    exact = leaves(student)
+    p, q = exact[0].softmax(-1), teacher.double().softmax(-1)
+    rows = F.cross_entropy(exact[0].view(6, 31), target.view(6), reduction="none").view(2, 3)
+    distances = ((p - q).abs().sum(-1) / 2).where(target != -100, 0.0)
+    for got, want in ((ce, rows), (tvd, distances)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    want = (weights[0] * rows + weights[1] * distances).sum()
+    check((weights[0] * ce + weights[1] * tvd).sum(), [student], want, exact)
+
+
+def test_the_functions_are_the_classes() -> None:
+    """Liger's orders and defaults: its liger_kl_div divides by N·V, and ignores size_average."""
+    heads: Any = make()
+    student, teacher, labels = heads[:2], heads.teacher, heads.labels
+    target, logs = probabilities(12, 67), torch.randn(12, 67).log_softmax(-1)
+    log_p = F.linear(*teacher).log_softmax(-1)
+    pairs = (
+        (functional.liger_jsd(logs, log_p, labels, 0.1), liger.LigerJSD(0.1)(logs, log_p, labels)),
+        (functional.liger_kl_div(logs, target, False, False), liger.LigerKLDIVLoss()(logs, target)),
+        (
+            functional.liger_fused_linear_jsd(*student, *teacher, labels, 0.1, -100, T),
+            liger.LigerFusedLinearJSD(0.1, -100, T)(*student, *teacher, labels),
+        ),
+        (
+            functional.liger_fused_linear_kl_div(*student, target, labels, "sum", -100, T),
+            liger.LigerFusedLinearKLDivLoss("sum", -100, T)(*student, target, labels),
+        ),
+    )
+    for found, expected in pairs:
+        assert torch.equal(found, expected)
+    with pytest.raises(TypeError, match=r"^target must be a torch\.Tensor; got NoneType"):
+        functional.liger_jsd(logs, None)
 
 
 # ------------------------------------------------------------------------------------- what differs
@@ -306,7 +349,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
             loss(reduction="none")
     for loss, name in zip(CLASSES[:2], ("beta", "jsd_beta"), strict=True):
-        with pytest.raises(ValueError, match=r"beta must be in \(0, 1\) .*; got 1\.5"):
+        with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1\]; got 1\.5"):
             loss(**{name: 1.5})
     heads: Any = make()
     with pytest.raises(ValueError, match=r"labels must have .*, \(12,\); got \(11,\)"):

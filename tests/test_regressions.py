@@ -28,7 +28,7 @@ ELSEWHERE = {
     "R-55": "test_gpu_machine.py::test_a_device_that_is_not_the_current_one_R_55",
     "R-56": "test_gpu_machine.py::test_another_stream_R_56",
     "R-59": "test_distributed.py::test_distributed_data_parallel",
-    "R-60": "test_automodel.py::test_refusals",  # tensor parallelism is refused
+    "R-60": "test_automodel.py::test_tensor_parallelism_R_60",  # it is refused
     "R-61": "test_distributed.py::test_distributed_data_parallel",
     "R-64": "test_triton_interpreter.py::test_interpreted_kernels",
 }

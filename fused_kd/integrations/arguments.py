@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import contextlib
+import re
+from collections.abc import Iterator
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -11,7 +14,28 @@ from ..checks import LOGIT_DTYPES, check_dense, may_look_at_values
 from ..reduction import wide_labels
 
 
-def counted(labels: Tensor, ignore_index: int, name: str = "labels") -> Tensor:
+@contextlib.contextmanager
+def named(**names: str) -> Iterator[None]:
+    """Rename arguments in the messages of errors that are raised inside.
+
+    Args:
+        names: our name of an argument → the name that the framework's users know.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        ours = re.compile(rf"\b({'|'.join(names)})\b")
+        error.args = (ours.sub(lambda found: names[found[0]], str(error)),)
+        raise
+
+
+def count_of_tokens(given: float | Tensor | None) -> float | Tensor | None:
+    """Return a denominator that may be 0: as a tensor, for which the loss is 0."""
+    is_zero = isinstance(given, Real) and not isinstance(given, bool) and given == 0
+    return torch.zeros(()) if is_zero else given
+
+
+def counted(labels: Tensor, ignore_index: int) -> Tensor:
     """Labels that only say which rows count: the ignored ones stay, all others are one class.
 
     So -1, an entry beyond the vocabulary, a mask of bools are labels like any other, as they are
@@ -20,12 +44,11 @@ def counted(labels: Tensor, ignore_index: int, name: str = "labels") -> Tensor:
     Args:
         labels: (...), of any dtype.
         ignore_index: of the rows that do not count.
-        name: what messages call the labels.
 
     Raises:
         TypeError: not a tensor, or an `ignore_index` that is not an int.
     """
-    check_dense(name, labels)
+    check_dense("labels", labels)
     if not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
     wide = wide_labels(labels)

@@ -1,7 +1,7 @@
 """NeMo Automodel's ``KDLoss`` by its signature: change ``kd_loss_fn`` of a recipe's configuration.
 
 ``_target_: fused_kd.integrations.automodel.KDLoss``. Written from its source (July 2026) and tested
-against its formula; never run inside Automodel.
+against its formula; Automodel's own tests were run alongside and agree.
 """
 
 from __future__ import annotations
@@ -9,27 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from .. import KDLoss as _KDLoss
 from ..checks import check_dense
-from .arguments import counted
+from .arguments import count_of_tokens, counted, named
 
 
 class KDLoss(nn.Module):
     """T² · KL(teacher ‖ student) at temperature T, over the rows that count.
 
-    Unlike Automodel's it is 0 if no row counts, whatever the logits; tensor parallelism is refused.
+    Unlike Automodel's it is 0 if no row counts, regardless of the logits and of
+    `num_batch_labels`; tensor parallelism is refused.
 
     Args:
         ignore_index: rows with this label do not count.
         temperature: of both sides.
         fp32_upcast: no effect: all arithmetic is float32.
-        tp_group: None; logits must be whole.
+        tp_group: None, or a group of one rank; logits must be whole.
         chunk_size: no effect: nothing is materialised that chunks would cut.
 
     Raises:
         TypeError: a value of the wrong type.
-        ValueError: a value outside its range, or a `tp_group`.
+        ValueError: a value outside its range, or a `tp_group` of several ranks.
     """
 
     def __init__(
@@ -49,15 +51,12 @@ class KDLoss(nn.Module):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> _KDLoss:
-        if self.tp_group is not None:
-            raise ValueError(
-                "tp_group must be None: the loss needs whole rows of logits, not a shard of the "
-                f"vocabulary; got {self.tp_group!r}"
-            )
+        _check_group(self.tp_group)
         return _KDLoss.like(
             "automodel", ignore_index=self.ignore_index, temperature=self.temperature
         )
 
+    @named(num_items="num_batch_labels")
     def forward(
         self,
         student_logits: Tensor,  # (..., V)
@@ -65,7 +64,9 @@ class KDLoss(nn.Module):
         labels: Tensor,  # as many as there are rows; only says which rows count
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
-        """The mean over the rows that count, or their sum over `num_batch_labels`.
+        """Return the mean over the rows that count, or their sum over `num_batch_labels`.
+
+        A `num_batch_labels` of 0 gives a loss of 0.
 
         Raises:
             TypeError: no tensor, one of the wrong dtype, or a DTensor.
@@ -76,6 +77,21 @@ class KDLoss(nn.Module):
         if labels.numel() == rows.numel():
             labels = labels.reshape(rows)
         loss: Tensor = self._loss()(
-            student_logits, teacher_logits, labels, num_items=num_batch_labels
+            student_logits, teacher_logits, labels, num_items=count_of_tokens(num_batch_labels)
         )
         return loss
+
+
+def _check_group(group: Any) -> None:
+    """Refuse a group over which the vocabulary is sharded."""
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"tp_group must be None or a torch.distributed.ProcessGroup; got {type(group).__name__}"
+        )
+    if group.size() > 1:
+        raise ValueError(
+            "tp_group must be None or of one rank, since the loss needs whole rows of logits, not "
+            f"a shard of the vocabulary; got {group.size()} ranks: keep Automodel's own KDLoss"
+        )

@@ -9,26 +9,38 @@ as much memory as the student's logits in float32. ChunkedTopKKDLoss needs that 
 from __future__ import annotations
 
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from .. import KDLoss
 from ..checks import check_dense
+from .arguments import named
 from .probabilities import kl_of_mass
 
+#: Our names → axolotl's.
+_NAMES = {
+    "temperature": "kd_temperature",
+    "num_items": "num_items_in_batch",
+    "teacher_logits": "target_logprobs",
+    "token_weight": "exp(target_logprobs)",
+}
 
+
+@named(**_NAMES)
 def loss(
     student_logits: Tensor,  # (B, S, V)
-    target_token_ids: Tensor,  # (B, S_t, K), S_t <= S; the entries of a token differ
+    target_token_ids: Tensor,  # (B, S_t, K), S_t <= S
     target_logprobs: Tensor,  # (B, S_t, K)
     target_mask: Tensor,  # (B, S_t, K)
     num_items_in_batch: int = -1,
     kd_temperature: float = 1.0,
 ) -> Tensor:
-    """Σ q (log q - log p) over the entries of the mask; p is the student's, of all V, at T.
+    """Return Σ q (log q - log p) over the entries of the mask; p is the student's, of all V, at T.
 
-    q is taken as it is given: not softened, and not made to sum to 1. There is no factor T².
+    q is taken as it is given: not softened, and not made to sum to 1. There is no factor T². A
+    token that has several entries is learnt with the sum of their probabilities.
 
     Returns:
         0-d: the sum, divided by `num_items_in_batch`, or if that is not positive by the number of
@@ -41,15 +53,15 @@ def loss(
     _check(student_logits, target_token_ids, target_logprobs, target_mask)
     kept = target_mask.to(torch.bool)
     shape = (*target_token_ids.shape[:2], student_logits.shape[-1])
-    logs = target_logprobs.float().masked_fill(~kept, -torch.inf)
-    dense = torch.full(shape, -torch.inf, device=logs.device)
-    dense.scatter_reduce_(-1, target_token_ids, logs * kd_temperature, "amax")
-    forward_kl = KDLoss(
-        hard_weight=0.0, soft_weight=1.0, soft_scale="none", temperature=kd_temperature
-    )
+    q = target_logprobs.float().masked_fill(~kept, -torch.inf).exp()
+    dense = q.new_zeros(shape).scatter_add_(-1, target_token_ids, q)
+    of_tokens = dense.gather(-1, target_token_ids)
+    shared = (torch.xlogy(q, q) - torch.xlogy(q, of_tokens)).sum()  # 0 if all tokens differ
+    forward_kl = _forward_kl(kd_temperature)
     student = student_logits[:, : shape[1]]
     divisor = _divisor(target_mask, num_items_in_batch)
-    return kl_of_mass(dense, logs.exp().sum(-1), divisor, partial(forward_kl, student))
+    logits = dense.log_().mul_(kd_temperature)
+    return shared / divisor + kl_of_mass(logits, q.sum(-1), divisor, partial(forward_kl, student))
 
 
 class ChunkedTopKKDLoss(nn.Module):
@@ -60,11 +72,14 @@ class ChunkedTopKKDLoss(nn.Module):
         kd_temperature: of the student.
     """
 
+    @named(**_NAMES)
     def __init__(self, num_output_chunks: int = 8, kd_temperature: float = 1.0) -> None:
         super().__init__()
         self.num_output_chunks = num_output_chunks
         self.kd_temperature = kd_temperature
+        _forward_kl(kd_temperature)  # refuses what is out of range
 
+    @named(**_NAMES)
     def forward(
         self,
         student_logits: Tensor,  # (B, S, V)
@@ -73,7 +88,7 @@ class ChunkedTopKKDLoss(nn.Module):
         target_mask: Tensor,  # (B, S_t, K)
         num_items_in_batch: int = -1,
     ) -> Tensor:
-        """As :func:`loss`."""
+        """Return what :func:`loss` returns."""
         _check(student_logits, target_token_ids, target_logprobs, target_mask)
         length = target_token_ids.shape[1]
         whole = (student_logits[:, :length], target_token_ids, target_logprobs, target_mask)
@@ -84,7 +99,13 @@ class ChunkedTopKKDLoss(nn.Module):
         return total / _divisor(target_mask, num_items_in_batch)
 
 
+def _forward_kl(temperature: float) -> KDLoss:
+    return KDLoss(hard_weight=0.0, soft_weight=1.0, soft_scale="none", temperature=temperature)
+
+
 def _divisor(mask: Tensor, num_items: int) -> int | Tensor:
+    if not isinstance(num_items, (Real, Tensor)):
+        raise TypeError(f"num_items_in_batch must be a number; got {type(num_items).__name__}")
     return num_items if num_items > 0 else mask.to(torch.bool).sum().clamp(min=1)
 
 

@@ -7,8 +7,8 @@ In place of its own, before the trainer is made::
 
     lossfuncs.ALL_LOSS_CLASSES[:0] = distillkit.DENSE_LOSSES  # the first of a name is taken
 
-Written from its source (2025 and 2026) and tested against its formulas; never run inside
-DistillKit. A sparse teacher, top-k values of a dataset or a server, is refused: keep theirs.
+Written from its source (2025 and 2026) and tested against its formulas; DistillKit's own trainer
+was run alongside and agrees. A sparse teacher, top-k values of a dataset or a server, is refused: keep theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .. import KDLoss
+from .arguments import count_of_tokens, named
 
 
 class _DenseLoss:
@@ -55,6 +56,12 @@ class _DenseLoss:
         """No."""
         return False
 
+    @named(
+        student_logits="student_outputs.logits",
+        teacher_logits="signal.logits",
+        token_weight="mask",
+        num_items="num_items_in_batch",
+    )
     def __call__(
         self,
         student_outputs: Any,  # with logits (B, S, V)
@@ -63,7 +70,9 @@ class _DenseLoss:
         hidden_state_mapping: Any = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        """The sum over the rows of the mask, divided by `num_items_in_batch` or their number.
+        """Return the sum over the mask's rows, divided by `num_items_in_batch` or their number.
+
+        A `num_items_in_batch` of 0 gives a loss of 0.
 
         Raises:
             TypeError: a teacher without logits; a tensor of the wrong dtype.
@@ -77,7 +86,10 @@ class _DenseLoss:
         if mask is not None and mask.dim() == 3:
             mask = mask.squeeze(-1)
         loss: Tensor = self.loss(
-            student_outputs.logits, signal.logits, token_weight=mask, num_items=num_items_in_batch
+            student_outputs.logits,
+            signal.logits,
+            token_weight=mask,
+            num_items=count_of_tokens(num_items_in_batch),
         )
         return loss
 

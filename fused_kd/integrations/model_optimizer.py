@@ -23,13 +23,14 @@ from ..checks import check_dense, check_label_range, check_labels, check_logits
 from ..functional import KDLossParts
 from ..modules import KDLoss
 from ..reduction import arithmetic_dtype, wide_labels
+from .arguments import named
 from .heads import IGNORED
-from .probabilities import check_reduction, denominator
+from .probabilities import blocks, check_reduction, denominator
 
+#: Our names → modelopt's.
+_NAMES = {"student_logits": "logits_s", "teacher_logits": "logits_t"}
 #: What modelopt adds to a denominator of MFTLoss.
 TINY = 1e-7
-#: Rows whose softmax MFTLoss makes at a time.
-ROWS = 64
 
 
 class LogitsDistillationLoss(_Loss):
@@ -72,6 +73,7 @@ class LogitsDistillationLoss(_Loss):
             backend=self.backend,
         )
 
+    @named(**_NAMES)
     def forward(
         self,
         logits_s: Tensor,  # (..., V)
@@ -136,6 +138,7 @@ class MFTLoss(_Loss):
             backend=backend,
         )
 
+    @named(**_NAMES)
     def forward(
         self,
         logits_s: Tensor,  # (..., V)
@@ -163,9 +166,7 @@ class MFTLoss(_Loss):
         temperature = self.loss.options.temperature
         corrected = logits.new_empty(logits.shape, dtype=arithmetic_dtype(logits)).copy_(logits)
         every, labels = corrected.view(-1, logits.shape[-1]), labels.reshape(-1, 1)
-        # a compiler fuses what it sees whole, and a loop would be compiled for every length
-        size = max(len(every), 1) if torch.compiler.is_compiling() else ROWS
-        for rows, label in zip(*(torch.split(x, size) for x in (every, labels)), strict=True):
+        for rows, label in blocks(every, labels):
             softened = rows / temperature
             log_sum = softened.logsumexp(-1, keepdim=True)
             top, which = softened.max(-1, keepdim=True)

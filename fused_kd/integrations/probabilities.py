@@ -7,7 +7,7 @@ a constant. So rows need not sum to 1, and those of mass 0 are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from ..functional import KDLossParts
 from ..reduction import arithmetic_dtype
 from .arguments import check_not_negative
+
+#: Rows whose exponentials are made at a time.
+ROWS = 64
 
 
 def kl_from(
@@ -24,7 +27,7 @@ def kl_from(
     loss: Callable[..., Tensor | KDLossParts],
     name: str,
 ) -> Tensor:
-    """Σ q log(q/p) over the rows that count, reduced.
+    """Return Σ q log(q/p) over the rows that count, reduced.
 
     Args:
         probabilities: q; any dtype of logits.
@@ -58,10 +61,26 @@ def kl_of_mass(
     divisor: int | Tensor,
     loss: Callable[..., Tensor | KDLossParts],
 ) -> Tensor:
-    """Σ a·q̂ log(a·q̂ / p) / divisor, of rows of mass a and the logits of q̂; `loss` as above."""
+    """Return Σ a·q̂ log(a·q̂ / p) / divisor, of masses a and logits of q̂; `loss` as above."""
     divergence = loss(logs, token_weight=mass, num_items=divisor)
     assert isinstance(divergence, Tensor)
     return divergence + torch.xlogy(mass, mass).sum() / divisor
+
+
+def mass_of(logs: Tensor) -> Tensor:
+    """Return Σ exp(logs) of every row, (...)."""
+    rows, dtype = logs.reshape(-1, logs.shape[-1]), arithmetic_dtype(logs)
+    sums = [block.to(dtype).exp().sum(-1) for (block,) in blocks(rows)]
+    return torch.cat(sums).view(logs.shape[:-1])
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield a few rows of each tensor at a time; all of them to a compiler.
+
+    A compiler fuses what it sees whole, and a loop would be compiled for every length.
+    """
+    size = max(len(tensors[0]), 1) if torch.compiler.is_compiling() else ROWS
+    yield from zip(*(torch.split(x, size) for x in tensors), strict=True)
 
 
 def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int) -> int | Tensor:

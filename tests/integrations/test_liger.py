@@ -1,12 +1,19 @@
-"""The installed Liger beside ours: signatures of all five classes, numbers of the chunked loss.
+"""The installed Liger alongside ours: all signatures, numbers of the chunked loss and of kernels.
 
-Its other classes are Triton kernels; tests/test_liger_formulas.py holds ours to their formulas.
+Its Triton kernels run interpreted, in a process of their own (liger_interpreted.py), since
+TRITON_INTERPRET is read when a kernel is decorated. tests/test_liger_formulas.py compares ours with
+Liger's formulas.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +27,7 @@ from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss as LigersOwn  # no
 
 from fused_kd import LinearKDLoss  # noqa: E402
 from fused_kd.integrations import liger  # noqa: E402
+from fused_kd.integrations.liger import functional  # noqa: E402
 
 V = 131
 MODULES = {
@@ -28,6 +36,7 @@ MODULES = {
     "LigerFusedLinearKLDivLoss": "transformers.fused_linear_kl_div",
     "LigerJSD": "transformers.jsd",
     "LigerKLDIVLoss": "transformers.kl_div",
+    "LigerFusedCETVDLoss": "transformers.fused_ce_tvd",
 }
 
 
@@ -97,15 +106,39 @@ def test_the_preset_is_the_class() -> None:
     torch.testing.assert_close(LinearKDLoss.like("liger", **options)(*tensors), own)
 
 
+def parameters(call: Any) -> list[tuple[str, Any, Any]]:
+    found = inspect.signature(call).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_signatures_are_ligers(name: str) -> None:
     """Names, order and defaults, of constructor and call."""
     module = importlib.import_module(f"liger_kernel.{MODULES[name]}")
-
-    def shape(method: Any) -> list[tuple[str, Any, Any]]:
-        found = inspect.signature(method).parameters.values()
-        return [(p.name, p.kind, p.default) for p in found]
-
     own, ours = getattr(module, name), getattr(liger, name)
     for method in ("__init__", "forward"):
-        assert shape(getattr(ours, method)) == shape(getattr(own, method)), method
+        assert parameters(getattr(ours, method)) == parameters(getattr(own, method)), method
+
+
+def test_the_signatures_of_the_functions() -> None:
+    own = importlib.import_module("liger_kernel.transformers.functional")
+    for name in (
+        "liger_jsd",
+        "liger_kl_div",
+        "liger_fused_linear_jsd",
+        "liger_fused_linear_kl_div",
+    ):
+        assert parameters(getattr(functional, name)) == parameters(getattr(own, name)), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_ligers_own_kernels() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("liger_interpreted.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

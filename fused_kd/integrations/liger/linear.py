@@ -1,57 +1,31 @@
-"""Liger-Kernel's distillation losses under their names and signatures: change the import line.
-
-Liger itself is not needed. What differs, on purpose:
-
-* all arithmetic and the losses are float32; Liger's chunked loss computes in the logits' dtype;
-* hidden states (B, S, H) are cut into chunks of rows as flat ones are, none of more rows than
-  ``chunk_size``; weight gradients are summed in float32 unless ``accum_dtype`` says otherwise;
-* ``compiled`` and ``eps`` have no effect: nothing is compiled, and log 0 needs no bound;
-* a teacher with a larger vocabulary is refused, where Liger gives the student logits of zero;
-* a negative weight or temperature is refused.
-"""
+"""Liger's losses from hidden states and heads; the logits are made a chunk at a time."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import KDLoss, LinearKDLoss
-from ..checks import check_dense
-from .arguments import check_target, counted
-from .probabilities import check_reduction, denominator, kl_from
+from ... import LinearKDLoss
+from ...checks import check_dense
+from ..arguments import check_target, named
+from ..probabilities import check_reduction, kl_from
+from .options import FORWARD_KL, SOFT_ALONE, Shown, check_beta, mask
 
-_SOFT_ALONE: dict[str, Any] = {"hard_weight": 0.0, "soft_weight": 1.0}
-_FORWARD_KL: dict[str, Any] = {**_SOFT_ALONE, "divergence": "forward_kl", "soft_scale": "none"}
-
-
-def _mask(labels: Tensor | None, ignore_index: int, name: str = "shift_labels") -> Tensor | None:
-    return None if labels is None else counted(labels, ignore_index, name)
-
-
-def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
-    """`accum_dtype`: of the right type, and with the weight at hand one that sums are kept in."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"accum_dtype must be None or a torch.dtype; got {dtype!r}")
-    if weight is not None and dtype not in (None, torch.float32, weight.dtype):
-        raise ValueError(
-            "accum_dtype must be None, torch.float32 or the dtype of student_weight, "
-            f"{weight.dtype}; got {dtype}"
-        )
+#: Our names → Liger's, class by class.
+_INPUTS = {"student_hidden": "student_input", "teacher_hidden": "teacher_input"}
+_JSD_AND_CE = {
+    **_INPUTS,
+    "labels": "true_labels",
+    "hard_weight": "weight_hard_loss",
+    "soft_weight": "weight_soft_loss",
+}
+_JSD = {**_INPUTS, "labels": "shift_labels", "beta": "jsd_beta"}
+_KL = {**_INPUTS, "labels": "shift_labels"}
 
 
-class _Shown(nn.Module):
-    """Keeps the constructor's arguments as attributes, which may be changed, and shows them."""
-
-    def extra_repr(self) -> str:
-        """The attributes."""
-        own = (item for item in vars(self).items() if not item[0].startswith("_"))
-        return ", ".join(f"{name}={value!r}" for name, value in own if name != "training")
-
-
-class LigerFusedLinearJSDLoss(_Shown):
+class LigerFusedLinearJSDLoss(Shown):
     """``weight_hard_loss`` · cross-entropy + ``weight_soft_loss`` · JSD(β), from hidden states.
 
     The numbers of ``LinearKDLoss.like("liger", ...)``; `beta` = 0 and 1 are forward and reverse KL.
@@ -72,6 +46,7 @@ class LigerFusedLinearJSDLoss(_Shown):
         ValueError: a value outside its range.
     """
 
+    @named(**_JSD_AND_CE)
     def __init__(
         self,
         weight_hard_loss: float = 0.5,
@@ -97,6 +72,7 @@ class LigerFusedLinearJSDLoss(_Shown):
     def _loss(self, hard_weight: float, soft_weight: float) -> LinearKDLoss:
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be an int of at least 1; got {self.chunk_size!r}")
+        check_beta(self.beta)
         return LinearKDLoss.like(
             "liger",
             hard_weight=hard_weight,
@@ -108,6 +84,7 @@ class LigerFusedLinearJSDLoss(_Shown):
             return_parts=self.return_soft_hard_loss,
         )
 
+    @named(**_JSD_AND_CE)
     def forward(
         self,
         student_input: Tensor,  # (..., H_s)
@@ -122,9 +99,11 @@ class LigerFusedLinearJSDLoss(_Shown):
 
         Without a cross-entropy the labels only say which rows count.
         """
+        check_dense("teacher_input", teacher_input)
+        check_dense("teacher_weight", teacher_weight)
         labels: Tensor | None = true_labels
         if self.weight_hard_loss == 0:
-            labels = _mask(true_labels, self.ignore_index, "true_labels")
+            labels = mask(true_labels, self.ignore_index)
         tensors = (student_input, student_weight, teacher_input, teacher_weight)
         biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
         result = self._loss(self.weight_hard_loss, self.weight_soft_loss)(
@@ -139,7 +118,7 @@ class LigerFusedLinearJSDLoss(_Shown):
         return loss, soft, hard
 
 
-class LigerFusedLinearJSD(_Shown):
+class LigerFusedLinearJSD(Shown):
     """JSD(β) alone, from hidden states; `jsd_beta` = 0 and 1 are forward and reverse KL.
 
     Args:
@@ -153,6 +132,7 @@ class LigerFusedLinearJSD(_Shown):
         ValueError: a value outside its range.
     """
 
+    @named(**_JSD)
     def __init__(
         self,
         jsd_beta: float = 0.5,
@@ -169,15 +149,17 @@ class LigerFusedLinearJSD(_Shown):
 
     def _loss(self) -> LinearKDLoss:
         _check_accumulation(self.accum_dtype)
+        check_beta(self.jsd_beta)
         return LinearKDLoss.like(
             "liger",
-            **_SOFT_ALONE,
+            **SOFT_ALONE,
             beta=self.jsd_beta,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
             grad_accum_dtype=self.accum_dtype or torch.float32,
         )
 
+    @named(**_JSD)
     def forward(
         self,
         student_input: Tensor,  # (..., H_s)
@@ -188,13 +170,15 @@ class LigerFusedLinearJSD(_Shown):
     ) -> Tensor:
         """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
         check_dense("student_weight", student_weight)
+        check_dense("teacher_input", teacher_input)
+        check_dense("teacher_weight", teacher_weight)
         _check_accumulation(self.accum_dtype, student_weight)
         tensors = (student_input, student_weight, teacher_input, teacher_weight)
-        loss: Tensor = self._loss()(*tensors, _mask(shift_labels, self.ignore_index))
+        loss: Tensor = self._loss()(*tensors, mask(shift_labels, self.ignore_index))
         return loss
 
 
-class LigerFusedLinearKLDivLoss(_Shown):
+class LigerFusedLinearKLDivLoss(Shown):
     """KL(target ‖ softmax(student / T)) from hidden states, against explicit probabilities.
 
     Rows of the target need not sum to 1. Their logarithm is the one tensor (N, V) that this makes,
@@ -214,6 +198,7 @@ class LigerFusedLinearKLDivLoss(_Shown):
         ValueError: a value outside its range.
     """
 
+    @named(**_KL)
     def __init__(
         self,
         reduction: str = "batchmean",
@@ -234,12 +219,13 @@ class LigerFusedLinearKLDivLoss(_Shown):
     def _loss(self) -> LinearKDLoss:
         _check_accumulation(self.accum_dtype)
         return LinearKDLoss(
-            **_FORWARD_KL,
+            **FORWARD_KL,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
             grad_accum_dtype=self.accum_dtype or torch.float32,
         )
 
+    @named(**_KL)
     def forward(
         self,
         student_input: Tensor,  # (..., H)
@@ -252,7 +238,7 @@ class LigerFusedLinearKLDivLoss(_Shown):
         check_dense("student_weight", student_weight)
         _check_accumulation(self.accum_dtype, student_weight)
         check_target("target", target, (*student_input.shape[:-1], student_weight.shape[0]))
-        labels = _mask(shift_labels, self.ignore_index)
+        labels = mask(shift_labels, self.ignore_index)
 
         def loss(logs: Tensor, **weights: Any) -> Tensor:
             logs = logs.mul_(self.temperature)  # the target is not softened: the loss divides again
@@ -266,70 +252,12 @@ class LigerFusedLinearKLDivLoss(_Shown):
         return kl_from(target, kept, self.reduction, loss, "target")
 
 
-class LigerJSD(_Shown):
-    """JSD(β) of log-probabilities; `beta` = 0 and 1 are forward and reverse KL.
-
-    The log-softmax of log-probabilities is they themselves, so they are taken as logits. The
-    gradient by `log_q` is the one by logits. Liger's takes `log_q` for a free variable and differs
-    by a multiple of softmax in each row, which the backward of the log_softmax in front removes:
-    behind that, both are the same. `log_q` must be normalised, as there.
-
-    Args:
-        beta: the teacher's weight, in [0, 1].
-        ignore_index: rows with this label do not count.
-
-    Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
-    """
-
-    def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
-        super().__init__()
-        self.beta = beta
-        self.ignore_index = ignore_index
-        self._loss()  # refuses what is out of range
-
-    def _loss(self) -> KDLoss:
-        return KDLoss.like("liger", **_SOFT_ALONE, beta=self.beta, ignore_index=self.ignore_index)
-
-    def forward(
-        self,
-        log_q: Tensor,  # (..., V), the student's
-        log_p: Tensor,  # (..., V), the teacher's
-        shift_labels: Tensor | None = None,  # (...); only says which rows count
-    ) -> Tensor:
-        """The mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
-        loss: Tensor = self._loss()(log_q, log_p, _mask(shift_labels, self.ignore_index))
-        return loss
-
-
-class LigerKLDIVLoss(nn.KLDivLoss):
-    """KL(y_true ‖ exp(y_pred)) of log-probabilities `y_pred`; of its gradient see LigerJSD.
-
-    Probabilities (``log_target=False``) cost a float32 tensor of their logarithms, and need not sum
-    to 1; log-probabilities must be normalised.
-
-    Args:
-        eps: no effect.
-        args: of :class:`torch.nn.KLDivLoss`: size_average, reduce, reduction, log_target.
-        kwargs: the same by name.
-
-    Raises:
-        ValueError: a reduction other than "mean" (by N·V), "batchmean" (by N) and "sum".
-    """
-
-    def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        check_reduction(self.reduction)
-        self.eps = eps
-
-    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:  # (..., V), (..., V)
-        """The reduced divergence; raises as :func:`fused_kd.kd_loss`."""
-        check_dense("y_pred", y_pred)
-        check_target("y_true", y_true, tuple(y_pred.shape))
-        loss = partial(KDLoss(**_FORWARD_KL), y_pred)
-        if not self.log_target:
-            return kl_from(y_true, None, self.reduction, loss, "y_true")
-        divisor = denominator(self.reduction, y_true[..., 0].numel(), None, y_true.shape[-1])
-        divergence: Tensor = loss(y_true, num_items=divisor)
-        return divergence
+def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
+    """`accum_dtype`: of the right type, and with the weight at hand one that sums are kept in."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"accum_dtype must be None or a torch.dtype; got {dtype!r}")
+    if weight is not None and dtype not in (None, torch.float32, weight.dtype):
+        raise ValueError(
+            "accum_dtype must be None, torch.float32 or the dtype of student_weight, "
+            f"{weight.dtype}; got {dtype}"
+        )

@@ -1,0 +1,139 @@
+"""Messages of adapters name an argument as the framework does, not as fused_kd does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
+
+N, V, H = 4, 7, 3
+NAN = torch.full((1, N, 1), torch.nan)
+ATTACHED = torch.randn(N, V, requires_grad=True)
+
+
+def logits(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (N, V)))
+
+
+def labels(rows: int = N) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int64)
+
+
+def heads(**changes: Any) -> list[Any]:
+    """Of a fused linear loss: student's and teacher's."""
+    usual = {"s": logits(N, H), "sw": logits(V, H), "t": logits(N, H), "tw": logits(V, H)}
+    return list({**usual, **changes}.values())
+
+
+def signal(x: Any) -> SimpleNamespace:
+    return SimpleNamespace(logits=x)
+
+
+def top_k(**changes: Any) -> list[Any]:
+    usual = {"s": logits(1, N, V), "ids": labels(N).view(1, N, 1), "logs": -logits(1, N, 1).abs(),
+             "mask": torch.ones(1, N, 1)}  # fmt: skip
+    return list({**usual, **changes}.values())
+
+
+def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
+    loss = automodel.KDLoss()
+    yield "teacher_logits", lambda: loss(logits(), ATTACHED, labels())
+    for bad in (-1, float("nan"), True, "4", torch.tensor(-2), torch.ones(2)):
+        yield "num_batch_labels", lambda bad=bad: loss(logits(), logits(), labels(), bad)
+
+
+def of_distillkit() -> Iterator[tuple[str, Callable[[], Any]]]:
+    loss = distillkit.KLDLoss(1.0)
+    good = signal(logits())
+    yield "temperature", lambda: distillkit.JSDLoss(0.0)
+    yield "student_outputs.logits", lambda: loss(signal(logits().long()), good)
+    yield "signal.logits", lambda: loss(good, signal(ATTACHED))
+    yield "signal.logits", lambda: loss(good, signal(None))
+    yield "mask", lambda: loss(good, good, mask=labels(N + 1))
+    yield "mask", lambda: loss(good, good, mask=-torch.ones(N))
+    yield "num_items_in_batch", lambda: loss(good, good, num_items_in_batch=-1)
+
+
+def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for loss in (axolotl.loss, axolotl.ChunkedTopKKDLoss(2)):
+        yield "student_logits", lambda loss=loss: loss(*top_k(s=logits(1, N, V).long()))
+        yield "target_logprobs", lambda loss=loss: loss(*top_k(logs=NAN))
+        yield "num_items_in_batch", lambda loss=loss: loss(*top_k(), "4")
+        yield "num_items_in_batch", lambda loss=loss: loss(*top_k(), None)
+    yield "kd_temperature", lambda: axolotl.ChunkedTopKKDLoss(kd_temperature=0.0)
+    yield "kd_temperature", lambda: axolotl.loss(*top_k(), kd_temperature=0.0)
+
+
+def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
+    both = liger.LigerFusedLinearJSDLoss
+    yield "weight_hard_loss", lambda: both(weight_hard_loss=-1.0)
+    yield "weight_soft_loss", lambda: both(weight_soft_loss="1")
+    yield "student_input", lambda: both()(*heads(s=logits(N, H).long()), labels())
+    yield "teacher_input", lambda: both()(*heads(t=logits(N + 1, H)), labels())
+    yield "teacher_input", lambda: both()(*heads(t=None), labels())
+    yield "true_labels", lambda: both()(*heads(), labels(N + 1))
+    yield "true_labels", lambda: both()(*heads(), None)
+    alone = liger.LigerFusedLinearJSD
+    yield "jsd_beta", lambda: alone(jsd_beta=2.0)
+    yield "student_input", lambda: alone()(*heads(s=None), labels())
+    yield "teacher_input", lambda: alone()(*heads(t=logits(N, H) * ATTACHED[:, :1]), labels())
+    yield "shift_labels", lambda: alone()(*heads(), labels(N + 1))
+    kl = liger.LigerFusedLinearKLDivLoss()
+    yield "student_input", lambda: kl(logits(N, H + 1), logits(V, H), logits().softmax(-1))
+    target = logits().softmax(-1)
+    yield "shift_labels", lambda: kl(logits(N, H), logits(V, H), target, labels(N + 1))
+    jsd = liger.LigerJSD()
+    yield "log_q", lambda: jsd(logits().long(), logits())
+    yield "log_p", lambda: jsd(logits(), ATTACHED.log_softmax(-1))
+    yield "shift_labels", lambda: jsd(logits(), logits(), labels(N + 1))
+    yield "y_pred", lambda: liger.LigerKLDIVLoss()(logits().long(), target)
+    yield "y_true", lambda: liger.LigerKLDIVLoss(log_target=True)(logits(), ATTACHED)
+
+
+def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for loss in (model_optimizer.LogitsDistillationLoss(), model_optimizer.MFTLoss()):
+        more = (labels(),) if isinstance(loss, model_optimizer.MFTLoss) else ()
+        yield "logits_s", lambda loss=loss, more=more: loss(logits().long(), logits(), *more)
+        yield "logits_t", lambda loss=loss, more=more: loss(logits(), logits(N, V, 1), *more)
+    in_place = model_optimizer.LogitsDistillationLoss(inplace=True)
+    yield "logits_s", lambda: in_place(ATTACHED, logits())
+
+
+def of_torchtune() -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "teacher_logits", lambda: torchtune.ForwardKLLoss()(logits(), ATTACHED, labels())
+    yield "labels", lambda: torchtune.ReverseKLLoss()(logits(), logits(), labels(N + 1))
+    yield "sym_kd_ratio", lambda: torchtune.SymmetricKLLoss(2.0)
+
+
+ADAPTERS = (of_automodel, of_distillkit, of_axolotl, of_liger, of_model_optimizer, of_torchtune)
+#: Our names, and those of them that a framework has for the same thing.
+OURS = {
+    "student_logits", "teacher_logits", "student_hidden", "teacher_hidden", "labels",
+    "token_weight", "num_items", "hard_weight", "soft_weight", "beta", "temperature", "divergence",
+}  # fmt: skip
+SAME = {
+    "of_automodel": {"student_logits", "teacher_logits", "labels", "temperature"},
+    "of_distillkit": {"temperature"},
+    "of_axolotl": {"student_logits"},
+    "of_liger": {"beta", "temperature"},
+    "of_model_optimizer": {"labels", "temperature"},
+    "of_torchtune": {"student_logits", "teacher_logits", "labels"},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_messages_have_the_names_of_the_framework(adapter: Any) -> None:
+    strange = re.compile(rf"\b({'|'.join(OURS - SAME[adapter.__name__])})\b")
+    for name, call in adapter():
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        message = str(error.value)
+        assert re.search(rf"\b{re.escape(name)}\b", message), message
+        assert not strange.search(message), message

@@ -1,0 +1,53 @@
+"""Public reports about glue, over every adapter that needs no framework; numbers as N-08."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_kd.integrations import axolotl, liger
+
+N, V, H = 5, 7, 3
+
+
+def of_probabilities(q: Tensor) -> dict[str, Tensor]:
+    """Σ q (log q - log p) by each adapter that takes a teacher's probabilities."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, H, generator=draw), torch.randn(V, H, generator=draw)
+    logits = hidden @ weight.T
+    kl = liger.LigerKLDIVLoss(reduction="sum")
+    kl_of_logs = liger.LigerKLDIVLoss(reduction="sum", log_target=True)
+    top_k = torch.arange(V).expand(1, N, V), q.log()[None], torch.ones(1, N, V)
+    return {
+        "liger": liger.LigerFusedLinearKLDivLoss("sum")(hidden, weight, q),
+        "liger, log p": kl(logits.log_softmax(-1), q),
+        "liger, log p, log q": kl_of_logs(logits.log_softmax(-1), q.log()),
+        "axolotl": axolotl.loss(logits[None], *top_k, num_items_in_batch=1),
+        "formula": (torch.xlogy(q, q) - q * logits.log_softmax(-1)).sum(),
+    }
+
+
+def test_a_target_that_does_not_sum_to_1_keeps_its_mass_N_08() -> None:
+    """pytorch#69230; the rows' masses are 0, a half, 1, nearly 1 and 3."""
+    q = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    found = of_probabilities(q * torch.tensor([0.0, 0.5, 1.0, 0.999, 3.0])[:, None])
+    for name, value in found.items():
+        torch.testing.assert_close(value, found["formula"], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_negative_target_is_never_dropped_N_08() -> None:
+    """pytorch#69230: torch's kl_div counts it as 0. Without values to look at it makes NaN."""
+    q = torch.full((N, V), 1 / V)
+    q[2, 3] = -1 / V
+    tensors = torch.randn(N, H), torch.randn(V, H)
+    calls: tuple[tuple[Any, tuple[Tensor, ...]], ...] = (
+        (liger.LigerFusedLinearKLDivLoss(), (*tensors, q)),
+        (liger.LigerKLDIVLoss(reduction="batchmean"), (torch.randn(N, V).log_softmax(-1), q)),
+    )
+    for loss, inputs in calls:
+        with pytest.raises(ValueError, match=r"must hold probabilities.*got -0\.14"):
+            loss(*inputs)
+        assert torch.compile(loss, backend="eager")(*inputs).isnan()
