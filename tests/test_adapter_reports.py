@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import mesh_checks
 import pytest
 import torch
+from processes import failures
 from torch import Tensor
+from torch import distributed as dist
 
 from fused_kd.integrations import axolotl, liger
 
@@ -51,3 +55,12 @@ def test_a_negative_target_is_never_dropped_N_08() -> None:
         with pytest.raises(ValueError, match=r"must hold probabilities.*got -0\.14"):
             loss(*inputs)
         assert torch.compile(loss, backend="eager")(*inputs).isnan()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
+)
+def test_the_terms_weigh_the_same_whatever_the_tensor_parallelism_N_18(tmp_path: Path) -> None:
+    """NeMo RL#2745: the soft term divided by the count of all ranks, the hard by its replicas'."""
+    assert not (found := failures(mesh_checks.CHECKS, 4, tmp_path)), "\n".join(found)
