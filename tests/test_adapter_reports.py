@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mesh_checks
@@ -12,7 +14,8 @@ from processes import failures
 from torch import Tensor
 from torch import distributed as dist
 
-from fused_kd.integrations import axolotl, liger
+from fused_kd import KDLoss, LinearKDLoss
+from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
 
 N, V, H = 5, 7, 3
 
@@ -55,6 +58,70 @@ def test_a_negative_target_is_never_dropped_N_08() -> None:
         with pytest.raises(ValueError, match=r"must hold probabilities.*got -0\.14"):
             loss(*inputs)
         assert torch.compile(loss, backend="eager")(*inputs).isnan()
+
+
+def without_a_teacher() -> dict[str, list[Callable[[], Any]]]:
+    """Every adapter's call without what the teacher is given as, by the name of that."""
+    s, h, w, y = torch.randn(N, V), torch.randn(N, H), torch.randn(V, H), torch.zeros(N).long()
+    ids, mask = torch.zeros(1, N, 1).long(), torch.ones(1, N, 1)
+    signal, outputs = SimpleNamespace(logits=None), SimpleNamespace(logits=s)
+    return {
+        "teacher_logits": [
+            lambda: KDLoss()(s, None, y),
+            lambda: LinearKDLoss()(h, w, labels=y),
+            lambda: automodel.KDLoss()(s, None, y),
+            lambda: torchtune.ForwardKLLoss()(s, None, y),
+            lambda: torchtune.ReverseKLLoss()(s, None, y),
+            lambda: torchtune.SymmetricKLLoss()(s, None, y),
+            lambda: torchtune.ForwardKLWithChunkedOutputLoss()([s], None, y),
+            lambda: liger.LigerFusedCETVDLoss()(s, None, y),
+        ],
+        "logits_t": [
+            lambda: model_optimizer.LogitsDistillationLoss()(s, None),
+            lambda: model_optimizer.MFTLoss()(s, None, y),
+        ],
+        "signal": [
+            lambda: distillkit.JSDLoss(1.0)(outputs, signal),
+            lambda: distillkit.TVDLoss(1.0)(outputs, None),
+        ],
+        "target_logprobs": [
+            lambda: axolotl.loss(s[None], ids, None, mask),
+            lambda: axolotl.ChunkedTopKKDLoss()(s[None], ids, None, mask),
+        ],
+        "teacher_input": [
+            lambda: liger.LigerFusedLinearJSDLoss()(h, w, None, w, y),
+            lambda: liger.LigerFusedLinearJSD()(h, w, None, w, y),
+        ],
+        "teacher_weight": [lambda: liger.LigerFusedLinearJSDLoss()(h, w, h, None, y)],
+        "target": [lambda: liger.LigerFusedLinearKLDivLoss()(h, w, None)],
+        "log_p": [lambda: liger.LigerJSD()(s, None)],
+        "y_true": [lambda: liger.LigerKLDIVLoss()(s, None)],
+    }
+
+
+def test_a_soft_term_without_a_teacher_is_refused_N_25() -> None:
+    """atropos#456: the teacher's values were collected, and the loss was a cross-entropy alone."""
+    for name, calls in without_a_teacher().items():
+        for call in calls:
+            with pytest.raises((TypeError, ValueError), match=rf"^({name}|the teacher must)"):
+                call()
+
+
+def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
+    """torchtitan#4297: a loss of 0, and a gradient that was not. Shards wait for theirs."""
+    s, t = torch.randn(N, V), torch.randn(N, V)
+    identity = torch.eye(V)
+    for label in (V, -5):
+        y = torch.tensor([0, 1, label, -100, 3])
+        for call in (
+            lambda y=y: KDLoss()(s, t, y),
+            lambda y=y: LinearKDLoss()(s, identity, t, identity, y),
+            lambda y=y: liger.LigerFusedLinearJSDLoss()(s, identity, t, identity, y),
+            lambda y=y: liger.LigerFusedCETVDLoss()(s, t, y),
+            lambda y=y: model_optimizer.MFTLoss()(s, t, y),
+        ):
+            with pytest.raises(ValueError, match=rf"must be in \[0, {V}\).*got {label} at .* 2"):
+                call()
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ In place of its own, before the trainer is made::
     lossfuncs.ALL_LOSS_CLASSES[:0] = distillkit.DENSE_LOSSES  # the first of a name is taken
 
 Written from its source (2025 and 2026) and tested against its formulas; DistillKit's own trainer
-was run alongside and agrees. A sparse teacher, top-k values of a dataset or a server, is refused: keep theirs.
+was run alongside and agrees. A sparse teacher, top-k values of a dataset or a server, is refused:
+keep theirs.
 """
 
 from __future__ import annotations

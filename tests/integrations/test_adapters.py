@@ -24,6 +24,7 @@ import transformers  # noqa: E402
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
 from fused_kd.integrations import (  # noqa: E402
     automodel,
+    axolotl,
     distillkit,
     liger,
     model_optimizer,
@@ -110,6 +111,50 @@ def test_equal_models_have_nothing_to_learn_P03(name: str) -> None:
         value.double(), torch.zeros((), dtype=torch.float64), atol=1e-6, rtol=0
     )
     assert gradient.abs().max() < 1e-12
+
+
+def _axolotl(loss: Any) -> Loss:
+    """The whole vocabulary as its top k; float32, as its teacher's log-probabilities are."""
+
+    def found(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        logs = t.log_softmax(-1)[None].float()
+        ids, mask = torch.arange(V).expand_as(logs), (y != -100)[None, :, None].expand_as(logs)
+        return loss(s[None], ids, logs, mask, num_items_in_batch=1)
+
+    return found
+
+
+def _kl_of_log_probabilities(log_target: bool) -> Loss:
+    loss = liger.LigerKLDIVLoss(log_target=log_target)
+    return lambda s, t, y: loss(
+        s.log_softmax(-1), t.log_softmax(-1) if log_target else t.softmax(-1)
+    )
+
+
+#: Every adapter, those too that the other tests here are not for.
+ADAPTERS: dict[str, Loss] = {
+    **SOFT,
+    "liger kl of probabilities": _kl_of_log_probabilities(False),
+    "liger kl of log-probabilities": _kl_of_log_probabilities(True),
+    "liger ce and tvd": lambda s, t, y: liger.LigerFusedCETVDLoss()(s, t, y)[1].sum(),
+    "distillkit tvd": _distillkit(distillkit.TVDLoss),
+    "axolotl": _axolotl(axolotl.loss),
+    "axolotl, chunks": _axolotl(axolotl.ChunkedTopKKDLoss(2)),
+    "model optimizer, mft": lambda s, t, y: model_optimizer.MFTLoss(T, 0.0)(s, t, s.argmax(-1)),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_teacher_that_is_one_token_off_is_seen_N_23(name: str) -> None:
+    """RLCSD#6, fmchisel#23: its logits were shifted twice, or not at all."""
+    s, y = logits(), torch.arange(N)
+    y[-1] = -100
+    same, rolled = (ADAPTERS[name](s, t, y).item() for t in (s.clone(), s.roll(1, 0)))
+    if share := ENTROPY.get(name.partition(",")[0]):
+        p = s[:-1].log_softmax(-1)
+        same += share * (p.exp() * p).sum(-1).mean().item()
+    assert abs(same) < 1e-5
+    assert rolled - same > 0.1
 
 
 @EVERY

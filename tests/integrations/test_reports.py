@@ -10,18 +10,22 @@ import tiny
 import torch
 from needs import need
 from torch import Tensor, nn
-from trl_training import build, conversations, settings, tokenizer
+from trl_training import build, conversations, prompts, settings, tokenizer
 
 need("transformers")
 need("accelerate")
 need("trl")
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from trl import DistillationConfig, DistillationTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.heads import shifted  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 from fused_kd.integrations.trl import use_fused_kd  # noqa: E402
 
+LOSSES = [KDLoss(), LinearKDLoss()]
 #: Of an update: as one batch, and as four micro-batches.
 CUTS = ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})  # fmt: skip
@@ -61,7 +65,7 @@ class NoKeywords(LlamaForCausalLM):  # type: ignore[misc]
         return super().forward(input_ids, attention_mask, labels=labels, use_cache=use_cache)
 
 
-@pytest.mark.parametrize("loss", [KDLoss(), LinearKDLoss()], ids=["logits", "linear"])
+@pytest.mark.parametrize("loss", LOSSES, ids=["logits", "linear"])
 def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, loss: Any) -> None:
     """transformers#37766: num_items_in_batch was dropped, and the loss grew by the accumulation."""
     from transformers import LlamaConfig
@@ -81,3 +85,98 @@ def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, loss: Any) 
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
     before = tiny.build(NoKeywords, LlamaConfig, 0).parameters()
     assert (weights[0] - nn.utils.parameters_to_vector(before)).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------- a teacher that is one token off
+
+
+def pair(rolled: bool) -> tuple[nn.Module, nn.Module]:
+    """Equal models; `rolled`: the teacher's hidden states, and so its logits, come a token late."""
+    student, teacher = build("Llama", 16, seed=1), build("Llama", 16, seed=1)
+    if rolled:
+        teacher.model.norm.register_forward_hook(lambda _, inputs, output: output.roll(1, 1))
+    return student, teacher
+
+
+def of_trainer(loss: Any, folder: Path, *models: nn.Module) -> float:
+    student, teacher = models
+    batch = tiny.padded(tiny.ragged(3))
+    labels = batch.pop("labels")
+    compute = DistillationLoss(student.train(), teacher, loss)
+    compute(student(**batch), labels)
+    assert compute.training_parts.sums is not None
+    return compute.training_parts.sums[1].item()
+
+
+def of_module(loss: Any, folder: Path, *models: nn.Module) -> float:
+    return DistilledLM(*models, loss).parts(**tiny.padded(tiny.ragged(3))).soft.item()
+
+
+def of_gkd(loss: Any, folder: Path, *models: nn.Module) -> float:
+    data = conversations(4)
+    trainer = GKDTrainer(
+        *models, args=GKDConfig(**settings(folder, lmbda=0.0, max_length=32)), train_dataset=data,
+        eval_dataset=data, processing_class=tokenizer(),
+    )  # fmt: skip
+    level = "linear" if isinstance(loss, LinearKDLoss) else "logits"
+    return use_fused_kd(trainer, level=level).evaluate()["eval_loss"]  # type: ignore[no-any-return]
+
+
+def of_distillation(loss: Any, folder: Path, *models: nn.Module) -> float:
+    trainer = DistillationTrainer(
+        *models, args=DistillationConfig(**settings(folder, max_completion_length=6)),
+        train_dataset=prompts(4), eval_dataset=prompts(4), processing_class=tokenizer(),
+    )  # fmt: skip
+    return use_fused_kd(trainer).evaluate()["eval_loss"]  # type: ignore[no-any-return]
+
+
+def of_lightning(loss: Any, folder: Path, *models: nn.Module) -> float:
+    """By the callback; KDModule is a DistilledLM."""
+    pl = need("lightning").pytorch
+    from fused_kd.integrations.lightning import TeacherCallback
+
+    class Own(pl.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = models[0]
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            student = self.student(batch["input_ids"], batch["attention_mask"]).logits
+            self.log("soft", soft(student, batch["teacher_logits"], shifted(batch["labels"])))
+
+    soft = KDLoss(hard_weight=0.0, soft_weight=1.0)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
+        callbacks=[TeacherCallback(models[1])],
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(tiny.ragged(3), batch_size=3, collate_fn=tiny.padded)
+    return trainer.validate(Own(), loader, verbose=False)[0]["soft"]  # type: ignore[no-any-return]
+
+
+def of_model_optimizer(loss: Any, folder: Path, *models: nn.Module) -> float:
+    need("modelopt")
+    import modelopt.torch.distill as mtd
+
+    from fused_kd.integrations.model_optimizer import LogitsDistillationLoss
+
+    criterion = {("lm_head", "lm_head"): LogitsDistillationLoss(reduction="batchmean")}
+    config = {"teacher_model": models[1], "criterion": criterion}
+    model = mtd.convert(models[0], mode=[("kd_loss", config)])
+    model.train()
+    model(**tiny.padded(tiny.ragged(3)))
+    return model.compute_kd_loss().item()  # type: ignore[no-any-return]
+
+
+BOTH_LEVELS = [(of, loss) for of in (of_trainer, of_module, of_gkd) for loss in LOSSES]
+ONE_LEVEL = [(of, KDLoss()) for of in (of_distillation, of_lightning, of_model_optimizer)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("adapter", "loss"), [*BOTH_LEVELS, *ONE_LEVEL])
+def test_a_teacher_that_is_one_token_off_is_seen_N_23(
+    tmp_path: Path, adapter: Any, loss: Any
+) -> None:
+    """RLCSD#6, Model-Optimizer#1191: logits shifted twice, or by a micro-batch's length."""
+    assert abs(adapter(loss, tmp_path, *pair(rolled=False))) < 1e-5
+    assert adapter(loss, tmp_path, *pair(rolled=True)) > 0.05
