@@ -23,7 +23,7 @@ from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
 from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
 from fused_kd.integrations.heads import shifted  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
-from fused_kd.integrations.trl import use_fused_kd  # noqa: E402
+from fused_kd.integrations.trl import generalized_jsd_loss, use_fused_kd  # noqa: E402
 
 LOSSES = [KDLoss(), LinearKDLoss()]
 #: Of an update: as one batch, and as four micro-batches.
@@ -50,6 +50,12 @@ def test_accumulation_in_trl_changes_no_norm_N_17(tmp_path: Path, level: str) ->
     for whole, parts in zip(*seen, strict=True):
         assert len(whole) == 3
         assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_messages_name_trls_own_argument() -> None:
+    logits = torch.randn(1, 3, 7)
+    with pytest.raises(ValueError, match=r"^num_items_in_batch must be positive .*; got -1"):
+        generalized_jsd_loss(logits, logits, num_items_in_batch=-1)
 
 
 class NoKeywords(LlamaForCausalLM):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...modules import KDLoss, LinearKDLoss
+from ..arguments import named
 from ..heads import IGNORED, check_head, head_of, headless
 from ..liger import LigerFusedLinearJSDLoss
 from ..parts import parts_of
@@ -21,6 +22,7 @@ KIND = "GKDTrainer"
 _LIGERS = ("weight_hard_loss", "weight_soft_loss", "beta", "ignore_index", "temperature")
 
 
+@named(num_items="num_items_in_batch")
 def generalized_jsd_loss(
     student_logits: Tensor,  # (B, S, V)
     teacher_logits: Tensor,  # (B, S, V)
