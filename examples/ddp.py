@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from examples import common
+from examples.ranks import run_rank
 from fused_kd import LinearKDLoss
 from fused_kd.integrations.distilled import DistilledLM
 from fused_kd.integrations.distributed import global_num_items
@@ -98,4 +100,5 @@ def full(parameter: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    compare("DistributedDataParallel", DistributedDataParallel)
+    # not a plain call: see run_rank for how a rank has to end
+    run_rank(partial(compare, "DistributedDataParallel", DistributedDataParallel))

@@ -7,12 +7,15 @@ step, before it, and kept until the backward is through.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from examples.ddp import compare
+from examples.ranks import run_rank
 from fused_kd.integrations.distilled import DistilledLM
 
 
@@ -25,4 +28,4 @@ def shard(model: DistilledLM) -> nn.Module:
 
 
 if __name__ == "__main__":
-    compare("FSDP2", shard)
+    run_rank(partial(compare, "FSDP2", shard))  # as in examples/ddp.py

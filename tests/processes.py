@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/ is not installed
+from examples.ranks import run_rank
 
 #: A collective that not every rank comes to fails after this, and the test with it.
 TIMEOUT = timedelta(seconds=60)
@@ -27,12 +32,21 @@ def failures(checks: dict[str, Callable[[], None]], ranks: int, folder: Path) ->
 
     Returns:
         For each check that failed on a rank: its name, the rank and the traceback.
+
+    Raises:
+        ProcessExitedException: a rank ended before its last check; the message names the rank.
     """
     multiprocessing.spawn(_rank, (ranks, folder, checks), nprocs=ranks)
     return [line for rank in range(ranks) for line in torch.load(folder / f"{rank}.pt")]
 
 
-def _rank(rank: int, ranks: int, folder: Path, checks: dict[str, Callable[[], None]]) -> None:
+def _rank(rank: int, *arguments: Any) -> NoReturn:
+    run_rank(partial(_run_checks, rank, *arguments))
+
+
+def _run_checks(
+    rank: int, ranks: int, folder: Path, checks: dict[str, Callable[[], None]]
+) -> None:
     torch.set_num_threads(1)
     for name, value in {"RANK": rank, "WORLD_SIZE": ranks}.items():  # as torchrun sets them
         os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
@@ -47,4 +61,3 @@ def _rank(rank: int, ranks: int, folder: Path, checks: dict[str, Callable[[], No
         except Exception:
             failed.append(f"{name}, rank {rank} of {ranks}:\n{traceback.format_exc()}")
     torch.save(failed, folder / f"{rank}.pt")
-    dist.destroy_process_group()
