@@ -116,6 +116,33 @@ def test_the_floor_of_the_linear_level_is_float32_where_that_is_faster(
     assert found.is_slow
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(60.0, floors.MOST_CALLS), (0.0, 1)])
+def test_short_calls_are_repeated_a_limited_number_of_times(
+    seconds: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the clock measures nothing, so that no sum of measurements is ever reached."""
+    calls: list[None] = []
+
+    def nothing(call: Callable[[], object]) -> tuple[float, bool]:
+        call()
+        assert len(calls) <= most
+        return 0.0, False
+
+    monkeypatch.setattr(floors.device, "clock", lambda where: nothing)
+    assert floors.fastest(lambda: calls.append(None), seconds) == 0.0
+    assert len(calls) == most
+
+
+def test_repeated_calls_end_with_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little of it is in the calls: here half a second passes between two of them."""
+    now = iter(range(100))
+    monkeypatch.setattr(floors.device.time, "monotonic", lambda: 0.5 * next(now))
+    monkeypatch.setattr(floors.device, "clock", lambda where: lambda call: (call(), False))
+    left = iter((1e-6, 3e-6, 2e-6, 5e-6))
+    assert floors.fastest(lambda: next(left), 1.5) == 1e-6
+    assert next(left) == 5e-6  # three calls: at 0, 0.5 and 1 of 1.5 seconds
+
+
 def test_who_computes_something_else_is_held_to_no_floor() -> None:
     case = Case(4, 40, "fp32", level=LINEAR, student_hidden=8, teacher_hidden=12)
     assert floors.work(case, ENTRANTS["linear/eager"]) == {"flops": 2 * 4 * 40 * (3 * 8 + 12)}
