@@ -12,15 +12,18 @@ the address and undefined-behaviour sanitizers.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
 import shutil
+import site
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -62,6 +65,12 @@ CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 #: Module: where the reason lies that it isn't there.
 REASON_FILES = {"_C": "fused_kd/_not_built.txt", "_cuda": "fused_kd/_cuda_not_built.txt"}
+
+if int(__version__.split(".")[0]) < 77:  # which do not know the license field of pyproject.toml
+    raise SystemExit(
+        f"building fused_kd needs setuptools>=77; got {__version__}: "
+        "pip install --upgrade 'setuptools>=77'"
+    )
 
 
 def flag(name: str) -> bool:
@@ -255,6 +264,18 @@ def write_reason(command, name: str, reason: str) -> None:
     print(f"fused_kd: without {name}, {reason}")
 
 
+def find_torch() -> None:
+    """Let an isolated build import torch from the environment that it builds for.
+
+    pip runs such a build with the environment's own Python, but without its site-packages on
+    sys.path. They are appended here, so that the build's own packages come first.
+    """
+    if importlib.util.find_spec("torch") is None:
+        sys.path += site.getsitepackages()
+        if sys.prefix == sys.base_prefix:  # a virtual environment does not see the user's packages
+            sys.path.append(site.getusersitepackages())
+
+
 def decide() -> tuple[list[Extension], dict[str, str]]:
     """The modules to build, and why not the others."""
     extensions, reasons = [], {}
@@ -274,12 +295,13 @@ def decide() -> tuple[list[Extension], dict[str, str]]:
         except (ImportError, LookupError) as error:
             if wanted(variable) == "1":
                 raise
-            hint = ": install with 'pip install --no-build-isolation .'"
-            reasons[name] = f"{error} when it was built" + hint * isinstance(error, ImportError)
+            hint = ": install that first" * isinstance(error, ImportError)
+            reasons[name] = f"{error} when it was built{hint}"
     return extensions, reasons
 
 
 for path in REASON_FILES.values():
     Path(path).unlink(missing_ok=True)
+find_torch()
 EXTENSIONS, NOT_BUILT = decide()
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension, "build_py": BuildPython})

@@ -1,9 +1,23 @@
 """Fused knowledge-distillation losses for large vocabularies."""
 
-from .functional import KDLossParts, kd_loss
-from .linear import linear_kd_loss
-from .modules import KDLoss, LinearKDLoss
 from .version import __version__
+
+try:
+    import torch  # noqa: F401
+except (ImportError, OSError) as error:  # missing or broken: `python -m fused_kd.env` still runs
+    _why = f"fused_kd needs torch>=2.10, and importing torch failed: {error}"
+
+    def _refuse(name: str) -> None:
+        """Raise ImportError for a name that needs torch."""
+        if name in __all__:
+            raise ImportError(_why)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    globals()["__getattr__"] = _refuse  # defined by name, it would hide misspelled names from mypy
+else:
+    from .functional import KDLossParts, kd_loss
+    from .linear import linear_kd_loss
+    from .modules import KDLoss, LinearKDLoss
 
 __all__ = [
     "KDLoss",

@@ -2,7 +2,7 @@
 which frameworks are installed and whether the integrations were tested with these versions.
 
 Only the standard library is imported here; every probe is guarded, so that the report comes out
-also where an installation is broken.
+also where an installation is broken, or torch is missing.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def report() -> dict[str, Any]:
         "compiled_module": _probe(lambda: _compiled_module("cpu")),
         "compiled_module_cuda": _probe(lambda: _compiled_module("cuda")),
         "variables": {name: os.environ.get(name) for name, _ in VARIABLES},
+        "refused_variables": {
+            name: why for name, refusal in REFUSALS.items() if (why := _probe(refusal)) is not None
+        },
     }
 
 
@@ -92,15 +95,46 @@ def _compiled_module(name: str) -> Any:
     return module.why_not() if info is None else info
 
 
+def _refused_backend() -> str | None:
+    """Why every call refuses the value of FUSED_KD_BACKEND; None if it does not."""
+    name = os.environ.get("FUSED_KD_BACKEND") or "auto"
+    known = importlib.import_module("fused_kd.options").BACKENDS
+    if name not in ("auto", *known):
+        return f"must be 'auto' or one of {', '.join(map(repr, known))}"
+    if name == "auto":
+        return None
+    why: str | None = importlib.import_module("fused_kd.backends").why_not(name)
+    return why
+
+
+def _refused_instruction_set() -> str | None:
+    """Why every call on the cpu backend refuses the value of FUSED_KD_CPU; None if it does not."""
+    try:
+        importlib.import_module("fused_kd.extension").cpu.build_info()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+#: Variables whose value can make every call raise, and what finds out why.
+REFUSALS = {"FUSED_KD_BACKEND": _refused_backend, "FUSED_KD_CPU": _refused_instruction_set}
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
     lines = []
     for title, content in found.items():
+        if title == "refused_variables":
+            continue  # shown with the variables
         lines.append(title.replace("_", " "))
         if title == "variables":
             for name, meaning in VARIABLES:
                 value = content[name]
                 shown = "(not set)" if value is None else repr(value)
                 lines.append(f"  {name:<18} {shown:<12} {meaning}")
+                if name in found["refused_variables"]:
+                    lines.append(
+                        f"  {'':<18} every call raises: {found['refused_variables'][name]}"
+                    )
         elif isinstance(content, dict):
             lines.extend(f"  {name:<18} {value}" for name, value in content.items())
         else:
@@ -109,15 +143,16 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report; returns the exit status."""
+    """Print the report; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fused_kd.env", description=__doc__)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     options = parser.parse_args(arguments)
     found = report()
-    if options.json:
-        print(json.dumps(found, indent=2, default=str))
-    else:
-        print("\n".join(_lines(found)))
+    text = json.dumps(found, indent=2, default=str) if options.json else "\n".join(_lines(found))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; the flush at exit must not raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -44,9 +44,7 @@ def _rank(rank: int, *arguments: Any) -> NoReturn:
     run_rank(partial(_run_checks, rank, *arguments))
 
 
-def _run_checks(
-    rank: int, ranks: int, folder: Path, checks: dict[str, Callable[[], None]]
-) -> None:
+def _run_checks(rank: int, ranks: int, folder: Path, checks: dict[str, Callable[[], None]]) -> None:
     torch.set_num_threads(1)
     for name, value in {"RANK": rank, "WORLD_SIZE": ranks}.items():  # as torchrun sets them
         os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)

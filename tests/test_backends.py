@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,3 +50,45 @@ def test_the_argument_wins_over_the_environment_variable(monkeypatch: pytest.Mon
 def test_why_not_of_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r"backend must be one of 'reference', .*; got 'tpu'"):
         why_not("tpu")
+
+
+#: The first calls of a process: which of them warn. The compiled modules and triton are missing.
+FIRST_CALLS = """
+import sys, warnings
+for missing in ("fused_kd._C", "fused_kd._cuda", "triton"):
+    sys.modules[missing] = None
+import torch
+from fused_kd import KDLoss, LinearKDLoss
+student, teacher = torch.randn(2, 5), torch.randn(2, 5)
+labels, hidden, weight = torch.tensor([1, 2]), torch.randn(2, 3), torch.randn(5, 3)
+calls = {
+    "float64": lambda: KDLoss()(student.double(), teacher.double(), labels),
+    "named": lambda: KDLoss(backend="reference")(student, teacher, labels),
+    "compiled": lambda: torch.compile(KDLoss(), fullgraph=True, backend="eager")(
+        student, teacher, labels
+    ),
+    "eager": lambda: KDLoss()(student, teacher, labels),
+    "again": lambda: KDLoss()(student, teacher, labels),
+    "linear": lambda: LinearKDLoss()(hidden, weight, hidden, weight, labels),
+}
+for name in sys.argv[1:]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calls[name]()
+    for found in caught:
+        if found.category is UserWarning and "fused_kd" in str(found.message):
+            print(name, found.message)
+"""
+
+
+@pytest.mark.parametrize("first", ["eager", "compiled", "linear"])
+def test_the_first_automatic_choice_of_the_reference_is_warned_about(first: str) -> None:
+    command = [sys.executable, "-c", FIRST_CALLS, "float64", "named", first, "again", "compiled"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{first} fused_kd uses backend='reference' for cpu tensors, ")
+    assert "slower than eager torch" in line
+    assert "cpu: the compiled module " in line
+    assert "pip install --force-reinstall --no-deps ." in line

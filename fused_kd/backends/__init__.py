@@ -7,13 +7,14 @@ automatic choice passes it over, and :func:`why_not` tells why. Order of the aut
 2. a CPU tensor: ``cpu``, if the compiled module is there;
 3. a CUDA tensor on a device of compute capability 9.0 or later: ``cuda``, if its module is there;
 4. any GPU (CUDA, ROCm, XPU): ``triton``, if it can run there;
-5. everything else: ``reference``.
+5. everything else: ``reference``, with one warning in a process that says why.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -154,7 +155,38 @@ def _automatic(device: torch.device) -> str:
         order = ["cuda", "triton"] if has_clusters else ["triton", "cuda"]
     else:
         order = ["triton"]
-    return next((name for name in order if why_not(name, device.type) is None), "reference")
+    for name in order:
+        if why_not(name, device.type) is None:
+            return name
+    _warn_of_reference(device.type, *order)
+    return "reference"
+
+
+#: Device type: the command that makes a fast backend available there.
+_REMEDIES = {
+    "cpu": "pip install --force-reinstall --no-deps .  (in a clone; needs a C++17 compiler)",
+    "cuda": "pip install 'triton>=3.6'",
+    "xpu": "pip install 'triton>=3.6'",
+}
+_warned = False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
+def _warn_of_reference(device_type: str, *passed_over: str) -> None:
+    """Warn that the automatic choice is `reference`, the first time in a process."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    reasons = "; ".join(f"{name}: {why_not(name, device_type)}" for name in passed_over)
+    remedy = _REMEDIES.get(device_type)
+    warnings.warn(
+        f"fused_kd uses backend='reference' for {device_type} tensors, which is slower than eager "
+        f"torch. Why no other backend runs: {reasons}. "
+        + (f"To get one: {remedy}. " if remedy else "")
+        + "`python -m fused_kd.env` shows all backends; backend='reference' is never warned about.",
+        stacklevel=2,
+    )
 
 
 def _known() -> str:

@@ -1,0 +1,87 @@
+"""fused_kd.env: without torch, with variables that every call refuses, into a closed pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_kd import env, extension
+
+ROOT = Path(__file__).resolve().parents[1]
+#: As a first statement: torch cannot be imported.
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
+
+
+def _run(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_without_torch() -> None:
+    code = "sys.argv = ['env', '--json']; import runpy; "
+    done = _run(WITHOUT_TORCH + code + "runpy.run_module('fused_kd.env', {}, '__main__')")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["torch"].startswith("not available: ModuleNotFoundError: ")
+    assert found["versions"]["fused_kd"] == "0.1.0"
+    assert found["frameworks"]["trl"]
+    assert found["backends"].startswith("not available: ")
+
+
+@pytest.mark.parametrize(
+    "code", ["from fused_kd import KDLoss", "import fused_kd; fused_kd.kd_loss"]
+)
+def test_what_needs_torch_says_so(code: str) -> None:
+    done = _run(WITHOUT_TORCH + code)
+    assert done.returncode == 1
+    expected = "ImportError: fused_kd needs torch>=2.10, and importing torch failed: "
+    assert done.stderr.splitlines()[-1].startswith(expected)
+
+
+def test_without_torch_other_names_are_missing_as_usual() -> None:
+    done = _run(WITHOUT_TORCH + "import fused_kd; print(hasattr(fused_kd, 'kdloss'))")
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_variables_that_every_call_refuses_are_marked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def marked() -> list[str]:
+        assert env.main([]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [" ".join(line.split()) for line in lines if "every call raises" in line]
+
+    for accepted in ("", "auto", "reference"):
+        monkeypatch.setenv("FUSED_KD_BACKEND", accepted)
+        assert marked() == []
+    monkeypatch.setenv("FUSED_KD_BACKEND", "foo")
+    assert marked() == [
+        "every call raises: must be 'auto' or one of 'reference', 'cpu', 'triton', 'cuda'"
+    ]
+    monkeypatch.setattr(extension.cpu, "_module", None)  # a known backend that cannot run
+    monkeypatch.setattr(extension.cpu, "_reason", "no compiler")
+    monkeypatch.setattr(extension.cpu, "_tried", True)
+    monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
+    assert marked() == ["every call raises: no compiler"]
+
+
+@pytest.mark.skipif(extension.cpu.load() is None, reason=str(extension.cpu.why_not()))
+def test_an_unknown_instruction_set_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "fused_kd.env"]
+    environment = {**os.environ, "FUSED_KD_CPU": "foo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "every call raises: FUSED_KD_CPU: expected one of " in done.stdout
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fused_kd.env"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
