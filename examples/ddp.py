@@ -50,7 +50,7 @@ def mean_over_ranks(loss: Tensor) -> float:
 
 
 def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
-    """Trains `wrap(model)` on all ranks, then the model on one, and prints how they differ."""
+    """Train `wrap(model)` on all ranks, then the model on one, and print how they differ."""
     options = common.arguments(None)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("gloo")
@@ -64,10 +64,9 @@ def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
     alone = deepcopy(model)
     whole = [with_prompts(ids) for ids in common.batches(source, options.steps, 2 * ranks)]
     own = [{key: x.chunk(ranks)[rank] for key, x in batch.items()} for batch in whole]
-    parallel, start = wrap(model), time.perf_counter()
-    losses = train(parallel, model.student, own)
+    start = time.perf_counter()
+    losses, weights = train_in_parallel(model, wrap, own)
     seconds = (time.perf_counter() - start) / len(losses)
-    weights = [full(p) for p in model.student.parameters()]  # every rank has to come here
     dist.destroy_process_group()
     if rank == 0:
         before = [p.detach().clone() for p in alone.student.parameters()]
@@ -81,6 +80,19 @@ def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
             f"  weights  differ by at most {common.difference(weights, after):.1e}; "
             f"training moved one by {common.difference(before, after):.1e}"
         )
+
+
+def train_in_parallel(
+    model: DistilledLM, wrap: Callable[[DistilledLM], nn.Module], batches: list[Batch]
+) -> tuple[list[float], list[Tensor]]:
+    """Train `wrap(model)`; return the losses and the student's weights.
+
+    A function of its own, so that the wrapped model is gone before the process group is destroyed.
+    If DistributedDataParallel is the last to hold the group, releasing it can deadlock: it joins
+    gloo's worker threads while it holds the interpreter's lock, which those may be waiting for.
+    """
+    losses = train(wrap(model), model.student, batches)
+    return losses, [full(p) for p in model.student.parameters()]  # every rank has to come here
 
 
 def with_prompts(ids: Tensor) -> Batch:
