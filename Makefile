@@ -23,10 +23,11 @@ test: $(VENV)/.built
 test-slow: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
 
-# With other people's packages: the peers of the benchmarks agree with float64, pictures and page are
-# made, and the integrations train in the real frameworks.
+# The suite with other people's packages: the peers of the benchmarks agree with float64, pictures and
+# page are made, and the integrations train in the real frameworks.
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -m "not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
 
 # A training run for each framework, its own loss beside ours: about 20 minutes on two cores.
 # make examples ARGS="trl_gkd --steps 5"

@@ -22,17 +22,19 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "integrations"
 MEASURED, COMMITTED = Path("out/examples/results.jsonl"), Path("examples/results.jsonl")
 DOCUMENT, PICTURE = Path("docs/integrations.md"), Path("docs/integrations.svg")
-#: Name of a module here, and the framework that it needs.
+#: Name of a module here: the framework that it compares with, and what else that needs here.
 EXAMPLES = {
-    "transformers_trainer": "transformers",
-    "trl_gkd": "trl",
-    "trl_distillation": "trl",
-    "liger": "liger_kernel",
-    "torchtune": "torchtune",
-    "model_optimizer": "modelopt",
-    "lightning_module": "lightning",
-    "accelerate_loop": "accelerate",
+    "transformers_trainer": ("transformers", "accelerate"),  # a Trainer asks for it when it is made
+    "trl_gkd": ("trl", "transformers"),
+    "trl_distillation": ("trl", "transformers"),
+    "liger": ("liger_kernel", "transformers"),
+    "torchtune": ("torchtune", "transformers"),
+    "model_optimizer": ("modelopt", "transformers"),
+    "lightning_module": ("lightning", "transformers"),
+    "accelerate_loop": ("accelerate", "transformers"),
 }
+#: What the text of all examples needs.
+TEXT = "mistral_common"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str, steps: int) -> bool:
-    if find_spec(EXAMPLES[name]) is None:
-        print(f"left out: {name}: {EXAMPLES[name]} is not installed")
+    missing = [package for package in (*EXAMPLES[name], TEXT) if find_spec(package) is None]
+    if missing:
+        print(f"left out: {name}: {', '.join(missing)} is not installed")
         return True
     command = [sys.executable, "-m", f"examples.{name}", "--steps", str(steps)]
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0

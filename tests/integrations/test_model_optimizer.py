@@ -126,6 +126,7 @@ def test_a_criterion_without_layers() -> None:
 
 def test_the_trainer_of_the_plugin(tmp_path: Path) -> None:
     """It keeps its criterion in an attribute."""
+    need("accelerate")
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
     from transformers import TrainingArguments
 
