@@ -83,7 +83,7 @@ def _draw(seed: int) -> Drawn:
     if number(4) == 0:  # the same models: every difference is exactly 0
         sides[1] = [None if x is None else x.clone() for x in sides[0]]
     upstream = (2 * torch.rand(rows, generator=draw) - 0.5).double()
-    return Drawn(*sides, (0.5, 1.0, 2.0, 5.0)[number(4)], 1 + number(6), upstream)
+    return Drawn(sides[0], sides[1], (0.5, 1.0, 2.0, 5.0)[number(4)], 1 + number(6), upstream)
 
 
 def _side(tensors: list[Tensor | None], temperature: float) -> Side:
