@@ -9,8 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import regression_numbers  # noqa: F401  registers its cases
+import regression_compiled  # noqa: F401  registers its cases
+import regression_linear  # noqa: F401
+import regression_masks  # noqa: F401
+import regression_numbers  # noqa: F401
 import regression_semantics  # noqa: F401
+import regression_values  # noqa: F401
 import regression_wiring  # noqa: F401
 import torch
 from fast import one_thread
