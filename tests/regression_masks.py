@@ -149,7 +149,7 @@ def the_soft_term_pulls_to_the_teacher(backend: str) -> None:
         assert after < far
 
 
-@case("N-29", "sentence-transformers#3757: the teacher is not detached, and is pulled to the student")
+@case("N-29", "sentence-transformers#3757: the teacher is not detached, and moves too")
 def teachers_get_no_gradient(backend: str) -> None:
     student, teacher, labels = make()
     for taught in (teacher.clone().requires_grad_(), teacher.clone().requires_grad_() * 1):

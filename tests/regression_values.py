@@ -116,7 +116,7 @@ def targets_of_zero(backend: str) -> None:
         assert gradient.isfinite().all()
 
 
-@case("N-09", "Automodel#3850: masked with -inf before a learned temperature, whose gradient is NaN")
+@case("N-09", "Automodel#3850: -inf before a learned temperature, whose gradient is NaN")
 def a_learned_temperature(backend: str) -> None:
     student, teacher = torch.randn(4, 30), torch.randn(4, 30)
     labels, absent = torch.randint(20, (4,)), torch.arange(30) >= 20

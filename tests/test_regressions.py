@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import regression_compiled  # noqa: F401  registers its cases
-import regression_linear  # noqa: F401
+import regression_linear  # noqa: F401  registers its cases
 import regression_masks  # noqa: F401
 import regression_numbers  # noqa: F401
 import regression_semantics  # noqa: F401

@@ -1,0 +1,160 @@
+"""Heads that something else changes: at the linear level as the logits say, or refused (N-26).
+
+Public reports (TRL#4612, unsloth#9331): an lm_head whose weight is read past what changes it gives
+a loss of another model, in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_models import VOCABULARY, SmallLM
+from torch import Tensor, nn
+
+from fused_kd import KDLoss, LinearKDLoss
+from fused_kd.integrations.distilled import DistilledLM
+from fused_kd.integrations.heads import check_head, leave_out_head
+
+IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+LABELS = torch.where(IDS % 3 == 0, -100, IDS)
+Change = Callable[[nn.Linear], Any]
+
+
+class _Twisted(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight + weight.mean(0)
+
+
+class _LowRank(nn.Module):
+    """What an adapter adds to a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(*s)) for s in ((VOCABULARY, 2), (2, 16)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.detach() + 0.1 * self.up @ self.down
+
+
+def _parametrized(by: type[nn.Module]) -> Change:
+    return lambda head: nn.utils.parametrize.register_parametrization(head, "weight", by())
+
+
+def _weight_norm(head: nn.Linear) -> None:
+    head = nn.utils.parametrizations.weight_norm(head)
+    with torch.no_grad():
+        head.parametrizations.weight.original0.mul_(2)
+
+
+def _weight_norm_by_a_hook(head: nn.Linear) -> None:
+    head = nn.utils.weight_norm(head)
+    with torch.no_grad():
+        head.weight_g.mul_(2)
+
+
+def _capped(head: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+    return 3 * torch.tanh(logits / 3)
+
+
+def _capped_in_training(head: nn.Module, inputs: Any, logits: Tensor) -> Tensor | None:
+    return 3 * torch.tanh(logits / 3) if head.training else None
+
+
+def _assigned_forward(head: nn.Linear) -> None:
+    forward = head.forward
+    head.forward = lambda hidden: 3 * torch.tanh(forward(hidden) / 3)  # type: ignore[method-assign]
+
+
+RIGHT: dict[str, Change] = {
+    "parametrize": _parametrized(_Twisted),
+    "weight_norm": _weight_norm,
+    "weight_norm by a hook": _weight_norm_by_a_hook,
+    "forward_pre_hook": lambda head: head.register_forward_pre_hook(
+        lambda module, inputs: (2 * torch.tanh(inputs[0]),)
+    ),
+}
+REFUSED: dict[str, tuple[Change, str]] = {
+    "cap": (lambda head: head.register_forward_hook(_capped), "register_forward_hook"),
+    "cap in training": (
+        lambda head: head.register_forward_hook(_capped_in_training),
+        "register_forward_hook",
+    ),
+    "gradient": (
+        lambda head: head.register_full_backward_pre_hook(lambda module, by: (2 * by[0],)),
+        "register_full_backward_pre_hook",
+    ),
+    "forward": (_assigned_forward, "a forward method of its own"),
+}
+
+
+def _outcome(model: DistilledLM) -> tuple[Tensor, ...]:
+    model.train()
+    loss = model(input_ids=IDS, labels=LABELS)
+    assert isinstance(loss, Tensor)
+    trained = list(model.student.parameters())
+    return loss.detach(), *(
+        torch.zeros(()) if g is None else g
+        for g in torch.autograd.grad(loss, trained, allow_unused=True)
+    )
+
+
+def _changed(loss: Any, which: str, change: Change) -> DistilledLM:
+    torch.manual_seed(0)
+    student, teacher = SmallLM(0), SmallLM(1, hidden=16)
+    if which != "student, late":
+        change({"student": student, "teacher": teacher}[which].lm_head)
+    model = DistilledLM(student, teacher, loss)
+    if which == "student, late":
+        change(student.lm_head)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("change", RIGHT)
+@pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
+def test_a_changed_weight_is_used_N_26(which: str, change: str) -> None:
+    want, got = (
+        _outcome(_changed(loss, which, RIGHT[change])) for loss in (KDLoss(), LinearKDLoss())
+    )
+    plain = _outcome(_changed(LinearKDLoss(), which, lambda head: None))
+    assert (got[0] - plain[0]).abs() > 1e-4
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_parametrization_is_trained_N_26() -> None:
+    """As an adapter of low rank is: its parameters get the gradients, the frozen weight none."""
+    want, got = (
+        _outcome(_changed(loss, "student", _parametrized(_LowRank)))
+        for loss in (KDLoss(), LinearKDLoss())
+    )
+    adapter = [(mine, theirs) for mine, theirs in zip(got, want, strict=True) if mine.shape in
+               ((VOCABULARY, 2), (2, 16))]  # fmt: skip
+    assert len(adapter) == 2
+    for mine, theirs in adapter:
+        assert mine.norm() > 1e-3
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", REFUSED)
+@pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
+def test_a_changed_output_is_refused_N_26(which: str, change: str) -> None:
+    register, name = REFUSED[change]
+    with pytest.raises(TypeError, match=f"SmallLM: .* found {name} on it.*KDLoss"):
+        _outcome(_changed(LinearKDLoss(), which, register))
+    _outcome(_changed(KDLoss(), which, register))  # the logits are the model's own
+
+
+def test_what_leaves_a_head_out_is_no_change_N_26() -> None:
+    model = SmallLM(0)
+    undo = leave_out_head(model)
+    check_head(model)
+    undo()
+    model.lm_head._hf_hook = object()  # accelerate's, which assigns a forward to move tensors
+    _assigned_forward(model.lm_head)
+    leave_out_head(model)
