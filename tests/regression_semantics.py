@@ -208,6 +208,7 @@ def label_0_counts(backend: str) -> None:
 # ------------------------------------------------------------- strides, traces, tensors, threads
 
 
+@case("N-34", "Automodel kd_loss.py: .view(-1, V) of a transposed batch raises")
 @case("R-54", "TE#2746: wrong for a transposed batch, only the last stride was looked at")
 def strides(backend: str) -> None:
     base = torch.randn(2, 5, 4, V + 3)
