@@ -63,29 +63,6 @@ def head_of(model: nn.Module) -> nn.Linear:
     return head
 
 
-def _check_untouched(head: nn.Linear, name: str) -> None:
-    """Refuse a head whose output something outside it reads or changes.
-
-    The head of a training model gives hidden states here, so that would work on those. The probe
-    of :func:`scale_of` does not see what comes later, or only in training. Hooks before the
-    forward, and parametrizations of the weight, act as always.
-    """
-    forward = vars(head).get("forward")
-    source = getattr(forward, "func", forward)
-    found = None
-    if head._forward_hooks:
-        found = "register_forward_hook"
-    elif head._backward_pre_hooks:
-        found = "register_full_backward_pre_hook"
-    elif forward is not None and source.__module__ != __name__ and not hasattr(head, "_hf_hook"):
-        found = "a forward method of its own"  # accelerate's, with _hf_hook, only moves tensors
-    if found is not None:
-        raise TypeError(
-            f"{name}: the linear level needs an lm_head whose output nothing else reads or "
-            f"changes; found {found} on it: remove that, or use the logits level, KDLoss"
-        )
-
-
 def _output_of(model: nn.Module) -> Any:
     """What makes its logits, an lm_head or whatever it has; None: it does not say."""
     find = getattr(model, "get_output_embeddings", None)
@@ -260,6 +237,29 @@ def _scale(name: str, ramp: Tensor, given: Tensor) -> float:
         f"{name} changes its logits after the lm_head by more than a factor (soft-capping, as "
         "in Gemma-2, does): the linear level would drop that; use the logits level, KDLoss"
     )
+
+
+def _check_untouched(head: nn.Linear, name: str) -> None:
+    """Refuse a head whose output something outside it reads or changes.
+
+    The head of a training model gives hidden states here, so that would work on those. The probe
+    of :func:`scale_of` does not see what comes later, or only in training. Hooks before the
+    forward, and parametrizations of the weight, act as always.
+    """
+    forward = vars(head).get("forward")
+    source = getattr(forward, "func", forward)
+    found = None
+    if head._forward_hooks:
+        found = "register_forward_hook"
+    elif head._backward_pre_hooks:
+        found = "register_full_backward_pre_hook"
+    elif forward is not None and source.__module__ != __name__ and not hasattr(head, "_hf_hook"):
+        found = "a forward method of its own"  # accelerate's, with _hf_hook, only moves tensors
+    if found is not None:
+        raise TypeError(
+            f"{name}: the linear level needs an lm_head whose output nothing else reads or "
+            f"changes; found {found} on it: remove that, or use the logits level, KDLoss"
+        )
 
 
 class _Pass(torch.autograd.Function):
