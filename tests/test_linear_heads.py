@@ -141,6 +141,20 @@ def test_a_parametrization_is_trained_N_26() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_an_adapter_of_a_tied_embedding_is_not_the_heads_N_26() -> None:
+    """As with PEFT: the embedding is adapted, the head multiplies by the shared weight alone."""
+    outcomes = []
+    for loss in (KDLoss(), LinearKDLoss()):
+        torch.manual_seed(0)
+        student = SmallLM(0, tied=True)
+        nn.utils.parametrize.register_parametrization(student.embed, "weight", _LowRank())
+        outcomes.append(_outcome(DistilledLM(student, SmallLM(1), loss)))
+    for theirs, mine in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    up = next(gradient for gradient in outcomes[1] if gradient.shape == (VOCABULARY, 2))
+    assert up.norm() > 1e-4
+
+
 @pytest.mark.parametrize("change", REFUSED)
 @pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
 def test_a_changed_output_is_refused_N_26(which: str, change: str) -> None:
