@@ -67,3 +67,21 @@ def test_flop_counter_mode_counts_the_products(wanted: tuple[bool, bool], reduct
         again = 2 if reduction == "none" and any(wanted) else 1  # the logits, in the backward
         want = again * (student + of_teacher) + sum(wanted) * student
         assert counter.get_total_flops() == want
+
+
+def test_a_row_counts_if_either_of_its_terms_does() -> None:
+    arguments = list(_arguments(torch.float64, False, True))
+    w_hard, w_soft = arguments[8], torch.full((12,), 0.5, dtype=torch.float64)
+    w_soft[5] = 0.0
+    arguments[9] = w_soft
+    arguments += [[True, True, True], torch.float64]
+    hard, soft, *gradients = torch.ops.fused_kd.linear_gradients(*arguments)
+    student = [x.clone().requires_grad_() for x in arguments[:3]]
+    logits, teacher = F.linear(*student), F.linear(*arguments[3:5])
+    by_hard = F.cross_entropy(logits, arguments[7], reduction="none")
+    p, q = (F.log_softmax(x / 2, 1) for x in (logits, teacher))
+    by_soft = 4 * F.kl_div(p, q, reduction="none", log_target=True).sum(1)
+    torch.testing.assert_close(hard, by_hard.detach() * (w_hard != 0))
+    torch.testing.assert_close(soft, by_soft.detach() * (w_soft != 0))
+    want = torch.autograd.grad((w_hard * by_hard + w_soft * by_soft).sum(), student)
+    torch.testing.assert_close(tuple(gradients), want)
