@@ -27,6 +27,7 @@ def _grad(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("backend", [*FAST[:1], pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "divergence",
     ["forward_kl", *(pytest.param(d, marks=pytest.mark.slow) for d in ("reverse_kl", "jsd"))],
