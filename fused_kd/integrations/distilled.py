@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
-from .heads import check_head, check_models, head_of, headless, shifted
+from .heads import aligned, check_head, head_of, headless
+from .models import check_inputs, check_models
 from .parts import check_loss, parts_of
 
 
 class DistilledLM(nn.Module):
-    """Two causal language models and the loss between them; call it with a batch.
+    """Two language models and the loss between them; call it with a batch.
 
     ::
 
@@ -35,22 +36,30 @@ class DistilledLM(nn.Module):
             like one (for a KDLoss, also one that returns the logits themselves).
         teacher: the same, of the same vocabulary.
         loss: KDLoss or LinearKDLoss, with ``ignore_index=-100``; None: ``KDLoss()``.
+        shift: whether labels are those of the inputs, to be shifted to the next token. False:
+            ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
+            language models, classifiers, encoder-decoders).
 
     Raises:
         TypeError: a loss of another kind; with a LinearKDLoss an lm_head that is no plain
             nn.Linear.
-        ValueError: another vocabulary; a parameter that both models have; a router whose aux_loss
-            would be lost; with a LinearKDLoss logits that are soft-capped or otherwise changed
-            after the lm_head.
+        ValueError: a model that is not causal, if labels are shifted; another vocabulary; a
+            parameter that both models have; a router whose aux_loss would be lost; with a
+            LinearKDLoss logits that are soft-capped or otherwise changed after the lm_head.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, loss: KDLoss | LinearKDLoss | None = None
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: KDLoss | LinearKDLoss | None = None,
+        *,
+        shift: bool = True,
     ) -> None:
         super().__init__()
         loss = KDLoss() if loss is None else loss
-        _check(student, teacher, loss)
-        self.student, self.loss = student, loss
+        _check(student, teacher, loss, shift)
+        self.student, self.loss, self.shift = student, loss, shift
         self.teacher = teacher.eval().requires_grad_(False)
         self.register_state_dict_post_hook(_leave_out_teacher)
         self.register_load_state_dict_post_hook(_do_not_miss_teacher)
@@ -61,8 +70,8 @@ class DistilledLM(nn.Module):
         """The loss of a batch, as `loss` returns it.
 
         Args:
-            labels: (B, S), those of the inputs themselves (they are shifted here), -100 where a
-                token does not count.
+            labels: (B, S), those of the inputs themselves (they are shifted here, unless
+                ``shift=False``), -100 where a token does not count.
             num_items: the denominator; see :func:`fused_kd.integrations.distributed.
                 global_num_items`. None: the kept tokens of this batch.
             inputs: what both models are called with.
@@ -75,7 +84,7 @@ class DistilledLM(nn.Module):
     ) -> KDLossParts:
         """The loss with its hard and its soft part; arguments as in :meth:`forward`."""
         _check_num_items(num_items)
-        targets = shifted(labels)
+        targets = aligned(labels, self.shift)
         if not isinstance(self.loss, LinearKDLoss):
             return parts_of(self.loss, *self._outputs(inputs), targets, num_items)
         with headless(self.student), headless(self.teacher):
@@ -91,6 +100,7 @@ class DistilledLM(nn.Module):
 
     def _outputs(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Of student and teacher: logits, or hidden states where the heads are left out."""
+        check_inputs(self.student, inputs)
         with torch.no_grad():  # first: its activations are gone when the student's are kept
             taught = logits_of(self.teacher(**inputs))
         return logits_of(self.student(**inputs)), taught
@@ -106,12 +116,14 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def _check(student: nn.Module, teacher: nn.Module, loss: KDLoss | LinearKDLoss) -> None:
+def _check(
+    student: nn.Module, teacher: nn.Module, loss: KDLoss | LinearKDLoss, shift: bool
+) -> None:
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(model).__name__}")
     check_loss(loss, is_mean=False)
-    check_models(student, teacher)
+    check_models(student, teacher, shift=shift)
     if isinstance(loss, LinearKDLoss):
         check_head(student)
         check_head(teacher)

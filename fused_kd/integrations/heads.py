@@ -1,4 +1,4 @@
-"""The lm_heads of Hugging Face causal language models: left out, probed, compared.
+"""The lm_heads of Hugging Face language models: left out and probed.
 
 A model's ``forward`` ends with ``logits = f(lm_head(hidden))``. At the linear level the loss
 multiplies by the head itself, chunk by chunk, so the model is asked for ``f(hidden)``: its head
@@ -21,27 +21,38 @@ from torch import Tensor, nn
 PROBE = 1e4
 #: Largest relative deviation from a pure factor; beyond what bfloat16 rounds twice.
 TOLERANCE = 0.01
-#: What models call the weight of their router's aux_loss.
-ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 #: Of a label that does not count.
 IGNORED = -100
 
 
 def shifted(labels: Tensor | None) -> Tensor:  # (B, S) -> (B, S)
-    """Labels as a causal language model is trained on: the next token's, none for the last.
+    """Return labels as a causal language model is trained on: the next token's, none for the last.
 
     The labels are shifted, never the logits: a slice of the logits costs a second gradient.
 
     Raises:
-        ValueError: the labels of a batch that has none.
+        ValueError: The batch has no labels.
     """
+    return nn.functional.pad(_present(labels)[..., 1:], (0, 1), value=IGNORED)
+
+
+def aligned(labels: Tensor | None, shift: bool) -> Tensor:
+    """Return labels that belong to the logits at the same place: shifted, or as they are.
+
+    Raises:
+        ValueError: The batch has no labels.
+    """
+    return shifted(labels) if shift else _present(labels)
+
+
+def _present(labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError(
             "labels are absent from the batch: they say which tokens count, also where only the "
             "teacher is learned from; a collator such as "
             "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them"
         )
-    return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    return labels
 
 
 def head_of(model: nn.Module) -> nn.Linear:
@@ -51,7 +62,7 @@ def head_of(model: nn.Module) -> nn.Linear:
         TypeError: it has none, or one that does more than multiply by its weight and add its bias
             (an adapter, a quantised layer).
     """
-    head = _output_of(model)
+    head = output_of(model)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = type(head)  # with its module: quantised layers are called Linear too
         found = "none" if head is None else f"a {kind.__module__}.{kind.__qualname__}"
@@ -63,98 +74,43 @@ def head_of(model: nn.Module) -> nn.Linear:
     return head
 
 
-def _output_of(model: nn.Module) -> Any:
-    """What makes its logits, an lm_head or whatever it has; None: it does not say."""
+def output_of(model: nn.Module) -> Any:
+    """Return the module that makes the model's logits, of any kind; None if it names none."""
     find = getattr(model, "get_output_embeddings", None)
     return find() if find is not None else None
 
 
-def check_models(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuses two models between which the loss would not be what it seems.
-
-    Raises:
-        ValueError: a parameter that both models have; vocabularies that differ in size; a student
-            whose lm_head is left out already, or whose own loss has a term that would be.
-    """
-    shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
-    if shared:
-        raise ValueError(
-            "teacher must be another model than the student, with parameters of its own; got "
-            f"{len(shared)} that are also the student's: copy.deepcopy the teacher, before "
-            "get_peft_model makes a student of it"
-        )
-    if all(hasattr(model, "get_output_embeddings") for model in (student, teacher)):
-        check_vocabularies(student, teacher)
-    if getattr(getattr(_output_of(student), "forward", None), "func", None) is _pass_or_forward:
-        raise ValueError(
-            "student has its lm_head left out already, by another loss or in what it is a copy of: "
-            "call that loss's remove() first, loss.remove()"
-        )
-    _check_router(student)
-
-
-def _check_router(student: nn.Module) -> None:
-    """Of a mixture of experts, which adds to its loss only if it is given labels."""
-    config: Any = getattr(student, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = [getattr(x, n, None) for n in ROUTER_WEIGHTS for x in (student, text, config)]
-    weight = next((x for x in found if x is not None), 0.0)
-    if weight and any(getattr(x, "output_router_logits", False) for x in (text, config)):
-        raise ValueError(
-            f"student has output_router_logits=True: {type(student).__name__} would add its "
-            f"router's aux_loss, times {weight}, to a loss of its own, which is not used here; set "
-            "output_router_logits=False in its config to train without aux_loss"
-        )
-
-
-def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuses two models whose logits cannot be compared.
-
-    Raises:
-        ValueError: their vocabularies differ in size.
-    """
-    of_student, of_teacher = vocabulary_of(student), vocabulary_of(teacher)
-    if of_student != of_teacher:
-        larger = "student" if of_student > of_teacher else "teacher"
-        raise ValueError(  # the other one enlarged would give probability to no token
-            f"student and teacher must share a vocabulary: vocab_size is {of_student} in the "
-            f"student and {of_teacher} in the teacher. If they have one tokenizer and only their "
-            f"padding differs, {larger}.resize_token_embeddings({min(of_student, of_teacher)}) "
-            "makes them equal"
-        )
-
-
-def vocabulary_of(model: nn.Module) -> int:
-    """Entries of the model's logits; its head, where there is one, over its configuration."""
-    weight = getattr(_output_of(model), "weight", None)
-    if weight is not None and weight.dim() == 2:
-        return int(weight.shape[0])
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        raise TypeError(
-            f"a Hugging Face model is expected, with config; got {type(model).__name__}"
-        )
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.vocab_size)
+def is_left_out(model: nn.Module) -> bool:
+    """Return whether leave_out_head() is in force in the model, or in what it is a copy of."""
+    forward = getattr(output_of(model), "forward", None)
+    return getattr(forward, "func", None) is _pass_or_forward
 
 
 def leave_out_head(model: nn.Module) -> Callable[[], None]:
-    """Makes the lm_head pass on what it is given while it trains; returns what undoes it.
+    """Make the lm_head pass its input on while it trains; return what undoes it.
 
     The head's weight stays in the graph, without gradient from here: or DistributedDataParallel,
     looking for unused parameters from the model's outputs, would not wait for the loss's. A deep
     copy of the model does the same with the copy's head. Not to be called twice, which
-    :func:`check_models` sees to: the two could be undone in one order only.
+    :func:`.models.check_models` sees to: the two could be undone in one order only.
     """
     head = head_of(model)
     # Not a closure, which a deep copy of the model would share with it.
     return _set_forward(head, partial(_pass_or_forward, head, head.forward))
 
 
+def passes_on(head: nn.Module) -> bool:
+    """Return whether a head changed by leave_out_head() passes its input on: while it trains.
+
+    In training mode without gradients it does not, since generate() needs logits.
+    """
+    return head.training and torch.is_grad_enabled()
+
+
 def _pass_or_forward(
     head: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor
 ) -> Tensor:
-    return _passed(head, hidden) if head.training else forward(hidden)
+    return _passed(head, hidden) if passes_on(head) else forward(hidden)
 
 
 def _passed(head: nn.Linear, hidden: Tensor) -> Tensor:

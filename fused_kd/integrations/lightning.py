@@ -23,7 +23,7 @@ from ..modules import KDLoss, LinearKDLoss
 from .distilled import DistilledLM, logits_of
 from .distributed import divide_gradients
 from .frameworks import need
-from .heads import IGNORED, check_head, head_of, headless, shifted
+from .heads import IGNORED, aligned, check_head, head_of, headless
 from .parts import check_loss
 
 if find_spec("lightning") is None and find_spec("pytorch_lightning") is not None:
@@ -52,6 +52,7 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         loss: KDLoss or LinearKDLoss with ``reduction="mean"``; None: ``KDLoss()``.
         optimizer: called with the student's parameters that require grad; returns what
             ``configure_optimizers`` may return.
+        shift: see :class:`DistilledLM`.
 
     Raises:
         TypeError, ValueError: as DistilledLM; another reduction.
@@ -64,8 +65,9 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         loss: KDLoss | LinearKDLoss | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Any],
+        shift: bool = True,
     ) -> None:
-        super().__init__(student, teacher, loss)
+        super().__init__(student, teacher, loss, shift=shift)
         check_loss(self.loss, is_mean=True)
         self.student.train()  # from_pretrained gives evaluation mode, which Lightning keeps
         self.make_optimizer = optimizer
@@ -113,7 +115,7 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
     def _step(self, stage: str, batch: MutableMapping[str, Any]) -> KDLossParts:
         _check_batch(batch)
         parts = self.parts(**batch, num_items=1)
-        kept = (shifted(batch["labels"]) != IGNORED).sum()
+        kept = (aligned(batch["labels"], self.shift) != IGNORED).sum()
         sums = torch.stack([kept.double(), *(part.detach().double() for part in parts)])
         self._sums[stage] = self._sums[stage] + sums if stage in self._sums else sums
         return parts

@@ -12,9 +12,8 @@ hidden states, and neither model makes logits while it trains.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +21,10 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
+from .calls import Call, Calls, logits_in
 from .frameworks import need
-from .heads import check_head, check_models, head_of, headless, leave_out_head, shifted
+from .heads import aligned, check_head, head_of, headless, leave_out_head
+from .models import check_inputs, check_models
 from .parts import check_loss, parts_of
 
 need("transformers")
@@ -31,23 +32,6 @@ from transformers import Trainer, TrainerCallback  # noqa: E402
 
 #: What a batch has for the loss; everything else goes to the teacher as it went to the student.
 NOT_FOR_THE_TEACHER = ("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict")
-#: What a model that generates is called with, under its names in versions of transformers.
-CACHES = ("past_key_values", "cache", "cache_params")
-
-
-@dataclass
-class _Seen:
-    """What the student was called with last."""
-
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = field(default_factory=dict)
-    autocast: torch.dtype | None = None  # in force when it came to its lm_head
-
-    def again(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The same autocast: Trainer's mixed precision ends with the student's forward."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self.autocast)
 
 
 @dataclass
@@ -64,7 +48,7 @@ class _Parts:
 
 
 class DistillationLoss:
-    """For ``Trainer(compute_loss_func=...)``: hard and soft loss of a causal language model.
+    """For ``Trainer(compute_loss_func=...)``: hard and soft loss of a language model.
 
     The labels are those of the batch, not shifted: it is done here. The sum over the kept tokens is
     divided by the Trainer's ``num_items_in_batch``, so an update does not depend on how its batch
@@ -79,14 +63,17 @@ class DistillationLoss:
         teacher: a model of the same vocabulary in evaluation mode, on the student's device.
         loss: KDLoss or LinearKDLoss, with ``reduction="mean"``; its ``ignore_index`` must be -100,
             the Trainer's.
+        shift: whether labels are those of the inputs, to be shifted to the next token. False:
+            ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
+            language models, classifiers, encoder-decoders).
 
     Raises:
         TypeError: student, teacher or loss of another kind; with a LinearKDLoss an lm_head that is
             not a plain nn.Linear.
-        ValueError: another vocabulary; a parameter that both models have; a router whose aux_loss
-            would be lost; a teacher in training mode; an encoder-decoder model; with a LinearKDLoss
-            logits that are soft-capped or otherwise changed after the lm_head, or a student of
-            another such loss.
+        ValueError: a model that is not causal, if labels are shifted; another vocabulary; a
+            parameter that both models have; a router whose aux_loss would be lost; a teacher in
+            training mode; with a LinearKDLoss logits that are soft-capped or otherwise changed
+            after the lm_head, or a student of another such loss.
     """
 
     def __init__(
@@ -94,20 +81,22 @@ class DistillationLoss:
         student: nn.Module,
         teacher: nn.Module,
         loss: KDLoss | LinearKDLoss | None = None,
+        *,
+        shift: bool = True,
     ) -> None:
         self.loss = KDLoss() if loss is None else loss
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.shift = student, teacher, shift
         self._check()
         self.training_parts = _Parts()
         self.evaluated: Tensor | None = None  # (2,): hard and soft loss of the last batch
         self.has_num_items = False  # whether the Trainer counted tokens for the last loss
-        self._seen = _Seen()
+        self._calls = Calls()
         self._undo: list[Callable[[], None]] = []
         if isinstance(self.loss, LinearKDLoss):
             check_head(student)
             check_head(teacher)
             self._undo.append(leave_out_head(student))
-        self._listen()
+        self._undo += self._calls.listen(student)
 
     def __call__(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
@@ -119,17 +108,12 @@ class DistillationLoss:
             labels: (B, S), -100 where a token does not count.
             num_items_in_batch: kept tokens of the whole update; None: of this batch.
         """
-        seen, self._seen = self._seen, _Seen()
         self.has_num_items = num_items_in_batch is not None
-        if not seen.arguments and not seen.keywords:
-            raise RuntimeError(
-                "the student that this DistillationLoss was given has not been called: give it the "
-                "model that the Trainer trains"
-            )
-        targets = self._targets(labels, seen)
-        given = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        with seen.again(given.device):
-            parts = self._parts(given, seen, targets, num_items_in_batch)
+        given = logits_in(outputs)
+        call = self._calls.take(given)
+        targets = self._targets(labels, call)
+        with call.again(given.device):
+            parts = self._parts(given, call, targets, num_items_in_batch)
         both = torch.stack([parts.hard, parts.soft])
         if self.student.training:
             self.training_parts.add(both)
@@ -145,71 +129,44 @@ class DistillationLoss:
     # ------------------------------------------------------------------------------ the parts
 
     def _parts(
-        self, given: Tensor, seen: _Seen, labels: Tensor, num_items: Tensor | int | None
+        self, given: Tensor, call: Call, labels: Tensor, num_items: Tensor | int | None
     ) -> KDLossParts:
-        """`given`: (B, S, V) logits; (B, S, H) hidden states where the head was left out."""
-        if not (isinstance(self.loss, LinearKDLoss) and head_of(self.student).training):
-            return parts_of(self.loss, given, self._teach(seen), labels, num_items)
+        """Return the parts; `given` is (B, S, V) logits, or (B, S, H) if the call was headless."""
+        if not (isinstance(self.loss, LinearKDLoss) and call.is_headless):
+            return parts_of(self.loss, given, self._teach(call), labels, num_items)
         with headless(self.teacher):
-            taught = self._teach(seen)
+            taught = self._teach(call)
         heads = head_of(self.student), head_of(self.teacher)
         return parts_of(self.loss, given, taught, labels, num_items, heads)
 
-    def _teach(self, seen: _Seen) -> Tensor:
-        """The teacher's logits for the student's last inputs; its hidden states if headless."""
+    def _teach(self, call: Call) -> Tensor:
+        """Return the teacher's logits for the student's inputs; its hidden states if headless."""
         if self.teacher.training:
             raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
-        keywords = {k: v for k, v in seen.keywords.items() if k not in NOT_FOR_THE_TEACHER}
+        check_inputs(self.student, call.named(self.student))
+        keywords = {k: v for k, v in call.keywords.items() if k not in NOT_FOR_THE_TEACHER}
         with torch.no_grad():
-            logits: Tensor = self.teacher(*seen.arguments, **keywords, use_cache=False).logits
+            logits: Tensor = self.teacher(*call.arguments, **keywords, use_cache=False).logits
         return logits
 
-    def _targets(self, labels: Tensor | None, seen: _Seen) -> Tensor:
-        ready = seen.keywords.get("shift_labels")
+    def _targets(self, labels: Tensor | None, call: Call) -> Tensor:
+        ready = call.keywords.get("shift_labels")
         if isinstance(ready, Tensor):
             return ready
-        return shifted(labels)
+        return aligned(labels, self.shift)
 
     # ----------------------------------------------------------------------------- at the start
-
-    def _listen(self) -> None:
-        """Keeps what the student is called with, and the autocast it is called under.
-
-        Deep copies of the student have these hooks too, and are not listened to.
-        """
-
-        def before_student(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-            if module is not self.student:
-                return
-            if any(keywords.get(name) is not None for name in CACHES):  # large, and for no loss
-                arguments, keywords = (), {}
-            self._seen.arguments, self._seen.keywords = arguments, keywords
-
-        def before_head(module: nn.Module, arguments: Any) -> None:
-            if module is not head:
-                return
-            kind = arguments[0].device.type
-            enabled = torch.is_autocast_enabled(kind)
-            self._seen.autocast = torch.get_autocast_dtype(kind) if enabled else None
-
-        hooks = [self.student.register_forward_pre_hook(before_student, with_kwargs=True)]
-        head = self.student.get_output_embeddings()  # type: ignore[operator]
-        if head is not None:
-            hooks.append(head.register_forward_pre_hook(before_head))
-        self._undo += [hook.remove for hook in hooks]
 
     def _check(self) -> None:
         for name in ("student", "teacher"):
             model = getattr(self, name)
             if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
                 raise TypeError(
-                    f"{name} must be a causal language model of transformers; got "
+                    f"{name} must be a model of transformers; got "
                     f"{'None' if model is None else type(model).__name__}"
                 )
         check_loss(self.loss, is_mean=True)
-        if getattr(self.student.config, "is_encoder_decoder", False):
-            raise ValueError("student must be a causal language model; got an encoder-decoder")
-        check_models(self.student, self.teacher)
+        check_models(self.student, self.teacher, shift=self.shift)
         if self.teacher.training:
             raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
 
@@ -220,6 +177,7 @@ class KDTrainer(Trainer):  # type: ignore[misc]
     Args:
         teacher: see :class:`DistillationLoss`; moved to the student's device.
         loss: KDLoss or LinearKDLoss.
+        shift: see :class:`DistillationLoss`.
         everything else: as transformers.Trainer; ``compute_loss_func`` is taken.
 
     Raises:
@@ -232,6 +190,7 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         *arguments: Any,
         teacher: nn.Module,
         loss: KDLoss | LinearKDLoss | None = None,
+        shift: bool = True,
         **keywords: Any,
     ) -> None:
         if keywords.get("compute_loss_func") is not None:
@@ -255,7 +214,8 @@ class KDTrainer(Trainer):  # type: ignore[misc]
             )
         if isinstance(teacher, nn.Module) and self.place_model_on_device:
             teacher.to(self.args.device)
-        self.compute_loss_func = DistillationLoss(self.model, teacher, loss)
+        self.compute_loss_func = DistillationLoss(self.model, teacher, loss, shift=shift)
+        self._loss_shifts_labels = shift  # whether Trainer's count leaves out each row's first
         log_parts(self)
 
 

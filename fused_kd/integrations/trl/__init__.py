@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..frameworks import need
-from ..heads import check_vocabularies
+from ..models import check_causal, check_vocabularies, unwrapped
 
 need("trl")
 from . import distillation, gkd  # noqa: E402
@@ -31,6 +31,8 @@ _KINDS: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
     "GKDTrainer": (("logits", "linear"), gkd.attributes),
     "DistillationTrainer": (("linear",), distillation.attributes),
 }
+#: What to do with a model whose labels TRL would shift by mistake.
+_SHIFTED = "TRL's trainers shift the labels; call KDLoss in a training loop of your own"
 #: Where a trainer keeps what was there before.
 _REPLACED, _ABSENT = "_fused_kd_replaced", object()
 
@@ -63,8 +65,9 @@ def use_fused_kd(
     Raises:
         TypeError: another trainer, or one without a teacher or with a loss of its own; a version of
             TRL that is not known; at the level "linear" an lm_head that is not a plain nn.Linear.
-        ValueError: vocabularies that differ; at the level "linear" logits that are soft-capped, or
-            scaled by another factor than TRL takes; an option out of its range.
+        ValueError: a model that is not causal; vocabularies that differ; at the level "linear"
+            logits that are soft-capped, or scaled by another factor than TRL takes; an option out
+            of its range.
     """
     kind = next((name for name in _KINDS if class_of(trainer, name) is not None), None)
     if kind is None:
@@ -86,7 +89,9 @@ def use_fused_kd(
         raise ValueError(
             "memory_budget needs level='linear'; at level='logits' there are no chunks"
         )
-    check_vocabularies(*models_of(trainer))
+    student, teacher = (unwrapped(model) for model in models_of(trainer))
+    check_causal(student, teacher, _SHIFTED)
+    check_vocabularies(student, teacher)
     options: dict[str, Any] = {"backend": backend}
     options |= {"inplace": inplace} if level == "logits" else {"memory_budget": memory_budget}
     attributes = attributes_of(trainer, level, entropy, options)

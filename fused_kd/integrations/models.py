@@ -1,0 +1,172 @@
+"""Checks of a student and a teacher before they train, and of what they are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .heads import is_left_out, output_of
+
+#: What models call the weight of their router's aux_loss.
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+#: Children under which torch.compile and FSDP1 keep the module that they wrap.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module")
+#: Endings of the arguments that carry one model's own embeddings or encoder states.
+_STATES = ("inputs_embeds", "encoder_outputs")
+#: For a loop or adapter that has the argument shift.
+SHIFT_FALSE = (
+    "if labels[i] belongs to logits[i], pass shift=False, or call KDLoss in a training loop of "
+    "your own"
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP, DataParallel, FSDP1, torch.compile and PEFT."""
+    if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
+        return unwrapped(model.module)
+    for name in _WRAPPED:
+        if name in dict(model.named_children()):
+            return unwrapped(model.get_submodule(name))
+    if hasattr(type(model), "get_base_model"):  # of PEFT's models
+        return unwrapped(model.get_base_model())  # type: ignore[operator]
+    return model
+
+
+def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None:
+    """Refuse two models between which the loss would not be what it seems.
+
+    Args:
+        student: the model to train, wrapped or not.
+        teacher: the model to learn from, wrapped or not.
+        shift: whether labels are shifted to the next token, which only causal models predict.
+
+    Raises:
+        ValueError: A parameter that both models have; a model that is not causal, if labels are
+            shifted; vocabularies that differ in size; a student whose lm_head is bypassed already,
+            or whose own loss has a term that would be lost.
+    """
+    shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
+    if shared:
+        raise ValueError(
+            "teacher must be another model than the student, with parameters of its own; got "
+            f"{len(shared)} that are also the student's: copy.deepcopy the teacher, before "
+            "get_peft_model makes a student of it"
+        )
+    student, teacher = unwrapped(student), unwrapped(teacher)
+    if shift:
+        check_causal(student, teacher, SHIFT_FALSE)
+    if _are_comparable(student, teacher, shift):
+        check_vocabularies(student, teacher)
+    if is_left_out(student):
+        raise ValueError(
+            "student's lm_head is already bypassed by another DistillationLoss, or student is a "
+            "copy of such a model: call remove() on that loss first (loss.remove())"
+        )
+    _check_router(student)
+
+
+def check_causal(student: nn.Module, teacher: nn.Module, way_out: str) -> None:
+    """Refuse a model whose labels must not be shifted to the next token.
+
+    Args:
+        student: a model, wrapped or not; one without can_generate(), such as a plain module, is
+            taken to be causal.
+        teacher: the same.
+        way_out: what to do instead, for the message.
+
+    Raises:
+        ValueError: A masked language model, a classifier or an encoder-decoder.
+    """
+    for name, model in (("student", unwrapped(student)), ("teacher", unwrapped(teacher))):
+        can_generate: Any = getattr(model, "can_generate", None)
+        reason = None
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            reason = "an encoder-decoder, whose labels are aligned with its decoder's logits"
+        elif callable(can_generate) and not can_generate():
+            reason = "which does not predict the next token (can_generate() is False)"
+        if reason is not None:
+            raise ValueError(
+                f"{name} must be a causal language model, since labels are shifted to the next "
+                f"token here; got {type(model).__name__}, {reason}: {way_out}"
+            )
+
+
+def check_inputs(student: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs of the student that mean something else to the teacher.
+
+    Args:
+        student: the model that is called with them, wrapped or not.
+        inputs: its arguments, by name.
+
+    Raises:
+        ValueError: Embeddings or encoder states, which are one model's own; an encoder-decoder
+            without decoder_input_ids.
+    """
+    for name, value in inputs.items():
+        if value is not None and name.endswith(_STATES):
+            raise ValueError(
+                f"{name} must not be in the batch: the teacher is called with what the student is "
+                "called with, and has embeddings of its own; pass input_ids"
+            )
+    config: Any = getattr(unwrapped(student), "config", None)
+    if getattr(config, "is_encoder_decoder", False) and inputs.get("decoder_input_ids") is None:
+        raise ValueError(
+            "decoder_input_ids are absent from the batch: an encoder-decoder is called without "
+            "labels here, so it cannot make them; DataCollatorForSeq2Seq(tokenizer, model=student) "
+            "makes them from the labels"
+        )
+
+
+def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse two models whose logits cannot be compared.
+
+    Raises:
+        ValueError: Their vocabularies differ in size.
+    """
+    of_student, of_teacher = vocabulary_of(student), vocabulary_of(teacher)
+    if of_student != of_teacher:
+        larger = "student" if of_student > of_teacher else "teacher"
+        raise ValueError(  # enlarging the other one would give probability to no token
+            f"student and teacher must share a vocabulary: vocab_size is {of_student} in the "
+            f"student and {of_teacher} in the teacher. If they have one tokenizer and only their "
+            f"padding differs, {larger}.resize_token_embeddings({min(of_student, of_teacher)}) "
+            "makes them equal"
+        )
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Return the number of the model's logits: by its head if it has one, else by its config."""
+    weight = getattr(output_of(model), "weight", None)
+    if weight is not None and weight.dim() == 2:
+        return int(weight.shape[0])
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise TypeError(
+            f"a Hugging Face model is expected, with config; got {type(model).__name__}"
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.vocab_size)
+
+
+def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool:
+    """Return whether both say how many logits they make; of a classifier, its config does not."""
+    if not shift:
+        return all(output_of(model) is not None for model in (student, teacher))
+    return all(hasattr(model, "get_output_embeddings") for model in (student, teacher))
+
+
+def _check_router(student: nn.Module) -> None:
+    """Refuse a mixture of experts that adds a term to its loss only if it is given labels."""
+    config: Any = getattr(student, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [getattr(x, n, None) for n in ROUTER_WEIGHTS for x in (student, text, config)]
+    weight = next((x for x in found if x is not None), 0.0)
+    if weight and any(getattr(x, "output_router_logits", False) for x in (text, config)):
+        raise ValueError(
+            f"student has output_router_logits=True: {type(student).__name__} would add its "
+            f"router's aux_loss, times {weight}, to a loss of its own, which is not used here; set "
+            "output_router_logits=False in its config to train without aux_loss"
+        )

@@ -1,0 +1,169 @@
+"""The teacher reads what the student read, in the call that the loss is for."""
+
+from __future__ import annotations
+
+import io
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import Tensor, nn
+
+transformers = need("transformers")
+need("accelerate")
+
+from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.transformers import DistillationLoss, KDTrainer  # noqa: E402
+
+LOSSES = [KDLoss(), LinearKDLoss()]
+BOTH = pytest.mark.parametrize("loss", LOSSES, ids=["logits", "linear"])
+IDS, OTHER = torch.randint(
+    3, tiny.VOCABULARY, (2, 2, 6), generator=torch.Generator().manual_seed(0)
+)
+
+
+def _pickled(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert file.tell() < 2 * sum(p.numel() * 4 for p in model.parameters()) + 50_000  # no teacher
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+# --------------------------------------------------------------------------- saved and copied
+
+
+@BOTH
+@pytest.mark.parametrize("copied", [_pickled, deepcopy])
+def test_a_copy_of_the_student_is_not_heard(loss: Any, copied: Any) -> None:
+    student = tiny.llama(0).train()
+    attached = DistillationLoss(student, tiny.llama(1, layers=2, hidden=32), loss)
+    want = attached(student(input_ids=IDS), IDS)
+    twin = copied(student)
+    outputs = student(input_ids=IDS)
+    assert twin(input_ids=OTHER).logits.shape == outputs.logits.shape
+    torch.testing.assert_close(attached(outputs, IDS), want)
+    with pytest.raises(RuntimeError, match="has not been called"):
+        attached(twin(input_ids=IDS), IDS)
+    logits = twin.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(logits, tiny.llama(0)(input_ids=IDS).logits)
+    if isinstance(loss, LinearKDLoss):
+        with pytest.raises(ValueError, match="or student is a copy of such a model"):
+            DistillationLoss(twin, tiny.llama(1), loss)
+    else:
+        assert torch.isfinite(DistillationLoss(twin, tiny.llama(1))(twin(input_ids=IDS), IDS))
+
+
+def test_a_student_in_training_mode_generates_and_scores_with_logits() -> None:
+    """A head that passes its input on gave ids below the hidden size."""
+    student = tiny.llama(0)
+    attached = DistillationLoss(student, tiny.llama(1), LinearKDLoss())
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    want, loss = student.generate(IDS, **settings), attached(student(input_ids=IDS), IDS)
+    student.train()
+    assert torch.equal(student.generate(IDS, **settings), want)
+    trained = attached(student(input_ids=IDS), IDS)
+    with torch.no_grad():
+        outputs = student(input_ids=IDS)
+    torch.testing.assert_close(trained, loss)
+    torch.testing.assert_close(attached(outputs, IDS), loss)
+
+
+# -------------------------------------------------------------------------- which call it was
+
+
+@BOTH
+def test_another_call_before_the_loss_is_harmless_or_noticed(loss: Any) -> None:
+    student = tiny.llama(0).train()
+    attached = DistillationLoss(student, tiny.llama(1), loss)
+    want = attached(student(input_ids=IDS), IDS)
+    outputs = student(input_ids=IDS)
+    with torch.no_grad():
+        student(input_ids=OTHER)
+    student.generate(OTHER, max_new_tokens=2, do_sample=False)
+    torch.testing.assert_close(attached(outputs, IDS), want)
+    student(input_ids=OTHER)
+    torch.testing.assert_close(attached(student(input_ids=IDS), IDS), want)
+    outputs = student(input_ids=IDS)
+    student(input_ids=OTHER)
+    with pytest.raises(RuntimeError, match=r"called 2 times since the last loss.*before the next"):
+        attached(outputs, IDS)
+
+
+@BOTH
+def test_outputs_that_a_wrapper_replaced_are_those_of_the_only_call(loss: Any) -> None:
+    """DistributedDataParallel clones them where it looks for unused parameters."""
+    student = tiny.llama(0).train()
+    attached = DistillationLoss(student, tiny.llama(1), loss)
+    want = attached(student(input_ids=IDS), IDS)
+    for ids in (IDS, OTHER):  # a prediction without labels has no loss
+        with torch.no_grad():
+            student(input_ids=ids)
+    outputs = student(input_ids=IDS)
+    torch.testing.assert_close(attached({"logits": outputs.logits.clone()}, IDS), want)
+
+
+def test_what_a_call_returned_is_not_kept() -> None:
+    student = tiny.llama(0)
+    attached = DistillationLoss(student, tiny.llama(1))
+    outputs = student(input_ids=IDS)
+    (last,) = attached._calls._last.values()
+    assert last.call is not None
+    assert last.call.logits() is outputs.logits
+    del outputs
+    assert last.call.logits() is None
+
+
+@BOTH
+def test_embeddings_of_the_student_are_refused(loss: Any) -> None:
+    """The teacher would read another model's embeddings."""
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    states = student.get_input_embeddings()(IDS).detach()
+    with pytest.raises(ValueError, match=r"inputs_embeds must not.*pass input_ids"):
+        DistilledLM(student, teacher, loss)(inputs_embeds=states, labels=IDS)
+    attached = DistillationLoss(student, teacher, loss)
+    for outputs in (
+        lambda: student(inputs_embeds=states),
+        lambda: student(None, None, None, None, states),
+    ):
+        with pytest.raises(ValueError, match="inputs_embeds must not be in the batch"):
+            attached(outputs(), IDS)
+
+
+# ------------------------------------------------------------------ labels that are not shifted
+
+
+class _Aligned:
+    """A collator that shifts by itself."""
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = tiny.padded(rows)
+        batch["labels"] = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return batch
+
+
+@BOTH
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_shift_false_in_a_trainer(loss: Any, accumulate: int, tmp_path: Path) -> None:
+    """Trainer counts labels[:, 1:] of causal models, whatever the loss does."""
+    losses = []
+    for shift, collator in ((True, tiny.padded), (False, _Aligned())):
+        settings = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4 // accumulate, max_steps=2,
+            gradient_accumulation_steps=accumulate, logging_steps=1, learning_rate=0.1,
+            optim="sgd", report_to="none", disable_tqdm=True, use_cpu=True, seed=1,
+            save_strategy="no",
+        )  # fmt: skip
+        trainer = KDTrainer(
+            tiny.llama(0), settings, teacher=tiny.llama(1), loss=loss, shift=shift,
+            train_dataset=tiny.ragged(8), data_collator=collator,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(losses[0]) == 2

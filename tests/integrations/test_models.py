@@ -1,0 +1,172 @@
+"""Two models that the loss would not fit are refused at once, whatever wraps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+transformers = need("transformers")
+need("accelerate")
+need("lightning")
+
+from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd.integrations import models  # noqa: E402
+from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.lightning import KDModule  # noqa: E402
+from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
+
+ADAPTERS = {
+    "Trainer": DistillationLoss,
+    "DistilledLM": DistilledLM,
+    "Lightning": partial(KDModule, optimizer=torch.optim.SGD),
+}
+ALL = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+#: Labels of these belong to the logits at the same place.
+ALIGNED = ["BertForMaskedLM", "BertForTokenClassification", "BertForSequenceClassification"]
+SEQ2SEQ = ["T5ForConditionalGeneration", "BartForConditionalGeneration"]
+SMALL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 5}
+BART = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "dropout": 0.0,
+    "decoder_start_token_id": 2,
+}  # fmt: skip
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0,
+      "decoder_start_token_id": 0}  # fmt: skip
+
+
+def _build(kind: str, seed: int) -> nn.Module:
+    family = next(name for name in ("Bert", "T5", "Bart") if kind.startswith(name))
+    changes: dict[str, Any] = {"Bert": SMALL, "T5": T5, "Bart": BART}[family]
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "intermediate_size": 32,
+             "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64,
+             "pad_token_id": 0}  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
+    torch.manual_seed(seed)
+    made: nn.Module = getattr(transformers, kind)(config).eval()
+    return made
+
+
+def _batch(kind: str) -> dict[str, Tensor]:
+    """As a collator makes it for such models: labels that belong to the logits."""
+    batch = tiny.padded(tiny.ragged(3))
+    draw = torch.Generator().manual_seed(1)
+    if "Classification" in kind:
+        shape = batch["labels"].shape[: 2 if "Token" in kind else 1]
+        batch["labels"] = torch.randint(5, shape, generator=draw)
+    if kind in SEQ2SEQ:
+        batch["labels"] = torch.randint(3, tiny.VOCABULARY, (3, 5), generator=draw)
+        batch["decoder_input_ids"] = torch.randint(3, tiny.VOCABULARY, (3, 5), generator=draw)
+    return batch
+
+
+@ALL
+@pytest.mark.parametrize("kind", [*ALIGNED, *SEQ2SEQ])
+def test_labels_that_would_be_shifted_by_mistake(adapter: Any, kind: str) -> None:
+    student, teacher = (_build(kind, seed) for seed in (0, 1))
+    for pair, name in (
+        ((student, tiny.llama(1)), "student"),
+        ((tiny.llama(0), teacher), "teacher"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be .* {kind}.*shift=False.*KDLoss"):
+            adapter(*pair)
+
+
+@pytest.mark.parametrize("kind", [*ALIGNED, *SEQ2SEQ])
+def test_shift_false_takes_labels_as_they_are(kind: str) -> None:
+    student, teacher = (_build(kind, seed) for seed in (0, 1))
+    batch = _batch(kind)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        taught = teacher(**batch).logits
+    want = KDLoss()(student(**batch).logits, taught, labels)
+    for loss in (KDLoss(), LinearKDLoss()):
+        if isinstance(loss, LinearKDLoss) and "LM" not in kind:
+            continue
+        model = DistilledLM(student, teacher, loss, shift=False)
+        torch.testing.assert_close(model(**batch, labels=labels), want)
+    attached = DistillationLoss(student, teacher, shift=False)
+    torch.testing.assert_close(attached(student(**batch), labels), want)
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_an_encoder_decoder_needs_what_its_decoder_reads(kind: str) -> None:
+    """BART would take the shifted input_ids without a word."""
+    student, teacher = (_build(kind, seed) for seed in (0, 1))
+    batch = _batch(kind)
+    del batch["decoder_input_ids"]
+    with pytest.raises(ValueError, match=r"decoder_input_ids are absent.*DataCollatorForSeq2Seq"):
+        DistilledLM(student, teacher, shift=False)(**batch)
+
+
+class _Plain(nn.Module):
+    """Has neither a configuration nor can_generate."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.zeros(*input_ids.shape, tiny.VOCABULARY)
+
+
+def test_plain_modules_and_causal_models_are_welcome() -> None:
+    DistilledLM(_Plain(), _Plain())
+    DistilledLM(tiny.llama(0), tiny.llama(1))
+
+
+def _peft(model: nn.Module, **changes: Any) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    given = {"r": 2, "target_modules": ["q_proj", "query"], **changes}
+    made: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**given))
+    return made
+
+
+@pytest.fixture
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+WRAPPERS = {
+    "compiled": partial(torch.compile, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "DDP": DistributedDataParallel,
+    "FSDP1": _fsdp1,
+    "peft": _peft,
+    "peft, compiled": lambda model: torch.compile(_peft(model), backend="eager"),
+}
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped_models_are_looked_into(wrap: Any) -> None:
+    inner = _build("BertForSequenceClassification", 0)
+    with pytest.raises(ValueError, match=r"student must be .* BertForSequenceClassification"):
+        DistilledLM(wrap(inner), tiny.llama(1))
+    DistilledLM(wrap(tiny.llama(0)), tiny.llama(1))
+
+
+def test_vocabularies_are_compared_by_size() -> None:
+    """P13: 151936 against 152064 gave a broadcast error elsewhere."""
+    small, large = tiny.llama(0), tiny.llama(1, vocab_size=99)
+    for pair, sizes, larger in (
+        ((small, large), "97 in the student and 99 in the teacher", "teacher"),
+        ((large, small), "99 in the student and 97 in the teacher", "student"),
+    ):
+        message = rf"vocab_size is {sizes}.* {larger}\.resize_token_embeddings\(97\)"
+        with pytest.raises(ValueError, match=message):
+            models.check_vocabularies(*pair)
+    models.check_vocabularies(tiny.llama(0), tiny.llama(1, hidden=32, head_dim=16))
