@@ -75,9 +75,16 @@ def head_of(model: nn.Module) -> nn.Linear:
 
 
 def output_of(model: nn.Module) -> Any:
-    """Return the module that makes the model's logits, of any kind; None if it names none."""
+    """Return the module that makes the model's logits, of any kind; None if it names none.
+
+    PEFT's modules_to_save keeps a trained copy of a module for each adapter: the active one's.
+    """
     find = getattr(model, "get_output_embeddings", None)
-    return find() if find is not None else None
+    output: Any = find() if find is not None else None
+    if type(output).__name__ != "ModulesToSaveWrapper":
+        return output
+    copies = {} if output.disable_adapters else dict(output.modules_to_save.items())
+    return next((copies[x] for x in output.active_adapters if x in copies), output.original_module)
 
 
 def is_left_out(model: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from .distilled import DistilledLM, logits_of
 from .distributed import divide_gradients
 from .frameworks import need
 from .heads import IGNORED, aligned, check_head, head_of, headless
+from .models import check_inputs
 from .parts import check_loss
 
 if find_spec("lightning") is None and find_spec("pytorch_lightning") is not None:
@@ -172,6 +173,7 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
     def _teach(self, trainer: Any, batch: MutableMapping[str, Any]) -> None:
         _check_batch(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
+        check_inputs(self.teacher, inputs)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             if not self.linear:
                 batch["teacher_logits"] = logits_of(self.teacher(**inputs))

@@ -94,11 +94,11 @@ def check_causal(student: nn.Module, teacher: nn.Module, way_out: str) -> None:
             )
 
 
-def check_inputs(student: nn.Module, inputs: Mapping[str, Any]) -> None:
+def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse inputs of the student that mean something else to the teacher.
 
     Args:
-        student: the model that is called with them, wrapped or not.
+        model: the student, or whatever is called with them; wrapped or not.
         inputs: its arguments, by name.
 
     Raises:
@@ -111,7 +111,7 @@ def check_inputs(student: nn.Module, inputs: Mapping[str, Any]) -> None:
                 f"{name} must not be in the batch: the teacher is called with what the student is "
                 "called with, and has embeddings of its own; pass input_ids"
             )
-    config: Any = getattr(unwrapped(student), "config", None)
+    config: Any = getattr(unwrapped(model), "config", None)
     if getattr(config, "is_encoder_decoder", False) and inputs.get("decoder_input_ids") is None:
         raise ValueError(
             "decoder_input_ids are absent from the batch: an encoder-decoder is called without "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
 
@@ -11,8 +12,10 @@ from fused_kd.integrations import frameworks
 
 
 def need(package: str) -> ModuleType:
-    """The framework, imported; skips the module that asks."""
+    """Import a framework, or a package that its users have; skip the module that asks."""
     try:
+        if package not in frameworks.FRAMEWORKS:
+            return importlib.import_module(package)
         return frameworks.need(package)
     except ImportError as error:
         if os.environ.get("FUSED_KD_ALL_FRAMEWORKS") == "1":

@@ -232,6 +232,10 @@ def test_bad_input(tmp_path: Path) -> None:
         KDModule(tiny.llama(0), None, optimizer=SGD)
     with pytest.raises(ValueError, match="vocab_size is 97 in the student and 101"):
         KDModule(tiny.llama(0), tiny.llama(1, vocab_size=101), optimizer=SGD)
+    batch = {"inputs_embeds": torch.zeros(1, 3, 16), "labels": torch.ones(1, 3).long()}
+    callback = TeacherCallback(tiny.llama(1))
+    with pytest.raises(ValueError, match="inputs_embeds must not be in the batch"):
+        callback.on_train_batch_start(_trainer(tmp_path), None, batch, 0)
     data = DataLoader([row["input_ids"] for row in tiny.ragged(4)], batch_size=1)
     with pytest.raises(TypeError, match=r"a batch must be a dict with labels.*got Tensor"):
         _trainer(tmp_path).fit(_module(KDLoss()), data)

@@ -122,7 +122,7 @@ def test_plain_modules_and_causal_models_are_welcome() -> None:
 
 
 def _peft(model: nn.Module, **changes: Any) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    peft = need("peft")
     given = {"r": 2, "target_modules": ["q_proj", "query"], **changes}
     made: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**given))
     return made

@@ -1,0 +1,86 @@
+"""PEFT: students and teachers with adapters, at both levels."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import Tensor, nn
+
+transformers = need("transformers")
+peft = need("peft")
+
+from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.heads import head_of  # noqa: E402
+from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
+
+LEVELS = [KDLoss(), LinearKDLoss()]
+
+
+def _adapted(seed: int, **changes: Any) -> nn.Module:
+    """LoRA on the attention, with weights that are not 0."""
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes}
+    made: nn.Module = peft.get_peft_model(tiny.llama(seed), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for weight in made.parameters():
+            if weight.requires_grad:
+                weight.normal_(std=0.1)
+    return made
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["adapter", "adapter and head"])
+def test_both_levels_train_the_same_weights(saved: list[str] | None) -> None:
+    student, teacher = (_adapted(seed, modules_to_save=saved) for seed in (0, 1))
+    batch = tiny.padded(tiny.ragged(4))
+    found = []
+    for loss in LEVELS:
+        for adapter in (DistilledLM, DistillationLoss):
+            mine = deepcopy(student).train()
+            attached = adapter(mine, deepcopy(teacher).eval(), loss)
+            given = dict(batch)
+            if isinstance(attached, DistilledLM):
+                value = attached(**given)
+            else:
+                labels = given.pop("labels")
+                value = attached(mine(**given), labels)
+            value.backward()
+            found.append((value.detach(), _gradients(mine)))
+    for value, gradients in found[1:]:
+        torch.testing.assert_close(value, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-4, atol=1e-6)
+    trained = [name for name in found[0][1] if "lm_head" in name]
+    assert bool(trained) == bool(saved)
+
+
+def test_the_head_is_that_of_the_active_adapter() -> None:
+    student = _adapted(0, modules_to_save=["lm_head"])
+    wrapper = student.get_output_embeddings()
+    student.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert head_of(student) is wrapper.modules_to_save["default"]
+    student.set_adapter("other")
+    assert head_of(student) is wrapper.original_module
+    student.set_adapter("default")
+    with student.disable_adapter():
+        assert head_of(student) is wrapper.original_module
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, r"lora\.layer\.Linear"),
+        ({"trainable_token_indices": {"lm_head": [3, 4]}}, "TrainableTokensWrapper"),
+    ],
+)
+def test_a_head_that_is_adapted_itself_is_refused(changes: dict[str, Any], kind: str) -> None:
+    with pytest.raises(TypeError, match=rf"plain nn\.Linear; found a peft\..*{kind}.*KDLoss"):
+        DistilledLM(_adapted(0, **changes), tiny.llama(1), LinearKDLoss())
+    DistilledLM(_adapted(0, **changes), tiny.llama(1), KDLoss())
