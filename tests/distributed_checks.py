@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, SmallLM
+from small_models import VOCABULARY, Block, SmallLM
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +26,7 @@ from fused_kd.integrations.distributed import divide_gradients, global_num_items
 from fused_kd.integrations.heads import shifted
 
 STEPS, ROWS, LENGTH = 3, 2, 7
+CPU = torch.device("cpu")
 #: Of weights after a few steps: float32 sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -48,9 +51,10 @@ class Case:
         got = self.train(parallel, dist.get_rank())
         dist.all_reduce(got)
         torch.testing.assert_close(got / dist.get_world_size(), want, **CLOSE)
-        for name, weight in student_of(alone).named_parameters():
-            mine = whole(student_of(parallel).get_parameter(name))
-            torch.testing.assert_close(mine, weight, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        with FSDP1.summon_full_params(parallel):
+            for name, weight in student_of(alone).named_parameters():
+                mine = whole(student_of(parallel).get_parameter(name))
+                torch.testing.assert_close(mine, weight, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
     def distilled(self) -> DistilledLM:
         loss = (LinearKDLoss if self.linear else KDLoss)(temperature=2.0)
@@ -105,7 +109,7 @@ class Case:
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    return (model.module if isinstance(model, DistributedDataParallel) else model).student
+    return (model.module if isinstance(model, (DistributedDataParallel, FSDP1)) else model).student
 
 
 def whole(x: Any) -> Tensor:
@@ -116,7 +120,7 @@ def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients meet in the last micro-batch's backward."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
-    elif isinstance(model, DistributedDataParallel) and not last:
+    elif isinstance(model, (DistributedDataParallel, FSDP1)) and not last:
         return model.no_sync()
     return nullcontext()
 
@@ -129,6 +133,13 @@ def shard(model: DistilledLM, teacher_apart: bool = False, **options: Any) -> nn
     if teacher_apart:
         fully_shard(model.teacher, **options)
     return fully_shard(model, **options)
+
+
+def shard_flat(model: DistilledLM) -> nn.Module:
+    """FSDP1: the same. Frozen weights share a flat parameter with others, so their views have a
+    graph."""
+    policy = ModuleWrapPolicy({Block})
+    return FSDP1(model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)
 
 
 def a_mean_of_means_is_another() -> None:
@@ -249,7 +260,7 @@ DDP_CHECKS: dict[str, Callable[[], None]] = {
     ),
     "a mean of means is another": a_mean_of_means_is_another,
 }
-FSDP2_CHECKS: dict[str, Callable[[], None]] = {
+FSDP_CHECKS: dict[str, Callable[[], None]] = {
     **{f"{name}": Case(shard, linear) for name, linear in BOTH.items()},
     "logits, the teacher apart": Case(shard, linear=False, options={"teacher_apart": True}),
     "tied": Case(shard, model={"tied": True}),
@@ -261,5 +272,9 @@ FSDP2_CHECKS: dict[str, Callable[[], None]] = {
     "the head is gathered once": the_head_is_gathered_once,
     "a sharded head is refused": a_sharded_head_is_refused_outside_the_forward,
     "bfloat16": bfloat16_takes_a_count_that_is_not_cast,
+    **{f"FSDP1, {name}": Case(shard_flat, linear) for name, linear in BOTH.items()},
+    "FSDP1, two micro-batches, the last rank keeps no token": Case(
+        shard_flat, micro_batches=2, divide=True, last_rank_is_empty=True
+    ),
     "the teacher is in no checkpoint": the_teacher_is_in_no_checkpoint,
 }

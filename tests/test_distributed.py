@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_checks import DDP_CHECKS, FSDP2_CHECKS
+from distributed_checks import DDP_CHECKS, FSDP_CHECKS
 from processes import failures
 from torch import distributed as dist
 
@@ -26,7 +26,7 @@ def test_distributed_data_parallel(ranks: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fully_shard(ranks: int, tmp_path: Path) -> None:
     """P57: the lm_head is a DTensor but in the forward of what was sharded."""
-    assert not (found := failures(FSDP2_CHECKS, ranks, tmp_path)), "\n".join(found)
+    assert not (found := failures(FSDP_CHECKS, ranks, tmp_path)), "\n".join(found)
 
 
 def test_the_count_of_one_process() -> None:

@@ -20,10 +20,15 @@ GOOD: dict[str, Any] = {
     "labels": HEADS.labels,
 }
 LOGITS = torch.randn(6, 19)
+PARTITIONED = torch.nn.Parameter(torch.empty(0))  # as DeepSpeed ZeRO-3 leaves it outside a forward
+PARTITIONED.ds_id = 0
 QUANTISED = torch.quantize_per_tensor(HEADS.teacher_weight, 0.1, 0, torch.qint8)
 
 BAD: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (ValueError, {"student_weight": torch.randn(19, 25)}, ["student_hidden", "H = 24", "H = 25"]),
+    (ValueError, {"student_weight": PARTITIONED}, ["got (0,)", "ZeRO-3", "GatheredParameters"]),
+    (ValueError, {"teacher_weight": PARTITIONED}, ["teacher_weight", "got (0,)", "ZeRO-3"]),
+    (ValueError, {"student_weight": torch.empty(0)}, ["got (0,)", "sharded by FSDP"]),
     (ValueError, {"teacher_hidden": torch.randn(6, 41)}, ["teacher_hidden", "H = 41", "H = 40"]),
     (ValueError, {"teacher_weight": torch.randn(21, 40)}, ["V = 19", "V = 21", "weight[:V]"]),
     (ValueError, {"teacher_hidden": torch.randn(5, 40)}, ["teacher_hidden", "(6,)", "(5,)"]),

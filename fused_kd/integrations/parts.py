@@ -35,7 +35,9 @@ def parts_of(
         parts = kd_loss_with(options, student, teacher, labels, None, num_items)
     else:
         assert isinstance(loss, LinearKDLoss)
-        of_student, of_teacher = ((head.weight, head.bias) for head in heads)
+        of_student, (weight, bias) = ((head.weight, head.bias) for head in heads)
+        # FSDP1's views of frozen weights have a graph.
+        of_teacher = weight.detach(), None if bias is None else bias.detach()
         parts = linear_kd_loss_with(
             options, loss.chunks, (student, *of_student), (teacher, *of_teacher), None, labels,
             None, num_items, None,

@@ -16,6 +16,11 @@ _SHARDED = (
     "a head sharded by FSDP is whole only inside the forward of the module that was sharded: call "
     "the loss there (docs/howto/distributed.md)"
 )
+_PARTITIONED = (
+    "DeepSpeed ZeRO-3 has partitioned it; it is whole inside the forward of the module that "
+    "DeepSpeed was given: call the loss there. A head that is not trained may be gathered by "
+    "deepspeed.zero.GatheredParameters (docs/howto/distributed.md)"
+)
 
 
 def check_heads(
@@ -130,7 +135,7 @@ def _check_pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
             f"{side}_weight must have shape (V, H) with V > 0 and H > 0; "
-            f"got {tuple(weight.shape)}: {_SHARDED}"
+            f"got {tuple(weight.shape)}: {_PARTITIONED if hasattr(weight, 'ds_id') else _SHARDED}"
         )
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

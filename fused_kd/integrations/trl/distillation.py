@@ -140,14 +140,21 @@ def _head(model: str, given: dict[str, Any]) -> Head:
         raise ValueError(_capped(model, given[f"{model}_final_logit_softcapping"]))
     # A teacher's shards are gathered once. Of a student they are refused below: the backward of
     # full_tensor() takes the gradient to be the same on all ranks, which it is not.
-    if isinstance(weight, DTensor) and not torch.is_grad_enabled():
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    if not torch.is_grad_enabled():
+        weight, bias = _whole(weight), _whole(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
     scale = given.get(f"{model}_logit_scale", 1.0)
     if scale != 1.0:  # c·(h·W + b) = (c·h)·W + c·b
         hidden, bias = hidden * scale, None if bias is None else bias * scale
     return Head(hidden, weight, bias)
+
+
+def _whole(x: Any) -> Any:
+    """Return a teacher's weight or bias gathered, and without the graph that FSDP1's views have."""
+    if x is None:
+        return None
+    return x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
 
 
 def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
