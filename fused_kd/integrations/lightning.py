@@ -11,7 +11,7 @@ The package is ``lightning``, or ``pytorch_lightning`` where only that is instal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,7 +42,8 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
     gradients are divided by the count once, before they are clipped. That also makes
     ``train_loss``, ``train_hard`` and ``train_soft`` exact means of the update; they are logged as
     tensors, and nothing waits for a device. ``val_...`` and ``test_...`` are means over all kept
-    tokens of the evaluation. Automatic optimisation only.
+    tokens of the evaluation; of several loaders ``val_loss/dataloader_idx_0`` and so on, as
+    Lightning names them. Automatic optimisation only.
 
     What Lightning itself calls the loss of a step (``outputs["loss"]`` in a callback) is
     the sum, times ``accumulate_grad_batches``, which Lightning divides by.
@@ -72,7 +73,7 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         check_loss(self.loss, is_mean=True)
         self.student.train()  # from_pretrained gives evaluation mode, which Lightning keeps
         self.make_optimizer = optimizer
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, int], Tensor] = {}  # by stage and loader
 
     def configure_optimizers(self) -> Any:
         """What `optimizer` makes."""
@@ -80,20 +81,24 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
 
     def on_train_start(self) -> None:
         """An update that was interrupted is not gone on with: nor are its gradients."""
-        self._sums.pop("train", None)
+        self._sums.pop(("train", 0), None)
 
     def training_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> Tensor:
         """The sum over the batch's kept tokens, times what Lightning divides by."""
         divisor: int = self._lightning.accumulate_grad_batches
         return self._step("train", batch).loss * divisor
 
-    def validation_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> None:
-        """Adds to the sums."""
-        self._step("val", batch)
+    def validation_step(
+        self, batch: MutableMapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add to the sums of a loader."""
+        self._step("val", batch, dataloader_idx)
 
-    def test_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> None:
-        """Adds to the sums."""
-        self._step("test", batch)
+    def test_step(
+        self, batch: MutableMapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add to the sums of a loader."""
+        self._step("test", batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Divides the gradients by the count of kept tokens; logs the update's means."""
@@ -101,33 +106,45 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         divide_gradients(self.student.parameters(), kept / self._lightning.world_size)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the means."""
-        self._log_means("val")
+        """Log the means of every loader."""
+        self._log_means_of_loaders("val", self._lightning.num_val_batches)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the means."""
-        self._log_means("test")
+        """Log the means of every loader."""
+        self._log_means_of_loaders("test", self._lightning.num_test_batches)
 
     @property
     def _lightning(self) -> Any:
         """The Trainer: to nn.Module, any attribute may be a parameter or a module."""
         return self.trainer
 
-    def _step(self, stage: str, batch: MutableMapping[str, Any]) -> KDLossParts:
+    def _step(self, stage: str, batch: MutableMapping[str, Any], loader: int = 0) -> KDLossParts:
         _check_batch(batch)
         parts = self.parts(**batch, num_items=1)
         kept = (aligned(batch["labels"], self.shift) != IGNORED).sum()
         sums = torch.stack([kept.double(), *(part.detach().double() for part in parts)])
-        self._sums[stage] = self._sums[stage] + sums if stage in self._sums else sums
+        key = (stage, loader)
+        self._sums[key] = self._sums[key] + sums if key in self._sums else sums
         return parts
 
-    def _log_means(self, stage: str) -> Tensor:
-        """Over all devices, since the last call; returns the number of kept tokens."""
-        sums = self._lightning.strategy.reduce(self._sums.pop(stage), reduce_op="sum")
+    def _log_means_of_loaders(self, stage: str, batches: Sequence[float]) -> None:
+        """Log the means of every loader, named as Lightning names those of one of several.
+
+        A loader without batches adds nothing; all processes have the same number of loaders.
+        """
+        for loader, count in enumerate(batches):
+            if count > 0:
+                suffix = f"/dataloader_idx_{loader}" if len(batches) > 1 else ""
+                self._log_means(stage, loader, suffix)
+
+    def _log_means(self, stage: str, loader: int = 0, suffix: str = "") -> Tensor:
+        """Log means over all devices since the last call; return the number of kept tokens."""
+        sums = self._lightning.strategy.reduce(self._sums.pop((stage, loader)), reduce_op="sum")
         loss, hard, soft = (sums[1:] / sums[0].clamp(min=1)).float()
-        means = {f"{stage}_loss": loss, f"{stage}_hard": hard, f"{stage}_soft": soft}
+        means = {"loss": loss, "hard": hard, "soft": soft}
         log: Any = self.log_dict
-        log(means)
+        named = {f"{stage}_{name}{suffix}": mean for name, mean in means.items()}
+        log(named, add_dataloader_idx=False)  # the suffix says it
         kept: Tensor = sums[0]
         return kept
 

@@ -153,6 +153,21 @@ def test_validation_is_a_mean_over_all_tokens(loss: nn.Module, tmp_path: Path) -
     _close(module.teacher, teacher)
 
 
+def test_every_loader_of_several_has_its_means(loss: nn.Module, tmp_path: Path) -> None:
+    module, trainer = _module(loss), _trainer(tmp_path)
+    loaders = [_loader(3, seed=1), _loader(5, seed=2)]
+    trainer.fit(module, _loader(4), loaders)
+    got = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+    tested = trainer.test(module, loaders, verbose=False)
+    want = [_mean_of_all(module, _loader(16, seed=seed)) for seed in (1, 2)]
+    assert len(got) == 6
+    for i, means in enumerate(want):
+        for name, mean in means.items():
+            key = f"{name}/dataloader_idx_{i}"
+            assert got[key] == pytest.approx(mean, rel=1e-5)
+            assert tested[i][key.replace("val", "test")] == pytest.approx(mean, rel=1e-5)
+
+
 def _mean_of_all(module: KDModule, loader: DataLoader[Any]) -> dict[str, float]:
     (batch,) = loader
     module.eval()

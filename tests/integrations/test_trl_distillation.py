@@ -248,10 +248,13 @@ def test_unknown_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def newer(student_hidden_states: Tensor, skew: float) -> None: ...
 
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", newer)
-    with pytest.raises(TypeError, match=r"has \['skew'\] and lacks \['beta', .*the version known"):
+    with pytest.raises(TypeError, match=r"has \['skew'\] and lacks \['beta', .*works with trl 1"):
         use_fused_kd(trainer)
     monkeypatch.delattr(distillation_trainer, "_chunked_divergence_loss")
     with pytest.raises(TypeError, match="does not call _chunked_divergence_loss"):
+        use_fused_kd(trainer)
+    monkeypatch.delattr(DistillationTrainer, "_compute_loss")  # before TRL 1.10
+    with pytest.raises(TypeError, match=r"has no _compute_loss in trl 1\..*trl 1\.10\.0 to 1\."):
         use_fused_kd(trainer)
 
 

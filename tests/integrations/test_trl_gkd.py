@@ -12,6 +12,7 @@ from needs import need
 from torch import Tensor, nn
 from trl_training import BETAS, V, build, conversations, same, settings, tokenizer, trained
 
+transformers = need("transformers")
 need("trl")
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
@@ -223,6 +224,11 @@ def test_wrong_models_and_options(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             use_fused_kd(trainer, **keywords)
+    teacher, config = trainer.teacher_model, transformers.BertConfig(vocab_size=V, hidden_size=24)
+    trainer.teacher_model = transformers.BertForMaskedLM(config)
+    with pytest.raises(ValueError, match=r"BertForMaskedLM.*TRL's trainers shift the labels"):
+        use_fused_kd(trainer)
+    trainer.teacher_model = teacher
     trainer.teacher_model.lm_head = nn.Linear(24, V + 1, bias=False)
     with pytest.raises(ValueError, match="must share a vocabulary"):
         use_fused_kd(trainer)
@@ -238,5 +244,5 @@ def test_unknown_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     trainer = gkd(tmp_path)
     monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(newer))
-    with pytest.raises(TypeError, match=r"has \['skew'\] in trl 1.*the version known"):
+    with pytest.raises(TypeError, match=r"has \['skew'\] in trl 1.*works with trl 1"):
         use_fused_kd(trainer)

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ..frameworks import FRAMEWORKS
 
+#: The oldest version of TRL with the functions that are replaced.
+OLDEST = "1.10.0"
+
 
 def class_of(trainer: object, name: str) -> Any:
     """TRL's class of that name from which the trainer is made; None: it is another trainer.
@@ -26,7 +29,13 @@ def models_of(trainer: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def check_inherited(trainer: object, kind: str, method: str) -> None:
-    """Refuses a subclass with a `method` of its own, which would no longer be called."""
+    """Refuse a subclass with a `method` of its own, which would no longer be called.
+
+    Raises:
+        TypeError: The same; or TRL's own class has no such method, in other versions.
+    """
+    if not hasattr(class_of(trainer, kind), method):
+        raise TypeError(f"{kind} has no {method} {unknown_version()}")
     if getattr(type(trainer), method) is not getattr(class_of(trainer, kind), method):
         raise TypeError(
             f"{type(trainer).__name__}.{method} is not {kind}'s: fused_kd would replace it by "
@@ -46,9 +55,9 @@ def check_arguments(
 
 
 def unknown_version() -> str:
-    """For messages."""
+    """Return the end of a message: the installed version, and those that work."""
     trl = FRAMEWORKS["trl"]
-    return f"in trl {trl.installed}; the version known to fused_kd is {trl.tested}"
+    return f"in trl {trl.installed}; fused_kd works with trl {OLDEST} to {trl.tested}"
 
 
 def as_tensor(loss: object) -> Tensor:
