@@ -30,6 +30,9 @@ def parts_of(
         num_items: as in :func:`fused_kd.kd_loss`.
         heads: the lm_heads of student and teacher.
     """
+    if labels is not None:
+        _check_positions("student", student, labels)
+        _check_positions("teacher", teacher, labels)
     options = replace(loss.options, return_parts=True)
     if heads is None:
         parts = kd_loss_with(options, student, teacher, labels, None, num_items)
@@ -44,6 +47,17 @@ def parts_of(
         )  # fmt: skip
     assert isinstance(parts, KDLossParts)
     return parts
+
+
+def _check_positions(name: str, given: Tensor, labels: Tensor) -> None:
+    """Refuse logits or hidden states that are more or fewer than the labels."""
+    if given.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name}'s logits must have a row for each label, {tuple(labels.shape)}; got rows "
+            f"{tuple(given.shape[:-1])}: PEFT's prompt tuning and P-tuning, for example, put "
+            "virtual tokens before the inputs, for which there are no labels; use LoRA or prefix "
+            "tuning"
+        )
 
 
 def check_loss(loss: KDLoss | LinearKDLoss, *, is_mean: bool) -> None:

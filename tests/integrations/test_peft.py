@@ -61,6 +61,26 @@ def test_both_levels_train_the_same_weights(saved: list[str] | None) -> None:
     assert bool(trained) == bool(saved)
 
 
+@pytest.mark.parametrize("loss", LEVELS, ids=["logits", "linear"])
+def test_virtual_tokens_before_the_inputs_are_named(loss: Any) -> None:
+    """Those of a prefix are in the cache: they have no logits."""
+    batch = tiny.padded(tiny.ragged(2))
+    rows = tuple(batch["labels"].shape)
+
+    def tuned(kind: Any) -> nn.Module:
+        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        made: nn.Module = peft.get_peft_model(tiny.llama(0), config)
+        return made
+
+    for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig):
+        message = (
+            rf"student's logits .*\({rows[0]}, {rows[1]}\); got rows \(2, {rows[1] + 3}\): PEFT"
+        )
+        with pytest.raises(ValueError, match=message):
+            DistilledLM(tuned(kind), tiny.llama(1), loss)(**batch)
+    assert torch.isfinite(DistilledLM(tuned(peft.PrefixTuningConfig), tiny.llama(1), loss)(**batch))
+
+
 def test_the_head_is_that_of_the_active_adapter() -> None:
     student = _adapted(0, modules_to_save=["lm_head"])
     wrapper = student.get_output_embeddings()

@@ -1,0 +1,75 @@
+"""The loops of the how-to pages run, and train a student that is in training mode."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from needs import need
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+need("transformers")
+Accelerator = need("accelerate").Accelerator
+
+from fused_kd.integrations.distributed import global_num_items  # noqa: E402
+
+HOWTO = Path(__file__).parents[2] / "docs" / "howto"
+
+
+def _block(page: str, beginning: str) -> str:
+    """Return the one code block of a page with that text in it."""
+    blocks = re.findall(r"```python\n(.*?)```", (HOWTO / page).read_text(), re.DOTALL)
+    (found,) = (block for block in blocks if beginning in block)
+    return str(found)
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What the pages take to be there; models are as from_pretrained leaves them."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield {
+        "torch": torch,
+        "DistributedDataParallel": DistributedDataParallel,
+        "fully_shard": lambda m: fully_shard(m, mesh=init_device_mesh("cpu", (1,))),
+        "global_num_items": global_num_items,
+        "device": torch.device("cpu"),
+        "student": tiny.llama(0),
+        "teacher": tiny.llama(1, layers=2),
+        "loader": [tiny.padded(tiny.ragged(4))] * 2,
+    }
+    dist.destroy_process_group()
+
+
+def _trained(names: dict[str, Any], run: str) -> None:
+    student = names["student"]
+    exec(run, names)
+    assert student.training
+    assert not names["teacher"].training
+    weight, before = student.lm_head.weight, tiny.llama(0).lm_head.weight
+    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    assert (whole - before).abs().max() > 1e-5
+
+
+def test_accelerate(names: dict[str, Any]) -> None:
+    names["accelerator"] = Accelerator(cpu=True)
+    _trained(names, _block("accelerate.md", "accelerator.prepare(model, optimizer, loader)"))
+
+
+@pytest.mark.parametrize("wrap", ["ddp = Dist", "fully_shard(block)", "auto_wrap_policy"])
+def test_distributed(names: dict[str, Any], wrap: str) -> None:
+    page = "distributed.md"
+    exec(_block(page, "model = DistilledLM"), names)
+    loop = _block(page, "ddp = Dist")
+    if wrap not in loop:  # "the loop is the same"
+        exec(_block(page, wrap), names)
+        names["DistributedDataParallel"] = lambda model: model
+    _trained(names, loop)
