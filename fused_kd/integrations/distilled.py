@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
 from .heads import aligned, check_head, head_of, headless
-from .models import check_inputs, check_models
+from .models import PaddingCheck, check_inputs, check_models
 from .parts import check_loss, parts_of
 
 
@@ -60,6 +60,7 @@ class DistilledLM(nn.Module):
         loss = KDLoss() if loss is None else loss
         _check(student, teacher, loss, shift)
         self.student, self.loss, self.shift = student, loss, shift
+        self._check_padding = PaddingCheck()
         self.teacher = teacher.eval().requires_grad_(False)
         self.register_state_dict_post_hook(_leave_out_teacher)
         self.register_load_state_dict_post_hook(_do_not_miss_teacher)
@@ -85,6 +86,7 @@ class DistilledLM(nn.Module):
         """The loss with its hard and its soft part; arguments as in :meth:`forward`."""
         _check_num_items(num_items)
         targets = aligned(labels, self.shift)
+        self._check_padding(labels, inputs.get("attention_mask"))
         if not isinstance(self.loss, LinearKDLoss):
             return parts_of(self.loss, *self._outputs(inputs), targets, num_items)
         with headless(self.student), headless(self.teacher):

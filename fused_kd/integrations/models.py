@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .heads import is_left_out, output_of
+from .heads import IGNORED, is_left_out, output_of
 
 #: What models call the weight of their router's aux_loss.
 ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -44,17 +46,12 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
         shift: whether labels are shifted to the next token, which only causal models predict.
 
     Raises:
-        ValueError: A parameter that both models have; a model that is not causal, if labels are
-            shifted; vocabularies that differ in size; a student whose lm_head is bypassed already,
-            or whose own loss has a term that would be lost.
+        ValueError: A parameter or a module that both models have; a model that is not causal, if
+            labels are shifted; vocabularies that differ in size; a student whose lm_head is
+            bypassed already, or whose own loss has a term that would be lost.
     """
-    shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
-    if shared:
-        raise ValueError(
-            "teacher must be another model than the student, with parameters of its own; got "
-            f"{len(shared)} that are also the student's: copy.deepcopy the teacher, before "
-            "get_peft_model makes a student of it"
-        )
+    _check_shared("parameters", student.parameters(), teacher.parameters())
+    _check_shared("modules", student.modules(), teacher.modules())  # eval() would reach the student
     student, teacher = unwrapped(student), unwrapped(teacher)
     if shift:
         check_causal(student, teacher, SHIFT_FALSE)
@@ -149,6 +146,37 @@ def vocabulary_of(model: nn.Module) -> int:
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(text.vocab_size)
+
+
+class PaddingCheck:
+    """Warn, at the first batch, of labels that are not -100 for padding."""
+
+    def __init__(self) -> None:
+        self._is_done = False
+
+    def __call__(self, labels: Tensor | None, mask: Tensor | None) -> None:
+        """Look at the values of a batch: labels (B, S) as they came, and its attention_mask."""
+        if torch.compiler.is_compiling() or self._is_done or labels is None or mask is None:
+            return
+        self._is_done = True
+        if labels.shape == mask.shape and ((labels != IGNORED) & (mask == 0)).any():
+            warnings.warn(
+                "labels count tokens whose attention_mask is 0: padding is trained on; labels "
+                "should be -100 there, labels.masked_fill(attention_mask == 0, -100)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _check_shared(kind: str, of_student: Iterable[Any], of_teacher: Iterable[Any]) -> None:
+    """Refuse what both models have, which a step or a mode of the one would change in the other."""
+    shared = {id(x) for x in of_student} & {id(x) for x in of_teacher}
+    if shared:
+        raise ValueError(
+            f"teacher must be another model than the student, with {kind} of its own; got "
+            f"{len(shared)} that are also the student's: copy.deepcopy the teacher, before "
+            "get_peft_model makes a student of it"
+        )
 
 
 def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool:

@@ -24,7 +24,7 @@ from ..modules import KDLoss, LinearKDLoss
 from .calls import Call, Calls, logits_in
 from .frameworks import need
 from .heads import aligned, check_head, head_of, headless, leave_out_head
-from .models import check_inputs, check_models
+from .models import PaddingCheck, check_inputs, check_models
 from .parts import check_loss, parts_of
 
 need("transformers")
@@ -90,7 +90,7 @@ class DistillationLoss:
         self.training_parts = _Parts()
         self.evaluated: Tensor | None = None  # (2,): hard and soft loss of the last batch
         self.has_num_items = False  # whether the Trainer counted tokens for the last loss
-        self._calls = Calls()
+        self._calls, self._check_padding = Calls(), PaddingCheck()
         self._undo: list[Callable[[], None]] = []
         if isinstance(self.loss, LinearKDLoss):
             check_head(student)
@@ -112,6 +112,7 @@ class DistillationLoss:
         given = logits_in(outputs)
         call = self._calls.take(given)
         targets = self._targets(labels, call)
+        self._check_padding(labels, call.keywords.get("attention_mask"))
         with call.again(given.device):
             parts = self._parts(given, call, targets, num_items_in_batch)
         both = torch.stack([parts.hard, parts.soft])

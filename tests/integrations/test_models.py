@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,40 @@ def test_an_encoder_decoder_needs_what_its_decoder_reads(kind: str) -> None:
     del batch["decoder_input_ids"]
     with pytest.raises(ValueError, match=r"decoder_input_ids are absent.*DataCollatorForSeq2Seq"):
         DistilledLM(student, teacher, shift=False)(**batch)
+
+
+@pytest.mark.parametrize("adapter", [DistilledLM, DistillationLoss])
+def test_labels_of_padding_are_warned_of_once_N20(adapter: Any) -> None:
+    student = tiny.llama(0)
+    attached = adapter(student, tiny.llama(1))
+    batch = tiny.padded(tiny.ragged(3))
+
+    def call(labels: Tensor, model: Any) -> None:
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        if isinstance(model, DistilledLM):
+            model(**inputs, labels=labels)
+        else:
+            model(student(**inputs), labels)
+
+    with pytest.warns(UserWarning, match=r"padding is trained on.*masked_fill"):
+        call(batch["input_ids"], attached)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(batch["input_ids"], attached)
+        call(
+            batch["labels"],
+            adapter(tiny.llama(2) if adapter is DistilledLM else student, tiny.llama(1)),
+        )
+
+
+@ALL
+def test_modules_that_both_models_have_are_refused_N27(adapter: Any) -> None:
+    """The teacher's eval() would switch the student's dropout off."""
+    student, teacher = tiny.llama(0).train(), tiny.llama(1)
+    student.drop = teacher.drop = nn.Dropout(0.5).train()
+    with pytest.raises(ValueError, match="with modules of its own; got 1 that are also the stud"):
+        adapter(student, teacher)
+    assert student.drop.training
 
 
 class _Plain(nn.Module):

@@ -81,6 +81,23 @@ def test_virtual_tokens_before_the_inputs_are_named(loss: Any) -> None:
     assert torch.isfinite(DistilledLM(tuned(peft.PrefixTuningConfig), tiny.llama(1), loss)(**batch))
 
 
+def test_a_teachers_adapter_is_neither_trained_nor_random_N28() -> None:
+    teacher = _adapted(1, lora_dropout=0.5)
+    model = DistilledLM(_adapted(0), teacher).train()
+    before = {name: x.clone() for name, x in teacher.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    batch = tiny.padded(tiny.ragged(4))
+    ids = batch["input_ids"]
+    assert torch.equal(teacher(ids).logits, teacher(ids).logits)
+    for _ in range(2):
+        value = model(**batch)
+        assert isinstance(value, Tensor)
+        value.backward()
+        optimizer.step()
+    assert not _gradients(teacher)
+    assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+
+
 def test_the_head_is_that_of_the_active_adapter() -> None:
     student = _adapted(0, modules_to_save=["lm_head"])
     wrapper = student.get_output_embeddings()
