@@ -66,7 +66,8 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 #: Module: where the reason lies that it isn't there.
 REASON_FILES = {"_C": "fused_kd/_not_built.txt", "_cuda": "fused_kd/_cuda_not_built.txt"}
 
-if int(__version__.split(".")[0]) < 77:  # which do not know the license field of pyproject.toml
+# Older ones do not know the license field of pyproject.toml. 0 is a copy without metadata.
+if 0 < int(__version__.split(".")[0]) < 77:
     raise SystemExit(
         f"building fused_kd needs setuptools>=77; got {__version__}: "
         "pip install --upgrade 'setuptools>=77'"
@@ -270,10 +271,12 @@ def find_torch() -> None:
     pip runs such a build with the environment's own Python, but without its site-packages on
     sys.path. They are appended here, so that the build's own packages come first.
     """
-    if importlib.util.find_spec("torch") is None:
-        sys.path += site.getsitepackages()
-        if sys.prefix == sys.base_prefix:  # a virtual environment does not see the user's packages
-            sys.path.append(site.getusersitepackages())
+    if importlib.util.find_spec("torch") is not None:
+        return
+    for folder in site.getsitepackages():
+        site.addsitedir(folder)
+    if sys.prefix == sys.base_prefix:  # a virtual environment does not see the user's packages
+        site.addsitedir(site.getusersitepackages())
 
 
 def decide() -> tuple[list[Extension], dict[str, str]]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,33 @@ def _installed(target: Path) -> tuple[list[Path], str]:
         "from fused_kd import env; env.main([])"
     )
     return sorted(target.glob("fused_kd/_C*.so")), _python(code, PYTHONPATH=str(target))
+
+
+def _setup(source: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """setup.py, after some code, in a Python of its own."""
+    code += "\nimport runpy; runpy.run_path('setup.py', run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", code, "build_py", "-d", "built"],
+        cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_an_isolated_build_finds_the_torch_of_its_environment(source: Path, tmp_path: Path) -> None:
+    """As pip isolates: the build's requirements alone are on the path, the Python is the same."""
+    for name in ("setuptools", "_distutils_hack", "pybind11"):
+        (tmp_path / name).symlink_to(Path(str(import_module(name).__file__)).parent)
+    hide = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    isolated = {"PYTHONPATH": str(tmp_path), "FUSED_KD_BUILD": "1"}
+    assert "No module named 'torch'" in _setup(source, "import torch", **isolated).stderr
+    done = _setup(source, "", **isolated)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_old_setuptools_is_named(source: Path) -> None:
+    done = _setup(source, "import setuptools; setuptools.__version__ = '65.5.0'")
+    assert done.returncode == 1
+    assert done.stderr.startswith("building fused_kd needs setuptools>=77; got 65.5.0: pip install")
 
 
 # asked for, and a compiler that fails
