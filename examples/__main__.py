@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, steps: int) -> bool:
     missing = [package for package in (*EXAMPLES[name], TEXT) if find_spec(package) is None]
     if missing:
-        print(f"left out: {name}: {', '.join(missing)} is not installed")
+        print(f"left out: {name}: not installed: {', '.join(missing)}")
         return True
     command = [sys.executable, "-m", f"examples.{name}", "--steps", str(steps)]
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0

@@ -72,9 +72,19 @@ def test_without_a_framework_nothing_is_written(
     monkeypatch.setattr(examples, "ROOT", tmp_path)
     assert examples.main(["--write"]) == 1
     out = capsys.readouterr().out
-    assert "left out: liger: liger_kernel is not installed" in out
+    assert "left out: liger: not installed: liger_kernel, transformers, mistral_common\n" in out
     assert out.endswith("nothing was measured: nothing is written\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_example_is_left_out_if_any_package_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """transformers alone is not enough for its Trainer."""
+    monkeypatch.setattr(examples, "find_spec", lambda package: package != "accelerate" or None)
+    monkeypatch.setattr(examples, "ROOT", tmp_path)
+    assert examples.main(["transformers_trainer"]) == 0
+    assert capsys.readouterr().out == "left out: transformers_trainer: not installed: accelerate\n"
 
 
 def test_importing_the_package_imports_no_framework() -> None:
