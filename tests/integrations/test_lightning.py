@@ -12,10 +12,13 @@ import pytest
 import tiny
 import torch
 from needs import need
+from processes import run_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 pl = need("lightning").pytorch
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+from lightning.pytorch.strategies.launchers import multiprocessing as launchers  # noqa: E402
 
 from fused_kd import KDLoss, KDLossParts, LinearKDLoss  # noqa: E402
 from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
@@ -186,12 +189,27 @@ def test_mixed_precision(loss: nn.Module, tmp_path: Path) -> None:
     assert 0 < tiny.largest_difference(module.student, plain) < 0.1 * moved
 
 
+class _Launcher(launchers._MultiProcessingLauncher):  # type: ignore[misc]
+    """Ends its ranks without Python's finalization."""
+
+    def _wrapping_function(self, *arguments: Any) -> None:
+        run_rank(partial(super()._wrapping_function, *arguments))
+
+
+class _Spawned(DDPStrategy):  # type: ignore[misc]
+    """Lightning's "ddp_spawn" with that launcher."""
+
+    def _configure_launcher(self) -> None:
+        self._launcher = _Launcher(self, start_method="spawn")
+
+
 @pytest.mark.slow
 def test_two_devices(tmp_path: Path) -> None:
     """Two processes with 8 micro-batches of one row each, in whatever order: one batch of 16."""
     loss = LOSSES[1]
     module = _module(loss)
-    options = {"devices": 2, "strategy": "ddp_spawn", "accumulate_grad_batches": 8}
+    strategy = _Spawned(start_method="spawn")
+    options = {"devices": 2, "strategy": strategy, "accumulate_grad_batches": 8}
     _trainer(tmp_path, max_epochs=2, **options).fit(module, _loader(1))
     _close(module.student, _plain_loop(loss, 16, epochs=2)[0])
 
