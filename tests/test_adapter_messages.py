@@ -44,7 +44,8 @@ def top_k(**changes: Any) -> list[Any]:
 
 def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
     loss = automodel.KDLoss()
-    yield "teacher_logits", lambda: loss(logits(), ATTACHED, labels())
+    for teacher in (ATTACHED, None):
+        yield "teacher_logits", lambda teacher=teacher: loss(logits(), teacher, labels())
     for bad in (-1, float("nan"), True, "4", torch.tensor(-2), torch.ones(2)):
         yield "num_batch_labels", lambda bad=bad: loss(logits(), logits(), labels(), bad)
 
@@ -101,13 +102,15 @@ def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
     for loss in (model_optimizer.LogitsDistillationLoss(), model_optimizer.MFTLoss()):
         more = (labels(),) if isinstance(loss, model_optimizer.MFTLoss) else ()
         yield "logits_s", lambda loss=loss, more=more: loss(logits().long(), logits(), *more)
-        yield "logits_t", lambda loss=loss, more=more: loss(logits(), logits(N, V, 1), *more)
+        for t in (logits(N, V, 1), None):
+            yield "logits_t", lambda loss=loss, more=more, t=t: loss(logits(), t, *more)
     in_place = model_optimizer.LogitsDistillationLoss(inplace=True)
     yield "logits_s", lambda: in_place(ATTACHED, logits())
 
 
 def of_torchtune() -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield "teacher_logits", lambda: torchtune.ForwardKLLoss()(logits(), ATTACHED, labels())
+    for teacher in (ATTACHED, None):
+        yield "teacher_logits", lambda t=teacher: torchtune.ForwardKLLoss()(logits(), t, labels())
     yield "labels", lambda: torchtune.ReverseKLLoss()(logits(), logits(), labels(N + 1))
     yield "sym_kd_ratio", lambda: torchtune.SymmetricKLLoss(2.0)
 

@@ -73,6 +73,7 @@ class KDLoss(nn.Module):
             ValueError: shapes or values that do not fit; as :func:`fused_kd.kd_loss`.
         """
         check_dense("student_logits", student_logits)
+        check_dense("teacher_logits", teacher_logits)
         labels, rows = counted(labels, self.ignore_index), student_logits.shape[:-1]
         if labels.numel() == rows.numel():
             labels = labels.reshape(rows)

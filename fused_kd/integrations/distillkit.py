@@ -79,10 +79,10 @@ class _DenseLoss:
             TypeError: a teacher without logits; a tensor of the wrong dtype.
             ValueError: shapes or values that do not fit; as :func:`fused_kd.kd_loss`.
         """
-        if not hasattr(signal, "logits"):
+        if getattr(signal, "logits", None) is None:
             raise TypeError(
-                "signal must be dense, with the teacher's logits (B, S, V); got a "
-                f"{type(signal).__name__}"
+                "signal.logits must be the teacher's logits (B, S, V); got a "
+                f"{type(signal).__name__} without: keep DistillKit's loss for a sparse one"
             )
         if mask is not None and mask.dim() == 3:
             mask = mask.squeeze(-1)

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checks import may_look_at_values
 from .heads import IGNORED, is_left_out, output_of
 
 #: What models call the weight of their router's aux_loss.
@@ -149,14 +149,14 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 class PaddingCheck:
-    """Warn, at the first batch, of labels that are not -100 for padding."""
+    """Warn, at the first batch on a CPU, of labels that are not -100 for padding."""
 
     def __init__(self) -> None:
         self._is_done = False
 
     def __call__(self, labels: Tensor | None, mask: Tensor | None) -> None:
         """Look at the values of a batch: labels (B, S) as they came, and its attention_mask."""
-        if torch.compiler.is_compiling() or self._is_done or labels is None or mask is None:
+        if self._is_done or labels is None or mask is None or not may_look_at_values(labels):
             return
         self._is_done = True
         if labels.shape == mask.shape and ((labels != IGNORED) & (mask == 0)).any():

@@ -46,6 +46,7 @@ class _KLLoss(nn.Module):
             ValueError: shapes that do not fit, as :func:`fused_kd.kd_loss`.
         """
         check_dense("student_logits", student_logits)
+        check_dense("teacher_logits", teacher_logits)
         labels, rows = counted(labels, self.ignore_index), student_logits.shape[:-1]
         if labels.numel() == rows.numel():
             labels = labels.reshape(rows)
