@@ -61,5 +61,5 @@ def test_value_and_gradient(loss: Any, masked: bool, count: int | None) -> None:
 def test_a_sparse_teacher_is_refused() -> None:
     student, _, _ = make(2, 4)
     signal = SimpleNamespace(sparse_ids=None, sparse_values=None)
-    with pytest.raises(TypeError, match="signal.logits must be .* got a SimpleNamespace without"):
+    with pytest.raises(TypeError, match=r"signal.logits must be .* got a SimpleNamespace without"):
         KLDLoss(1.0)(SimpleNamespace(logits=student), signal)
