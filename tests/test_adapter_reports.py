@@ -11,7 +11,6 @@ import mesh_checks
 import pytest
 import torch
 from processes import failures
-from regression_elsewhere import ELSEWHERE, WAITING
 from torch import Tensor
 from torch import distributed as dist
 
@@ -132,11 +131,3 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
 def test_the_terms_weigh_the_same_whatever_the_tensor_parallelism_N_18(tmp_path: Path) -> None:
     """NeMo RL#2745: the soft term divided by the count of all ranks, the hard by its replicas'."""
     assert not (found := failures(mesh_checks.CHECKS, 4, tmp_path)), "\n".join(found)
-
-
-def test_the_cases_about_glue_are_where_it_says() -> None:
-    numbers = {f"N-{i:02d}" for i in (8, 17, 18, 19, 21, 23, 25, 35, 36, 38, 39)}
-    assert {*ELSEWHERE, *WAITING} == numbers
-    for test in ELSEWHERE.values():
-        file, name = test.split("::")
-        assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text(), test

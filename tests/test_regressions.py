@@ -40,10 +40,8 @@ ELSEWHERE = {
 NOT_TESTED = ["R-51"]
 #: N-cases that no test has, and why.
 WITHOUT_A_TEST = {
-    "N-20": "padding in the labels cannot be told from text by a loss",
-    "N-21": "shards of a vocabulary: DTensors are refused (N-37), labels checked on the CPU (R-34)",
     "N-35": "a router's auxiliary loss is refused by every adapter",
-    "N-36": "a trainer's: pipeline stages and heads of several tokens",
+    "N-36": "a trainer's: pipeline stages and heads of several tokens (docs/howto/automodel.md)",
     "N-38": "shards of a vocabulary: DTensors are refused (N-37)",
     "N-39": "shards of a vocabulary: DTensors are refused (N-37)",
 }

@@ -74,7 +74,7 @@ WAYS = {"Trainer": _of_trainer, "Lightning": _of_lightning, "GKDTrainer": _of_gk
 @pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, few batches
 @pytest.mark.parametrize("level", LOSSES)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_number_in_evaluation_N30(way: str, level: str, tmp_path: Path) -> None:
+def test_the_same_number_in_evaluation_N_30(way: str, level: str, tmp_path: Path) -> None:
     trained, evaluated = WAYS[way](level, tmp_path)
     assert trained > 0.01
     assert evaluated == pytest.approx(trained, rel=1e-5)

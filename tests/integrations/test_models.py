@@ -111,7 +111,7 @@ def test_an_encoder_decoder_needs_what_its_decoder_reads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("adapter", [DistilledLM, DistillationLoss])
-def test_labels_of_padding_are_warned_of_once_N20(adapter: Any) -> None:
+def test_labels_of_padding_are_warned_of_once_N_20(adapter: Any) -> None:
     student = tiny.llama(0)
     attached = adapter(student, tiny.llama(1))
     batch = tiny.padded(tiny.ragged(3))
@@ -135,7 +135,7 @@ def test_labels_of_padding_are_warned_of_once_N20(adapter: Any) -> None:
 
 
 @ALL
-def test_modules_that_both_models_have_are_refused_N27(adapter: Any) -> None:
+def test_modules_that_both_models_have_are_refused_N_27(adapter: Any) -> None:
     """The teacher's eval() would switch the student's dropout off."""
     student, teacher = tiny.llama(0).train(), tiny.llama(1)
     student.drop = teacher.drop = nn.Dropout(0.5).train()

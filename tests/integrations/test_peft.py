@@ -81,7 +81,7 @@ def test_virtual_tokens_before_the_inputs_are_named(loss: Any) -> None:
     assert torch.isfinite(DistilledLM(tuned(peft.PrefixTuningConfig), tiny.llama(1), loss)(**batch))
 
 
-def test_a_teachers_adapter_is_neither_trained_nor_random_N28() -> None:
+def test_a_teachers_adapter_is_neither_trained_nor_random_N_28() -> None:
     teacher = _adapted(1, lora_dropout=0.5)
     model = DistilledLM(_adapted(0), teacher).train()
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
