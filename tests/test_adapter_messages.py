@@ -92,7 +92,8 @@ def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "shift_labels", lambda: kl(logits(N, H), logits(V, H), target, labels(N + 1))
     jsd = liger.LigerJSD()
     yield "log_q", lambda: jsd(logits().long(), logits())
-    yield "log_p", lambda: jsd(logits(), ATTACHED.log_softmax(-1))
+    for teacher in (ATTACHED.log_softmax(-1), None):
+        yield "log_p", lambda teacher=teacher: jsd(logits(), teacher)
     yield "shift_labels", lambda: jsd(logits(), logits(), labels(N + 1))
     yield "y_pred", lambda: liger.LigerKLDIVLoss()(logits().long(), target)
     yield "y_true", lambda: liger.LigerKLDIVLoss(log_target=True)(logits(), ATTACHED)

@@ -50,6 +50,7 @@ class LigerJSD(Shown):
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
         """The mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
+        check_dense("log_p", log_p)
         loss: Tensor = self._loss()(log_q, log_p, mask(shift_labels, self.ignore_index))
         return loss
 
@@ -121,6 +122,7 @@ class LigerFusedCETVDLoss(Shown):
         target: Tensor,  # (...)
     ) -> tuple[Tensor, Tensor]:
         """Return both terms, (...) each; raises as :func:`fused_kd.kd_loss`."""
+        check_dense("teacher_logits", teacher_logits)
         tensors = student_logits, teacher_logits, target
         ce, tvd = (self._loss(hard_weight)(*tensors) for hard_weight in (1.0, 0.0))
         assert isinstance(ce, Tensor)
