@@ -70,7 +70,8 @@ def head_of(model: nn.Module) -> nn.Linear:
             f"{type(model).__name__}: the linear level needs an lm_head that is a plain nn.Linear; "
             f"found {found}: use the logits level, KDLoss"
         )
-    _check_untouched(head, type(model).__name__)
+    for module in {head, model.get_output_embeddings()}:  # type: ignore[operator]  # PEFT wraps it
+        _check_untouched(module, type(model).__name__)
     return head
 
 
@@ -202,7 +203,7 @@ def _scale(name: str, ramp: Tensor, given: Tensor) -> float:
     )
 
 
-def _check_untouched(head: nn.Linear, name: str) -> None:
+def _check_untouched(head: nn.Module, name: str) -> None:
     """Refuse a head whose output something outside it reads or changes.
 
     The head of a training model gives hidden states here, so that would work on those. The probe

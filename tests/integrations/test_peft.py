@@ -121,3 +121,11 @@ def test_a_head_that_is_adapted_itself_is_refused(changes: dict[str, Any], kind:
     with pytest.raises(TypeError, match=rf"plain nn\.Linear; found a peft\..*{kind}.*KDLoss"):
         DistilledLM(_adapted(0, **changes), tiny.llama(1), LinearKDLoss())
     DistilledLM(_adapted(0, **changes), tiny.llama(1), KDLoss())
+
+
+def test_a_hook_on_peft_s_wrapper_is_refused() -> None:
+    student = _adapted(0, modules_to_save=["lm_head"])
+    model = DistilledLM(student, tiny.llama(1), LinearKDLoss())
+    student.get_output_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(TypeError, match="found register_forward_hook on it"):
+        model(**tiny.padded(tiny.ragged(2)))
