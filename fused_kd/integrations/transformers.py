@@ -152,9 +152,15 @@ class DistillationLoss:
 
     def _targets(self, labels: Tensor | None, call: Call) -> Tensor:
         ready = call.keywords.get("shift_labels")
-        if isinstance(ready, Tensor):
-            return ready
-        return aligned(labels, self.shift)
+        if not isinstance(ready, Tensor):
+            return aligned(labels, self.shift)
+        if labels is None and self.student.training and not self.has_num_items:
+            raise ValueError(
+                "labels are absent from the batch, which has shift_labels alone: Trainer counts the "
+                "tokens of an update by labels, and without that count it does not divide by "
+                "gradient_accumulation_steps: keep labels in the batch"
+            )
+        return ready
 
     # ----------------------------------------------------------------------------- at the start
 

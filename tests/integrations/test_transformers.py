@@ -398,3 +398,6 @@ def test_labels_that_are_shifted_already_are_taken_as_they_are() -> None:
     expected = loss(student(**batch), labels)
     ready = loss(student(**batch, shift_labels=shifted(labels)), torch.zeros_like(labels))
     assert ready.item() == expected.item()
+    outputs = student.train()(**batch, shift_labels=shifted(labels))
+    with pytest.raises(ValueError, match="labels are absent .* gradient_accumulation_steps"):
+        loss(outputs, None)
