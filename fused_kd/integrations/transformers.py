@@ -156,8 +156,8 @@ class DistillationLoss:
             return aligned(labels, self.shift)
         if labels is None and self.student.training and not self.has_num_items:
             raise ValueError(
-                "labels are absent from the batch, which has shift_labels alone: Trainer counts the "
-                "tokens of an update by labels, and without that count it does not divide by "
+                "labels are absent from the batch, which has shift_labels alone: Trainer counts "
+                "tokens by labels, and without a count it does not divide by "
                 "gradient_accumulation_steps: keep labels in the batch"
             )
         return ready

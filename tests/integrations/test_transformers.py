@@ -399,5 +399,5 @@ def test_labels_that_are_shifted_already_are_taken_as_they_are() -> None:
     ready = loss(student(**batch, shift_labels=shifted(labels)), torch.zeros_like(labels))
     assert ready.item() == expected.item()
     outputs = student.train()(**batch, shift_labels=shifted(labels))
-    with pytest.raises(ValueError, match="labels are absent .* gradient_accumulation_steps"):
+    with pytest.raises(ValueError, match=r"labels are absent .* gradient_accumulation_steps"):
         loss(outputs, None)
