@@ -14,6 +14,9 @@ from .linear.functional import ChunkOptions, linear_kd_loss_with
 from .options import KDOptions
 from .presets import keywords as preset
 
+#: The keywords of either module that are KDOptions, and those that are ChunkOptions.
+_OPTIONS = frozenset(field.name for field in dataclasses.fields(KDOptions))
+_CHUNKS = frozenset(field.name for field in dataclasses.fields(ChunkOptions))
 #: Always shown by repr; the other options only where they differ from the default.
 _ALWAYS_SHOWN = ("temperature", "hard_weight", "soft_weight", "divergence", "backend")
 
@@ -45,9 +48,10 @@ class _Loss(nn.Module):
             super().__setattr__(holder, held)
 
     def _refuse_misspelt(self, name: str) -> None:
-        if name.startswith("_") or name in vars(self) or hasattr(type(self), name):
+        is_known = name in ("options", "chunks") or name in vars(self) or hasattr(type(self), name)
+        if is_known or name.startswith("_") or torch.compiler.is_compiling():
             return
-        known = {field.name for field in dataclasses.fields(KDOptions)} | self._HOLDERS.keys()
+        known = _OPTIONS | self._HOLDERS.keys()
         for near in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
             why = "an option of KDLoss alone" if near == name else f"did you mean {near!r}?"
             raise AttributeError(f"{type(self).__name__} has no option {name!r}: {why}")
@@ -71,9 +75,7 @@ class KDLoss(_Loss):
         AttributeError: the assignment of a name that is nearly that of an option.
     """
 
-    _HOLDERS: ClassVar[dict[str, str]] = dict.fromkeys(
-        (field.name for field in dataclasses.fields(KDOptions)), "options"
-    )
+    _HOLDERS: ClassVar[dict[str, str]] = dict.fromkeys(_OPTIONS, "options")
 
     def __init__(
         self,
@@ -160,8 +162,8 @@ class LinearKDLoss(_Loss):
     """
 
     _HOLDERS: ClassVar[dict[str, str]] = {
-        **{name: holder for name, holder in KDLoss._HOLDERS.items() if name != "inplace"},
-        **dict.fromkeys((field.name for field in dataclasses.fields(ChunkOptions)), "chunks"),
+        **dict.fromkeys(_OPTIONS - {"inplace"}, "options"),
+        **dict.fromkeys(_CHUNKS, "chunks"),
     }
 
     def __init__(

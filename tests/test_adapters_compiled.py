@@ -1,0 +1,66 @@
+"""Every loss, ours and the adapters', traces without a break: ``fullgraph=True`` equals eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fused_kd import KDLoss, LinearKDLoss, kd_loss
+from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
+
+N, V, H = 6, 11, 5
+DRAW = torch.Generator().manual_seed(0)
+S, T = (torch.randn(N, V, generator=DRAW) for _ in range(2))
+HIDDEN, TEACHER, W = (torch.randn(n, H, generator=DRAW) for n in (N, N, V))
+Y = torch.arange(N)
+TOP = (Y.view(1, N, 1), T.log_softmax(-1)[:, :1].view(1, N, 1), torch.ones(1, N, 1))
+
+
+def assigned(module: KDLoss) -> Any:
+    """Assign an option inside the trace."""
+    module.temperature = 3.0
+    return module(S, T, Y)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "KDLoss made in the trace": lambda: KDLoss(temperature=2.0)(S, T, Y),
+    "an option read": lambda: kd_loss(S, T, Y, temperature=KDLoss(temperature=2.0).temperature),
+    "an option assigned": lambda: assigned(KDLoss()),
+    "no teacher": lambda: kd_loss(S, None, Y, soft_weight=0.0, label_smoothing=0.1),
+    "LinearKDLoss made in the trace": lambda: LinearKDLoss()(HIDDEN, W, TEACHER, W, Y),
+    "LinearKDLoss without a teacher": lambda: LinearKDLoss(soft_weight=0.0)(HIDDEN, W, labels=Y),
+}
+OUTPUTS = [SimpleNamespace(logits=x) for x in (S, T)]
+ADAPTERS: list[tuple[Any, tuple[Any, ...]]] = [
+    (automodel.KDLoss(), (S, T, Y, 0)),
+    (axolotl.ChunkedTopKKDLoss(2), (S[None], *TOP)),
+    (distillkit.KLDLoss(2.0), tuple(OUTPUTS)),
+    (liger.LigerJSD(), (S, T.log_softmax(-1), Y)),
+    (liger.LigerKLDIVLoss(), (S, T.softmax(-1))),
+    (liger.LigerFusedLinearJSD(), (HIDDEN, W, TEACHER, W, Y)),
+    (liger.LigerFusedLinearJSDLoss(), (HIDDEN, W, TEACHER, W, Y)),
+    (liger.LigerFusedCETVDLoss(), (S, T, Y)),
+    (model_optimizer.LogitsDistillationLoss(), (S, T)),
+    (torchtune.ForwardKLLoss(), (S, T, Y)),
+]
+
+
+def check(function: Any, *arguments: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_losses(name: str) -> None:
+    check(CALLS[name])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a[0]).__name__)
+def test_adapters(adapter: tuple[Any, tuple[Any, ...]]) -> None:
+    loss, arguments = adapter
+    check(loss, *arguments)
