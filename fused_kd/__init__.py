@@ -5,15 +5,17 @@ from .version import __version__
 try:
     import torch  # noqa: F401
 except (ImportError, OSError) as error:  # missing or broken: `python -m fused_kd.env` still runs
-    _why = f"fused_kd needs torch>=2.10, and importing torch failed: {error}"
+    _cause = error
 
     def _refuse(name: str) -> None:
         """Raise ImportError for a name that needs torch."""
         if name in __all__:
-            raise ImportError(_why)
+            why = f"fused_kd needs torch>=2.10, and importing torch failed: {_cause}"
+            raise ImportError(why) from _cause
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    globals()["__getattr__"] = _refuse  # defined by name, it would hide misspelled names from mypy
+    # not by `def __getattr__`: mypy would then accept any name of this module
+    globals()["__getattr__"] = _refuse
 else:
     from .functional import KDLossParts, kd_loss
     from .linear import linear_kd_loss

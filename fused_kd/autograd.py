@@ -27,7 +27,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 def kd_scalar_loss(
     student: Tensor,  # (B, S, V)
-    teacher: Tensor,  # (B, S, V)
+    teacher: Tensor | None,  # (B, S, V); None: no term reads it
     labels: Tensor | None,  # (N,)
     w: Tensor,  # (N,)
     options: KDOptions,
@@ -49,7 +49,7 @@ def kd_scalar_loss(
 
 def kd_row_losses(
     student: Tensor,  # (B, S, V)
-    teacher: Tensor,  # (B, S, V)
+    teacher: Tensor | None,  # (B, S, V); None: no term reads it
     labels: Tensor | None,  # (N,)
     w: Tensor,  # (N,)
     options: KDOptions,
@@ -69,7 +69,7 @@ class ScalarLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | None,
         labels: Tensor | None,
         w: Tensor,
         options: KDOptions,
@@ -79,15 +79,14 @@ class ScalarLoss(torch.autograd.Function):
     ) -> Triple:
         w_hard, w_soft = term_weights(w, options)
         ctx.options, ctx.backend, ctx.inplace, ctx.hand_over = options, backend, inplace, None
+        rows = (student, student if teacher is None else teacher, labels, w_hard, w_soft)
         if gradient_now:
-            hard, soft, stats, gradient = backend.forward_backward(
-                student, teacher, labels, w_hard, w_soft, options, inplace
-            )
+            hard, soft, stats, gradient = backend.forward_backward(*rows, options, inplace)
             if inplace:
                 increment_version(student)
             ctx.hand_over = HandOver(None if inplace else gradient)
         else:
-            hard, soft, stats = backend.forward(student, teacher, labels, w_hard, w_soft, options)
+            hard, soft, stats = backend.forward(*rows, options)
             if inplace:
                 ctx.hand_over = HandOver(None)
         ctx.gradient_now = gradient_now
@@ -117,34 +116,35 @@ class ScalarLoss(torch.autograd.Function):
                 "a second backward after inplace=True: the student logits were overwritten with "
                 "the gradient of the first; pass inplace=False to kd_loss"
             )
-        saved = _saved_or_overwritten(ctx)
-        student, teacher, labels, w_hard, w_soft, stats = saved
+        student, teacher, labels, w_hard, w_soft, stats = _saved_or_overwritten(ctx)
+        s = student.detach()
+        t = s if teacher is None else teacher
         with torch.no_grad():
             if ctx.gradient_now and is_first:
-                gradient, kept = (student.detach(), None) if ctx.inplace else (gradient, student)
-                ctx.backend.rescale(gradient, scale, kept, *saved[1:], ctx.options)
+                gradient, kept = (s, None) if ctx.inplace else (gradient, s)
+                rest = (t, labels, w_hard, w_soft, stats, ctx.options)
+                ctx.backend.rescale(gradient, scale, kept, *rest)
             else:
                 w_hard, w_soft = times(w_hard, scale), times(w_soft, scale)
-                s, inplace = student.detach(), ctx.inplace
-                gradient = ctx.backend.backward(
-                    s, teacher, labels, w_hard, w_soft, stats, ctx.options, inplace
-                )
+                rest = (t, labels, w_hard, w_soft, stats, ctx.options)
+                gradient = ctx.backend.backward(s, *rest, ctx.inplace)
             if ctx.inplace:
                 increment_version(student)
         return (refuse_double_backward(gradient, student), *(None,) * 7)
 
 
 def _saved_or_overwritten(ctx: Any) -> list[Any]:
-    """Return the saved tensors; raise an error that names `inplace` if others wrote over them."""
+    """Return the saved tensors; if one was written to, raise an error that names `inplace`."""
     try:
         return saved_tensors(ctx)
     except RuntimeError as error:
-        if not ctx.inplace:
+        if not ctx.inplace or "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "inplace=True: the memory of student_logits was written to between the loss and its "
-            "backward, for example by kd_loss(inplace=True) on another slice of the same tensor; "
-            f"pass inplace=False, or call the loss once on the whole tensor ({error})"
+            "an input of the loss was written to between the loss and its backward. With "
+            "inplace=True, kd_loss itself writes to student_logits: a second call on another slice "
+            "of the same tensor does this; pass inplace=False, or call the loss once on the whole "
+            f"tensor ({error})"
         ) from error
 
 
@@ -155,14 +155,15 @@ class RowLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | None,
         labels: Tensor | None,
         w: Tensor,
         options: KDOptions,
         backend: Backend,
     ) -> Triple:
         w_hard, w_soft = term_weights(w, options)
-        hard, soft, stats = backend.forward(student, teacher, labels, w_hard, w_soft, options)
+        t = student if teacher is None else teacher
+        hard, soft, stats = backend.forward(student, t, labels, w_hard, w_soft, options)
         ctx.options, ctx.backend = options, backend
         save_tensors(ctx, student, teacher, labels, w_hard, w_soft, stats)
         hard, soft = w * hard, w * soft
@@ -179,39 +180,47 @@ class RowLosses(torch.autograd.Function):
         student, teacher, labels, w_hard, w_soft, stats = saved_tensors(ctx)
         with torch.no_grad():
             w_hard, w_soft = times(w_hard, per_row), times(w_soft, per_row)
-            gradient = ctx.backend.backward(
-                student.detach(), teacher, labels, w_hard, w_soft, stats, ctx.options, False
-            )
+            s = student.detach()
+            t = s if teacher is None else teacher
+            gradient = ctx.backend.backward(s, t, labels, w_hard, w_soft, stats, ctx.options, False)
         return (refuse_double_backward(gradient, student), *(None,) * 5)
 
 
 class HandOver:
-    """The gradient that the forward computed, for the first of the backwards.
+    """The gradient that the forward computed, for the first backward pass.
 
     Two threads may run the backward of one graph, and operators release the GIL. ``list.pop`` is
     atomic, so exactly one of them takes the gradient. It does not stay here afterwards, or the
     buffer would live as long as the graph.
 
     Args:
-        gradient: whatever the backward needs of it; None if it overwrote the student's logits.
+        gradient: what the backward needs; None if it overwrote the student's logits.
     """
 
     def __init__(self, gradient: Any) -> None:
-        self._gradients = [gradient]
+        self._once = [gradient]  # one entry at most, for the sake of pop()
 
     def take(self) -> tuple[bool, Any]:
         """Return True and the gradient to the first caller, False and None to all later ones."""
         try:
-            return True, self._gradients.pop()
+            return True, self._once.pop()
         except IndexError:
             return False, None
 
 
-def is_batched(upstream: Tensor) -> bool:
-    """Return True under ``torch.autograd.grad(..., is_grads_batched=True)``."""
+def is_batched(gradient: Tensor) -> bool:
+    """Return True for a batch of gradients: of ``is_grads_batched=True``, or of ``torch.vmap``."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._functorch.is_legacy_batchedtensor(upstream))
+    functorch = torch._C._functorch
+    is_legacy = functorch.is_legacy_batchedtensor(gradient)  # of is_grads_batched
+    return bool(is_legacy or functorch.is_batchedtensor(gradient))
+
+
+_TWICE = (
+    "kd_loss and linear_kd_loss cannot be differentiated twice (create_graph=True, gradient "
+    "penalties, Hessians): use fused_kd.testing.eager_kd_loss, plain torch, where you need that"
+)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -227,17 +236,15 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        raise RuntimeError(
-            "kd_loss and linear_kd_loss cannot be differentiated twice (create_graph=True, "
-            "gradient penalties, Hessians): use fused_kd.testing.eager_kd_loss, plain torch, "
-            "where you need that"
-        )
+        raise RuntimeError(_TWICE)
 
 
 def refuse_double_backward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
     """The gradient by one of the inputs, whose own derivative by any of them raises."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient
+    if is_batched(gradient):  # whose graph would not contain _NoSecondDerivative
+        raise RuntimeError(_TWICE)
     result = _NoSecondDerivative.apply(gradient, *inputs)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 

@@ -238,17 +238,17 @@ def check_num_items(
 
 def check_inplace(student: Tensor, teacher: Tensor | None) -> None:
     """The student's memory may be overwritten with the gradient."""
-    base = student._base if student._is_view() else None
-    if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise ValueError(
-            "inplace=True needs student_logits that a model computed; got a leaf tensor that "
-            "requires grad, or a view of one, whose values the gradient would destroy"
-        )
     if student._is_view() and torch._C._autograd._get_creation_meta(student) != WRITABLE_VIEW:
         raise ValueError(
             "inplace=True needs student_logits that autograd lets be written to; got a view made "
             "by chunk, split or unbind, by a custom autograd.Function, or without gradients: pass "
             "inplace=False, the whole tensor, or a slice of it (logits[a:b])"
+        )
+    base = student._base if student._is_view() else None
+    if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            "inplace=True needs student_logits that a model computed; got a leaf tensor that "
+            "requires grad, or a view of one, whose values the gradient would destroy"
         )
     if _overlaps(student):
         raise ValueError(

@@ -52,7 +52,9 @@ def report() -> dict[str, Any]:
         "compiled_module_cuda": _probe(lambda: _compiled_module("cuda")),
         "variables": {name: os.environ.get(name) for name, _ in VARIABLES},
         "refused_variables": {
-            name: why for name, refusal in REFUSALS.items() if (why := _probe(refusal)) is not None
+            name: why
+            for name, refusal in REFUSALS.items()
+            if os.environ.get(name) and (why := refusal()) is not None
         },
     }
 
@@ -132,9 +134,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
                 shown = "(not set)" if value is None else repr(value)
                 lines.append(f"  {name:<18} {shown:<12} {meaning}")
                 if name in found["refused_variables"]:
-                    lines.append(
-                        f"  {'':<18} every call raises: {found['refused_variables'][name]}"
-                    )
+                    which = "every call" if name == "FUSED_KD_BACKEND" else "the cpu backend"
+                    lines.append(f"  {'':<18} {which} raises: {found['refused_variables'][name]}")
         elif isinstance(content, dict):
             lines.extend(f"  {name:<18} {value}" for name, value in content.items())
         else:

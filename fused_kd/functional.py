@@ -109,8 +109,9 @@ def kd_loss(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a value, shape or device that does not fit; the message names the argument.
-        RuntimeError: a backend asked for by name cannot run; under a transform of ``torch.func``;
-            in the backward, when it is differentiated again or run twice after ``inplace=True``.
+        RuntimeError: a backend asked for by name cannot run; under a transform of ``torch.func``
+            outside ``torch.compile``; in the backward, when it is differentiated again or run twice
+            after ``inplace=True``.
     """
     options = KDOptions(
         temperature=temperature,
@@ -140,8 +141,8 @@ def kd_loss_with(
     """:func:`kd_loss` with its options already built and checked."""
     labels = wide_labels(labels)
     kept, inplace = _check(options, student_logits, teacher_logits, labels, token_weight, num_items)
-    if teacher_logits is None or options.soft_weight == 0.0:  # its -inf entries decide nothing
-        teacher_logits = student_logits.detach()
+    if options.soft_weight == 0.0:
+        teacher_logits = None  # its dtype and its -inf entries decide nothing
     backend = choose(options.backend, student_logits, teacher_logits)
     student, teacher = _as_rows(student_logits, teacher_logits, inplace)
     dtype = arithmetic_dtype(student, teacher)
@@ -182,7 +183,9 @@ def _check(
     return kept, inplace
 
 
-def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+def _as_rows(
+    student: Tensor, teacher: Tensor | None, inplace: bool
+) -> tuple[Tensor, Tensor | None]:
     """Both logits as (B, S, V) with the same B and S and a last stride of 1, copied only if needed.
 
     Three-dimensional logits are used as they lie; fewer dimensions get leading ones; of more, the
@@ -192,11 +195,12 @@ def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, T
         if inplace:
             checks.refuse_copy_inplace(student)
         student = _copy(student)
-    if teacher.stride(-1) != 1:
+    if teacher is not None and teacher.stride(-1) != 1:
         teacher = _copy(teacher)
     if student.dim() <= 3:
         while student.dim() < 3:
-            student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
+            student = student.unsqueeze(0)
+            teacher = None if teacher is None else teacher.unsqueeze(0)
         return student, teacher
     splits = _foldable_splits(student)
     if not splits:
@@ -204,8 +208,8 @@ def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, T
             checks.refuse_copy_inplace(student)
         student = _copy(student)
         splits = _foldable_splits(student)
-    common = splits & _foldable_splits(teacher)
-    if not common:
+    common = splits if teacher is None else splits & _foldable_splits(teacher)
+    if teacher is not None and not common:
         teacher = _copy(teacher)
         common = splits
     split = min(common)
@@ -214,7 +218,7 @@ def _as_rows(student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, T
         math.prod(student.shape[split:-1]),
         student.shape[-1],
     )
-    return student.view(shape), teacher.view(shape)
+    return student.view(shape), None if teacher is None else teacher.view(shape)
 
 
 def _copy(logits: Tensor) -> Tensor:

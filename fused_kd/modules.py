@@ -37,9 +37,13 @@ class _Loss(nn.Module):
         """Check and replace a keyword; all else is nn.Module's.
 
         Raises:
+            TypeError, ValueError: A value that the constructor would refuse.
             AttributeError: A public name that this loss does not have, close to that of an option.
         """
         holder = self._HOLDERS.get(name)
+        kind = {"options": KDOptions, "chunks": ChunkOptions}.get(name)
+        if kind is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
         if holder is None:
             self._refuse_misspelt(name)
             super().__setattr__(name, value)
@@ -51,9 +55,8 @@ class _Loss(nn.Module):
         is_known = name in ("options", "chunks") or name in vars(self) or hasattr(type(self), name)
         if is_known or name.startswith("_") or torch.compiler.is_compiling():
             return
-        known = _OPTIONS | self._HOLDERS.keys()
-        for near in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-            why = "an option of KDLoss alone" if near == name else f"did you mean {near!r}?"
+        for near in difflib.get_close_matches(name, _OPTIONS | _CHUNKS, n=1, cutoff=0.8):
+            why = "it belongs to the other level" if near == name else f"did you mean {near!r}?"
             raise AttributeError(f"{type(self).__name__} has no option {name!r}: {why}")
 
 

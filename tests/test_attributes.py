@@ -74,6 +74,10 @@ def test_an_assignment_is_checked_and_a_refused_one_changes_nothing() -> None:
         loss.return_parts = 1
     with pytest.raises(ValueError, match="chunk_rows and memory_budget both decide"):
         loss.memory_budget = 2**28
+    with pytest.raises(TypeError, match="options must be a KDOptions; got dict"):
+        loss.options = {"temperature": 2.0}  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="chunks must be a ChunkOptions; got NoneType"):
+        loss.chunks = None
     assert repr(loss) == before
 
 
@@ -88,9 +92,11 @@ def test_a_misspelt_option_is_refused(kind: type[nn.Module], name: str, meant: s
 
 
 def test_the_linear_loss_has_no_inplace() -> None:
-    with pytest.raises(AttributeError, match="no option 'inplace': an option of KDLoss alone"):
+    with pytest.raises(AttributeError, match="no option 'inplace': it belongs to the other level"):
         LinearKDLoss().inplace = True
     assert not hasattr(LinearKDLoss(), "inplace")
+    with pytest.raises(AttributeError, match="KDLoss has no option 'chunk_rows': it belongs to"):
+        KDLoss().chunk_rows = 4
 
 
 @BOTH

@@ -113,6 +113,29 @@ def test_a_batch_leaves_the_first_gradient_alone(backend: str, make: Callable[..
         torch.testing.assert_close(got, torch.stack([2 * want, 4 * want]))
 
 
+@LEVELS
+def test_vmap_over_the_backward(backend: str, make: Callable[..., Graph]) -> None:
+    loss, inputs = make(torch.float32, backend=backend)
+    upstream = torch.tensor([2.0, 4.0])
+    batch = torch.vmap(lambda one: torch.autograd.grad(loss, inputs, one, retain_graph=True))(
+        upstream
+    )
+    for got, want in zip(batch, torch.autograd.grad(loss, inputs), strict=True):
+        torch.testing.assert_close(got, torch.stack([2 * want, 4 * want]))
+
+
+@LEVELS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_batch_is_not_differentiated_again(
+    backend: str, reduction: str, make: Callable[..., Graph]
+) -> None:
+    loss, inputs = make(torch.float32, backend=backend, reduction=reduction)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(
+            loss, inputs, torch.ones(3, *loss.shape), is_grads_batched=True, create_graph=True
+        )
+
+
 def test_a_batch_in_place_is_refused(backend: str) -> None:
     student, teacher, labels = make_ignored()
     logits = student * 1.0

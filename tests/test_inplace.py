@@ -54,9 +54,7 @@ def test_a_write_between_forward_and_backward_raises(backend: str) -> None:
     loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
     with torch.no_grad():
         logits.zero_()
-    with pytest.raises(
-        RuntimeError, match="inplace=True: the memory of student_logits was written"
-    ):
+    with pytest.raises(RuntimeError, match=r"an input of the loss was written to .* inplace=True"):
         loss.backward()
 
 
@@ -68,7 +66,7 @@ def test_two_slices_of_one_tensor_raise_and_name_inplace(backend: str) -> None:
         if part.start == 0:
             first = as_loss(loss)
     as_loss(loss).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"inplace=True: .* another slice of the same tensor"):
+    with pytest.raises(RuntimeError, match=r"inplace=True.* another slice of the same tensor"):
         first.backward()
 
 

@@ -97,10 +97,12 @@ def test_a_bias_wider_than_its_head_keeps_its_digits(
 ) -> None:
     """In one chunk too, whose weight gradient is accumulated in 16 bits."""
     narrow = make_heads(dtype=torch.bfloat16)
-    heads = narrow._replace(bias=narrow.bias.detach().float().requires_grad_())
-    got = ours(heads, chunk_rows=chunk_rows, grad_accum_dtype=accumulate)
-    assert got.bias.dtype == torch.float32
-    assert distance(got.bias, truth(heads).bias) < 1e-6
+    for wide in (torch.float32, torch.float64):  # of which the sums are float32
+        heads = narrow._replace(bias=narrow.bias.detach().to(wide).requires_grad_())
+        upstream = torch.tensor(3.0)
+        got = ours(heads, upstream, chunk_rows=chunk_rows, grad_accum_dtype=accumulate)
+        assert got.bias.dtype == wide
+        assert distance(got.bias, truth(heads, upstream).bias) < 1e-6
 
 
 def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
@@ -116,6 +118,11 @@ def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
         masked.hidden, masked.weight, labels=masked.labels, student_bias=masked.bias, **options
     )
     assert torch.equal(as_loss(loss), given.loss)
+    double = masked._replace(teacher_hidden=masked.teacher_hidden.double())
+    double = double._replace(teacher_weight=masked.teacher_weight.double())
+    for got, expected in zip(ours(double, **options), given, strict=True):  # it decides no dtype
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
     rest = [i for i in range(131) if i != 5]
     logits = F.linear(*masked.student)[:, rest]
     labels = torch.where(masked.labels > 5, masked.labels - 1, masked.labels)

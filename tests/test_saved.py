@@ -32,6 +32,20 @@ def test_saved_tensor_hooks_see_every_saved_tensor_R_31(backend: str, reduction:
     loss.sum().backward()
 
 
+def test_an_unused_teacher_is_not_saved(backend: str) -> None:
+    student, teacher, labels = make_ignored()
+    for given in (teacher, None):
+        seen = list[Tensor]()
+
+        def pack(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            kd_loss(student * 1.0, given, labels, soft_weight=0.0, backend=backend)
+        assert len([x for x in seen if x.numel() == student.numel()]) == 1
+
+
 def test_moving_what_is_saved_elsewhere_gives_the_same_gradient(backend: str) -> None:
     student, teacher, labels = make_ignored(torch.float16)
     want = gradient(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)

@@ -112,18 +112,18 @@ def named(name: str) -> Backend:
     return cast(Backend, _MODULES[name])
 
 
-def choose(requested: str, student: Tensor, teacher: Tensor) -> Backend:
+def choose(requested: str, student: Tensor, teacher: Tensor | None) -> Backend:
     """The backend for these tensors; see :func:`choose_name`."""
     return named(choose_name(requested, student, teacher))
 
 
-def choose_name(requested: str, student: Tensor, teacher: Tensor) -> str:
+def choose_name(requested: str, student: Tensor, teacher: Tensor | None) -> str:
     """The name of the backend for these tensors.
 
     Args:
         requested: "auto" or the name of a backend.
         student: logits, or what they are made of; device and dtype are looked at.
-        teacher: the same; the dtype is looked at.
+        teacher: the same; the dtype is looked at. None: no term reads it.
 
     Raises:
         ValueError: the environment variable names no backend.
@@ -133,7 +133,7 @@ def choose_name(requested: str, student: Tensor, teacher: Tensor) -> str:
     if requested == "auto":
         requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         source = ENVIRONMENT_VARIABLE
-    is_double = student.dtype == torch.float64 or teacher.dtype == torch.float64
+    is_double = any(x is not None and x.dtype == torch.float64 for x in (student, teacher))
     if requested == "auto":
         return "reference" if is_double else _automatic(student.device)
     if requested not in _MODULES:
@@ -148,6 +148,8 @@ def choose_name(requested: str, student: Tensor, teacher: Tensor) -> str:
 
 def _automatic(device: torch.device) -> str:
     """The best backend that can run on this device."""
+    if device.type == "meta":
+        return "reference"  # there is nothing to compute
     if device.type == "cpu":
         order = ["cpu"]
     elif device.type == "cuda" and torch.version.hip is None:
@@ -168,16 +170,15 @@ _REMEDIES = {
     "cuda": "pip install 'triton>=3.6'",
     "xpu": "pip install 'triton>=3.6'",
 }
-_warned = False
+_warned = set[str]()  # device types
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
 def _warn_of_reference(device_type: str, *passed_over: str) -> None:
-    """Warn that the automatic choice is `reference`, the first time in a process."""
-    global _warned
-    if _warned:
+    """Warn that the automatic choice is `reference`, once for each device type."""
+    if device_type in _warned:
         return
-    _warned = True
+    _warned.add(device_type)
     reasons = "; ".join(f"{name}: {why_not(name, device_type)}" for name in passed_over)
     remedy = _REMEDIES.get(device_type)
     warnings.warn(

@@ -23,7 +23,7 @@ class Problem(NamedTuple):
 
     student: Side
     teacher: Side | None
-    teacher_logits: Tensor | None  # (..., V); None too: no term reads the teacher
+    teacher_logits: Tensor | None  # (..., V); None as well if no term reads the teacher
     labels: Tensor | None  # (N,)
     w_hard: Tensor | None  # (N,); None: the term is off, 0: off for that row
     w_soft: Tensor | None  # (N,)

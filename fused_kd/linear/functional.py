@@ -189,7 +189,7 @@ def linear_kd_loss_with(
             accumulate = weight.dtype  # nothing is added to it
     settings = Settings(
         options,
-        choose_name(options.backend, hidden, hidden if given is None else given),
+        choose_name(options.backend, hidden, given),
         compute,
         wide if taught is None else taught.compute,
         chunks.chunk_rows,

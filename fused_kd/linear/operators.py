@@ -115,17 +115,24 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = student.hidden, student.weight, student.bias
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    # a sum keeps the digits of the gradient that it becomes: a bias may be wider than the weight
-    sums = (
-        accumulate if x is None else torch.promote_types(accumulate, x.dtype)
-        for x in (weight, bias)
-    )
+    sums = (_sum_dtype(accumulate, x) for x in (weight, bias))
     dtypes = (hidden.dtype, *sums)
     made = (
         hidden.new_empty(shape if want else (0,), dtype=dtype)
         for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
     )
     return tuple(made)  # type: ignore[return-value]
+
+
+def _sum_dtype(accumulate: torch.dtype, parameter: Tensor | None) -> torch.dtype:
+    """Return the wider of both dtypes, for a bias may be wider than the weight; at most float32.
+
+    float64 only if the arithmetic is float64, which `accumulate` then is.
+    """
+    if parameter is None or accumulate == torch.float64:
+        return accumulate
+    wider = torch.promote_types(accumulate, parameter.dtype)
+    return torch.float32 if wider == torch.float64 else wider
 
 
 def _fake_losses(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,8 @@ def eager_kd_loss(
     and autograd rounds the gradient once to the student's dtype. It has none of kd_loss's rules
     for -inf.
     """
+    if teacher_logits is None and soft_weight != 0.0:
+        raise ValueError(f"teacher_logits must be given; got None with soft_weight={soft_weight}")
     given = student_logits if teacher_logits is None else teacher_logits
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, given.dtype) else torch.float32
     vocabulary = student_logits.shape[-1]
