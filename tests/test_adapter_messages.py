@@ -27,7 +27,7 @@ def labels(rows: int = N) -> Tensor:
 
 
 def heads(**changes: Any) -> list[Any]:
-    """Of a fused linear loss: student's and teacher's."""
+    """Return a fused linear loss's inputs: the student's and the teacher's."""
     usual = {"s": logits(N, H), "sw": logits(V, H), "t": logits(N, H), "tw": logits(V, H)}
     return list({**usual, **changes}.values())
 
@@ -66,8 +66,11 @@ def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
     for loss in (axolotl.loss, axolotl.ChunkedTopKKDLoss(2)):
         yield "student_logits", lambda loss=loss: loss(*top_k(s=logits(1, N, V).long()))
         yield "target_logprobs", lambda loss=loss: loss(*top_k(logs=NAN))
-        yield "num_items_in_batch", lambda loss=loss: loss(*top_k(), "4")
-        yield "num_items_in_batch", lambda loss=loss: loss(*top_k(), None)
+        for bad in ("4", None, float("nan"), torch.tensor(torch.nan), torch.ones(2)):
+            yield "num_items_in_batch", lambda loss=loss, bad=bad: loss(*top_k(), bad)
+        for token in (-100, V):
+            ids = torch.full((1, N, 1), token)
+            yield "target_token_ids", lambda loss=loss, ids=ids: loss(*top_k(ids=ids))
     yield "kd_temperature", lambda: axolotl.ChunkedTopKKDLoss(kd_temperature=0.0)
     yield "kd_temperature", lambda: axolotl.loss(*top_k(), kd_temperature=0.0)
 
@@ -130,6 +133,23 @@ SAME = {
     "of_model_optimizer": {"labels", "temperature"},
     "of_torchtune": {"student_logits", "teacher_logits", "labels"},
 }
+
+
+def unknown_keywords() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield calls with a keyword that is ours, and not one of the framework's."""
+    s, y, good = logits(), labels(), signal(logits())
+    yield "labels", lambda: liger.LigerJSD()(s, s, labels=y)
+    yield "hard_weight", lambda: liger.LigerFusedLinearJSDLoss(hard_weight=1.0)
+    yield "temperature", lambda: axolotl.loss(*top_k(), temperature=2.0)
+    yield "num_items", lambda: automodel.KDLoss()(s, s, y, num_items=3)
+    yield "token_weight", lambda: distillkit.KLDLoss(1.0)(good, good, token_weight=1)
+    yield "student_logits", lambda: model_optimizer.MFTLoss()(student_logits=s)
+
+
+def test_an_unknown_keyword_is_named_as_it_was_given() -> None:
+    for name, call in unknown_keywords():
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'"):
+            call()
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -64,6 +64,26 @@ def test_a_token_that_is_twice_among_the_top_k(chunks: int) -> None:
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunks", [0, 3])
+def test_a_masked_token_is_not_read(chunks: int) -> None:
+    run = ChunkedTopKKDLoss(chunks) if chunks else loss
+    student, (ids, logs, mask) = inputs()
+    want = run(student, ids, logs, mask)
+    for padding in (-100, V):
+        got = run(student, ids.where(mask.bool(), padding), logs, mask)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 9])
+def test_a_count_in_a_tensor_is_that_number(count: int) -> None:
+    """A compiler takes it too, since nothing reads its value."""
+    student, teacher = inputs()
+    want = loss(student, *teacher, count)
+    for run in (loss, torch.compile(loss, backend="eager", fullgraph=True)):
+        got = run(student, *teacher, torch.tensor(count))
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 def test_narrow_logits() -> None:
     student, teacher = inputs(torch.bfloat16)
     want = formula(student.detach().double(), teacher, -1, 2.0)

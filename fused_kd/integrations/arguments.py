@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from numbers import Integral, Real
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,20 +14,39 @@ from torch import Tensor
 from ..checks import LOGIT_DTYPES, check_dense, may_look_at_values
 from ..reduction import wide_labels
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-@contextlib.contextmanager
-def named(**names: str) -> Iterator[None]:
-    """Rename arguments in the messages of errors that are raised inside.
+
+def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator that renames arguments in the messages of errors that a function raises.
+
+    An error of the call itself, such as a keyword that the function does not have, is Python's own
+    and has the names that the caller wrote: it stays as it is.
 
     Args:
         names: our name of an argument → the name that the framework's users know.
     """
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        ours = re.compile(rf"\b({'|'.join(names)})\b")
-        error.args = (ours.sub(lambda found: names[found[0]], str(error)),)
-        raise
+    ours = re.compile(rf"\b({'|'.join(names)})\b")
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+            try:
+                return function(*arguments, **keywords)
+            except (TypeError, ValueError) as error:
+                if _is_raised_inside(error):
+                    error.args = (ours.sub(lambda found: names[found[0]], str(error)),)
+                raise
+
+        return call
+
+    return decorate
+
+
+def _is_raised_inside(error: Exception) -> bool:
+    """Return whether the function ran that was called where `error` is caught."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
 def count_of_tokens(given: float | Tensor | None) -> float | Tensor | None:
@@ -36,7 +56,7 @@ def count_of_tokens(given: float | Tensor | None) -> float | Tensor | None:
 
 
 def counted(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels that only say which rows count: the ignored ones stay, all others are one class.
+    """Return labels that only say which rows count: the ignored ones, and one class of all others.
 
     So -1, an entry beyond the vocabulary, a mask of bools are labels like any other, as they are
     to the frameworks.
@@ -56,7 +76,7 @@ def counted(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def check_target(name: str, target: Tensor, shape: tuple[int, ...]) -> None:
-    """What a teacher says of every entry of the vocabulary.
+    """Refuse a target that is not one number for every entry of the vocabulary.
 
     Raises:
         TypeError: not a dense floating tensor.
@@ -82,7 +102,7 @@ def check_not_negative(
     probabilities: Tensor,  # (..., V)
     kept: Tensor | None,  # (...), bool; None: all rows
 ) -> None:
-    """No entry of a row that counts is below 0; by value, so on the CPU only.
+    """Refuse an entry below 0 in a row that counts; by value, so on the CPU only.
 
     Raises:
         ValueError: logits or log-probabilities.

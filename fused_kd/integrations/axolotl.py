@@ -8,6 +8,7 @@ as much memory as the student's logits in float32. ChunkedTopKKDLoss needs that 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from numbers import Real
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import KDLoss
-from ..checks import check_dense
+from ..checks import check_dense, may_look_at_values
 from .arguments import named
 from .probabilities import kl_of_mass
 
@@ -34,7 +35,7 @@ def loss(
     target_token_ids: Tensor,  # (B, S_t, K), S_t <= S
     target_logprobs: Tensor,  # (B, S_t, K)
     target_mask: Tensor,  # (B, S_t, K)
-    num_items_in_batch: int = -1,
+    num_items_in_batch: float | Tensor = -1,
     kd_temperature: float = 1.0,
 ) -> Tensor:
     """Return Σ q (log q - log p) over the entries of the mask; p is the student's, of all V, at T.
@@ -48,14 +49,16 @@ def loss(
 
     Raises:
         TypeError: not a tensor, or one of the wrong dtype.
-        ValueError: shapes that do not fit.
+        ValueError: shapes or numbers that do not fit.
     """
     _check(student_logits, target_token_ids, target_logprobs, target_mask)
     kept = target_mask.to(torch.bool)
     shape = (*target_token_ids.shape[:2], student_logits.shape[-1])
     q = target_logprobs.float().masked_fill(~kept, -torch.inf).exp()
-    dense = q.new_zeros(shape).scatter_add_(-1, target_token_ids, q)
-    of_tokens = dense.gather(-1, target_token_ids)
+    tokens = target_token_ids.where(kept, 0)  # those of the mask's rest may be any number
+    _check_tokens(tokens, shape[-1])
+    dense = q.new_zeros(shape).scatter_add_(-1, tokens, q)
+    of_tokens = dense.gather(-1, tokens)
     shared = (torch.xlogy(q, q) - torch.xlogy(q, of_tokens)).sum()  # 0 if all tokens differ
     forward_kl = _forward_kl(kd_temperature)
     student = student_logits[:, : shape[1]]
@@ -86,7 +89,7 @@ class ChunkedTopKKDLoss(nn.Module):
         target_token_ids: Tensor,  # (B, S_t, K)
         target_logprobs: Tensor,  # (B, S_t, K)
         target_mask: Tensor,  # (B, S_t, K)
-        num_items_in_batch: int = -1,
+        num_items_in_batch: float | Tensor = -1,
     ) -> Tensor:
         """Return what :func:`loss` returns."""
         _check(student_logits, target_token_ids, target_logprobs, target_mask)
@@ -103,10 +106,41 @@ def _forward_kl(temperature: float) -> KDLoss:
     return KDLoss(hard_weight=0.0, soft_weight=1.0, soft_scale="none", temperature=temperature)
 
 
-def _divisor(mask: Tensor, num_items: int) -> int | Tensor:
+def _divisor(mask: Tensor, num_items: float | Tensor) -> float | Tensor:
+    """Return `num_items`, or if it is not positive the number of entries of the mask."""
+    _check_count(num_items)
+    entries = mask.to(torch.bool).sum().clamp(min=1)
+    if isinstance(num_items, Tensor):
+        return torch.where(num_items.to(mask.device) <= 0, entries, num_items.to(mask.device))
+    return num_items if num_items > 0 else entries
+
+
+def _check_count(num_items: float | Tensor) -> None:
+    """Refuse what is not a finite number, or not one number."""
     if not isinstance(num_items, (Real, Tensor)):
         raise TypeError(f"num_items_in_batch must be a number; got {type(num_items).__name__}")
-    return num_items if num_items > 0 else mask.to(torch.bool).sum().clamp(min=1)
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(
+                "num_items_in_batch must be a number or a 0-d tensor; got a tensor of shape "
+                f"{tuple(num_items.shape)}"
+            )
+        if not may_look_at_values(num_items):
+            return
+    if not -math.inf < num_items < math.inf:
+        raise ValueError(f"num_items_in_batch must be finite; got {float(num_items)}")
+
+
+def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Refuse tokens beyond the vocabulary; by value, so on the CPU only."""
+    if tokens.numel() == 0 or not may_look_at_values(tokens):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(tokens))
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"target_token_ids must be in [0, {vocabulary}), the student's vocabulary; got "
+            f"{low if low < 0 else high}: mask an entry that is padding with 0 in target_mask"
+        )
 
 
 def _check(student_logits: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:

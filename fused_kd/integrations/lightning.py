@@ -76,15 +76,23 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         self._sums: dict[tuple[str, int], Tensor] = {}  # by stage and loader
 
     def configure_optimizers(self) -> Any:
-        """What `optimizer` makes."""
+        """Return what `optimizer` makes."""
         return self.make_optimizer([p for p in self.student.parameters() if p.requires_grad])
 
     def on_train_start(self) -> None:
-        """An update that was interrupted is not gone on with: nor are its gradients."""
-        self._sums.pop(("train", 0), None)
+        """Discard the sums of an interrupted update; Lightning discards its gradients too."""
+        self._discard("train")
+
+    def on_validation_start(self) -> None:
+        """Discard the sums of an interrupted validation."""
+        self._discard("val")
+
+    def on_test_start(self) -> None:
+        """Discard the sums of an interrupted test."""
+        self._discard("test")
 
     def training_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> Tensor:
-        """The sum over the batch's kept tokens, times what Lightning divides by."""
+        """Return the sum over the batch's kept tokens, times what Lightning divides by."""
         divisor: int = self._lightning.accumulate_grad_batches
         return self._step("train", batch).loss * divisor
 
@@ -101,7 +109,7 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         self._step("test", batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Divides the gradients by the count of kept tokens; logs the update's means."""
+        """Divide the gradients by the count of kept tokens; log the update's means."""
         kept = self._log_means("train")
         divide_gradients(self.student.parameters(), kept / self._lightning.world_size)
 
@@ -113,9 +121,12 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         """Log the means of every loader."""
         self._log_means_of_loaders("test", self._lightning.num_test_batches)
 
+    def _discard(self, stage: str) -> None:
+        self._sums = {key: sums for key, sums in self._sums.items() if key[0] != stage}
+
     @property
     def _lightning(self) -> Any:
-        """The Trainer: to nn.Module, any attribute may be a parameter or a module."""
+        """Return the Trainer: to nn.Module, any attribute may be a parameter or a module."""
         return self.trainer
 
     def _step(self, stage: str, batch: MutableMapping[str, Any], loader: int = 0) -> KDLossParts:
@@ -130,7 +141,8 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
     def _log_means_of_loaders(self, stage: str, batches: Sequence[float]) -> None:
         """Log the means of every loader, named as Lightning names those of one of several.
 
-        A loader without batches adds nothing; all processes have the same number of loaders.
+        Nothing is logged of a loader without batches. One whose length is not known may yield none,
+        in one process or in all: its sums are 0 there, since all processes reduce together.
         """
         for loader, count in enumerate(batches):
             if count > 0:
@@ -139,7 +151,9 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
 
     def _log_means(self, stage: str, loader: int = 0, suffix: str = "") -> Tensor:
         """Log means over all devices since the last call; return the number of kept tokens."""
-        sums = self._lightning.strategy.reduce(self._sums.pop((stage, loader)), reduce_op="sum")
+        none = torch.zeros(4, dtype=torch.float64, device=self.device)
+        own = self._sums.pop((stage, loader), none)
+        sums = self._lightning.strategy.reduce(own, reduce_op="sum")
         loss, hard, soft = (sums[1:] / sums[0].clamp(min=1)).float()
         means = {"loss": loss, "hard": hard, "soft": soft}
         log: Any = self.log_dict
@@ -172,19 +186,19 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
             check_head(teacher)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Moves the teacher to the device of this process."""
+        """Move the teacher to the device of this process."""
         self.teacher.to(trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Before every training step."""
+        """Run the teacher before every training step."""
         self._teach(trainer, batch)
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Before every validation step."""
+        """Run the teacher before every validation step."""
         self._teach(trainer, batch)
 
     def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Before every test step."""
+        """Run the teacher before every test step."""
         self._teach(trainer, batch)
 
     def _teach(self, trainer: Any, batch: MutableMapping[str, Any]) -> None:

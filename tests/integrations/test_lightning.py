@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from needs import need
 from processes import run_rank
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 pl = need("lightning").pytorch
 from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
@@ -169,6 +169,37 @@ def test_every_loader_of_several_has_its_means(loss: nn.Module, tmp_path: Path) 
             key = f"{name}/dataloader_idx_{i}"
             assert got[key] == pytest.approx(mean, rel=1e-5)
             assert tested[i][key.replace("val", "test")] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_interrupted_evaluation_leaves_nothing(stage: str, tmp_path: Path) -> None:
+    module = _module(KDLoss())
+    run = partial(getattr(_trainer(tmp_path), stage), module, verbose=False)
+    second_is_broken = DataLoader([*tiny.ragged(4), None], batch_size=4, collate_fn=tiny.padded)
+    with pytest.raises(TypeError, match="NoneType"):
+        run(second_is_broken)
+    (got,) = run(_loader(3, seed=1))
+    want = _mean_of_all(module, _loader(16, seed=1))
+    assert list(got.values()) == pytest.approx(list(want.values()), rel=1e-5)
+
+
+class _Empty(IterableDataset[Any]):
+    """Yields nothing, which its missing length does not say."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_stream_that_yields_nothing_has_means_of_0(stage: str, tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+    loaders = [_loader(4), DataLoader(_Empty())]
+    getattr(trainer, stage)(_module(KDLoss()), loaders, verbose=False)
+    of_loaders: dict[str, list[float]] = {"0": [], "1": []}
+    for name, mean in trainer.callback_metrics.items():
+        of_loaders[name[-1]].append(mean.item())
+    assert all(mean > 0 for mean in of_loaders["0"])
+    assert of_loaders["1"] == [0, 0, 0]
 
 
 def _mean_of_all(module: KDModule, loader: DataLoader[Any]) -> dict[str, float]:

@@ -253,7 +253,7 @@ class LigerFusedLinearKLDivLoss(Shown):
 
 
 def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
-    """`accum_dtype`: of the right type, and with the weight at hand one that sums are kept in."""
+    """Refuse an `accum_dtype` of another type, or with `weight` given one that no sum has."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"accum_dtype must be None or a torch.dtype; got {dtype!r}")
     if weight is not None and dtype not in (None, torch.float32, weight.dtype):
