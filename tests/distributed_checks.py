@@ -136,8 +136,7 @@ def shard(model: DistilledLM, teacher_apart: bool = False, **options: Any) -> nn
 
 
 def shard_flat(model: DistilledLM) -> nn.Module:
-    """FSDP1: the same. Frozen weights share a flat parameter with others, so their views have a
-    graph."""
+    """Shard by FSDP1. Frozen weights share a flat parameter with others: views have a graph."""
     policy = ModuleWrapPolicy({Block})
     return FSDP1(model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)
 

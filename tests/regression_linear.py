@@ -16,7 +16,7 @@ from fused_kd.testing import eager_kd_loss
 
 
 def exact(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """What torch composes in float64, and its gradients by autograd."""
+    """Return what torch composes in float64, and its gradients by autograd."""
     double = (x.detach().double() if x.is_floating_point() else x for x in heads)
     wide = Heads(*(x.requires_grad_(i < 3) for i, x in enumerate(double)))  # the student's
     return eager(wide, upstream, **keywords)

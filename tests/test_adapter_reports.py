@@ -21,7 +21,7 @@ N, V, H = 5, 7, 3
 
 
 def of_probabilities(q: Tensor) -> dict[str, Tensor]:
-    """Σ q (log q - log p) by each adapter that takes a teacher's probabilities."""
+    """Return Σ q (log q - log p) by each adapter that takes a teacher's probabilities."""
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(N, H, generator=draw), torch.randn(V, H, generator=draw)
     logits = hidden @ weight.T
@@ -61,7 +61,7 @@ def test_a_negative_target_is_never_dropped_N_08() -> None:
 
 
 def without_a_teacher() -> dict[str, list[Callable[[], Any]]]:
-    """Every adapter's call without what the teacher is given as, by the name of that."""
+    """Return every adapter's calls without its teacher, by the name of what is missing."""
     s, h, w, y = torch.randn(N, V), torch.randn(N, H), torch.randn(V, H), torch.zeros(N).long()
     ids, mask = torch.zeros(1, N, 1).long(), torch.ones(1, N, 1)
     signal, outputs = SimpleNamespace(logits=None), SimpleNamespace(logits=s)

@@ -35,7 +35,8 @@ def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             try:
                 return function(*arguments, **keywords)
             except (TypeError, ValueError) as error:
-                if _is_raised_inside(error):
+                # a graph sets no attribute of an error; without fullgraph it is raised again here
+                if not torch.compiler.is_compiling() and _is_raised_inside(error):
                     error.args = (ours.sub(lambda found: names[found[0]], str(error)),)
                 raise
 

@@ -50,11 +50,11 @@ class _DenseLoss:
 
     @classmethod
     def name(cls) -> str:
-        """What a configuration calls it."""
+        """Return what a configuration calls it."""
         return cls.NAME
 
     def requires_hidden_states(self) -> bool:
-        """No."""
+        """Return False: logits are enough."""
         return False
 
     @named(

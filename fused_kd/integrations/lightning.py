@@ -151,9 +151,9 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
 
     def _log_means(self, stage: str, loader: int = 0, suffix: str = "") -> Tensor:
         """Log means over all devices since the last call; return the number of kept tokens."""
-        none = torch.zeros(4, dtype=torch.float64, device=self.device)
-        own = self._sums.pop((stage, loader), none)
-        sums = self._lightning.strategy.reduce(own, reduce_op="sum")
+        strategy = self._lightning.strategy
+        none = torch.zeros(4, dtype=torch.float64, device=strategy.root_device)
+        sums = strategy.reduce(self._sums.pop((stage, loader), none), reduce_op="sum")
         loss, hard, soft = (sums[1:] / sums[0].clamp(min=1)).float()
         means = {"loss": loss, "hard": hard, "soft": soft}
         log: Any = self.log_dict

@@ -79,7 +79,7 @@ class LogitsDistillationLoss(_Loss):
         logits_s: Tensor,  # (..., V)
         logits_t: Tensor,  # (..., V)
     ) -> Tensor:
-        """0-d, or (...) for "none"; raises as :func:`fused_kd.kd_loss`."""
+        """Return the loss, 0-d, or (...) for "none"; raises as :func:`fused_kd.kd_loss`."""
         logits_t = _checked(logits_s, logits_t)
         num_items = None
         if self.reduction != "none":
@@ -89,7 +89,7 @@ class LogitsDistillationLoss(_Loss):
         return _as_tensor(self._loss()(logits_s, logits_t, num_items=num_items))
 
     def extra_repr(self) -> str:
-        """The attributes."""
+        """Return the attributes."""
         names = ("temperature", "reduction", "inplace", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -145,7 +145,7 @@ class MFTLoss(_Loss):
         logits_t: Tensor,  # (..., V)
         labels: Tensor,  # (N,), or (...)
     ) -> Tensor:
-        """0-d. Rows with the label -100 do not count; raises as :func:`fused_kd.kd_loss`."""
+        """Return the loss, 0-d, without the rows labelled -100; raises as :func:`fused_kd.kd_loss`."""
         logits_t = _checked(logits_s, logits_t)
         *leading, vocabulary = logits_s.shape
         check_dense("labels", labels)
@@ -162,7 +162,7 @@ class MFTLoss(_Loss):
 
     @torch.no_grad()
     def _corrected(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The logits whose softmax at T is the target; `labels` (...) in [0, V)."""
+        """Return the logits whose softmax at T is the target; `labels` (...) in [0, V)."""
         temperature = self.loss.options.temperature
         corrected = logits.new_empty(logits.shape, dtype=arithmetic_dtype(logits)).copy_(logits)
         every, labels = corrected.view(-1, logits.shape[-1]), labels.reshape(-1, 1)
@@ -177,18 +177,18 @@ class MFTLoss(_Loss):
         return corrected
 
     def _odds(self, p_top: Tensor, p_label: Tensor, is_right: Tensor) -> Tensor:
-        """m/(1-m), modelopt's m solved for it, so that m near 1 is not rounded."""
+        """Return m/(1-m), modelopt's m solved for it, so that m near 1 is not rounded."""
         wrong = (p_top - p_label + self.threshold) / (1 - self.threshold + TINY)
         capped = torch.where(p_label > 1 - self.threshold, 1, p_label + self.threshold)
         return torch.where(is_right, (capped - p_top) / (1 - capped + TINY), wrong)
 
     def extra_repr(self) -> str:
-        """What the loss inside does not show."""
+        """Return what the loss inside does not show."""
         return f"threshold={self.threshold!r}, reduction={self.reduction!r}"
 
 
 def _checked(logits_s: Tensor, logits_t: Tensor) -> Tensor:
-    """The teacher's logits, of the student's shape and without a graph."""
+    """Return the teacher's logits, of the student's shape and without a graph."""
     check_dense("logits_s", logits_s)
     check_dense("logits_t", logits_t)
     logits_t = logits_t.detach()

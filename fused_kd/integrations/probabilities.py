@@ -58,7 +58,7 @@ def kl_from(
 def kl_of_mass(
     logs: Tensor,  # (..., V)
     mass: Tensor,  # (...)
-    divisor: int | Tensor,
+    divisor: float | Tensor,
     loss: Callable[..., Tensor | KDLossParts],
 ) -> Tensor:
     """Return Σ a·q̂ log(a·q̂ / p) / divisor, of masses a and logits of q̂; `loss` as above."""
@@ -84,7 +84,7 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int) -> int | Tensor:
-    """What the sum over the rows is divided by; at least 1, so that no row gives 0.
+    """Return what the sum over the rows is divided by; at least 1, so that no row gives 0.
 
     Raises:
         ValueError: a reduction other than "batchmean" (by the rows that count), "mean" (by V times
@@ -96,7 +96,7 @@ def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int)
 
 
 def check_reduction(reduction: str) -> None:
-    """One of those three."""
+    """Refuse a reduction that is not one of those three."""
     if reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(
             f"reduction must be one of 'batchmean', 'mean', 'sum'; got {reduction!r}: for the loss "

@@ -27,7 +27,7 @@ LABELS = torch.tensor([-100, 1, 2, 3, -100, 5])
 def agree(
     first: Callable[..., Any], second: Callable[..., Any], leaves: Sequence[Tensor], *rest: Any
 ) -> None:
-    """Values and gradients, under upstream gradients that are not 1."""
+    """Compare values and gradients, under upstream gradients that are not 1."""
     found = []
     for call in (first, second):
         inputs = [x.clone().requires_grad_() for x in leaves]
@@ -40,7 +40,7 @@ def agree(
 
 
 def behind_log_softmax(call: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """By logits: see LigerJSD on what differs before the log_softmax."""
+    """Return `call` of logits: see LigerJSD on what differs before the log_softmax."""
     return lambda logits, *rest: call(logits.log_softmax(-1), *rest, **options)
 
 

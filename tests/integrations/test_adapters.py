@@ -114,7 +114,7 @@ def test_equal_models_have_nothing_to_learn_P03(name: str) -> None:
 
 
 def _axolotl(loss: Any) -> Loss:
-    """The whole vocabulary as its top k; float32, as its teacher's log-probabilities are."""
+    """Return `loss` of the whole vocabulary as its top k; float32, as its teacher's are."""
 
     def found(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
         logs = t.log_softmax(-1)[None].float()

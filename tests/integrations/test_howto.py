@@ -33,7 +33,7 @@ def _block(page: str, beginning: str) -> str:
 
 @pytest.fixture
 def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """What the pages take to be there; models are as from_pretrained leaves them."""
+    """Yield what the pages take to be there; models are as from_pretrained leaves them."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield {

@@ -59,7 +59,7 @@ def _build(kind: str, seed: int) -> nn.Module:
 
 
 def _batch(kind: str) -> dict[str, Tensor]:
-    """As a collator makes it for such models: labels that belong to the logits."""
+    """Return a batch as a collator makes it: with labels that belong to the logits."""
     batch = tiny.padded(tiny.ragged(3))
     draw = torch.Generator().manual_seed(1)
     if "Classification" in kind:

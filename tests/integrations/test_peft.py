@@ -23,7 +23,7 @@ LEVELS = [KDLoss(), LinearKDLoss()]
 
 
 def _adapted(seed: int, **changes: Any) -> nn.Module:
-    """LoRA on the attention, with weights that are not 0."""
+    """Return a model with LoRA on its attention, whose weights are not 0."""
     settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes}
     made: nn.Module = peft.get_peft_model(tiny.llama(seed), peft.LoraConfig(**settings))
     with torch.no_grad():

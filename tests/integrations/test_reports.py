@@ -97,7 +97,7 @@ def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, loss: Any) 
 
 
 def pair(rolled: bool) -> tuple[nn.Module, nn.Module]:
-    """Equal models; `rolled`: the teacher's hidden states, and so its logits, come a token late."""
+    """Return equal models; `rolled`: the teacher's hidden states and logits come a token late."""
     student, teacher = build("Llama", 16, seed=1), build("Llama", 16, seed=1)
     if rolled:
         teacher.model.norm.register_forward_hook(lambda _, inputs, output: output.roll(1, 1))
@@ -137,7 +137,7 @@ def of_distillation(loss: Any, folder: Path, *models: nn.Module) -> float:
 
 
 def of_lightning(loss: Any, folder: Path, *models: nn.Module) -> float:
-    """By the callback; KDModule is a DistilledLM."""
+    """Return the loss by the callback; KDModule is a DistilledLM."""
     pl = need("lightning").pytorch
     from fused_kd.integrations.lightning import TeacherCallback
 

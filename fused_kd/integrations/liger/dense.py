@@ -49,7 +49,7 @@ class LigerJSD(Shown):
         log_p: Tensor,  # (..., V), the teacher's
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
-        """The mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
+        """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
         check_dense("log_p", log_p)
         loss: Tensor = self._loss()(log_q, log_p, mask(shift_labels, self.ignore_index))
         return loss
@@ -77,7 +77,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     @named(student_logits="y_pred", teacher_logits="y_true")
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:  # (..., V), (..., V)
-        """The reduced divergence; raises as :func:`fused_kd.kd_loss`."""
+        """Return the reduced divergence; raises as :func:`fused_kd.kd_loss`."""
         check_dense("y_pred", y_pred)
         check_target("y_true", y_true, tuple(y_pred.shape))
         loss = partial(KDLoss(**FORWARD_KL), y_pred)

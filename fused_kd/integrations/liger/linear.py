@@ -95,7 +95,7 @@ class LigerFusedLinearJSDLoss(Shown):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`.
+        """Return the mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`.
 
         Without a cross-entropy the labels only say which rows count.
         """
@@ -168,7 +168,7 @@ class LigerFusedLinearJSD(Shown):
         teacher_weight: Tensor,  # (V, H_t)
         shift_labels: Tensor | None,  # (...); only says which rows count
     ) -> Tensor:
-        """The mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
+        """Return the mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
         check_dense("student_weight", student_weight)
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
@@ -233,7 +233,7 @@ class LigerFusedLinearKLDivLoss(Shown):
         target: Tensor,  # (..., V), probabilities
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
-        """The reduced divergence; raises as :func:`fused_kd.linear_kd_loss`."""
+        """Return the reduced divergence; raises as :func:`fused_kd.linear_kd_loss`."""
         check_dense("student_input", student_input)
         check_dense("student_weight", student_weight)
         _check_accumulation(self.accum_dtype, student_weight)
