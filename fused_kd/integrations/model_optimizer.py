@@ -145,7 +145,7 @@ class MFTLoss(_Loss):
         logits_t: Tensor,  # (..., V)
         labels: Tensor,  # (N,), or (...)
     ) -> Tensor:
-        """Return the loss, 0-d, without the rows labelled -100; raises as :func:`fused_kd.kd_loss`."""
+        """Return the loss, 0-d; -100 labels a row to ignore. Raises as :func:`fused_kd.kd_loss`."""
         logits_t = _checked(logits_s, logits_t)
         *leading, vocabulary = logits_s.shape
         check_dense("labels", labels)
