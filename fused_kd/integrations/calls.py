@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .heads import output_of, passes_on
-from .models import unwrapped
-
-#: What a model that generates is called with, under its names in versions of transformers.
-CACHES = ("past_key_values", "cache", "cache_params")
+from .models import CACHES, names_of_arguments
 
 
 @dataclass
@@ -35,18 +31,29 @@ class Call:
             return contextlib.nullcontext()
         return torch.autocast(device.type, self.autocast)
 
-    def named(self, model: nn.Module) -> dict[str, Any]:
-        """Return all arguments by the names that the model's forward gives them."""
-        names = inspect.signature(unwrapped(model).forward).parameters
-        return {**dict(zip(names, self.arguments, strict=False)), **self.keywords}
+    def named(self, student: nn.Module) -> dict[str, Any]:
+        """Return what the student was given, by the names that its forward gives them.
+
+        Raises:
+            TypeError: More positional arguments than its forward names.
+        """
+        names = names_of_arguments(student)
+        if len(self.arguments) > len(names):
+            raise TypeError(
+                f"the student was called with {len(self.arguments)} positional arguments, of which "
+                f"its forward names {len(names)}: call it with keywords, by which the teacher is "
+                "called too"
+            )
+        given = {**dict(zip(names, self.arguments, strict=False)), **self.keywords}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass
 class _Last:
     """Calls since the last loss, in one gradient mode."""
 
-    count: int = 0
-    call: Call | None = None
+    count: int = 0  # of all
+    call: Call | None = None  # the last without a cache
 
 
 class Calls:
@@ -59,6 +66,7 @@ class Calls:
         self._is_recording = is_recording
         self._last: dict[bool, _Last] = {}
         self._current: Call | None = None
+        self._taken: Callable[[], Tensor | None] = lambda: None  # the logits of the last loss
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Calls, (False,)
@@ -75,7 +83,7 @@ class Calls:
         return [hook.remove for hook in hooks]
 
     def before_student(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-        """Begin a call; one with a cache belongs to generation, and to no loss."""
+        """Begin a call; one with a cache, as of generate(), counts but is not kept."""
         is_generation = any(keywords.get(name) is not None for name in CACHES)
         self._current = None
         if self._is_recording and not is_generation:
@@ -91,7 +99,7 @@ class Calls:
         self._current.is_headless = passes_on(module)
 
     def after_student(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        """End a call."""
+        """Count the call, and keep it with a weak reference to its logits if it had no cache."""
         if not self._is_recording:
             return
         last = self._last.setdefault(torch.is_grad_enabled(), _Last())
@@ -109,27 +117,53 @@ class Calls:
         that are not known by identity are those of the only call since the last loss.
 
         Raises:
-            RuntimeError: The student was not called, or more than once.
+            RuntimeError: The student was not called, more than once, or with a cache; the loss of
+                these logits was taken already; this is a copy.
         """
         seen, self._last = self._last, {}
+        taken, self._taken = self._taken, weakref.ref(logits)
         for last in seen.values():
             if last.call is not None and last.call.logits() is logits:
                 return last.call
         last = seen.get(torch.is_grad_enabled(), _Last())
+        if last.count == 1 and last.call is not None:
+            return last.call
+        raise RuntimeError(self._why_not(last, taken() is logits))
+
+    def _why_not(self, last: _Last, is_taken: bool) -> str:
+        """Return why no call can be said to have given the logits."""
+        if not self._is_recording:
+            return (
+                "this DistillationLoss is a copy, which does not hear the student: make another "
+                "DistillationLoss of the student and the teacher"
+            )
+        if is_taken:
+            return (
+                "the loss of these outputs was computed already, and what the student was called "
+                "with is not kept: call the student again for another loss"
+            )
+        if last.count == 0:
+            return (
+                "the student that this DistillationLoss was given has not been called since the "
+                "last loss: give it the model that the Trainer trains"
+            )
         if last.call is None:
-            raise RuntimeError(
-                "the student that this DistillationLoss was given has not been called: give it the "
-                "model that the Trainer trains"
+            return (
+                f"the student was called with a cache ({' or '.join(CACHES)}), as generate() does, "
+                "whose keys and values are not the teacher's: call it with whole sequences"
             )
-        if last.count > 1:
-            raise RuntimeError(
-                f"the student was called {last.count} times since the last loss, and these outputs "
-                "are not those of its last call: the teacher would be called with other inputs; "
-                "compute the loss of each call before the next one"
-            )
-        return last.call
+        return (
+            f"the student was called {last.count} times since the last loss, and these outputs "
+            "are not those of its last call: the teacher would be called with other inputs; "
+            "compute the loss of each call before the next one"
+        )
 
 
 def logits_in(output: Any) -> Any:
-    """Return a model's logits; None if its output has none."""
-    return output.get("logits") if isinstance(output, dict) else output[0]
+    """Return a model's logits; None if its output has none.
+
+    In a tuple they are the first tensor with rows: before them there may be a loss.
+    """
+    if isinstance(output, dict):
+        return output.get("logits")
+    return next((x for x in output if isinstance(x, Tensor) and x.dim() >= 2), None)

@@ -86,7 +86,7 @@ class DistilledLM(nn.Module):
         """The loss with its hard and its soft part; arguments as in :meth:`forward`."""
         _check_num_items(num_items)
         targets = aligned(labels, self.shift)
-        self._check_padding(labels, inputs.get("attention_mask"))
+        self._check_padding(labels, inputs)
         if not isinstance(self.loss, LinearKDLoss):
             return parts_of(self.loss, *self._outputs(inputs), targets, num_items)
         with headless(self.student), headless(self.teacher):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,25 +17,50 @@ from .heads import IGNORED, is_left_out, output_of
 ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 #: Children under which torch.compile and FSDP1 keep the module that they wrap.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module")
-#: Endings of the arguments that carry one model's own embeddings or encoder states.
+#: What a model that generates is called with, under its names in versions of transformers.
+CACHES = ("past_key_values", "cache", "cache_params")
+#: Endings of the arguments that carry one model's own embeddings or encoder states; not
+#: encoder_hidden_states, which a decoder without an encoder has from a third model.
 _STATES = ("inputs_embeds", "encoder_outputs")
+#: Model types with BERT's is_decoder, beside those that are called so; with XLM's causal.
+_LIKE_BERT = ("big_bird", "data2vec-text", "electra", "ernie", "roformer", "xmod")
+_LIKE_XLM = ("xlm", "flaubert")
 #: For a loop or adapter that has the argument shift.
 SHIFT_FALSE = (
-    "if labels[i] belongs to logits[i], pass shift=False, or call KDLoss in a training loop of "
-    "your own"
+    "if labels[i] belongs to logits[i] (of a causal model: if you have shifted them), pass "
+    "shift=False, or call KDLoss in a training loop of your own"
 )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside DDP, DataParallel, FSDP1, torch.compile and PEFT."""
+    inner = _inside(model)
+    return model if inner is None else unwrapped(inner)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """Return what a wrapper holds; None of what is none."""
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-        return unwrapped(model.module)
+        return model.module
     for name in _WRAPPED:
         if name in dict(model.named_children()):
-            return unwrapped(model.get_submodule(name))
+            return model.get_submodule(name)
     if hasattr(type(model), "get_base_model"):  # of PEFT's models
-        return unwrapped(model.get_base_model())  # type: ignore[operator]
-    return model
+        return model.get_base_model()  # type: ignore[operator,no-any-return]
+    return None
+
+
+def names_of_arguments(model: nn.Module) -> list[str]:
+    """Return how the model's positional arguments are called, in their order.
+
+    A wrapper whose forward has ``*args`` passes them on. PEFT's, for a task, has names of its own.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    inner = _inside(model)
+    if inner is not None and any(x.kind is x.VAR_POSITIONAL for x in parameters):
+        return names_of_arguments(inner)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [x.name for x in parameters if x.kind in kinds]
 
 
 def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None:
@@ -51,7 +77,7 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
             bypassed already, or whose own loss has a term that would be lost.
     """
     _check_shared("parameters", student.parameters(), teacher.parameters())
-    _check_shared("modules", student.modules(), teacher.modules())  # eval() would reach the student
+    _check_shared("modules", *(filter(_has_mode_or_state, x.modules()) for x in (student, teacher)))
     student, teacher = unwrapped(student), unwrapped(teacher)
     if shift:
         check_causal(student, teacher, SHIFT_FALSE)
@@ -75,20 +101,49 @@ def check_causal(student: nn.Module, teacher: nn.Module, way_out: str) -> None:
         way_out: what to do instead, for the message.
 
     Raises:
-        ValueError: A masked language model, a classifier or an encoder-decoder.
+        ValueError: A masked language model, a classifier, an encoder-decoder, or a model that
+            sees the next token.
     """
     for name, model in (("student", unwrapped(student)), ("teacher", unwrapped(teacher))):
-        can_generate: Any = getattr(model, "can_generate", None)
-        reason = None
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            reason = "an encoder-decoder, whose labels are aligned with its decoder's logits"
-        elif callable(can_generate) and not can_generate():
-            reason = "which does not predict the next token (can_generate() is False)"
+        reason = _why_not_causal(model)
         if reason is not None:
             raise ValueError(
                 f"{name} must be a causal language model, since labels are shifted to the next "
                 f"token here; got {type(model).__name__}, {reason}: {way_out}"
             )
+
+
+def _why_not_causal(model: nn.Module) -> str | None:
+    """Return why a model's labels must not be shifted; None if they may."""
+    can_generate: Any = getattr(model, "can_generate", None)
+    config: Any = getattr(model, "config", None)
+    if _is_encoder_decoder(model):
+        return "an encoder-decoder, whose labels are aligned with its decoder's logits"
+    if callable(can_generate) and not can_generate():
+        return (
+            "which does not predict the next token (can_generate() is False; if it is causal "
+            "nevertheless, derive its class from transformers.GenerationMixin too)"
+        )
+    if _attends_to_later_tokens(config):
+        return (
+            "which attends to the token that it predicts (a BERT is causal with is_decoder=True in "
+            "its config, an XLM with causal=True)"
+        )
+    return None
+
+
+def _attends_to_later_tokens(config: Any) -> bool:
+    """Return whether a model of transformers that generates is not causal all the same."""
+    kind = str(getattr(config, "model_type", ""))
+    if kind in _LIKE_XLM:
+        return not config.causal
+    if "bert" in kind or kind in _LIKE_BERT:
+        return not getattr(config, "is_decoder", True)
+    return kind == "xlnet"
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -99,8 +154,8 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         inputs: its arguments, by name.
 
     Raises:
-        ValueError: Embeddings or encoder states, which are one model's own; an encoder-decoder
-            without decoder_input_ids.
+        ValueError: Embeddings, encoder states or a cache, which are one model's own; an
+            encoder-decoder that makes tokens, without decoder_input_ids.
     """
     for name, value in inputs.items():
         if value is not None and name.endswith(_STATES):
@@ -108,8 +163,15 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
                 f"{name} must not be in the batch: the teacher is called with what the student is "
                 "called with, and has embeddings of its own; pass input_ids"
             )
-    config: Any = getattr(unwrapped(model), "config", None)
-    if getattr(config, "is_encoder_decoder", False) and inputs.get("decoder_input_ids") is None:
+        if value is not None and name in CACHES:
+            raise ValueError(
+                f"{name} must not be in the batch: the teacher is called with what the student is "
+                "called with, and would read and extend a cache of the student's keys; pass whole "
+                "sequences"
+            )
+    model = unwrapped(model)
+    needs_ids = _is_encoder_decoder(model) and output_of(model) is not None  # a classifier: None
+    if needs_ids and inputs.get("decoder_input_ids") is None:
         raise ValueError(
             "decoder_input_ids are absent from the batch: an encoder-decoder is called without "
             "labels here, so it cannot make them; DataCollatorForSeq2Seq(tokenizer, model=student) "
@@ -149,17 +211,21 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 class PaddingCheck:
-    """Warn, at the first batch on a CPU, of labels that are not -100 for padding."""
+    """Warn, at the first batch with padding on a CPU, of labels that are not -100 there."""
 
     def __init__(self) -> None:
         self._is_done = False
 
-    def __call__(self, labels: Tensor | None, mask: Tensor | None) -> None:
-        """Look at the values of a batch: labels (B, S) as they came, and its attention_mask."""
+    def __call__(self, labels: Tensor | None, inputs: Mapping[str, Any]) -> None:
+        """Look at the values of a batch: labels (B, S) as they came, and what the models read."""
+        mask: Tensor | None = inputs.get("attention_mask")
         if self._is_done or labels is None or mask is None or not may_look_at_values(labels):
             return
-        self._is_done = True
-        if labels.shape == mask.shape and ((labels != IGNORED) & (mask == 0)).any():
+        if inputs.get("decoder_input_ids") is not None or labels.shape != mask.shape:
+            return  # the mask is not that of the labels
+        is_padding = mask == 0
+        self._is_done = bool(is_padding.any())
+        if ((labels != IGNORED) & is_padding).any():
             warnings.warn(
                 "labels count tokens whose attention_mask is 0: padding is trained on; labels "
                 "should be -100 there, labels.masked_fill(attention_mask == 0, -100)",
@@ -179,8 +245,17 @@ def _check_shared(kind: str, of_student: Iterable[Any], of_teacher: Iterable[Any
         )
 
 
+def _has_mode_or_state(module: nn.Module) -> bool:
+    """Return whether a module shared by two models would matter: transformers shares activations.
+
+    eval() of the one would switch the dropout of the other off; a norm counts what both see.
+    """
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return bool(own) or "training" in inspect.unwrap(type(module).forward).__code__.co_names
+
+
 def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool:
-    """Return whether both say how many logits they make; of a classifier, its config does not."""
+    """Return whether both models say how many logits they make, as a classifier does not."""
     if not shift:
         return all(output_of(model) is not None for model in (student, teacher))
     return all(hasattr(model, "get_output_embeddings") for model in (student, teacher))

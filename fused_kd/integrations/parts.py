@@ -51,13 +51,19 @@ def parts_of(
 
 def _check_positions(name: str, given: Tensor, labels: Tensor) -> None:
     """Refuse logits or hidden states that are more or fewer than the labels."""
-    if given.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"{name}'s logits must have a row for each label, {tuple(labels.shape)}; got rows "
-            f"{tuple(given.shape[:-1])}: PEFT's prompt tuning and P-tuning, for example, put "
-            "virtual tokens before the inputs, for which there are no labels; use LoRA or prefix "
-            "tuning"
+    rows = given.shape[:-1]
+    if rows == labels.shape:
+        return
+    message = (
+        f"{name}'s logits must have a row for each label, {tuple(labels.shape)}; got rows "
+        f"{tuple(rows)}"
+    )
+    if len(rows) == labels.dim() == 2 and rows[1] > labels.shape[1]:
+        message += (
+            ": PEFT's prompt tuning and P-tuning, for example, put virtual tokens before the "
+            "inputs, for which there are no labels; use LoRA or prefix tuning"
         )
+    raise ValueError(message)
 
 
 def check_loss(loss: KDLoss | LinearKDLoss, *, is_mean: bool) -> None:

@@ -23,7 +23,7 @@ from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
 from .calls import Call, Calls, logits_in
 from .frameworks import need
-from .heads import aligned, check_head, head_of, headless, leave_out_head
+from .heads import aligned, check_head, head_of, headless, is_left_out, leave_out_head
 from .models import PaddingCheck, check_inputs, check_models
 from .parts import check_loss, parts_of
 
@@ -101,20 +101,28 @@ class DistillationLoss:
     def __call__(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The loss, as Trainer.compute_loss asks for it.
+        """Return the loss, as Trainer.compute_loss asks for it.
 
         Args:
             outputs: of the student, with logits (B, S, V).
-            labels: (B, S), -100 where a token does not count.
+            labels: (B, S), -100 where a token does not count; None if the student was called with
+                ``shift_labels``.
             num_items_in_batch: kept tokens of the whole update; None: of this batch.
+
+        Raises:
+            RuntimeError: outputs that cannot be assigned to a call of the student.
+            ValueError: labels that are absent, in training also if there are ``shift_labels`` but
+                no `num_items_in_batch`; inputs that are one model's own; a teacher in training
+                mode; a student whose lm_head another loss bypasses.
         """
         self.has_num_items = num_items_in_batch is not None
         given = logits_in(outputs)
         call = self._calls.take(given)
-        targets = self._targets(labels, call)
-        self._check_padding(labels, call.keywords.get("attention_mask"))
+        inputs = call.named(self.student)
+        targets = self._targets(labels, inputs)
+        self._check_padding(labels, inputs)
         with call.again(given.device):
-            parts = self._parts(given, call, targets, num_items_in_batch)
+            parts = self._parts(given, call, inputs, targets, num_items_in_batch)
         both = torch.stack([parts.hard, parts.soft])
         if self.student.training:
             self.training_parts.add(both)
@@ -130,35 +138,45 @@ class DistillationLoss:
     # ------------------------------------------------------------------------------ the parts
 
     def _parts(
-        self, given: Tensor, call: Call, labels: Tensor, num_items: Tensor | int | None
+        self,
+        given: Tensor,  # (B, S, V) logits, or (B, S, H) if the call was headless
+        call: Call,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        num_items: Tensor | int | None,
     ) -> KDLossParts:
-        """Return the parts; `given` is (B, S, V) logits, or (B, S, H) if the call was headless."""
-        if not (isinstance(self.loss, LinearKDLoss) and call.is_headless):
-            return parts_of(self.loss, given, self._teach(call), labels, num_items)
+        is_linear = isinstance(self.loss, LinearKDLoss)
+        if not is_linear and call.is_headless and is_left_out(self.student):
+            raise ValueError(
+                "student's lm_head is bypassed by another DistillationLoss, of a LinearKDLoss, so "
+                "it returned hidden states: call remove() on that loss first (loss.remove())"
+            )
+        if not (is_linear and call.is_headless):
+            return parts_of(self.loss, given, self._teach(inputs), labels, num_items)
         with headless(self.teacher):
-            taught = self._teach(call)
+            taught = self._teach(inputs)
         heads = head_of(self.student), head_of(self.teacher)
         return parts_of(self.loss, given, taught, labels, num_items, heads)
 
-    def _teach(self, call: Call) -> Tensor:
+    def _teach(self, inputs: dict[str, Any]) -> Tensor:
         """Return the teacher's logits for the student's inputs; its hidden states if headless."""
         if self.teacher.training:
             raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
-        check_inputs(self.student, call.named(self.student))
-        keywords = {k: v for k, v in call.keywords.items() if k not in NOT_FOR_THE_TEACHER}
+        check_inputs(self.student, inputs)
+        keywords = {k: v for k, v in inputs.items() if k not in NOT_FOR_THE_TEACHER}
         with torch.no_grad():
-            logits: Tensor = self.teacher(*call.arguments, **keywords, use_cache=False).logits
+            logits: Tensor = self.teacher(**keywords, use_cache=False).logits
         return logits
 
-    def _targets(self, labels: Tensor | None, call: Call) -> Tensor:
-        ready = call.keywords.get("shift_labels")
+    def _targets(self, labels: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        ready = inputs.get("shift_labels")
         if not isinstance(ready, Tensor):
             return aligned(labels, self.shift)
         if labels is None and self.student.training and not self.has_num_items:
             raise ValueError(
                 "labels are absent from the batch, which has shift_labels alone: Trainer counts "
                 "tokens by labels, and without a count it does not divide by "
-                "gradient_accumulation_steps: keep labels in the batch"
+                "gradient_accumulation_steps: keep labels in the batch, or give num_items_in_batch"
             )
         return ready
 

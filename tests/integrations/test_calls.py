@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from copy import deepcopy
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_copy_of_the_student_is_not_heard(loss: Any, copied: Any) -> None:
     outputs = student(input_ids=IDS)
     assert twin(input_ids=OTHER).logits.shape == outputs.logits.shape
     torch.testing.assert_close(attached(outputs, IDS), want)
-    with pytest.raises(RuntimeError, match="has not been called"):
+    with pytest.raises(RuntimeError, match=r"has not been called .* that the Trainer trains"):
         attached(twin(input_ids=IDS), IDS)
     logits = twin.eval()(input_ids=IDS).logits
     torch.testing.assert_close(logits, tiny.llama(0)(input_ids=IDS).logits)
@@ -133,6 +134,64 @@ def test_embeddings_of_the_student_are_refused(loss: Any) -> None:
     ):
         with pytest.raises(ValueError, match="inputs_embeds must not be in the batch"):
             attached(outputs(), IDS)
+
+
+def test_no_loss_says_why() -> None:
+    student = tiny.llama(0)
+    attached = DistillationLoss(student, tiny.llama(1))
+    outputs = student(input_ids=IDS)
+    attached(outputs, IDS)
+    with pytest.raises(RuntimeError, match="loss of these outputs was computed already"):
+        attached(outputs, IDS)
+    cache = transformers.DynamicCache(config=student.config)
+    with pytest.raises(RuntimeError, match=r"called with a cache \(past_key_values or .*whole seq"):
+        attached(student(input_ids=IDS, past_key_values=cache), IDS)
+    with pytest.raises(RuntimeError, match="DistillationLoss is a copy"):
+        deepcopy(attached)(student(input_ids=IDS), IDS)
+
+
+def test_the_logits_of_a_tuple_are_found() -> None:
+    """The first of a tuple is the student's own loss, if it was given labels."""
+    student = tiny.llama(0)
+    attached = DistillationLoss(student, tiny.llama(1))
+    want = attached(student(input_ids=IDS), IDS)
+    assert attached(student(input_ids=IDS, labels=IDS, return_dict=False), IDS) == want
+
+
+@BOTH
+def test_positional_arguments_reach_the_teacher_by_their_names(loss: Any) -> None:
+    """GPT-2's second is not Llama's, nor is the third of PEFT's model that of its base."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 32}
+    gpt = tiny.build(transformers.GPT2LMHeadModel, transformers.GPT2Config, 0, **sizes)
+    mask = torch.ones_like(IDS)
+    mask[:, :2] = 0
+    before = [None] * (list(inspect.signature(gpt.forward).parameters).index("attention_mask") - 1)
+    peft = need("peft")
+    adapted = peft.get_peft_model(tiny.llama(2), peft.LoraConfig(task_type="CAUSAL_LM"))
+    for student, arguments in ((gpt, (IDS, *before, mask)), (adapted, (IDS, mask, None, IDS))):
+        attached = DistillationLoss(student, tiny.llama(1), loss)
+        want = attached(student(input_ids=IDS, attention_mask=mask), IDS)
+        assert attached(student(*arguments), IDS) == want
+
+
+def test_arguments_that_cannot_be_named_are_refused() -> None:
+    student = tiny.llama(0)
+    attached = DistillationLoss(student, tiny.llama(1))
+    forward = student.forward
+    student.forward = lambda *given: forward(*given)
+    with pytest.raises(TypeError, match=r"called with 1 positional .* names 0: call it with keyw"):
+        attached(student(IDS), IDS)
+
+
+def test_a_loss_whose_head_is_left_out_later() -> None:
+    student = tiny.llama(0).train()
+    first = DistillationLoss(student, tiny.llama(1))
+    want = first(student(input_ids=IDS), IDS)
+    second = DistillationLoss(student, tiny.llama(1), LinearKDLoss())
+    with pytest.raises(ValueError, match=r"bypassed by another .*loss\.remove\(\)"):
+        first(student(input_ids=IDS), IDS)
+    second.remove()
+    assert first(student(input_ids=IDS), IDS) == want
 
 
 # ------------------------------------------------------------------ labels that are not shifted

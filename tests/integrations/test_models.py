@@ -110,6 +110,71 @@ def test_an_encoder_decoder_needs_what_its_decoder_reads(kind: str) -> None:
         DistilledLM(student, teacher, shift=False)(**batch)
 
 
+@pytest.mark.parametrize("kind", ["T5ForSequenceClassification", "BartForSequenceClassification"])
+def test_a_classifier_with_a_decoder_needs_no_ids_for_it(kind: str) -> None:
+    student, teacher = (_build(kind, seed) for seed in (0, 1))
+    end = student.config.eos_token_id  # its place is where the class is read
+    batch = {"input_ids": torch.tensor([[5, 6, end], [7, 8, end]])}
+    labels = torch.tensor([0, 1])
+    with torch.no_grad():
+        want = KDLoss()(student(**batch).logits, teacher(**batch).logits, labels)
+    found = DistilledLM(student, teacher, shift=False)(**batch, labels=labels)
+    torch.testing.assert_close(found, want)
+    attached = DistillationLoss(student, teacher, shift=False)
+    torch.testing.assert_close(attached(student(**batch), labels), want)
+
+
+def test_states_of_one_model_are_refused() -> None:
+    student, teacher = (_build("T5ForConditionalGeneration", seed) for seed in (0, 1))
+    batch = _batch("T5ForConditionalGeneration")
+    states = torch.zeros(3, 5, 16)
+    model = DistilledLM(student, teacher, shift=False)
+    for name, value in (("encoder_outputs", (states,)), ("decoder_inputs_embeds", states)):
+        with pytest.raises(ValueError, match=f"^{name} must not be in the batch"):
+            model(**batch, **{name: value})
+    cache = transformers.DynamicCache(config=tiny.llama(0).config)
+    with pytest.raises(ValueError, match=r"^past_key_values must not .*pass whole sequences"):
+        DistilledLM(tiny.llama(0), tiny.llama(1))(
+            **tiny.padded(tiny.ragged(3)), past_key_values=cache
+        )
+    assert cache.get_seq_length() == 0
+
+
+NOT_CAUSAL = {
+    "XLNetLMHeadModel": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32},
+    "XLMWithLMHeadModel": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
+    "FlaubertWithLMHeadModel": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
+    "BertLMHeadModel": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                        "intermediate_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_CAUSAL)
+def test_generating_models_that_see_what_they_predict(kind: str) -> None:
+    model = getattr(transformers, kind)
+
+    def build(**changes: Any) -> nn.Module:
+        sizes = {"vocab_size": tiny.VOCABULARY, **NOT_CAUSAL[kind], **changes}
+        made: nn.Module = model(model.config_class(**sizes)).eval()
+        return made
+
+    with pytest.raises(ValueError, match=f"student must be .*{kind}, which attends to the token"):
+        DistilledLM(build(), tiny.llama(1))
+    if kind != "XLNetLMHeadModel":
+        DistilledLM(build(is_decoder=True, causal=True), tiny.llama(1))
+
+
+def test_a_causal_model_that_does_not_generate_is_told_how_to() -> None:
+    class Own(type(tiny.llama(0))):  # type: ignore[misc]
+        @classmethod
+        def can_generate(cls) -> bool:
+            return False
+
+    student = Own(tiny.llama(0).config)
+    with pytest.raises(ValueError, match=r"GenerationMixin.*of a causal model: if you have shif"):
+        DistilledLM(student, tiny.llama(1))
+
+
 @pytest.mark.parametrize("adapter", [DistilledLM, DistillationLoss])
 def test_labels_of_padding_are_warned_of_once_N_20(adapter: Any) -> None:
     student = tiny.llama(0)
@@ -134,6 +199,17 @@ def test_labels_of_padding_are_warned_of_once_N_20(adapter: Any) -> None:
         )
 
 
+def test_padding_is_looked_for_until_there_is_some() -> None:
+    check, ids = models.PaddingCheck(), torch.ones(1, 4, dtype=torch.int64)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(ids, {"attention_mask": torch.ones_like(ids)})
+        check(ids, {"attention_mask": mask, "decoder_input_ids": ids})  # the encoder's
+    with pytest.warns(UserWarning, match="padding is trained on"):
+        check(ids, {"attention_mask": mask})
+
+
 @ALL
 def test_modules_that_both_models_have_are_refused_N_27(adapter: Any) -> None:
     """The teacher's eval() would switch the student's dropout off."""
@@ -142,6 +218,16 @@ def test_modules_that_both_models_have_are_refused_N_27(adapter: Any) -> None:
     with pytest.raises(ValueError, match="with modules of its own; got 1 that are also the stud"):
         adapter(student, teacher)
     assert student.drop.training
+
+
+def test_modules_without_mode_or_state_may_be_shared() -> None:
+    """Activations of transformers are made once for all models."""
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    student.shared = teacher.shared = nn.Sequential(nn.GELU(), nn.Identity())
+    DistilledLM(student, teacher)
+    student.noise = teacher.noise = nn.Sequential(nn.RReLU())
+    with pytest.raises(ValueError, match="got 1 that are also the student's"):
+        DistilledLM(student, teacher)
 
 
 class _Plain(nn.Module):

@@ -81,6 +81,13 @@ def test_virtual_tokens_before_the_inputs_are_named(loss: Any) -> None:
     assert torch.isfinite(DistilledLM(tuned(peft.PrefixTuningConfig), tiny.llama(1), loss)(**batch))
 
 
+def test_only_rows_beyond_the_labels_are_blamed_on_peft() -> None:
+    batch = tiny.padded(tiny.ragged(2))
+    batch["labels"] = nn.functional.pad(batch["labels"], (0, 1), value=-100)
+    with pytest.raises(ValueError, match=r"must have a row for each label.*got rows \(2, \d+\)$"):
+        DistilledLM(tiny.llama(0), tiny.llama(1))(**batch)
+
+
 def test_a_teachers_adapter_is_neither_trained_nor_random_N_28() -> None:
     teacher = _adapted(1, lora_dropout=0.5)
     model = DistilledLM(_adapted(0), teacher).train()
