@@ -41,7 +41,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _inside(model: nn.Module) -> nn.Module | None:
     """Return what a wrapper holds; None of what is none."""
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-        return model.module
+        inner: nn.Module = model.module
+        return inner
     for name in _WRAPPED:
         if name in dict(model.named_children()):
             return model.get_submodule(name)
@@ -251,7 +252,8 @@ def _has_mode_or_state(module: nn.Module) -> bool:
     eval() of the one would switch the dropout of the other off; a norm counts what both see.
     """
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return bool(own) or "training" in inspect.unwrap(type(module).forward).__code__.co_names
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
+    return bool(own) or code is None or "training" in code.co_names
 
 
 def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool:

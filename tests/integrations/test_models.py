@@ -200,14 +200,20 @@ def test_labels_of_padding_are_warned_of_once_N_20(adapter: Any) -> None:
 
 
 def test_padding_is_looked_for_until_there_is_some() -> None:
-    check, ids = models.PaddingCheck(), torch.ones(1, 4, dtype=torch.int64)
-    mask = torch.tensor([[1, 1, 1, 0]])
+    """The mask of an encoder says nothing of its decoder's labels."""
+    seq2seq = (_build("T5ForConditionalGeneration", seed) for seed in (0, 1))
+    ids = torch.full((2, 5), 3)
+    mask = torch.ones_like(ids)
+    mask[:, 4:] = 0
+    model = DistilledLM(tiny.llama(0), tiny.llama(1))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check(ids, {"attention_mask": torch.ones_like(ids)})
-        check(ids, {"attention_mask": mask, "decoder_input_ids": ids})  # the encoder's
+        warnings.simplefilter("error", UserWarning)
+        DistilledLM(*seq2seq, shift=False)(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=ids, labels=ids
+        )
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     with pytest.warns(UserWarning, match="padding is trained on"):
-        check(ids, {"attention_mask": mask})
+        model(input_ids=ids, attention_mask=mask, labels=ids)
 
 
 @ALL
