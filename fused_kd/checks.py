@@ -51,7 +51,7 @@ def check_logits(student: Tensor, teacher: Tensor | None, soft_weight: float) ->
         ValueError: shapes or devices that do not match, a teacher that requires grad, or none
             although soft_weight is not 0.
     """
-    _check_floating("student_logits", student)
+    check_floating("student_logits", student)
     if student.dim() == 0:
         raise ValueError(
             "student_logits must have shape (..., V) with at least one dimension; got 0 dimensions"
@@ -68,7 +68,7 @@ def check_logits(student: Tensor, teacher: Tensor | None, soft_weight: float) ->
                 "the hard term alone"
             )
         return
-    _check_floating("teacher_logits", teacher)
+    check_floating("teacher_logits", teacher)
     if student.dim() != teacher.dim():
         raise ValueError(
             "teacher_logits must have as many dimensions as student_logits; "
@@ -95,10 +95,12 @@ def check_logits(student: Tensor, teacher: Tensor | None, soft_weight: float) ->
         )
 
 
-def _check_floating(name: str, logits: Tensor) -> None:
-    check_dense(name, logits)
-    if logits.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {logits.dtype}")
+def check_floating(name: str, tensor: Tensor | None) -> None:
+    """Refuse what is not a dense tensor of one of LOGIT_DTYPES."""
+    check_dense(name, tensor)
+    assert tensor is not None
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
 
 
 def check_rows(

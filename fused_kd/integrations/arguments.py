@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import LOGIT_DTYPES, check_dense, may_look_at_values
+from ..checks import check_dense, check_floating, may_look_at_values
 from ..reduction import wide_labels
 
 P = ParamSpec("P")
@@ -83,9 +83,7 @@ def check_target(name: str, target: Tensor, shape: tuple[int, ...]) -> None:
         TypeError: not a dense floating tensor.
         ValueError: of another shape, or one that requires grad.
     """
-    check_dense(name, target)
-    if target.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {target.dtype}")
+    check_floating(name, target)
     if target.shape != shape:
         raise ValueError(
             f"{name} must have the student's leading shape and vocabulary, {shape}; "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import LOGIT_DTYPES, check_dense, check_device
+from ..checks import check_device, check_floating
 
 _STUDENT = "student_hidden"
 _PARTS = ("hidden", "weight", "bias")
@@ -129,7 +129,7 @@ def _check_pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
     names = {f"{side}_hidden": hidden, f"{side}_weight": weight, f"{side}_bias": bias}
     for name, x in names.items():
         if x is not None or not name.endswith("_bias"):
-            _check_floating(name, x)
+            _check_values(name, x)
     if hidden.dim() == 0:
         raise ValueError(f"{side}_hidden must have shape (..., H); got 0 dimensions")
     if weight.dim() != 2 or 0 in weight.shape:
@@ -164,7 +164,7 @@ def check_dtypes(side: str, hidden: Tensor, weight: Tensor) -> None:
 
 
 def _check_teacher_logits(logits: Tensor, rows: tuple[int, ...], vocabulary: int) -> None:
-    _check_floating("teacher_logits", logits)
+    _check_values("teacher_logits", logits)
     expected = (*rows, vocabulary)
     if tuple(logits.shape) != expected:
         raise ValueError(
@@ -187,13 +187,10 @@ def _check_detached(name: str, x: Tensor) -> None:
         )
 
 
-def _check_floating(name: str, x: Tensor | None) -> None:
-    check_dense(name, x)
-    assert x is not None
-    if x.device.type == "meta":
+def _check_values(name: str, x: Tensor | None) -> None:
+    check_floating(name, x)
+    if x is not None and x.device.type == "meta":
         raise TypeError(f"{name} must have values; got a tensor on the meta device")
-    if x.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
 
 
 def check_count(name: str, value: object, least: int) -> None:
