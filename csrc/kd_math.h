@@ -2,9 +2,10 @@
 // Torch-free.
 //
 // Letters: p = softmax(s/T) student, q = softmax(t/T) teacher, pi = softmax(s) student at T = 1.
-// Logits enter relative to a reference near their row's maximum (`m_s`, `m_t`):
-//     a = s - m_s      P = e^(a/T)     p = P / d_s      d_s = sum P
-//     b = t - m_t      Q = e^(b/T)     q = Q / d_t      d_t = sum Q
+// Logits enter relative to a reference near their row's maximum (`m_s`, `m_t`), in a unit of the
+// caller's choice: `unit` is what s/T = 1 comes to (T for a = s - m_s; log2(e) for exponents of 2):
+//     a = (s - m_s) unit/T     P = e^(a/unit)     p = P / d_s      d_s = sum P
+//     b = (t - m_t) unit/T     Q = e^(b/unit)     q = Q / d_t      d_t = sum Q
 // so nothing depends on how large the logits are, and equal rows give exactly equal P and Q.
 //
 // A divergence is one struct `Rule<D>`:
@@ -12,15 +13,16 @@
 //     rebase        what `w` becomes when the references grow: a and b move by shift_s and
 //                   shift_t <= 0, P and Q shrink by the factors
 //     accumulate2   one element into the sums of a second visit (TWO_VISITS only; needs the
-//                   normalisers); ANY: P may have underflowed; k: log2(e)/T
+//                   normalisers); k: log2(e)/unit
 //     value         the row's divergence D from its sums
 //     constants     what `gradient` needs, scaled by `weight` = upstream * c(T) / T
-//     gradient      weight * T * dD/ds_v of one element, plus `offset`
+//     gradient      weight * T * dD/ds_v of one element, plus `offset`; k: log2(e)/unit
 // F is the element type (a vector, float); R the type of a row's scalars (double on the CPU, float
 // on a GPU).
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #ifdef __CUDACC__
 #define FUSED_KD_HD __host__ __device__ __forceinline__
@@ -44,27 +46,55 @@ struct RowSums {
   R count;
 };
 
-// Scalars that elements need. `ratio` and the normalisers are exactly equal for equal rows, which
-// makes their gradient exactly 0.
+// Scalars that elements need. For equal rows `ratio` is exactly 1 (jsd: its logarithm, exactly 0),
+// which makes their gradient exactly 0.
 template <class F>
 struct Constants {
-  F scale, ratio, offset;
-  F inverse_s, inverse_t, beta;
+  F scale, ratio, offset, beta;
 };
 
 // What the formulas ask of an element type, for one number; vectors bring their own (and have them
 // declared before this file).
 FUSED_KD_HD double max(double a, double b) { return a > b ? a : b; }
+FUSED_KD_HD double min(double a, double b) { return a < b ? a : b; }
 FUSED_KD_HD double magnitude(double x) { return fabs(x); }
-FUSED_KD_HD double signed_like(double x, double d) {
-  return d > 0 ? x : d < 0 ? -x : 0.0;
-}  // 0 where d is 0
-// finite at 0, as the vectors' is: a probability that underflowed times its logarithm is then 0
-FUSED_KD_HD double log2(double x) { return ::log2(max(x, 1e-300)); }
+// x with the sign of d; 0 where d is 0
+FUSED_KD_HD double signed_like(double x, double d) { return d > 0 ? x : d < 0 ? -x : 0.0; }
+FUSED_KD_HD double log2(double x) { return ::log2(x); }
+FUSED_KD_HD double exp2_of_negative(double x) { return ::exp2(x); }
 FUSED_KD_HD float max(float a, float b) { return fmaxf(a, b); }
+FUSED_KD_HD float min(float a, float b) { return fminf(a, b); }
 FUSED_KD_HD float magnitude(float x) { return fabsf(x); }
 FUSED_KD_HD float signed_like(float x, float d) { return d > 0 ? x : d < 0 ? -x : 0.0f; }
-FUSED_KD_HD float log2(float x) { return log2f(fmaxf(x, 1.2e-38f)); }
+FUSED_KD_HD float exp2_of_negative(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+// of a positive normal number, to 2 units in the last place; exactly 0 at 1
+FUSED_KD_HD float log2(float x) {
+  union {
+    float number;
+    int32_t bits;
+  } u = {x};
+  const int32_t exponent = (u.bits - 0x3f3504f3) >> 23;  // the rest is in [sqrt(1/2), sqrt(2))
+  u.bits -= static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23);
+  const float f = u.number - 1.0f;
+  // log2(1 + f)/f, least relative error
+  float y = fmaf(f, 0.12583644688129425f, -0.20726945996284485f);
+  y = fmaf(f, y, 0.215715691447258f);
+  y = fmaf(f, y, -0.238944873213768f);
+  y = fmaf(f, y, 0.28791624307632446f);
+  y = fmaf(f, y, -0.3607036769390106f);
+  y = fmaf(f, y, 0.48091062903404236f);
+  y = fmaf(f, y, -0.7213473320007324f);
+  y = fmaf(f, y, 1.4426950216293335f);
+  return fmaf(f, y, static_cast<float>(exponent));
+}
 using ::exp2;
 using ::fma;
 using ::log;
@@ -77,7 +107,7 @@ FUSED_KD_HD constexpr R ln2() {
 // The options that a row's scalars depend on.
 template <class R>
 struct Shape {
-  R temperature, beta;
+  R unit, beta;
 };
 
 template <Divergence D>
@@ -97,15 +127,15 @@ struct Rule<Divergence::forward_kl> {
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
-    return r.w / (o.temperature * r.d_t) + log(r.d_s / r.d_t);
+    return r.w / (o.unit * r.d_t) + log(r.d_s / r.d_t);
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>&) {
-    return {weight / r.d_s, r.d_s / r.d_t, R(0), R(0), R(0), R(0)};
+    return {weight / r.d_s, r.d_s / r.d_t, R(0), R(0)};
   }
   // p - q = (P - Q d_s/d_t) / d_s
   template <class F>
-  FUSED_KD_HD static F gradient(F, F, F P, F Q, const Constants<F>& c, F offset) {
+  FUSED_KD_HD static F gradient(F, F, F P, F Q, F, const Constants<F>& c, F offset) {
     return fma(c.scale, fma(-c.ratio, Q, P), offset);
   }
 };
@@ -124,28 +154,37 @@ struct Rule<Divergence::reverse_kl> {
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
-    return r.w / (o.temperature * r.d_s) + log(r.d_t / r.d_s);
+    return r.w / (o.unit * r.d_s) + log(r.d_t / r.d_s);
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {
-    return {weight / (o.temperature * r.d_s), R(0), r.w / r.d_s, R(0), R(0), R(0)};
+    return {weight / (o.unit * r.d_s), R(0), r.w / r.d_s, R(0)};
   }
   template <class F>
-  FUSED_KD_HD static F gradient(F a, F b, F P, F, const Constants<F>& c, F offset) {
+  FUSED_KD_HD static F gradient(F a, F b, F P, F, F, const Constants<F>& c, F offset) {
     return fma(c.scale * P, (a - b) - c.offset, offset);
   }
 };
 
 // m = beta q + (1-beta) p;  D = beta KL(q|m) + (1-beta) KL(p|m);  T dD/ds = (1-beta) p (log(p/m) -
-// KL(p|m))
+// KL(p|m)).  The normalisers are left out of the sums and come in at the end.
 template <>
 struct Rule<Divergence::jsd> {
   static constexpr bool SOFTMAX = true, TWO_VISITS = true;
-  // p + beta (q - p) is exactly p where q = p; the floor keeps 0/0 (both underflowed) away from the
-  // logarithm
   template <class F>
-  FUSED_KD_HD static F mixture(F p, F q, F beta) {
-    return max(fma(beta, q - p, p), F{} + 1.2e-38f);
+  struct Logarithms {
+    F p_over_m, q_over_m;
+  };
+  // log2(p/m), log2(q/m) from r = log2(p/q), which is linear in the logits. m over the larger of p
+  // and q is a mixture of 1 and 2^-|r|: one logarithm, of a number in [min(beta, 1-beta), 1], exact
+  // at 1 for equal rows. Entries that are -inf on one side have a huge |r|, on both any.
+  template <class F>
+  FUSED_KD_HD static Logarithms<F> over_mixture(F a, F b, F k, const Constants<F>& c) {
+    const F huge = F{} + 1e38f, half = F{} + 0.5f;
+    const F r = min(max(fma(a - b, k, c.ratio), -huge), huge);
+    const F share = half - signed_like(c.beta - half, r);  // of the larger one in m
+    const F log_m = log2(fma((F{} + 1.0f) - share, exp2_of_negative(-magnitude(r)), share));
+    return {min(r, F{}) - log_m, -max(r, F{}) - log_m};
   }
   template <class F>
   FUSED_KD_HD static F accumulate(F, F, F, F, F w) {
@@ -155,33 +194,27 @@ struct Rule<Divergence::jsd> {
   FUSED_KD_HD static R rebase(const RowSums<R>& r, R, R, R, R) {
     return r.w;
   }
-  // log(q/m) = log(p/m) + log(q/p), and log(q/p) is linear in the logits: one logarithm instead of
-  // two, where p is a number that has one.
-  template <bool ANY, class F>
+  template <class F>
   FUSED_KD_HD static void accumulate2(F a, F b, F P, F Q, F k, const Constants<F>& c, F& x, F& y) {
-    const F p = P * c.inverse_s, q = Q * c.inverse_t, m = mixture(p, q, c.beta);
-    const F p_over_m = log2(p / m);
-    const F q_over_m = ANY ? log2(q / m) : p_over_m + fma(b - a, k, c.ratio);
-    x = fma(p, p_over_m, x);
-    y = fma(q, q_over_m, y);
+    const Logarithms<F> log = over_mixture(a, b, k, c);
+    x = fma(P, log.p_over_m, x);
+    y = fma(Q, log.q_over_m, y);
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
-    return ln2<R>() * (o.beta * r.y + (R(1) - o.beta) * r.x);
+    return ln2<R>() * (o.beta * (r.y / r.d_t) + (R(1) - o.beta) * (r.x / r.d_s));
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {
-    const R ratio = log2(r.d_s / r.d_t);
-    return {weight * (R(1) - o.beta) * ln2<R>(), ratio, r.x, R(1) / r.d_s, R(1) / r.d_t, o.beta};
+    return {weight * (R(1) - o.beta) * ln2<R>() / r.d_s, log2(r.d_t / r.d_s), r.x / r.d_s, o.beta};
   }
   template <class F>
-  FUSED_KD_HD static F gradient(F, F, F P, F Q, const Constants<F>& c, F offset) {
-    const F p = P * c.inverse_s, q = Q * c.inverse_t, m = mixture(p, q, c.beta);
-    return fma(c.scale * p, log2(p / m) - c.offset, offset);
+  FUSED_KD_HD static F gradient(F a, F b, F P, F, F k, const Constants<F>& c, F offset) {
+    return fma(c.scale * P, over_mixture(a, b, k, c).p_over_m - c.offset, offset);
   }
 };
 
-// D = 1/2 sum |p - q|;  T dD/ds = 1/2 p (sgn(p-q) - sum p sgn(p-q))
+// D = 1/2 sum |p - q|;  T dD/ds = 1/2 p (sgn(p-q) - sum p sgn(p-q)).  Sums are d_s times theirs.
 template <>
 struct Rule<Divergence::tvd> {
   static constexpr bool SOFTMAX = true, TWO_VISITS = true;
@@ -193,24 +226,23 @@ struct Rule<Divergence::tvd> {
   FUSED_KD_HD static R rebase(const RowSums<R>& r, R, R, R, R) {
     return r.w;
   }
-  template <bool ANY, class F>
+  template <class F>
   FUSED_KD_HD static void accumulate2(F, F, F P, F Q, F, const Constants<F>& c, F& x, F& y) {
-    const F p = P * c.inverse_s, d = p - Q * c.inverse_t;
+    const F d = fma(-c.ratio, Q, P);
     x = x + magnitude(d);
-    y = y + signed_like(p, d);
+    y = y + signed_like(P, d);
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>&) {
-    return R(0.5) * r.x;
+    return R(0.5) * r.x / r.d_s;
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>&) {
-    return {R(0.5) * weight, R(0), r.y, R(1) / r.d_s, R(1) / r.d_t, R(0)};
+    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, r.y / r.d_s, R(0)};
   }
   template <class F>
-  FUSED_KD_HD static F gradient(F, F, F P, F Q, const Constants<F>& c, F offset) {
-    const F p = P * c.inverse_s, d = p - Q * c.inverse_t;
-    return fma(c.scale, fma(-c.offset, p, signed_like(p, d)), offset);
+  FUSED_KD_HD static F gradient(F, F, F P, F Q, F, const Constants<F>& c, F offset) {
+    return fma(c.scale, fma(-c.offset, P, signed_like(P, fma(-c.ratio, Q, P))), offset);
   }
 };
 
@@ -229,14 +261,14 @@ struct Rule<Divergence::mse> {
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
-    return r.w / (o.temperature * o.temperature * r.count);
+    return r.w / (o.unit * o.unit * r.count);
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {
-    return {R(2) * weight / (o.temperature * r.count), R(0), R(0), R(0), R(0), R(0)};
+    return {R(2) * weight / (o.unit * r.count), R(0), R(0), R(0)};
   }
   template <class F>
-  FUSED_KD_HD static F gradient(F a, F b, F, F, const Constants<F>& c, F offset) {
+  FUSED_KD_HD static F gradient(F a, F b, F, F, F, const Constants<F>& c, F offset) {
     return fma(c.scale, a - b, offset);
   }
 };

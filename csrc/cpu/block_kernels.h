@@ -160,8 +160,7 @@ void sums(const Block& block, BlockSums* out) {
 }
 
 FUSED_KD_INLINE Constants<Floats> broadcast(const Constants<float>& c) {
-  return {splat(c.scale),     splat(c.ratio),     splat(c.offset),
-          splat(c.inverse_s), splat(c.inverse_t), splat(c.beta)};
+  return {splat(c.scale), splat(c.ratio), splat(c.offset), splat(c.beta)};
 }
 
 template <Load L, Divergence D>
@@ -182,9 +181,7 @@ void sums2(const Block& block, const Constants<float>& constants, float* x, floa
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
         const Floats a = relative<L>(sv[j], m_s), b = relative<L>(tv[j], m_t);
-        constexpr bool ANY = L == Load::f32_any;
-        Rule<D>::template accumulate2<ANY>(a, b, power<L>(a, k), power<L>(b, k), k, c, x_sum,
-                                           y_sum);
+        Rule<D>::accumulate2(a, b, power<L>(a, k), power<L>(b, k), k, c, x_sum, y_sum);
       }
     }
     all_x += x_sum;
@@ -233,9 +230,9 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
       if constexpr (softmax<D>()) {
         b = relative<L>(tv[j], m_t);
         Q = power<L, DEGREE>(b, k);
-        gv[j] = Rule<D>::gradient(a, b, P, Q, c, offset);
+        gv[j] = Rule<D>::gradient(a, b, P, Q, k, c, offset);
       } else if constexpr (TEACHER) {
-        gv[j] = Rule<D>::gradient(sv[j], tv[j], P, Q, c, offset);
+        gv[j] = Rule<D>::gradient(sv[j], tv[j], P, Q, k, c, offset);
       } else {
         gv[j] = offset;
       }

@@ -361,8 +361,7 @@ Constants<float> soft_constants(const Row& row, const State& state, double weigh
   const Constants<double> c = with_rule(row.divergence, [&](auto rule) {
     return rule.constants(state.r, weight * p.soft_factor / p.temperature, shape(p));
   });
-  return {float(c.scale),     float(c.ratio),     float(c.offset),
-          float(c.inverse_s), float(c.inverse_t), float(c.beta)};
+  return {float(c.scale), float(c.ratio), float(c.offset), float(c.beta)};
 }
 
 bool two_visits(const Row& row) {
@@ -490,10 +489,11 @@ struct Gradient {
     return g + with_rule(row.divergence, [&](auto rule) {
              const Constants<double> c =
                  rule.constants(state.r, w_soft * p.soft_factor / p.temperature, shape(p));
-             if (!rule.SOFTMAX) return rule.gradient(double(s), double(t), 0.0, 0.0, c, 0.0);
+             if (!rule.SOFTMAX)
+               return rule.gradient(double(s), double(t), 0.0, 0.0, double(row.k), c, 0.0);
              const double a = std::max<double>(s - state.r.m_s, LOWEST),
                           b = std::max<double>(t - state.r.m_t, LOWEST);
-             return rule.gradient(a, b, exp2(a * row.k), exp2(b * row.k), c, 0.0);
+             return rule.gradient(a, b, exp2(a * row.k), exp2(b * row.k), double(row.k), c, 0.0);
            });
   }
 

@@ -154,7 +154,9 @@ FUSED_KD_INLINE Floats exponential_any(Floats x, Floats k) {
   return floats(bits(exponential<5>(max(x, limit), k)) & reinterpret_cast<Words>(x >= limit));
 }
 
-// log2(x) for normal x > 0, relative error < 3.2e-7, exactly 0 at 1; finite (about -127) at 0.
+FUSED_KD_INLINE Floats exp2_of_negative(Floats x) { return exponential_any(x, splat(1.0f)); }
+
+// log2(x) for normal x > 0, relative error < 3.2e-7, exactly 0 at 1.
 FUSED_KD_INLINE Floats log2(Floats x) {
   const Words sqrt_half = Words{} + 0x3f3504f3u;
   const Ints e = reinterpret_cast<Ints>(bits(x) - sqrt_half) >> 23;

@@ -64,7 +64,8 @@ Params params_of(const Problem& p, const Plan& plan) {
   q.w_soft = p.w_soft;
   q.scale = p.scale;
   Options& o = q.options;
-  o.shape = {static_cast<float>(p.temperature), static_cast<float>(p.beta)};
+  // softmaxes work with exponents of 2, mse with the logits
+  o.shape = {static_cast<float>(softened ? LOG2E : p.temperature), static_cast<float>(p.beta)};
   o.k_1 = static_cast<float>(LOG2E);
   o.k = softened ? static_cast<float>(LOG2E / p.temperature) : o.k_1;
   o.hard = !p.w_hard                         ? Hard::off
@@ -72,6 +73,7 @@ Params params_of(const Problem& p, const Plan& plan) {
            : p.temperature == 2              ? Hard::power2
                                              : Hard::separate;
   o.smoothing = p.w_hard && p.label_smoothing > 0;
+  q.temperature = static_cast<float>(p.temperature);
   q.soft_factor = static_cast<float>(p.soft_factor);
   q.label_smoothing = static_cast<float>(p.label_smoothing);
   q.hard = p.hard;

@@ -65,6 +65,21 @@ __device__ __forceinline__ float shuffle_xor(float v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
 }
 
+__device__ __forceinline__ bool warp_any(bool v) { return __any_sync(0xffffffffu, v); }
+
+// The largest of a warp, in every lane; none is NaN.
+__device__ __forceinline__ float warp_max(float v) {
+#if __CUDA_ARCH__ >= 800
+  // as integers of the same order
+  const int bits = __float_as_int(v), ordered = bits ^ (bits >> 31 & 0x7fffffff);
+  const int most = __reduce_max_sync(0xffffffffu, ordered);
+  return __int_as_float(most ^ (most >> 31 & 0x7fffffff));
+#else
+  for (int mask = 16; mask > 0; mask /= 2) v = fmaxf(v, shuffle_xor(v, mask));
+  return v;
+#endif
+}
+
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
 // The shared memory of this block; nothing else is shared.

@@ -3,7 +3,8 @@
 // once).
 //
 // Both offer: first(visit) and again(visit), which call visit(group, s, t) for the groups of this
-// thread; indices(visit), which calls visit(group) and reads nothing.
+// thread; peek(visit), the same for its first group, if it has one; indices(visit), which calls
+// visit(group) and reads nothing.
 #pragma once
 
 #include "sizes.h"
@@ -44,6 +45,9 @@ struct Pair {
     teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, n, p.entries);
     stands_in = false;
   }
+
+  FUSED_KD_DEVICE int first_group() const { return slice.begin + static_cast<int>(threadIdx.x); }
+  FUSED_KD_DEVICE bool has_group() const { return first_group() < slice.end; }
 
   template <class Visit>
   FUSED_KD_DEVICE void indices(Visit visit) const {
@@ -88,6 +92,11 @@ struct FarRow : Pair<D, S, SAME> {
   }
 
   template <class Visit>
+  FUSED_KD_DEVICE void peek(Visit visit) const {
+    if (this->has_group()) visit_group(this->first_group(), visit);
+  }
+
+  template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
     this->indices([&](int group) { visit_group(group, visit); });
   }
@@ -118,9 +127,12 @@ struct NearRow : Pair<D, S, SAME> {
   FUSED_KD_DEVICE NearRow(const Params& p, const Row& row, int part, unsigned char* memory,
                           uint64_t* barriers)
       : Base(p, row, part), near_s(memory), barriers(barriers) {
-    near_t = near_s + static_cast<int64_t>(p.slice) * GROUP * width(S);
+    // a stand-in has no memory of its own: what is there is for the teacher's type
+    near_t = this->stands_in ? near_s : near_s + static_cast<int64_t>(p.slice) * GROUP * width(S);
     bulk = this->student.misaligned == 0 && this->teacher.misaligned == 0 && p.entries % GROUP == 0;
   }
+
+  FUSED_KD_DEVICE bool copies_teacher() const { return Base::READS_TEACHER && !this->stands_in; }
 
   // One thread orders everything; the others wait for the chunk that they come to. Rows that bulk
   // copies cannot take are loaded by the threads.
@@ -131,7 +143,7 @@ struct NearRow : Pair<D, S, SAME> {
     }
     this->indices([&](int g) {
       put(near_s, S, g, load_group(this->student, g));
-      if (Base::READS_TEACHER) put(near_t, this->teacher.dtype, g, load_group(this->teacher, g));
+      if (copies_teacher()) put(near_t, this->teacher.dtype, g, load_group(this->teacher, g));
     });
   }
 
@@ -142,10 +154,10 @@ struct NearRow : Pair<D, S, SAME> {
       const int begin = slice.begin + c * CHUNK;
       const int groups = slice.end - begin < CHUNK ? slice.end - begin : CHUNK;
       const int bytes_s = groups * GROUP * width(S);
-      const int bytes_t = Base::READS_TEACHER ? groups * GROUP * width(this->teacher.dtype) : 0;
+      const int bytes_t = copies_teacher() ? groups * GROUP * width(this->teacher.dtype) : 0;
       barrier_expect(&barriers[c], bytes_s + bytes_t);
       copy(near_s, this->student, begin, bytes_s, c);
-      if (Base::READS_TEACHER) copy(near_t, this->teacher, begin, bytes_t, c);
+      if (copies_teacher()) copy(near_t, this->teacher, begin, bytes_t, c);
     }
   }
 
@@ -174,6 +186,12 @@ struct NearRow : Pair<D, S, SAME> {
     Raw raw_t = {};
     if (Base::READS_TEACHER) raw_t = get(near_t, this->teacher.dtype, group);
     this->give(group, get(near_s, S, group), raw_t, visit);
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void peek(Visit visit) const {
+    if (bulk && slice.begin < slice.end) barrier_wait(&barriers[0], 0);
+    if (this->has_group()) visit_group(this->first_group(), visit);
   }
 
   template <class Visit>

@@ -1,9 +1,13 @@
 // The statistics of a row: what a thread sums up, and how threads, warps and blocks merge.
 //
-// Read: each element once. Accumulated in float: eight elements by a tree, groups one after
-// another, threads and blocks by trees of fixed shape, so that the bits depend on V and the dtypes
-// alone. References are exact maxima of what a thread has seen: exponents are <= 0, the largest is
-// exactly 0.
+// Read: each element once. Accumulated in float: eight elements by a tree or two chains, groups one
+// after another, threads and blocks by trees of fixed shape, so that the bits depend on V and the
+// dtypes alone.
+//
+// Exponents are of 2, relative to a reference m that is a logit of the row: a = fma(s, k, -M) with
+// M = m k, rounded. M is exact as a reference (what its rounding adds is the same in all exponents),
+// so a is rounded once. A reference need not be the maximum: a warp takes the largest logit of its
+// first groups, and keeps it until a sum passes LIMIT, which ordinary rows never do.
 #pragma once
 
 #include "elements.cuh"
@@ -12,6 +16,9 @@ namespace fused_kd {
 
 constexpr float INF = INFINITY;
 constexpr float LOWEST = -3.4028235e38f;
+// Of a group's sums of exponentials. Beyond, the reference moves up to the group's maximum. Sums of
+// a row stay far from the largest float, and what divides by them from the smallest.
+constexpr float LIMIT = 4294967296.0f;
 
 enum Flag : int {
   ALONE_S = 1,  // an entry is -inf for the student alone
@@ -31,7 +38,8 @@ struct Options {
   bool smoothing;
 };
 
-// Everything that is known of a row or a part of it. `flags` is a set of Flag, as a number.
+// Everything that is known of a row or a part of it. `flags` is a set of Flag, as a number;
+// `differences` sums the exponents a.
 struct Record {
   RowSums<float> r;
   float flags;
@@ -52,21 +60,34 @@ FUSED_KD_DEVICE Record empty_record() {
   return record;
 }
 
-// Sums relative to m_s, m_t >= the record's own. Equal maxima, -inf included, are not subtracted.
+// The references of a record in exponents: of both sides, and of the hard term. Where a side has
+// none yet (m = -inf), no exponent is a number, so that a group's sums tell.
+struct References {
+  float s, t, s_1;
+
+  FUSED_KD_DEVICE References(const Record& record, const Options& o)
+      : s(record.r.m_s * o.k), t(record.r.m_t * o.k), s_1(record.r.m_s * o.k_1) {}
+};
+
+FUSED_KD_DEVICE float exponent(float x, float k, float reference) { return fmaf(x, k, -reference); }
+
+// Sums relative to m_s, m_t >= the record's own. Equal references, -inf included, are not
+// subtracted.
 template <Divergence D>
 FUSED_KD_DEVICE void rebase(Record& record, float m_s, float m_t, const Options& o) {
   RowSums<float>& r = record.r;
-  const float shift_s = r.m_s == m_s || r.m_s == -INF ? 0.0f : r.m_s - m_s;
-  const float shift_t = r.m_t == m_t || r.m_t == -INF ? 0.0f : r.m_t - m_t;
+  const bool stays_s = r.m_s == m_s || r.m_s == -INF, stays_t = r.m_t == m_t || r.m_t == -INF;
+  const float shift_s = stays_s ? 0.0f : r.m_s * o.k - m_s * o.k;
   if constexpr (RuleOf<D>::SOFTMAX) {
-    const float factor_s = exp2_fast(shift_s * o.k), factor_t = exp2_fast(shift_t * o.k);
+    const float shift_t = stays_t ? 0.0f : r.m_t * o.k - m_t * o.k;
+    const float factor_s = exp2_fast(shift_s), factor_t = exp2_fast(shift_t);
     // what vanishes must not meet a shift so large that its product overflows
     const bool vanishes = (D == Divergence::forward_kl ? factor_t : factor_s) == 0.0f;
     r.w = vanishes ? 0.0f : RuleOf<D>::rebase(r, shift_s, shift_t, factor_s, factor_t);
     r.d_s *= factor_s;
     r.d_t *= factor_t;
   }
-  if (o.hard != Hard::off) r.d_1 *= exp2_fast(shift_s * o.k_1);
+  if (o.hard != Hard::off) r.d_1 *= exp2_fast(stays_s ? 0.0f : r.m_s * o.k_1 - m_s * o.k_1);
   if (o.smoothing) r.differences += shift_s * r.count;
   r.m_s = m_s;
   r.m_t = m_t;
@@ -81,85 +102,127 @@ FUSED_KD_DEVICE float max_of(const float (&x)[GROUP]) {
                fmaxf(fmaxf(x[4], x[5]), fmaxf(x[6], x[7])));
 }
 
-// e^(s - m_s) of a group whose a and P are known, over P. The branch is outside of the loops.
-FUSED_KD_DEVICE void make_hard_exponentials(const float (&a)[GROUP], float (&P)[GROUP],
-                                            const Options& o) {
-  if (o.hard == Hard::separate) {
-#pragma unroll
-    for (int e = 0; e < GROUP; ++e) P[e] = exp2_fast(a[e] * o.k_1);
-  } else if (o.hard == Hard::power2) {
-#pragma unroll
-    for (int e = 0; e < GROUP; ++e) P[e] *= P[e];
-  }
+// The first references of a warp's lanes: the largest logits of their first groups.
+FUSED_KD_DEVICE void set_references(Record& record, float m_s, float m_t) {
+  m_s = warp_max(m_s);
+  m_t = warp_max(m_t);
+  // what is not finite is left to add_carefully
+  record.r.m_s = m_s < INF ? m_s : -INF;
+  record.r.m_t = m_t < INF ? m_t : -INF;
 }
 
-// Entry by entry, for a group with an entry that is not finite: infinity is decided on the logits,
-// and an entry that is -inf on both sides is absent. Makes w and differences anew.
+// What a group adds to a record.
+struct GroupSums {
+  float d_s = 0.0f, d_t = 0.0f, d_1 = 0.0f, w = 0.0f, differences = 0.0f;
+
+  FUSED_KD_DEVICE void add_to(RowSums<float>& r) const {
+    r.d_s += d_s;
+    r.d_t += d_t;
+    r.d_1 += d_1;
+    r.w += w;
+    r.differences += differences;
+  }
+};
+
+// As if every entry were finite and no exponential too large: else the sums tell (`usable`).
 template <Divergence D>
-FUSED_KD_DEVICE void add_carefully(Record& record, const float (&s)[GROUP], const float (&t)[GROUP],
-                                   const Options& o, float& w, float& differences) {
-  RowSums<float>& r = record.r;
-  int flags = static_cast<int>(record.flags);
-  w = differences = 0.0f;
+FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t)[GROUP],
+                                        const References& m, const Options& o) {
+  constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
+  GroupSums sums;
+  float a[GROUP], P[GROUP], Q[GROUP], w[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
-    const bool no_s = s[e] == -INF, no_t = t[e] == -INF;
+    a[e] = exponent(s[e], o.k, m.s);
+    P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a[e]) : 0.0f;
+    const float b = SOFTMAX ? exponent(t[e], o.k, m.t) : 0.0f;
+    Q[e] = SOFTMAX ? exp2_fast(b) : 0.0f;
+    if constexpr (SOFTMAX)
+      w[e % 2] = Rule<D>::accumulate(a[e], b, P[e], Q[e], w[e % 2]);
+    else if constexpr (SOFT)
+      w[e % 2] = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, w[e % 2]);
+  }
+  sums.w = w[0] + w[1];
+  if constexpr (SOFTMAX) {
+    sums.d_s = sum_of(P);
+    sums.d_t = sum_of(Q);
+  }
+  if (o.hard == Hard::power2) {
+    float d_1[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) d_1[e % 2] = fmaf(P[e], P[e], d_1[e % 2]);
+    sums.d_1 = d_1[0] + d_1[1];
+  } else if (o.hard == Hard::separate) {
+#pragma unroll
+    for (int e = 0; e < GROUP; ++e) P[e] = exp2_fast(exponent(s[e], o.k_1, m.s_1));
+    sums.d_1 = sum_of(P);
+  } else if (o.hard == Hard::power1) {
+    sums.d_1 = SOFTMAX ? sums.d_s : sum_of(P);
+  }
+  if (o.smoothing) sums.differences = sum_of(a);
+  return sums;
+}
+
+// mse has no exponentials that would tell that a side has no reference yet.
+template <Divergence D>
+FUSED_KD_DEVICE bool usable(const GroupSums& sums, const References& m) {
+  const bool moderate = sums.d_s + sums.d_t + sums.d_1 < LIMIT;
+  const bool finite = fabsf(sums.w + sums.differences) < INF;
+  return moderate & finite & (D != Divergence::mse || fminf(m.s, m.t) > -INF);
+}
+
+// Entry by entry, for a group with an entry that is not finite or above the reference by far:
+// moves the references, decides infinity on the logits; an entry that is -inf on both sides is
+// absent.
+template <Divergence D>
+FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
+                                        const float (&t)[GROUP], const Options& o) {
+  constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
+  RowSums<float>& r = record.r;
+  rebase<D>(record, fmaxf(r.m_s, max_of(s)), SOFT ? fmaxf(r.m_t, max_of(t)) : r.m_t, o);
+  const References m(record, o);
+  GroupSums sums;
+  int flags = static_cast<int>(record.flags);
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) {
+    const float s_e = s[e], t_e = t[e];
+    const bool no_s = s_e == -INF, no_t = t_e == -INF;
     if (no_s && !no_t) flags |= ALONE_S;
     if (no_t && !no_s) flags |= ALONE_T;
-    if (!(s[e] < INF) || !(t[e] < INF)) flags |= BAD;
+    if (!(s_e < INF) || !(t_e < INF)) flags |= BAD;
     if (no_s && no_t) r.count -= 1.0f;
-    if (!no_s) differences += s[e] - r.m_s;
-    if (no_s || no_t) continue;
-    if constexpr (D == Divergence::mse) {
-      w = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, w);
-    } else if constexpr (D == Divergence::forward_kl || D == Divergence::reverse_kl) {
-      const float a = s[e] - r.m_s, b = t[e] - r.m_t;
-      const float P = exp2_fast(a * o.k), Q = exp2_fast(b * o.k);
-      if ((D == Divergence::forward_kl ? Q : P) != 0.0f) w = Rule<D>::accumulate(a, b, P, Q, w);
+    // an absent entry's exponentials are 0
+    const float a = exponent(s_e, o.k, m.s), b = exponent(t_e, o.k, m.t);
+    const float P = no_s ? 0.0f : exp2_fast(a), Q = no_t ? 0.0f : exp2_fast(b);
+    if constexpr (SOFTMAX) {
+      sums.d_s += P;
+      sums.d_t += Q;
     }
+    if (o.hard != Hard::off && !no_s) sums.d_1 += exp2_fast(exponent(s_e, o.k_1, m.s_1));
+    if (o.smoothing && !no_s) sums.differences += a;
+    if (no_s || no_t) continue;
+    if constexpr (D == Divergence::mse)
+      sums.w = Rule<D>::accumulate(s_e, t_e, 0.0f, 0.0f, sums.w);
+    else if constexpr (D == Divergence::forward_kl || D == Divergence::reverse_kl)
+      if ((D == Divergence::forward_kl ? Q : P) != 0.0f)
+        sums.w = Rule<D>::accumulate(a, b, P, Q, sums.w);
   }
   record.flags = static_cast<float>(flags);
+  return sums;
 }
 
 // One group into a thread's record. `true_teacher` mends t for a look at what is absent.
 template <Divergence D, class TrueTeacher>
-FUSED_KD_DEVICE void add_group(Record& record, const float (&s)[GROUP], float (&t)[GROUP],
-                               const Options& o, TrueTeacher true_teacher) {
-  constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
-  RowSums<float>& r = record.r;
-  const float m_s = fmaxf(r.m_s, max_of(s)), m_t = SOFT ? fmaxf(r.m_t, max_of(t)) : r.m_t;
-  if (m_s != r.m_s || m_t != r.m_t) rebase<D>(record, m_s, m_t, o);
-  // without a finite entry yet, any reference will do
-  const float ref_s = m_s == -INF ? 0.0f : m_s, ref_t = m_t == -INF ? 0.0f : m_t;
-  float P[GROUP], Q[GROUP], a[GROUP], w[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int e = 0; e < GROUP; ++e) {
-    a[e] = s[e] - ref_s;
-    const float b = SOFT ? t[e] - ref_t : 0.0f;
-    P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a[e] * o.k) : 0.0f;
-    Q[e] = SOFTMAX ? exp2_fast(b * o.k) : 0.0f;
-    if constexpr (D == Divergence::mse)
-      w[e % 2] = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, w[e % 2]);
-    else if constexpr (SOFT)
-      w[e % 2] = Rule<D>::accumulate(a[e], b, P[e], Q[e], w[e % 2]);
-  }
-  float group_w = w[0] + w[1];
-  float group_differences = o.smoothing ? sum_of(a) : 0.0f;
-  r.count += GROUP;
-  if (!isfinite(group_w + group_differences)) {
+FUSED_KD_DEVICE void add_group(Record& record, References& m, const float (&s)[GROUP],
+                               float (&t)[GROUP], const Options& o, TrueTeacher true_teacher) {
+  GroupSums sums = sums_of_group<D>(s, t, m, o);
+  if (!usable<D>(sums, m)) {
     true_teacher(s, t);
-    add_carefully<D>(record, s, t, o, group_w, group_differences);
+    sums = add_carefully<D>(record, s, t, o);
+    m = References(record, o);
   }
-  r.w += group_w;
-  r.differences += group_differences;
-  if constexpr (SOFTMAX) {
-    r.d_s += sum_of(P);
-    r.d_t += sum_of(Q);
-  }
-  if (o.hard != Hard::off) {
-    make_hard_exponentials(a, P, o);
-    r.d_1 += sum_of(P);
-  }
+  if (o.smoothing || D == Divergence::mse) record.r.count += GROUP;
+  sums.add_to(record.r);
 }
 
 // ------------------------------------------------------------------------------------- merging
@@ -170,25 +233,20 @@ FUSED_KD_DEVICE float warp_sum(float x) {
   return x;
 }
 
-FUSED_KD_DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
-  return x;
-}
-
-// Each flag is counted in digits of its own, so that one sum does.
-FUSED_KD_DEVICE float union_of_flags(int flags) {
-  const int counts = static_cast<int>(
-      warp_sum(static_cast<float>((flags & 1) + (flags & 2) * 32 + (flags & 4) * 1024)));
-  return static_cast<float>((counts & 63 ? 1 : 0) + (counts & 63 * 64 ? 2 : 0) +
-                            (counts >> 12 ? 4 : 0));
+FUSED_KD_DEVICE float union_of_flags(float flags) {
+  const int mine = static_cast<int>(flags);
+  if (!warp_any(mine != 0)) return 0.0f;
+  return static_cast<float>((warp_any(mine & ALONE_S) ? ALONE_S : 0) |
+                            (warp_any(mine & ALONE_T) ? ALONE_T : 0) |
+                            (warp_any(mine & BAD) ? BAD : 0));
 }
 
 // The records of a warp's lanes become one, in every lane.
 template <Divergence D>
 FUSED_KD_DEVICE void merge_warp(Record& record, const Options& o) {
   RowSums<float>& r = record.r;
-  rebase<D>(record, warp_max(r.m_s), warp_max(r.m_t), o);
+  const float m_s = warp_max(r.m_s), m_t = warp_max(r.m_t);
+  if (warp_any(m_s != r.m_s || m_t != r.m_t)) rebase<D>(record, m_s, m_t, o);
   if constexpr (RuleOf<D>::SOFTMAX) {
     r.d_s = warp_sum(r.d_s);
     r.d_t = warp_sum(r.d_t);
@@ -197,7 +255,7 @@ FUSED_KD_DEVICE void merge_warp(Record& record, const Options& o) {
   if (o.hard != Hard::off) r.d_1 = warp_sum(r.d_1);
   if (o.smoothing) r.differences = warp_sum(r.differences);
   if (o.smoothing || D == Divergence::mse) r.count = warp_sum(r.count);
-  record.flags = union_of_flags(static_cast<int>(record.flags));
+  record.flags = union_of_flags(record.flags);
 }
 
 }  // namespace fused_kd

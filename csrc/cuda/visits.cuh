@@ -19,7 +19,7 @@ struct Params {
   const int64_t* labels;
   const float *w_hard, *w_soft, *scale;
   Options options;
-  float soft_factor, label_smoothing;
+  float temperature, soft_factor, label_smoothing;
   float *hard, *soft, *stats;
   bool from_stats;    // no first visit: the statistics of an earlier launch
   bool unless_exact;  // nothing to do where `scale` is a power of two: multiplying was enough
@@ -92,9 +92,17 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
   const RowSums<float>& r = record.r;
   float hard = 0.0f, soft = 0.0f;
   if (row.hard) {
-    const float log_sum = logf(r.d_1), eps = p.label_smoothing;
-    hard = (1.0f - eps) * (log_sum - (row.s_label - r.m_s));
-    if (eps > 0.0f) hard += eps * (log_sum - r.differences / r.count);
+    const Options& o = p.options;
+    const float log_sum = log2f(r.d_1), eps = p.label_smoothing, M = r.m_s * o.k,
+                M_1 = r.m_s * o.k_1;
+    // not below 0, which the rounding of an exponential and its logarithm may miss
+    hard = (1.0f - eps) * fmaxf(log_sum - exponent(row.s_label, o.k_1, M_1), 0.0f);
+    if (eps > 0.0f) {
+      // the mean of s k_1 - M_1, from that of s k - M and what the rounding of both has added
+      const float mean = r.differences / r.count - exponent(r.m_s, o.k, M);
+      hard += eps * (log_sum - (mean * (o.k_1 / o.k) + exponent(r.m_s, o.k_1, M_1)));
+    }
+    hard *= ln2<float>();
     if (row.s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
     if (hard_is_nan(row, record)) hard = NAN;
   }
@@ -116,8 +124,15 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
 template <Divergence D, class Source>
 FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
   Record record = empty_record();
+  float m_s = -INF, m_t = -INF;
+  source.peek([&](int, const float (&s)[GROUP], const float (&t)[GROUP]) {
+    m_s = max_of(s);
+    m_t = max_of(t);
+  });
+  set_references(record, m_s, m_t);
+  References m(record, o);
   source.first([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-    add_group<D>(record, s, t, o, [&](const float (&s)[GROUP], float (&t)[GROUP]) {
+    add_group<D>(record, m, s, t, o, [&](const float (&s)[GROUP], float (&t)[GROUP]) {
       source.true_teacher(group, s, t);
     });
   });
@@ -126,42 +141,40 @@ FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
 
 template <Divergence D, class Source>
 FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, Record& record) {
-  RowSums<float>& r = record.r;
-  const Constants<float> c = Rule<D>::constants(r, 1.0f, o.shape);
+  const References m(record, o);
+  const Constants<float> c = Rule<D>::constants(record.r, 1.0f, o.shape);
   float x = 0.0f, y = 0.0f;
   source.again([&](int, const float (&s)[GROUP], float (&t)[GROUP]) {
     float group_x = 0.0f, group_y = 0.0f;
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
-      const float a = s[e] - r.m_s, b = t[e] - r.m_t;
-      const float P = exp2_fast(a * o.k), Q = exp2_fast(b * o.k);
-      Rule<D>::template accumulate2<true>(a, b, P, Q, o.k, c, group_x, group_y);
+      const float a = exponent(s[e], o.k, m.s), b = exponent(t[e], o.k, m.t);
+      Rule<D>::accumulate2(a, b, exp2_fast(a), exp2_fast(b), 1.0f, c, group_x, group_y);
     }
     x += group_x;
     y += group_y;
   });
-  r.x = x;
-  r.y = y;
+  record.r.x = x;
+  record.r.y = y;
 }
 
 // The gradient visit's scalars.
 template <Divergence D>
 struct Gradient {
   Constants<float> soft = {};
-  float m_s, m_t, hard_scale, label_term, smoothing_term;
+  References m;
+  float hard_scale, label_term, smoothing_term;
   bool nan, hard, some_absent;
 
-  FUSED_KD_DEVICE Gradient(const Params& p, const Row& row, const Record& record) {
+  FUSED_KD_DEVICE Gradient(const Params& p, const Row& row, const Record& record)
+      : m(record, p.options) {
     const RowSums<float>& r = record.r;
-    m_s = r.m_s;
-    m_t = r.m_t;
     hard = row.hard;
     nan = hard && hard_is_nan(row, record);
     if constexpr (D != Divergence::none) {
       nan |= row.soft && soft_is_nan<D>(record);
       nan |= row.soft && D != Divergence::forward_kl && soft_is_infinite<D>(record);
-      soft = Rule<D>::constants(r, row.w_soft * p.soft_factor / p.options.shape.temperature,
-                                p.options.shape);
+      soft = Rule<D>::constants(r, row.w_soft * p.soft_factor / p.temperature, p.options.shape);
     }
     hard_scale = hard ? row.w_hard / r.d_1 : 0.0f;
     label_term = hard ? -(1.0f - p.label_smoothing) * row.w_hard : 0.0f;
@@ -177,34 +190,44 @@ struct Gradient {
       if (s[e] == -INF && t[e] == -INF) g[e] = row.label == group * GROUP + e ? label_term : 0.0f;
   }
 
+  // The hard term's part; P: exponentials of the softened student.
+  FUSED_KD_DEVICE void add_hard(const float (&s)[GROUP], const float (&P)[GROUP], const Options& o,
+                                float (&g)[GROUP]) const {
+    if (o.hard == Hard::power2) {
+#pragma unroll
+      for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale * P[e], P[e], g[e]);
+    } else if (o.hard == Hard::separate) {
+#pragma unroll
+      for (int e = 0; e < GROUP; ++e)
+        g[e] = fmaf(hard_scale, exp2_fast(exponent(s[e], o.k_1, m.s_1)), g[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale, P[e], g[e]);
+    }
+  }
+
   // Eight gradients; the label's entry is computed like the others, not taken from a rounded one.
   FUSED_KD_DEVICE void of_group(const Row& row, int group, const float (&s)[GROUP],
                                 const float (&t)[GROUP], const Options& o,
                                 float (&g)[GROUP]) const {
     constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
-    // mse: absent on both sides is no difference
-    constexpr bool CLAMP = D == Divergence::mse;
-    float a[GROUP], P[GROUP];
+    float P[GROUP];
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
-      a[e] = s[e] - m_s;
-      const float b = SOFT ? t[e] - m_t : 0.0f;
-      P[e] = SOFTMAX || hard ? exp2_fast(a[e] * o.k) : 0.0f;
-      const float Q = SOFTMAX ? exp2_fast(b * o.k) : 0.0f;
+      const float a = exponent(s[e], o.k, m.s), b = SOFTMAX ? exponent(t[e], o.k, m.t) : 0.0f;
+      P[e] = SOFTMAX || hard ? exp2_fast(a) : 0.0f;
+      const float Q = SOFTMAX ? exp2_fast(b) : 0.0f;
       g[e] = smoothing_term;
-      if constexpr (SOFT) {
-        const float left = SOFTMAX ? a[e] : s[e], right = SOFTMAX ? b : t[e];
-        g[e] =
-            Rule<D>::gradient(CLAMP ? fmaxf(left, LOWEST) : left,
-                              CLAMP ? fmaxf(right, LOWEST) : right, P[e], Q, soft, smoothing_term);
-        // P (a - b) with P = 0 may have met an infinity
-        if (D == Divergence::reverse_kl && P[e] == 0.0f) g[e] = smoothing_term;
-      }
+      if constexpr (SOFTMAX)
+        g[e] = Rule<D>::gradient(a, b, P[e], Q, 1.0f, soft, smoothing_term);
+      else if constexpr (SOFT)  // absent on both sides is no difference
+        g[e] = Rule<D>::gradient(fmaxf(s[e], LOWEST), fmaxf(t[e], LOWEST), 0.0f, 0.0f, 1.0f, soft,
+                                 smoothing_term);
+      // P (a - b) with P = 0 may have met an infinity
+      if (D == Divergence::reverse_kl && P[e] == 0.0f) g[e] = smoothing_term;
     }
     if (!hard) return;
-    make_hard_exponentials(a, P, o);
-#pragma unroll
-    for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale, P[e], g[e]);
+    add_hard(s, P, o, g);
     if (group != row.label / GROUP) return;
 #pragma unroll
     for (int e = 0; e < GROUP; ++e)

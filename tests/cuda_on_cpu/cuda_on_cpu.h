@@ -102,6 +102,16 @@ inline float shuffle_xor(float v, int mask, Place place = Place::here()) {
   return me.received;
 }
 
+inline float warp_max(float v, Place place = Place::here()) {
+  for (int mask = int(emulator::WARP) / 2; mask > 0; mask /= 2)
+    v = fmaxf(v, shuffle_xor(v, mask, place));
+  return v;
+}
+
+inline bool warp_any(bool v, Place place = Place::here()) {
+  return warp_max(v ? 1.0f : 0.0f, place) > 0.0f;
+}
+
 inline void block_sync(Place place = Place::here()) {
   using namespace emulator;
   Inside inside;
