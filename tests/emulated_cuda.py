@@ -103,7 +103,8 @@ class EmulatedCUDA:
         self.capability = capability
         self._library = ctypes.CDLL(str(library))
         self._library.workspace.restype = ctypes.c_int64
-        self._device = _Device(132, 227 * 1024, 4096, 16 if capability >= 90 else 0)
+        # so few multiprocessors that blocks stride over rows where they may
+        self._device = _Device(8, 227 * 1024, 4096, 16 if capability >= 90 else 0)
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return None

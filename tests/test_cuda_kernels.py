@@ -28,7 +28,7 @@ from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 # the student's type is compiled in; the teacher's is, or is asked at run time
-DTYPES = [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE)]
+DTYPES = [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, BRAIN)]
 NAN, INF = float("nan"), float("inf")
 KINDS = {"general": 80, "cluster": 90}
 
@@ -105,6 +105,71 @@ def test_which_kernel_these_tests_run(
 
 def test_a_row_too_long_for_a_cluster(cuda: EmulatedCUDA) -> None:
     obey("language_model", "forward_kl", (BRAIN, BRAIN), vocabulary=270_001)
+
+
+#: Whole groups, about five for each thread.
+SEVERAL_GROUPS = 40_000
+
+
+# each group of a thread further above its reference, the teacher's further below; and the reverse.
+# 0.04: every exponential is a number, their sums' reciprocals times a small weight would be none
+@pytest.mark.parametrize("slope", [0.2, 0.04, -0.2])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("cuda")
+def test_references_that_are_left_behind(divergence: str, temperature: float, slope: float) -> None:
+    inputs = make_inputs("language_model", 2, SEVERAL_GROUPS, BRAIN, BRAIN)
+    ramp = slope * torch.arange(float(SEVERAL_GROUPS))
+    student, teacher = (inputs.student + ramp).to(BRAIN), (inputs.teacher - ramp).to(BRAIN)
+    inputs = inputs._replace(student=student, teacher=teacher)
+    keywords = {"temperature": temperature, "label_smoothing": 0.1, "beta": 0.3}
+    upstream = torch.tensor([1e-3, -3e-4])
+    assert_obeys_error_rule(inputs, upstream, backend="cuda", divergence=divergence, **keywords)
+
+
+# the first groups of all threads are absent, and nothing but the references would tell
+@pytest.mark.usefixtures("cuda")
+def test_mse_alone_after_absent_groups() -> None:
+    student, teacher, labels = make(SEVERAL_GROUPS, SINGLE)
+    student[:, :-16] = teacher[:, :-16] = -INF
+    keywords = {"divergence": "mse", "hard_weight": 0.0}
+    got = rows_and_gradient(student, teacher, labels, backend="cuda", **keywords)
+    want = rows_and_gradient(student[:, -16:], teacher[:, -16:], labels % 16, **keywords)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(got[1][:, -16:], want[1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("odd", [INF, NAN])
+@pytest.mark.parametrize("at", [0, 599, 1202])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("cuda")
+def test_what_is_no_number_marks_its_row_alone(divergence: str, at: int, odd: float) -> None:
+    student, teacher, labels = make(1203, BRAIN, rows=4)
+    student[1, at] = odd
+    teacher[2, at] = odd
+    for hard_weight in (0.0, 0.5):
+        keywords = {"divergence": divergence, "hard_weight": hard_weight, "temperature": 2.0}
+        rows, gradient = rows_and_gradient(student, teacher, labels, backend="cuda", **keywords)
+        marked = torch.tensor([False, True, True, False])
+        assert torch.equal(rows.isnan(), marked)
+        assert torch.equal(gradient.isnan().all(1), marked)
+        assert torch.equal(gradient.isnan().any(1), marked)
+
+
+# a confident row's cross-entropy is a small number, and never below 0
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
+@pytest.mark.usefixtures("cuda")
+def test_a_confident_row_has_no_negative_loss(temperature: float, offset: float) -> None:
+    student, teacher, labels = make(1203, SINGLE, rows=16)
+    student[torch.arange(16), labels] = torch.linspace(20.0, 90.0, 16)
+    student += offset
+    keywords = {"soft_weight": 0.0, "hard_weight": 1.0, "temperature": temperature}
+    rows, _ = rows_and_gradient(student, teacher, labels, backend="cuda", **keywords)
+    want = torch.nn.functional.cross_entropy(student.double(), labels, reduction="none")
+    assert (rows >= 0).all()
+    unit = 2.0**-23 * (1 + (student.max(1).values - student.min(1).values).double())
+    assert ((rows.double() - want).abs() <= 4 * unit).all()
 
 
 def make(vocabulary: int, dtype: torch.dtype, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,13 +265,17 @@ def test_labels_outside_make_their_row_nan_R_34(cuda: EmulatedCUDA) -> None:
     assert torch.equal(gradient[0].isnan().any(1), outside)
 
 
+# a vocabulary of whole groups is copied in bulk: a student that stands in for a narrower teacher
+@pytest.mark.parametrize("vocabulary", [1203, 1200])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
 def test_terms_that_are_off_for_a_row_are_not_read(
-    cuda: EmulatedCUDA, divergence: str, smoothing: float
+    cuda: EmulatedCUDA, divergence: str, smoothing: float, dtype: torch.dtype, vocabulary: int
 ) -> None:
     """Rows: both terms, hard alone (a NaN teacher), soft alone, neither (NaN everywhere)."""
-    student, teacher, labels = make(1203, SINGLE, rows=4)
+    student, teacher, labels = make(vocabulary, SINGLE, rows=4)
+    teacher = teacher.to(dtype)
     student[1, 5] = -INF  # present, if only the teacher's number says so
     student[1, 6] = teacher[1, 6] = -INF
     options = KDOptions(
@@ -232,8 +301,9 @@ def test_terms_that_are_off_for_a_row_are_not_read(
 @pytest.mark.parametrize("scale", [2.0, -0.25, 0.3, 1.0, 0.0, INF])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
 def test_rescale(cuda: EmulatedCUDA, dtype: torch.dtype, scale: float) -> None:
-    student, teacher, labels = make(1203, dtype)
-    weights = torch.tensor([0.5, 0.0, 0.25])
+    # so many rows that blocks take several
+    student, teacher, labels = make(1203, dtype, rows=9)
+    weights = torch.tensor([0.5, 0.0, 0.25] * 3)
     options = KDOptions(temperature=2.0, backend="cuda")
     rows = student[None], teacher[None], labels, weights, weights
     *_, stats, gradient = cuda.forward_backward(*rows, options)
@@ -243,7 +313,7 @@ def test_rescale(cuda: EmulatedCUDA, dtype: torch.dtype, scale: float) -> None:
     assert torch.equal(scaled[0, 1], torch.zeros(1203, dtype=dtype))
     assert torch.equal(multiplied[0, 1], torch.zeros(1203, dtype=dtype))
     if scale == INF:
-        assert not scaled[0, ::2].isfinite().any()
+        assert not scaled[0, weights != 0].isfinite().any()
         return
     exact = reference.forward_backward(
         student[None].double(), teacher[None].double(), *rows[2:4], weights, options

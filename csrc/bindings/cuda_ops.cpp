@@ -31,6 +31,12 @@ void* stream_of(const Tensor& x) {
   return stream;
 }
 
+Device device_of(const Tensor& x) {
+  Device device;
+  check(describe_device(x.get_device_index(), &device));
+  return device;
+}
+
 void check_size(int64_t N, int64_t V) {
   STD_TORCH_CHECK(N <= MAX_N && V <= MAX_V, "at most ", MAX_N, " rows of ", MAX_V, " entries; got ",
                   N, " of ", V);
@@ -52,8 +58,7 @@ struct Cuda {
 
   static void rows(const Problem& p, const Tensor& student) {
     check_size(p.N, p.V);
-    Device device;
-    check(describe_device(student.get_device_index(), &device));
+    const Device device = device_of(student);
     const int64_t bytes = workspace_bytes(p, device);
     const Tensor workspace = torch::stable::new_empty(student, {bytes}, ScalarType::Byte);
     void* memory = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
@@ -62,17 +67,17 @@ struct Cuda {
 
   static void gradient(const Problem& p, const Tensor& student) {
     check_size(p.N, p.V);
-    check(launch_gradient(p, stream_of(student)));
+    check(launch_gradient(p, device_of(student), stream_of(student)));
   }
 
   static void rescale(const Problem& p, const Tensor& student) {
     check_size(p.N, p.V);
-    check(launch_rescale(p, stream_of(student)));
+    check(launch_rescale(p, device_of(student), stream_of(student)));
   }
 
   static void scale(const Rows& grad, int64_t N, int64_t V, const float* factor, const Tensor& x) {
     check_size(N, V);
-    check(launch_scale(grad, N, V, factor, stream_of(x)));
+    check(launch_scale(grad, N, V, factor, device_of(x), stream_of(x)));
   }
 
   static void made(const Tensor&, int64_t) {}

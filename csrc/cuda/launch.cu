@@ -54,7 +54,6 @@ Params params_of(const Problem& p, const Plan& plan) {
   const Divergence divergence = divergence_of(p);
   const bool softened = divergence != Divergence::none && divergence != Divergence::mse;
   Params q = {};
-  q.N = p.N;
   q.entries = static_cast<int>(p.V);
   q.student = p.student;
   q.teacher = p.teacher;
@@ -84,22 +83,48 @@ Params params_of(const Problem& p, const Plan& plan) {
   return q;
 }
 
+// How many blocks: one for each part of a row, or fewer that stride over them.
+struct Blocks {
+  int64_t most = MAX_GRID;
+  bool wait = false;  // for each other, those of a row
+};
+
 // All rows, in as many launches as the grid's limit asks for (one, but for billions of blocks).
-int launch(const Plan& plan, Divergence divergence, int group_bytes, bool waits, void* stream,
-           Params q) {
+int launch(const Plan& plan, Divergence divergence, int group_bytes, Blocks blocks, int64_t N,
+           void* stream, Params q) {
   const auto typed = q.student.dtype == Dtype::f32    ? launch_f32
                      : q.student.dtype == Dtype::bf16 ? launch_bf16
                                                       : launch_f16;
   const int64_t rows = MAX_GRID / plan.parts;
-  for (q.first_row = 0; q.first_row < q.N; q.first_row += rows) {
-    const int64_t count = q.N - q.first_row < rows ? q.N - q.first_row : rows;
-    const LaunchShape shape = {count * plan.parts, THREADS, plan.shared_bytes(group_bytes),
-                               plan.kernel == Kernel::cluster ? plan.parts : 1,
-                               waits ? plan.parts : 1};
+  for (q.first_row = 0; q.first_row < N; q.first_row += rows) {
+    const int64_t count = N - q.first_row < rows ? N - q.first_row : rows;
+    q.units = static_cast<uint32_t>(count * plan.parts);
+    const LaunchShape shape = {
+        q.units < blocks.most ? q.units : blocks.most, THREADS, plan.shared_bytes(group_bytes),
+        plan.kernel == Kernel::cluster ? plan.parts : 1, blocks.wait ? plan.parts : 1};
     const int error = typed(plan.kernel, divergence, shape, stream, q);
     if (error) return error;
   }
   return 0;
+}
+
+int launch_from_statistics(const Problem& p, const Device& device, bool unless_exact,
+                           void* stream) {
+  const Plan plan = plan_general(p);
+  Params q = params_of(p, plan);
+  q.from_stats = true;
+  q.unless_exact = unless_exact;
+  const Blocks blocks = {int64_t(device.multiprocessors) * GENERAL_BLOCKS};
+  return launch(plan, divergence_of(p), bytes_of_group(p), blocks, p.N, stream, q);
+}
+
+// The gradient times *p.scale, or only where that is exact.
+int launch_multiply(const Problem& p, const Device& device, bool unless_exact, void* stream) {
+  const Plan plan(Kernel::scale, groups_of(p.V), plan_general(p).parts);
+  Params q = params_of(p, plan);
+  q.unless_exact = unless_exact;
+  const Blocks blocks = {int64_t(device.multiprocessors) * SCALE_BLOCKS};
+  return launch(plan, Divergence::none, 0, blocks, p.N, stream, q);
 }
 
 // How device memory is divided where the blocks of a row meet.
@@ -136,35 +161,27 @@ int launch_rows(const Problem& p, const Device& device, void* workspace, void* s
     const int error = clear_memory(workspace, meeting.counters, stream);
     if (error) return error;
   }
-  return launch(plan, divergence_of(p), bytes_of_group(p), true, stream, q);
+  return launch(plan, divergence_of(p), bytes_of_group(p), {MAX_GRID, true}, p.N, stream, q);
 }
 
-int launch_gradient(const Problem& p, void* stream) {
-  const Plan plan = plan_general(p);
-  Params q = params_of(p, plan);
-  q.from_stats = true;
-  return launch(plan, divergence_of(p), bytes_of_group(p), false, stream, q);
+int launch_gradient(const Problem& p, const Device& device, void* stream) {
+  return launch_from_statistics(p, device, false, stream);
 }
 
-int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, void* stream) {
+int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, const Device& device,
+                 void* stream) {
   Problem p = {};
   p.N = N;
   p.V = V;
   p.student = p.teacher = p.grad = grad;
   p.scale = scale;
-  const Plan plan(Kernel::scale, groups_of(V), plan_general(p).parts);
-  return launch(plan, Divergence::none, 0, false, stream, params_of(p, plan));
+  return launch_multiply(p, device, false, stream);
 }
 
-int launch_rescale(const Problem& p, void* stream) {
-  if (p.grad.dtype == Dtype::f32) return launch_scale(p.grad, p.N, p.V, p.scale, stream);
-  Plan plan(Kernel::scale, groups_of(p.V), plan_general(p).parts);
-  Params q = params_of(p, plan);
-  q.from_stats = q.unless_exact = true;
-  int error = launch(plan, Divergence::none, 0, false, stream, q);
-  plan.kernel = Kernel::general;
-  if (!error) error = launch(plan, divergence_of(p), bytes_of_group(p), false, stream, q);
-  return error;
+int launch_rescale(const Problem& p, const Device& device, void* stream) {
+  if (p.grad.dtype == Dtype::f32) return launch_multiply(p, device, false, stream);
+  const int error = launch_multiply(p, device, true, stream);
+  return error ? error : launch_from_statistics(p, device, true, stream);
 }
 
 }  // namespace fused_kd

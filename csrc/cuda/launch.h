@@ -24,11 +24,12 @@ constexpr int TOO_FEW_MULTIPROCESSORS = -1;
 // Losses and statistics; also the gradient if the problem has one.
 int launch_rows(const Problem&, const Device&, void* workspace, void* stream);
 // The gradient from the statistics of an earlier launch.
-int launch_gradient(const Problem&, void* stream);
+int launch_gradient(const Problem&, const Device&, void* stream);
 // A gradient that was made with these weights becomes `scale` times it, rounded once: by
 // multiplication where that is exact or as good, else from the logits. The device decides.
-int launch_rescale(const Problem&, void* stream);
+int launch_rescale(const Problem&, const Device&, void* stream);
 // By multiplication alone: for a gradient whose logits are gone.
-int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, void* stream);
+int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, const Device&,
+                 void* stream);
 
 }  // namespace fused_kd

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "launching.h"
+
 namespace fused_kd {
 
 struct alignas(16) Bits16 {
@@ -186,76 +188,5 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 
 #endif
-
-// --------------------------------------------------------------------------------------- host
-
-struct LaunchShape {
-  int64_t grid;
-  int block;
-  int shared_bytes;
-  int cluster;
-  int waits_for;  // blocks that wait for each other through wait_until; 1: none
-};
-
-// An error that is returned is not left for the next one who asks.
-inline int taken(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
-}
-
-// A shape in the runtime's words.
-struct Launch {
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-
-  Launch(const LaunchShape& shape, void* stream) {
-    config.gridDim = dim3(static_cast<unsigned>(shape.grid));
-    config.blockDim = dim3(shape.block);
-    config.dynamicSmemBytes = shape.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = shape.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  }
-  Launch(const Launch&) = delete;  // config points into it
-};
-
-// 0, or the CUDA error.
-template <class Params>
-int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream,
-                  const Params& params) {
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shape.shared_bytes);
-  if (error == cudaSuccess && shape.cluster > 8)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return taken(error);
-  const Launch launch(shape, stream);
-  return taken(cudaLaunchKernelEx(&launch.config, kernel, params));
-}
-
-// Whether the device can run clusters of this shape at all, with shape.shared_bytes a block.
-template <class Params>
-bool can_run_cluster(void (*kernel)(Params), const LaunchShape& shape) {
-  cudaFuncAttributes attributes;
-  if (taken(cudaFuncGetAttributes(&attributes, kernel))) return false;
-  if (attributes.ptxVersion < 90) return false;  // compiled for devices without clusters
-  if (taken(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shape.shared_bytes)))
-    return false;
-  if (taken(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
-    return false;
-  const Launch launch(shape, nullptr);
-  int clusters = 0;
-  return taken(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config)) == 0 &&
-         clusters > 0;
-}
-
-inline int clear_memory(void* p, int64_t bytes, void* stream) {
-  return taken(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)));
-}
 
 }  // namespace fused_kd

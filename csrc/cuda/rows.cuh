@@ -168,20 +168,36 @@ FUSED_KD_DEVICE bool visit_for_losses(const Params& p, const Row& row, const Sou
 template <Dtype S, class Source>
 FUSED_KD_DEVICE void skip_row(const Params& p, int64_t n, const Source& source, int part) {
   if (p.grad.data != nullptr) zero_gradient<S>(p, n, source);
-  if (part != 0 || threadIdx.x != 0 || p.from_stats) return;
+  if (part != 0 || threadIdx.x != 0) return;
   p.hard[n] = p.soft[n] = 0.0f;
   reinterpret_cast<Record*>(p.stats)[n] = empty_record();
 }
 
-// Any number of blocks a row; they meet in far memory. Grid: p.parts blocks for each row.
+// The gradient from an earlier launch's statistics: blocks need not meet, so a few stride over all
+// rows. Those with nothing to do leave at once.
+template <Divergence D, Dtype S, bool SAME>
+FUSED_KD_DEVICE void gradients_from_statistics(const Params& p) {
+  if (p.unless_exact && is_exact(*p.scale)) return;
+  for (uint32_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+    const int part = static_cast<int>(unit % p.parts);
+    const Row row(p, p.first_row + unit / p.parts);
+    const FarRow<D, S, SAME> source(p, row, part);
+    if (row.hard || row.soft)
+      gradient_visit<D, S>(p, row, source, reinterpret_cast<const Record*>(p.stats)[row.n]);
+    else
+      zero_gradient<S>(p, row.n, source);
+  }
+}
+
+// Any number of blocks a row; they meet in far memory. Grid: p.units, or less from statistics.
 // Budget: 128 registers, NEAR_MEMORY bytes of shared memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     rows_general(const __grid_constant__ Params p) {
+  if (p.from_stats) return gradients_from_statistics<D, S, SAME>(p);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
-  if (p.unless_exact && is_exact(*p.scale)) return;
   uint32_t number = blockIdx.x;
-  if (p.parts > 1 && !p.from_stats) {
+  if (p.parts > 1) {
     if (threadIdx.x == 0) shared.ticket = take_ticket(p.tickets);
     block_sync();
     number = shared.ticket - static_cast<uint32_t>(p.first_row * p.parts);
@@ -192,18 +208,15 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
   const FarRow<D, S, SAME> source(p, row, part);
   const FarExchange exchange{p, n, part, RuleOf<D>::TWO_VISITS ? 2 : 1, shared};
   if (!row.hard && !row.soft) {
-    if (p.parts > 1 && !p.from_stats && threadIdx.x == 0) {
+    if (p.parts > 1 && threadIdx.x == 0) {
       exchange.wait_for_place();
       exchange.finish();
     }
     return skip_row<S>(p, n, source, part);
   }
   Record record;
-  if (p.from_stats)
-    record = reinterpret_cast<const Record*>(p.stats)[n];
-  else if (!visit_for_losses<D>(p, row, source, part, shared, exchange, record))
-    return;
-  gradient_visit<D, S>(p, row, source, record);
+  if (visit_for_losses<D>(p, row, source, part, shared, exchange, record))
+    gradient_visit<D, S>(p, row, source, record);
 }
 
 // A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory. Budget:
@@ -231,20 +244,23 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
 #endif
 }
 
-// A gradient times p.scale; entries of 0 stay 0 whatever it is. Grid: p.parts blocks for each row.
-// Budget: 48 registers.
+// A gradient times p.scale; entries of 0 stay 0 whatever it is. Any grid: blocks stride over
+// p.units, and leave at once where there is nothing to do. Budget: 32 registers.
 template <Dtype S>
-__global__ void __launch_bounds__(THREADS) scale_rows(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)
+    scale_rows(const __grid_constant__ Params p) {
   const float scale = *p.scale;
   if (scale == 1.0f || (p.unless_exact && !is_exact(scale))) return;
-  const RowView grad(p.grad, S, p.first_row + blockIdx.x / p.parts, p.entries);
-  const Slice slice(p, blockIdx.x % p.parts);
-  for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
-    float x[GROUP];
-    widen<S>(load_group(grad, g), x);
+  for (uint32_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+    const RowView grad(p.grad, S, p.first_row + unit / p.parts, p.entries);
+    const Slice slice(p, static_cast<int>(unit % p.parts));
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
+      float x[GROUP];
+      widen<S>(load_group(grad, g), x);
 #pragma unroll
-    for (int e = 0; e < GROUP; ++e) x[e] = x[e] == 0.0f ? x[e] : x[e] * scale;
-    store_group<S>(grad, g, x);
+      for (int e = 0; e < GROUP; ++e) x[e] = x[e] == 0.0f ? x[e] : x[e] * scale;
+      store_group<S>(grad, g, x);
+    }
   }
 }
 

@@ -22,7 +22,8 @@ int ask(int index, Device* device) {
     error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index, &device->shared_bytes);
   if (!error) error = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, &shared);
   if (error) return error;
-  device->near_bytes = shared / 3 - 1024;  // 1 KiB of a block is the system's
+  // 1 KiB of a block is the system's; blocks get memory in pieces of 128 bytes
+  device->near_bytes = (shared / 3 - 1024) / 128 * 128;
   device->cluster = 16;
   while (device->cluster && !can_run_clusters(device->cluster, device->shared_bytes))
     device->cluster /= 2;

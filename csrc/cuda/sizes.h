@@ -8,6 +8,7 @@ namespace fused_kd {
 constexpr int THREADS = 64;
 constexpr int FAR_BYTES = 2048;
 constexpr int RING_RECORDS = 8;
+constexpr int SCALE_BLOCKS = 1;
 #else
 constexpr int THREADS = 256;
 // A block's slice of both sides in far memory, until MAX_PARTS is reached: the rows in flight (2 or
@@ -16,6 +17,7 @@ constexpr int THREADS = 256;
 constexpr int FAR_BYTES = 48 * 1024;
 // Records of blocks that meet in far memory: ten times what is in flight at once.
 constexpr int RING_RECORDS = 4096;
+constexpr int SCALE_BLOCKS = 8;  // of scale_rows on a multiprocessor
 #endif
 
 constexpr int GENERAL_BLOCKS = 2;   // of rows_general on a multiprocessor, at least

@@ -83,32 +83,47 @@ struct FarRow : Pair<D, S, SAME> {
 
   FUSED_KD_DEVICE FarRow(const Params& p, const Row& row, int part) : Base(p, row, part) {}
 
+  struct Loaded {
+    Raw student, teacher;
+  };
+  FUSED_KD_DEVICE Loaded load(int group) const {
+    Loaded raw = {load_group(this->student, group), {}};
+    if (Base::READS_TEACHER) raw.teacher = load_group(this->teacher, group);
+    return raw;
+  }
+
+  // A group is asked for before the one before it is used, so that two are under way.
   template <class Visit>
-  FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
-    const Raw raw_s = load_group(this->student, group);
-    Raw raw_t = {};
-    if (Base::READS_TEACHER) raw_t = load_group(this->teacher, group);
-    this->give(group, raw_s, raw_t, visit);
+  FUSED_KD_DEVICE void visit_groups(int group, int step, int count, Visit visit) const {
+    if (count <= 0) return;
+    Loaded next = load(group);
+    for (; count > 0; --count, group += step) {
+      const Loaded raw = next;
+      if (count > 1) next = load(group + step);
+      this->give(group, raw.student, raw.teacher, visit);
+    }
+  }
+
+  FUSED_KD_DEVICE int count() const {
+    const int left = slice.end - this->first_group(), step = static_cast<int>(blockDim.x);
+    return left > 0 ? (left - 1) / step + 1 : 0;
   }
 
   template <class Visit>
   FUSED_KD_DEVICE void peek(Visit visit) const {
-    if (this->has_group()) visit_group(this->first_group(), visit);
+    visit_groups(this->first_group(), 0, this->has_group(), visit);
   }
 
   template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
-    this->indices([&](int group) { visit_group(group, visit); });
+    visit_groups(this->first_group(), static_cast<int>(blockDim.x), count(), visit);
   }
 
   // Backwards: what was read last is still near.
   template <class Visit>
   FUSED_KD_DEVICE void again(Visit visit) const {
-    const int mine = slice.end - slice.begin - static_cast<int>(threadIdx.x);
-    if (mine <= 0) return;
-    const int last = (mine - 1) / static_cast<int>(blockDim.x) * static_cast<int>(blockDim.x);
-    for (int g = slice.begin + threadIdx.x + last; g >= slice.begin; g -= blockDim.x)
-      visit_group(g, visit);
+    const int step = static_cast<int>(blockDim.x);
+    visit_groups(this->first_group() + (count() - 1) * step, -step, count(), visit);
   }
 };
 

@@ -104,11 +104,8 @@ FUSED_KD_DEVICE float max_of(const float (&x)[GROUP]) {
 
 // The first references of a warp's lanes: the largest logits of their first groups.
 FUSED_KD_DEVICE void set_references(Record& record, float m_s, float m_t) {
-  m_s = warp_max(m_s);
-  m_t = warp_max(m_t);
-  // what is not finite is left to add_carefully
-  record.r.m_s = m_s < INF ? m_s : -INF;
-  record.r.m_t = m_t < INF ? m_t : -INF;
+  record.r.m_s = warp_max(m_s);
+  record.r.m_t = warp_max(m_t);
 }
 
 // What a group adds to a record.

@@ -13,8 +13,9 @@ namespace fused_kd {
 
 // One launch. Pointers are to device memory; the parts are those of problem.h.
 struct Params {
-  int64_t first_row, N;  // the rows of this launch, and of all
-  int entries;           // V, at most MAX_V: positions in a row are 32 bits wide
+  int64_t first_row;  // of this launch
+  uint32_t units;     // pairs of a row and a part in this launch
+  int entries;        // V, at most MAX_V: positions in a row are 32 bits wide
   Rows student, teacher, grad;
   const int64_t* labels;
   const float *w_hard, *w_soft, *scale;

@@ -23,9 +23,9 @@ extern "C" __attribute__((visibility("default"))) int run(int what, const Proble
                                                           const Device* device) {
   switch (what) {
     case ROWS: return rows(*p, *device);
-    case GRADIENT: return fused_kd::launch_gradient(*p, nullptr);
-    case RESCALE: return fused_kd::launch_rescale(*p, nullptr);
-    default: return fused_kd::launch_scale(p->grad, p->N, p->V, p->scale, nullptr);
+    case GRADIENT: return fused_kd::launch_gradient(*p, *device, nullptr);
+    case RESCALE: return fused_kd::launch_rescale(*p, *device, nullptr);
+    default: return fused_kd::launch_scale(p->grad, p->N, p->V, p->scale, *device, nullptr);
   }
 }
 
