@@ -63,6 +63,16 @@ FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
   return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
 }
 
+// Which row of N: rows are addressed by two strides. Made once for a row, for its division.
+struct RowIndex {
+  uint32_t outer, inner;
+
+  // 32 bits suffice for rows (launch.cu sees to it), and their division is an eighth of the price
+  FUSED_KD_DEVICE RowIndex(int64_t n, int64_t rows)
+      : outer(static_cast<uint32_t>(n) / static_cast<uint32_t>(rows)),
+        inner(static_cast<uint32_t>(n) - outer * static_cast<uint32_t>(rows)) {}
+};
+
 // One row of a tensor, of V elements.
 struct RowView {
   char* data;
@@ -71,14 +81,15 @@ struct RowView {
   int misaligned;  // the address modulo 16
 
   // dtype: of the rows; a constant where the caller knows it
-  FUSED_KD_DEVICE RowView(const Rows& rows, Dtype dtype, int64_t n, int entries)
+  FUSED_KD_DEVICE RowView(const Rows& rows, Dtype dtype, RowIndex at, int entries)
       : dtype(dtype), entries(entries) {
-    // 32 bits suffice for rows (launch.cu sees to it), and their division is an eighth of the price
-    const uint32_t index = static_cast<uint32_t>(n), inner = static_cast<uint32_t>(rows.inner);
-    const int64_t offset = index / inner * rows.outer_stride + index % inner * rows.inner_stride;
+    const int64_t offset = at.outer * rows.outer_stride + at.inner * rows.inner_stride;
     data = static_cast<char*>(rows.data) + offset * width(dtype);
     misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) & 15);
   }
+
+  // Every group is whole and lies at a multiple of 16 bytes.
+  FUSED_KD_DEVICE bool is_plain() const { return misaligned == 0 && entries % GROUP == 0; }
 
   FUSED_KD_DEVICE float element(int v) const {
     if (dtype == Dtype::f32) return reinterpret_cast<const float*>(data)[v];
@@ -145,14 +156,19 @@ FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
 }
 
 template <Dtype D>
-FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)[GROUP]) {
+FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, const float (&x)[GROUP]) {
   const Raw raw = narrow<D>(x);
   char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
-  if (row.misaligned == 0 && (group + 1) * GROUP <= row.entries) {
-    store16(p, raw.low);
-    if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
-    return;
-  }
+  store16(p, raw.low);
+  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+}
+
+template <Dtype D>
+FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)[GROUP]) {
+  if (row.misaligned == 0 && (group + 1) * GROUP <= row.entries)
+    return store_plain_group<D>(row, group, x);
+  const Raw raw = narrow<D>(x);
+  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
   const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
                                  raw.high.x, raw.high.y, raw.high.z, raw.high.w};
 #pragma unroll

@@ -19,11 +19,23 @@ constexpr int NEAR_MEMORY = 640;
 struct Shared {
   Record records[WARPS];  // of the block's warps
   Record block[2];        // of the block, for its cluster, in either round
-  Record row;             // of the whole row, for the block's threads
+  float told[16];         // what the first thread tells the others
   uint32_t ticket;
   uint64_t barriers[MAX_CHUNKS];
 };
 static_assert(sizeof(Shared) <= NEAR_MEMORY, "the head overlaps the slices");
+
+// What the first thread makes of a row's record, for all: divisions are done once. Between two
+// calls the block meets.
+template <class T>
+FUSED_KD_DEVICE T told_by_first(const Params& p, const Row& row, const Record& record,
+                                Shared& shared) {
+  static_assert(sizeof(T) <= sizeof shared.told, "no room for what is told");
+  T* told = reinterpret_cast<T*>(shared.told);
+  if (threadIdx.x == 0) *told = T(p, row, record);
+  block_sync();
+  return *told;
+}
 
 // The block's record, in every lane of warp 0.
 template <Divergence D>
@@ -91,8 +103,8 @@ struct FarExchange {
   // Nothing more is read or written by this block.
   FUSED_KD_DEVICE void finish() const { arrive(p.finished + n); }
 
-  // Every thread gets the record of the whole row; without `everyone`, only part 0 does, and the
-  // others return false.
+  // Warp 0 gets the record of the whole row; without `everyone`, only part 0 does, and the others
+  // return false.
   template <class Merge>
   FUSED_KD_DEVICE bool operator()(Record& record, int round, bool everyone, Merge merge) const {
     if (p.parts > 1) {
@@ -105,17 +117,14 @@ struct FarExchange {
         if (goes_on) wait_until(p.arrived + n, static_cast<uint32_t>(round * p.parts));
       }
       if (!goes_on) return false;
-      block_sync();
       if (threadIdx.x < 32) {
+        warp_sync();  // thread 0 has waited
         const int lane = threadIdx.x;
         record = lane < p.parts ? read_far(records(round)[lane]) : empty_record();
         merge(record);
+        if (round == rounds && lane == 0) finish();
       }
     }
-    if (threadIdx.x == 0) shared.row = record;
-    block_sync();
-    if (p.parts > 1 && round == rounds && threadIdx.x == 0) finish();
-    record = shared.row;
     return true;
   }
 };
@@ -137,40 +146,40 @@ struct NearExchange {
         merge(record);
       }
     }
-    if (threadIdx.x == 0) shared.row = record;
-    block_sync();
-    record = shared.row;
     return true;
   }
 };
 
 #endif
 
-// Losses and statistics of a row; false for a block that is not needed any more.
-template <Divergence D, class Source, class Exchange>
-FUSED_KD_DEVICE bool visit_for_losses(const Params& p, const Row& row, const Source& source,
-                                      int part, Shared& shared, Exchange exchange, Record& record) {
+// Losses and statistics of a row, and its gradient if there is one.
+template <Divergence D, Dtype S, class Source, class Exchange>
+FUSED_KD_DEVICE void visit_row(const Params& p, const Row& row, const Source& source, int part,
+                               Shared& shared, Exchange exchange) {
   const Options& o = p.options;
-  const bool gradient = p.grad.data != nullptr;
-  record = merge_block<D>(first_visit<D>(source, o), o, shared);
+  const bool has_gradient = p.grad.data != nullptr;
+  Record record = merge_block<D>(first_visit<D>(source, o), o, shared);
   const auto merge = [&](Record& r) { merge_warp<D>(r, o); };
-  if (!exchange(record, 1, gradient || RuleOf<D>::TWO_VISITS, merge)) return false;
+  if (!exchange(record, 1, has_gradient || RuleOf<D>::TWO_VISITS, merge)) return;
   if constexpr (RuleOf<D>::TWO_VISITS) {
-    second_visit<D>(source, o, record);
+    const Second<D> second = told_by_first<Second<D>>(p, row, record, shared);
+    second_visit<D>(source, o, second, record.r.x, record.r.y);
     record = merge_second_block(record, shared);
-    if (!exchange(record, 2, gradient, merge_second_warp)) return false;
+    if (!exchange(record, 2, has_gradient, merge_second_warp)) return;
   }
   if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, record);
-  return gradient;
+  if (has_gradient)
+    gradient_visit<D, S>(p, row, source,
+                         told_by_first<Gradient<D>>(p, row, record, shared));
 }
 
 // A row that is off: nothing is read.
 template <Dtype S, class Source>
-FUSED_KD_DEVICE void skip_row(const Params& p, int64_t n, const Source& source, int part) {
-  if (p.grad.data != nullptr) zero_gradient<S>(p, n, source);
+FUSED_KD_DEVICE void skip_row(const Params& p, const Row& row, const Source& source, int part) {
+  if (p.grad.data != nullptr) zero_gradient<S>(p, row, source);
   if (part != 0 || threadIdx.x != 0) return;
-  p.hard[n] = p.soft[n] = 0.0f;
-  reinterpret_cast<Record*>(p.stats)[n] = empty_record();
+  p.hard[row.n] = p.soft[row.n] = 0.0f;
+  reinterpret_cast<Record*>(p.stats)[row.n] = empty_record();
 }
 
 // The gradient from an earlier launch's statistics: blocks need not meet, so a few stride over all
@@ -180,12 +189,15 @@ FUSED_KD_DEVICE void gradients_from_statistics(const Params& p) {
   if (p.unless_exact && is_exact(*p.scale)) return;
   for (uint32_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
     const int part = static_cast<int>(unit % p.parts);
-    const Row row(p, p.first_row + unit / p.parts);
+    Row row(p, p.first_row + unit / p.parts);
     const FarRow<D, S, SAME> source(p, row, part);
-    if (row.hard || row.soft)
-      gradient_visit<D, S>(p, row, source, reinterpret_cast<const Record*>(p.stats)[row.n]);
-    else
-      zero_gradient<S>(p, row.n, source);
+    if (!row.hard && !row.soft) {
+      zero_gradient<S>(p, row, source);
+      continue;
+    }
+    row.read_label(p, false);
+    const Record& record = reinterpret_cast<const Record*>(p.stats)[row.n];
+    gradient_visit<D, S>(p, row, source, Gradient<D>(p, row, record));
   }
 }
 
@@ -204,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
   }
   const int64_t n = p.first_row + number / p.parts;
   const int part = static_cast<int>(number % p.parts);
-  const Row row(p, n);
+  Row row(p, n);
   const FarRow<D, S, SAME> source(p, row, part);
   const FarExchange exchange{p, n, part, RuleOf<D>::TWO_VISITS ? 2 : 1, shared};
   if (!row.hard && !row.soft) {
@@ -212,11 +224,10 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
       exchange.wait_for_place();
       exchange.finish();
     }
-    return skip_row<S>(p, n, source, part);
+    return skip_row<S>(p, row, source, part);
   }
-  Record record;
-  if (visit_for_losses<D>(p, row, source, part, shared, exchange, record))
-    gradient_visit<D, S>(p, row, source, record);
+  row.read_label(p, part == 0 && threadIdx.x == 0);
+  visit_row<D, S>(p, row, source, part, shared, exchange);
 }
 
 // A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory. Budget:
@@ -230,14 +241,13 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int64_t n = p.first_row + blockIdx.x / p.parts;
   const int part = static_cast<int>(cluster_rank());
-  const Row row(p, n);
+  Row row(p, n);
   const NearRow<D, S, SAME> source(p, row, part, memory + NEAR_MEMORY, shared.barriers);
-  if (!row.hard && !row.soft) return skip_row<S>(p, n, source, part);
+  if (!row.hard && !row.soft) return skip_row<S>(p, row, source, part);
   source.load();
+  row.read_label(p, part == 0 && threadIdx.x == 0);
   block_sync();
-  Record record;
-  if (visit_for_losses<D>(p, row, source, part, shared, NearExchange{shared}, record))
-    gradient_visit<D, S>(p, row, source, record);
+  visit_row<D, S>(p, row, source, part, shared, NearExchange{shared});
   if (cluster_blocks() > 1) cluster_sync();  // peers may still be reading this block's memory
 #elif defined(__CUDA_ARCH__)
   __trap();  // launch.cu does not choose it here
@@ -252,7 +262,8 @@ __global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)
   const float scale = *p.scale;
   if (scale == 1.0f || (p.unless_exact && !is_exact(scale))) return;
   for (uint32_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
-    const RowView grad(p.grad, S, p.first_row + unit / p.parts, p.entries);
+    const RowIndex at(p.first_row + unit / p.parts, p.grad.inner);
+    const RowView grad(p.grad, S, at, p.entries);
     const Slice slice(p, static_cast<int>(unit % p.parts));
     for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
       float x[GROUP];

@@ -29,20 +29,20 @@ template <Divergence D, Dtype S, bool SAME>
 struct Pair {
   static constexpr bool READS_TEACHER = D != Divergence::none;
   const Params& p;
-  int64_t n;
+  RowIndex at;
   Slice slice;
   RowView student, teacher;
   bool stands_in;
 
   FUSED_KD_DEVICE Pair(const Params& p, const Row& row, int part)
       : p(p),
-        n(row.n),
+        at(row.at),
         slice(p, part),
-        student(p.student, S, n, p.entries),
+        student(p.student, S, at, p.entries),
         teacher(student),
         stands_in(true) {
     if (!READS_TEACHER || !row.soft) return;
-    teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, n, p.entries);
+    teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, at, p.entries);
     stands_in = false;
   }
 
@@ -69,7 +69,7 @@ struct Pair {
   // stand-in gets -inf where the teacher has it, and a number where the student alone is -inf.
   FUSED_KD_DEVICE void true_teacher(int group, const float (&s)[GROUP], float (&t)[GROUP]) const {
     if (!stands_in || !p.options.smoothing) return;
-    const RowView truth(p.teacher, p.teacher.dtype, n, p.entries);
+    const RowView truth(p.teacher, p.teacher.dtype, at, p.entries);
     widen_teacher<S, false>(load_group(truth, group), truth.dtype, t);
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) t[e] = s[e] == -INF && t[e] != -INF ? 0.0f : s[e];
@@ -144,7 +144,7 @@ struct NearRow : Pair<D, S, SAME> {
       : Base(p, row, part), near_s(memory), barriers(barriers) {
     // a stand-in has no memory of its own: what is there is for the teacher's type
     near_t = this->stands_in ? near_s : near_s + static_cast<int64_t>(p.slice) * GROUP * width(S);
-    bulk = this->student.misaligned == 0 && this->teacher.misaligned == 0 && p.entries % GROUP == 0;
+    bulk = this->student.is_plain() && this->teacher.is_plain();
   }
 
   FUSED_KD_DEVICE bool copies_teacher() const { return Base::READS_TEACHER && !this->stands_in; }
@@ -211,12 +211,10 @@ struct NearRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
-    for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) {
-      if (bulk) barrier_wait(&barriers[c], 0);
-      const int begin = slice.begin + c * CHUNK;
-      const int end = begin + CHUNK < slice.end ? begin + CHUNK : slice.end;
-      for (int g = begin + threadIdx.x; g < end; g += blockDim.x) visit_group(g, visit);
-    }
+    this->indices([&](int group) {
+      if (bulk) barrier_wait(&barriers[(group - slice.begin) / CHUNK], 0);
+      visit_group(group, visit);
+    });
   }
 
   template <class Visit>

@@ -42,25 +42,29 @@ FUSED_KD_DEVICE bool is_exact(float scale) {
 // What is on in a row, and what its label says.
 struct Row {
   int64_t n;
+  RowIndex at;
   float w_hard, w_soft;  // weights in the gradient
   bool hard, soft;
-  int label;      // -1: outside the vocabulary, or no hard term
-  float s_label;  // the student's logit there, for the loss; NaN without one
+  int label = -1;       // outside the vocabulary, or no hard term
+  float s_label = NAN;  // the student's logit there, for the loss
 
-  FUSED_KD_DEVICE Row(const Params& p, int64_t n) : n(n), label(-1) {
+  FUSED_KD_DEVICE Row(const Params& p, int64_t n) : n(n), at(n, p.student.inner) {
     const float w_h = p.w_hard ? p.w_hard[n] : 0.0f, w_s = p.w_soft ? p.w_soft[n] : 0.0f;
     const float scale = p.scale ? *p.scale : 1.0f;
     hard = w_h != 0.0f;
     soft = w_s != 0.0f;
     w_hard = w_h * scale;
     w_soft = w_s * scale;
-    if (hard) {
-      const int64_t y = p.labels[n];
-      if (y >= 0 && y < p.entries) label = static_cast<int>(y);
-    }
-    // from statistics no loss is made, and in place another block may be writing there
-    const bool read = label >= 0 && !p.from_stats;
-    s_label = read ? RowView(p.student, p.student.dtype, n, p.entries).element(label) : NAN;
+  }
+
+  // To be called when the row's logits are on their way. The label's own is read before the blocks
+  // of a row meet: in place, another may then be writing there.
+  FUSED_KD_DEVICE void read_label(const Params& p, bool with_logit) {
+    if (!hard) return;
+    const int64_t y = p.labels[n];
+    if (y < 0 || y >= p.entries) return;
+    label = static_cast<int>(y);
+    if (with_logit) s_label = RowView(p.student, p.student.dtype, at, p.entries).element(label);
   }
 };
 
@@ -140,23 +144,30 @@ FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
   return record;
 }
 
+// The second visit's scalars.
+template <Divergence D>
+struct Second {
+  References m;
+  Constants<float> c;
+
+  FUSED_KD_DEVICE Second(const Params& p, const Row&, const Record& record)
+      : m(record, p.options), c(Rule<D>::constants(record.r, 1.0f, p.options.shape)) {}
+};
+
 template <Divergence D, class Source>
-FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, Record& record) {
-  const References m(record, o);
-  const Constants<float> c = Rule<D>::constants(record.r, 1.0f, o.shape);
-  float x = 0.0f, y = 0.0f;
+FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, const Second<D>& second,
+                                  float& x, float& y) {
+  x = y = 0.0f;
   source.again([&](int, const float (&s)[GROUP], float (&t)[GROUP]) {
     float group_x = 0.0f, group_y = 0.0f;
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
-      const float a = exponent(s[e], o.k, m.s), b = exponent(t[e], o.k, m.t);
-      Rule<D>::accumulate2(a, b, exp2_fast(a), exp2_fast(b), 1.0f, c, group_x, group_y);
+      const float a = exponent(s[e], o.k, second.m.s), b = exponent(t[e], o.k, second.m.t);
+      Rule<D>::accumulate2(a, b, exp2_fast(a), exp2_fast(b), 1.0f, second.c, group_x, group_y);
     }
     x += group_x;
     y += group_y;
   });
-  record.r.x = x;
-  record.r.y = y;
 }
 
 // The gradient visit's scalars.
@@ -165,12 +176,12 @@ struct Gradient {
   Constants<float> soft = {};
   References m;
   float hard_scale, label_term, smoothing_term;
-  bool nan, hard, some_absent;
+  bool nan, some_absent;
 
   FUSED_KD_DEVICE Gradient(const Params& p, const Row& row, const Record& record)
       : m(record, p.options) {
     const RowSums<float>& r = record.r;
-    hard = row.hard;
+    const bool hard = row.hard;
     nan = hard && hard_is_nan(row, record);
     if constexpr (D != Divergence::none) {
       nan |= row.soft && soft_is_nan<D>(record);
@@ -191,7 +202,7 @@ struct Gradient {
       if (s[e] == -INF && t[e] == -INF) g[e] = row.label == group * GROUP + e ? label_term : 0.0f;
   }
 
-  // The hard term's part; P: exponentials of the softened student.
+  // The hard term's part, 0 for a row without it; P: exponentials of the softened student.
   FUSED_KD_DEVICE void add_hard(const float (&s)[GROUP], const float (&P)[GROUP], const Options& o,
                                 float (&g)[GROUP]) const {
     if (o.hard == Hard::power2) {
@@ -216,7 +227,7 @@ struct Gradient {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
       const float a = exponent(s[e], o.k, m.s), b = SOFTMAX ? exponent(t[e], o.k, m.t) : 0.0f;
-      P[e] = SOFTMAX || hard ? exp2_fast(a) : 0.0f;
+      P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a) : 0.0f;
       const float Q = SOFTMAX ? exp2_fast(b) : 0.0f;
       g[e] = smoothing_term;
       if constexpr (SOFTMAX)
@@ -227,7 +238,7 @@ struct Gradient {
       // P (a - b) with P = 0 may have met an infinity
       if (D == Divergence::reverse_kl && P[e] == 0.0f) g[e] = smoothing_term;
     }
-    if (!hard) return;
+    if (o.hard == Hard::off) return;
     add_hard(s, P, o, g);
     if (group != row.label / GROUP) return;
 #pragma unroll
@@ -238,14 +249,20 @@ struct Gradient {
 
 template <Divergence D, Dtype S, class Source>
 FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Source& source,
-                                    const Record& record) {
-  const RowView grad(p.grad, S, row.n, p.entries);
-  const Gradient<D> gradient(p, row, record);
+                                    const Gradient<D>& gradient) {
+  const RowView grad(p.grad, S, row.at, p.entries);
   float g[GROUP];
   if (gradient.nan) {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) g[e] = NAN;
     source.indices([&](int group) { store_group<S>(grad, group, g); });
+    return;
+  }
+  if (grad.is_plain() && !gradient.some_absent) {
+    source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+      gradient.of_group(row, group, s, t, p.options, g);
+      store_plain_group<S>(grad, group, g);
+    });
     return;
   }
   source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
@@ -259,8 +276,8 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
 }
 
 template <Dtype S, class Source>
-FUSED_KD_DEVICE void zero_gradient(const Params& p, int64_t n, const Source& source) {
-  const RowView grad(p.grad, S, n, p.entries);
+FUSED_KD_DEVICE void zero_gradient(const Params& p, const Row& row, const Source& source) {
+  const RowView grad(p.grad, S, row.at, p.entries);
   const float zeros[GROUP] = {};
   source.indices([&](int group) { store_group<S>(grad, group, zeros); });
 }

@@ -112,6 +112,8 @@ inline bool warp_any(bool v, Place place = Place::here()) {
   return warp_max(v ? 1.0f : 0.0f, place) > 0.0f;
 }
 
+inline void warp_sync(Place place = Place::here()) { shuffle_xor(0.0f, 0, place); }
+
 inline void block_sync(Place place = Place::here()) {
   using namespace emulator;
   Inside inside;
