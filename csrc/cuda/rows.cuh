@@ -169,8 +169,7 @@ FUSED_KD_DEVICE void visit_row(const Params& p, const Row& row, const Source& so
   }
   if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, record);
   if (has_gradient)
-    gradient_visit<D, S>(p, row, source,
-                         told_by_first<Gradient<D>>(p, row, record, shared));
+    gradient_visit<D, S>(p, row, source, told_by_first<Gradient<D>>(p, row, record, shared));
 }
 
 // A row that is off: nothing is read.

@@ -20,9 +20,10 @@ constexpr int RING_RECORDS = 4096;
 constexpr int SCALE_BLOCKS = 8;  // of scale_rows on a multiprocessor
 #endif
 
-constexpr int GENERAL_BLOCKS = 2;   // of rows_general on a multiprocessor, at least
-constexpr int MAX_PARTS = 16;       // blocks of one row
-constexpr int CHUNK = 2 * THREADS;  // groups of a slice that arrive together
-constexpr int MAX_CHUNKS = 16;      // of one slice
+constexpr int GENERAL_BLOCKS = 2;              // of rows_general on a multiprocessor, at least
+constexpr int MAX_PARTS = 16;                  // blocks of one row
+constexpr int CHUNK_GROUPS = 2;                // of a thread: they arrive together
+constexpr int CHUNK = CHUNK_GROUPS * THREADS;  // groups of a slice that arrive together
+constexpr int MAX_CHUNKS = 16;                 // of one slice
 
 }  // namespace fused_kd

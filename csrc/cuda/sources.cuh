@@ -3,7 +3,7 @@
 // once).
 //
 // Both offer: first(visit) and again(visit), which call visit(group, s, t) for the groups of this
-// thread; peek(visit), the same for its first group, if it has one; indices(visit), which calls
+// thread; STAYS: whatever is written meanwhile, visit_group(group, visit) gives a group again; peek(visit), the same for its first group, if it has one; indices(visit), which calls
 // visit(group) and reads nothing.
 #pragma once
 
@@ -46,6 +46,10 @@ struct Pair {
     stands_in = false;
   }
 
+  // Whether this thread visits it.
+  FUSED_KD_DEVICE bool is_mine(int group) const {
+    return group >= first_group() && group < slice.end && (group - first_group()) % blockDim.x == 0;
+  }
   FUSED_KD_DEVICE int first_group() const { return slice.begin + static_cast<int>(threadIdx.x); }
   FUSED_KD_DEVICE bool has_group() const { return first_group() < slice.end; }
 
@@ -78,6 +82,7 @@ struct Pair {
 
 template <Divergence D, Dtype S, bool SAME>
 struct FarRow : Pair<D, S, SAME> {
+  static constexpr bool STAYS = false;
   using Base = Pair<D, S, SAME>;
   using Base::slice;
 
@@ -111,12 +116,17 @@ struct FarRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void peek(Visit visit) const {
-    visit_groups(this->first_group(), 0, this->has_group(), visit);
+    if (this->has_group()) visit_group(this->first_group(), visit);
   }
 
   template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
     visit_groups(this->first_group(), static_cast<int>(blockDim.x), count(), visit);
+  }
+
+  template <class Visit>
+  FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
+    visit_groups(group, 0, 1, visit);
   }
 
   // Backwards: what was read last is still near.
@@ -133,6 +143,7 @@ struct FarRow : Pair<D, S, SAME> {
 
 template <Divergence D, Dtype S, bool SAME>
 struct NearRow : Pair<D, S, SAME> {
+  static constexpr bool STAYS = true;
   using Base = Pair<D, S, SAME>;
   using Base::slice;
   unsigned char *near_s, *near_t;  // shared memory
@@ -150,12 +161,10 @@ struct NearRow : Pair<D, S, SAME> {
   FUSED_KD_DEVICE bool copies_teacher() const { return Base::READS_TEACHER && !this->stands_in; }
 
   // One thread orders everything; the others wait for the chunk that they come to. Rows that bulk
-  // copies cannot take are loaded by the threads.
+  // copies cannot take are loaded by the threads, which then meet: their barriers wait for nothing.
   FUSED_KD_DEVICE void load() const {
-    if (bulk) {
-      if (threadIdx.x == 0) order();
-      return;
-    }
+    if (threadIdx.x == 0) order();
+    if (bulk) return;
     this->indices([&](int g) {
       put(near_s, S, g, load_group(this->student, g));
       if (copies_teacher()) put(near_t, this->teacher.dtype, g, load_group(this->teacher, g));
@@ -167,12 +176,12 @@ struct NearRow : Pair<D, S, SAME> {
     barrier_init_fence();
     for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) {
       const int begin = slice.begin + c * CHUNK;
-      const int groups = slice.end - begin < CHUNK ? slice.end - begin : CHUNK;
+      const int left = bulk ? slice.end - begin : 0, groups = left < CHUNK ? left : CHUNK;
       const int bytes_s = groups * GROUP * width(S);
       const int bytes_t = copies_teacher() ? groups * GROUP * width(this->teacher.dtype) : 0;
       barrier_expect(&barriers[c], bytes_s + bytes_t);
-      copy(near_s, this->student, begin, bytes_s, c);
-      if (copies_teacher()) copy(near_t, this->teacher, begin, bytes_t, c);
+      if (bytes_s > 0) copy(near_s, this->student, begin, bytes_s, c);
+      if (bytes_t > 0) copy(near_t, this->teacher, begin, bytes_t, c);
     }
   }
 
@@ -205,14 +214,16 @@ struct NearRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void peek(Visit visit) const {
-    if (bulk && slice.begin < slice.end) barrier_wait(&barriers[0], 0);
+    if (slice.begin < slice.end) barrier_wait(&barriers[0], 0);
     if (this->has_group()) visit_group(this->first_group(), visit);
   }
 
   template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
+    int i = 0;  // of this thread's groups
     this->indices([&](int group) {
-      if (bulk) barrier_wait(&barriers[(group - slice.begin) / CHUNK], 0);
+      if (i % CHUNK_GROUPS == 0) barrier_wait(&barriers[i / CHUNK_GROUPS], 0);
+      ++i;
       visit_group(group, visit);
     });
   }

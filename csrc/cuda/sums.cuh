@@ -108,26 +108,18 @@ FUSED_KD_DEVICE void set_references(Record& record, float m_s, float m_t) {
   record.r.m_t = warp_max(m_t);
 }
 
-// What a group adds to a record.
+// What a group adds to a record. `canary` is finite if every summand is.
 struct GroupSums {
-  float d_s = 0.0f, d_t = 0.0f, d_1 = 0.0f, w = 0.0f, differences = 0.0f;
-
-  FUSED_KD_DEVICE void add_to(RowSums<float>& r) const {
-    r.d_s += d_s;
-    r.d_t += d_t;
-    r.d_1 += d_1;
-    r.w += w;
-    r.differences += differences;
-  }
+  float d_s = 0.0f, d_t = 0.0f, d_1 = 0.0f, w = 0.0f, differences = 0.0f, canary = 0.0f;
 };
 
 // As if every entry were finite and no exponential too large: else the sums tell (`usable`).
-template <Divergence D>
+template <Divergence D, bool SMOOTHING>
 FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t)[GROUP],
                                         const References& m, const Options& o) {
   constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
   GroupSums sums;
-  float a[GROUP], P[GROUP], Q[GROUP], w[2] = {0.0f, 0.0f};
+  float a[GROUP], P[GROUP], Q[GROUP];
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
     a[e] = exponent(s[e], o.k, m.s);
@@ -135,20 +127,18 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
     const float b = SOFTMAX ? exponent(t[e], o.k, m.t) : 0.0f;
     Q[e] = SOFTMAX ? exp2_fast(b) : 0.0f;
     if constexpr (SOFTMAX)
-      w[e % 2] = Rule<D>::accumulate(a[e], b, P[e], Q[e], w[e % 2]);
+      sums.w = Rule<D>::accumulate(a[e], b, P[e], Q[e], sums.w);
     else if constexpr (SOFT)
-      w[e % 2] = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, w[e % 2]);
+      sums.w = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, sums.w);
   }
-  sums.w = w[0] + w[1];
+  sums.canary = sums.w;
   if constexpr (SOFTMAX) {
     sums.d_s = sum_of(P);
     sums.d_t = sum_of(Q);
   }
   if (o.hard == Hard::power2) {
-    float d_1[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int e = 0; e < GROUP; ++e) d_1[e % 2] = fmaf(P[e], P[e], d_1[e % 2]);
-    sums.d_1 = d_1[0] + d_1[1];
+    for (int e = 0; e < GROUP; ++e) sums.d_1 = fmaf(P[e], P[e], sums.d_1);
   } else if (o.hard == Hard::separate) {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) P[e] = exp2_fast(exponent(s[e], o.k_1, m.s_1));
@@ -156,16 +146,19 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
   } else if (o.hard == Hard::power1) {
     sums.d_1 = SOFTMAX ? sums.d_s : sum_of(P);
   }
-  if (o.smoothing) sums.differences = sum_of(a);
+  if constexpr (SMOOTHING) {
+    sums.differences = sum_of(a);
+    sums.canary += sums.differences;
+  }
   return sums;
 }
 
 // mse has no exponentials that would tell that a side has no reference yet.
 template <Divergence D>
 FUSED_KD_DEVICE bool usable(const GroupSums& sums, const References& m) {
-  const bool moderate = sums.d_s + sums.d_t + sums.d_1 < LIMIT;
-  const bool finite = fabsf(sums.w + sums.differences) < INF;
-  return moderate & finite & (D != Divergence::mse || fminf(m.s, m.t) > -INF);
+  const bool all_have_one = D != Divergence::mse || fminf(m.s, m.t) > -INF;
+  // the largest float counts as nothing here, infinity and NaN do not
+  return fmaf(fabsf(sums.canary), 1e-30f, sums.d_s + sums.d_t + sums.d_1) < LIMIT && all_have_one;
 }
 
 // Entry by entry, for a group with an entry that is not finite or above the reference by far:
@@ -208,18 +201,24 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
   return sums;
 }
 
-// One group into a thread's record. `true_teacher` mends t for a look at what is absent.
-template <Divergence D, class TrueTeacher>
+// One group into a thread's record. `true_teacher` mends t for a look at what is absent. SMOOTHING:
+// that of the options.
+template <Divergence D, bool SMOOTHING, class TrueTeacher>
 FUSED_KD_DEVICE void add_group(Record& record, References& m, const float (&s)[GROUP],
                                float (&t)[GROUP], const Options& o, TrueTeacher true_teacher) {
-  GroupSums sums = sums_of_group<D>(s, t, m, o);
+  GroupSums sums = sums_of_group<D, SMOOTHING>(s, t, m, o);
   if (!usable<D>(sums, m)) {
     true_teacher(s, t);
     sums = add_carefully<D>(record, s, t, o);
     m = References(record, o);
   }
-  if (o.smoothing || D == Divergence::mse) record.r.count += GROUP;
-  sums.add_to(record.r);
+  RowSums<float>& r = record.r;
+  r.d_s += sums.d_s;
+  r.d_t += sums.d_t;
+  r.d_1 += sums.d_1;
+  r.w += sums.w;
+  if (SMOOTHING) r.differences += sums.differences;
+  if (SMOOTHING || D == Divergence::mse) r.count += GROUP;
 }
 
 // ------------------------------------------------------------------------------------- merging

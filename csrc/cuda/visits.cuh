@@ -57,6 +57,8 @@ struct Row {
     w_soft = w_s * scale;
   }
 
+  FUSED_KD_DEVICE int label_group() const { return label < 0 ? -1 : label / GROUP; }
+
   // To be called when the row's logits are on their way. The label's own is read before the blocks
   // of a row meet: in place, another may then be writing there.
   FUSED_KD_DEVICE void read_label(const Params& p, bool with_logit) {
@@ -125,7 +127,18 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
 
 // ------------------------------------------------------------------------------------- visits
 
-// s, t: a group; ragged ends are absent entries.
+// s, t: a group; ragged ends are absent entries. Without label smoothing nothing in the loop asks
+// for it.
+template <Divergence D, bool SMOOTHING, class Source>
+FUSED_KD_DEVICE void add_groups(const Source& source, const Options& o, Record& record) {
+  References m(record, o);
+  source.first([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+    add_group<D, SMOOTHING>(record, m, s, t, o, [&](const float (&s)[GROUP], float (&t)[GROUP]) {
+      source.true_teacher(group, s, t);
+    });
+  });
+}
+
 template <Divergence D, class Source>
 FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
   Record record = empty_record();
@@ -135,12 +148,10 @@ FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
     m_t = max_of(t);
   });
   set_references(record, m_s, m_t);
-  References m(record, o);
-  source.first([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-    add_group<D>(record, m, s, t, o, [&](const float (&s)[GROUP], float (&t)[GROUP]) {
-      source.true_teacher(group, s, t);
-    });
-  });
+  if (o.smoothing)
+    add_groups<D, true>(source, o, record);
+  else
+    add_groups<D, false>(source, o, record);
   return record;
 }
 
@@ -205,22 +216,21 @@ struct Gradient {
   // The hard term's part, 0 for a row without it; P: exponentials of the softened student.
   FUSED_KD_DEVICE void add_hard(const float (&s)[GROUP], const float (&P)[GROUP], const Options& o,
                                 float (&g)[GROUP]) const {
-    if (o.hard == Hard::power2) {
+    if (o.hard == Hard::power2) {  // asked for first: the most usual
 #pragma unroll
       for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale * P[e], P[e], g[e]);
     } else if (o.hard == Hard::separate) {
 #pragma unroll
       for (int e = 0; e < GROUP; ++e)
         g[e] = fmaf(hard_scale, exp2_fast(exponent(s[e], o.k_1, m.s_1)), g[e]);
-    } else {
+    } else if (o.hard == Hard::power1) {
 #pragma unroll
       for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale, P[e], g[e]);
     }
   }
 
-  // Eight gradients; the label's entry is computed like the others, not taken from a rounded one.
-  FUSED_KD_DEVICE void of_group(const Row& row, int group, const float (&s)[GROUP],
-                                const float (&t)[GROUP], const Options& o,
+  // Eight gradients, but for what the label's entry has more.
+  FUSED_KD_DEVICE void of_group(const float (&s)[GROUP], const float (&t)[GROUP], const Options& o,
                                 float (&g)[GROUP]) const {
     constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
     float P[GROUP];
@@ -238,9 +248,11 @@ struct Gradient {
       // P (a - b) with P = 0 may have met an infinity
       if (D == Divergence::reverse_kl && P[e] == 0.0f) g[e] = smoothing_term;
     }
-    if (o.hard == Hard::off) return;
     add_hard(s, P, o, g);
-    if (group != row.label / GROUP) return;
+  }
+
+  // To a group's gradients before they are rounded.
+  FUSED_KD_DEVICE void add_label(const Row& row, int group, float (&g)[GROUP]) const {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e)
       if (group * GROUP + e == row.label) g[e] += label_term;
@@ -258,21 +270,23 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
     source.indices([&](int group) { store_group<S>(grad, group, g); });
     return;
   }
-  if (grad.is_plain() && !gradient.some_absent) {
-    source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-      gradient.of_group(row, group, s, t, p.options, g);
-      store_plain_group<S>(grad, group, g);
-    });
-    return;
-  }
-  source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-    gradient.of_group(row, group, s, t, p.options, g);
+  const auto any = [&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+    gradient.of_group(s, t, p.options, g);
+    if (group == row.label_group()) gradient.add_label(row, group, g);
     if (gradient.some_absent) {
       source.true_teacher(group, s, t);
       gradient.nothing_for_absent(row, group, s, t, g);
     }
     store_group<S>(grad, group, g);
+  };
+  if (!Source::STAYS || !grad.is_plain() || gradient.some_absent) return source.again(any);
+  // the label's group once more, rather than a question in the loop
+  source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+    gradient.of_group(s, t, p.options, g);
+    store_plain_group<S>(grad, group, g);
   });
+  if (row.label >= 0 && source.is_mine(row.label_group()))
+    source.visit_group(row.label_group(), any);
 }
 
 template <Dtype S, class Source>
