@@ -65,12 +65,14 @@ FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
 
 // Which row of N: rows are addressed by two strides. Made once for a row, for its division.
 struct RowIndex {
-  uint32_t outer, inner;
+  uint32_t outer = 0, inner;
 
   // 32 bits suffice for rows (launch.cu sees to it), and their division is an eighth of the price
-  FUSED_KD_DEVICE RowIndex(int64_t n, int64_t rows)
-      : outer(static_cast<uint32_t>(n) / static_cast<uint32_t>(rows)),
-        inner(static_cast<uint32_t>(n) - outer * static_cast<uint32_t>(rows)) {}
+  FUSED_KD_DEVICE RowIndex(int64_t n, int64_t rows) : inner(static_cast<uint32_t>(n)) {
+    if (n < rows) return;  // always so for a matrix
+    outer = inner / static_cast<uint32_t>(rows);
+    inner -= outer * static_cast<uint32_t>(rows);
+  }
 };
 
 // One row of a tensor, of V elements.

@@ -79,6 +79,7 @@ Params params_of(const Problem& p, const Plan& plan) {
   q.soft = p.soft;
   q.stats = p.stats;
   q.parts = plan.parts;
+  while (1 << q.parts_log2 < plan.parts) ++q.parts_log2;
   q.slice = plan.slice;
   return q;
 }

@@ -45,7 +45,7 @@ FUSED_KD_DEVICE Record merge_block(Record record, const Options& o, Shared& shar
   if (lane == 0) shared.records[warp] = record;
   block_sync();
   if (warp != 0) return record;
-  record = lane < static_cast<int>(blockDim.x / 32) ? shared.records[lane] : empty_record();
+  record = lane < WARPS ? shared.records[lane] : empty_record();
   merge_warp<D>(record, o);
   return record;
 }
@@ -62,7 +62,7 @@ FUSED_KD_DEVICE Record merge_second_block(Record record, Shared& shared) {
   if (lane == 0) shared.records[warp] = record;
   block_sync();
   if (warp != 0) return record;
-  const bool here = lane < static_cast<int>(blockDim.x / 32);
+  const bool here = lane < WARPS;
   record.r.x = here ? shared.records[lane].r.x : 0.0f;
   record.r.y = here ? shared.records[lane].r.y : 0.0f;
   merge_second_warp(record);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
 #ifdef FUSED_KD_HAS_CLUSTERS
   unsigned char* memory = dynamic_shared();
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const int64_t n = p.first_row + blockIdx.x / p.parts;
+  const int64_t n = p.first_row + (blockIdx.x >> p.parts_log2);
   const int part = static_cast<int>(cluster_rank());
   Row row(p, n);
   const NearRow<D, S, SAME> source(p, row, part, memory + NEAR_MEMORY, shared.barriers);
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)
     const RowIndex at(p.first_row + unit / p.parts, p.grad.inner);
     const RowView grad(p.grad, S, at, p.entries);
     const Slice slice(p, static_cast<int>(unit % p.parts));
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) {
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += THREADS) {
       float x[GROUP];
       widen<S>(load_group(grad, g), x);
 #pragma unroll

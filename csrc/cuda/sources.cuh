@@ -48,14 +48,14 @@ struct Pair {
 
   // Whether this thread visits it.
   FUSED_KD_DEVICE bool is_mine(int group) const {
-    return group >= first_group() && group < slice.end && (group - first_group()) % blockDim.x == 0;
+    return group >= first_group() && group < slice.end && (group - first_group()) % THREADS == 0;
   }
   FUSED_KD_DEVICE int first_group() const { return slice.begin + static_cast<int>(threadIdx.x); }
   FUSED_KD_DEVICE bool has_group() const { return first_group() < slice.end; }
 
   template <class Visit>
   FUSED_KD_DEVICE void indices(Visit visit) const {
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += blockDim.x) visit(g);
+    for (int g = slice.begin + threadIdx.x; g < slice.end; g += THREADS) visit(g);
   }
 
   template <class Visit>
@@ -110,7 +110,7 @@ struct FarRow : Pair<D, S, SAME> {
   }
 
   FUSED_KD_DEVICE int count() const {
-    const int left = slice.end - this->first_group(), step = static_cast<int>(blockDim.x);
+    const int left = slice.end - this->first_group(), step = THREADS;
     return left > 0 ? (left - 1) / step + 1 : 0;
   }
 
@@ -121,7 +121,7 @@ struct FarRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
-    visit_groups(this->first_group(), static_cast<int>(blockDim.x), count(), visit);
+    visit_groups(this->first_group(), THREADS, count(), visit);
   }
 
   template <class Visit>
@@ -132,7 +132,7 @@ struct FarRow : Pair<D, S, SAME> {
   // Backwards: what was read last is still near.
   template <class Visit>
   FUSED_KD_DEVICE void again(Visit visit) const {
-    const int step = static_cast<int>(blockDim.x);
+    const int step = THREADS;
     visit_groups(this->first_group() + (count() - 1) * step, -step, count(), visit);
   }
 };

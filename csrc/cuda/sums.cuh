@@ -16,9 +16,10 @@ namespace fused_kd {
 
 constexpr float INF = INFINITY;
 constexpr float LOWEST = -3.4028235e38f;
-// Of a group's sums of exponentials. Beyond, the reference moves up to the group's maximum. Sums of
-// a row stay far from the largest float, and what divides by them from the smallest.
-constexpr float LIMIT = 4294967296.0f;
+// Of a group's sums of exponentials (of the softened ones where T = 1 or 2: the hard term's are at
+// most their squares). Beyond, the reference moves up to the group's maximum. Sums of a row stay far
+// from the largest float, and what divides by them from the smallest.
+constexpr float LIMIT = 16777216.0f;
 
 enum Flag : int {
   ALONE_S = 1,  // an entry is -inf for the student alone
@@ -108,9 +109,11 @@ FUSED_KD_DEVICE void set_references(Record& record, float m_s, float m_t) {
   record.r.m_t = warp_max(m_t);
 }
 
-// What a group adds to a record. `canary` is finite if every summand is.
+// What a group adds to a record. `canary` is finite if every summand is, `exponentials` tells of the
+// largest.
 struct GroupSums {
-  float d_s = 0.0f, d_t = 0.0f, d_1 = 0.0f, w = 0.0f, differences = 0.0f, canary = 0.0f;
+  float d_s = 0.0f, d_t = 0.0f, d_1 = 0.0f, w = 0.0f, differences = 0.0f;
+  float canary = 0.0f, exponentials = 0.0f;
 };
 
 // As if every entry were finite and no exponential too large: else the sums tell (`usable`).
@@ -135,6 +138,7 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
   if constexpr (SOFTMAX) {
     sums.d_s = sum_of(P);
     sums.d_t = sum_of(Q);
+    sums.exponentials = sums.d_s + sums.d_t;
   }
   if (o.hard == Hard::power2) {
 #pragma unroll
@@ -143,8 +147,10 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) P[e] = exp2_fast(exponent(s[e], o.k_1, m.s_1));
     sums.d_1 = sum_of(P);
+    sums.exponentials += sums.d_1;
   } else if (o.hard == Hard::power1) {
     sums.d_1 = SOFTMAX ? sums.d_s : sum_of(P);
+    if (!SOFTMAX) sums.exponentials = sums.d_1;
   }
   if constexpr (SMOOTHING) {
     sums.differences = sum_of(a);
@@ -158,7 +164,7 @@ template <Divergence D>
 FUSED_KD_DEVICE bool usable(const GroupSums& sums, const References& m) {
   const bool all_have_one = D != Divergence::mse || fminf(m.s, m.t) > -INF;
   // the largest float counts as nothing here, infinity and NaN do not
-  return fmaf(fabsf(sums.canary), 1e-30f, sums.d_s + sums.d_t + sums.d_1) < LIMIT && all_have_one;
+  return fmaf(fabsf(sums.canary), 1e-35f, sums.exponentials) < LIMIT && all_have_one;
 }
 
 // Entry by entry, for a group with an entry that is not finite or above the reference by far:

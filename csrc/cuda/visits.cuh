@@ -25,6 +25,7 @@ struct Params {
   bool from_stats;    // no first visit: the statistics of an earlier launch
   bool unless_exact;  // nothing to do where `scale` is a power of two: multiplying was enough
   int parts;          // blocks of a row
+  int parts_log2;     // for a cluster
   int slice;          // groups of a row in one block
   // Where the blocks of a row meet in far memory: counters, zeroed, and a ring of records.
   uint32_t *tickets, *arrived, *finished;  // (1), (N), (N)
