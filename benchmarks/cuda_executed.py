@@ -71,7 +71,9 @@ class Executed:
     divergence: str
     temperature: str
     phases: Counter[str] = field(default_factory=Counter)
-    functions: Counter[tuple[str, str]] = field(default_factory=Counter)  # phase, innermost function
+    functions: Counter[tuple[str, str]] = field(
+        default_factory=Counter
+    )  # phase, innermost function
     opcodes: Counter[str] = field(default_factory=Counter)
     rebases: tuple[float, float] | None = None  # of a thread, of a warp: in the first visit
 
@@ -199,7 +201,9 @@ class Rows:
             ("hard loss", hard, true_hard), ("soft loss", soft, true_soft),
         ):  # fmt: skip
             if not np.allclose(found, true, rtol=1e-4, atol=1e-6):
-                raise RuntimeError(f"{self.divergence}: the {name} comes out wrong: {found}, {true}")
+                raise RuntimeError(
+                    f"{self.divergence}: the {name} comes out wrong: {found}, {true}"
+                )
         error = np.linalg.norm(grad - true_grad, axis=1) / np.linalg.norm(true_grad, axis=1)
         if not (error < 0.01).all():
             raise RuntimeError(f"{self.divergence}: the gradient comes out wrong, by {error}")

@@ -79,7 +79,7 @@ class Instance:
 
 
 def compile_cubin(
-    source: Path, target: str, folder: Path, *more: str
+    source: Path, target: str, folder: Path, *more: str, include: Path = SOURCES
 ) -> tuple[Path, list[Instance]]:
     """Compile one file for one target, as the extension is, with `more` flags.
 
@@ -92,7 +92,7 @@ def compile_cubin(
         raise FileNotFoundError("no nvcc (on PATH, or in CUDA_HOME)")
     cubin = folder / f"{source.stem}_{target}.cubin"
     command = [nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{target}", "-Xptxas=-v"]
-    command += [*more, f"-I{SOURCES}", str(source), "-o", str(cubin)]
+    command += [*more, f"-I{include}", str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} for sm_{target}: {done.stderr[-3000:]}")
@@ -228,7 +228,7 @@ def divergences_table(instances: Sequence[Instance]) -> str:
 # --------------------------------------------------------------------------- what is executed
 
 
-def cluster_code(divergence: str, folder: Path) -> Code:
+def cluster_code(divergence: str, folder: Path, sources: Path = SOURCES) -> Code:
     """Return rows_cluster for bfloat16 on both sides and sm_90a, with its source lines.
 
     Raises:
@@ -237,7 +237,8 @@ def cluster_code(divergence: str, folder: Path) -> Code:
     kernel = ("rows_cluster", f"Divergence::{divergence}", "Dtype::bf16", "true")
     codes = []
     for name, more in ((f"{divergence}_lines", ["-lineinfo"]), (divergence, [])):
-        cubin, _ = compile_cubin(instantiate(folder, [kernel], name), "90a", folder, *more)
+        source = instantiate(folder, [kernel], name)
+        cubin, _ = compile_cubin(source, "90a", folder, *more, include=sources)
         (code,) = disassemble(cubin, lines=bool(more)).values()
         codes.append(code)
     if not same_code(*codes):
@@ -245,13 +246,13 @@ def cluster_code(divergence: str, folder: Path) -> Code:
     return codes[0]
 
 
-def executed(divergences: Sequence[str], folder: Path) -> list[Executed]:
+def executed(divergences: Sequence[str], folder: Path, sources: Path = SOURCES) -> list[Executed]:
     """Count what rows_cluster executes, at each temperature that makes a difference."""
-    planner = Planner(SOURCES, NVCC_FLAGS, folder)
+    planner = Planner(sources, NVCC_FLAGS, folder)
     jobs = [(name, label) for name in divergences for label in labels_of(name)]
     found = []
     with Progress("counting", len(jobs)) as progress, ThreadPoolExecutor(jobs_at_once()) as pool:
-        codes = pool.map(lambda name: cluster_code(name, folder), divergences)
+        codes = pool.map(lambda name: cluster_code(name, folder, sources), divergences)
         for divergence, code in zip(divergences, codes, strict=True):
             for label in labels_of(divergence):
                 number = DIVERGENCES.index(divergence)
@@ -265,7 +266,7 @@ def executed_table(found: Iterable[Executed]) -> str:
     phases = ("around", *PHASES)
     rows = []
     for one in found:
-        thread, warp = (f"{x:.1f}" for x in one.rebases) if one.rebases else ("–", "–")
+        thread, warp = (f"{x:.2f}" for x in one.rebases) if one.rebases else ("–", "–")
         rows.append([
             f"`{one.divergence}`" if one.divergence != "none" else "hard term alone",
             one.temperature, *(f"{one.phases[phase]:.1f}" for phase in phases),
@@ -294,9 +295,9 @@ def opcodes_table(one: Executed, least: float = 0.1) -> str:
     return markdown_table(["opcode", "instructions"], rows)
 
 
-def executed_report(divergences: Sequence[str], folder: Path) -> str:
+def executed_report(divergences: Sequence[str], folder: Path, sources: Path) -> str:
     """Return the count, and where its instructions are."""
-    found = executed(divergences, folder)
+    found = executed(divergences, folder, sources)
     parts = [executed_table(found)]
     for one in found:
         if one.temperature in ("T = 2", "any T"):
@@ -351,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--targets", default=",".join(TARGETS), help="default: %(default)s")
     add("--executed", metavar="DIVERGENCES", help="count these kernels only: forward_kl,jsd or all")
+    add("--sources", type=Path, default=SOURCES, help="of --executed: another csrc/cuda")
     add("--write", type=writable_file, metavar="FILE", help="between the markers of this file")
     options = parser.parse_args(arguments)
     for tool in ("nvcc", "nvdisasm"):
@@ -360,7 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             if options.executed:
-                text = executed_report(_chosen(parser, options.executed), Path(folder))
+                names = _chosen(parser, options.executed)
+                text = executed_report(names, Path(folder), options.sources.resolve())
             else:
                 text = report(options.targets.split(","), Path(folder))
         except (RuntimeError, NotImplementedError) as error:

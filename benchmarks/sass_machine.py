@@ -205,6 +205,8 @@ class Machine:
             return self._access(name, suffixes, operands)
         if name == "UBLKCP":
             return self._bulk_copy(suffixes, operands)
+        if name == "STAS":
+            return self._push(suffixes, operands)
         if name == "SYNCS":
             return self._mbarrier(suffixes, operands)
         if name == "UCGABAR_ARV":
@@ -282,7 +284,7 @@ class Machine:
     ) -> Array:
         """Return the lanes that a branch takes away."""
         if suffixes == ["DIV"]:  # unless the whole warp is here
-            full = (active & (self.leader == self.leader.reshape(-1, WARP)[:, :1].repeat(WARP)))
+            full = active & (self.leader == self.leader.reshape(-1, WARP)[:, :1].repeat(WARP))
             return taken & ~full.reshape(-1, WARP).all(1).repeat(WARP)
         for condition in operands[:-1]:
             taken = taken & self.registers.condition(condition)()
@@ -357,9 +359,7 @@ class Machine:
         if not here.any():
             return
         size = self.launch.threads * self.launch.cluster
-        arrived = np.where(
-            self.state == State.ENDED, np.iinfo(np.int64).max, self.cluster_arrived
-        )
+        arrived = np.where(self.state == State.ENDED, np.iinfo(np.int64).max, self.cluster_arrived)
         least = arrived.reshape(-1, size).min(1).repeat(size)
         free = here & (least > self.cluster_waited)
         self.cluster_waited[free] += 1
@@ -421,7 +421,7 @@ class Machine:
             raise NotImplementedError(f"{name}: {sorted(strange)}")
         loads, shared = name.startswith("L"), name.endswith("S")
         text, register = (operands[1], operands[0]) if loads else (operands[0], operands[1])
-        get, wide = self.registers.address(",".join([text]) if loads else text)
+        get, wide = self.registers.address(text, extended="E" in suffixes)
         unit = {1: np.uint8, 2: np.uint16}.get(size, np.uint32)
         words = max(1, size // 4)
         sources = [] if loads else [self.registers.integer(register, k) for k in range(words)]
@@ -465,10 +465,15 @@ class Machine:
         return found
 
     def _barrier(self, lane: int, address: int) -> Mbarrier:
-        key = (int(self.block[lane]), address)
+        key = self._barrier_key(lane, address)
         if key not in self.barriers:
             raise RuntimeError("an mbarrier used before its initialization")
         return self.barriers[key]
+
+    def _barrier_key(self, lane: int, address: int) -> tuple[int, int]:
+        """Return the block whose shared memory it is in, and where."""
+        first = int(self.block[lane]) - int(self.rank[lane])
+        return first + (address >> 24), address & 0xFFFFFF
 
     def _parts(self, mask: Array | None) -> list[int]:
         """Return the first lane of each warp that is here."""
@@ -483,21 +488,56 @@ class Machine:
         def init(mask: Array | None) -> None:
             for lane in self._parts(mask):
                 count = 0x100000 - (int(np.broadcast_to(source(), (self.lanes,))[lane]) >> 1)
-                self.barriers[int(self.block[lane]), int(get()[lane])] = Mbarrier(count, count)
+                key = self._barrier_key(lane, int(get()[lane]))
+                self.barriers[key] = Mbarrier(count, count)
+
+        expects = "A1T0" not in suffixes  # bytes too
 
         def arrive(mask: Array | None) -> None:
-            lanes = range(self.lanes) if mask is None else mask.nonzero()[0]
-            for lane in lanes:
+            for lane in range(self.lanes) if mask is None else mask.nonzero()[0]:
                 barrier = self._barrier(lane, int(get()[lane]))
-                barrier.bytes += int(np.broadcast_to(source(), (self.lanes,))[lane])
+                if expects:
+                    barrier.bytes += int(np.broadcast_to(source(), (self.lanes,))[lane])
                 barrier.pending -= 1
                 barrier.complete()
             self._release_phases()
 
-        kinds = {("EXCH", "64"): init, ("ARRIVE", "TRANS64"): arrive}
+        kinds = {
+            ("EXCH", "64"): init,
+            ("ARRIVE", "TRANS64"): arrive,
+            ("ARRIVE", "TRANS64", "A1T0"): arrive,
+            ("ARRIVE", "TRANS64", "RED", "A1T0"): arrive,  # a peer's
+        }
         if tuple(suffixes) not in kinds:
             raise NotImplementedError(f"SYNCS {suffixes}")
         return kinds[tuple(suffixes)]
+
+    def _push(self, suffixes: list[str], operands: list[str]) -> Operation:
+        """STAS [shared address and mbarrier, of a peer], data."""
+        size = 4
+        for one in suffixes:
+            size = _WIDTHS[one] if one in ("64", "128") else 0
+        if not size:
+            raise NotImplementedError(f"STAS {suffixes}")
+        name = operands[0].strip("[]").removesuffix(".64")
+        target, barrier_at = self.registers.integer(name), self.registers.integer(name, 1)
+        sources = [self.registers.integer(operands[1], k) for k in range(size // 4)]
+
+        def run(mask: Array | None) -> None:
+            where = np.arange(self.lanes) if mask is None else mask.nonzero()[0]
+            index = self._shared_index(target().astype(np.uint64), where, True)
+            if (index % size).any():
+                raise RuntimeError(f"STAS: an address that is not a multiple of {size}")
+            for k, source in enumerate(sources):
+                value = np.broadcast_to(source(), (self.lanes,))
+                self.shared.view(np.uint32)[index // 4 + k] = value[where]
+            for lane in where:
+                barrier = self._barrier(lane, int(barrier_at()[lane]))
+                barrier.bytes -= size
+                barrier.complete()
+            self._release_phases()
+
+        return run
 
     def _bulk_copy(self, suffixes: list[str], operands: list[str]) -> Operation:
         """UBLKCP.S.G [shared address and mbarrier], [global address], units of 16 bytes, policy."""
@@ -542,7 +582,11 @@ def _ranks(successors: list[list[int]]) -> Array:
                 continue
             inside = set(part)
             head = next(
-                (n for n in part if n == entry or any(n in edges[m] for m in nodes if m not in inside)),
+                (
+                    n
+                    for n in part
+                    if n == entry or any(n in edges[m] for m in nodes if m not in inside)
+                ),
                 part[0],
             )
             kept = {n: [s for s in edges[n] if s in inside and s != head] for n in part}

@@ -137,14 +137,21 @@ class Registers:
         all_of_kind = self.uniform_predicate if found[1] else self.predicate
         return all_of_kind[7 if found[2] == "T" else int(found[2])]
 
-    def address(self, text: str) -> tuple[Get, bool]:
-        """Return how to read a memory operand's address, and whether it has 64 bits."""
+    def address(self, text: str, extended: bool = False) -> tuple[Get, bool]:
+        """Return how to read a memory operand's address, and whether it has 64 bits.
+
+        Args:
+            text: The operand.
+            extended: Whether its first register is a pair even if it does not say so.
+        """
         found = re.search(r"\[([^\[\]]*)\]$", text)
         if found is None:
             raise NotImplementedError(f"address {text}")
         parts: list[Get] = []
         offset, wide = 0, False
         terms = found[1].split("+")
+        if extended and re.fullmatch(r"R\d+", terms[0]):
+            terms[0] += ".64"
         is_wide = any(".64" in term for term in terms)
         for term in terms:
             if re.fullmatch(r"-?0x[0-9a-f]+", term):

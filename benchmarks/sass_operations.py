@@ -25,7 +25,9 @@ _LOW = _U64(0xFFFFFFFF)
 NOTHING = ("NOP", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE", "YIELD", "DEPBAR", "NANOSLEEP")
 
 
-def build(opcode: str, operands: str, registers: Registers, special: Mapping[str, Array]) -> Operation:
+def build(
+    opcode: str, operands: str, registers: Registers, special: Mapping[str, Array]
+) -> Operation:
     """Return what an instruction does besides memory accesses and branches.
 
     Raises:
@@ -354,9 +356,7 @@ def _set_predicate(x: _Parts, get: Callable[[str], Get]) -> Operation:
 
 
 def _integer_predicate(x: _Parts) -> Operation:
-    return _set_predicate(
-        x, x.registers.integer if "U32" in x.suffixes else x.registers.signed
-    )
+    return _set_predicate(x, x.registers.integer if "U32" in x.suffixes else x.registers.signed)
 
 
 def _float_predicate(x: _Parts) -> Operation:
@@ -675,6 +675,29 @@ def _shuffle(x: _Parts) -> Operation:
     return run
 
 
+_REDUCE = {"MAX": np.max, "MIN": np.min, "SUM": np.sum, "OR": np.bitwise_or.reduce}
+
+
+def _reduce(x: _Parts) -> Operation:
+    """REDUX: of the lanes that run it, for the whole warp."""
+    (which,) = (x.suffixes - {"S32"}) or {"OR"}
+    if which not in _REDUCE:
+        raise NotImplementedError(x.opcode)
+    get = (x.registers.signed if "S32" in x.suffixes else x.registers.integer)(x.operands[1])
+    registers = x.registers
+
+    def run(mask: Any) -> None:
+        here = _lanes_of(mask, registers.lanes)
+        value = np.broadcast_to(get(), (registers.lanes,)).reshape(-1, 32)
+        limits = np.iinfo(value.dtype)
+        nothing = {"MAX": limits.min, "MIN": limits.max}.get(which, 0)
+        filled = np.where(here, value, value.dtype.type(nothing))
+        found = _REDUCE[which](filled, axis=1).astype(value.dtype)
+        registers.put(x.operands[0], np.repeat(found, 32), whole_warps(mask))
+
+    return run
+
+
 def _predicates_to_register(x: _Parts) -> Operation:
     """P2R d, PR, a, which: bits of a, and some predicates."""
     x.only()
@@ -720,5 +743,6 @@ _OPERATIONS: dict[str, Callable[[_Parts], Operation]] = {
     "HFMA2": _half_constant, "HMNMX2": _half_least, "LDC": _constant, "ULDC": _constant,
     "S2R": _special_register, "S2UR": _special_register, "CS2R": _special_register,
     "R2UR": _to_uniform, "ELECT": _elect, "VOTE": _vote, "VOTEU": _vote, "SHFL": _shuffle,
+    "REDUX": _reduce,
     "P2R": _predicates_to_register, "R2P": _register_to_predicates,
 }  # fmt: skip

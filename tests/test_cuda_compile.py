@@ -68,8 +68,8 @@ def _check(kernels: Kernels, instances: list[Instance]) -> None:
             assert _missing(VECTORS[kernel], code) == [], mangled
 
 
-# every divergence that reads both sides; the general kernel with one statistics visit and with two, with
-# types known at compile time and not
+# every divergence that reads both sides; the general kernel with one statistics visit and with two,
+# with types known at compile time and not
 SOME = [
     *(("rows_cluster", f"Divergence::{d}", "Dtype::bf16", "true") for d in DIVERGENCES[:-1]),
     ("rows_general", "Divergence::forward_kl", "Dtype::bf16", "true"),
