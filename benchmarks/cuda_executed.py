@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .sass import Code, Instruction, disassemble, find_tool
-from .sass_machine import Launch, Machine, Memory
+from .sass import Code, Instruction, find_tool
+from .sass_machine import Machine
+from .sass_memory import Launch, Memory
 from .sass_operations import to_bf16
 from .source_functions import function_at
 
@@ -84,12 +85,12 @@ class Executed:
 
     @property
     def special(self) -> float:
-        """Return exponentials, logarithms, reciprocals and roots: one kind of unit does them all."""
+        """Return exponentials, logarithms and reciprocals: one kind of unit does them all."""
         return sum(n for name, n in self.opcodes.items() if name.startswith("MUFU"))
 
     @property
     def bytes(self) -> int:
-        """Return what an element moves: its logits, of both sides if both are read, its gradient."""
+        """Return what an element moves: its logits, on one side or both, and its gradient."""
         return 4 if self.divergence == "none" else 6
 
     def within(self, card: Card) -> bool:
@@ -331,8 +332,3 @@ def labels_of(divergence: str) -> Iterator[str]:
         yield "any T"
     else:
         yield from TEMPERATURES
-
-
-def read_code(cubin: Path) -> dict[str, Code]:
-    """Return a cubin's kernels with the lines of their sources."""
-    return disassemble(cubin, lines=True)

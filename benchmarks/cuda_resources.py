@@ -19,18 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cuda_executed import (
-    CARDS,
-    PHASES,
-    ROWS,
-    SPREAD,
-    Executed,
-    Planner,
-    V,
-    execute,
-    labels_of,
-    same_code,
-)
+from .cuda_executed import Executed, Planner, execute, labels_of, same_code
+from .executed_tables import executed_table, executed_text, functions_table, opcodes_table
 from .report import Parser, Progress, markdown_table, show, writable_file
 from .sass import Code, disassemble, find_tool
 
@@ -261,40 +251,6 @@ def executed(divergences: Sequence[str], folder: Path, sources: Path = SOURCES) 
     return found
 
 
-def executed_table(found: Iterable[Executed]) -> str:
-    """Return one line for each divergence and temperature."""
-    phases = ("around", *PHASES)
-    rows = []
-    for one in found:
-        thread, warp = (f"{x:.2f}" for x in one.rebases) if one.rebases else ("–", "–")
-        rows.append([
-            f"`{one.divergence}`" if one.divergence != "none" else "hard term alone",
-            one.temperature, *(f"{one.phases[phase]:.1f}" for phase in phases),
-            f"{one.instructions:.1f}", f"{one.special:.1f}", thread, warp,
-            *("yes" if one.within(card) else "**no**" for card in CARDS),
-        ])  # fmt: skip
-    head = ["divergence", "hard term at", "around", "first visit", "second", "gradient", "together",
-            "special", "rebases of a thread", "of a warp",
-            *(f"{x.name} ({x.instructions():.1f}, {x.special():.1f})" for x in CARDS)]  # fmt: skip
-    return markdown_table(head, rows, left=2)
-
-
-def functions_table(one: Executed, least: float = 0.05) -> str:
-    """Return where the instructions are: by phase and function, with `least` and more an element."""
-    rows = [
-        [phase, f"`{name}`", f"{amount:.2f}"]
-        for (phase, name), amount in one.functions.most_common()
-        if amount >= least
-    ]
-    return markdown_table(["phase", "function", "instructions"], rows, left=2)
-
-
-def opcodes_table(one: Executed, least: float = 0.1) -> str:
-    """Return which instructions they are, with `least` and more an element."""
-    rows = [[f"`{x}`", f"{n:.2f}"] for x, n in one.opcodes.most_common() if n >= least]
-    return markdown_table(["opcode", "instructions"], rows)
-
-
 def executed_report(divergences: Sequence[str], folder: Path, sources: Path) -> str:
     """Return the count, and where its instructions are."""
     found = executed(divergences, folder, sources)
@@ -304,24 +260,6 @@ def executed_report(divergences: Sequence[str], folder: Path, sources: Path) -> 
             parts += [f"{one.divergence}, {one.temperature}:", functions_table(one)]
             parts.append(opcodes_table(one))
     return "\n\n".join(parts)
-
-
-def executed_text() -> str:
-    """Return what the table of what is executed shows."""
-    cards = "; ".join(
-        f"{x.name}: {x.multiprocessors} multiprocessors, {x.gigahertz:g} GHz, {x.terabytes:g} TB/s"
-        for x in CARDS
-    )
-    return (
-        f"Warp instructions that `rows_cluster` executes per element (times 32 lanes): bfloat16, "
-        f"sm_90a, V = {V}, forward and backward in one read, with the hard term. Its machine code is "
-        f"run on {ROWS} rows of logits ({SPREAD:g} times standard normal), and everything counts: "
-        "prologue, new maxima (rebases: in the first visit, of a thread, and of a warp, which pays "
-        "if one of its threads has one), merges, exchange, ends. Special functions: exponentials, "
-        "reciprocals, logarithms. Within: not more than a card can issue in the time that its memory "
-        "takes, 128 lanes × multiprocessors × clock / (bandwidth / 6 bytes; without a "
-        f"teacher 4 bytes, two thirds of the budget), an eighth of them special functions. {cards}."
-    )
 
 
 def report(targets: Sequence[str], folder: Path) -> str:

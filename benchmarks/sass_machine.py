@@ -10,20 +10,16 @@ nothing: a lane that waits for a barrier or a copy comes back when that is done.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 
+from .control_flow import ranks
 from .sass import Code, Instruction
-from .sass_operands import Array, Get, Registers, split
+from .sass_memory import SHARED_WINDOW, Launch, Memory, MemoryUnit
+from .sass_operands import WARP, Array, Registers, split
 from .sass_operations import Operation, build, whole_warps
-
-WARP = 32
-#: Where a block's shared memory begins in its window, and the window's upper address half.
-SHARED_BEGIN, SHARED_WINDOW = 0x400, 0x7F00
-_WIDTHS = {"U8": 1, "U16": 2, "64": 8, "128": 16}
 
 
 class State(IntEnum):
@@ -38,48 +34,6 @@ class State(IntEnum):
     ENDED = 6
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A grid."""
-
-    blocks: int
-    cluster: int  # blocks
-    threads: int  # of a block
-    shared_bytes: int  # of a block
-    params: bytes  # the kernel's argument
-
-    def constants(self) -> dict[int, bytes]:
-        """Return the constant bank: what the compiler reads there, on sm_90."""
-
-        def word(number: int) -> bytes:
-            return number.to_bytes(4, "little")
-
-        return {
-            0x0: word(self.threads),
-            0x28: word(0),  # the stack
-            0x140: word(1),  # that there are clusters
-            0x188: word(self.cluster),
-            0x208: bytes(8),  # the memory descriptor
-            0x210: self.params,
-        }
-
-
-@dataclass
-class Mbarrier:
-    """The state of one in shared memory."""
-
-    count: int
-    pending: int
-    bytes: int = 0  # still to come
-    phase: int = 0
-
-    def complete(self) -> None:
-        """Begin the next phase if this one is over."""
-        if self.pending == 0 and self.bytes == 0:
-            self.phase += 1
-            self.pending = self.count
-
-
 @dataclass
 class Counts:
     """How often each basic block was run: by warps (parts of one apart), and by lanes."""
@@ -89,21 +43,12 @@ class Counts:
 
 
 @dataclass
-class Memory:
-    """Global memory: one piece, from `base` on."""
-
-    data: Array  # uint8
-    base: int = 0x7000_0000_0000
-
-
-@dataclass
 class Machine:
     """One launch of a kernel."""
 
     code: Code
     launch: Launch
     memory: Memory
-    barriers: dict[tuple[int, int], Mbarrier] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         launch = self.launch
@@ -119,9 +64,7 @@ class Machine:
             "SR_SWINHI": np.full(self.lanes, SHARED_WINDOW, np.uint32),
             "SR_LANEID": (lane % WARP).astype(np.uint32),
         }
-        self.rank = rank
-        self.stride = (launch.shared_bytes + SHARED_BEGIN + 127) // 128 * 128
-        self.shared = np.full(launch.blocks * self.stride, 0xFF, np.uint8)
+        self.memory_unit = MemoryUnit(launch, self.registers, self.memory, self._release_phases)
         self.leader = lane // WARP * WARP
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
@@ -135,7 +78,7 @@ class Machine:
         self.number = np.zeros(len(self.code.instructions) + 1, np.int64)
         for i, block in enumerate(self.code.blocks):
             self.number[block.start] = i
-        self.rank_of_block = _ranks(self.code.successors())
+        self.rank_of_block = ranks(self.code.successors())
         size = len(self.code.blocks)
         self.counts = Counts(np.zeros(size, np.int64), np.zeros(size, np.int64))
 
@@ -201,14 +144,8 @@ class Machine:
     def _build(self, one: Instruction) -> Operation:
         name, *suffixes = one.opcode.split(".")
         operands = split(one.operands)
-        if name in ("LDG", "STG", "LD", "ST", "LDS", "STS"):
-            return self._access(name, suffixes, operands)
-        if name == "UBLKCP":
-            return self._bulk_copy(suffixes, operands)
-        if name == "STAS":
-            return self._push(suffixes, operands)
-        if name == "SYNCS":
-            return self._mbarrier(suffixes, operands)
+        if operation := self.memory_unit.build(name, suffixes, operands):
+            return operation
         if name == "UCGABAR_ARV":
             return self._arrive_at_cluster
         if name in ("BSSY", "BREAK"):
@@ -375,7 +312,7 @@ class Machine:
             for key in np.unique(keys[waiting]):
                 these = waiting & (keys == key)
                 one = int(these.argmax())
-                barrier = self._barrier(one, int(address[one]))
+                barrier = self.memory_unit.barrier(one, int(address[one]))
                 if barrier.phase % 2 != int(parity[one]):
                     free |= these
             self.registers.put_condition(flag, np.ones(self.lanes, bool), free)
@@ -399,234 +336,3 @@ class Machine:
     def _arrive_at_cluster(self, mask: Array | None) -> None:
         self.cluster_arrived[slice(None) if mask is None else mask] += 1
         self._release_clusters()
-
-    def _shared_index(self, address: Array, where: Array, anywhere: bool) -> Array:
-        """Return where in `shared` these lanes' addresses are: their block's own, or a peer's."""
-        low = address[where].astype(np.int64)
-        rank, offset = low >> 24, (low & 0xFFFFFF) - SHARED_BEGIN
-        own = self.rank[where]
-        if not anywhere and (rank != own).any():
-            raise RuntimeError("another block's shared memory")
-        if (rank >= self.launch.cluster).any():
-            raise RuntimeError("shared memory of a block that is not there")
-        if (offset < 0).any() or (offset >= self.launch.shared_bytes).any():
-            raise RuntimeError("an address outside of shared memory")
-        return (self.block[where] - own + rank) * self.stride + offset
-
-    def _access(self, name: str, suffixes: list[str], operands: list[str]) -> Operation:
-        """A load or a store."""
-        size = next((_WIDTHS[one] for one in suffixes if one in _WIDTHS), 4)
-        strange = set(suffixes) - {"E", "EF", "STRONG", "SYS", "GPU", "SM", "CONSTANT", *_WIDTHS}
-        if strange:
-            raise NotImplementedError(f"{name}: {sorted(strange)}")
-        loads, shared = name.startswith("L"), name.endswith("S")
-        text, register = (operands[1], operands[0]) if loads else (operands[0], operands[1])
-        get, wide = self.registers.address(text, extended="E" in suffixes)
-        unit = {1: np.uint8, 2: np.uint16}.get(size, np.uint32)
-        words = max(1, size // 4)
-        sources = [] if loads else [self.registers.integer(register, k) for k in range(words)]
-
-        def run(mask: Array | None) -> None:
-            where = np.arange(self.lanes) if mask is None else mask.nonzero()[0]
-            address = np.broadcast_to(get(), (self.lanes,))
-            for array, lanes, index in self._places(address, where, shared, wide):
-                if (index % size).any():
-                    raise RuntimeError(f"{name}: an address that is not a multiple of {size}")
-                if (index < 0).any() or (index + size > len(array)).any():
-                    raise RuntimeError(f"{name}: an address outside of memory")
-                first, view = index // min(size, 4), array.view(unit)
-                for k in range(words):
-                    if not loads:
-                        value = np.broadcast_to(sources[k](), (self.lanes,))
-                        view[first + k] = value[lanes].astype(unit)
-                    elif (target := self.registers.find(register, k)) is not None:
-                        target[lanes] = view[first + k].astype(np.uint32)
-
-        return run
-
-    def _places(
-        self, address: Array, where: Array, shared: bool, wide: bool
-    ) -> list[tuple[Array, Array, Array]]:
-        """Return memory, lanes and bytes into it, for each kind of memory."""
-        if shared:
-            return [(self.shared, where, self._shared_index(address, where, False))]
-        if not wide:
-            raise NotImplementedError("a global address of 32 bits")
-        peers = address[where] >> np.uint64(32) == SHARED_WINDOW
-        found = []
-        if peers.any():
-            some = where[peers]
-            found.append((self.shared, some, self._shared_index(address & 0xFFFFFFFF, some, True)))
-        if not peers.all():
-            some = where[~peers]
-            found.append(
-                (self.memory.data, some, address[some].astype(np.int64) - self.memory.base)
-            )
-        return found
-
-    def _barrier(self, lane: int, address: int) -> Mbarrier:
-        key = self._barrier_key(lane, address)
-        if key not in self.barriers:
-            raise RuntimeError("an mbarrier used before its initialization")
-        return self.barriers[key]
-
-    def _barrier_key(self, lane: int, address: int) -> tuple[int, int]:
-        """Return the block whose shared memory it is in, and where."""
-        first = int(self.block[lane]) - int(self.rank[lane])
-        return first + (address >> 24), address & 0xFFFFFF
-
-    def _parts(self, mask: Array | None) -> list[int]:
-        """Return the first lane of each warp that is here."""
-        where = np.arange(self.lanes) if mask is None else mask.nonzero()[0]
-        _, first = np.unique(where // WARP, return_index=True)
-        return [int(one) for one in where[first]]
-
-    def _mbarrier(self, suffixes: list[str], operands: list[str]) -> Operation:
-        get, _ = self.registers.address(operands[1])
-        source = self.registers.integer(operands[2])
-
-        def init(mask: Array | None) -> None:
-            for lane in self._parts(mask):
-                count = 0x100000 - (int(np.broadcast_to(source(), (self.lanes,))[lane]) >> 1)
-                key = self._barrier_key(lane, int(get()[lane]))
-                self.barriers[key] = Mbarrier(count, count)
-
-        expects = "A1T0" not in suffixes  # bytes too
-
-        def arrive(mask: Array | None) -> None:
-            for lane in range(self.lanes) if mask is None else mask.nonzero()[0]:
-                barrier = self._barrier(lane, int(get()[lane]))
-                if expects:
-                    barrier.bytes += int(np.broadcast_to(source(), (self.lanes,))[lane])
-                barrier.pending -= 1
-                barrier.complete()
-            self._release_phases()
-
-        kinds = {
-            ("EXCH", "64"): init,
-            ("ARRIVE", "TRANS64"): arrive,
-            ("ARRIVE", "TRANS64", "A1T0"): arrive,
-            ("ARRIVE", "TRANS64", "RED", "A1T0"): arrive,  # a peer's
-        }
-        if tuple(suffixes) not in kinds:
-            raise NotImplementedError(f"SYNCS {suffixes}")
-        return kinds[tuple(suffixes)]
-
-    def _push(self, suffixes: list[str], operands: list[str]) -> Operation:
-        """STAS [shared address and mbarrier, of a peer], data."""
-        size = 4
-        for one in suffixes:
-            size = _WIDTHS[one] if one in ("64", "128") else 0
-        if not size:
-            raise NotImplementedError(f"STAS {suffixes}")
-        name = operands[0].strip("[]").removesuffix(".64")
-        target, barrier_at = self.registers.integer(name), self.registers.integer(name, 1)
-        sources = [self.registers.integer(operands[1], k) for k in range(size // 4)]
-
-        def run(mask: Array | None) -> None:
-            where = np.arange(self.lanes) if mask is None else mask.nonzero()[0]
-            index = self._shared_index(target().astype(np.uint64), where, True)
-            if (index % size).any():
-                raise RuntimeError(f"STAS: an address that is not a multiple of {size}")
-            for k, source in enumerate(sources):
-                value = np.broadcast_to(source(), (self.lanes,))
-                self.shared.view(np.uint32)[index // 4 + k] = value[where]
-            for lane in where:
-                barrier = self._barrier(lane, int(barrier_at()[lane]))
-                barrier.bytes -= size
-                barrier.complete()
-            self._release_phases()
-
-        return run
-
-    def _bulk_copy(self, suffixes: list[str], operands: list[str]) -> Operation:
-        """UBLKCP.S.G [shared address and mbarrier], [global address], units of 16 bytes, policy."""
-        if suffixes != ["S", "G"]:
-            raise NotImplementedError(f"UBLKCP {suffixes}")
-        to, from_ = (one.strip("[]") for one in operands[:2])
-        target = self.registers.integer(to)
-        barrier_at: Get = self.registers.integer(to, 1)
-        source, size = self.registers.pair(from_), self.registers.integer(operands[2])
-
-        def run(mask: Array | None) -> None:
-            for lane in self._parts(mask):
-                count = int(size()[lane]) * 16
-                where = np.array([lane])
-                address = np.broadcast_to(target(), (self.lanes,)).astype(np.uint64)
-                begin = int(self._shared_index(address, where, False)[0])
-                start = int(source()[lane]) - self.memory.base
-                room = (self.block[lane] + 1) * self.stride - SHARED_BEGIN
-                if begin + count > room or not 0 <= start <= len(self.memory.data) - count:
-                    raise RuntimeError("a bulk copy outside of memory")
-                self.shared[begin : begin + count] = self.memory.data[start : start + count]
-                barrier = self._barrier(lane, int(barrier_at()[lane]))
-                barrier.bytes -= count
-                barrier.complete()
-            self._release_phases()
-
-        return run
-
-
-def _ranks(successors: list[list[int]]) -> Array:
-    """Return an order of the basic blocks in which loops are run to their end before what follows.
-
-    Strongly connected parts in topological order; inside one, without the edges to its entry, the
-    same again.
-    """
-    order: list[int] = []
-
-    def arrange(nodes: list[int], entry: int, edges: dict[int, list[int]]) -> None:
-        for part in reversed(_components(nodes, entry, edges)):
-            if len(part) == 1:
-                order.append(part[0])
-                continue
-            inside = set(part)
-            head = next(
-                (
-                    n
-                    for n in part
-                    if n == entry or any(n in edges[m] for m in nodes if m not in inside)
-                ),
-                part[0],
-            )
-            kept = {n: [s for s in edges[n] if s in inside and s != head] for n in part}
-            arrange(part, head, kept)
-
-    everything = dict(enumerate(successors))
-    arrange(list(everything), 0, everything)
-    rank = np.zeros(len(successors), np.int64)
-    rank[order] = np.arange(len(order))
-    return rank
-
-
-def _components(nodes: list[int], entry: int, edges: dict[int, list[int]]) -> list[list[int]]:
-    """Return the strongly connected parts, each after those that it leads to (Tarjan)."""
-    index: dict[int, int] = {}
-    low: dict[int, int] = {}
-    stack: list[int] = []
-    found: list[list[int]] = []
-    for root in [entry, *nodes]:
-        if root in index:
-            continue
-        work: list[tuple[int, Any]] = [(root, iter(edges[root]))]
-        index[root] = low[root] = len(index)
-        stack.append(root)
-        while work:
-            node, following = work[-1]
-            for other in following:
-                if other not in index:
-                    index[other] = low[other] = len(index)
-                    stack.append(other)
-                    work.append((other, iter(edges[other])))
-                    break
-                if other in stack:
-                    low[node] = min(low[node], index[other])
-            else:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
-                if low[node] == index[node]:
-                    part = stack[stack.index(node) :]
-                    del stack[stack.index(node) :]
-                    found.append(part)
-    return found

@@ -11,6 +11,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 Get = Callable[[], Array]
 
+WARP = 32
 _FLOATS = {"INF": np.inf, "QNAN": np.nan}
 
 

@@ -19,10 +19,11 @@ from benchmarks.cuda_resources import (
     SOURCES,
     cluster_code,
     executed,
-    executed_table,
 )
+from benchmarks.executed_tables import executed_table
 from benchmarks.sass import Code, find_tool, parse
-from benchmarks.sass_machine import Counts, Launch, Machine, Memory
+from benchmarks.sass_machine import Counts, Machine
+from benchmarks.sass_memory import Launch, Memory
 from benchmarks.source_functions import function_at
 
 #: Instructions and special functions per element at most, at the temperature that takes most.
