@@ -21,6 +21,9 @@ from .sass_memory import SHARED_WINDOW, Launch, Memory, MemoryUnit
 from .sass_operands import WARP, Array, Registers, split
 from .sass_operations import Operation, build, whole_warps
 
+#: Basic blocks, each run by all lanes that are at it: over a hundred times what a row takes.
+MAX_STEPS = 200_000
+
 
 class State(IntEnum):
     """What a lane waits for."""
@@ -89,12 +92,13 @@ class Machine:
 
         Raises:
             NotImplementedError: an instruction that is executed is unknown.
-            RuntimeError: the lanes wait for each other.
+            RuntimeError: the lanes wait for each other, or loop for ever.
         """
         with np.errstate(all="ignore"):
-            while self._step():
-                pass
-        return self.counts
+            for _ in range(MAX_STEPS):
+                if not self._step():
+                    return self.counts
+        raise RuntimeError(f"the kernel does not end within {MAX_STEPS} steps")
 
     def _step(self) -> bool:
         ready = self.state == State.READY

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import cuda_executed, sass_operations
+from benchmarks import cuda_executed, sass_machine, sass_operations
 from benchmarks.cuda_executed import CARDS, Card, Executed, Planner, execute, same_code
 from benchmarks.cuda_resources import (
     DIVERGENCES,
@@ -242,6 +242,37 @@ def test_blocks_push_into_each_others_memory() -> None:
         _run(_listing(*short), 4 * 32, blocks=4, threads=32, cluster=4)
 
 
+def test_a_barrier_waits_for_all_that_are_there() -> None:
+    """One of two blocks, or warps, goes past a barrier's arrival to its end, or to a wait."""
+
+    def of(here: str, *, ends: bool) -> Code:
+        return _listing(
+            here,
+            "ISETP.EQ.AND P0, PT, R0, RZ, PT",
+            "@P0 BRA `(.L_away)",
+            "UCGABAR_ARV",
+            "BAR.SYNC.DEFER_BLOCKING 0x0",
+            "UCGABAR_WAIT",
+            "EXIT",
+            ".L_away:",
+            "EXIT" if ends else "UCGABAR_WAIT",
+            "EXIT",
+        )
+
+    rank, warp = "S2R R0, SR_CgaCtaId", "S2R R0, SR_TID.X"
+    _run(of(rank, ends=True), blocks=2, cluster=2)
+    _run(of(warp, ends=True), blocks=2, cluster=2)
+    for here in (rank, warp):
+        with pytest.raises(RuntimeError, match="waits for ever"):
+            _run(of(here, ends=False), blocks=2, cluster=2)
+
+
+def test_a_loop_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sass_machine, "MAX_STEPS", 100)
+    with pytest.raises(RuntimeError, match="does not end within 100 steps"):
+        _run(_listing(".L_loop:", "NOP", "BRA `(.L_loop)"))
+
+
 def test_what_is_not_known_is_refused_where_it_is_executed() -> None:
     lines = ("S2R R0, SR_TID.X", "@P0 BRA `(.L_end)", "TENSOR.CORE R1, R0", ".L_end:", "EXIT")
     code = _listing(*lines)
@@ -273,6 +304,8 @@ def test_arithmetic_of_rare_forms() -> None:
     assert of("MOV R0, 0x5", "MOV R4, 0x7", "IADD3 R1, P0, R0, -R4, RZ",
               "IADD3.X R1, RZ, RZ, RZ, P0, !PT") == 0  # fmt: skip
     assert of("MOV R0, 0x7", "MOV R4, 0x5", "IADD3 R1, P0, R0, -R4, RZ",
+              "IADD3.X R1, RZ, RZ, RZ, P0, !PT") == 1  # fmt: skip
+    assert of("MOV R0, 0x5", "IADD3 R1, P0, R0, -RZ, RZ",
               "IADD3.X R1, RZ, RZ, RZ, P0, !PT") == 1  # fmt: skip
     assert of("MOV R0, 0x3fc00000", "FMNMX R1, R0, 1, PT") == 0x3F800000
     assert of("MOV R0, 0x7fc00000", "FMNMX R1, R0, 1, !PT") == 0x3F800000
