@@ -194,21 +194,28 @@ def _shift_add(x: _Parts) -> Operation:
 
 
 def _shift(x: _Parts) -> Operation:
-    """SHF: of the pair (high, low); HI: the upper half of what comes out."""
-    x.only("L", "R", "U32", "S32", "U64", "HI")
+    """SHF: of the pair (high, low); HI: the upper half of what comes out.
+
+    With a type of 32 bits the upper half is that of `high` alone.
+    """
+    x.only("L", "R", "U32", "S32", "U64", "S64", "HI")
     low, by, high = x.integers()
-    left, upper, negative = "L" in x.suffixes, "HI" in x.suffixes, "S32" in x.suffixes
-    if negative and not (upper and not left):
+    left, upper, short = "L" in x.suffixes, "HI" in x.suffixes, "64" not in x.opcode
+    negative = bool(x.suffixes & {"S32", "S64"})
+    if negative and (left or (short and not upper)):
         raise NotImplementedError(x.opcode)
 
     def value() -> Array:
         count = np.minimum(_wide(by()), _U64(63))
-        if negative:
+        if upper and short and negative:
             return high().view(np.int32) >> np.minimum(count, _U64(31)).astype(np.int32)
-        if upper and not left:
+        if upper and short and not left:
             return np.where(count > 31, 0, _wide(high()) >> count).astype(np.uint32)
         pair = _wide(low()) | _wide(high()) << _U64(32)
-        shifted = pair << count if left else pair >> count
+        if negative:
+            shifted = (pair.view(np.int64) >> count.astype(np.int64)).view(_U64)
+        else:
+            shifted = pair << count if left else pair >> count
         return ((shifted >> _U64(32) if upper else shifted) & _LOW).astype(np.uint32)
 
     return x.result(value)

@@ -295,6 +295,8 @@ def test_arithmetic_of_rare_forms() -> None:
         return int(_run(_listing(*lines, *store), 1, threads=32)[1][0])
 
     assert of("MOV R0, 0x80000000", "SHF.R.S32.HI R1, RZ, 0x1f, R0") == 0xFFFFFFFF
+    assert of("MOV R0, 0x80000001", "SHF.R.S64 R1, RZ, 0x1f, R0") == 2
+    assert of("MOV R0, 0x80000001", "SHF.R.S64 R1, RZ, 0x21, R0") == 0xC0000000
     assert of("MOV R0, 0x12345678", "SHF.L.U32.HI R1, R0, 0x10, 0xabcd") == 0xABCD1234
     assert of("MOV R0, 0x8000", "PRMT R1, R0, 0x9910, RZ") == 0xFFFF8000
     assert of("MOV R0, 0xff", "LOP3.LUT R1, R0, 0xf0, 0xf00, 0xf8, !PT") == 0xFF
