@@ -1,8 +1,9 @@
 """``python -m benchmarks.cuda_resources [--targets 90a] [--write docs/backends.md]``
 
 What the CUDA kernels take of a GPU, from the compiler alone (nvcc; no GPU, no torch): registers,
-spills and shared memory of every instance, and the instructions and exponentials per element of
-the cluster kernel's loops, counted in the disassembly on the fast path (see benchmarks/sass.py).
+spills and shared memory of every instance, and the instructions per element that the cluster kernel
+executes (see benchmarks/cuda_executed.py). ``--executed forward_kl`` counts one kernel only, in a
+few seconds, and shows in which functions its instructions are.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cuda_loops import EXPONENTIALS, INSTRUCTIONS, works
+from .cuda_executed import Executed, Planner, execute, labels_of, same_code
+from .executed_tables import executed_table, executed_text, functions_table, opcodes_table
 from .report import Parser, Progress, markdown_table, show, writable_file
-from .sass import disassemble, find_tool
+from .sass import Code, disassemble, find_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -66,8 +68,10 @@ class Instance:
 # ---------------------------------------------------------------------------------- the compiler
 
 
-def compile_cubin(source: Path, target: str, folder: Path) -> tuple[Path, list[Instance]]:
-    """Compiles one file for one target, as the extension is.
+def compile_cubin(
+    source: Path, target: str, folder: Path, *more: str, include: Path = SOURCES
+) -> tuple[Path, list[Instance]]:
+    """Compile one file for one target, as the extension is, with `more` flags.
 
     Raises:
         FileNotFoundError: there is no nvcc.
@@ -78,7 +82,7 @@ def compile_cubin(source: Path, target: str, folder: Path) -> tuple[Path, list[I
         raise FileNotFoundError("no nvcc (on PATH, or in CUDA_HOME)")
     cubin = folder / f"{source.stem}_{target}.cubin"
     command = [nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{target}", "-Xptxas=-v"]
-    command += [f"-I{SOURCES}", str(source), "-o", str(cubin)]
+    command += [*more, f"-I{include}", str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} for sm_{target}: {done.stderr[-3000:]}")
@@ -122,17 +126,24 @@ def describe(mangled: str) -> tuple[str, str, str, bool]:
     return found[1], divergence, DTYPES[int(found[3])], found[4] != "0"
 
 
-def instantiate(folder: Path, kernels: Iterable[tuple[str, ...]]) -> Path:
-    """A file that has only these kernels: name and template arguments, as C++ writes them."""
+def instantiate(
+    folder: Path, kernels: Iterable[tuple[str, ...]], name: str = "some_kernels"
+) -> Path:
+    """Write a file that has only these kernels: name and template arguments, as C++ has them."""
     lines = ['#include "rows.cuh"', "using namespace fused_kd;"]
-    for name, *arguments in kernels:
+    for kernel, *arguments in kernels:
         lines.append(
-            f"template __global__ void fused_kd::{name}<{', '.join(arguments)}>"
+            f"template __global__ void fused_kd::{kernel}<{', '.join(arguments)}>"
             "(const __grid_constant__ Params);"
         )
-    file = folder / "some_kernels.cu"
+    file = folder / f"{name}.cu"
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+def jobs_at_once() -> int:
+    """Return MAX_JOBS, or the number of processors."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 @dataclass
@@ -154,7 +165,7 @@ def compile_all(targets: Sequence[str], folder: Path) -> Compiled:
             progress.advance(f"rows_{job[0]}.cu for sm_{job[1]}")
             return done
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(jobs_at_once()) as pool:
             for job, (cubin, instances) in zip(jobs, pool.map(compile_one, jobs), strict=True):
                 found.cubins[job] = cubin
                 found.instances += [one for one in instances if not one.empty]
@@ -204,25 +215,51 @@ def divergences_table(instances: Sequence[Instance]) -> str:
     return markdown_table(head, rows)
 
 
-def loops_table(cubin: Path) -> str:
-    """Instructions and exponentials per element of rows_cluster, bfloat16 on both sides."""
-    rows = []
-    for mangled, code in disassemble(cubin).items():
-        kernel, divergence, student, same = describe(mangled)
-        if (kernel, student, same) != ("rows_cluster", "bf16", True) or divergence == "none":
-            continue
-        for work in works(divergence, code):
-            cells = [f"{work.per_element(visit):.1f}" for visit in ("first", "second", "gradient")]
-            total = f"{work.instructions:.1f}"
-            within = "yes" if work.within else "**no**"
-            rows.append([
-                f"`{divergence}`", work.temperature, *cells, total,
-                f"{work.exponentials:.1f}", f"{work.special:.1f}", within,
-            ])  # fmt: skip
-    rows.sort(key=lambda row: DIVERGENCES.index(row[0].strip("`")))
-    head = ["divergence", "hard term at", "first visit", "second", "gradient", "together",
-            "exponentials", "special functions", "within"]  # fmt: skip
-    return markdown_table(head, rows, left=2)
+# --------------------------------------------------------------------------- what is executed
+
+
+def cluster_code(divergence: str, folder: Path, sources: Path = SOURCES) -> Code:
+    """Return rows_cluster for bfloat16 on both sides and sm_90a, with its source lines.
+
+    Raises:
+        RuntimeError: the compiler's message; or it makes other code when it keeps lines.
+    """
+    kernel = ("rows_cluster", f"Divergence::{divergence}", "Dtype::bf16", "true")
+    codes = []
+    for name, more in ((f"{divergence}_lines", ["-lineinfo"]), (divergence, [])):
+        source = instantiate(folder, [kernel], name)
+        cubin, _ = compile_cubin(source, "90a", folder, *more, include=sources)
+        (code,) = disassemble(cubin, lines=bool(more)).values()
+        codes.append(code)
+    if not same_code(*codes):
+        raise RuntimeError(f"{divergence}: -lineinfo changes the code")
+    return codes[0]
+
+
+def executed(divergences: Sequence[str], folder: Path, sources: Path = SOURCES) -> list[Executed]:
+    """Count what rows_cluster executes, at each temperature that makes a difference."""
+    planner = Planner(sources, NVCC_FLAGS, folder)
+    jobs = [(name, label) for name in divergences for label in labels_of(name)]
+    found = []
+    with Progress("counting", len(jobs)) as progress, ThreadPoolExecutor(jobs_at_once()) as pool:
+        codes = pool.map(lambda name: cluster_code(name, folder, sources), divergences)
+        for divergence, code in zip(divergences, codes, strict=True):
+            for label in labels_of(divergence):
+                number = DIVERGENCES.index(divergence)
+                found.append(execute(divergence, number, label, code, planner))
+                progress.advance(f"{divergence}, {label}")
+    return found
+
+
+def executed_report(divergences: Sequence[str], folder: Path, sources: Path) -> str:
+    """Return the count, and where its instructions are."""
+    found = executed(divergences, folder, sources)
+    parts = [executed_table(found)]
+    for one in found:
+        if one.temperature in ("T = 2", "any T"):
+            parts += [f"{one.divergence}, {one.temperature}:", functions_table(one)]
+            parts.append(opcodes_table(one))
+    return "\n\n".join(parts)
 
 
 def report(targets: Sequence[str], folder: Path) -> str:
@@ -236,13 +273,7 @@ def report(targets: Sequence[str], folder: Path) -> str:
         divergences_table(found.instances),
     ]
     if "90a" in targets:
-        parts += [
-            "Instructions per element in the loops of `rows_cluster`, bfloat16, sm_90a, on the "
-            "fast path (no new maximum, no infinity), forward and backward in one read. Special "
-            "functions: exponentials and reciprocals. An H100 at the speed of its memory has time "
-            f"for {INSTRUCTIONS:g} instructions, {EXPONENTIALS:g} of them special functions.",
-            loops_table(found.cubins["bf16", "90a"]),
-        ]
+        parts += [executed_text(), executed_table(executed(DIVERGENCES, folder))]
     parts.append(f"`python -m benchmarks.cuda_resources`, nvcc {nvcc_version()}")
     return "\n\n".join(parts)
 
@@ -258,6 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.cuda_resources", description=__doc__)
     add = parser.add_argument
     add("--targets", default=",".join(TARGETS), help="default: %(default)s")
+    add("--executed", metavar="DIVERGENCES", help="count these kernels only: forward_kl,jsd or all")
+    add("--sources", type=Path, default=SOURCES, help="of --executed: another csrc/cuda")
     add("--write", type=writable_file, metavar="FILE", help="between the markers of this file")
     options = parser.parse_args(arguments)
     for tool in ("nvcc", "nvdisasm"):
@@ -266,11 +299,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.check_markers(options.write, NAME)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            text = report(options.targets.split(","), Path(folder))
-        except RuntimeError as error:
+            if options.executed:
+                names = _chosen(parser, options.executed)
+                text = executed_report(names, Path(folder), options.sources.resolve())
+            else:
+                text = report(options.targets.split(","), Path(folder))
+        except (RuntimeError, NotImplementedError) as error:
             parser.error(str(error))
-    show(text, options.write, NAME)
+    show(text, None if options.executed else options.write, NAME)
     return 0
+
+
+def _chosen(parser: Parser, text: str) -> Sequence[str]:
+    names = DIVERGENCES if text == "all" else text.split(",")
+    if strange := set(names) - set(DIVERGENCES):
+        parser.error(f"--executed: expected some of {', '.join(DIVERGENCES)}, got {strange}")
+    return names
 
 
 if __name__ == "__main__":

@@ -1,58 +1,66 @@
-"""Disassembled GPU code: its loops, and the fewest instructions of one pass through a loop.
-
-A pass is what a thread issues from a loop's first instruction to the branch back. Where branches
-leave a choice, the shortest way that does a given work is taken (so many exponentials, at least so
-many sums and products): a fast path, since what is rare (a new maximum, an infinity, a ragged end)
-costs more. Predicated instructions count: they are issued.
-"""
+"""Disassembled GPU code: instructions, the source lines that they come from, basic blocks."""
 
 from __future__ import annotations
 
-import heapq
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-_LABEL = re.compile(r"\s*(\.L\w+):")
+_LABEL = re.compile(r"\s*(\.L\w+|\$\S+):")
 _INSTRUCTION = re.compile(
-    r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;"
+    r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;"
 )
-_TARGET = re.compile(r"`\((\.L\w+)\)")
+_LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)( inlined at)?')
+_TARGET = re.compile(r"`\(([.$][^)]+)\)")
 #: What never goes on to the next instruction, unless it is predicated.
 _ENDS = ("EXIT", "RET", "BRX", "JMP", "JMX")
+_BRANCHES = ("BRA", "UBRA")
+
+#: A file and a line of it.
+Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Instruction:
+    """One instruction; nothing of its encoding."""
+
     opcode: str  # with its suffixes: "LDG.E.128"
     operands: str
-    predicated: bool
-    target: str | None  # a branch's label
+    guard: str = ""  # "@!P0": a lane without it does nothing
+    target: str | None = None  # a branch's label
+    address: int = 0
+    places: tuple[Place, ...] = ()  # its source line, the line that this is inlined at, and so on
 
-    def may_go_on(self) -> bool:
-        """To the next instruction. A branch can also have its condition among its operands."""
-        if self.predicated:
+    @property
+    def branches(self) -> bool:
+        """Return whether it may go to its target."""
+        return self.opcode.startswith(_BRANCHES)
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether it may go on to the next instruction."""
+        if self.guard:
             return True
-        if self.opcode.startswith(("BRA", "UBRA")):
-            return self.opcode not in ("BRA", "UBRA") or self.operands != f"`({self.target})"
+        if self.branches:  # the condition can also be an operand
+            return self.opcode not in _BRANCHES or self.operands != f"`({self.target})"
         return not self.opcode.startswith(_ENDS)
 
-
-@dataclass(frozen=True)
-class Loop:
-    """Instructions [begin, end]; the last branches back to the first."""
-
-    begin: int
-    end: int
-
-    def holds(self, other: Loop) -> bool:
-        return self != other and self.begin <= other.begin and other.end <= self.end
+    @property
+    def ends_block(self) -> bool:
+        """Return whether lanes may part, wait or leave here."""
+        return (
+            self.branches
+            or not self.goes_on
+            or self.opcode.startswith((*_ENDS, "CALL", "BSYNC", "WARPSYNC", "BAR", "UCGABAR_WAIT"))
+            or ".TRYWAIT" in self.opcode
+        )
 
 
 @dataclass
@@ -62,95 +70,75 @@ class Code:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # the instruction that follows
 
-    def opcodes(self, loop: Loop | None = None) -> Counter[str]:
-        part = self.instructions if loop is None else self.instructions[loop.begin : loop.end + 1]
-        return Counter(one.opcode for one in part)
+    def opcodes(self) -> Counter[str]:
+        """Return how often each opcode occurs."""
+        return Counter(one.opcode for one in self.instructions)
 
-    def loops(self) -> list[Loop]:
-        """In order of their ends; blocks that the compiler put out of line look like loops too."""
-        return [
-            Loop(self.labels[one.target], i)
+    @cached_property
+    def blocks(self) -> list[range]:
+        """The basic blocks, in order: only the first instruction is ever jumped to."""
+        starts = {0, *self.labels.values()}
+        for i, one in enumerate(self.instructions):
+            if one.ends_block:
+                starts.add(i + 1)
+        cuts = sorted(start for start in starts if start < len(self.instructions))
+        return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(self.instructions)], strict=True)]
+
+    def successors(self) -> list[list[int]]:
+        """Return, for each block, the blocks that may follow."""
+        number = {block.start: i for i, block in enumerate(self.blocks)}
+        returns = [
+            number[i + 1]
             for i, one in enumerate(self.instructions)
-            if one.target in self.labels and self.labels[one.target] <= i
-            if one.opcode.startswith(("BRA", "UBRA"))
+            if one.opcode.startswith("CALL") and i + 1 in number
         ]
 
-    def innermost(self, opcode: str) -> list[Loop]:
-        """The loops with this instruction that hold no other such loop, in order."""
-        having = [loop for loop in self.loops() if opcode in self.opcodes(loop)]
-        inner = [loop for loop in having if not any(loop.holds(other) for other in having)]
-        return sorted(inner, key=lambda loop: loop.begin)
+        def following(block: range) -> Iterator[int]:
+            last = self.instructions[block.stop - 1]
+            if last.target in self.labels and (last.branches or last.opcode.startswith("CALL")):
+                yield number[self.labels[last.target]]
+            if last.opcode.startswith("RET"):
+                yield from returns
+            if last.goes_on and block.stop in number:
+                yield number[block.stop]
 
-    def around(self, loop: Loop) -> Loop:
-        """The smallest loop that holds this one."""
-        return min((x for x in self.loops() if x.holds(loop)), key=lambda x: x.end - x.begin)
-
-    def shortest_pass(
-        self, loop: Loop, exactly: Mapping[str, int], least: Mapping[str, int] | None = None
-    ) -> Counter[str]:
-        """The instructions of the shortest pass that has so many of these opcodes.
-
-        Raises:
-            LookupError: there is no such pass.
-        """
-        wanted = [*exactly.items(), *(least or {}).items()]
-        goal = tuple(number for _, number in wanted)
-        before: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]] | None] = {}
-        heap = [(1, loop.begin, (0,) * len(goal), None)]
-        while heap:
-            cost, i, counts, previous = heapq.heappop(heap)
-            opcode = self.instructions[i].opcode
-            counts = tuple(
-                # beyond the least, more of it makes no difference
-                min(count + (opcode == name), number + (name in exactly))
-                for count, (name, number) in zip(counts, wanted, strict=True)
-            )
-            if (i, counts) in before or any(map(int.__gt__, counts, goal)):
-                continue
-            before[i, counts] = previous
-            if i == loop.end and counts == goal:
-                return self._path((i, counts), before)
-            for j in self._next(i, loop):
-                heapq.heappush(heap, (cost + 1, j, counts, (i, counts)))  # type: ignore[misc]
-        raise LookupError(f"no pass of the loop has {dict(wanted)}")
-
-    def _next(self, i: int, loop: Loop) -> Iterator[int]:
-        """Where instruction i leads, forwards and inside the loop."""
-        one = self.instructions[i]
-        ways = [i + 1] if one.may_go_on() else []
-        if one.target is not None and one.opcode.startswith(("BRA", "UBRA")):
-            ways.append(self.labels[one.target])
-        return (j for j in ways if i < j <= loop.end)
-
-    def _path(self, last: tuple[int, tuple[int, ...]], before: Mapping) -> Counter[str]:  # type: ignore[type-arg]
-        found: Counter[str] = Counter()
-        node = last
-        while node is not None:
-            found[self.instructions[node[0]].opcode] += 1
-            node = before[node]
-        return found
+        return [list(dict.fromkeys(following(block))) for block in self.blocks]
 
 
 def parse(listing: str) -> dict[str, Code]:
-    """Kernels of `nvdisasm -c`, by mangled name."""
+    """Return the kernels of `nvdisasm -c`, by mangled name."""
     parts = re.split(r"^\.text\.(\S+):$", listing, flags=re.MULTILINE)
     return {name: _parse_one(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def _parse_one(body: str) -> Code:
     code = Code()
+    places: list[Place] = []
+    complete = True  # the lines read so far are a whole chain
     for line in body.splitlines():
-        if found := _LABEL.match(line):
+        if found := _LINE.match(line):
+            if complete:
+                places = []
+            places.append((found[1], int(found[2])))
+            complete = not found[3]
+        elif found := _LABEL.match(line):
             code.labels[found[1]] = len(code.instructions)
+            if found[1].startswith("$"):
+                places = []  # a subroutine of the compiler's
         elif found := _INSTRUCTION.match(line):
-            target = _TARGET.search(found[3])
-            one = Instruction(found[2], found[3], bool(found[1]), target and target[1])
-            code.instructions.append(one)
+            target = _TARGET.search(found[4])
+            code.instructions.append(
+                Instruction(
+                    found[3], found[4], (found[2] or "").strip(), target and target[1],
+                    int(found[1], 16), tuple(places),
+                )
+            )  # fmt: skip
+            complete = True
     return code
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, in CUDA_HOME, or in triton's wheel."""
+    """Return a program of the CUDA toolkit: on PATH, in CUDA_HOME, or in triton's wheel."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     folders = [os.environ.get("PATH", ""), f"{home}/bin"]
     triton = find_spec("triton")
@@ -159,8 +147,12 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
-def disassemble(cubin: Path) -> dict[str, Code]:
-    """The kernels of a cubin, by mangled name.
+def disassemble(cubin: Path, lines: bool = False) -> dict[str, Code]:
+    """Return the kernels of a cubin, by mangled name.
+
+    Args:
+        cubin: The file.
+        lines: Whether to read source lines, of what was compiled with `-lineinfo`.
 
     Raises:
         FileNotFoundError: there is no nvdisasm.
@@ -168,5 +160,6 @@ def disassemble(cubin: Path) -> dict[str, Code]:
     tool = find_tool("nvdisasm")
     if tool is None:
         raise FileNotFoundError("no nvdisasm (on PATH, in CUDA_HOME, or in triton's wheel)")
-    done = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    command = [tool, "-c", *(["-gi"] if lines else []), str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return parse(done.stdout)
