@@ -158,6 +158,11 @@ FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
 }
 
 template <Dtype D>
+struct Constant {
+  static constexpr Dtype value = D;
+};
+
+template <Dtype D>
 FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, const float (&x)[GROUP]) {
   const Raw raw = narrow<D>(x);
   char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
@@ -181,6 +186,21 @@ FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)
     else
       reinterpret_cast<uint16_t*>(p)[e] = static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16));
   }
+}
+
+// A gradient in the student's type, or of 16 bits for a student in float32.
+template <Dtype S, bool PLAIN>
+FUSED_KD_DEVICE void store_gradient(const RowView& row, int group, const float (&x)[GROUP]) {
+  const auto store = [&](auto constant) {
+    constexpr Dtype D = decltype(constant)::value;
+    PLAIN ? store_plain_group<D>(row, group, x) : store_group<D>(row, group, x);
+  };
+  if (S != Dtype::f32 || row.dtype == Dtype::f32)
+    store(Constant<S>{});
+  else if (row.dtype == Dtype::bf16)
+    store(Constant<Dtype::bf16>{});
+  else
+    store(Constant<Dtype::f16>{});
 }
 
 // Teacher groups may have another type than the student's: then it is asked at run time.

@@ -124,6 +124,7 @@ int launch_multiply(const Problem& p, const Device& device, bool unless_exact, v
   const Plan plan(Kernel::scale, groups_of(p.V), plan_general(p).parts);
   Params q = params_of(p, plan);
   q.unless_exact = unless_exact;
+  q.student = p.grad;  // whose type chooses the kernel
   const Blocks blocks = {int64_t(device.multiprocessors) * SCALE_BLOCKS};
   return launch(plan, Divergence::none, 0, blocks, p.N, stream, q);
 }

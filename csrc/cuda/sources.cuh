@@ -55,7 +55,7 @@ struct Pair {
 
   template <class Visit>
   FUSED_KD_DEVICE void indices(Visit visit) const {
-    for (int g = slice.begin + threadIdx.x; g < slice.end; g += THREADS) visit(g);
+    for (int g = first_group(); g < slice.end; g += THREADS) visit(g);
   }
 
   template <class Visit>
@@ -230,7 +230,9 @@ struct NearRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void again(Visit visit) const {
-    this->indices([&](int group) { visit_group(group, visit); });
+#pragma unroll 1
+    for (int i = threadIdx.x; i < slice.end - slice.begin; i += THREADS)
+      visit_group(slice.begin + i, visit);
   }
 };
 

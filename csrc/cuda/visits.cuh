@@ -263,12 +263,12 @@ struct Gradient {
 template <Divergence D, Dtype S, class Source>
 FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Source& source,
                                     const Gradient<D>& gradient) {
-  const RowView grad(p.grad, S, row.at, p.entries);
+  const RowView grad(p.grad, S == Dtype::f32 ? p.grad.dtype : S, row.at, p.entries);
   float g[GROUP];
   if (gradient.nan) {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) g[e] = NAN;
-    source.indices([&](int group) { store_group<S>(grad, group, g); });
+    source.indices([&](int group) { store_gradient<S, false>(grad, group, g); });
     return;
   }
   const auto any = [&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
@@ -278,13 +278,13 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
       source.true_teacher(group, s, t);
       gradient.nothing_for_absent(row, group, s, t, g);
     }
-    store_group<S>(grad, group, g);
+    store_gradient<S, false>(grad, group, g);
   };
   if (!Source::STAYS || !grad.is_plain() || gradient.some_absent) return source.again(any);
   // the label's group once more, rather than a question in the loop
   source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
     gradient.of_group(s, t, p.options, g);
-    store_plain_group<S>(grad, group, g);
+    store_gradient<S, true>(grad, group, g);
   });
   if (row.label >= 0 && source.is_mine(row.label_group()))
     source.visit_group(row.label_group(), any);
@@ -292,9 +292,9 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
 
 template <Dtype S, class Source>
 FUSED_KD_DEVICE void zero_gradient(const Params& p, const Row& row, const Source& source) {
-  const RowView grad(p.grad, S, row.at, p.entries);
+  const RowView grad(p.grad, S == Dtype::f32 ? p.grad.dtype : S, row.at, p.entries);
   const float zeros[GROUP] = {};
-  source.indices([&](int group) { store_group<S>(grad, group, zeros); });
+  source.indices([&](int group) { store_gradient<S, false>(grad, group, zeros); });
 }
 
 }  // namespace fused_kd
