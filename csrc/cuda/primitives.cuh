@@ -129,9 +129,18 @@ __device__ __forceinline__ uint32_t cluster_blocks() {
   return y;
 }
 
-__device__ __forceinline__ void cluster_sync() {
+// All threads of a cluster, each once before it waits.
+__device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 // The same variable in the shared memory of block `rank` of this cluster.

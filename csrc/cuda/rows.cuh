@@ -133,20 +133,26 @@ struct FarExchange {
 
 // Blocks of one cluster, which read one another's shared memory: one packed exchange.
 struct NearExchange {
+  int rounds;
   Shared& shared;
 
   template <class Merge>
-  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool, Merge merge) {
-    if (cluster_blocks() > 1) {
-      if (threadIdx.x == 0) shared.block[round - 1] = record;
-      cluster_sync();
-      if (threadIdx.x < 32) {
-        const bool here = threadIdx.x < cluster_blocks();
-        record = here ? *cluster_peer(&shared.block[round - 1], threadIdx.x) : empty_record();
-        merge(record);
-      }
+  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool, Merge merge) const {
+    if (cluster_blocks() == 1) return true;
+    if (threadIdx.x == 0) shared.block[round - 1] = record;
+    cluster_sync();
+    if (threadIdx.x < 32) {
+      const bool here = threadIdx.x < cluster_blocks();
+      record = here ? *cluster_peer(&shared.block[round - 1], threadIdx.x) : empty_record();
+      merge(record);
     }
+    if (round == rounds) cluster_arrive();  // nothing of the peers' is read any more
     return true;
+  }
+
+  // What the peers read must stay until they have: nobody waits for a peer's gradient.
+  FUSED_KD_DEVICE void finish() const {
+    if (cluster_blocks() > 1) cluster_wait();
   }
 };
 
@@ -246,8 +252,9 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
   source.load();
   row.read_label(p, part == 0 && threadIdx.x == 0);
   block_sync();
-  visit_row<D, S>(p, row, source, part, shared, NearExchange{shared});
-  if (cluster_blocks() > 1) cluster_sync();  // peers may still be reading this block's memory
+  const NearExchange exchange{RuleOf<D>::TWO_VISITS ? 2 : 1, shared};
+  visit_row<D, S>(p, row, source, part, shared, exchange);
+  exchange.finish();
 #elif defined(__CUDA_ARCH__)
   __trap();  // launch.cu does not choose it here
 #endif

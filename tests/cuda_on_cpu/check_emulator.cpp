@@ -21,7 +21,8 @@ using namespace fused_kd;
   X(expect_too_much) X(expect_too_little) X(expect_twice) X(copy_past_shared) X(copy_odd_size)  \
   X(copy_misaligned) X(copy_past_row) X(missing_init) X(missing_init_fence) X(never_waited)     \
   X(barrier_overwritten) X(peer_write_at_the_end) X(wait_for_too_many) X(block_index_as_ticket) \
-  X(arrive_before_store) X(missing_barrier_before_arrive) X(stack_overflow)
+  X(arrive_before_store) X(missing_barrier_before_arrive) X(stack_overflow)                     \
+  X(missing_cluster_wait) X(missing_cluster_arrive) X(peer_read_after_arrival)
 // clang-format on
 #define AS_ENUM(name) name,
 enum class Bug { BUGS(AS_ENUM) };
@@ -155,7 +156,11 @@ __global__ void cluster_sum(const __grid_constant__ ClusterParams p) {
   for (uint32_t i = 0; i < cluster_blocks(); ++i) sum += *cluster_peer(&partial[8], i);
   if (p.bug != Bug::missing_final_cluster_sync) {
     float* peer = cluster_peer(&partial[9], (cluster_rank() + 1) % cluster_blocks());
-    cluster_sync();
+    if (p.bug != Bug::missing_cluster_arrive) cluster_arrive();
+    for (uint32_t i = 0; i < cluster_blocks() && p.bug == Bug::peer_read_after_arrival; ++i)
+      sum += 0 * *cluster_peer(&partial[8], i);
+    if (p.bug == Bug::missing_cluster_wait) return;
+    cluster_wait();
     if (p.bug == Bug::peer_write_at_the_end && leads) *peer = 1;
   }
   if (cluster_rank() + 1 == cluster_blocks() && leads) p.sums[blockIdx.x / cluster_blocks()] = sum;

@@ -170,6 +170,20 @@ inline void cluster_sync(Place place = Place::here()) {
   machine.meet(machine.current->block->cluster->meeting, State::cluster_sync, place);
 }
 
+inline void cluster_arrive(Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  chance(4, place);
+  machine.arrive_split(place);
+}
+
+inline void cluster_wait(Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  chance(4, place);
+  machine.wait_split(place);
+}
+
 template <class T>
 T* cluster_peer(T* shared, uint32_t rank, Place place = Place::here()) {
   using namespace emulator;

@@ -71,6 +71,10 @@ inline void Machine::start_block(Cluster& cluster, unsigned index) {
 
 inline void Machine::end_fiber(Fiber& fiber) {
   Block& block = *fiber.block;
+  if (fiber.arrived) die(&fiber, {}, "a thread ends between cluster_arrive and cluster_wait");
+  for (const Fiber* waiting : block.cluster->split.waiting)
+    die(waiting, waiting->place, "cluster_wait waits for thread %u of block %u, which has ended",
+        fiber.thread, block.index);
   for (Meeting* meeting :
        {&block.warps[fiber.thread / WARP], &block.meeting, &block.cluster->meeting}) {
     ++meeting->ended;

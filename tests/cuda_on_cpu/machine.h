@@ -36,9 +36,9 @@ struct Place {
   }
 };
 
-enum class State { ready, shuffle, block_sync, cluster_sync, phase, counter, done };
-constexpr const char* STATE_NAMES[] = {"ready",        "shuffle_xor", "block_sync", "cluster_sync",
-                                       "barrier_wait", "wait_until",  "ended"};
+enum class State { ready, shuffle, block_sync, cluster_sync, cluster_wait, phase, counter, done };
+constexpr const char* STATE_NAMES[] = {"ready",        "shuffle_xor",  "block_sync", "cluster_sync",
+                                       "cluster_wait", "barrier_wait", "wait_until", "ended"};
 
 // An mbarrier. The 64 bits in shared memory only hold a mark: whoever overwrites it is found out.
 struct Mbarrier {
@@ -61,6 +61,8 @@ struct Fiber {
   int mask = 0;
   const void* address = nullptr;  // the mbarrier or the counter
   uint32_t target = 0;            // parity or count
+  bool arrived = false;           // at a cluster's barrier, without having waited there yet
+  unsigned phase = 0;             // of that barrier
 };
 
 // Threads that meet: all of a warp, a block or a cluster.
@@ -70,8 +72,17 @@ struct Meeting {
   char clocks[2] = {};  // addresses for ThreadSanitizer: this meeting's, and the next one's
 };
 
+// A barrier of which arriving and waiting are two calls.
+struct SplitBarrier {
+  std::vector<Fiber*> waiting;
+  Place place = {"", 0};  // of those who have arrived
+  unsigned arrivals = 0, phase = 0;
+  char clocks[2] = {};
+};
+
 struct Cluster {
   Meeting meeting;
+  SplitBarrier split;
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
@@ -116,6 +127,8 @@ class Machine {
   bool one_in(unsigned n) { return random() % n == 0; }
   void wait(State state, Place place);
   void meet(Meeting& meeting, State state, Place place);
+  void arrive_split(Place place);
+  void wait_split(Place place);
   void wait_for(State state, const void* address, uint32_t target, Place place);
   void wake(const void* address);
   Mbarrier& mbarrier(const void* address, Place place);

@@ -99,6 +99,8 @@ inline void Machine::wait(State state, Place place) {
 inline void Machine::meet(Meeting& meeting, State state, Place place) {
   Fiber& me = *current;
   const char* name = STATE_NAMES[int(state)];
+  if (state == State::cluster_sync && me.arrived)
+    die(&me, place, "cluster_sync between cluster_arrive and cluster_wait");
   if (meeting.ended) die(&me, place, "%s, but %u threads have ended", name, meeting.ended);
   if (!meeting.waiting.empty()) {
     const Fiber& other = *meeting.waiting.front();
@@ -123,6 +125,43 @@ inline void Machine::meet(Meeting& meeting, State state, Place place) {
     wait(State::ready, place);
   }
   if (orders_memory) acquire(clock);
+}
+
+// Of all threads of a cluster; between arriving and waiting a thread may not meet the cluster.
+inline void Machine::arrive_split(Place place) {
+  Fiber& me = *current;
+  Cluster& cluster = *me.block->cluster;
+  SplitBarrier& barrier = cluster.split;
+  if (me.arrived) die(&me, place, "cluster_arrive: a second time before cluster_wait");
+  if (cluster.meeting.ended)
+    die(&me, place, "cluster_arrive, but %u threads have ended", cluster.meeting.ended);
+  if (barrier.arrivals && barrier.place.line != place.line)
+    die(&me, place, "cluster_arrive, but others have arrived at another: %s:%d", barrier.place.file,
+        barrier.place.line);
+  barrier.place = place;
+  me.arrived = true;
+  me.phase = barrier.phase;
+  release(barrier.clocks[barrier.phase % 2]);
+  if (++barrier.arrivals < cluster.meeting.size) return;
+  barrier.arrivals = 0;
+  ++barrier.phase;
+  for (Fiber* fiber : barrier.waiting) make_ready(fiber);
+  barrier.waiting.clear();
+}
+
+inline void Machine::wait_split(Place place) {
+  Fiber& me = *current;
+  Cluster& cluster = *me.block->cluster;
+  SplitBarrier& barrier = cluster.split;
+  if (!me.arrived) die(&me, place, "cluster_wait without cluster_arrive");
+  if (barrier.phase == me.phase) {
+    if (cluster.meeting.ended)
+      die(&me, place, "cluster_wait, but %u threads have ended", cluster.meeting.ended);
+    barrier.waiting.push_back(&me);
+    wait(State::cluster_wait, place);
+  }
+  me.arrived = false;
+  acquire(barrier.clocks[me.phase % 2]);
 }
 
 inline void Machine::wait_for(State state, const void* address, uint32_t target, Place place) {
