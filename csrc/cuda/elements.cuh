@@ -1,4 +1,4 @@
-// A row's elements in groups of eight: how they are read at any alignment, widened, and written.
+// A row's elements in groups of eight: how they are read at any alignment, and widened.
 //
 // Groups begin at multiples of eight from the row's first element whatever its address, so that the
 // same row gives the same bits wherever it lies.
@@ -50,19 +50,6 @@ FUSED_KD_DEVICE void widen(const Raw& raw, float (&x)[GROUP]) {
   }
 }
 
-template <Dtype D>
-FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
-  uint32_t words[GROUP] = {};
-#pragma unroll
-  for (int e = 0; e < GROUP; ++e) {
-    if constexpr (D == Dtype::f32)
-      words[e] = same_bits<uint32_t>(x[e]);
-    else if (e % 2 == 0)
-      words[e / 2] = D == Dtype::bf16 ? pack_bf16(x[e], x[e + 1]) : pack_f16(x[e], x[e + 1]);
-  }
-  return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
-}
-
 // Which row of N: rows are addressed by two strides. Made once for a row, for its division.
 struct RowIndex {
   uint32_t outer = 0, inner;
@@ -100,24 +87,28 @@ struct RowView {
   }
 };
 
-// The 16 bytes at p, which is `misaligned` bytes behind an aligned address: of the 32 aligned bytes
-// around them, shifted.
-FUSED_KD_DEVICE Bits16 load16_shifted(const char* p, int misaligned) {
-  const Bits16 a = load16(p - misaligned), b = load16(p - misaligned + 16);
+// 16 of 32 bytes, from byte `first` on: an even number below 16.
+FUSED_KD_DEVICE Bits16 part_of(Bits16 a, Bits16 b, int first) {
   uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  if (misaligned & 8) {
+  if (first & 8) {
 #pragma unroll
     for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
   }
-  if (misaligned & 4) {
+  if (first & 4) {
 #pragma unroll
     for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
   }
-  if (misaligned & 2) {
+  if (first & 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
   }
   return {w[0], w[1], w[2], w[3]};
+}
+
+// The 16 bytes at p, which is `misaligned` bytes behind an aligned address: of the 32 aligned bytes
+// around them.
+FUSED_KD_DEVICE Bits16 load16_shifted(const char* p, int misaligned) {
+  return part_of(load16(p - misaligned), load16(p - misaligned + 16), misaligned);
 }
 
 // Element by element: the ends of a misaligned row and its last, partial group. What is missing is
@@ -155,52 +146,6 @@ FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
     if (row.dtype == Dtype::f32) raw.high = load16(p + 16);
   }
   return raw;
-}
-
-template <Dtype D>
-struct Constant {
-  static constexpr Dtype value = D;
-};
-
-template <Dtype D>
-FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, const float (&x)[GROUP]) {
-  const Raw raw = narrow<D>(x);
-  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
-  store16(p, raw.low);
-  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
-}
-
-template <Dtype D>
-FUSED_KD_DEVICE void store_group(const RowView& row, int group, const float (&x)[GROUP]) {
-  if (row.misaligned == 0 && (group + 1) * GROUP <= row.entries)
-    return store_plain_group<D>(row, group, x);
-  const Raw raw = narrow<D>(x);
-  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
-  const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
-                                 raw.high.x, raw.high.y, raw.high.z, raw.high.w};
-#pragma unroll
-  for (int e = 0; e < GROUP; ++e) {
-    if (group * GROUP + e >= row.entries) break;
-    if constexpr (D == Dtype::f32)
-      reinterpret_cast<uint32_t*>(p)[e] = words[e];
-    else
-      reinterpret_cast<uint16_t*>(p)[e] = static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16));
-  }
-}
-
-// A gradient in the student's type, or of 16 bits for a student in float32.
-template <Dtype S, bool PLAIN>
-FUSED_KD_DEVICE void store_gradient(const RowView& row, int group, const float (&x)[GROUP]) {
-  const auto store = [&](auto constant) {
-    constexpr Dtype D = decltype(constant)::value;
-    PLAIN ? store_plain_group<D>(row, group, x) : store_group<D>(row, group, x);
-  };
-  if (S != Dtype::f32 || row.dtype == Dtype::f32)
-    store(Constant<S>{});
-  else if (row.dtype == Dtype::bf16)
-    store(Constant<Dtype::bf16>{});
-  else
-    store(Constant<Dtype::f16>{});
 }
 
 // Teacher groups may have another type than the student's: then it is asked at run time.

@@ -67,6 +67,10 @@ __device__ __forceinline__ float shuffle_xor(float v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
 }
 
+__device__ __forceinline__ uint32_t shuffle(uint32_t v, int lane) {
+  return __shfl_sync(0xffffffffu, v, lane);
+}
+
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
 __device__ __forceinline__ bool warp_any(bool v) { return __any_sync(0xffffffffu, v); }

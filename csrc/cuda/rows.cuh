@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
 }
 
 // A gradient times p.scale; entries of 0 stay 0 whatever it is. Any grid: blocks stride over
-// p.units, and leave at once where there is nothing to do. Budget: 32 registers.
+// p.units, and leave at once where there is nothing to do. Budget: 40 registers.
 template <Dtype S>
 __global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)
     scale_rows(const __grid_constant__ Params p) {
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)
       widen<S>(load_group(grad, g), x);
 #pragma unroll
       for (int e = 0; e < GROUP; ++e) x[e] = x[e] == 0.0f ? x[e] : x[e] * scale;
-      store_group<S>(grad, g, x);
+      store_group<S>(grad, g, slice.begin + ((g - slice.begin) | 31) < slice.end, x);
     }
   }
 }

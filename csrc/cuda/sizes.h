@@ -17,7 +17,7 @@ constexpr int THREADS = 256;
 constexpr int FAR_BYTES = 48 * 1024;
 // Records of blocks that meet in far memory: ten times what is in flight at once.
 constexpr int RING_RECORDS = 4096;
-constexpr int SCALE_BLOCKS = 8;  // of scale_rows on a multiprocessor
+constexpr int SCALE_BLOCKS = 6;  // of scale_rows on a multiprocessor
 #endif
 
 constexpr int GENERAL_BLOCKS = 2;              // of rows_general on a multiprocessor, at least

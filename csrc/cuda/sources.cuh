@@ -46,6 +46,11 @@ struct Pair {
     stands_in = false;
   }
 
+  // Whether all lanes of the warp have a group where this thread has this one.
+  FUSED_KD_DEVICE bool together(int group) const {
+    return slice.begin + ((group - slice.begin) | 31) < slice.end;
+  }
+
   // Whether this thread visits it.
   FUSED_KD_DEVICE bool is_mine(int group) const {
     return group >= first_group() && group < slice.end && (group - first_group()) % THREADS == 0;

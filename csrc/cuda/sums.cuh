@@ -10,7 +10,7 @@
 // first groups, and keeps it until a sum passes LIMIT, which ordinary rows never do.
 #pragma once
 
-#include "elements.cuh"
+#include "stores.cuh"
 
 namespace fused_kd {
 

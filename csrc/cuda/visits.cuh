@@ -268,33 +268,40 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
   if (gradient.nan) {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) g[e] = NAN;
-    source.indices([&](int group) { store_gradient<S, false>(grad, group, g); });
+    source.indices(
+        [&](int group) { store_gradient<S, false>(grad, group, source.together(group), g); });
     return;
   }
-  const auto any = [&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+  const auto any = [&](int group, bool together, const float (&s)[GROUP], float (&t)[GROUP]) {
     gradient.of_group(s, t, p.options, g);
     if (group == row.label_group()) gradient.add_label(row, group, g);
     if (gradient.some_absent) {
       source.true_teacher(group, s, t);
       gradient.nothing_for_absent(row, group, s, t, g);
     }
-    store_gradient<S, false>(grad, group, g);
+    store_gradient<S, false>(grad, group, together, g);
   };
-  if (!Source::STAYS || !grad.is_plain() || gradient.some_absent) return source.again(any);
+  if (!Source::STAYS || !grad.is_plain() || gradient.some_absent)
+    return source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+      any(group, source.together(group), s, t);
+    });
   // the label's group once more, rather than a question in the loop
   source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
     gradient.of_group(s, t, p.options, g);
-    store_gradient<S, true>(grad, group, g);
+    store_gradient<S, true>(grad, group, source.together(group), g);
   });
+  warp_sync();  // a neighbour may have written a half of it
   if (row.label >= 0 && source.is_mine(row.label_group()))
-    source.visit_group(row.label_group(), any);
+    source.visit_group(row.label_group(), [&](int group, const float (&s)[GROUP],
+                                              float (&t)[GROUP]) { any(group, false, s, t); });
 }
 
 template <Dtype S, class Source>
 FUSED_KD_DEVICE void zero_gradient(const Params& p, const Row& row, const Source& source) {
   const RowView grad(p.grad, S == Dtype::f32 ? p.grad.dtype : S, row.at, p.entries);
   const float zeros[GROUP] = {};
-  source.indices([&](int group) { store_gradient<S, false>(grad, group, zeros); });
+  source.indices(
+      [&](int group) { store_gradient<S, false>(grad, group, source.together(group), zeros); });
 }
 
 }  // namespace fused_kd

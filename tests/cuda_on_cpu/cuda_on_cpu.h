@@ -90,16 +90,38 @@ inline void store16(void* p, Bits16 bits, Place place = Place::here()) {
   memcpy(p, &bits, sizeof bits);
 }
 
+namespace emulator {
+
+// What the lane `source` of this warp gives; `kind` is the same for all that meet.
+inline uint32_t exchange(uint32_t value, unsigned source, int kind, Place place) {
+  Fiber& me = *machine.current;
+  me.value = value;
+  me.source = me.thread / WARP * WARP + source;
+  me.kind = kind;
+  machine.meet(me.block->warps[me.thread / WARP], State::shuffle, place);
+  me.kind = 0;
+  return me.received;
+}
+
+}  // namespace emulator
+
 inline float shuffle_xor(float v, int mask, Place place = Place::here()) {
   using namespace emulator;
   Inside inside;
-  Fiber& me = *machine.current;
+  const Fiber& me = *machine.current;
   if (mask < 0 || mask >= int(WARP)) machine.die(&me, place, "shuffle_xor: mask %d", mask);
-  me.value = v;
-  me.mask = mask;
-  machine.meet(me.block->warps[me.thread / WARP], State::shuffle, place);
-  me.mask = 0;
-  return me.received;
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  bits = exchange(bits, me.thread % WARP ^ unsigned(mask), mask, place);
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline uint32_t shuffle(uint32_t v, int lane, Place place = Place::here()) {
+  using namespace emulator;
+  Inside inside;
+  if (lane < 0 || lane >= int(WARP)) machine.die(machine.current, place, "shuffle: lane %d", lane);
+  return exchange(v, unsigned(lane), ANY_LANE, place);
 }
 
 inline float warp_max(float v, Place place = Place::here()) {
@@ -112,7 +134,10 @@ inline bool warp_any(bool v, Place place = Place::here()) {
   return warp_max(v ? 1.0f : 0.0f, place) > 0.0f;
 }
 
-inline void warp_sync(Place place = Place::here()) { shuffle_xor(0.0f, 0, place); }
+inline void warp_sync(Place place = Place::here()) {
+  emulator::Inside inside;
+  emulator::exchange(0, 0, emulator::WARP_SYNC, place);
+}
 
 inline void block_sync(Place place = Place::here()) {
   using namespace emulator;

@@ -25,6 +25,7 @@ inline EmulatorIndex threadIdx, blockIdx, blockDim, gridDim;
 namespace fused_kd::emulator {
 
 constexpr unsigned WARP = 32, MOST_LIVE_BLOCKS = 8;
+constexpr int ANY_LANE = 32, WARP_SYNC = 33;  // kinds of shuffles, besides the masks of shuffle_xor
 constexpr size_t GUARD_BYTES = 256;
 
 // A line of the kernel: the default argument of every primitive is its caller's.
@@ -57,12 +58,13 @@ struct Fiber {
   unsigned thread = 0;
   State state = State::done;
   Place place = {"", 0};
-  float value = 0, received = 0;  // of a shuffle
-  int mask = 0;
-  const void* address = nullptr;  // the mbarrier or the counter
-  uint32_t target = 0;            // parity or count
-  bool arrived = false;           // at a cluster's barrier, without having waited there yet
-  unsigned phase = 0;             // of that barrier
+  uint32_t value = 0, received = 0;  // of a shuffle
+  unsigned source = 0;               // the thread whose value it gets
+  int kind = 0;                      // of the shuffle: a mask, ANY_LANE or WARP_SYNC
+  const void* address = nullptr;     // the mbarrier or the counter
+  uint32_t target = 0;               // parity or count
+  bool arrived = false;              // at a cluster's barrier, without having waited there yet
+  unsigned phase = 0;                // of that barrier
 };
 
 // Threads that meet: all of a warp, a block or a cluster.

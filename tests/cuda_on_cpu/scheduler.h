@@ -104,13 +104,13 @@ inline void Machine::meet(Meeting& meeting, State state, Place place) {
   if (meeting.ended) die(&me, place, "%s, but %u threads have ended", name, meeting.ended);
   if (!meeting.waiting.empty()) {
     const Fiber& other = *meeting.waiting.front();
-    if (other.place.line != place.line || other.mask != me.mask) {
+    if (other.place.line != place.line || other.kind != me.kind) {
       die(&me, place, "%s, but thread %u of block %u waits in another: %s:%d", name, other.thread,
           other.block->index, other.place.file, other.place.line);
     }
   }
   char& clock = meeting.clocks[meeting.opened % 2];
-  const bool orders_memory = state != State::shuffle;
+  const bool orders_memory = state != State::shuffle || me.kind == WARP_SYNC;
   if (orders_memory) release(clock);
   meeting.waiting.push_back(&me);
   if (meeting.waiting.size() < meeting.size) {
@@ -118,7 +118,7 @@ inline void Machine::meet(Meeting& meeting, State state, Place place) {
   } else {
     ++meeting.opened;
     for (Fiber* fiber : meeting.waiting) {
-      fiber->received = fiber->block->fibers[fiber->thread ^ unsigned(fiber->mask)]->value;
+      if (state == State::shuffle) fiber->received = fiber->block->fibers[fiber->source]->value;
       if (fiber != &me) make_ready(fiber);
     }
     meeting.waiting.clear();

@@ -1,0 +1,117 @@
+// How groups of a gradient are narrowed and written: in whole aligned vectors of 16 bytes wherever a
+// row begins, and in float32 such that a warp's stores fill whole sectors of 32 bytes. Neighbours
+// in a warp exchange what that takes, where all of its lanes are there.
+#pragma once
+
+#include "elements.cuh"
+
+namespace fused_kd {
+
+template <Dtype D>
+FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
+  uint32_t words[GROUP] = {};
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) {
+    if constexpr (D == Dtype::f32)
+      words[e] = same_bits<uint32_t>(x[e]);
+    else if (e % 2 == 0)
+      words[e / 2] = D == Dtype::bf16 ? pack_bf16(x[e], x[e + 1]) : pack_f16(x[e], x[e + 1]);
+  }
+  return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
+}
+
+// Bytes [begin, end) of a group, two or four at a time: the rest of a misaligned row, and the last,
+// partial group.
+template <Dtype D>
+FUSED_KD_DEVICE void store_bytes(char* p, const Raw& raw, int begin, int end) {
+  const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                                 raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+#pragma unroll
+  for (int e = 0; e < GROUP; ++e) {
+    if (e * width(D) < begin || e * width(D) >= end) continue;
+    if constexpr (D == Dtype::f32)
+      reinterpret_cast<uint32_t*>(p)[e] = words[e];
+    else
+      reinterpret_cast<uint16_t*>(p)[e] = static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16));
+  }
+}
+
+FUSED_KD_DEVICE Bits16 from_lane(Bits16 v, int lane) {
+  return {shuffle(v.x, lane), shuffle(v.y, lane), shuffle(v.z, lane), shuffle(v.w, lane)};
+}
+
+// Groups of a warp's lanes, one after another, in a row that is not aligned. Each lane writes the
+// aligned vectors that end in its group; what the first lacks of a neighbour, and the last has
+// left, goes in pieces.
+template <Dtype D>
+FUSED_KD_DEVICE void store_shifted(char* p, int misaligned, const Raw& raw) {
+  constexpr int BYTES = GROUP * width(D);
+  const int lane = threadIdx.x % 32, begin = 16 - misaligned;
+  const Bits16 before = from_lane(D == Dtype::f32 ? raw.high : raw.low, lane > 0 ? lane - 1 : 0);
+  if (lane > 0)
+    store16(p - misaligned, part_of(before, raw.low, begin));
+  else
+    store_bytes<D>(p, raw, 0, begin);
+  if constexpr (D == Dtype::f32) store16(p + begin, part_of(raw.low, raw.high, begin));
+  if (lane == 31) store_bytes<D>(p, raw, BYTES - misaligned, BYTES);
+}
+
+// Two lanes' groups in float32: each writes a half of either, so that both stores fill sectors.
+FUSED_KD_DEVICE void store_pair(char* p, const Raw& raw) {
+  const int lane = threadIdx.x % 32;
+  const bool odd = lane % 2;
+  const Bits16 got = from_lane(odd ? raw.low : raw.high, lane ^ 1);
+  char* half = p - (odd ? 16 : 0);  // of the even lane's group
+  store16(half, odd ? got : raw.low);
+  store16(half + 32, odd ? raw.high : got);
+}
+
+// together: the warp's lanes all call this, for groups one after another.
+template <Dtype D>
+FUSED_KD_DEVICE void store_group(const RowView& row, int group, bool together,
+                                 const float (&x)[GROUP]) {
+  const Raw raw = narrow<D>(x);
+  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
+  const int lane = threadIdx.x % 32, left = row.entries - group * GROUP;
+  const bool all_whole = together && (group - lane + 32) * GROUP <= row.entries;
+  if (row.misaligned && all_whole) return store_shifted<D>(p, row.misaligned, raw);
+  if (row.misaligned || left < GROUP)
+    return store_bytes<D>(p, raw, 0, (left < GROUP ? left : GROUP) * width(D));
+  if (D == Dtype::f32 && all_whole) return store_pair(p, raw);
+  store16(p, raw.low);
+  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+}
+
+// The same for a row of which every group is plain.
+template <Dtype D>
+FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, bool together,
+                                       const float (&x)[GROUP]) {
+  const Raw raw = narrow<D>(x);
+  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
+  if (D == Dtype::f32 && together) return store_pair(p, raw);
+  store16(p, raw.low);
+  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+}
+
+template <Dtype D>
+struct Constant {
+  static constexpr Dtype value = D;
+};
+
+// In the student's type, or in 16 bits for a student in float32.
+template <Dtype S, bool PLAIN>
+FUSED_KD_DEVICE void store_gradient(const RowView& row, int group, bool together,
+                                    const float (&x)[GROUP]) {
+  const auto store = [&](auto constant) {
+    constexpr Dtype D = decltype(constant)::value;
+    PLAIN ? store_plain_group<D>(row, group, together, x) : store_group<D>(row, group, together, x);
+  };
+  if (S != Dtype::f32 || row.dtype == Dtype::f32)
+    store(Constant<S>{});
+  else if (row.dtype == Dtype::bf16)
+    store(Constant<Dtype::bf16>{});
+  else
+    store(Constant<Dtype::f16>{});
+}
+
+}  // namespace fused_kd
