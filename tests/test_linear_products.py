@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from linear_helpers import Outcome, distance, make_heads, ours, truth
+import torch.nn.functional as F
+from linear_helpers import H_S, Outcome, distance, make_heads, ours, truth
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kd import linear_kd_loss
-from fused_kd.linear import chunks, functional, products
+from fused_kd import checks, linear_kd_loss
+from fused_kd.linear import chunks, functional, operators, products
 
 
 @pytest.fixture
@@ -116,6 +119,84 @@ def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any,
     for mine, exact in zip(torch.autograd.grad(loss, heads.student), want[1:], strict=True):
         assert distance(mine, exact) < 2e-2
     assert (torch.bfloat16, torch.bfloat16) in {call[2:4] for call in as_on_cuda}
+
+
+class _NothingWaits(TorchDispatchMode):
+    """Refuses what a GPU's host waits for: values that are asked for, tensors of Python numbers."""
+
+    aten = torch.ops.aten
+    refused = (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in self.refused, f"{func}: the host waits for the device"
+        for name in ("linear_losses", "linear_gradients"):
+            if func is getattr(torch.ops.fused_kd, name).default:
+                with self:  # look into it
+                    return getattr(operators, name)(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """The first rows of each of 4 sequences: the leading dimensions do not fold."""
+    return F.pad(x.view(4, 9, -1), (0, 0, 0, 1), value=torch.nan)[:, :-1]
+
+
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "folded": lambda x: x.view(4, 9, -1),
+    "shifted": _shifted,
+    "four dimensions": lambda x: _shifted(x).unflatten(0, (2, 2)),
+    "transposed": lambda x: x.view(4, 9, -1).transpose(0, 1).contiguous().transpose(0, 1),
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0].view(4, 9, -1),
+}
+
+
+@pytest.mark.parametrize("given", ["head", "logits"])
+@pytest.mark.parametrize("kept_rows", [None, 32])
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_nothing_waits_for_the_device(
+    layout: str,
+    kept_rows: int | None,
+    given: str,
+    as_on_cuda: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "may_look_at_values", lambda *tensors: False)
+    heads = make_heads(rows=36)
+    heads.labels[::9] = -100
+    lay_out = _LAYOUTS[layout]
+    student = [lay_out(heads.hidden), heads.weight, heads.bias]
+    teacher = {
+        "teacher_hidden": lay_out(heads.teacher_hidden),
+        "teacher_weight": heads.teacher_weight,
+    }
+    if given == "logits":
+        teacher = {"teacher_logits": lay_out(F.linear(*heads.teacher))}
+    with _NothingWaits():
+        loss = linear_kd_loss(
+            *student[:2],
+            labels=heads.labels.view(student[0].shape[:-1]),
+            student_bias=heads.bias,
+            chunk_rows=10,
+            kept_rows=kept_rows,
+            **teacher,
+        )
+        got = torch.autograd.grad(loss, heads.student)
+    for mine, exact in zip((loss, *got), truth(heads), strict=True):
+        assert distance(mine, exact) < 1e-6
+
+
+def test_a_single_row_whose_entries_lie_apart() -> None:
+    heads = make_heads(rows=1)
+    apart = torch.stack([heads.hidden[0], heads.hidden[0]], -1)[:, 0]
+    assert apart.shape == (H_S,)
+    assert apart.stride(0) == 2
+    loss = linear_kd_loss(
+        apart, heads.weight, heads.teacher_hidden[0], heads.teacher_weight, heads.labels[0],
+        student_bias=heads.bias,
+    )  # fmt: skip
+    got = torch.autograd.grad(loss, heads.student)
+    for mine, exact in zip((loss, *got), truth(heads), strict=True):
+        assert distance(mine, exact) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

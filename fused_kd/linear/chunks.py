@@ -204,20 +204,36 @@ class _Chunk:
 
 
 def take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    """Rows of x (..., K) as (C, K), last stride 1: a view if they lie so, else a copy of these."""
-    if not _lies_apart(x):
-        return x.view(-1, x.shape[-1])[rows]
+    """Return these rows of x (..., K) as (C, K), last stride 1: a view where possible, else a copy.
+
+    Only arithmetic with Python numbers: a tensor made of them would be copied to the device, for
+    which the host waits, and which a CUDA graph refuses.
+    """
+    folded = _folded(x)
+    if folded is not None:
+        here = folded[rows]
+        return here if here.stride(-1) == 1 else here.contiguous()
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=x.device)
-    return x[torch.unravel_index(rows, x.shape[:-1])].contiguous()
+    index: list[Tensor] = []
+    for size in reversed(x.shape[1:-1]):
+        index.append(rows % size)
+        rows = rows // size
+    return x[(rows, *reversed(index))].contiguous()
+
+
+def _folded(x: Tensor) -> Tensor | None:
+    """Return x (..., K) as a view (N, K), None if the leading dimensions do not fold."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
 
 
 def _lies_apart(x: Tensor) -> bool:
-    """Whether the leading dimensions do not fold as they lie, or the last stride is not 1."""
-    try:
-        return x.view(-1, x.shape[-1]).stride(-1) != 1
-    except RuntimeError:
-        return True
+    """Return whether `take` copies rows of x even if they follow each other."""
+    folded = _folded(x)
+    return folded is None or folded.stride(-1) != 1
 
 
 def _clear(gradients: Gradients | None, rows: _Rows) -> None:
