@@ -372,3 +372,16 @@ def test_who_multiplies() -> None:
     assert isinstance(products.products_for(cpu, torch.float64), products.TorchProducts)
     assert isinstance(products.products_for(cuda, torch.float64), products.TorchProducts)
     assert isinstance(products.products_for(cuda, torch.float32), products.CudaProducts)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch has no CUDA kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_adds_16_bit_products_to_float32(dtype: torch.dtype) -> None:
+    """Before torch 2.10 the CUDA kernel refused it. Its checks run without a device, too."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    a, b, out = torch.zeros(3, 4, dtype=dtype), torch.zeros(4, 5, dtype=dtype), torch.zeros(3, 5)
+    add = torch.ops.aten.addmm.dtype_out
+    with pytest.raises(RuntimeError, match="expected it to be on GPU"):  # dtypes are checked first
+        add.redispatch(cuda, out, a, b, torch.float32, out=out)
+    with pytest.raises(RuntimeError, match="dtype"):
+        add.redispatch(cuda, out.double(), a, b, torch.float32, out=out)

@@ -178,7 +178,7 @@ def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """out = or += a · b, where out may be wider than the operands."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
-    elif add:
+    elif add:  # to float32 since torch 2.10, the oldest that is supported
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
