@@ -28,7 +28,9 @@ constexpr int STATS = 11;
 struct Problem {
   int64_t N, V;
   Rows student, teacher;
-  Rows grad;              // may be the student's memory; data == nullptr: no gradient
+  // data == nullptr: no gradient. The student's own rows, or memory apart from both sides'; there a
+  // float32 student may have a 16-bit gradient.
+  Rows grad;
   const int64_t* labels;  // (N), null without a hard term
   const float* w_hard;    // (N), weight of the hard term in the gradient; null: the term is off; 0:
                           // off for that row

@@ -34,7 +34,7 @@ def kd_scalar_loss(
     backend: Backend,
     inplace: bool,
 ) -> Triple:
-    """Σ w·(hard_weight·H + soft_weight·S), Σ w·H and Σ w·S; gradient for the first only."""
+    """Σ w·(hard_weight·H + soft_weight·S), and H and S of every row, without gradient."""
     gradient_now = (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -55,7 +55,7 @@ def kd_row_losses(
     options: KDOptions,
     backend: Backend,
 ) -> Triple:
-    """w·(hard_weight·H + soft_weight·S), w·H and w·S of every row: (N,) each."""
+    """w·(hard_weight·H + soft_weight·S) of every row, and H and S without gradient: (N,) each."""
     result = RowLosses.apply(  # type: ignore[no-untyped-call]
         student, teacher, labels, w, options, backend
     )
@@ -91,8 +91,7 @@ class ScalarLoss(torch.autograd.Function):
                 ctx.hand_over = HandOver(None)
         ctx.gradient_now = gradient_now
         save_tensors(ctx, student, teacher, labels, w_hard, w_soft, stats)
-        hard, soft = (w * hard).sum(), (w * soft).sum()
-        loss = combine(hard, soft, options)
+        loss = weighted(hard, soft, w_hard, w_soft).sum()
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         return loss, hard, soft
@@ -166,8 +165,7 @@ class RowLosses(torch.autograd.Function):
         hard, soft, stats = backend.forward(student, t, labels, w_hard, w_soft, options)
         ctx.options, ctx.backend = options, backend
         save_tensors(ctx, student, teacher, labels, w_hard, w_soft, stats)
-        hard, soft = w * hard, w * soft
-        loss = combine(hard, soft, options)
+        loss = weighted(hard, soft, w_hard, w_soft)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         return loss, hard, soft
@@ -257,13 +255,16 @@ def term_weights(w: Tensor, options: KDOptions) -> tuple[Tensor | None, Tensor |
     return w_hard, None if soft == 0.0 else w if soft == 1.0 else w * soft
 
 
-def combine(hard: Tensor, soft: Tensor, options: KDOptions) -> Tensor:
-    """hard_weight·hard + soft_weight·soft; a term that is off is 0 and is left out."""
-    if options.hard_weight == 0.0:
-        return soft * options.soft_weight
-    if options.soft_weight == 0.0:
-        return hard * options.hard_weight
-    return torch.add(hard * options.hard_weight, soft, alpha=options.soft_weight)
+def weighted(
+    hard: Tensor,  # (N,)
+    soft: Tensor,  # (N,)
+    w_hard: Tensor | None,  # (N,)
+    w_soft: Tensor | None,  # (N,)
+) -> Tensor:
+    """Return w_hard·hard + w_soft·soft of every row; a term that is off is left out."""
+    if w_hard is None:
+        return soft if w_soft is None else w_soft * soft
+    return w_hard * hard if w_soft is None else torch.addcmul(w_hard * hard, w_soft, soft)
 
 
 def times(w: Tensor | None, upstream: Tensor) -> Tensor | None:

@@ -149,13 +149,30 @@ def kd_loss_with(
     w = row_weights(student_logits, dtype, kept, token_weight, options, num_items)
     rows = label_rows(labels, options)
     if options.reduction == "none":
-        shape = student_logits.shape[:-1]
-        parts = kd_row_losses(student, teacher, rows, w, options, backend)
-        result = KDLossParts(*(part.view(shape) for part in parts))
+        losses = kd_row_losses(student, teacher, rows, w, options, backend)
     else:
-        parts = kd_scalar_loss(student, teacher, rows, w, options, backend, inplace)
-        result = KDLossParts(*parts)
-    return result if options.return_parts else result.loss
+        losses = kd_scalar_loss(student, teacher, rows, w, options, backend, inplace)
+    return returned(losses, w, options, student_logits.shape[:-1])
+
+
+def returned(
+    losses: tuple[Tensor, Tensor, Tensor], w: Tensor, options: KDOptions, shape: torch.Size
+) -> Tensor | KDLossParts:
+    """Return what the caller asked for, from the loss and the terms of every row.
+
+    Args:
+        losses: the loss, 0-d or (N,); hard (N,) and soft (N,).
+        w: (N,), the weights of the reduction.
+        options: reduction and return_parts.
+        shape: of the labels.
+    """
+    loss, *terms = losses
+    per_row = options.reduction == "none"
+    loss = loss.view(shape) if per_row else loss
+    if not options.return_parts:
+        return loss
+    hard, soft = ((w * x).view(shape) if per_row else (w * x).sum() for x in terms)
+    return KDLossParts(loss, hard, soft)
 
 
 def _check(

@@ -116,10 +116,12 @@ class EmulatedCUDA:
         return self._losses(rows, None)
 
     def forward_backward(
-        self, *rows: Any, inplace: bool = False
+        self, *rows: Any, inplace: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *rows, inplace = rows if len(rows) == 7 else (*rows, inplace)
-        grad = rows[0] if inplace else _garbage(rows[0].shape, rows[0].dtype)
+        grad = rows[0] if inplace else out
+        if grad is None:
+            grad = _garbage(rows[0].shape, rows[0].dtype)
         return *self._losses(tuple(rows), grad), grad
 
     def backward(self, *rows: Any, inplace: bool = False) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers import as_loss
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
+from fused_kd.linear import chunks, functional, products
 from fused_kd.testing import eager_kd_loss
 
 H_S, H_T = 24, 40
@@ -98,3 +100,27 @@ def _differentiate(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | 
 def distance(got: Tensor, exact: Tensor) -> float:
     """The norm of the difference, relative to that of the exact value."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def multiply_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """CudaProducts and masked rows; each product in float64, after what cuBLAS asks of dtypes.
+
+    Returns:
+        The calls so far: shapes of both operands, their dtype, that of the result, whether added.
+    """
+    calls: list[tuple[Any, ...]] = []
+
+    def mm(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+        assert a.dtype == b.dtype
+        assert out.dtype == a.dtype or (
+            out.dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16)
+        )
+        calls.append((tuple(a.shape), tuple(b.shape), a.dtype, out.dtype, add))
+        exact = a.double() @ b.double()
+        out.copy_(out + exact if add else exact)
+
+    monkeypatch.setattr(products, "_mm", mm)
+    for module in (chunks, functional):
+        monkeypatch.setattr(module, "products_for", lambda device, wide: products.CudaProducts())
+    monkeypatch.setattr(chunks, "_host_knows", lambda x: False)
+    return calls

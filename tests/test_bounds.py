@@ -62,6 +62,11 @@ def test_margins_of_nan_change_nothing(divergence: str, dtype: torch.dtype) -> N
         op.rescale_.default(*arguments, got[2], *numbers, scale, into)
         scaled = grad.clone()
         op.rescale_.default(student, teacher, *rest, want[2], *numbers, scale, scaled)
+        for narrow in {dtype} if dtype != torch.float32 else set(DTYPES):
+            place = _margins(torch.zeros_like(grad, dtype=narrow))
+            op.forward_backward_into.default(*arguments, *numbers, place)
+            assert torch.equal(place, grad.to(narrow)), vocabulary
+            assert _nothing_else_written(place), vocabulary
         op.forward_backward_.default(*arguments, *numbers)
         assert torch.equal(padded, grad), vocabulary
         assert torch.equal(into, scaled), vocabulary
@@ -103,6 +108,10 @@ def walk_along_guard_pages() -> None:
                         scale = _guarded(torch.tensor([factor]), side)
                         op.rescale_.default(*given, stats, *numbers, scale, into)
                     op.scale_.default(into, _guarded(torch.tensor([0.75]), side))
+                    if dtypes[0] == torch.float32:
+                        into = _guarded(grad.to(dtypes[1]), side)
+                        op.forward_backward_into.default(*given, *numbers, into)
+                        assert torch.equal(into.isnan(), grad.isnan())
                     op.forward_backward_.default(*given, *numbers)
                     assert torch.equal(given[0].nan_to_num(7.0), grad.nan_to_num(7.0))
     print("walked")

@@ -24,8 +24,8 @@ PACKAGES = ["torch==2.14.1", "numpy", "setuptools>=77", "wheel", "pybind11>=2.12
 #: What a module may load by name. Never libcuda: it comes with a driver, and torch opens it late.
 ALLOWED = {"libtorch_cpu", "libtorch_cuda", "libc10", "libc10_cuda", "libcudart"}
 ALLOWED |= {"libstdc++", "libgcc_s", "libm", "libc", "libpthread"}
-OPERATORS = ["forward", "forward_backward", "forward_backward_", "backward", "backward_"]
-OPERATORS += ["rescale_", "scale_"]
+OPERATORS = ["forward", "forward_backward", "forward_backward_", "forward_backward_into"]
+OPERATORS += ["backward", "backward_", "rescale_", "scale_"]
 
 
 def _run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -18,11 +18,13 @@ import pytest
 import torch
 from emulated_cuda import EmulatedCUDA, build, installed
 from fast import one_thread, rows_and_gradient, scalar_and_gradient, truth
+from linear_helpers import make_heads, multiply_as_on_cuda
 from native_build import ROOT, need_compiler
 from torch import Tensor
 
-from fused_kd import kd_loss
+from fused_kd import kd_loss, linear_kd_loss
 from fused_kd.backends import reference
+from fused_kd.linear import chunks
 from fused_kd.options import DIVERGENCES, KDOptions
 from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
@@ -338,6 +340,54 @@ def test_gradient_in_the_forward_is_that_of_the_backward() -> None:
 
 SUITE = ["edge_rules", "error_rule", "invariants", "shapes", "reductions", "inplace", "saved",
          "autograd"]  # fmt: skip
+
+
+# one partial group, whole groups in one block, several blocks and a ragged end, no cluster at all
+@pytest.mark.parametrize("vocabulary", [7, 504, 1203, 2048, 270_001])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_16_bit_gradient_of_float32_logits(
+    cuda: EmulatedCUDA, divergence: str, vocabulary: int
+) -> None:
+    """The float32 one, rounded once, in rows of any stride; nothing else is written."""
+    options = KDOptions(temperature=2.0, beta=0.3, label_smoothing=0.1, divergence=divergence)
+    student, teacher, labels = make(vocabulary, SINGLE, rows=5)
+    student[1, ::3] = teacher[1, ::3] = -INF
+    student[2, 0] = NAN
+    w_hard, w_soft = torch.tensor([[0.5, 0.5, 0.5, 0.0, 0.0], [0.25, 0.5, 0.5, 0.5, 0.0]])
+    for dtype, teacher_dtype in ((BRAIN, SINGLE), (HALF, SINGLE), (BRAIN, BRAIN)):
+        rows = (student[None], teacher[None].to(teacher_dtype), labels, w_hard, w_soft, options)
+        *want, gradient = cuda.forward_backward(*rows)
+        for padding in (0, 3):
+            # rows that are too long end in the memory of the next, and the last behind all rows
+            memory = torch.full((1, 10, 2 * vocabulary + padding), 7.0, dtype=dtype)
+            out = memory[:, :5, :vocabulary]
+            *got, into = cuda.forward_backward(*rows, out=out)
+            assert into is out
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            expected = gradient.to(dtype)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+            out.fill_(7)
+            assert (memory == 7).all(), "something else was written"
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF])
+@pytest.mark.parametrize("vocabulary", [504, 1203])
+@pytest.mark.usefixtures("cuda")
+def test_linear_level_rounds_in_the_row_kernel(
+    vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of a float32 gradient that a kernel of its own rounds."""
+    multiply_as_on_cuda(monkeypatch)
+    heads = make_heads(rows=21, vocabulary=vocabulary, dtype=dtype)
+
+    def gradients() -> tuple[Tensor, ...]:
+        loss = linear_kd_loss(*heads.student[:2], *heads.teacher, heads.labels, backend="cuda")
+        return torch.autograd.grad(loss, heads.student[:2])
+
+    got = gradients()
+    monkeypatch.setattr(chunks, "FIRST_VISIT", 1)  # all rows
+    for mine, theirs in zip(got, gradients(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.slow

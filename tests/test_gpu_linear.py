@@ -147,12 +147,25 @@ def test_more_rows_than_kept_rows_is_not_a_number(backend: str) -> None:
     assert loss.isnan()
 
 
+def _as_sequences(heads: Heads) -> Heads:
+    """Two sequences without their last positions: leading dimensions that do not fold."""
+    labels = heads.labels.view(2, -1)[:, :-1].clone()
+    hidden, teacher = (
+        x.detach().view(2, -1, x.shape[1])[:, :-1] for x in (heads.hidden, heads.teacher_hidden)
+    )
+    assert not hidden.is_contiguous()
+    return heads._replace(hidden=hidden.requires_grad_(), teacher_hidden=teacher, labels=labels)
+
+
 # float16 makes its gradients in the backward, the others in the forward
 @pytest.mark.parametrize("dtype", few_here([SINGLE, HALF, BRAIN]), ids=str)
-def test_nothing_waits_for_the_device(backend: str, dtype: torch.dtype) -> None:
-    case = _case(dtype)
+@pytest.mark.parametrize("layout", few_here(["rows", "sliced sequences"]))
+def test_nothing_waits_for_the_device(backend: str, layout: str, dtype: torch.dtype) -> None:
+    case = _case(dtype, rows=38)
     heads = _with_ignored(make_heads(case, DEVICE))
-    weight = torch.rand(case.n, device=DEVICE)
+    if layout != "rows":
+        heads = _as_sequences(heads)
+    weight = torch.rand(heads.labels.shape, device=DEVICE)
     upstream = torch.tensor(0.3, device=DEVICE)
     calls: list[dict[str, Any]] = [
         {"chunk_rows": 8},

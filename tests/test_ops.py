@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import ops
-from fused_kd.backends import reference, why_not
+from fused_kd.backends import named, reference, why_not
 from fused_kd.options import DIVERGENCES, KDOptions
 
 _WHY_NOT = why_not("cpu", "cpu")
@@ -26,7 +26,7 @@ DTYPES = [
     (torch.float16, torch.bfloat16),
 ]
 TERMS = ("both", "hard", "soft", "neither")
-ROW_OPS = ("forward", "forward_backward", "forward_backward_")
+ROW_OPS = ("forward", "forward_backward", "forward_backward_", "forward_backward_into")
 GRADIENT_OPS = ("backward", "backward_", "rescale_")
 
 
@@ -66,6 +66,8 @@ def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[flo
 def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
     """The arguments of an operator; statistics come from its forward."""
     numeric = numbers(divergence)
+    if name == "forward_backward_into":
+        return *given, *numeric, torch.zeros(B, S, V, dtype=given[STUDENT].dtype)
     if name in ROW_OPS:
         return *given, *numeric
     stats = op("forward")(*given, *numeric)[2]
@@ -98,6 +100,12 @@ def test_opcheck_divergences(divergence: str) -> None:
     torch.library.opcheck(op("backward"), arguments("backward", rows(), divergence))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_a_gradient_of_16_bits(dtype: torch.dtype) -> None:
+    into = torch.zeros(B, S + 1, V, dtype=dtype)[:, 1:]
+    torch.library.opcheck(op("forward_backward_into"), (*rows(), *numbers(), into))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck_scale(dtype: torch.dtype) -> None:
     torch.library.opcheck(op("scale_"), (logits(dtype), torch.tensor(0.5)))
@@ -122,6 +130,7 @@ def test_every_operator_is_checked_here() -> None:
         ("forward", [], 3),
         ("forward_backward", [], 4),
         ("forward_backward_", ["student"], 3),
+        ("forward_backward_into", ["grad"], 3),
         ("backward", [], 1),
         ("backward_", ["student"], 0),
         ("rescale_", ["grad"], 0),
@@ -154,6 +163,9 @@ def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: st
         versions.append(over)
         if again is not None:
             assert all(map(torch.equal, again, plain))
+    versions.append(logits(dtypes[0], layout))
+    again = op("forward_backward_into")(*given, *numbers(), versions[-1])
+    assert all(map(torch.equal, again, plain))
     assert all(map(torch.equal, op("forward")(*given, *numbers()), plain))
     assert not grad.isnan().any()
     for version in versions:
@@ -178,6 +190,45 @@ def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dt
     exact = reference.backward(*double[:W_HARD], *weights, stats, options)
     eps = torch.finfo(dtypes[0]).eps
     torch.testing.assert_close(grad.double(), exact, rtol=0.51 * eps, atol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_gradient_of_16_bits_is_the_rounded_one(
+    backend: str, divergence: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit, with a term that is off, an absent label, and rows that are not finite."""
+    run = named(backend).forward_backward
+    options = KDOptions(temperature=2.0, beta=0.3, label_smoothing=0.1, divergence=divergence)
+    for vocabulary, teacher_dtype in ((5, dtype), (64, torch.float32), (2111, torch.float32)):
+        student, teacher = (3 * torch.randn(3, 4, vocabulary) for _ in range(2))
+        student[0, 1, ::3] = teacher[0, 1, ::3] = -torch.inf
+        student[0, 2, 1] = torch.nan
+        labels = torch.randint(vocabulary, (12,))
+        labels[1] = 0
+        w_hard, w_soft = torch.rand(12), torch.rand(12)
+        w_hard[4], w_soft[5], w_hard[6], w_soft[6] = 0, 0, 0, 0
+        given = (student, teacher.to(teacher_dtype), labels, w_hard, w_soft, options)
+        *want, grad = run(*given)
+        memory = torch.full((3, 5, vocabulary + 3), 7.0, dtype=dtype)
+        *got, into = run(*given, out=memory[:, :-1, 1:-2])
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert into.data_ptr() == memory[0, 0, 1:].data_ptr()
+        torch.testing.assert_close(into, grad.to(dtype), rtol=0, atol=0, equal_nan=True)
+        memory[:, :-1, 1:-2] = 7
+        assert (memory == 7).all(), "something else was written"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_gradient_has_one_place(backend: str) -> None:
+    student, teacher, *vectors = rows()
+    before = student.clone()
+    with pytest.raises(ValueError, match=r"inplace=True writes .* got out as well"):
+        named(backend).forward_backward(
+            student, teacher, *vectors, KDOptions(), inplace=True, out=torch.zeros(B, S, V)
+        )
+    assert torch.equal(student, before)
 
 
 def test_no_rows_is_no_error() -> None:
@@ -298,6 +349,30 @@ def test_another_gradient_is_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             op("rescale_")(*good, grad)
+
+
+BRAIN_ROWS = [torch.zeros(B, S, V).bfloat16()] * 2
+
+
+def test_a_place_for_the_gradient_is_refused() -> None:
+    memory = torch.zeros(2, B, S, V)
+    student, _ = memory
+    halves = memory.view(torch.bfloat16)[..., :V]  # over the first halves of rows of both
+    for both, grad, message in (
+        (memory, torch.zeros(B, S, V - 1), "grad must have the student's shape"),
+        (memory, torch.zeros(B, S, V).double(), "grad must be float32, bfloat16 or float16"),
+        (memory, torch.zeros(B, V, S).mT, "grad must have last stride 1"),
+        (memory, torch.zeros(S, V), "grad must have the student's shape|grad must be"),
+        (memory, torch.zeros(B, S, V, device="meta"), "must be on one device"),
+        (BRAIN_ROWS, torch.zeros(B, S, V), "grad must have the student's dtype, or 16 bits"),
+        (BRAIN_ROWS, torch.zeros(B, S, V).half(), "grad must have the student's dtype, or 16"),
+        (memory, student, "grad shares memory with student"),
+        (memory, halves[0], "grad shares memory with student"),
+        (memory, halves[1], "grad shares memory with teacher"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op("forward_backward_into")(*both, *rows()[LABELS:], *numbers(), grad)
+    assert not memory.any(), "something was written"
 
 
 def test_scale_refuses() -> None:

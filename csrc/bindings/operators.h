@@ -44,6 +44,25 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
+// Bytes from the first element to behind the last.
+struct Extent {
+  uintptr_t begin, end;
+};
+inline Extent extent_of(const Tensor& x) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  if (x.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return {begin, begin + (last + 1) * x.element_size()};
+}
+
+inline void check_apart(const Tensor& out, const char* out_name, const Tensor& x,
+                        const char* name) {
+  const Extent written = extent_of(out), read = extent_of(x);
+  STD_TORCH_CHECK(written.end <= read.begin || read.end <= written.begin, out_name,
+                  " shares memory with ", name);
+}
+
 template <class Backend>
 struct Operators {
   using Losses = std::tuple<Tensor, Tensor, Tensor>;
@@ -129,6 +148,14 @@ struct Operators {
     p.grad = p.student = rows_of(student, "student", true);
   }
 
+  // A gradient in other memory than the logits.
+  static void over_gradient(Problem& p, const Tensor& grad, const Tensor& student) {
+    p.grad = rows_of(grad, "grad", true);
+    for (int d = 0; d < 3; ++d)
+      STD_TORCH_CHECK(grad.size(d) == student.size(d), "grad must have the student's shape");
+    STD_TORCH_CHECK(Backend::same_device(student, grad), "grad is on another device");
+  }
+
   static Losses run_rows(Problem& p, const Tensor& student) {
     const typename Backend::Guard guard(student);
     Tensor hard = torch::stable::new_empty(student, {p.N}, ScalarType::Float);
@@ -168,6 +195,21 @@ struct Operators {
     p.grad = rows_of(grad, "grad", true);
     auto [hard, soft, stats] = run_rows(p, student);
     return {hard, soft, stats, grad};
+  }
+
+  // The gradient in memory that the caller has, rounded once to its dtype.
+  static Losses forward_backward_into(Tensor student, Tensor teacher, OptionalTensor labels,
+                                      OptionalTensor w_hard, OptionalTensor w_soft,
+                                      int64_t divergence, double temperature, double beta,
+                                      double soft_factor, double label_smoothing, Tensor grad) {
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, soft_factor, label_smoothing});
+    over_gradient(p, grad, student);
+    STD_TORCH_CHECK(p.grad.dtype == p.student.dtype || p.student.dtype == Dtype::f32,
+                    "grad must have the student's dtype, or 16 bits beside a float32 student");
+    check_apart(grad, "grad", student, "student");
+    check_apart(grad, "grad", teacher, "teacher");
+    return run_rows(p, student);
   }
 
   // The gradient over the student's own memory.
@@ -211,14 +253,11 @@ struct Operators {
                        Tensor grad) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
                            {divergence, temperature, beta, soft_factor, label_smoothing});
-    p.grad = rows_of(grad, "grad", true);
+    over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
-    for (int d = 0; d < 3; ++d)
-      STD_TORCH_CHECK(grad.size(d) == student.size(d), "grad must have the student's shape");
     p.stats = stats_of(stats, p.N, student);
     p.scale = number_of(scale, "scale");
-    STD_TORCH_CHECK(Backend::same_device(student, scale) && Backend::same_device(student, grad),
-                    "scale and grad must be on the student's device");
+    STD_TORCH_CHECK(Backend::same_device(student, scale), "scale is on another device");
     const typename Backend::Guard guard(student);
     if (p.N > 0) Backend::rescale(p, student);
   }
@@ -237,6 +276,7 @@ struct Operators {
     library.impl("forward", TORCH_BOX(&Operators::forward));
     library.impl("forward_backward", TORCH_BOX(&Operators::forward_backward));
     library.impl("forward_backward_", TORCH_BOX(&Operators::forward_backward_));
+    library.impl("forward_backward_into", TORCH_BOX(&Operators::forward_backward_into));
     library.impl("backward", TORCH_BOX(&Operators::backward));
     library.impl("backward_", TORCH_BOX(&Operators::backward_));
     library.impl("rescale_", TORCH_BOX(&Operators::rescale_));

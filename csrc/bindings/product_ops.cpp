@@ -40,24 +40,6 @@ const float* bias_of(const OptionalTensor& bias, int64_t columns) {
   return static_cast<const float*>(bias->const_data_ptr());
 }
 
-// Bytes from the first element to behind the last.
-struct Extent {
-  uintptr_t begin, end;
-};
-Extent extent_of(const Tensor& x) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  if (x.numel() == 0) return {begin, begin};
-  int64_t last = 0;
-  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-  return {begin, begin + (last + 1) * x.element_size()};
-}
-
-void check_apart(const Tensor& out, const Tensor& x, const char* name) {
-  const Extent written = extent_of(out), read = extent_of(x);
-  STD_TORCH_CHECK(written.end <= read.begin || read.end <= written.begin, "out shares memory with ",
-                  name);
-}
-
 void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType round_to,
               bool round_a, bool accumulate) {
   Product p{};
@@ -85,9 +67,9 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
   p.a = operand_of(a, "a");
   p.b = operand_of(b, "b");
   p.bias = bias_of(bias, p.N);
-  check_apart(out, a, "a");
-  check_apart(out, b, "b");
-  if (bias) check_apart(out, *bias, "bias");
+  check_apart(out, "out", a, "a");
+  check_apart(out, "out", b, "b");
+  if (bias) check_apart(out, "out", *bias, "bias");
   multiply(p, torch_threads());
 }
 

@@ -507,13 +507,13 @@ struct Gradient {
         return;
       }
       const Prepared block = prepare_again(row, state, begin, end, scratch);
-      const bool in_place = !block.copied;  // the block's type is then the gradient's
+      const bool direct = !block.copied && dtype == row.s_dtype;  // the kernel stores that type
       Block work = kernel_block(row, block, state.r.m_s, state.r.m_t);
-      if (in_place && row.n + 1 < row.problem.N) prefetch_next_row(begin, work);
-      void* to_kernel = in_place ? static_cast<void*>(to) : scratch.g;
+      if (!block.copied && row.n + 1 < row.problem.N) prefetch_next_row(begin, work);
+      void* to_kernel = direct ? static_cast<void*>(to) : scratch.g;
       row.table.gradient(block.load, row.divergence, row.hard_mode, work, soft, hard_scale,
                          hard_offset, to_kernel);
-      if (in_place) return;
+      if (direct) return;
       if (block.absent) clear_absent(begin, size, scratch);
       row.table.narrow(dtype, scratch.g, to, size);
     });

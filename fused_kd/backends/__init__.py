@@ -63,6 +63,7 @@ class Backend(Protocol):
         w_soft: Tensor | None,
         options: KDOptions,
         inplace: bool = False,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
     def rescale(

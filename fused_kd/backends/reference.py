@@ -214,6 +214,15 @@ def why_not(device_type: str | None = None) -> str | None:
     return None
 
 
+def refuse_inplace_with_out(inplace: bool) -> None:
+    """Raise ValueError if the gradient is to be written to two places."""
+    if inplace:
+        raise ValueError(
+            "inplace=True writes the gradient over the student's logits; got out as well: leave "
+            "one of the two out"
+        )
+
+
 def forward_backward(
     student: Tensor,  # (B, S, V)
     teacher: Tensor,  # (B, S, V)
@@ -222,12 +231,14 @@ def forward_backward(
     w_soft: Tensor | None,  # (N,)
     options: KDOptions,
     inplace: bool = False,
+    out: Tensor | None = None,  # (B, S, V), in memory of its own
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The unweighted terms of every row, statistics for a later backward, and the gradient.
 
     hard (N,) and soft (N,) are 0 where their weight is 0 or the term is off (None); the gradient
-    (B, S, V) is w_hard·∂H/∂s + w_soft·∂S/∂s, rounded once to the student's dtype, over the
-    student's memory if `inplace`. The reference keeps no statistics: (N, 0).
+    (B, S, V) is w_hard·∂H/∂s + w_soft·∂S/∂s, rounded once: to the dtype of `out`, which is the
+    student's or 16-bit beside a float32 student, else to the student's, over the student's memory
+    if `inplace`. The reference keeps no statistics: (N, 0).
     """
     vocabulary = student.shape[-1]
     s, t = _common(student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary))
@@ -242,9 +253,14 @@ def forward_backward(
         term = soft_term(s, t, options)
         soft = _keep(term.value, w_soft != 0)
         gradient = gradient + _keep(w_soft[:, None] * term.gradient, w_soft[:, None] != 0)
-    rounded = gradient.to(student.dtype).view(student.shape)
-    if inplace:
-        rounded = student.copy_(rounded)
+    gradient = gradient.view(student.shape)
+    if out is not None:
+        refuse_inplace_with_out(inplace)
+        rounded = out.copy_(gradient)
+    else:
+        rounded = gradient.to(student.dtype)
+        if inplace:
+            rounded = student.copy_(rounded)
     return hard, soft, hard.new_empty((hard.shape[0], 0)), rounded
 
 

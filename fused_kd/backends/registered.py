@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_kd import ops  # noqa: F401  the schemas
 
 from ..options import KDOptions
+from .reference import refuse_inplace_with_out
 
 
 class Functions(NamedTuple):
@@ -32,9 +33,8 @@ def registered(prefix: str) -> Functions:
     def operator(name: str) -> Any:
         return getattr(torch.ops.fused_kd, prefix + name).default
 
-    make_forward, make_both, make_both_ = (
-        operator(name) for name in ("forward", "forward_backward", "forward_backward_")
-    )
+    make_forward, make_both = operator("forward"), operator("forward_backward")
+    make_both_, make_both_into = operator("forward_backward_"), operator("forward_backward_into")
     make_backward, make_backward_ = operator("backward"), operator("backward_")
     rescale_, scale_ = operator("rescale_"), operator("scale_")
 
@@ -51,9 +51,13 @@ def registered(prefix: str) -> Functions:
         w_soft: Tensor | None,
         options: KDOptions,
         inplace: bool = False,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hard, soft, stats and the gradient."""
         rows = (student, teacher, labels, w_hard, w_soft)
+        if out is not None:
+            refuse_inplace_with_out(inplace)
+            return *make_both_into(*rows, *_numbers(options), out), out
         if inplace:
             return *make_both_(*rows, *_numbers(options)), student
         return make_both(*rows, *_numbers(options))  # type: ignore[no-any-return]

@@ -17,13 +17,13 @@ from torch import Tensor
 from ..autograd import (
     HandOver,
     Triple,
-    combine,
     is_batched,
     refuse_double_backward,
     save_tensors,
     saved_tensors,
     term_weights,
     times,
+    weighted,
 )
 from ..backends import named
 from ..options import KDOptions
@@ -62,7 +62,7 @@ def linear_losses(
     w: Tensor,  # (N,)
     settings: Settings,
 ) -> Triple:
-    """The loss, and its hard and soft part without gradient: sums, or (N,) for "none"."""
+    """The loss, a sum, or (N,) for "none"; and H and S of every row, without gradient."""
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
     result = LinearLoss.apply(  # type: ignore[no-untyped-call]
         *student, *teacher, labels, w, settings, wanted
@@ -96,10 +96,9 @@ class LinearLoss(torch.autograd.Function):
         else:
             ctx.hand_over = HandOver(made) if in_forward else None
             save_tensors(ctx, *tensors, w_hard, w_soft)
-        hard, soft = w * hard, w * soft
+        loss = weighted(hard, soft, w_hard, w_soft)
         if not per_row:
-            hard, soft = hard.sum(), soft.sum()
-        loss = combine(hard, soft, options)
+            loss = loss.sum()
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         return loss, hard, soft

@@ -1,12 +1,14 @@
 """The chunk driver: logits of some rows, the row kernel over them, the products with the gradient.
 
 Of either model's logits no more than one chunk exists: float32 in buffers that every chunk uses
-again, the gradient written over the student's. The weight gradient is accumulated over the chunks,
+again. The gradient is written over the student's logits, or, where the products take it in 16 bits,
+over the teacher's (:func:`_doubling_parts`). The weight gradient is accumulated over the chunks,
 the first of which is written, not added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,11 @@ from ..backends import Backend
 from ..options import KDOptions
 from .memory import Sizes, chunk_rows
 from .products import Products, Side, products_for
+
+#: Rows of a chunk over those of its first visit, where the gradient is written over the teacher's
+#: logits: those rows are rounded by a separate kernel. A power of two; twice as many is one more
+#: launch for each chunk.
+FIRST_VISIT = 16
 
 
 class Problem(NamedTuple):
@@ -72,13 +79,19 @@ def run_chunks(problem: Problem, gradients: Gradients | None) -> tuple[Tensor, T
         ),
         products.fixed_bytes(),
     )
-    chunk = _Chunk(problem, products, min(height, rows.count))
+    chunk = _Chunk(
+        problem,
+        products,
+        min(height, rows.count),
+        with_gradient=gradients is not None,
+        gathered=rows.index is not None,
+    )
     for begin in range(0, rows.count, height):
         here = rows.at(begin, min(begin + height, rows.count))
         states = take(hidden, here)
         if rows.mask is not None:  # 0 times what is not a number would spoil the weight gradient
             states = torch.where(rows.mask[here, None], states, 0)
-        hard[here], soft[here] = chunk.losses(here, states, gradients is not None)
+        hard[here], soft[here] = chunk.losses(here, states)
         if gradients is not None:
             chunk.multiply(here, states, gradients, add=begin > 0)
     return hard, soft
@@ -93,6 +106,7 @@ def sizes_of(
 ) -> Sizes:
     """What the height of a chunk depends on; `gathered`: rows are copied together in any case."""
     products = products_for(student.hidden.device, wide)
+    gradient_dtype = products.gradient_dtype(wide, student.compute)
     given = teacher_logits if teacher is None else teacher.hidden
     dtypes = {student.hidden.dtype, student.compute}
     if teacher is not None:
@@ -106,8 +120,8 @@ def sizes_of(
         teacher_bytes=0 if given is None else given.dtype.itemsize,
         gathered=gathered or any(_lies_apart(x) for x in (student.hidden, given) if x is not None),
         converted=dtypes != {wide},
-        # with a teacher's head the copy lies over its logits
-        operand_bytes=0 if teacher else products.operand_bytes(student.compute),
+        # it is written over the student's logits, or over those of a teacher's head
+        gradient_bytes=0 if teacher or gradient_dtype == wide else gradient_dtype.itemsize,
     )
 
 
@@ -146,42 +160,82 @@ def _host_knows(x: Tensor) -> bool:
 class _Chunk:
     """Buffers that every chunk uses again, and what is done with one chunk."""
 
-    def __init__(self, problem: Problem, products: Products, height: int) -> None:
-        self.problem, self.products = problem, products
-        shape = (height, problem.student.weight.shape[0])
-        self.student = problem.student.hidden.new_empty(shape, dtype=problem.wide)
-        has_pair = problem.teacher is not None
-        self.teacher = self.student.new_empty(shape) if has_pair else None
+    def __init__(
+        self, problem: Problem, products: Products, height: int, with_gradient: bool, gathered: bool
+    ) -> None:
+        self.problem, self.products, self.with_gradient = problem, products, with_gradient
+        side, logits = problem.student, problem.teacher_logits
+        shape = (height, side.weight.shape[0])
+        self.student = side.hidden.new_empty(shape, dtype=problem.wide)
+        self.teacher = None if problem.teacher is None else self.student.new_empty(shape)
+        self.gradient_dtype = products.gradient_dtype(problem.wide, side.compute)
+        self.gradient: Tensor | None = None  # as the products take it; None: there is none yet
+        self.over_teacher = False
+        if not with_gradient:
+            return
+        if self.gradient_dtype == problem.wide:
+            self.gradient = self.student
+        elif self.teacher is not None:
+            memory = self.teacher.view(-1).view(self.gradient_dtype)
+            self.gradient, self.over_teacher = memory[: self.student.numel()].view(shape), True
+        elif logits is None or not (gathered or _lies_apart(logits)):
+            self.gradient = self.student.new_empty(shape, dtype=self.gradient_dtype)
 
-    def losses(
-        self, rows: slice | Tensor, hidden: Tensor, with_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        """hard and soft of these rows; the gradient lies over the student's logits after it."""
-        problem = self.problem
-        s = self.student[: hidden.shape[0]]
+    def losses(self, rows: slice | Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of these rows, and leave the gradient of their logits."""
+        problem, count = self.problem, hidden.shape[0]
+        s = self.student[:count]
         self.products.logits(s, hidden, problem.student)
         t = self._teacher_logits(rows, s)
         vectors = (problem.labels, problem.w_hard, problem.w_soft)
         labels, w_hard, w_soft = (None if x is None else x[rows] for x in vectors)
-        arguments = (s[None], t[None], labels, w_hard, w_soft, problem.options)
-        if with_gradient:
-            return problem.backend.forward_backward(*arguments, inplace=True)[:2]
-        return problem.backend.forward(*arguments)[:2]
+        parts = _doubling_parts(count) if self.over_teacher else [slice(0, count)]
+        visits = [self._visit(part, s, t, labels, w_hard, w_soft) for part in parts]
+        if len(visits) == 1:
+            return visits[0]
+        hard, soft = (torch.cat(x) for x in zip(*visits, strict=True))
+        return hard, soft
+
+    def _visit(
+        self, part: slice, s: Tensor, t: Tensor, *vectors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of a part of the chunk's rows, and leave their gradient."""
+        backend, options = self.problem.backend, self.problem.options
+        s, t = s[part], t[part]
+        labels, w_hard, w_soft = (None if x is None else x[part] for x in vectors)
+        rows = (s[None], t[None], labels, w_hard, w_soft, options)
+        if not self.with_gradient:
+            return backend.forward(*rows)[:2]
+        out = self._free_memory(part)
+        if out is not None:
+            return backend.forward_backward(*rows, out=out[None])[:2]
+        losses = backend.forward_backward(*rows, inplace=True)[:2]
+        if self.over_teacher and self.gradient is not None:
+            self.gradient[part].copy_(s)
+        return losses
+
+    def _free_memory(self, part: slice) -> Tensor | None:
+        """Return where the row kernel writes the gradient; None: over the student's logits."""
+        if self.gradient is None or self.gradient.dtype == self.student.dtype:
+            return None
+        return None if self.over_teacher and part.start == 0 else self.gradient[part]
 
     def multiply(
         self, rows: slice | Tensor, hidden: Tensor, gradients: Gradients, add: bool
     ) -> None:
         """The chunk's part of each wanted gradient."""
         side, count = self.problem.student, hidden.shape[0]
-        gradient = self.student[:count]
+        if self.gradient is not None:
+            gradient = self.gradient[:count]
+        else:  # only now is there memory for it: a copy of the teacher's logits is gone
+            gradient = self.student[:count].to(self.gradient_dtype)
         if gradients.bias is not None:
-            part = gradient.sum(0)
+            part = gradient.sum(0, dtype=self.student.dtype)
             gradients.bias.copy_(gradients.bias + part if add else part)
-        operand = self.products.operand(gradient, self.teacher, side.compute)
         if gradients.hidden is not None:
-            self._hidden_gradient(gradients.hidden, rows, operand)
+            self._hidden_gradient(gradients.hidden, rows, gradient)
         if gradients.weight is not None:
-            self.products.weight_gradient(gradients.weight, operand, hidden, side.compute, add)
+            self.products.weight_gradient(gradients.weight, gradient, hidden, side.compute, add)
 
     def _hidden_gradient(self, out: Tensor, rows: slice | Tensor, gradient: Tensor) -> None:
         side, target = self.problem.student, out.view(-1, out.shape[-1])
@@ -203,21 +257,50 @@ class _Chunk:
         return t
 
 
+def _doubling_parts(count: int) -> Iterator[slice]:
+    """Yield the rows of a chunk that are visited together, if the teacher's logits make way.
+
+    The gradient of rows [0, 2b) has 16 bits and so takes the memory of the teacher's float32 logits
+    of rows [0, b), which are free when these rows have been visited: the parts after the first
+    begin at b and end at 2b, and never write what they or a later part read.
+    """
+    begin, end = 0, -(-count // FIRST_VISIT)
+    while begin < count:
+        yield slice(begin, min(end, count))
+        begin, end = end, 2 * end
+
+
 def take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    """Rows of x (..., K) as (C, K), last stride 1: a view if they lie so, else a copy of these."""
-    if not _lies_apart(x):
-        return x.view(-1, x.shape[-1])[rows]
+    """Return these rows of x (..., K) as (C, K), last stride 1: a view where possible, else a copy.
+
+    Only arithmetic with Python numbers: a tensor made of them would be copied to the device, for
+    which the host waits, and which a CUDA graph refuses.
+    """
+    folded = _folded(x)
+    if folded is not None:
+        here = folded[rows]
+        return here if here.stride(-1) == 1 else here.contiguous()
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=x.device)
-    return x[torch.unravel_index(rows, x.shape[:-1])].contiguous()
+    index: list[Tensor] = []
+    for size in reversed(x.shape[1:-1]):
+        index.append(rows % size)
+        rows = rows // size
+    return x[(rows, *reversed(index))].contiguous()
+
+
+def _folded(x: Tensor) -> Tensor | None:
+    """Return x (..., K) as a view (N, K), None if the leading dimensions do not fold."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
 
 
 def _lies_apart(x: Tensor) -> bool:
-    """Whether the leading dimensions do not fold as they lie, or the last stride is not 1."""
-    try:
-        return x.view(-1, x.shape[-1]).stride(-1) != 1
-    except RuntimeError:
-        return True
+    """Return whether `take` copies rows of x even if they follow each other."""
+    folded = _folded(x)
+    return folded is None or folded.stride(-1) != 1
 
 
 def _clear(gradients: Gradients | None, rows: _Rows) -> None:

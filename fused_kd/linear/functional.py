@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choose_name
-from ..functional import KDLossParts
+from ..functional import KDLossParts, returned
 from ..options import KDOptions
 from ..reduction import arithmetic_dtype, label_rows, row_weights, wide_labels
 from .autograd import Settings, linear_losses
@@ -200,13 +200,10 @@ def linear_kd_loss_with(
     w = row_weights(hidden, wide, kept, token_weight, options, num_items)
     if kept_rows is not None and kept is not None:
         w = torch.where(kept.sum() > kept_rows, torch.nan, w)
-    parts = linear_losses(
+    losses = linear_losses(
         student, (*teacher, teacher_logits), label_rows(labels, options), w, settings
     )
-    if options.reduction == "none":
-        parts = tuple(part.view(hidden.shape[:-1]) for part in parts)  # type: ignore[assignment]
-    result = KDLossParts(*parts)
-    return result if options.return_parts else result.loss
+    return returned(losses, w, options, hidden.shape[:-1])
 
 
 def _fit_in_one_chunk(

@@ -33,14 +33,14 @@ class Sizes(NamedTuple):
     teacher_bytes: int = 4  # of the teacher's hidden states, or logits
     gathered: bool = True  # rows are copied together: some are ignored, or lie apart
     converted: bool = False  # hidden states are not multiplied in the arithmetic's dtype
-    operand_bytes: int = 0  # of the gradient where the products take a copy of it
+    gradient_bytes: int = 0  # of the gradient of the logits, 0: written over logits
 
 
 def row_bytes(sizes: Sizes) -> int:
     """What one row of a chunk needs: logits of both models, gathered inputs, converted ones."""
     wide, vocabulary, hidden = sizes.wide_bytes, sizes.vocabulary, sizes.student_hidden
-    total = SMALL_PER_ROW + (wide + sizes.operand_bytes) * vocabulary
-    # one product at a time: operands wide and as they were, or the gradient wide and rounded
+    total = SMALL_PER_ROW + wide * vocabulary
+    # one product at a time: operands wide and as they were
     copies = wide * hidden if sizes.gathered else 0
     if sizes.converted:
         copies = (wide + sizes.student_bytes) * hidden
@@ -49,8 +49,12 @@ def row_bytes(sizes: Sizes) -> int:
         if sizes.converted:
             copies = max(copies, (wide + sizes.teacher_bytes) * sizes.teacher_hidden)
     if sizes.gathered:
-        width = vocabulary if sizes.teacher_hidden is None else sizes.teacher_hidden
-        total += sizes.student_bytes * hidden + sizes.teacher_bytes * width
+        total += sizes.student_bytes * hidden
+        if sizes.teacher_hidden is not None:
+            total += sizes.teacher_bytes * sizes.teacher_hidden
+    # the gradient is made when a copy of the teacher's logits is gone
+    copied = sizes.gathered and sizes.teacher_hidden is None
+    total += max(sizes.gradient_bytes, sizes.teacher_bytes if copied else 0) * vocabulary
     return total + copies
 
 

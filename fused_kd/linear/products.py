@@ -6,8 +6,8 @@ What differs is who multiplies:
 
 * :class:`CompiledProducts`: the package's own product on a CPU. It converts operands while it packs
   them, and its bits do not depend on the number of rows or threads.
-* :class:`CudaProducts`: 16-bit operands, float32 results by ``out_dtype``; the gradient is rounded
-  to 16 bits once, since both operands must be.
+* :class:`CudaProducts`: 16-bit operands, float32 results by ``out_dtype``. Both operands must have
+  16 bits, the gradient of the logits too: the row kernel writes it so, rounded once.
 * :class:`TorchProducts`: everything else; 16-bit weights are widened tile by tile.
 
 Shapes: hidden (C, H), weight (V, H), bias (V,), logits and their gradient (C, V). `compute` is the
@@ -57,13 +57,13 @@ class Products:
         if side.bias is not None:
             out.add_(side.bias)
 
-    def operand_bytes(self, compute: torch.dtype) -> int:
-        """Of an element of the copy that :meth:`operand` makes without a spare; 0: makes none."""
-        return 0
+    def gradient_dtype(self, wide: torch.dtype, compute: torch.dtype) -> torch.dtype:
+        """Return the dtype in which the two products below take the gradient of the logits.
 
-    def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
-        """The gradient (C, V) as the two products below take it; `spare` (C, V) may be used."""
-        return gradient
+        The chunk driver makes the gradient in this dtype, so nothing else decides whether a row
+        kernel rounds it. The default is the logits' own, `wide`.
+        """
+        return wide
 
     def hidden_gradient(self, out: Tensor, gradient: Tensor, side: Side) -> None:
         """out (C, H) = gradient · weight."""
@@ -145,16 +145,8 @@ class CudaProducts(Products):
 
     tile_bytes = 16 * MIB  # launches cost more than a cache gives
 
-    def operand_bytes(self, compute: torch.dtype) -> int:
-        return 0 if compute == torch.float32 else compute.itemsize
-
-    def operand(self, gradient: Tensor, spare: Tensor | None, compute: torch.dtype) -> Tensor:
-        if compute == gradient.dtype:
-            return gradient
-        if spare is None:
-            return gradient.to(compute)
-        rows, vocabulary = gradient.shape
-        return spare.view(-1).view(compute)[: rows * vocabulary].view(rows, -1).copy_(gradient)
+    def gradient_dtype(self, wide: torch.dtype, compute: torch.dtype) -> torch.dtype:
+        return compute
 
     def _takes(self, side: Side, wide: torch.dtype) -> bool:
         return side.weight.dtype == side.compute
@@ -186,7 +178,7 @@ def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """out = or += a · b, where out may be wider than the operands."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
-    elif add:
+    elif add:  # to float32 since torch 2.10, the oldest that is supported
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)

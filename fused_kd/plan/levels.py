@@ -135,6 +135,7 @@ class _Count:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.accumulate = dtype if dtype == torch.float64 else accumulate
         self.products = products_for(device, self.wide)
+        self.gradient_dtype = self.products.gradient_dtype(self.wide, dtype)
         size, wide_size = dtype.itemsize, self.wide.itemsize
         self.sizes = Sizes(
             *(vocab, student, teacher, wide_size, size, size),
@@ -178,7 +179,8 @@ class _Count:
         weights = chunks * (self.weight + self.sizes.vocabulary * self._teacher_row())
         forward = 4 * self.wide_logits + self.hidden + self.rows * self._teacher_row() + weights
         added = (2 * chunks - 1) * total  # the first chunk is written, not added
-        traffic = forward + 3 * self.wide_logits + 2 * self.hidden + chunks * self.weight + added
+        gradient = self.logits // self.dtype.itemsize * self.gradient_dtype.itemsize
+        traffic = forward + 3 * gradient + 2 * self.hidden + chunks * self.weight + added
         flop = self.flop
         if rounded:
             traffic += total + rounded

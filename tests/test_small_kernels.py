@@ -1,0 +1,52 @@
+"""The kernels around the row kernel: on a GPU each is a launch, as long as many rows take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import as_loss
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_kd import checks, kd_loss
+from fused_kd.backends import why_not
+
+_WHY_NOT = why_not("cpu", "cpu")
+pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
+
+FREE = ("view", "detach", "empty", "unsqueeze", "reshape", "alias", "expand")
+
+
+class _Count(TorchDispatchMode):
+    """Names of the operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not any(part in name for part in FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+# which rows are kept, as numbers; their sum, at least 1, and the quotient; the weight of both
+# terms; the sum of both losses. Then ones, and the factor of the gradient
+ORDINARY = ["ne", "_to_copy", "sum", "clamp_", "div", "mul", "forward_backward", "mul", "addcmul"]
+ORDINARY += ["sum", "ones_like", "rescale_"]
+PARTS = ["mul", "sum", "mul", "sum"]
+
+
+@pytest.mark.parametrize("return_parts", [False, True])
+def test_an_ordinary_step(return_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "may_look_at_values", lambda tensor: False)  # as on a GPU
+    student, teacher = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
+    labels = torch.tensor([[0, 1, 2], [3, 4, -100]])
+    with _Count() as counted:
+        result = kd_loss(student, teacher, labels, return_parts=return_parts)
+        loss = result.loss if return_parts else as_loss(result)  # type: ignore[union-attr]
+        loss.backward()
+    at = ORDINARY.index("ones_like")
+    assert counted.names == [*ORDINARY[:at], *(PARTS if return_parts else []), *ORDINARY[at:]]
