@@ -668,12 +668,14 @@ def _vote(x: _Parts) -> Operation:
 
 
 def _shuffle(x: _Parts) -> Operation:
-    """SHFL.BFLY p, d, a, distance, bounds."""
-    if x.suffixes != {"BFLY"} or x.operands[4] != "0x1f":
+    """SHFL.BFLY p, d, a, distance, bounds; SHFL.IDX with a lane instead of a distance."""
+    kinds = {"BFLY": np.bitwise_xor, "IDX": lambda lanes, lane: lanes // 32 * 32 + lane}
+    if len(x.suffixes) != 1 or not x.suffixes <= set(kinds) or x.operands[4] != "0x1f":
         raise NotImplementedError(f"{x.opcode} {x.operands}")
-    flag, name, source, distance = x.operands[:4]
+    flag, name, source, given = x.operands[:4]
     get, registers = x.registers.integer(source), x.registers
-    order = np.arange(registers.lanes) ^ int(distance, 0)
+    number = 0 if given == "RZ" else int(given, 0)
+    order = kinds[min(x.suffixes)](np.arange(registers.lanes), number)
 
     def run(mask: Any) -> None:
         registers.put(name, np.broadcast_to(get(), (registers.lanes,))[order], mask)

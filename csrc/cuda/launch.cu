@@ -67,6 +67,10 @@ Params params_of(const Problem& p, const Plan& plan) {
   o.shape = {static_cast<float>(softened ? LOG2E : p.temperature), static_cast<float>(p.beta)};
   o.k_1 = static_cast<float>(LOG2E);
   o.k = softened ? static_cast<float>(LOG2E / p.temperature) : o.k_1;
+  // a reference's rounding is then below 1/16; a row without a whole group gains nothing
+  constexpr double LARGEST_EXPONENT = 1 << 20;
+  o.moderate =
+      p.V < GROUP ? 0.0f : static_cast<float>(LARGEST_EXPONENT / (o.k > o.k_1 ? o.k : o.k_1));
   o.hard = !p.w_hard                         ? Hard::off
            : !softened || p.temperature == 1 ? Hard::power1
            : p.temperature == 2              ? Hard::power2

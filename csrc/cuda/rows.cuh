@@ -122,6 +122,7 @@ struct FarExchange {
         const int lane = threadIdx.x;
         record = lane < p.parts ? read_far(records(round)[lane]) : empty_record();
         merge(record);
+        warp_sync();  // all have read
         if (round == rounds && lane == 0) finish();
       }
     }
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     }
     return skip_row<S>(p, row, source, part);
   }
-  row.read_label(p, part == 0 && threadIdx.x == 0);
+  if (threadIdx.x == 0) row.read_label(p, part == 0);
   visit_row<D, S>(p, row, source, part, shared, exchange);
 }
 
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
   const NearRow<D, S, SAME> source(p, row, part, memory + NEAR_MEMORY, shared.barriers);
   if (!row.hard && !row.soft) return skip_row<S>(p, row, source, part);
   source.load();
-  row.read_label(p, part == 0 && threadIdx.x == 0);
+  if (threadIdx.x == 0) row.read_label(p, part == 0);
   block_sync();
   const NearExchange exchange{RuleOf<D>::TWO_VISITS ? 2 : 1, shared};
   visit_row<D, S>(p, row, source, part, shared, exchange);

@@ -225,12 +225,12 @@ struct NearRow : Pair<D, S, SAME> {
 
   template <class Visit>
   FUSED_KD_DEVICE void first(Visit visit) const {
-    int i = 0;  // of this thread's groups
-    this->indices([&](int group) {
-      if (i % CHUNK_GROUPS == 0) barrier_wait(&barriers[i / CHUNK_GROUPS], 0);
-      ++i;
-      visit_group(group, visit);
-    });
+#pragma unroll 1
+    for (int i = threadIdx.x; i < slice.end - slice.begin; i += THREADS) {
+      // a thread's first group of a chunk
+      if (i / THREADS % CHUNK_GROUPS == 0) barrier_wait(&barriers[i / CHUNK], 0);
+      visit_group(slice.begin + i, visit);
+    }
   }
 
   template <class Visit>

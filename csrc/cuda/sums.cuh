@@ -7,7 +7,8 @@
 // Exponents are of 2, relative to a reference m that is a logit of the row: a = fma(s, k, -M) with
 // M = m k, rounded. M is exact as a reference (what its rounding adds is the same in all exponents),
 // so a is rounded once. A reference need not be the maximum: a warp takes the largest logit of its
-// first groups, and keeps it until a sum passes LIMIT, which ordinary rows never do.
+// first groups, and keeps it until a sum passes LIMIT, which ordinary rows never do. Where M is so
+// large that its rounding is a number of powers of 2 (masks of -1e30), m is subtracted instead.
 #pragma once
 
 #include "stores.cuh"
@@ -34,7 +35,8 @@ enum class Hard : int { off, power1, power2, separate };
 // The same for every row of a launch.
 struct Options {
   Shape<float> shape;
-  float k, k_1;  // log2(e)/T and log2(e)
+  float k, k_1;    // log2(e)/T and log2(e)
+  float moderate;  // references below it are folded
   Hard hard;
   bool smoothing;
 };
@@ -61,26 +63,65 @@ FUSED_KD_DEVICE Record empty_record() {
   return record;
 }
 
-// The references of a record in exponents: of both sides, and of the hard term. Where a side has
-// none yet (m = -inf), no exponent is a number, so that a group's sums tell.
-struct References {
+// Whether a reference is so moderate that folding it into a multiply-add is as good as subtracting
+// it. A side without a reference yet (-inf) has none.
+FUSED_KD_DEVICE bool moderate(float m, const Options& o) { return fabsf(m) < o.moderate; }
+
+// Exponents by one multiply-add: the references are folded.
+struct Folded {
   float s, t, s_1;
 
-  FUSED_KD_DEVICE References(const Record& record, const Options& o)
-      : s(record.r.m_s * o.k), t(record.r.m_t * o.k), s_1(record.r.m_s * o.k_1) {}
+  FUSED_KD_DEVICE Folded(float m_s, float m_t, const Options& o)
+      : s(m_s * o.k), t(m_t * o.k), s_1(m_s * o.k_1) {}
+  // Of references that may not be moderate: then no exponent is a number, and a group's sums tell.
+  FUSED_KD_DEVICE static Folded if_moderate(float m_s, float m_t, const Options& o) {
+    return {moderate(m_s, o) ? m_s : NAN, moderate(m_t, o) ? m_t : NAN, o};
+  }
+  FUSED_KD_DEVICE float student(float x, const Options& o) const { return fmaf(x, o.k, -s); }
+  FUSED_KD_DEVICE float teacher(float x, const Options& o) const { return fmaf(x, o.k, -t); }
+  FUSED_KD_DEVICE float hard(float x, const Options& o) const { return fmaf(x, o.k_1, -s_1); }
 };
 
-FUSED_KD_DEVICE float exponent(float x, float k, float reference) { return fmaf(x, k, -reference); }
+// What the rounding of a folded reference adds to every exponent of its side.
+FUSED_KD_DEVICE float added(float m, float k, const Options& o) {
+  return moderate(m, o) ? fmaf(m, k, -(m * k)) : 0.0f;
+}
 
-// Sums relative to m_s, m_t >= the record's own. Equal references, -inf included, are not
-// subtracted.
+// The same exponents of any logit and reference, by a subtraction.
+struct Subtracted {
+  float m_s, m_t, added_s, added_t, added_1;
+
+  FUSED_KD_DEVICE Subtracted(float m_s, float m_t, const Options& o)
+      : m_s(m_s),
+        m_t(m_t),
+        added_s(added(m_s, o.k, o)),
+        added_t(added(m_t, o.k, o)),
+        added_1(added(m_s, o.k_1, o)) {}
+  FUSED_KD_DEVICE float student(float x, const Options& o) const {
+    return fmaf(x - m_s, o.k, added_s);
+  }
+  FUSED_KD_DEVICE float teacher(float x, const Options& o) const {
+    return fmaf(x - m_t, o.k, added_t);
+  }
+  FUSED_KD_DEVICE float hard(float x, const Options& o) const {
+    return fmaf(x - m_s, o.k_1, added_1);
+  }
+};
+
+// What a side's exponents change by with another reference >= the old one. Equal ones, -inf
+// included, are not subtracted.
+FUSED_KD_DEVICE float shift_of(float old, float m, float k, const Options& o) {
+  if (old == m || old == -INF) return 0.0f;
+  return fmaf(old - m, k, added(m, k, o) - added(old, k, o));
+}
+
+// Sums relative to m_s, m_t >= the record's own.
 template <Divergence D>
 FUSED_KD_DEVICE void rebase(Record& record, float m_s, float m_t, const Options& o) {
   RowSums<float>& r = record.r;
-  const bool stays_s = r.m_s == m_s || r.m_s == -INF, stays_t = r.m_t == m_t || r.m_t == -INF;
-  const float shift_s = stays_s ? 0.0f : r.m_s * o.k - m_s * o.k;
+  const float shift_s = shift_of(r.m_s, m_s, o.k, o);
   if constexpr (RuleOf<D>::SOFTMAX) {
-    const float shift_t = stays_t ? 0.0f : r.m_t * o.k - m_t * o.k;
+    const float shift_t = shift_of(r.m_t, m_t, o.k, o);
     const float factor_s = exp2_fast(shift_s), factor_t = exp2_fast(shift_t);
     // what vanishes must not meet a shift so large that its product overflows
     const bool vanishes = (D == Divergence::forward_kl ? factor_t : factor_s) == 0.0f;
@@ -88,7 +129,7 @@ FUSED_KD_DEVICE void rebase(Record& record, float m_s, float m_t, const Options&
     r.d_s *= factor_s;
     r.d_t *= factor_t;
   }
-  if (o.hard != Hard::off) r.d_1 *= exp2_fast(stays_s ? 0.0f : r.m_s * o.k_1 - m_s * o.k_1);
+  if (o.hard != Hard::off) r.d_1 *= exp2_fast(shift_of(r.m_s, m_s, o.k_1, o));
   if (o.smoothing) r.differences += shift_s * r.count;
   r.m_s = m_s;
   r.m_t = m_t;
@@ -119,15 +160,15 @@ struct GroupSums {
 // As if every entry were finite and no exponential too large: else the sums tell (`usable`).
 template <Divergence D, bool SMOOTHING>
 FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t)[GROUP],
-                                        const References& m, const Options& o) {
+                                        const Folded& m, const Options& o) {
   constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
   GroupSums sums;
   float a[GROUP], P[GROUP], Q[GROUP];
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
-    a[e] = exponent(s[e], o.k, m.s);
+    a[e] = m.student(s[e], o);
     P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a[e]) : 0.0f;
-    const float b = SOFTMAX ? exponent(t[e], o.k, m.t) : 0.0f;
+    const float b = SOFTMAX ? m.teacher(t[e], o) : 0.0f;
     Q[e] = SOFTMAX ? exp2_fast(b) : 0.0f;
     if constexpr (SOFTMAX)
       sums.w = Rule<D>::accumulate(a[e], b, P[e], Q[e], sums.w);
@@ -145,7 +186,7 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
     for (int e = 0; e < GROUP; ++e) sums.d_1 = fmaf(P[e], P[e], sums.d_1);
   } else if (o.hard == Hard::separate) {
 #pragma unroll
-    for (int e = 0; e < GROUP; ++e) P[e] = exp2_fast(exponent(s[e], o.k_1, m.s_1));
+    for (int e = 0; e < GROUP; ++e) P[e] = exp2_fast(m.hard(s[e], o));
     sums.d_1 = sum_of(P);
     sums.exponentials += sums.d_1;
   } else if (o.hard == Hard::power1) {
@@ -159,10 +200,10 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
   return sums;
 }
 
-// mse has no exponentials that would tell that a side has no reference yet.
+// mse has no exponentials that would tell of a side without a reference.
 template <Divergence D>
-FUSED_KD_DEVICE bool usable(const GroupSums& sums, const References& m) {
-  const bool all_have_one = D != Divergence::mse || fminf(m.s, m.t) > -INF;
+FUSED_KD_DEVICE bool usable(const GroupSums& sums, const Folded& m) {
+  const bool all_have_one = D != Divergence::mse || (m.s == m.s && m.t == m.t);
   // the largest float counts as nothing here, infinity and NaN do not
   return fmaf(fabsf(sums.canary), 1e-35f, sums.exponentials) < LIMIT && all_have_one;
 }
@@ -176,7 +217,7 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
   constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
   RowSums<float>& r = record.r;
   rebase<D>(record, fmaxf(r.m_s, max_of(s)), SOFT ? fmaxf(r.m_t, max_of(t)) : r.m_t, o);
-  const References m(record, o);
+  const Subtracted m(r.m_s, r.m_t, o);
   GroupSums sums;
   int flags = static_cast<int>(record.flags);
 #pragma unroll
@@ -188,13 +229,13 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
     if (!(s_e < INF) || !(t_e < INF)) flags |= BAD;
     if (no_s && no_t) r.count -= 1.0f;
     // an absent entry's exponentials are 0
-    const float a = exponent(s_e, o.k, m.s), b = exponent(t_e, o.k, m.t);
+    const float a = m.student(s_e, o), b = m.teacher(t_e, o);
     const float P = no_s ? 0.0f : exp2_fast(a), Q = no_t ? 0.0f : exp2_fast(b);
     if constexpr (SOFTMAX) {
       sums.d_s += P;
       sums.d_t += Q;
     }
-    if (o.hard != Hard::off && !no_s) sums.d_1 += exp2_fast(exponent(s_e, o.k_1, m.s_1));
+    if (o.hard != Hard::off && !no_s) sums.d_1 += exp2_fast(m.hard(s_e, o));
     if (o.smoothing && !no_s) sums.differences += a;
     if (no_s || no_t) continue;
     if constexpr (D == Divergence::mse)
@@ -210,13 +251,13 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
 // One group into a thread's record. `true_teacher` mends t for a look at what is absent. SMOOTHING:
 // that of the options.
 template <Divergence D, bool SMOOTHING, class TrueTeacher>
-FUSED_KD_DEVICE void add_group(Record& record, References& m, const float (&s)[GROUP],
+FUSED_KD_DEVICE void add_group(Record& record, Folded& m, const float (&s)[GROUP],
                                float (&t)[GROUP], const Options& o, TrueTeacher true_teacher) {
   GroupSums sums = sums_of_group<D, SMOOTHING>(s, t, m, o);
   if (!usable<D>(sums, m)) {
     true_teacher(s, t);
     sums = add_carefully<D>(record, s, t, o);
-    m = References(record, o);
+    m = Folded::if_moderate(record.r.m_s, record.r.m_t, o);
   }
   RowSums<float>& r = record.r;
   r.d_s += sums.d_s;
@@ -235,6 +276,23 @@ FUSED_KD_DEVICE float warp_sum(float x) {
   return x;
 }
 
+// Four sums over a warp for about the price of two: lanes divide them, then each adds up one.
+FUSED_KD_DEVICE void warp_sums(float& a, float& b, float& c, float& d) {
+  const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+  const float first = (upper ? c : a) + shuffle_xor(upper ? a : c, 16);
+  const float second = (upper ? d : b) + shuffle_xor(upper ? b : d, 16);
+  float sum = (odd ? second : first) + shuffle_xor(odd ? first : second, 8);
+#pragma unroll
+  for (int mask = 4; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  const auto of_lane = [&](int lane) {
+    return same_bits<float>(shuffle(same_bits<uint32_t>(sum), lane));
+  };
+  a = of_lane(0);
+  b = of_lane(8);
+  c = of_lane(16);
+  d = of_lane(24);
+}
+
 FUSED_KD_DEVICE float union_of_flags(float flags) {
   const int mine = static_cast<int>(flags);
   if (!warp_any(mine != 0)) return 0.0f;
@@ -249,12 +307,7 @@ FUSED_KD_DEVICE void merge_warp(Record& record, const Options& o) {
   RowSums<float>& r = record.r;
   const float m_s = warp_max(r.m_s), m_t = warp_max(r.m_t);
   if (warp_any(m_s != r.m_s || m_t != r.m_t)) rebase<D>(record, m_s, m_t, o);
-  if constexpr (RuleOf<D>::SOFTMAX) {
-    r.d_s = warp_sum(r.d_s);
-    r.d_t = warp_sum(r.d_t);
-  }
-  if constexpr (D != Divergence::none && !RuleOf<D>::TWO_VISITS) r.w = warp_sum(r.w);
-  if (o.hard != Hard::off) r.d_1 = warp_sum(r.d_1);
+  warp_sums(r.d_s, r.d_t, r.d_1, r.w);
   if (o.smoothing) r.differences = warp_sum(r.differences);
   if (o.smoothing || D == Divergence::mse) r.count = warp_sum(r.count);
   record.flags = union_of_flags(record.flags);

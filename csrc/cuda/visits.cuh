@@ -58,10 +58,8 @@ struct Row {
     w_soft = w_s * scale;
   }
 
-  FUSED_KD_DEVICE int label_group() const { return label < 0 ? -1 : label / GROUP; }
-
-  // To be called when the row's logits are on their way. The label's own is read before the blocks
-  // of a row meet: in place, another may then be writing there.
+  // For the thread that makes the row's scalars, when its logits are on their way. The label's own is
+  // read before the blocks of a row meet: in place, another may then be writing there.
   FUSED_KD_DEVICE void read_label(const Params& p, bool with_logit) {
     if (!hard) return;
     const int64_t y = p.labels[n];
@@ -101,14 +99,14 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
   float hard = 0.0f, soft = 0.0f;
   if (row.hard) {
     const Options& o = p.options;
-    const float log_sum = log2f(r.d_1), eps = p.label_smoothing, M = r.m_s * o.k,
-                M_1 = r.m_s * o.k_1;
+    const Subtracted m(r.m_s, r.m_t, o);
+    const float log_sum = log2f(r.d_1), eps = p.label_smoothing;
     // not below 0, which the rounding of an exponential and its logarithm may miss
-    hard = (1.0f - eps) * fmaxf(log_sum - exponent(row.s_label, o.k_1, M_1), 0.0f);
+    hard = (1.0f - eps) * fmaxf(log_sum - m.hard(row.s_label, o), 0.0f);
     if (eps > 0.0f) {
-      // the mean of s k_1 - M_1, from that of s k - M and what the rounding of both has added
-      const float mean = r.differences / r.count - exponent(r.m_s, o.k, M);
-      hard += eps * (log_sum - (mean * (o.k_1 / o.k) + exponent(r.m_s, o.k_1, M_1)));
+      // the mean of the hard term's exponents, from that of the softened ones
+      const float mean = (r.differences / r.count - m.added_s) * (o.k_1 / o.k);
+      hard += eps * (log_sum - (mean + m.added_1));
     }
     hard *= ln2<float>();
     if (row.s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
@@ -132,7 +130,7 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
 // for it.
 template <Divergence D, bool SMOOTHING, class Source>
 FUSED_KD_DEVICE void add_groups(const Source& source, const Options& o, Record& record) {
-  References m(record, o);
+  Folded m = Folded::if_moderate(record.r.m_s, record.r.m_t, o);
   source.first([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
     add_group<D, SMOOTHING>(record, m, s, t, o, [&](const float (&s)[GROUP], float (&t)[GROUP]) {
       source.true_teacher(group, s, t);
@@ -156,44 +154,61 @@ FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
   return record;
 }
 
+// How the visits after the first make exponents: folded, or by subtraction.
+template <Divergence D>
+FUSED_KD_DEVICE bool can_fold(const Record& record, const Options& o) {
+  return moderate(record.r.m_s, o) && (!RuleOf<D>::SOFTMAX || moderate(record.r.m_t, o));
+}
+
 // The second visit's scalars.
 template <Divergence D>
 struct Second {
-  References m;
   Constants<float> c;
+  float m_s, m_t;
+  bool fold;
 
   FUSED_KD_DEVICE Second(const Params& p, const Row&, const Record& record)
-      : m(record, p.options), c(Rule<D>::constants(record.r, 1.0f, p.options.shape)) {}
+      : c(Rule<D>::constants(record.r, 1.0f, p.options.shape)),
+        m_s(record.r.m_s),
+        m_t(record.r.m_t),
+        fold(can_fold<D>(record, p.options)) {}
 };
 
 template <Divergence D, class Source>
 FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, const Second<D>& second,
                                   float& x, float& y) {
   x = y = 0.0f;
-  source.again([&](int, const float (&s)[GROUP], float (&t)[GROUP]) {
-    float group_x = 0.0f, group_y = 0.0f;
+  const auto visit = [&](const auto& exponents) {
+    source.again([&](int, const float (&s)[GROUP], float (&t)[GROUP]) {
+      float group_x = 0.0f, group_y = 0.0f;
 #pragma unroll
-    for (int e = 0; e < GROUP; ++e) {
-      const float a = exponent(s[e], o.k, second.m.s), b = exponent(t[e], o.k, second.m.t);
-      Rule<D>::accumulate2(a, b, exp2_fast(a), exp2_fast(b), 1.0f, second.c, group_x, group_y);
-    }
-    x += group_x;
-    y += group_y;
-  });
+      for (int e = 0; e < GROUP; ++e) {
+        const float a = exponents.student(s[e], o), b = exponents.teacher(t[e], o);
+        Rule<D>::accumulate2(a, b, exp2_fast(a), exp2_fast(b), 1.0f, second.c, group_x, group_y);
+      }
+      x += group_x;
+      y += group_y;
+    });
+  };
+  if (second.fold)
+    visit(Folded(second.m_s, second.m_t, o));
+  else
+    visit(Subtracted(second.m_s, second.m_t, o));
 }
 
 // The gradient visit's scalars.
 template <Divergence D>
 struct Gradient {
   Constants<float> soft = {};
-  References m;
-  float hard_scale, label_term, smoothing_term;
-  bool nan, some_absent;
+  float m_s, m_t, hard_scale, label_term, smoothing_term;
+  int label;
+  bool nan, some_absent, fold;
 
   FUSED_KD_DEVICE Gradient(const Params& p, const Row& row, const Record& record)
-      : m(record, p.options) {
+      : m_s(record.r.m_s), m_t(record.r.m_t), fold(can_fold<D>(record, p.options)) {
     const RowSums<float>& r = record.r;
     const bool hard = row.hard;
+    label = row.label;
     nan = hard && hard_is_nan(row, record);
     if constexpr (D != Divergence::none) {
       nan |= row.soft && soft_is_nan<D>(record);
@@ -206,16 +221,20 @@ struct Gradient {
     some_absent = p.options.smoothing && r.count != static_cast<float>(p.entries);
   }
 
+  FUSED_KD_DEVICE int label_group() const { return label < 0 ? -1 : label / GROUP; }
+
   // Smoothing spreads nothing over entries that are absent.
-  FUSED_KD_DEVICE void nothing_for_absent(const Row& row, int group, const float (&s)[GROUP],
+  FUSED_KD_DEVICE void nothing_for_absent(int group, const float (&s)[GROUP],
                                           const float (&t)[GROUP], float (&g)[GROUP]) const {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e)
-      if (s[e] == -INF && t[e] == -INF) g[e] = row.label == group * GROUP + e ? label_term : 0.0f;
+      if (s[e] == -INF && t[e] == -INF) g[e] = label == group * GROUP + e ? label_term : 0.0f;
   }
 
   // The hard term's part, 0 for a row without it; P: exponentials of the softened student.
-  FUSED_KD_DEVICE void add_hard(const float (&s)[GROUP], const float (&P)[GROUP], const Options& o,
+  template <class Exponents>
+  FUSED_KD_DEVICE void add_hard(const float (&s)[GROUP], const float (&P)[GROUP],
+                                const Exponents& exponents, const Options& o,
                                 float (&g)[GROUP]) const {
     if (o.hard == Hard::power2) {  // asked for first: the most usual
 #pragma unroll
@@ -223,7 +242,7 @@ struct Gradient {
     } else if (o.hard == Hard::separate) {
 #pragma unroll
       for (int e = 0; e < GROUP; ++e)
-        g[e] = fmaf(hard_scale, exp2_fast(exponent(s[e], o.k_1, m.s_1)), g[e]);
+        g[e] = fmaf(hard_scale, exp2_fast(exponents.hard(s[e], o)), g[e]);
     } else if (o.hard == Hard::power1) {
 #pragma unroll
       for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale, P[e], g[e]);
@@ -231,13 +250,15 @@ struct Gradient {
   }
 
   // Eight gradients, but for what the label's entry has more.
-  FUSED_KD_DEVICE void of_group(const float (&s)[GROUP], const float (&t)[GROUP], const Options& o,
+  template <class Exponents>
+  FUSED_KD_DEVICE void of_group(const float (&s)[GROUP], const float (&t)[GROUP],
+                                const Exponents& exponents, const Options& o,
                                 float (&g)[GROUP]) const {
     constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
     float P[GROUP];
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
-      const float a = exponent(s[e], o.k, m.s), b = SOFTMAX ? exponent(t[e], o.k, m.t) : 0.0f;
+      const float a = exponents.student(s[e], o), b = SOFTMAX ? exponents.teacher(t[e], o) : 0.0f;
       P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a) : 0.0f;
       const float Q = SOFTMAX ? exp2_fast(b) : 0.0f;
       g[e] = smoothing_term;
@@ -249,14 +270,14 @@ struct Gradient {
       // P (a - b) with P = 0 may have met an infinity
       if (D == Divergence::reverse_kl && P[e] == 0.0f) g[e] = smoothing_term;
     }
-    add_hard(s, P, o, g);
+    add_hard(s, P, exponents, o, g);
   }
 
   // To a group's gradients before they are rounded.
-  FUSED_KD_DEVICE void add_label(const Row& row, int group, float (&g)[GROUP]) const {
+  FUSED_KD_DEVICE void add_label(int group, float (&g)[GROUP]) const {
 #pragma unroll
     for (int e = 0; e < GROUP; ++e)
-      if (group * GROUP + e == row.label) g[e] += label_term;
+      if (group * GROUP + e == label) g[e] += label_term;
   }
 };
 
@@ -272,28 +293,37 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
         [&](int group) { store_gradient<S, false>(grad, group, source.together(group), g); });
     return;
   }
-  const auto any = [&](int group, bool together, const float (&s)[GROUP], float (&t)[GROUP]) {
-    gradient.of_group(s, t, p.options, g);
-    if (group == row.label_group()) gradient.add_label(row, group, g);
+  const Options& o = p.options;
+  const auto any = [&](const auto& exponents, int group, bool together, const float (&s)[GROUP],
+                       float (&t)[GROUP]) {
+    gradient.of_group(s, t, exponents, o, g);
+    if (group == gradient.label_group()) gradient.add_label(group, g);
     if (gradient.some_absent) {
       source.true_teacher(group, s, t);
-      gradient.nothing_for_absent(row, group, s, t, g);
+      gradient.nothing_for_absent(group, s, t, g);
     }
     store_gradient<S, false>(grad, group, together, g);
   };
-  if (!Source::STAYS || !grad.is_plain() || gradient.some_absent)
-    return source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-      any(group, source.together(group), s, t);
+  const auto slowly = [&](const auto& exponents) {
+    source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+      any(exponents, group, source.together(group), s, t);
     });
-  // the label's group once more, rather than a question in the loop
+  };
+  if (!gradient.fold) return slowly(Subtracted(gradient.m_s, gradient.m_t, o));
+  const Folded folded(gradient.m_s, gradient.m_t, o);
+  if (!Source::STAYS || !grad.is_plain() || gradient.some_absent) return slowly(folded);
   source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-    gradient.of_group(s, t, p.options, g);
+    gradient.of_group(s, t, folded, o, g);
     store_gradient<S, true>(grad, group, source.together(group), g);
   });
-  warp_sync();  // a neighbour may have written a half of it
-  if (row.label >= 0 && source.is_mine(row.label_group()))
-    source.visit_group(row.label_group(), [&](int group, const float (&s)[GROUP],
-                                              float (&t)[GROUP]) { any(group, false, s, t); });
+  // the label's group once more, rather than a question in the loop; after a neighbour that may have
+  // written a half of it
+  warp_sync();
+  if (gradient.label >= 0 && source.is_mine(gradient.label_group()))
+    source.visit_group(gradient.label_group(),
+                       [&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+                         any(folded, group, false, s, t);
+                       });
 }
 
 template <Dtype S, class Source>
