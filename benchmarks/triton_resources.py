@@ -105,6 +105,7 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         "LANES": chosen.lanes,
         "VECTOR": chosen.vector,
         "UNROLL": chosen.unroll,
+        "CUDA": not _is_amd(target),
     }
     absent = {
         "g_ptr": not gradient,
@@ -125,9 +126,9 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         "labels_ptr": "*i64",
         "counters_ptr": "*i32",
     }
-    scalars = ("k", "temperature", "beta", "soft_factor", "smoothing")
+    scalars = ("k", "power", "temperature", "beta", "soft_factor", "smoothing")
     types.update(dict.fromkeys(scalars, variant.scalars))
-    types.update(dict.fromkeys(("ring", "S", "V", "power"), "i32"))
+    types.update(dict.fromkeys(("ring", "S", "V"), "i32"))
     strides = [name for name in kernels._kd_rows_kernel.arg_names if "stride" in name]
     types.update(dict.fromkeys(strides, "i64"))
     specialized = ["V"] + strides if variant.aligned else []

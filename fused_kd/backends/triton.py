@@ -33,7 +33,7 @@ from .triton_configuration import (
     configuration,
     registers,
 )
-from .triton_device import can_wait, kernels, kind, why_not
+from .triton_device import can_wait, is_cuda, kernels, kind, why_not
 
 LOG2E = 1.4426950408889634
 JSD, TVD, MSE = (DIVERGENCES.index(name) for name in ("jsd", "tvd", "mse"))
@@ -144,14 +144,15 @@ def _launch(
             counters = student.new_zeros((1 + 2 * n,), dtype=torch.int32)
     has_hard = call.w_hard is not None
     smoothing = has_hard and call.label_smoothing > 0
-    simple = call.temperature in (1.0, 2.0) and call.soft < MSE
+    # in units of log2; the hard term's exponential is the soft one's to this power
+    power = call.temperature if call.soft < MSE else 1.0
     strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
     for step in steps:
         loaded._kd_rows_kernel[(n * chosen.parts,)](
             *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
             *(*losses, partial, counters, ring, student.shape[1], vocabulary, *strides),
-            LOG2E / call.temperature,
-            int(call.temperature) if simple else 0,
+            LOG2E / power,
+            power,
             *(call.temperature, call.beta, call.soft_factor, call.label_smoothing),
             D=call.soft,
             HAS_HARD=has_hard,
@@ -162,6 +163,7 @@ def _launch(
             LANES=chosen.lanes,
             VECTOR=chosen.vector,
             UNROLL=chosen.unroll,
+            CUDA=is_cuda(student.device),
             **_options(chosen, kind(student.device), call.soft, smoothing),
         )
 

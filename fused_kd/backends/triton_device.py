@@ -72,11 +72,16 @@ def kind(device: torch.device) -> Kind:
     return BLACKWELL if torch.cuda.get_device_capability(device)[0] == 10 else NVIDIA
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU and may hold its instructions."""
+    return device.type == "cuda" and not torch.version.hip and not _interpreted()
+
+
 def can_wait(device: torch.device, parts: int) -> bool:
     """Programs may wait for each other: where the parts of a row have room, on an NVIDIA GPU.
 
     Elsewhere the memory order that waiting relies on is untried.
     """
-    if device.type != "cuda" or torch.version.hip or _interpreted() or not may_wait():
+    if not is_cuda(device) or not may_wait():
         return False
     return torch.cuda.get_device_properties(device).multi_processor_count >= parts

@@ -27,19 +27,24 @@ import triton.language as tl
 from .triton_rules import (
     INF,
     JSD,
+    LOWEST,
     NONE,
     SUMS,
     TVD,
     add_tile,
     add_tile_again,
+    entries_of,
     fold,
     gradient,
+    hard_sum,
+    hard_value,
     is_power_of_two,
     references,
     rounded,
     soft_constants,
     soft_value,
     unusable,
+    widened,
 )
 
 # what a launch does
@@ -90,21 +95,40 @@ def _meet(arrived_ptr, expected, waits):
 
 @triton.jit
 def _tile(
-    s_ptr, t_ptr, o, entries, end,
+    s_at, t_at, o, entries, end,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    READ_T: tl.constexpr, POLICY: tl.constexpr,
+    READ_T: tl.constexpr, POLICY: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """UNROLL sub-blocks of both sides from entry o on; without a teacher the student stands in."""
     s, t = (), ()
+    s_from, t_from = s_at + o, t_at + o
     for u in tl.static_range(UNROLL):
-        i = o + u * BLOCK + entries
-        inside, beyond = (i < end, -INF) if TAIL else (None, None)
-        x = tl.load(s_ptr + i, inside, beyond, eviction_policy=POLICY).to(tl.float32)
-        if READ_T:
-            y = tl.load(t_ptr + i, inside, beyond, eviction_policy=POLICY).to(tl.float32)
+        inside, beyond = (o + u * BLOCK + entries < end, -INF) if TAIL else (None, None)
+        x = tl.load(s_from + u * BLOCK, inside, beyond, eviction_policy=POLICY)
+        x = widened(x, CUDA)
         s = s + (x,)
-        t = t + (y if READ_T else x,)
+        if READ_T:
+            y = tl.load(t_from + u * BLOCK, inside, beyond, eviction_policy=POLICY)
+            t = t + (widened(y, CUDA),)
+        else:
+            t = t + (x,)
     return s, t
+
+
+@triton.jit
+def _add(
+    sums, s, t, refs, k, power, beta,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
+    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile to the sums of the lanes, the first visit's or, AGAIN, the second's."""
+    ss, ts = (), ()
+    for u in tl.static_range(UNROLL):
+        ss = ss + entries_of(s[u], LANES, VECTOR)
+        ts = ts + entries_of(t[u], LANES, VECTOR)
+    if AGAIN:
+        return add_tile_again(sums, ss, ts, refs, k, beta, UNROLL * VECTOR, D)
+    return add_tile(sums, ss, ts, k, power, UNROLL * VECTOR, VECTOR, D, HAS_HARD, SMOOTHING)
 
 
 # -------------------------------------------------------------------------- visits of one slice
@@ -115,24 +139,23 @@ def _statistics_visit(
     sums, s_ptr, t_ptr, begin, end, entries, refs, k, power, beta,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr,
-    AGAIN: tl.constexpr, POLICY: tl.constexpr,
+    AGAIN: tl.constexpr, POLICY: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """Adds a slice to the sums of the lanes, the first visit's or, AGAIN, the second's."""
     BLOCK: tl.constexpr = LANES * VECTOR
     READ_T: tl.constexpr = D != NONE or SMOOTHING
+    s_at, t_at = s_ptr + entries, t_ptr + entries
     whole = begin + (end - begin) // (UNROLL * BLOCK) * (UNROLL * BLOCK)
     for o in range(begin, whole, UNROLL * BLOCK):
-        s, t = _tile(s_ptr, t_ptr, o, entries, end, UNROLL, BLOCK, False, READ_T, POLICY)
-        if AGAIN:
-            sums = add_tile_again(sums, s, t, refs, k, beta, UNROLL, D)
-        else:
-            sums = add_tile(sums, s, t, k, power, UNROLL, D, HAS_HARD, SMOOTHING)
+        s, t = _tile(s_at, t_at, o, entries, end, UNROLL, BLOCK, False, READ_T, POLICY, CUDA)
+        sums = _add(
+            sums, s, t, refs, k, power, beta, LANES, VECTOR, UNROLL, D, HAS_HARD, SMOOTHING, AGAIN
+        )
     for o in range(whole, end, BLOCK):
-        s, t = _tile(s_ptr, t_ptr, o, entries, end, 1, BLOCK, True, READ_T, POLICY)
-        if AGAIN:
-            sums = add_tile_again(sums, s, t, refs, k, beta, 1, D)
-        else:
-            sums = add_tile(sums, s, t, k, power, 1, D, HAS_HARD, SMOOTHING)
+        s, t = _tile(s_at, t_at, o, entries, end, 1, BLOCK, True, READ_T, POLICY, CUDA)
+        sums = _add(
+            sums, s, t, refs, k, power, beta, LANES, VECTOR, 1, D, HAS_HARD, SMOOTHING, AGAIN
+        )
     return sums
 
 
@@ -140,26 +163,29 @@ def _statistics_visit(
 def _gradient_visit(
     s_ptr, t_ptr, g_ptr, begin, end, entries, refs, soft, hard, on_soft, k, power, beta,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
-    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr,
+    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STANDS_IN: tl.constexpr,
+    CUDA: tl.constexpr,
 ):  # fmt: skip
     """Backwards: what the visit before has read last is nearest."""
     BLOCK: tl.constexpr = LANES * VECTOR
     READ_T: tl.constexpr = D != NONE or SMOOTHING
+    s_at, t_at, g_at = s_ptr + entries, t_ptr + entries, g_ptr + entries
     whole = begin + (end - begin) // (UNROLL * BLOCK) * (UNROLL * BLOCK)
     for o in range(whole, end, BLOCK):
-        s, t = _tile(s_ptr, t_ptr, o, entries, end, 1, BLOCK, True, READ_T, "evict_first")
-        g = gradient(s[0], t[0], refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING)
-        i = o + entries
-        tl.store(g_ptr + i, rounded(g, g_ptr), i < end, eviction_policy="evict_first")
+        s, t = _tile(s_at, t_at, o, entries, end, 1, BLOCK, True, READ_T, "evict_first", CUDA)
+        g = gradient(
+            s[0], t[0], refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING, STANDS_IN
+        )
+        tl.store(g_at + o, rounded(g, g_ptr), o + entries < end, eviction_policy="evict_first")
     for forwards in range(begin, whole, UNROLL * BLOCK):
         o = begin + whole - UNROLL * BLOCK - forwards
-        s, t = _tile(s_ptr, t_ptr, o, entries, end, UNROLL, BLOCK, False, READ_T, "evict_first")
+        s, t = _tile(s_at, t_at, o, entries, end, UNROLL, BLOCK, False, READ_T, "evict_first", CUDA)
         for u in tl.static_range(UNROLL):
             g = gradient(
-                s[u], t[u], refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING
-            )
-            i = o + u * BLOCK + entries
-            tl.store(g_ptr + i, rounded(g, g_ptr), eviction_policy="evict_first")
+                s[u], t[u], refs, soft, hard, on_soft, k, power, beta,
+                D, HAS_HARD, SMOOTHING, STANDS_IN,
+            )  # fmt: skip
+            tl.store(g_at + o + u * BLOCK, rounded(g, g_ptr), eviction_policy="evict_first")
 
 
 # -------------------------------------------------------------------------------------- one row
@@ -182,10 +208,10 @@ def _owns(label_ptr, part, SLICE, V, HAS_HARD: tl.constexpr):
 @triton.jit
 def _row_sums(
     s_ptr, t_ptr, label_ptr, stats, partials, arrived,
-    part, SLICE, V, begin, end, entries, k, power, beta,
+    part, SLICE, V, begin, end, entries, on_soft, k, power, beta,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
     STEP: tl.constexpr, WAIT: tl.constexpr, PARTS: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """The sums of the whole row and x, y of its second visit, as far as STEP goes."""
     x, y = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
@@ -197,13 +223,13 @@ def _row_sums(
     zero = tl.full((LANES,), 0.0, tl.float32)
     sums = (x, x, x, x, x, x, x, x)
     if STEP == ALL or STEP == FIRST:
-        nothing = tl.full((LANES,), -INF, tl.float32)
+        nothing = tl.full((LANES,), LOWEST, tl.float32)
         lanes = _statistics_visit(
             (nothing, nothing, zero, zero, zero, zero, zero, zero),
             s_ptr, t_ptr, begin, end, entries, 0, k, power, beta,
-            LANES, VECTOR, UNROLL, D, HAS_HARD, SMOOTHING, False, POLICY,
+            LANES, VECTOR, UNROLL, D, HAS_HARD, SMOOTHING, False, POLICY, CUDA,
         )  # fmt: skip
-        sums = fold(lanes, k, D, HAS_HARD, SMOOTHING)
+        sums = fold(lanes, power, D, HAS_HARD, SMOOTHING)
         if PARTS > 1:
             _store_sums(mine, sums)
     if WAIT:
@@ -212,13 +238,13 @@ def _row_sums(
             waits, _, _ = _owns(label_ptr, part, SLICE, V, HAS_HARD)
         _meet(arrived, PARTS, waits | TWO_VISITS)
     if PARTS > 1 and STEP != FIRST:
-        sums = fold(_load_sums(all_parts), k, D, HAS_HARD, SMOOTHING)
+        sums = fold(_load_sums(all_parts), power, D, HAS_HARD, SMOOTHING)
     if TWO_VISITS and STEP != FIRST:
         if STEP == ALL or STEP == SECOND:
             lanes = _statistics_visit(
                 (zero, zero),
-                s_ptr, t_ptr, begin, end, entries, references(sums, D), k, power, beta,
-                LANES, VECTOR, UNROLL, D, HAS_HARD, False, True, POLICY,
+                s_ptr, t_ptr, begin, end, entries, references(sums, on_soft, D), k, power, beta,
+                LANES, VECTOR, UNROLL, D, HAS_HARD, False, True, POLICY, CUDA,
             )  # fmt: skip
             x, y = tl.sum(lanes[0], 0), tl.sum(lanes[1], 0)
             if PARTS > 1:
@@ -237,16 +263,13 @@ def _row_sums(
 @triton.jit
 def _report(
     hard_ptr, soft_ptr, stats, sums, x, y, s_y, hard_nan, w_hard, w_soft,
-    temperature, beta, soft_factor, smoothing,
+    k, power, temperature, beta, soft_factor, smoothing,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """Stores the row's losses and statistics."""
     hard, soft = 0.0, 0.0
     if HAS_HARD:
-        m_s, _, _, _, d_1, _, differences, count = sums
-        hard = tl.log(d_1) - (1.0 - smoothing) * (s_y - m_s)
-        if SMOOTHING:
-            hard -= tl.div_rn(smoothing, count) * differences
+        hard = hard_value(sums, s_y, smoothing, k, power, D, SMOOTHING)
         hard = tl.where(w_hard != 0.0, tl.where(hard_nan, float("nan"), hard), 0.0)
     if D != NONE:
         soft = soft_value(sums, x, y, temperature, beta, soft_factor, D)
@@ -266,13 +289,14 @@ def _kept_row(
     k, power, temperature, beta, soft_factor, smoothing,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
     STEP: tl.constexpr, WAIT: tl.constexpr, PARTS: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
+    STANDS_IN: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """One program's part of a row that counts."""
     sums, x, y_sum = _row_sums(
         s_ptr, t_ptr, label_ptr, stats, partials, arrived,
-        part, SLICE, V, begin, end, entries, k, power, beta,
-        D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, LANES, VECTOR, UNROLL,
+        part, SLICE, V, begin, end, entries, w_soft != 0.0, k, power, beta,
+        D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, LANES, VECTOR, UNROLL, CUDA,
     )  # fmt: skip
     owns, in_row, y = _owns(label_ptr, part, SLICE, V, HAS_HARD)
     hard_nan, s_y, t_y = False, 0.0, 0.0
@@ -281,32 +305,34 @@ def _kept_row(
         s_y = tl.load(s_ptr + y, in_row & owns, 0.0).to(tl.float32)
         if D != NONE or SMOOTHING:
             t_y = tl.load(t_ptr + y, in_row & owns, 0.0).to(tl.float32)
-        hard_nan = unusable(sums[0]) | (sums[4] != sums[4]) | ~in_row
+        d_1 = hard_sum(sums, power, D)
+        hard_nan = unusable(sums[0]) | (d_1 != d_1) | ~in_row
         tl.debug_barrier()  # by every warp, before one may store the gradient there
     if STEP == ALL or STEP == LAST:
         if owns:
             _report(
                 hard_ptr + row, soft_ptr + row, stats, sums, x, y_sum, s_y, hard_nan, w_hard,
-                w_soft, temperature, beta, soft_factor, smoothing, D, HAS_HARD, SMOOTHING,
+                w_soft, k, power, temperature, beta, soft_factor, smoothing, D, HAS_HARD, SMOOTHING,
             )  # fmt: skip
     if GRADIENT and STEP != FIRST and STEP != SECOND:
-        refs, soft, hard = references(sums, D), (0.0, 0.0), (0.0, 0.0)
+        on_soft = w_soft != 0.0
+        refs, soft, hard = references(sums, on_soft, D), (0.0, 0.0), (0.0, 0.0)
         if D != NONE:
             weight = w_soft * tl.div_rn(soft_factor, temperature)
-            soft = soft_constants(sums, x, y_sum, weight, temperature, beta, D)
+            soft = soft_constants(sums, x, y_sum, on_soft, weight, temperature, beta, D)
         if HAS_HARD:
-            scale = tl.where(hard_nan & (w_hard != 0.0), float("nan"), tl.div_rn(w_hard, sums[4]))
+            scale = tl.where(hard_nan & (w_hard != 0.0), float("nan"), tl.div_rn(w_hard, d_1))
             hard = scale, -w_hard * tl.div_rn(smoothing, sums[7])
-        on_soft = w_soft != 0.0
         _gradient_visit(
             s_ptr, t_ptr, g_ptr, begin, end, entries, refs, soft, hard, on_soft, k, power, beta,
-            LANES, VECTOR, UNROLL, D, HAS_HARD, SMOOTHING,
+            LANES, VECTOR, UNROLL, D, HAS_HARD, SMOOTHING, STANDS_IN, CUDA,
         )  # fmt: skip
         if HAS_HARD:
             # made in float32 from the logits: what was rounded above would lose 1 - π_y
             g = gradient(
-                s_y, t_y, refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING
-            )
+                s_y, t_y, refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING,
+                STANDS_IN,
+            )  # fmt: skip
             g -= w_hard * (1.0 - smoothing)
             tl.debug_barrier()
             tl.store(g_ptr + y, rounded(g, g_ptr), in_row & owns & (w_hard != 0.0))
@@ -330,7 +356,7 @@ def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
     return tl.full((), 0.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["ring", "S", "power"])
+@triton.jit(do_not_specialize=["ring", "S"])
 def _kd_rows_kernel(
     s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
     labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None where a term is off
@@ -344,13 +370,13 @@ def _kd_rows_kernel(
     k, power, temperature, beta, soft_factor, smoothing,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STEP: tl.constexpr,
     WAIT: tl.constexpr, PARTS: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """Losses, statistics and gradient of N rows, by N·PARTS programs."""
     # a caller that is compiled may hand over float64
     k, temperature = tl.cast(k, tl.float32), tl.cast(temperature, tl.float32)
     beta, soft_factor = tl.cast(beta, tl.float32), tl.cast(soft_factor, tl.float32)
-    smoothing = tl.cast(smoothing, tl.float32)
+    smoothing, power = tl.cast(smoothing, tl.float32), tl.cast(power, tl.float32)
     index = tl.program_id(0)
     if WAIT:
         index = tl.atomic_add(counters_ptr, 1, sem="relaxed")
@@ -368,6 +394,10 @@ def _kd_rows_kernel(
     w_soft = _weight(w_soft_ptr, row, scale, D != NONE)
     s_row = _row_pointer(s_ptr, row, S, s_stride_b, s_stride_s)
     t_row = _row_pointer(t_ptr, row, S, t_stride_b, t_stride_s)
+    # the teacher of a row whose soft term is off has no part in it
+    STANDS_IN: tl.constexpr = D != NONE and not SMOOTHING and s_ptr.dtype == t_ptr.dtype
+    if STANDS_IN:
+        t_row = tl.where(w_soft != 0.0, t_row, s_row)
     GRADIENT: tl.constexpr = g_ptr is not None
     g_row = _row_pointer(g_ptr, row, S, g_stride_b, g_stride_s) if GRADIENT else s_row
     stats = stats_ptr + row.to(tl.int64) * STATS
@@ -385,7 +415,8 @@ def _kd_rows_kernel(
                 s_row, t_row, g_row, label_ptr, hard_ptr, soft_ptr, stats, partials, arrived,
                 row, part, SLICE, V, begin, end, entries, w_hard, w_soft,
                 k, power, temperature, beta, soft_factor, smoothing,
-                D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, LANES, VECTOR, UNROLL,
+                D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, STANDS_IN,
+                LANES, VECTOR, UNROLL, CUDA,
             )  # fmt: skip
         elif STEP == ALL or STEP == LAST or STEP == BACKWARD:
             if WAIT:
