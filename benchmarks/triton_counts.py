@@ -6,10 +6,10 @@ A kernel runs each of its basic blocks a number of times that follows from the s
   from V and the configuration (:func:`_trips`), averaged over the parts of a row;
 * a loop that waits for the other programs of a row is counted once: what a program spends on waiting
   depends on the card;
-* on all other branches the longest way is taken (an upper bound), with three exceptions: the slow
-  paths of a division, which only subnormal numbers need; the zeros of an ignored row; and the
-  temperature, where the way with the fewest exponentials is T = 1 or 2, and the longest such way
-  T = 2;
+* on all other branches the longest way is taken (an upper bound), with four exceptions: the slow
+  paths of a division, which only subnormal numbers need; the division by S, which only rows at two
+  strides need; the zeros of an ignored row; and the temperature, where the way with the fewest
+  exponentials is T = 1 or 2, and the longest such way T = 2;
 * the part of a row that holds the label also reports the row. The longest way with the most stores
   is counted for one program of a row, the longest with the fewest for the others.
 
@@ -167,7 +167,7 @@ class _Graph:
         for i in self.order:
             ways = [(best[j][0], j) for j in self.before[i] if j in best]
             if i == first:
-                ways = [((0, 0, 0, 0, 0), -1)]
+                ways = [((0, 0, 0, 0, 0, 0), -1)]
             if ways:
                 value, previous = max(ways)
                 mine = cost(i, self.code.instructions[i])
@@ -189,6 +189,7 @@ def _cost(stores: int, wanted: set[int]) -> Callable[[int, Instruction], tuple[i
         return (
             i in wanted,  # through every loop over a slice
             -one.opcode.startswith("CALL"),
+            -one.opcode.startswith("I2F"),
             stores * one.opcode.startswith("STG"),
             -(one.opcode == "MUFU.EX2"),
             1,

@@ -105,7 +105,8 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         "LANES": chosen.lanes,
         "VECTOR": chosen.vector,
         "UNROLL": chosen.unroll,
-        "CUDA": not _is_amd(target),
+        "RING": backend.RING_PARTS // chosen.parts,
+        "CUDA": 0 if isinstance(target, str) else target,
     }
     absent = {
         "g_ptr": not gradient,
@@ -126,9 +127,9 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         "labels_ptr": "*i64",
         "counters_ptr": "*i32",
     }
-    scalars = ("k", "power", "temperature", "beta", "soft_factor", "smoothing")
+    scalars = ("k", "power", "temperature", "beta", "soft_factor", "soft_slope", "smoothing")
     types.update(dict.fromkeys(scalars, variant.scalars))
-    types.update(dict.fromkeys(("ring", "S", "V"), "i32"))
+    types.update(dict.fromkeys(("N", "S", "V"), "i32"))
     strides = [name for name in kernels._kd_rows_kernel.arg_names if "stride" in name]
     types.update(dict.fromkeys(strides, "i64"))
     specialized = ["V"] + strides if variant.aligned else []

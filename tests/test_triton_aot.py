@@ -24,9 +24,9 @@ from fused_kd.backends import triton_configuration
 from fused_kd.options import DIVERGENCES
 
 TARGETS = [75, 80, 90, 100, 120, "gfx942"]
-#: Bytes. A fold over a program's warps takes 32; a tensor that changes its layout would take a
+#: Bytes. A fold of four sums over a program's warps takes 128; a tensor that changes its layout a
 #: whole sub-block, 4096 and more.
-SHARED_LIMIT = 64
+SHARED_LIMIT = 128
 SOURCE = Path(triton_configuration.__file__).parent
 
 B16, F32 = torch.bfloat16, torch.float32

@@ -33,7 +33,7 @@ from .triton_configuration import (
     configuration,
     registers,
 )
-from .triton_device import can_wait, is_cuda, kernels, kind, why_not
+from .triton_device import can_wait, capability, kernels, kind, multiprocessors, why_not
 
 LOG2E = 1.4426950408889634
 JSD, TVD, MSE = (DIVERGENCES.index(name) for name in ("jsd", "tvd", "mse"))
@@ -42,6 +42,11 @@ TWO_VISITS = (JSD, TVD)
 #: Parts of rows whose sums are kept while programs wait for each other: 256 KiB, ten times those
 #: that an H100 runs at once.
 RING_PARTS = 4096
+
+#: On each multiprocessor, where a number decides on the device whether there is work at all.
+PROGRAMS = 4
+#: Entries that a program scales at a time.
+SCALE_BLOCK = 4096
 
 forward, forward_backward, backward, rescale = registered(prefix="triton_")
 
@@ -136,9 +141,9 @@ def _launch(
     n, vocabulary = call.rows, student.shape[2]
     wait = steps == ("ALL",) and chosen.parts > 1
     partial = counters = None
-    ring = min(n, RING_PARTS // chosen.parts) if wait else n
+    ring = RING_PARTS // chosen.parts
     if chosen.parts > 1 and steps != ("BACKWARD",):
-        shape = (ring, chosen.parts, loaded.PARTIAL.value)
+        shape = (min(n, ring) if wait else n, chosen.parts, loaded.PARTIAL.value)
         partial = student.new_empty(shape, dtype=torch.float32)
         if wait:
             counters = student.new_zeros((1 + 2 * n,), dtype=torch.int32)
@@ -146,24 +151,31 @@ def _launch(
     smoothing = has_hard and call.label_smoothing > 0
     # in units of log2; the hard term's exponential is the soft one's to this power
     power = call.temperature if call.soft < MSE else 1.0
+    tensors = [x for x in (student, teacher, gradient) if x is not None]
     strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
+    programs = n * chosen.parts
+    if scale is not None:
+        programs = min(programs, PROGRAMS * multiprocessors(student.device))
     for step in steps:
-        loaded._kd_rows_kernel[(n * chosen.parts,)](
+        loaded._kd_rows_kernel[(programs,)](
             *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
-            *(*losses, partial, counters, ring, student.shape[1], vocabulary, *strides),
+            *(*losses, partial, counters, n, _rows_per_batch(tensors), vocabulary, *strides),
             LOG2E / power,
             power,
-            *(call.temperature, call.beta, call.soft_factor, call.label_smoothing),
+            *(call.temperature, call.beta, call.soft_factor),
+            call.soft_factor / call.temperature,
+            call.label_smoothing,
             D=call.soft,
             HAS_HARD=has_hard,
             SMOOTHING=smoothing,
             STEP=getattr(loaded, step).value,
             WAIT=wait,
             PARTS=chosen.parts,
+            RING=ring,
             LANES=chosen.lanes,
             VECTOR=chosen.vector,
             UNROLL=chosen.unroll,
-            CUDA=is_cuda(student.device),
+            CUDA=capability(student.device),
             **_options(chosen, kind(student.device), call.soft, smoothing),
         )
 
@@ -181,6 +193,17 @@ def _options(chosen: Configuration, kind: Kind, soft: int, smoothing: bool) -> d
 
 def _row_strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def _rows_per_batch(tensors: list[Tensor]) -> int:
+    """S for the kernels: all rows, where one stride leads from each to the next.
+
+    A kernel then need not divide.
+    """
+    batches, rows = tensors[0].shape[:2]
+    if all(batches == 1 or x.stride(0) == rows * x.stride(1) for x in tensors):
+        return batches * rows
+    return rows
 
 
 def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
@@ -249,11 +272,12 @@ def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
     if gradient.numel() == 0:
         return
     with _guard(gradient):
-        # each looks at the scale and ends, most times: not one for every row
-        kernels()._kd_scale_kernel[(min(b * s, 1024),)](
-            *(gradient, scale, b * s, s, vocabulary, *_row_strides(gradient)),
+        programs = b * s * -(-vocabulary // SCALE_BLOCK)
+        kernels()._kd_scale_kernel[(min(programs, PROGRAMS * multiprocessors(gradient.device)),)](
+            *(gradient, scale, b * s, _rows_per_batch([gradient]), vocabulary),
+            *_row_strides(gradient),
             ANY=any_number,
-            BLOCK=4096,
+            BLOCK=SCALE_BLOCK,
             **_EXACT,
             num_warps=8,
         )

@@ -72,9 +72,25 @@ def kind(device: torch.device) -> Kind:
     return BLACKWELL if torch.cuda.get_device_capability(device)[0] == 10 else NVIDIA
 
 
-def is_cuda(device: torch.device) -> bool:
-    """Whether kernels are compiled for an NVIDIA GPU and may hold its instructions."""
-    return device.type == "cuda" and not torch.version.hip and not _interpreted()
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability, times ten, of an NVIDIA GPU for which kernels are compiled; else 0."""
+    if device.type != "cuda" or torch.version.hip or _interpreted():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors or what is like them; 1 in the interpreter."""
+    if device.type == "cpu":
+        return 1
+    properties = getattr(torch, device.type).get_device_properties(device)
+    for name in ("multi_processor_count", "gpu_subslice_count"):
+        if hasattr(properties, name):
+            return int(getattr(properties, name))
+    return 64
 
 
 def can_wait(device: torch.device, parts: int) -> bool:
@@ -82,6 +98,4 @@ def can_wait(device: torch.device, parts: int) -> bool:
 
     Elsewhere the memory order that waiting relies on is untried.
     """
-    if not is_cuda(device) or not may_wait():
-        return False
-    return torch.cuda.get_device_properties(device).multi_processor_count >= parts
+    return bool(capability(device)) and may_wait() and multiprocessors(device) >= parts

@@ -39,6 +39,7 @@ from .triton_rules import (
     hard_sum,
     hard_value,
     is_power_of_two,
+    largest,
     references,
     rounded,
     soft_constants,
@@ -86,18 +87,10 @@ def _wait(counter_ptr, expected):
 
 
 @triton.jit
-def _meet(arrived_ptr, expected, waits):
-    """Waits, if it is a program that does, for all of the row's."""
-    _arrive(arrived_ptr)
-    if waits:
-        _wait(arrived_ptr, expected)
-
-
-@triton.jit
 def _tile(
     s_at, t_at, o, entries, end,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    READ_T: tl.constexpr, POLICY: tl.constexpr, CUDA: tl.constexpr,
+    READ_T: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """UNROLL sub-blocks of both sides from entry o on; without a teacher the student stands in."""
     s, t = (), ()
@@ -105,11 +98,9 @@ def _tile(
     for u in tl.static_range(UNROLL):
         inside, beyond = (o + u * BLOCK + entries < end, -INF) if TAIL else (None, None)
         x = tl.load(s_from + u * BLOCK, inside, beyond, eviction_policy=POLICY)
-        x = widened(x, CUDA)
         s = s + (x,)
         if READ_T:
-            y = tl.load(t_from + u * BLOCK, inside, beyond, eviction_policy=POLICY)
-            t = t + (widened(y, CUDA),)
+            t = t + (tl.load(t_from + u * BLOCK, inside, beyond, eviction_policy=POLICY),)
         else:
             t = t + (x,)
     return s, t
@@ -120,18 +111,30 @@ def _add(
     sums, s, t, refs, k, power, beta,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, AGAIN: tl.constexpr,
+    CUDA: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the sums of the lanes, the first visit's or, AGAIN, the second's."""
     ss, ts = (), ()
     for u in tl.static_range(UNROLL):
-        ss = ss + entries_of(s[u], LANES, VECTOR)
-        ts = ts + entries_of(t[u], LANES, VECTOR)
+        ss = ss + entries_of(widened(s[u], VECTOR, CUDA), LANES, VECTOR)
+        ts = ts + entries_of(widened(t[u], VECTOR, CUDA), LANES, VECTOR)
     if AGAIN:
         return add_tile_again(sums, ss, ts, refs, k, beta, UNROLL * VECTOR, D)
-    return add_tile(sums, ss, ts, k, power, UNROLL * VECTOR, VECTOR, D, HAS_HARD, SMOOTHING)
+    else:  # noqa: RET505  what follows a return is compiled too
+        top_s = largest(s, ss, UNROLL, LANES, VECTOR, CUDA)
+        top_t = largest(t, ts, UNROLL, LANES, VECTOR, CUDA) if D != NONE else top_s
+        return add_tile(
+            sums, ss, ts, top_s, top_t, k, power, UNROLL * VECTOR, VECTOR, D, HAS_HARD, SMOOTHING
+        )
 
 
 # -------------------------------------------------------------------------- visits of one slice
+
+
+@triton.jit
+def _whole_tiles(length, TILE: tl.constexpr):
+    """Entries of a slice that fill tiles, of which a size is a power of two; none if it is empty."""
+    return (tl.maximum(length, 0).to(tl.uint32) // TILE * TILE).to(tl.int32)
 
 
 @triton.jit
@@ -145,16 +148,17 @@ def _statistics_visit(
     BLOCK: tl.constexpr = LANES * VECTOR
     READ_T: tl.constexpr = D != NONE or SMOOTHING
     s_at, t_at = s_ptr + entries, t_ptr + entries
-    whole = begin + (end - begin) // (UNROLL * BLOCK) * (UNROLL * BLOCK)
+    whole = begin + _whole_tiles(end - begin, UNROLL * BLOCK)
     for o in range(begin, whole, UNROLL * BLOCK):
-        s, t = _tile(s_at, t_at, o, entries, end, UNROLL, BLOCK, False, READ_T, POLICY, CUDA)
+        s, t = _tile(s_at, t_at, o, entries, end, UNROLL, BLOCK, False, READ_T, POLICY)
         sums = _add(
-            sums, s, t, refs, k, power, beta, LANES, VECTOR, UNROLL, D, HAS_HARD, SMOOTHING, AGAIN
-        )
+            sums, s, t, refs, k, power, beta, LANES, VECTOR, UNROLL, D, HAS_HARD, SMOOTHING, AGAIN,
+            CUDA,
+        )  # fmt: skip
     for o in range(whole, end, BLOCK):
-        s, t = _tile(s_at, t_at, o, entries, end, 1, BLOCK, True, READ_T, POLICY, CUDA)
+        s, t = _tile(s_at, t_at, o, entries, end, 1, BLOCK, True, READ_T, POLICY)
         sums = _add(
-            sums, s, t, refs, k, power, beta, LANES, VECTOR, 1, D, HAS_HARD, SMOOTHING, AGAIN
+            sums, s, t, refs, k, power, beta, LANES, VECTOR, 1, D, HAS_HARD, SMOOTHING, AGAIN, CUDA
         )
     return sums
 
@@ -170,20 +174,21 @@ def _gradient_visit(
     BLOCK: tl.constexpr = LANES * VECTOR
     READ_T: tl.constexpr = D != NONE or SMOOTHING
     s_at, t_at, g_at = s_ptr + entries, t_ptr + entries, g_ptr + entries
-    whole = begin + (end - begin) // (UNROLL * BLOCK) * (UNROLL * BLOCK)
+    whole = begin + _whole_tiles(end - begin, UNROLL * BLOCK)
     for o in range(whole, end, BLOCK):
-        s, t = _tile(s_at, t_at, o, entries, end, 1, BLOCK, True, READ_T, "evict_first", CUDA)
+        s, t = _tile(s_at, t_at, o, entries, end, 1, BLOCK, True, READ_T, "evict_first")
         g = gradient(
-            s[0], t[0], refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING, STANDS_IN
-        )
+            widened(s[0], VECTOR, CUDA), widened(t[0], VECTOR, CUDA),
+            refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING, STANDS_IN,
+        )  # fmt: skip
         tl.store(g_at + o, rounded(g, g_ptr), o + entries < end, eviction_policy="evict_first")
     for forwards in range(begin, whole, UNROLL * BLOCK):
         o = begin + whole - UNROLL * BLOCK - forwards
-        s, t = _tile(s_at, t_at, o, entries, end, UNROLL, BLOCK, False, READ_T, "evict_first", CUDA)
+        s, t = _tile(s_at, t_at, o, entries, end, UNROLL, BLOCK, False, READ_T, "evict_first")
         for u in tl.static_range(UNROLL):
             g = gradient(
-                s[u], t[u], refs, soft, hard, on_soft, k, power, beta,
-                D, HAS_HARD, SMOOTHING, STANDS_IN,
+                widened(s[u], VECTOR, CUDA), widened(t[u], VECTOR, CUDA),
+                refs, soft, hard, on_soft, k, power, beta, D, HAS_HARD, SMOOTHING, STANDS_IN,
             )  # fmt: skip
             tl.store(g_at + o + u * BLOCK, rounded(g, g_ptr), eviction_policy="evict_first")
 
@@ -192,7 +197,7 @@ def _gradient_visit(
 
 
 @triton.jit
-def _owns(label_ptr, part, SLICE, V, HAS_HARD: tl.constexpr):
+def _owns(label_ptr, part, begin, end, V, HAS_HARD: tl.constexpr):
     """Whether this program reports the losses and sets the label's entry: it lies in its slice.
 
     Also whether it lies in the row, and where. Loaded when needed: registers are scarce in a visit.
@@ -201,14 +206,15 @@ def _owns(label_ptr, part, SLICE, V, HAS_HARD: tl.constexpr):
         label = tl.load(label_ptr)
         in_row = (label >= 0) & (label < V)
         y = label.to(tl.int32)
-        return tl.where(in_row, y // SLICE == part, part == 0), in_row, y
-    return part == 0, True, 0
+        return tl.where(in_row, (y >= begin) & (y < end), part == 0), in_row, y
+    else:  # noqa: RET505
+        return part == 0, True, 0
 
 
 @triton.jit
 def _row_sums(
     s_ptr, t_ptr, label_ptr, stats, partials, arrived,
-    part, SLICE, V, begin, end, entries, on_soft, k, power, beta,
+    part, V, begin, end, entries, on_soft, k, power, beta,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
     STEP: tl.constexpr, WAIT: tl.constexpr, PARTS: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
@@ -218,7 +224,9 @@ def _row_sums(
     if STEP == BACKWARD:
         return _load_sums(stats), tl.load(stats + SUMS), tl.load(stats + SUMS + 1)
     TWO_VISITS: tl.constexpr = D == JSD or D == TVD
-    POLICY: tl.constexpr = "evict_last" if GRADIENT or TWO_VISITS else "evict_first"
+    # read again soon: stays in L2 longer than what is read for the last time. A policy of its own
+    # ("evict_last") would take six instructions a tile.
+    POLICY: tl.constexpr = "" if GRADIENT or TWO_VISITS else "evict_first"
     mine, all_parts = partials + part * PARTIAL, partials + tl.arange(0, PARTS) * PARTIAL
     zero = tl.full((LANES,), 0.0, tl.float32)
     sums = (x, x, x, x, x, x, x, x)
@@ -232,13 +240,17 @@ def _row_sums(
         sums = fold(lanes, power, D, HAS_HARD, SMOOTHING)
         if PARTS > 1:
             _store_sums(mine, sums)
+    # forward only, the owner alone goes on, and reads what the others have stored
+    goes_on = True
+    if not GRADIENT:
+        goes_on, _, _ = _owns(label_ptr, part, begin, end, V, HAS_HARD)
     if WAIT:
-        waits = True
-        if not GRADIENT:  # only who reports goes on
-            waits, _, _ = _owns(label_ptr, part, SLICE, V, HAS_HARD)
-        _meet(arrived, PARTS, waits | TWO_VISITS)
+        _arrive(arrived)
     if PARTS > 1 and STEP != FIRST:
-        sums = fold(_load_sums(all_parts), power, D, HAS_HARD, SMOOTHING)
+        if goes_on | TWO_VISITS:
+            if WAIT:
+                _wait(arrived, PARTS)
+            sums = fold(_load_sums(all_parts), power, D, HAS_HARD, SMOOTHING)
     if TWO_VISITS and STEP != FIRST:
         if STEP == ALL or STEP == SECOND:
             lanes = _statistics_visit(
@@ -251,10 +263,13 @@ def _row_sums(
                 tl.store(mine + SUMS, x)
                 tl.store(mine + SUMS + 1, y)
         if WAIT:
-            _meet(arrived, 2 * PARTS, waits)
+            _arrive(arrived)
         if PARTS > 1 and STEP != SECOND:
-            x = tl.sum(tl.load(all_parts + SUMS, cache_modifier=".cg"), 0)
-            y = tl.sum(tl.load(all_parts + SUMS + 1, cache_modifier=".cg"), 0)
+            if goes_on:
+                if WAIT:
+                    _wait(arrived, 2 * PARTS)
+                x = tl.sum(tl.load(all_parts + SUMS, cache_modifier=".cg"), 0)
+                y = tl.sum(tl.load(all_parts + SUMS + 1, cache_modifier=".cg"), 0)
     if WAIT:
         _arrive(arrived + 1)
     return sums, x, y
@@ -285,8 +300,8 @@ def _report(
 @triton.jit
 def _kept_row(
     s_ptr, t_ptr, g_ptr, label_ptr, hard_ptr, soft_ptr, stats, partials, arrived,
-    row, part, SLICE, V, begin, end, entries, w_hard, w_soft,
-    k, power, temperature, beta, soft_factor, smoothing,
+    row, part, V, begin, end, entries, w_hard, w_soft,
+    k, power, temperature, beta, soft_factor, soft_slope, smoothing,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
     STEP: tl.constexpr, WAIT: tl.constexpr, PARTS: tl.constexpr,
     STANDS_IN: tl.constexpr,
@@ -295,10 +310,10 @@ def _kept_row(
     """One program's part of a row that counts."""
     sums, x, y_sum = _row_sums(
         s_ptr, t_ptr, label_ptr, stats, partials, arrived,
-        part, SLICE, V, begin, end, entries, w_soft != 0.0, k, power, beta,
+        part, V, begin, end, entries, w_soft != 0.0, k, power, beta,
         D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, LANES, VECTOR, UNROLL, CUDA,
     )  # fmt: skip
-    owns, in_row, y = _owns(label_ptr, part, SLICE, V, HAS_HARD)
+    owns, in_row, y = _owns(label_ptr, part, begin, end, V, HAS_HARD)
     hard_nan, s_y, t_y = False, 0.0, 0.0
     if HAS_HARD:
         # read only inside of the row
@@ -318,8 +333,7 @@ def _kept_row(
         on_soft = w_soft != 0.0
         refs, soft, hard = references(sums, on_soft, D), (0.0, 0.0), (0.0, 0.0)
         if D != NONE:
-            weight = w_soft * tl.div_rn(soft_factor, temperature)
-            soft = soft_constants(sums, x, y_sum, on_soft, weight, temperature, beta, D)
+            soft = soft_constants(sums, x, y_sum, on_soft, w_soft * soft_slope, temperature, beta, D)
         if HAS_HARD:
             scale = tl.where(hard_nan & (w_hard != 0.0), float("nan"), tl.div_rn(w_hard, d_1))
             hard = scale, -w_hard * tl.div_rn(smoothing, sums[7])
@@ -342,9 +356,12 @@ def _kept_row(
 
 
 @triton.jit
-def _row_pointer(ptr, row, S, stride_b, stride_s):
-    # rows lie anywhere in 64 bits
-    return ptr + (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+def _row_offset(row, S, stride_b, stride_s):
+    """Where row (row // S, row % S) begins: anywhere in 64 bits."""
+    offset = row.to(tl.int64) * stride_s
+    if row >= S:
+        offset = (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+    return offset
 
 
 @triton.jit
@@ -353,82 +370,119 @@ def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
     if GIVEN:
         w = tl.load(w_ptr + row)
         return tl.where(w != 0.0, w * scale, 0.0)
-    return tl.full((), 0.0, tl.float32)
+    else:  # noqa: RET505
+        return tl.full((), 0.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["ring", "S"])
-def _kd_rows_kernel(
-    s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
-    labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None where a term is off
-    scale_ptr,  # 0-d, BACKWARD only: times the weights, unless it is a power of two; or None
-    hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
-    partial_ptr,  # (ring, PARTS, PARTIAL), PARTS > 1
-    counters_ptr,  # (1 + 2 N,) of zeros, WAIT: tickets; of each row, programs arrived, finished
-    ring,  # rows whose parts' sums are kept; all of them without WAIT
-    S, V,  # row n lies at (n // S)·stride_b + (n % S)·stride_s
-    s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
-    k, power, temperature, beta, soft_factor, smoothing,
+@triton.jit
+def _row_part(
+    index, scale,
+    s_ptr, t_ptr, g_ptr, labels_ptr, w_hard_ptr, w_soft_ptr, hard_ptr, soft_ptr, stats_ptr,
+    partial_ptr, counters_ptr,
+    S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
+    k, power, temperature, beta, soft_factor, soft_slope, smoothing,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STEP: tl.constexpr,
-    WAIT: tl.constexpr, PARTS: tl.constexpr,
+    WAIT: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
-    """Losses, statistics and gradient of N rows, by N·PARTS programs."""
-    # a caller that is compiled may hand over float64
-    k, temperature = tl.cast(k, tl.float32), tl.cast(temperature, tl.float32)
-    beta, soft_factor = tl.cast(beta, tl.float32), tl.cast(soft_factor, tl.float32)
-    smoothing, power = tl.cast(smoothing, tl.float32), tl.cast(power, tl.float32)
-    index = tl.program_id(0)
-    if WAIT:
-        index = tl.atomic_add(counters_ptr, 1, sem="relaxed")
-    row, part = index // PARTS, index % PARTS
+    """What one program does for part index % PARTS of row index // PARTS."""
+    index = tl.cast(index, tl.uint32)  # shifts, not divisions
+    row, part = (index // PARTS).to(tl.int32), (index % PARTS).to(tl.int32)
     # slices begin at multiples of 8 vectors, whole cache lines where rows do
     SLICE = tl.cdiv(tl.cdiv(V, PARTS), 8 * VECTOR) * (8 * VECTOR) if PARTS > 1 else V
     begin, end = part * SLICE, tl.minimum(part * SLICE + SLICE, V)
     entries = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-
-    scale, wanted = tl.full((), 1.0, tl.float32), True
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
-        wanted = ~is_power_of_two(scale)  # else _kd_scale_kernel has done it
     w_hard = _weight(w_hard_ptr, row, scale, HAS_HARD)
     w_soft = _weight(w_soft_ptr, row, scale, D != NONE)
-    s_row = _row_pointer(s_ptr, row, S, s_stride_b, s_stride_s)
-    t_row = _row_pointer(t_ptr, row, S, t_stride_b, t_stride_s)
+    s_row = s_ptr + _row_offset(row, S, s_stride_b, s_stride_s)
+    t_row = t_ptr + _row_offset(row, S, t_stride_b, t_stride_s)
     # the teacher of a row whose soft term is off has no part in it
     STANDS_IN: tl.constexpr = D != NONE and not SMOOTHING and s_ptr.dtype == t_ptr.dtype
     if STANDS_IN:
         t_row = tl.where(w_soft != 0.0, t_row, s_row)
     GRADIENT: tl.constexpr = g_ptr is not None
-    g_row = _row_pointer(g_ptr, row, S, g_stride_b, g_stride_s) if GRADIENT else s_row
+    g_row = g_ptr + _row_offset(row, S, g_stride_b, g_stride_s) if GRADIENT else s_row
     stats = stats_ptr + row.to(tl.int64) * STATS
     partials = stats
     if partial_ptr is not None:
-        partials = partial_ptr + (row % ring).to(tl.int64) * (PARTS * PARTIAL)
+        place = row % RING if WAIT else row
+        partials = partial_ptr + place.to(tl.int64) * (PARTS * PARTIAL)
     arrived = counters_ptr + 1 + 2 * row if WAIT else row
     label_ptr = labels_ptr + row if HAS_HARD else row
     if WAIT:  # the row before in this place of the ring has been read by all of its programs
-        if row >= ring:
-            _wait(arrived + 1 - 2 * ring, PARTS)
-    if wanted:
-        if (w_hard != 0.0) | (w_soft != 0.0):
-            _kept_row(
-                s_row, t_row, g_row, label_ptr, hard_ptr, soft_ptr, stats, partials, arrived,
-                row, part, SLICE, V, begin, end, entries, w_hard, w_soft,
-                k, power, temperature, beta, soft_factor, smoothing,
-                D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, STANDS_IN,
-                LANES, VECTOR, UNROLL, CUDA,
-            )  # fmt: skip
-        elif STEP == ALL or STEP == LAST or STEP == BACKWARD:
-            if WAIT:
-                _arrive(arrived + 1)
-            if GRADIENT:
-                for o in range(begin, end, LANES * VECTOR):
-                    tl.store(g_row + o + entries, entries * 0.0, o + entries < end)
-            if STEP != BACKWARD:
-                if part == 0:
-                    tl.store(hard_ptr + row, 0.0)
-                    tl.store(soft_ptr + row, 0.0)
-                    tl.store(stats + tl.arange(0, 16), 0.0, tl.arange(0, 16) < STATS)
+        if row >= RING:
+            _wait(arrived + 1 - 2 * RING, PARTS)
+    if (w_hard != 0.0) | (w_soft != 0.0):
+        _kept_row(
+            s_row, t_row, g_row, label_ptr, hard_ptr, soft_ptr, stats, partials, arrived,
+            row, part, V, begin, end, entries, w_hard, w_soft,
+            k, power, temperature, beta, soft_factor, soft_slope, smoothing,
+            D, HAS_HARD, SMOOTHING, GRADIENT, STEP, WAIT, PARTS, STANDS_IN,
+            LANES, VECTOR, UNROLL, CUDA,
+        )  # fmt: skip
+    elif STEP == ALL or STEP == LAST or STEP == BACKWARD:
+        if WAIT:
+            _arrive(arrived + 1)
+        if GRADIENT:
+            for o in range(begin, end, LANES * VECTOR):
+                tl.store(g_row + o + entries, entries * 0.0, o + entries < end)
+        if STEP != BACKWARD:
+            if part == 0:
+                tl.store(hard_ptr + row, 0.0)
+                tl.store(soft_ptr + row, 0.0)
+                tl.store(stats + tl.arange(0, 16), 0.0, tl.arange(0, 16) < STATS)
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def _kd_rows_kernel(
+    s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
+    labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None where a term is off
+    scale_ptr,  # 0-d, BACKWARD only: times the weights, unless it is a power of two; or None
+    hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
+    partial_ptr,  # (RING or N, PARTS, PARTIAL), PARTS > 1
+    counters_ptr,  # (1 + 2 N,) of zeros, WAIT: tickets; of each row, programs arrived, finished
+    N, S, V,  # row n begins at (n // S)·stride_b + (n % S)·stride_s
+    s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
+    k, power, temperature, beta, soft_factor, soft_slope, smoothing,
+    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STEP: tl.constexpr,
+    WAIT: tl.constexpr, PARTS: tl.constexpr,
+    RING: tl.constexpr,  # WAIT: rows whose parts' sums are kept, a power of two
+    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
+    CUDA: tl.constexpr,  # the compute capability, times ten, of an NVIDIA GPU; else 0
+):  # fmt: skip
+    """Losses, statistics and gradient of N rows.
+
+    By N·PARTS programs; with a scale by any number, which end at once where it is a power of two.
+    """
+    # a caller that is compiled may hand over float64
+    k, temperature = tl.cast(k, tl.float32), tl.cast(temperature, tl.float32)
+    beta, soft_factor = tl.cast(beta, tl.float32), tl.cast(soft_factor, tl.float32)
+    soft_slope, smoothing = tl.cast(soft_slope, tl.float32), tl.cast(smoothing, tl.float32)
+    power = tl.cast(power, tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+        if ~is_power_of_two(scale):  # else _kd_scale_kernel has done it
+            for index in range(tl.program_id(0), N * PARTS, tl.num_programs(0)):
+                _row_part(
+                    index, scale,
+                    s_ptr, t_ptr, g_ptr, labels_ptr, w_hard_ptr, w_soft_ptr,
+                    hard_ptr, soft_ptr, stats_ptr, partial_ptr, counters_ptr,
+                    S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
+                    k, power, temperature, beta, soft_factor, soft_slope, smoothing,
+                    D, HAS_HARD, SMOOTHING, STEP, WAIT, PARTS, RING, LANES, VECTOR, UNROLL, CUDA,
+                )  # fmt: skip
+    else:
+        index = tl.program_id(0)
+        if WAIT:
+            index = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        _row_part(
+            index, tl.full((), 1.0, tl.float32),
+            s_ptr, t_ptr, g_ptr, labels_ptr, w_hard_ptr, w_soft_ptr,
+            hard_ptr, soft_ptr, stats_ptr, partial_ptr, counters_ptr,
+            S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
+            k, power, temperature, beta, soft_factor, soft_slope, smoothing,
+            D, HAS_HARD, SMOOTHING, STEP, WAIT, PARTS, RING, LANES, VECTOR, UNROLL, CUDA,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "S"])
@@ -438,15 +492,16 @@ def _kd_scale_kernel(
 ):  # fmt: skip
     """Multiplies a gradient (N rows of V) by the scalar at scale_ptr, by any number of programs.
 
-    ANY: whatever the scalar is, else only where it is a power of two, and so exact.
+    ANY: for any scalar, else only where it is a power of two, and so exact. Programs end at once
+    where there is nothing to do.
     """
     scale = tl.load(scale_ptr)
     if (scale != 1.0) & (ANY | is_power_of_two(scale)):
-        for row in range(tl.program_id(0), N, tl.num_programs(0)):
-            g_row = _row_pointer(g_ptr, row, S, stride_b, stride_s)
-            for o in range(0, V, BLOCK):
-                i = o + tl.arange(0, BLOCK)
-                g = tl.load(g_row + i, i < V, 0.0).to(tl.float32)
-                # an ignored row stays 0 if the scale is infinite
-                g = tl.where(g == 0.0, g, g * scale)
-                tl.store(g_row + i, rounded(g, g_ptr), i < V)
+        blocks = tl.cdiv(V, BLOCK)
+        for index in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
+            g_row = g_ptr + _row_offset(index // blocks, S, stride_b, stride_s)
+            i = index % blocks * BLOCK + tl.arange(0, BLOCK)
+            g = tl.load(g_row + i, i < V, 0.0).to(tl.float32)
+            # an ignored row stays 0 if the scale is infinite
+            g = tl.where(g == 0.0, g, g * scale)
+            tl.store(g_row + i, rounded(g, g_ptr), i < V)

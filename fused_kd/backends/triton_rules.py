@@ -39,6 +39,28 @@ INF = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-(2.0**30))
 #: Beyond what an entry's log(p/q) may be: what a probability of exactly 0 is multiplied by.
 BIG = tl.constexpr(1e30)
+#: The largest of eight 16-bit numbers in four registers, as a float32.
+_LARGEST = """
+{{
+    .reg .b32 x, y;
+    {maximum} x, $8, $9;
+    {maximum} y, $10, $11;
+    {maximum} x, x, y;
+    {widen}
+    max.f32 $0, $0, $1;
+    mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0;
+    mov.b32 $4, $0; mov.b32 $5, $0; mov.b32 $6, $0; mov.b32 $7, $0;
+}}
+"""
+_LARGEST_BF16 = tl.constexpr(
+    _LARGEST.format(maximum="max.bf16x2", widen="shl.b32 $0, x, 16; and.b32 $1, x, 0xffff0000;")
+)
+_LARGEST_F16 = tl.constexpr(
+    _LARGEST.format(
+        maximum="max.f16x2",
+        widen=".reg .b16 l, h; mov.b32 {l, h}, x; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;",
+    )
+)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -123,6 +145,8 @@ def add_tile(
     sums,
     s,  # COUNT x (LANES,)
     t,
+    top_s,  # the largest of each
+    top_t,
     k,
     power,
     COUNT: tl.constexpr,
@@ -132,9 +156,6 @@ def add_tile(
     SMOOTHING: tl.constexpr,
 ):
     """Adds a tile to the sums of the lanes."""
-    top_s, top_t = s[0], t[0]
-    for i in tl.static_range(1, COUNT):
-        top_s, top_t = tl.maximum(top_s, s[i]), tl.maximum(top_t, t[i])
     M_s, M_t = tl.maximum(sums[0], top_s * k), sums[1]
     if D != NONE:
         M_t = tl.maximum(M_t, top_t * k)
@@ -406,18 +427,46 @@ def entries_of(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def widened(x, CUDA: tl.constexpr):
-    """Logits as float32. The compiler takes three instructions for a pair of bfloat16, not two."""
-    if CUDA and x.dtype == tl.bfloat16 and x.shape[1] > 1:
+def widened(x, VECTOR: tl.constexpr, CUDA: tl.constexpr):
+    """Logits as float32. NVIDIA's compiler takes three instructions for a pair of bfloat16, not two."""
+    if CUDA > 0 and VECTOR > 1 and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    return x.to(tl.float32)
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r",
+            [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # noqa: RET505
+        return x.to(tl.float32)
+
+
+@triton.jit
+def largest(
+    x,  # UNROLL x (LANES, VECTOR), as loaded
+    entries,  # the same, widened
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, CUDA: tl.constexpr,
+):  # fmt: skip
+    """The largest entry of each lane, a number unless all are NaN.
+
+    NVIDIA's GPUs compare two 16-bit numbers with one instruction.
+    """
+    if CUDA >= 80 and VECTOR == 8 and x[0].dtype != tl.float32:
+        BRAIN: tl.constexpr = x[0].dtype == tl.bfloat16
+        top = x[0]
+        for u in tl.static_range(1, UNROLL):
+            top = tl.inline_asm_elementwise(
+                "max.bf16x2 $0, $1, $2;" if BRAIN else "max.f16x2 $0, $1, $2;", "=r,r,r",
+                [top, x[u]], dtype=x[0].dtype, is_pure=True, pack=2,
+            )  # fmt: skip
+        # one result, eight times
+        one = tl.inline_asm_elementwise(
+            _LARGEST_BF16 if BRAIN else _LARGEST_F16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r",
+            [top], dtype=tl.float32, is_pure=True, pack=8,
+        )  # fmt: skip
+        return entries_of(one, LANES, VECTOR)[0]
+    else:  # noqa: RET505
+        top = entries[0]
+        for i in tl.static_range(1, UNROLL * VECTOR):
+            top = tl.maximum(top, entries[i])
+        return top
 
 
 @triton.jit
