@@ -27,6 +27,8 @@ _SCHEMAS = (
     f"forward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
     # and the gradient
     f"forward_backward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES}, Tensor)",
+    # the gradient in other memory, of the student's dtype, or 16-bit beside a float32 student
+    f"forward_backward_into(Tensor student, {_ROWS}, {_NUMBERS}, Tensor(a!) grad) -> ({_LOSSES})",
     # the gradient over the student's memory
     f"forward_backward_(Tensor(a!) student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
     f"backward(Tensor student, {_ROWS}, Tensor stats, {_NUMBERS}) -> Tensor",
@@ -82,6 +84,17 @@ def _fake_forward_backward(student, teacher, *rest):  # type: ignore[no-untyped-
     return *_row_outputs(student), student.new_empty(student.shape)
 
 
+def _fake_forward_backward_into(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    _check(student, teacher, *rest)
+    grad = rest[-1]
+    torch._check(grad.shape == student.shape, lambda: "grad must have the student's shape")
+    torch._check(
+        grad.dtype == student.dtype or student.dtype == torch.float32,
+        lambda: "grad must have the student's dtype, or 16 bits beside a float32 student",
+    )
+    return _row_outputs(student)
+
+
 def _fake_backward(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
     return student.new_empty(student.shape)
@@ -104,6 +117,7 @@ _FAKES = {
     "forward": _fake_forward,
     "forward_backward": _fake_forward_backward,
     "forward_backward_": _fake_forward,
+    "forward_backward_into": _fake_forward_backward_into,
     "backward": _fake_backward,
     "backward_": _fake_backward_,
     "rescale_": _fake_rescale_,

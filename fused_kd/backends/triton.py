@@ -223,8 +223,11 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
             raise RuntimeError(f"{name} must be float32, bfloat16 or float16")
     if not 0 < student.shape[2] <= LONGEST or n * MAX_PARTS >= 2**31:
         raise RuntimeError(f"{n} rows of {student.shape[2]} entries are beyond the triton kernels")
-    if gradient is not None and gradient.dtype != student.dtype:
-        raise RuntimeError("the gradient must have the student's dtype")
+    if gradient is not None and student.dtype not in (gradient.dtype, torch.float32):
+        raise RuntimeError(
+            "the gradient must have the student's dtype, or 16 bits beside a float32 student; got "
+            f"{gradient.dtype} beside {student.dtype}"
+        )
     if call.w_hard is not None and call.labels is None:
         raise RuntimeError("a hard term needs labels")
     vectors = ((call.labels, torch.int64), (call.w_hard, torch.float32), (call.w_soft, stats.dtype))
@@ -309,6 +312,11 @@ def _forward_backward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
     return *_losses_of(_call(student, *rest), gradient), gradient
 
 
+def _forward_backward_into(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *losses, gradient = arguments
+    return _losses_of(_call(*losses), gradient)
+
+
 def _forward_backward_(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _losses_of(_call(student, *rest), student)
 
@@ -348,6 +356,7 @@ def _scale_(gradient: Tensor, factor: Tensor) -> None:
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "forward_backward": _forward_backward,
+    "forward_backward_into": _forward_backward_into,
     "forward_backward_": _forward_backward_,
     "backward": _backward,
     "backward_": _backward_,
