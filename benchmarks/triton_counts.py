@@ -2,24 +2,24 @@
 
 A kernel runs each of its basic blocks a number of times that follows from the shape:
 
-* the loops over a slice are recognised by their vector loads and stores; how often each runs follows
-  from V and the configuration (:func:`_trips`), averaged over the parts of a row;
-* a loop that waits for the other programs of a row is counted once: what a program spends on waiting
-  depends on the card;
-* on all other branches the longest way is taken (an upper bound), with four exceptions: the slow
-  paths of a division, which only subnormal numbers need; the division by S, which only rows at two
-  strides need; the zeros of an ignored row; and the temperature, where the way with the fewest
-  exponentials is T = 1 or 2, and the longest such way T = 2;
-* the part of a row that holds the label also reports the row. The longest way with the most stores
-  is counted for one program of a row, the longest with the fewest for the others.
+* The loops over a slice are recognised by their loads. How often each runs follows from V and the
+  configuration (:func:`trips`), averaged over the parts of a row.
+* A loop that waits for the other programs of a row is counted once: what a program spends on
+  waiting depends on the card.
+* Elsewhere the longest way is taken (an upper bound), with exceptions: the slow paths of a
+  division, which only subnormal numbers need; the division by S, which only rows at two strides
+  need; the zeros of an ignored row. At T = 2 the way is the longest of those with the fewest
+  exponentials, at another temperature the longest of those with the most.
+* The program that has the label in its part also reports the row: the longest way with the most
+  stores is counted for one program of a row, the longest with the fewest for the others.
 
-Predicated instructions count: they are issued.
+The loops have no branch that depends on the logits. Predicated instructions count: they are issued.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +28,13 @@ from fused_kd.backends.triton_configuration import Configuration
 from .sass import Code, Instruction, disassemble
 
 #: Instructions that a card can issue per element, and operations of its special-function units, in
-#: the time that memory takes for two reads and one write of 16 bits.
+#: the time that its memory takes for two reads and one write of 16 bits.
 BUDGETS = {"H100": (59.0, 7.4), "H200": (46.7, 5.8), "B200": (30.0, 3.8)}
-WARP = 32
 
 
 @dataclass(frozen=True)
 class Executed:
-    """Per element of a row, by one thread."""
+    """By one thread, for an entry of a row."""
 
     instructions: float
     special: float  # exponentials, logarithms, reciprocals
@@ -46,53 +45,65 @@ class Executed:
 class _Loop:
     head: int
     last: int  # branches back to the head
-    loads: int  # of vectors
-    stores: int
-
-    @property
-    def of_logits(self) -> bool:
-        return self.loads > 0
+    loads: int  # of logits
 
 
-def executed(cubin: bytes, vocabulary: int, chosen: Configuration, visits: int) -> Executed:
-    """Counts a compiled kernel that makes `visits` visits before the gradient's."""
+def executed(
+    cubin: bytes, vocabulary: int, chosen: Configuration, visits: int, two: bool = True
+) -> Executed:
+    """Return the counts of a kernel that visits each row `visits` times.
+
+    Args:
+        cubin: The compiled kernel, of a launch that does everything.
+        vocabulary: V.
+        chosen: The configuration that it is compiled for.
+        visits: Those for statistics, and the gradient's.
+        two: Whether T = 2, else a temperature that is neither 1 nor 2.
+
+    Raises:
+        LookupError: The loops are not as expected.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         (code,) = disassemble(file).values()
+    return count(code, vocabulary, chosen, visits, two)
+
+
+def count(
+    code: Code, vocabulary: int, chosen: Configuration, visits: int, two: bool = True
+) -> Executed:
+    """Return the same of a disassembled kernel."""
     graph = _Graph(code)
-    loops = [loop for loop in graph.loops() if loop.of_logits]
-    if len(loops) != 2 * (visits + 1):
-        raise LookupError(f"expected two loops for each of {visits + 1} visits, found {loops}")
-    whole, rest, entries = _trips(vocabulary, chosen)
+    loops = [loop for loop in graph.loops() if loop.loads]
+    if len(loops) != 2 * visits:
+        raise LookupError(f"expected two loops for each of {visits} visits; found {loops}")
+    whole, rest, entries = trips(vocabulary, chosen)
     most = max(loop.loads for loop in loops)
-    extra = special = body_instructions = 0.0
-    for loop in loops:
-        trips = whole if loop.loads == most else rest
-        body = graph.way(loop.head, loop.last, stores=0)
-        extra += (trips - 1) * len(body)
-        body_instructions += trips * len(body)
-        special += (trips - 1) * _special(code, body)
-    total = 0.0
+    instructions = special = inside = 0.0
     for share, stores in ((1 / chosen.parts, 1), (1 - 1 / chosen.parts, -1)):
-        way = graph.way(0, None, stores)
-        missing = [loop for loop in loops if loop.last not in way]
-        assert not missing, missing
-        total += share * len(way)
+        way = graph.way(0, None, stores, two)  # one pass through each loop
+        if any(loop.last not in way for loop in loops):
+            raise LookupError("no way leads through all loops")
+        instructions += share * len(way)
         special += share * _special(code, way)
-    total += extra
-    return Executed(total / entries, special / entries, (total - body_instructions) / entries)
+    for loop in loops:
+        passes = whole if loop.loads == most else rest
+        body = graph.way(loop.head, loop.last, 0, two)
+        inside += passes * len(body)
+        instructions += (passes - 1) * len(body)
+        special += (passes - 1) * _special(code, body)
+    return Executed(instructions / entries, special / entries, (instructions - inside) / entries)
 
 
 def _special(code: Code, way: set[int]) -> int:
     return sum(code.instructions[i].opcode.startswith("MUFU") for i in way)
 
 
-def _trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
-    """Passes through the loop over whole tiles, through that over the rest, entries of a lane."""
+def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
+    """Return the passes through the loop over tiles and that over the rest; a lane's entries."""
     block = chosen.lanes * chosen.vector
-    tile = block * chosen.unroll
-    step = 8 * chosen.vector
+    tile, step = block * chosen.unroll, 8 * chosen.vector
     length = -(-vocabulary // chosen.parts)
     length = -(-length // step) * step if chosen.parts > 1 else vocabulary
     slices = [max(0, min(length, vocabulary - p * length)) for p in range(chosen.parts)]
@@ -122,7 +133,7 @@ class _Graph:
             yield self.code.labels[one.target]
 
     def _depth_first(self) -> tuple[list[int], set[tuple[int, int]]]:
-        """A topological order of what can be reached, and the edges that go back."""
+        """Return what can be reached in a topological order, and the edges that go back."""
         done: list[int] = []
         state = {0: iter(self.after[0])}
         stack, back, seen = [0], set(), {0}
@@ -143,6 +154,7 @@ class _Graph:
         return done[::-1], back
 
     def loops(self) -> list[_Loop]:
+        """Return the loops of more than one instruction."""
         return [self._loop(head, last) for last, head in sorted(self.back) if last != head]
 
     def _loop(self, head: int, last: int) -> _Loop:
@@ -154,23 +166,26 @@ class _Graph:
                 inside.update(new)
                 todo += new
         names = [self.code.instructions[i].opcode for i in inside]
-        loads, stores = (
-            sum(name.startswith(kind) and name.endswith("128") for name in names)
-            for kind in ("LDG", "STG")
-        )
-        return _Loop(head, last, loads, stores)
+        # what waits reads a counter, with a memory order
+        loads = sum(name.startswith("LDG") and "STRONG" not in name for name in names)
+        return _Loop(head, last, loads)
 
-    def way(self, first: int, last: int | None, stores: int) -> set[int]:
-        """The instructions of the way that `_cost` prefers, without going back."""
-        cost = _cost(stores, {i for loop in self.loops() if loop.of_logits for i in (loop.last,)})
+    def way(self, first: int, last: int | None, stores: int, two: bool) -> set[int]:
+        """Return the instructions of a way from `first` that never goes back.
+
+        Args:
+            first: The first instruction.
+            last: The last one; None: the kernel's end.
+            stores: 1 for the way with the most of them, -1 for the fewest, 0 for any.
+            two: Whether T = 2, see :func:`executed`.
+        """
+        needed = {loop.last for loop in self.loops() if loop.loads}
         best: dict[int, tuple[tuple[int, ...], int]] = {}
         for i in self.order:
             ways = [(best[j][0], j) for j in self.before[i] if j in best]
-            if i == first:
-                ways = [((0, 0, 0, 0, 0, 0), -1)]
-            if ways:
-                value, previous = max(ways)
-                mine = cost(i, self.code.instructions[i])
+            value, previous = max(ways) if ways else ((0,) * 6, -1)
+            if ways or i == first:
+                mine = _preferred(self.code.instructions[i], i in needed, stores, two)
                 best[i] = (tuple(map(int.__add__, value, mine)), previous)
         if last is None:
             ends = [i for i in best if self.code.instructions[i].opcode == "EXIT"]
@@ -182,17 +197,13 @@ class _Graph:
         return found
 
 
-def _cost(stores: int, wanted: set[int]) -> Callable[[int, Instruction], tuple[int, ...]]:
-    """What is preferred, most important first."""
-
-    def cost(i: int, one: Instruction) -> tuple[int, ...]:
-        return (
-            i in wanted,  # through every loop over a slice
-            -one.opcode.startswith("CALL"),
-            -one.opcode.startswith("I2F"),
-            stores * one.opcode.startswith("STG"),
-            -(one.opcode == "MUFU.EX2"),
-            1,
-        )
-
-    return cost
+def _preferred(one: Instruction, needed: bool, stores: int, two: bool) -> tuple[int, ...]:
+    """Return what makes a way better, most important first; each is added up along the way."""
+    return (
+        needed,  # through every loop over a slice
+        -one.opcode.startswith("CALL"),  # the slow path of a division
+        -one.opcode.startswith("I2F"),  # a division of integers
+        stores * one.opcode.startswith("STG"),
+        (one.opcode == "MUFU.EX2") * (-1 if two else 1),
+        1,
+    )

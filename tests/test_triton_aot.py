@@ -129,6 +129,14 @@ def test_programs_that_report_nothing_read_no_sums(divergence: str, loads_of_rep
         assert any(one.startswith(f"scf.if {condition} ") for one in waiting), condition
 
 
+def test_a_scale_is_looked_at_first() -> None:
+    """Where it leaves nothing to do, no program reads anything else."""
+    for found in (compile_rows(Variant("rescale"), 90), compile_scale(B16, 90)):
+        before, condition, _ = found.code["ttgir"].partition("scf.if")
+        assert condition
+        assert len(re.findall(r"tt\.load|tt\.atomic", before)) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -188,6 +196,24 @@ def test_configurations(vocabulary: int, warps: int, vector: int, parts: int) ->
     assert chosen.vector * chosen.unroll == triton_configuration.ENTRIES
     for other in triton_configuration.candidates(chosen):
         assert other.parts == chosen.parts
+
+
+@pytest.mark.parametrize(("given", "parts"), [("49152", 16), ("160000", 4)])
+def test_slices_of_another_size(given: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
+    triton_configuration._slice_bytes.cache_clear()
+    try:
+        assert triton_configuration.configuration(128256, B16, B16).parts == parts
+    finally:
+        triton_configuration._slice_bytes.cache_clear()
+
+
+@pytest.mark.parametrize("given", ["0", "-5", "48K", ""])
+def test_slices_of_no_size(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
+    triton_configuration._slice_bytes.cache_clear()
+    with pytest.raises(ValueError, match="FUSED_KD_SLICE_BYTES must be a positive number of bytes"):
+        triton_configuration.configuration(128256, B16, B16)
 
 
 #: Pointers to what is float32 or an integer already.

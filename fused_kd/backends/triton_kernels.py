@@ -120,7 +120,7 @@ def _add(
         ts = ts + entries_of(widened(t[u], VECTOR, CUDA), LANES, VECTOR)
     if AGAIN:
         return add_tile_again(sums, ss, ts, refs, k, beta, UNROLL * VECTOR, D)
-    else:  # noqa: RET505  what follows a return is compiled too
+    else:
         top_s = largest(s, ss, UNROLL, LANES, VECTOR, CUDA)
         top_t = largest(t, ts, UNROLL, LANES, VECTOR, CUDA) if D != NONE else top_s
         return add_tile(
@@ -133,7 +133,7 @@ def _add(
 
 @triton.jit
 def _whole_tiles(length, TILE: tl.constexpr):
-    """Entries of a slice that fill tiles, of which a size is a power of two; none if it is empty."""
+    """Entries of a slice that fill tiles, whose size is a power of two; 0 if there are none."""
     return (tl.maximum(length, 0).to(tl.uint32) // TILE * TILE).to(tl.int32)
 
 
@@ -207,7 +207,7 @@ def _owns(label_ptr, part, begin, end, V, HAS_HARD: tl.constexpr):
         in_row = (label >= 0) & (label < V)
         y = label.to(tl.int32)
         return tl.where(in_row, (y >= begin) & (y < end), part == 0), in_row, y
-    else:  # noqa: RET505
+    else:
         return part == 0, True, 0
 
 
@@ -333,7 +333,9 @@ def _kept_row(
         on_soft = w_soft != 0.0
         refs, soft, hard = references(sums, on_soft, D), (0.0, 0.0), (0.0, 0.0)
         if D != NONE:
-            soft = soft_constants(sums, x, y_sum, on_soft, w_soft * soft_slope, temperature, beta, D)
+            soft = soft_constants(
+                sums, x, y_sum, on_soft, w_soft * soft_slope, temperature, beta, D
+            )
         if HAS_HARD:
             scale = tl.where(hard_nan & (w_hard != 0.0), float("nan"), tl.div_rn(w_hard, d_1))
             hard = scale, -w_hard * tl.div_rn(smoothing, sums[7])
@@ -370,7 +372,7 @@ def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
     if GIVEN:
         w = tl.load(w_ptr + row)
         return tl.where(w != 0.0, w * scale, 0.0)
-    else:  # noqa: RET505
+    else:
         return tl.full((), 0.0, tl.float32)
 
 

@@ -421,20 +421,20 @@ def entries_of(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Tensors (LANES,) of a tensor (LANES, VECTOR): registers of a thread, in a fixed order."""
     if VECTOR == 1:
         return (tl.reshape(x, (LANES,)),)
-    else:  # noqa: RET505  what follows a return is compiled too
+    else:
         even, odd = tl.split(tl.reshape(x, (LANES, VECTOR // 2, 2)))
         return entries_of(even, LANES, VECTOR // 2) + entries_of(odd, LANES, VECTOR // 2)
 
 
 @triton.jit
 def widened(x, VECTOR: tl.constexpr, CUDA: tl.constexpr):
-    """Logits as float32. NVIDIA's compiler takes three instructions for a pair of bfloat16, not two."""
+    """Logits as float32. NVIDIA's compiler would take three instructions for two of bfloat16."""
     if CUDA > 0 and VECTOR > 1 and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r",
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r",
             [x], dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
-    else:  # noqa: RET505
+    else:
         return x.to(tl.float32)
 
 
@@ -453,16 +453,16 @@ def largest(
         top = x[0]
         for u in tl.static_range(1, UNROLL):
             top = tl.inline_asm_elementwise(
-                "max.bf16x2 $0, $1, $2;" if BRAIN else "max.f16x2 $0, $1, $2;", "=r,r,r",
+                "max.bf16x2 $0, $1, $2;" if BRAIN else "max.f16x2 $0, $1, $2;", "=&r,r,r",
                 [top, x[u]], dtype=x[0].dtype, is_pure=True, pack=2,
             )  # fmt: skip
         # one result, eight times
         one = tl.inline_asm_elementwise(
-            _LARGEST_BF16 if BRAIN else _LARGEST_F16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r",
+            _LARGEST_BF16 if BRAIN else _LARGEST_F16, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
             [top], dtype=tl.float32, is_pure=True, pack=8,
         )  # fmt: skip
         return entries_of(one, LANES, VECTOR)[0]
-    else:  # noqa: RET505
+    else:
         top = entries[0]
         for i in tl.static_range(1, UNROLL * VECTOR):
             top = tl.maximum(top, entries[i])
