@@ -196,7 +196,7 @@ def _row_strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def _rows_per_batch(tensors: list[Tensor]) -> int:
-    """S for the kernels: all rows, where one stride leads from each to the next.
+    """Returns S for the kernels: all rows if one stride leads from each to the next.
 
     A kernel then need not divide.
     """
@@ -225,8 +225,8 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
         raise RuntimeError(f"{n} rows of {student.shape[2]} entries are beyond the triton kernels")
     if gradient is not None and student.dtype not in (gradient.dtype, torch.float32):
         raise RuntimeError(
-            "the gradient must have the student's dtype, or 16 bits beside a float32 student; got "
-            f"{gradient.dtype} beside {student.dtype}"
+            "the gradient must have the student's dtype, or 16 bits for a float32 student; got "
+            f"{gradient.dtype} for {student.dtype}"
         )
     if call.w_hard is not None and call.labels is None:
         raise RuntimeError("a hard term needs labels")

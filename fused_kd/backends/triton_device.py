@@ -74,7 +74,7 @@ def kind(device: torch.device) -> Kind:
 
 @cache
 def capability(device: torch.device) -> int:
-    """Compute capability, times ten, of an NVIDIA GPU for which kernels are compiled; else 0."""
+    """Returns ten times the compute capability of an NVIDIA GPU; 0 elsewhere and interpreted."""
     if device.type != "cuda" or torch.version.hip or _interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -83,7 +83,7 @@ def capability(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors or what is like them; 1 in the interpreter."""
+    """Returns the number of multiprocessors or their like; 1 in the interpreter."""
     if device.type == "cpu":
         return 1
     properties = getattr(torch, device.type).get_device_properties(device)

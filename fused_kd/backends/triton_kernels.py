@@ -6,15 +6,15 @@ is float32 from the load to the one rounding at the store.
 
 A row is cut into a slice for each of PARTS programs; a slice is read in tiles of UNROLL x LANES x
 VECTOR entries, and every lane (a thread of the GPU) keeps references and sums of its own: a tile
-costs no barrier and no shuffle. Lanes, then parts, are folded once, both by `fold`. What lies
-beyond the end of a row is loaded as -inf on both sides, which is absent and adds nothing.
+costs no barrier and no shuffle. Lanes, then parts, are folded once, both by `fold`. What is beyond
+the end of a row is loaded as -inf on both sides, which is absent and adds nothing.
 
 With WAIT the programs of a row wait for each other. Row and part then come from a ticket that a
 program takes when it starts, so that programs start in the order of the rows: only those of the
 row that started last can be waiting for one that has not started; all others run to their end and
 make room. What it takes is room for PARTS programs at once, not for the whole grid. Sums of parts
-lie in a ring of rows: a row takes the place of one long before it, once that has been read. Without
-WAIT the same bodies run as one launch per STEP, and the ring holds all rows.
+are stored in a ring of rows: a row takes the place of one long before it, once that has been read.
+Without WAIT the same bodies run as one launch per STEP, and the ring holds all rows.
 """
 
 # mypy: ignore-errors
@@ -75,7 +75,7 @@ def _load_sums(ptr):
 
 @triton.jit
 def _arrive(counter_ptr):
-    """Publishes what this program has stored and, to who will overwrite it, that it has read."""
+    """Releases what this program has stored, and says to a later row that it has read."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
@@ -92,7 +92,7 @@ def _tile(
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     READ_T: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """UNROLL sub-blocks of both sides from entry o on; without a teacher the student stands in."""
+    """Loads UNROLL sub-blocks of both sides from entry o on; the student twice if READ_T is off."""
     s, t = (), ()
     s_from, t_from = s_at + o, t_at + o
     for u in tl.static_range(UNROLL):
@@ -133,7 +133,7 @@ def _add(
 
 @triton.jit
 def _whole_tiles(length, TILE: tl.constexpr):
-    """Entries of a slice that fill tiles, whose size is a power of two; 0 if there are none."""
+    """Returns the entries of a slice that fill tiles, whose size is a power of two."""
     return (tl.maximum(length, 0).to(tl.uint32) // TILE * TILE).to(tl.int32)
 
 
@@ -198,9 +198,10 @@ def _gradient_visit(
 
 @triton.jit
 def _owns(label_ptr, part, begin, end, V, HAS_HARD: tl.constexpr):
-    """Whether this program reports the losses and sets the label's entry: it lies in its slice.
+    """Returns whether this program reports the losses and sets the label's entry.
 
-    Also whether it lies in the row, and where. Loaded when needed: registers are scarce in a visit.
+    It does if the label is in its slice. Also returns whether the label is in the row, and where.
+    Loaded when needed: registers are scarce in a visit.
     """
     if HAS_HARD:
         label = tl.load(label_ptr)
@@ -219,7 +220,7 @@ def _row_sums(
     STEP: tl.constexpr, WAIT: tl.constexpr, PARTS: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the whole row and x, y of its second visit, as far as STEP goes."""
+    """Returns the sums of the whole row and x, y of its second visit, as far as STEP goes."""
     x, y = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if STEP == BACKWARD:
         return _load_sums(stats), tl.load(stats + SUMS), tl.load(stats + SUMS + 1)
@@ -359,7 +360,7 @@ def _kept_row(
 
 @triton.jit
 def _row_offset(row, S, stride_b, stride_s):
-    """Where row (row // S, row % S) begins: anywhere in 64 bits."""
+    """Returns where row (row // S, row % S) begins: anywhere in 64 bits."""
     offset = row.to(tl.int64) * stride_s
     if row >= S:
         offset = (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
@@ -368,7 +369,7 @@ def _row_offset(row, S, stride_b, stride_s):
 
 @triton.jit
 def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
-    """A term's weight in this row's gradient; 0, also times an infinite scale, if it is off."""
+    """Returns a term's weight in this row's gradient; 0 if it is off, whatever the scale."""
     if GIVEN:
         w = tl.load(w_ptr + row)
         return tl.where(w != 0.0, w * scale, 0.0)
@@ -387,7 +388,7 @@ def _row_part(
     WAIT: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
-    """What one program does for part index % PARTS of row index // PARTS."""
+    """Does one program's share of the work: part index % PARTS of row index // PARTS."""
     index = tl.cast(index, tl.uint32)  # shifts, not divisions
     row, part = (index // PARTS).to(tl.int32), (index % PARTS).to(tl.int32)
     # slices begin at multiples of 8 vectors, whole cache lines where rows do
@@ -452,9 +453,9 @@ def _kd_rows_kernel(
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
     CUDA: tl.constexpr,  # the compute capability, times ten, of an NVIDIA GPU; else 0
 ):  # fmt: skip
-    """Losses, statistics and gradient of N rows.
+    """Computes losses, statistics and gradient of N rows, with N·PARTS programs.
 
-    By N·PARTS programs; with a scale by any number, which end at once where it is a power of two.
+    With a scale, any number of programs will do; they end at once where it is a power of two.
     """
     # a caller that is compiled may hand over float64
     k, temperature = tl.cast(k, tl.float32), tl.cast(temperature, tl.float32)
@@ -492,7 +493,7 @@ def _kd_scale_kernel(
     g_ptr, scale_ptr, N, S, V, stride_b, stride_s,
     ANY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies a gradient (N rows of V) by the scalar at scale_ptr, by any number of programs.
+    """Multiplies a gradient (N rows of V) by the scalar at scale_ptr, with any number of programs.
 
     ANY: for any scalar, else only where it is a power of two, and so exact. Programs end at once
     where there is nothing to do.

@@ -107,7 +107,7 @@ def _added(x, y, z, w, u, v, r, q):
 
 @triton.jit
 def fold(sums, power, D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr):
-    """One of what is along axis 0: lanes, or parts."""
+    """Folds what is along axis 0, lanes or parts, into one."""
     zero = tl.full((), 0.0, tl.float32)
     if D == NONE:
         M_s, M_t = tl.max(sums[0], 0), zero
@@ -128,7 +128,7 @@ def fold(sums, power, D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.con
 
 @triton.jit
 def hard_sum(sums, power, D: tl.constexpr):
-    """d_1 of a row; at T = 1 it is d_s."""
+    """Returns d_1 of a row; at T = 1 it is d_s."""
     if D < MSE:
         return tl.where(power == 1.0, sums[2], sums[4])
     return sums[4]
@@ -258,7 +258,7 @@ def add_tile_again(sums, s, t, refs, k, beta, COUNT: tl.constexpr, D: tl.constex
 
 @triton.jit
 def references(sums, on_soft, D: tl.constexpr):
-    """What entries are relative to; d_s/d_t is exactly 1 for equal rows, its logarithm 0.
+    """Returns what entries are relative to; d_s/d_t is exactly 1 for equal rows, its logarithm 0.
 
     Where the row's soft term is off, the student stands in for the teacher.
     """
@@ -311,7 +311,7 @@ def soft_value(sums, x, y, temperature, beta, soft_factor, D: tl.constexpr):
 
 @triton.jit
 def hard_value(sums, s_y, smoothing, k, power, D: tl.constexpr, SMOOTHING: tl.constexpr):
-    """The cross-entropy of a row without NaN whose label's logit is s_y."""
+    """Returns the hard term of a row without NaN whose label's logit is s_y."""
     log_sum = tl.log(hard_sum(sums, power, D))
     unit = power * LN2  # of a and b in the hard term
     # the largest probability may be rounded up, which a confident row would show
@@ -325,7 +325,10 @@ def hard_value(sums, s_y, smoothing, k, power, D: tl.constexpr, SMOOTHING: tl.co
 
 @triton.jit
 def soft_constants(sums, x, y, on_soft, weight, temperature, beta, D: tl.constexpr):
-    """Three numbers of _soft_gradient, for a weight of w_soft·c(T)/T; NaN for a NaN row."""
+    """Returns what the gradient of the soft term needs, for a weight of w_soft·c(T)/T.
+
+    NaN for a NaN row, 0 for one whose soft term is off, whatever its teacher holds.
+    """
     _, _, d_s, d_t, _, w, _, count = sums
     offset = tl.full((), 0.0, tl.float32)
     if D == FORWARD_KL:
@@ -345,13 +348,12 @@ def soft_constants(sums, x, y, on_soft, weight, temperature, beta, D: tl.constex
     other = scale * offset
     if D == FORWARD_KL:
         other = scale * tl.div_rn(d_s, d_t)
-    # a row whose soft term is off has 0 here, whatever its teacher holds
     return tl.where(on_soft, scale, 0.0), tl.where(on_soft, other, 0.0)
 
 
 @triton.jit
 def _soft_gradient(a, b, P, refs, soft, beta, D: tl.constexpr):
-    """w_soft·c(T)·∂D/∂s of some entries, over P."""
+    """Returns w_soft·c(T)·∂D/∂s of some entries, divided by P."""
     scale, other = soft
     _, _, ratio, log_ratio = refs
     if D == REVERSE_KL:  # p (log(p/q) - D): the normalisers cancel
@@ -369,10 +371,10 @@ def gradient(
     s, t, refs, soft, hard, on_soft, k, power, beta,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STANDS_IN: tl.constexpr,
 ):  # fmt: skip
-    """The row's gradient of some entries, but for the -(1-ε) at the label.
+    """Returns the row's gradient of some entries, but for the -(1-ε) at the label.
 
-    STANDS_IN: t is the student's logits where the soft term is off, else what is made of it there
-    must be dropped.
+    STANDS_IN: t is the student's logits where the soft term is off. Else t is the teacher's there,
+    and what is made of it must be dropped.
     """
     a, b = tl.fma(s, k, -refs[0]), tl.fma(t, k, -refs[1])
     P = tl.exp2(a)
@@ -418,7 +420,7 @@ def gradient(
 
 @triton.jit
 def entries_of(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Tensors (LANES,) of a tensor (LANES, VECTOR): registers of a thread, in a fixed order."""
+    """Splits (LANES, VECTOR) into tensors (LANES,): registers of a thread, in a fixed order."""
     if VECTOR == 1:
         return (tl.reshape(x, (LANES,)),)
     else:
@@ -428,7 +430,7 @@ def entries_of(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def widened(x, VECTOR: tl.constexpr, CUDA: tl.constexpr):
-    """Logits as float32. NVIDIA's compiler would take three instructions for two of bfloat16."""
+    """Returns logits as float32. Left alone, NVIDIA's compiler takes three instructions for two."""
     if CUDA > 0 and VECTOR > 1 and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r",
@@ -444,7 +446,7 @@ def largest(
     entries,  # the same, widened
     UNROLL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
-    """The largest entry of each lane, a number unless all are NaN.
+    """Returns the largest entry of each lane, a number unless all are NaN.
 
     NVIDIA's GPUs compare two 16-bit numbers with one instruction.
     """

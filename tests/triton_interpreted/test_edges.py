@@ -303,7 +303,7 @@ def test_wrong_shapes_and_dtypes_are_refused() -> None:
         ops.triton_forward(student, teacher, rest[0][:1], *rest[1:], *numbers())
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         ops.triton_forward(student.double(), teacher, *rest, *numbers())
-    with pytest.raises(RuntimeError, match=r"got torch\.float32 beside torch\.bfloat16"):
+    with pytest.raises(RuntimeError, match=r"got torch\.float32 for torch\.bfloat16"):
         ops.triton_forward_backward_into(
             student.bfloat16(), teacher, *rest, *numbers(), torch.empty_like(student)
         )
