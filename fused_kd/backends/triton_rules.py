@@ -345,9 +345,9 @@ def soft_constants(sums, x, y, on_soft, weight, temperature, beta, D: tl.constex
     if D == REVERSE_KL or D == MSE:  # infinite, and its gradient has no finite formula
         nan = nan | _soft_is_infinite(sums, D)
     scale = tl.where(nan, float("nan"), scale)
-    other = scale * offset
+    other = -scale * offset
     if D == FORWARD_KL:
-        other = scale * tl.div_rn(d_s, d_t)
+        other = -scale * tl.div_rn(d_s, d_t)
     return tl.where(on_soft, scale, 0.0), tl.where(on_soft, other, 0.0)
 
 
@@ -357,13 +357,13 @@ def _soft_gradient(a, b, P, refs, soft, beta, D: tl.constexpr):
     scale, other = soft
     _, _, ratio, log_ratio = refs
     if D == REVERSE_KL:  # p (log(p/q) - D): the normalisers cancel
-        return tl.fma(scale, _above(a - b), -other)
+        return tl.fma(scale, _above(a - b), other)
     if D == JSD:  # (1-β) p (log(p/m) - KL(p|m))
         m_over_p, _ = _log_mixture(a, b, log_ratio, beta)
-        return tl.fma(scale, m_over_p, -other)
+        return tl.fma(scale, m_over_p, other)
     # tvd: 1/2 p (sgn(p-q) - Σ p sgn(p-q))
     d = tl.fma(-ratio, tl.exp2(b), P)
-    return _by_sign(d, scale - other, -scale - other, -other)
+    return _by_sign(d, scale + other, other - scale, other)
 
 
 @triton.jit
@@ -379,7 +379,7 @@ def gradient(
     a, b = tl.fma(s, k, -refs[0]), tl.fma(t, k, -refs[1])
     P = tl.exp2(a)
     DROPS: tl.constexpr = HAS_HARD and not STANDS_IN
-    # g = P·x - y + what the hard term adds
+    # g = P·x + y + what the hard term adds; no negations, of which triton 3.6 makes instructions
     if D == FORWARD_KL:  # p - q
         Q = tl.exp2(b)
         if not HAS_HARD:
@@ -394,22 +394,22 @@ def gradient(
         if DROPS:
             x = tl.where(on_soft, x, 0.0)
     elif D == MSE:  # 2 (s - t) / (V T)
-        y = -soft[0] * tl.where((s == -INF) & (t == -INF), 0.0, s - t)
+        y = soft[0] * tl.where((s == -INF) & (t == -INF), 0.0, s - t)
         if not HAS_HARD:
-            return -y
+            return y
         if DROPS:
             y = tl.where(on_soft, y, 0.0)
     scale, offset = hard
     if D == NONE:
         g = scale * P
     elif D == MSE:
-        g = tl.fma(scale, P, -y)
+        g = tl.fma(scale, P, y)
     elif power == 2.0:
-        g = tl.fma(P, tl.fma(scale, P, x), -y)
+        g = tl.fma(P, tl.fma(scale, P, x), y)
     elif power == 1.0:
-        g = tl.fma(P, scale + x, -y)
+        g = tl.fma(P, scale + x, y)
     else:
-        g = tl.fma(scale, tl.exp2(a * power), tl.fma(P, x, -y))
+        g = tl.fma(scale, tl.exp2(a * power), tl.fma(P, x, y))
     if SMOOTHING:
         g += tl.where((s != -INF) | (t != -INF), offset, 0.0)
     return g
