@@ -274,7 +274,7 @@ def executed_table() -> str:
         (
             "Instructions executed per element, bfloat16, sm_90. In the time that memory takes for "
             "two reads and one write of 16 bits, a card has time for so many, and so many special "
-            f"functions: {budgets}.",
+            f"functions: {budgets}; for float32 twice that.",
             markdown_table(head, lines, left=1),
             "`python -m benchmarks.triton_resources --tables executed`, "
             f"triton {triton.__version__}",
@@ -320,8 +320,8 @@ def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
             "Registers / bytes spilled / bytes of shared memory of a program; V = 128256, with the "
             "hard term. AMD: the last of several launches.",
             markdown_table(head, lines, left=3),
-            "`python -m benchmarks.triton_resources --tables resources`, "
-            f"triton {triton.__version__}",
+            f"`python -m benchmarks.triton_resources {' '.join(map(str, targets))} --tables "
+            f"resources`, triton {triton.__version__}",
         )
     )
 
