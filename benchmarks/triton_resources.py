@@ -1,9 +1,11 @@
-"""What the Triton kernels take of a GPU: registers, spills, shared memory, compiled without one.
+"""What the Triton kernels take of a GPU, compiled without one: instructions, registers, spills.
 
-    python -m benchmarks.triton_resources [target ...] [--modes mode ...] [--write docs/backends.md]
+    python -m benchmarks.triton_resources [target ...] [--tables executed resources]
+        [--modes mode ...] [--write docs/backends.md]
 
-prints, for every kernel x divergence x dtypes x target, what the compiler reports, as Markdown. The
-kernels are compiled with the configuration that a launch for V = 128256 would take.
+prints two tables as Markdown: the instructions that are executed per element (sm_90, see
+:mod:`.triton_counts`); and for every kernel x divergence x dtypes x target what the compiler
+reports, with the configuration that a launch for V = 128256 would take.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ from fused_kd.options import DIVERGENCES
 
 #: CUDA compute capabilities and AMD architectures.
 from .report import Parser, markdown_table, show, writable_file
+from .triton_counts import BUDGETS, executed
 
-NAME = "triton_resources"  # of its markers
+#: The tables; `triton_<name>` names their markers.
+TABLES = ("executed", "resources")
 TARGETS = (75, 80, 90, 100, 120, "gfx942", "gfx90a")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = (
@@ -80,6 +84,7 @@ class Resources:
     spills: int
     shared: int  # bytes
     code: dict[str, str] = field(repr=False)  # by kind: ttgir, ptx or amdgcn
+    cubin: bytes = field(default=b"", repr=False)  # NVIDIA's
 
 
 def _is_amd(target: int | str) -> bool:
@@ -105,6 +110,8 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         "LANES": chosen.lanes,
         "VECTOR": chosen.vector,
         "UNROLL": chosen.unroll,
+        "RING": backend.RING_PARTS // chosen.parts,
+        "CUDA": 0 if isinstance(target, str) else target,
     }
     absent = {
         "g_ptr": not gradient,
@@ -125,9 +132,9 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         "labels_ptr": "*i64",
         "counters_ptr": "*i32",
     }
-    scalars = ("k", "temperature", "beta", "soft_factor", "smoothing")
+    scalars = ("k", "power", "temperature", "beta", "soft_factor", "soft_slope", "smoothing")
     types.update(dict.fromkeys(scalars, variant.scalars))
-    types.update(dict.fromkeys(("ring", "S", "V", "power"), "i32"))
+    types.update(dict.fromkeys(("N", "S", "V"), "i32"))
     strides = [name for name in kernels._kd_rows_kernel.arg_names if "stride" in name]
     types.update(dict.fromkeys(strides, "i64"))
     specialized = ["V"] + strides if variant.aligned else []
@@ -192,7 +199,8 @@ def _resources(compiled: Any, is_amd: bool) -> Resources:
     report = nvidia_tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     assert found is not None, report
-    return Resources(int(found[1]), int(found[2]) + int(found[3]), shared, code)
+    spills = int(found[2]) + int(found[3])
+    return Resources(int(found[1]), spills, shared, code, compiled.asm["cubin"])
 
 
 def nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
@@ -226,6 +234,54 @@ def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
     )
 
 
+#: What is counted: a name, the kernel, T.
+COUNTED = [
+    *((name, Variant(divergence=name), "2") for name in DIVERGENCES),
+    ("forward_kl", Variant(), "1.5"),
+    ("forward_kl, label smoothing", Variant(smoothing=True), "2"),
+    ("forward_kl, forward only", Variant("forward"), "2"),
+    ("forward_kl, fp32", Variant(student=torch.float32, teacher=torch.float32), "2"),
+]
+VOCABULARIES = (128256, 151936)
+
+
+def _count(task: tuple[Variant, str]) -> list[str]:
+    variant, temperature = task
+    chosen = configuration(variant.vocabulary, variant.student, variant.teacher)
+    visits = 1 + (variant.divergence in ("jsd", "tvd")) + MODES[variant.mode][1]
+    found = executed(
+        compile_rows(variant, 90).cubin, variant.vocabulary, chosen, visits, temperature == "2"
+    )
+    return [f"{x:.1f}" for x in (found.instructions, found.around, found.special)]
+
+
+def executed_table() -> str:
+    """The instructions that are executed per element, in Markdown."""
+    import triton
+
+    tasks = [(replace(v, vocabulary=n), t) for _, v, t in COUNTED for n in VOCABULARIES]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        cells = pool.map(_count, tasks)
+        lines = [
+            [name, temperature, *(x for _ in VOCABULARIES for x in next(cells))]
+            for name, _, temperature in COUNTED
+        ]
+    head = ["forward and backward, with the hard term", "T"]
+    for n in VOCABULARIES:
+        head += [f"V = {n}", "of these around the loops", "special functions"]
+    budgets = ", ".join(f"{card} {i:g} and {s:g}" for card, (i, s) in BUDGETS.items())
+    return "\n\n".join(
+        (
+            "Instructions executed per element, bfloat16, sm_90. In the time that memory takes for "
+            "two reads and one write of 16 bits, a card has time for so many, and so many special "
+            f"functions: {budgets}; for float32 twice that.",
+            markdown_table(head, lines, left=1),
+            "`python -m benchmarks.triton_resources --tables executed`, "
+            f"triton {triton.__version__}",
+        )
+    )
+
+
 def _cell(task: tuple[Variant | torch.dtype, int | str]) -> str:
     what, target = task
     if isinstance(what, torch.dtype):
@@ -238,7 +294,7 @@ def _cell(task: tuple[Variant | torch.dtype, int | str]) -> str:
 
 
 def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
-    """The table, in Markdown."""
+    """What the compiler reports, in Markdown."""
     import triton
 
     rows: list[tuple[str, str, str, Variant | torch.dtype]] = [
@@ -264,22 +320,28 @@ def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
             "Registers / bytes spilled / bytes of shared memory of a program; V = 128256, with the "
             "hard term. AMD: the last of several launches.",
             markdown_table(head, lines, left=3),
-            f"`python -m benchmarks.triton_resources`, triton {triton.__version__}",
+            f"`python -m benchmarks.triton_resources {' '.join(map(str, targets))} --tables "
+            f"resources`, triton {triton.__version__}",
         )
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table, or writes it; returns the exit status."""
+    """Prints the tables, or writes them; returns the exit status."""
     parser = Parser(prog="python -m benchmarks.triton_resources", description=__doc__)
     add = parser.add_argument
     add("targets", nargs="*", help="75 80 90 100 120 gfx942 gfx90a; default: all")
+    add("--tables", nargs="*", default=list(TABLES), choices=TABLES)
     add("--modes", nargs="*", default=["forward_backward"], choices=list(MODES))
     add("--write", type=writable_file, metavar="FILE", help="between the markers of this file")
     options = parser.parse_args(arguments)
-    parser.check_markers(options.write, NAME)
+    for name in options.tables:
+        parser.check_markers(options.write, f"triton_{name}")
     targets = [int(t) if t.isdigit() else t for t in options.targets] or list(TARGETS)
-    show(report(targets, options.modes), options.write, NAME)
+    if "executed" in options.tables:
+        show(executed_table(), options.write, "triton_executed")
+    if "resources" in options.tables:
+        show(report(targets, options.modes), options.write, "triton_resources")
     return 0
 
 

@@ -25,6 +25,7 @@ VARIABLES = (
     ),
     ("FUSED_KD_DEBUG", "1: look at labels and weights on a GPU too (synchronises)"),
     ("FUSED_KD_AUTOTUNE", "1: the triton backend times configurations and keeps the fastest"),
+    ("FUSED_KD_SLICE_BYTES", "bytes of a row that one program of the triton backend works on"),
     ("TRITON_INTERPRET", "1: the triton backend runs on CPU tensors"),
     ("FUSED_KD_BUILD", "read by setup.py: 0 leaves the compiled modules out"),
     ("FUSED_KD_CUDA", "read by setup.py: 0 leaves the CUDA module out"),

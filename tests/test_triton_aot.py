@@ -24,9 +24,9 @@ from fused_kd.backends import triton_configuration
 from fused_kd.options import DIVERGENCES
 
 TARGETS = [75, 80, 90, 100, 120, "gfx942"]
-#: Bytes. A fold over a program's warps takes 32; a tensor that changes its layout would take a
+#: Bytes. A fold of four sums over a program's warps takes 128; a tensor that changes its layout a
 #: whole sub-block, 4096 and more.
-SHARED_LIMIT = 64
+SHARED_LIMIT = 128
 SOURCE = Path(triton_configuration.__file__).parent
 
 B16, F32 = torch.bfloat16, torch.float32
@@ -74,6 +74,67 @@ def test_barriers_around_the_label() -> None:
     label's gradient before all have stored; the interpreter, one thread, cannot see either."""
     code = compile_rows(Variant("backward"), 90).code["ptx"]
     assert len(re.findall(r"bar\.sync|barrier\.sync", code)) == 2
+
+
+@pytest.mark.parametrize(("divergence", "waits"), [("forward_kl", 2), ("tvd", 3)])
+def test_the_memory_order_of_programs_that_wait(divergence: str, waits: int) -> None:
+    """Nothing here runs them: what is stored is released, and read from L2 after an acquire.
+
+    They wait for the row before in the ring, then for each statistics visit of their own row, and
+    say so of their own row as often.
+    """
+    code = compile_rows(Variant(divergence=divergence), 90).code["ptx"]
+    kinds = {
+        "release": r"red\.global\.gpu\.release\.add\.u32|atom\.global\.gpu\.release\.add\.u32",
+        "acquire": r"ld\.global\.gpu\.acquire\.b32|atom\.global\.gpu\.acquire\.add\.u32",
+        "sums": r"ld\.global\.cg\.b32",
+        "barrier": r"bar\.sync",
+    }
+    found = re.finditer("|".join(f"(?P<{name}>{form})" for name, form in kinds.items()), code)
+    order = [str(one.lastgroup) for one in found]
+    assert order.count("acquire") == waits
+    # once more to release the place in the ring, here and where an ignored row has none to read
+    assert order.count("release") == waits - 1 + 2
+    text = " ".join(order)
+    # every warp has stored before one thread releases, and waits for the one that acquires
+    assert len(re.findall("barrier release", text)) == order.count("release")
+    assert len(re.findall("acquire barrier", text)) == waits
+    # sums are read after this program has arrived and then waited for the others
+    groups = re.findall(r"barrier release barrier acquire barrier(?: sums)+", text)
+    assert len(groups) == waits - 1
+    assert sum(group.count("sums") for group in groups) == order.count("sums") >= 6
+    # and the place in the ring is released after the last of them
+    assert re.search(r"sums(?: barrier)+ release(?: barrier)+$", text)
+
+
+# the last loads; the second visit of jsd needs the first visit's sums in every program
+@pytest.mark.parametrize(("divergence", "loads_of_reports"), [("forward_kl", 6), ("jsd", 2)])
+def test_programs_that_report_nothing_read_no_sums(divergence: str, loads_of_reports: int) -> None:
+    """Forward only: what another program may not have stored yet is read after waiting for it."""
+    code = compile_rows(Variant("forward", divergence), 90).code["ttgir"]
+    around: list[str] = []  # the lines that open the regions around a line
+    loads = []
+    for line in code.splitlines():
+        if line.strip().startswith("}"):
+            around.pop()
+        if re.search("cache_?[mM]odifier = cg", line):
+            loads.append([opening for opening in around if "scf.if" in opening])
+        if line.endswith("{"):
+            around.append(line)
+    waiting = [one for one in re.split(r"(?=scf\.if)", code) if "tt.atomic_rmw add, acquire" in one]
+    for regions in loads[-loads_of_reports:]:
+        # a row that counts, and a program that goes on
+        assert len(regions) == 2, regions
+        condition = regions[-1].split("scf.if")[1].split()[0]
+        assert any(one.startswith(f"scf.if {condition} ") for one in waiting), condition
+
+
+def test_a_scale_is_looked_at_first() -> None:
+    """Where it leaves nothing to do, no program reads anything else."""
+    for found in (compile_rows(Variant("rescale"), 90), compile_scale(B16, 90)):
+        before, condition, _ = found.code["ttgir"].partition("scf.if")
+        assert condition
+        assert len(re.findall(r"tt\.load|tt\.atomic", before)) == 1
 
 
 @pytest.mark.slow
@@ -137,8 +198,28 @@ def test_configurations(vocabulary: int, warps: int, vector: int, parts: int) ->
         assert other.parts == chosen.parts
 
 
+@pytest.mark.parametrize(("given", "parts"), [("49152", 16), ("160000", 4)])
+def test_slices_of_another_size(given: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
+    triton_configuration._slice_bytes.cache_clear()
+    try:
+        assert triton_configuration.configuration(128256, B16, B16).parts == parts
+    finally:
+        triton_configuration._slice_bytes.cache_clear()
+
+
+@pytest.mark.parametrize("given", ["0", "-5", "48K", ""])
+def test_slices_of_no_size(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
+    triton_configuration._slice_bytes.cache_clear()
+    with pytest.raises(ValueError, match="FUSED_KD_SLICE_BYTES must be a positive number of bytes"):
+        triton_configuration.configuration(128256, B16, B16)
+
+
 #: Pointers to what is float32 or an integer already.
 PLAIN = {"label_ptr", "w_ptr", "scale_ptr", "stats", "ptr", "all_parts"}
+#: Pointers of `_tile`, whose tensors `s` and `t` are widened where they are used.
+RAW = {"s_from", "t_from"}
 
 
 def _loads(tree: ast.AST) -> list[tuple[ast.Call, bool]]:
@@ -155,17 +236,38 @@ def _loads(tree: ast.AST) -> list[tuple[ast.Call, bool]]:
     return [(call, id(call) in cast) for call in calls if ast.unparse(call.func) == "tl.load"]
 
 
-def test_logits_are_float32_right_after_each_load() -> None:
+def _uses(tree: ast.AST) -> list[tuple[ast.Subscript, str]]:
+    """Every s[...] and t[...], and the function that is called with it."""
+    callers = {
+        id(argument): ast.unparse(call.func)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        for argument in call.args
+    }
+    return [
+        (node, callers.get(id(node), ""))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("s", "t")
+    ]
+
+
+def test_logits_are_float32_before_they_are_used() -> None:
     """Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU."""
-    loads = _loads(ast.parse((SOURCE / "triton_kernels.py").read_text(encoding="utf-8")))
+    tree = ast.parse((SOURCE / "triton_kernels.py").read_text(encoding="utf-8"))
+    loads, uses = _loads(tree), _uses(tree)
     assert len(loads) > 10
     for call, is_cast in loads:
         base = ast.unparse(call.args[0]).split(" ")[0]
-        assert is_cast or base in PLAIN, ast.unparse(call)
+        assert is_cast or base in PLAIN | RAW, ast.unparse(call)
+    assert len(uses) == 6
+    for node, caller in uses:
+        assert caller == "widened", ast.unparse(node)
     assert "tl.load" not in (SOURCE / "triton_rules.py").read_text(encoding="utf-8")
 
 
 def test_the_check_of_loads_finds_one_without_a_cast() -> None:
     (bad, is_cast), *_ = _loads(ast.parse("x = tl.load(s_ptr + i, i < end, 0.0)"))
     assert not is_cast
-    assert ast.unparse(bad.args[0]).split(" ")[0] not in PLAIN
+    assert ast.unparse(bad.args[0]).split(" ")[0] not in PLAIN | RAW
+    (_, caller), *_ = _uses(ast.parse("g = gradient(s[u], widened(t[u]))"))
+    assert caller == "gradient"

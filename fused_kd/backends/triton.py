@@ -33,7 +33,7 @@ from .triton_configuration import (
     configuration,
     registers,
 )
-from .triton_device import can_wait, kernels, kind, why_not
+from .triton_device import can_wait, capability, kernels, kind, multiprocessors, why_not
 
 LOG2E = 1.4426950408889634
 JSD, TVD, MSE = (DIVERGENCES.index(name) for name in ("jsd", "tvd", "mse"))
@@ -42,6 +42,11 @@ TWO_VISITS = (JSD, TVD)
 #: Parts of rows whose sums are kept while programs wait for each other: 256 KiB, ten times those
 #: that an H100 runs at once.
 RING_PARTS = 4096
+
+#: On each multiprocessor, where a number decides on the device whether there is work at all.
+PROGRAMS = 4
+#: Entries that a program scales at a time.
+SCALE_BLOCK = 4096
 
 forward, forward_backward, backward, rescale = registered(prefix="triton_")
 
@@ -136,32 +141,41 @@ def _launch(
     n, vocabulary = call.rows, student.shape[2]
     wait = steps == ("ALL",) and chosen.parts > 1
     partial = counters = None
-    ring = min(n, RING_PARTS // chosen.parts) if wait else n
+    ring = RING_PARTS // chosen.parts
     if chosen.parts > 1 and steps != ("BACKWARD",):
-        shape = (ring, chosen.parts, loaded.PARTIAL.value)
+        shape = (min(n, ring) if wait else n, chosen.parts, loaded.PARTIAL.value)
         partial = student.new_empty(shape, dtype=torch.float32)
         if wait:
             counters = student.new_zeros((1 + 2 * n,), dtype=torch.int32)
     has_hard = call.w_hard is not None
     smoothing = has_hard and call.label_smoothing > 0
-    simple = call.temperature in (1.0, 2.0) and call.soft < MSE
+    # in units of log2; the hard term's exponential is the soft one's to this power
+    power = call.temperature if call.soft < MSE else 1.0
+    tensors = [x for x in (student, teacher, gradient) if x is not None]
     strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
+    programs = n * chosen.parts
+    if scale is not None:
+        programs = min(programs, PROGRAMS * multiprocessors(student.device))
     for step in steps:
-        loaded._kd_rows_kernel[(n * chosen.parts,)](
+        loaded._kd_rows_kernel[(programs,)](
             *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
-            *(*losses, partial, counters, ring, student.shape[1], vocabulary, *strides),
-            LOG2E / call.temperature,
-            int(call.temperature) if simple else 0,
-            *(call.temperature, call.beta, call.soft_factor, call.label_smoothing),
+            *(*losses, partial, counters, n, _rows_per_batch(tensors), vocabulary, *strides),
+            LOG2E / power,
+            power,
+            *(call.temperature, call.beta, call.soft_factor),
+            call.soft_factor / call.temperature,
+            call.label_smoothing,
             D=call.soft,
             HAS_HARD=has_hard,
             SMOOTHING=smoothing,
             STEP=getattr(loaded, step).value,
             WAIT=wait,
             PARTS=chosen.parts,
+            RING=ring,
             LANES=chosen.lanes,
             VECTOR=chosen.vector,
             UNROLL=chosen.unroll,
+            CUDA=capability(student.device),
             **_options(chosen, kind(student.device), call.soft, smoothing),
         )
 
@@ -181,6 +195,17 @@ def _row_strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
+def _rows_per_batch(tensors: list[Tensor]) -> int:
+    """Returns S for the kernels: all rows if one stride leads from each to the next.
+
+    A kernel then need not divide.
+    """
+    batches, rows = tensors[0].shape[:2]
+    if all(batches == 1 or x.stride(0) == rows * x.stride(1) for x in tensors):
+        return batches * rows
+    return rows
+
+
 def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
     """What would make a kernel read or write elsewhere."""
     student, teacher, n = call.student, call.teacher, call.rows
@@ -198,8 +223,11 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
             raise RuntimeError(f"{name} must be float32, bfloat16 or float16")
     if not 0 < student.shape[2] <= LONGEST or n * MAX_PARTS >= 2**31:
         raise RuntimeError(f"{n} rows of {student.shape[2]} entries are beyond the triton kernels")
-    if gradient is not None and gradient.dtype != student.dtype:
-        raise RuntimeError("the gradient must have the student's dtype")
+    if gradient is not None and student.dtype not in (gradient.dtype, torch.float32):
+        raise RuntimeError(
+            "the gradient must have the student's dtype, or 16 bits for a float32 student; got "
+            f"{gradient.dtype} for {student.dtype}"
+        )
     if call.w_hard is not None and call.labels is None:
         raise RuntimeError("a hard term needs labels")
     vectors = ((call.labels, torch.int64), (call.w_hard, torch.float32), (call.w_soft, stats.dtype))
@@ -247,11 +275,12 @@ def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
     if gradient.numel() == 0:
         return
     with _guard(gradient):
-        # each looks at the scale and ends, most times: not one for every row
-        kernels()._kd_scale_kernel[(min(b * s, 1024),)](
-            *(gradient, scale, b * s, s, vocabulary, *_row_strides(gradient)),
+        programs = b * s * -(-vocabulary // SCALE_BLOCK)
+        kernels()._kd_scale_kernel[(min(programs, PROGRAMS * multiprocessors(gradient.device)),)](
+            *(gradient, scale, b * s, _rows_per_batch([gradient]), vocabulary),
+            *_row_strides(gradient),
             ANY=any_number,
-            BLOCK=4096,
+            BLOCK=SCALE_BLOCK,
             **_EXACT,
             num_warps=8,
         )
@@ -281,6 +310,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_backward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradient = student.new_empty(student.shape)
     return *_losses_of(_call(student, *rest), gradient), gradient
+
+
+def _forward_backward_into(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *losses, gradient = arguments
+    return _losses_of(_call(*losses), gradient)
 
 
 def _forward_backward_(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,6 +356,7 @@ def _scale_(gradient: Tensor, factor: Tensor) -> None:
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "forward_backward": _forward_backward,
+    "forward_backward_into": _forward_backward_into,
     "forward_backward_": _forward_backward_,
     "backward": _backward,
     "backward_": _backward_,

@@ -7,9 +7,11 @@ of 16 bytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -51,7 +53,8 @@ MORE_REGISTERS, SMOOTHING_REGISTERS = 16, 128
 ENTRIES = 16
 #: Bytes of a slice, both sides. Three programs on each of an H100's 132 SMs keep 32 MB of its 50 MB
 #: of L2, so that the later visits of a row find it there: 8 parts for a bfloat16 row of 128256 or
-#: 151936, 16 for 262144, 1 up to 20480.
+#: 151936, 16 for 262144, 1 up to 20480. FUSED_KD_SLICE_BYTES in the environment overrides it, for
+#: trials: other parts, other bits.
 SLICE_BYTES = 80 * 1024
 #: A GPU must have so many multiprocessors for a row's programs to wait for each other.
 MAX_PARTS = 32
@@ -74,10 +77,18 @@ def configuration(
         warps //= 2
     size = vocabulary * (student.itemsize + teacher.itemsize)
     parts = 1
-    while parts * SLICE_BYTES < size and parts < MAX_PARTS:
+    while parts * _slice_bytes() < size and parts < MAX_PARTS:
         parts *= 2
     chosen = Configuration(warps, warps * kind.warp_size, vector, ENTRIES // vector, parts)
     return replace(chosen, **{k: v for k, v in _override.items() if k != "wait"})
+
+
+@cache
+def _slice_bytes() -> int:
+    given = os.environ.get("FUSED_KD_SLICE_BYTES", str(SLICE_BYTES))
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError(f"FUSED_KD_SLICE_BYTES must be a positive number of bytes; got {given!r}")
+    return int(given)
 
 
 def registers(kind: Kind, vector: int, two_logarithms: bool, smoothing: bool) -> int | None:

@@ -72,11 +72,30 @@ def kind(device: torch.device) -> Kind:
     return BLACKWELL if torch.cuda.get_device_capability(device)[0] == 10 else NVIDIA
 
 
+@cache
+def capability(device: torch.device) -> int:
+    """Returns ten times the compute capability of an NVIDIA GPU; 0 elsewhere and interpreted."""
+    if device.type != "cuda" or torch.version.hip or _interpreted():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors or their like; 1 in the interpreter."""
+    if device.type == "cpu":
+        return 1
+    properties = getattr(torch, device.type).get_device_properties(device)
+    for name in ("multi_processor_count", "gpu_subslice_count"):
+        if hasattr(properties, name):
+            return int(getattr(properties, name))
+    return 64
+
+
 def can_wait(device: torch.device, parts: int) -> bool:
     """Programs may wait for each other: where the parts of a row have room, on an NVIDIA GPU.
 
     Elsewhere the memory order that waiting relies on is untried.
     """
-    if device.type != "cuda" or torch.version.hip or _interpreted() or not may_wait():
-        return False
-    return torch.cuda.get_device_properties(device).multi_processor_count >= parts
+    return bool(capability(device)) and may_wait() and multiprocessors(device) >= parts

@@ -1,13 +1,20 @@
 """The formulas of the Triton kernels: what csrc/kd_math.h is to C++. Nothing here loads or stores.
 
-For one row, with s, t the logits, m_s, m_t references (maxima) and k = log2(e)/T:
+For one row, with s, t the logits and k = log2(e)/T, in units of log2:
 
-    a = s - m_s    P = 2^(a·k)    p = P / d_s    d_s = Σ P    e1 = 2^(a·log2 e)    d_1 = Σ e1
-    b = t - m_t    Q = 2^(b·k)    q = Q / d_t    d_t = Σ Q    π = e1 / d_1
+    a = s·k - M_s    P = 2^a    p = P / d_s    d_s = Σ P    e1 = P^T    π = e1 / d_1    d_1 = Σ e1
+    b = t·k - M_t    Q = 2^b    q = Q / d_t    d_t = Σ Q
 
-Subtracted first and multiplied then: the maximum's P is exactly 1, and equal rows have exactly
-equal P and Q. Infinity is decided on the logits; an entry that is -inf on both sides is absent.
-All tensors are float32. The only contractions are those that are written as `fma`.
+Each of a and b is one fused multiply-add, rounded once. The references M_s, M_t are the rounded
+products of k and the largest logits; any number near them would do, since only a, b and sums
+relative to the same references enter a result. A maximum's own a is therefore not exactly 0, but
+the rounding of its M, and every formula uses it as it is. Equal rows have exactly equal a and b.
+
+References begin at LOWEST, so that no case needs a comparison: where no logit is above, P is 0.
+A side whose every logit is below LOWEST/k, or one with a logit above -LOWEST/k, is NaN.
+
+Infinity is decided on the logits; an entry that is -inf on both sides is absent. All tensors are
+float32. The only contractions are those that are written as `fma`.
 """
 
 # mypy: ignore-errors
@@ -26,63 +33,105 @@ MSE = tl.constexpr(4)
 NONE = tl.constexpr(5)
 
 SUMS = tl.constexpr(8)
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-BIG = tl.constexpr(1e38)
+#: The first reference. A product of up to this size is rounded by at most 32, so 2^a stays finite.
+LOWEST = tl.constexpr(-(2.0**30))
+#: Beyond what an entry's log(p/q) may be: what a probability of exactly 0 is multiplied by.
+BIG = tl.constexpr(1e30)
+#: The largest of eight 16-bit numbers in four registers, as a float32.
+_LARGEST = """
+{{
+    .reg .b32 x, y;
+    {maximum} x, $8, $9;
+    {maximum} y, $10, $11;
+    {maximum} x, x, y;
+    {widen}
+    max.f32 $0, $0, $1;
+    mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0;
+    mov.b32 $4, $0; mov.b32 $5, $0; mov.b32 $6, $0; mov.b32 $7, $0;
+}}
+"""
+_LARGEST_BF16 = tl.constexpr(
+    _LARGEST.format(maximum="max.bf16x2", widen="shl.b32 $0, x, 16; and.b32 $1, x, 0xffff0000;")
+)
+_LARGEST_F16 = tl.constexpr(
+    _LARGEST.format(
+        maximum="max.f16x2",
+        widen=".reg .b16 l, h; mov.b32 {l, h}, x; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;",
+    )
+)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 # ------------------------------------------------------------------------------- first visit
-# `sums`: m_s, m_t, d_s, d_t, d_1, w, differences, count; of every lane, a part or a row. w is the
-# divergence's own sum, differences is Σ (s - m_s) and count the number of present entries. mse has
-# its largest |s - t| as d_s. What a divergence does not need stays 0.
+# `sums`: M_s, M_t, d_s, d_t, d_1, w, differences, count; of every lane, a part or a row. w is the
+# divergence's own sum, differences is Σ a and count the number of present entries. mse has its
+# largest |s - t| as d_s. What a divergence does not need stays 0; T = 1 needs no d_1 besides d_s.
 
 
 @triton.jit
-def _rebase(sums, m_s, m_t, k, D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr):
+def _rebase(
+    sums, M_s, M_t, power,
+    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr,
+):  # fmt: skip
     """The sums relative to larger references."""
     old_s, old_t, d_s, d_t, d_1, w, differences, count = sums
-    # without a finite logit so far the sums are 0, relative to anything
-    shift_s = tl.where(old_s == -INF, 0.0, old_s - m_s)
+    shift_s = old_s - M_s
+    factor_s = tl.exp2(shift_s)
     if D < MSE:
-        shift_t = tl.where(old_t == -INF, 0.0, old_t - m_t)
-        factor_s, factor_t = tl.exp2(shift_s * k), tl.exp2(shift_t * k)
+        shift_t = old_t - M_t
+        factor_t = tl.exp2(shift_t)
         d_s, d_t = d_s * factor_s, d_t * factor_t
         # d_t has shrunk before it meets the shift: a finite mask times a count would overflow
         if D == FORWARD_KL:
-            w = w * factor_t + (shift_t - shift_s) * d_t
+            w = tl.fma(shift_t - shift_s, d_t, w * factor_t)
         if D == REVERSE_KL:
-            w = w * factor_s + (shift_s - shift_t) * d_s
+            w = tl.fma(shift_s - shift_t, d_s, w * factor_s)
     if HAS_HARD:
-        d_1 = d_1 * tl.exp2(shift_s * LOG2E)
+        d_1 *= tl.exp2(shift_s * power)
     if SMOOTHING:
         differences += count * shift_s
-    return m_s, m_t, d_s, d_t, d_1, w, differences, count
+    return M_s, M_t, d_s, d_t, d_1, w, differences, count
 
 
 @triton.jit
-def fold(sums, k, D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr):
-    """One of what is along axis 0: lanes, or parts."""
+def _larger(x, y, u, v):
+    return tl.maximum(x, u), tl.maximum(y, v)
+
+
+@triton.jit
+def _added(x, y, z, w, u, v, r, q):
+    return x + u, y + v, z + r, w + q
+
+
+@triton.jit
+def fold(sums, power, D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr):
+    """Folds what is along axis 0, lanes or parts, into one."""
     zero = tl.full((), 0.0, tl.float32)
-    m_s = tl.max(sums[0], 0)
-    m_t = tl.max(sums[1], 0) if D != NONE else zero
-    _, _, d_s, d_t, d_1, w, differences, count = _rebase(sums, m_s, m_t, k, D, HAS_HARD, SMOOTHING)
+    if D == NONE:
+        M_s, M_t = tl.max(sums[0], 0), zero
+    else:
+        M_s, M_t = tl.reduce((sums[0], sums[1]), 0, _larger)
+    sums = _rebase(sums, M_s, M_t, power, D, HAS_HARD, SMOOTHING)
+    _, _, d_s, d_t, d_1, w, differences, count = sums
     if D < MSE:
-        d_s, d_t = tl.sum(d_s, 0), tl.sum(d_t, 0)
+        d_s, d_t, d_1, w = tl.reduce((d_s, d_t, d_1, w), 0, _added)
     else:
         d_s, d_t = tl.max(d_s, 0) if D == MSE else zero, zero
-    w = tl.sum(w, 0) if D == FORWARD_KL or D == REVERSE_KL or D == MSE else zero
-    d_1 = tl.sum(d_1, 0) if HAS_HARD else zero
+        w = tl.sum(w, 0) if D == MSE else zero
+        d_1 = tl.sum(d_1, 0) if HAS_HARD else zero
     differences = tl.sum(differences, 0) if SMOOTHING else zero
     count = tl.sum(count, 0) if SMOOTHING or D == MSE else zero
-    return m_s, m_t, d_s, d_t, d_1, w, differences, count
+    return M_s, M_t, d_s, d_t, d_1, w, differences, count
 
 
 @triton.jit
-def _finite_reference(m):
-    """What to subtract: where no logit is finite so far, any number, since every P is 0."""
-    return tl.where(m == -INF, 0.0, m)
+def hard_sum(sums, power, D: tl.constexpr):
+    """Returns d_1 of a row; at T = 1 it is d_s."""
+    if D < MSE:
+        return tl.where(power == 1.0, sums[2], sums[4])
+    return sums[4]
 
 
 @triton.jit
@@ -92,68 +141,62 @@ def _above(x):
 
 
 @triton.jit
-def _hard_exponential(a, P, power):
-    """e^a: for T = 1, 2 a power of e^(a/T), which is there; `power` is the same for all rows."""
-    if power == 1:
-        e = P
-    elif power == 2:
-        e = P * P
-    else:
-        e = tl.exp2(a * LOG2E)
-    return e
-
-
-@triton.jit
 def add_tile(
     sums,
-    s,  # UNROLL x (LANES, VECTOR)
+    s,  # COUNT x (LANES,)
     t,
+    top_s,  # the largest of each
+    top_t,
     k,
     power,
-    UNROLL: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     HAS_HARD: tl.constexpr,
     SMOOTHING: tl.constexpr,
 ):
     """Adds a tile to the sums of the lanes."""
-    top_s, top_t = s[0], t[0]
-    for u in tl.static_range(1, UNROLL):
-        top_s, top_t = tl.maximum(top_s, s[u]), tl.maximum(top_t, t[u])
-    m_s, m_t = tl.maximum(sums[0], tl.max(top_s, 1)), sums[1]
+    M_s, M_t = tl.maximum(sums[0], top_s * k), sums[1]
     if D != NONE:
-        m_t = tl.maximum(m_t, tl.max(top_t, 1))
-    _, _, d_s, d_t, d_1, w, differences, count = _rebase(sums, m_s, m_t, k, D, HAS_HARD, SMOOTHING)
-    ref_s, ref_t = _finite_reference(m_s)[:, None], _finite_reference(m_t)[:, None]
-    products = 0.0
-    for u in tl.static_range(UNROLL):
-        a = s[u] - ref_s
-        P = a
-        if D < MSE:
-            b = t[u] - ref_t
-            P, Q = tl.exp2(a * k), tl.exp2(b * k)
-            d_s += tl.sum(P, 1)
-            d_t += tl.sum(Q, 1)
-        if D == MSE or SMOOTHING:
-            present = (s[u] != -INF) | (t[u] != -INF)
-            count += tl.sum(present.to(tl.float32), 1)
-        # w is a sum of x·y; +inf, where one side alone is absent, survives in it and marks the row
-        if D == FORWARD_KL:
-            x, y = Q, _above(b - a)
-        if D == REVERSE_KL:
-            x, y = P, _above(a - b)
-        if D == MSE:
-            x = tl.where(present, s[u] - t[u], 0.0)
-            y = x
-            d_s = tl.maximum(d_s, tl.max(tl.abs(x), 1))
-        if D == FORWARD_KL or D == REVERSE_KL or D == MSE:
-            products = x * y if u == 0 else tl.fma(x, y, products)
+        M_t = tl.maximum(M_t, top_t * k)
+    sums = _rebase(sums, M_s, M_t, power, D, HAS_HARD, SMOOTHING)
+    _, _, d_s, d_t, d_1, w, differences, count = sums
+    for first in tl.static_range(0, COUNT, GROUP):
+        exponents, probabilities = (), ()
+        for i in tl.static_range(first, first + GROUP):
+            a = tl.fma(s[i], k, -M_s)
+            P = tl.exp2(a) if D < MSE or HAS_HARD else a
+            exponents, probabilities = exponents + (a,), probabilities + (P,)
+            if D < MSE:
+                b = tl.fma(t[i], k, -M_t)
+                Q = tl.exp2(b)
+                d_s += P
+                d_t += Q
+            if D == MSE or SMOOTHING:
+                present = (s[i] != -INF) | (t[i] != -INF)
+                count += present.to(tl.float32)
+            # +inf, where one side alone is absent, survives in w and marks the row
+            if D == FORWARD_KL:
+                w = tl.fma(Q, _above(b - a), w)
+            if D == REVERSE_KL:
+                w = tl.fma(P, _above(a - b), w)
+            if D == MSE:
+                x = tl.where(present, s[i] - t[i], 0.0)
+                w = tl.fma(x, x, w)
+                d_s = tl.maximum(d_s, tl.abs(x))
+            if SMOOTHING:
+                differences += tl.where(present, a, 0.0)
         if HAS_HARD:
-            d_1 += tl.sum(_hard_exponential(a, P, power), 1)
-        if SMOOTHING:
-            differences += tl.sum(tl.where(present, a, 0.0), 1)
-    if D == FORWARD_KL or D == REVERSE_KL or D == MSE:
-        w += tl.sum(products, 1)
-    return m_s, m_t, d_s, d_t, d_1, w, differences, count
+            if D >= MSE:
+                for i in tl.static_range(GROUP):
+                    d_1 += probabilities[i]
+            elif power == 2.0:
+                for i in tl.static_range(GROUP):
+                    d_1 = tl.fma(probabilities[i], probabilities[i], d_1)
+            elif power != 1.0:
+                for i in tl.static_range(GROUP):
+                    d_1 += tl.exp2(exponents[i] * power)
+    return M_s, M_t, d_s, d_t, d_1, w, differences, count
 
 
 # --------------------------------------------------------------- second visit, value, gradient
@@ -178,10 +221,10 @@ def _log2(x):
 
 
 @triton.jit
-def _log_mixture(a, b, k, log_ratio, beta):
+def _log_mixture(a, b, log_ratio, beta):
     """log2(m/p), log2(m/q) of m = β·q + (1-β)·p. Exactly 0 where the rows are equal."""
     # log2(p/q), made finite where P or Q is exactly 0
-    r = tl.fma(a - b, k, log_ratio)
+    r = (a - b) + log_ratio
     r = tl.where(r < BIG, _above(r), BIG)
     # m over the larger of p and q, a mixture of 1 and 2^-|r|: one logarithm, of a normal number
     c = tl.where(r <= 0.0, beta, 1.0 - beta)
@@ -190,43 +233,46 @@ def _log_mixture(a, b, k, log_ratio, beta):
 
 
 @triton.jit
-def _signed(P, Q, ratio):
-    """P·sgn(p - q), and p - q times d_s. The sign is exact for equal rows: ratio is 1."""
-    d = tl.fma(-ratio, Q, P)
-    return tl.where(d > 0.0, P, tl.where(d < 0.0, -P, 0.0)), d
+def _by_sign(x, positive, negative, zero):
+    return tl.where(x > 0.0, positive, tl.where(x < 0.0, negative, zero))
 
 
 @triton.jit
-def add_tile_again(sums, s, t, refs, k, beta, UNROLL: tl.constexpr, D: tl.constexpr):
-    """Adds a tile to x, y: Σ P·log2(p/m), Σ Q·log2(q/m) for jsd; Σ |p - q|·d_s, Σ P·sgn for tvd."""
+def add_tile_again(sums, s, t, refs, k, beta, COUNT: tl.constexpr, D: tl.constexpr):
+    """Adds a tile to x, y: Σ P·log2(m/p), Σ Q·log2(m/q) for jsd; Σ |p - q|·d_s, Σ P·sgn for tvd."""
     x, y = sums
-    ref_s, ref_t, ratio, log_ratio = refs
-    for u in tl.static_range(UNROLL):
-        a, b = s[u] - ref_s, t[u] - ref_t
-        P, Q = tl.exp2(a * k), tl.exp2(b * k)
+    M_s, M_t, ratio, log_ratio = refs
+    for i in tl.static_range(COUNT):
+        a, b = tl.fma(s[i], k, -M_s), tl.fma(t[i], k, -M_t)
+        P, Q = tl.exp2(a), tl.exp2(b)
         if D == JSD:
-            m_over_p, m_over_q = _log_mixture(a, b, k, log_ratio, beta)
-            x -= tl.sum(P * m_over_p, 1)
-            y -= tl.sum(Q * m_over_q, 1)
+            m_over_p, m_over_q = _log_mixture(a, b, log_ratio, beta)
+            x = tl.fma(P, m_over_p, x)
+            y = tl.fma(Q, m_over_q, y)
         else:
-            signed, d = _signed(P, Q, ratio)
-            x += tl.sum(tl.abs(d), 1)
-            y += tl.sum(signed, 1)
+            d = tl.fma(-ratio, Q, P)  # (p - q)·d_s; exactly 0 for equal rows: ratio is 1
+            x += tl.abs(d)
+            y += _by_sign(d, P, -P, 0.0)
     return x, y
 
 
 @triton.jit
-def references(sums, D: tl.constexpr):
-    """What entries are relative to; d_s/d_t is exactly 1 for equal rows, its logarithm 0."""
-    ratio = tl.div_rn(sums[2], sums[3]) if D < MSE else tl.full((), 0.0, tl.float32)
-    log_ratio = -tl.log2(ratio) if D == JSD else tl.full((), 0.0, tl.float32)
-    return _finite_reference(sums[0]), _finite_reference(sums[1]), ratio, log_ratio
+def references(sums, on_soft, D: tl.constexpr):
+    """Returns what entries are relative to; d_s/d_t is exactly 1 for equal rows, its logarithm 0.
+
+    Where the row's soft term is off, the student stands in for the teacher.
+    """
+    M_s, M_t, d_s, d_t, _, _, _, _ = sums
+    one, zero = tl.full((), 1.0, tl.float32), tl.full((), 0.0, tl.float32)
+    ratio = tl.where(on_soft, tl.div_rn(d_s, d_t), 1.0) if D < MSE else one
+    log_ratio = -tl.log2(ratio) if D == JSD else zero
+    return M_s, tl.where(on_soft, M_t, M_s), ratio, log_ratio
 
 
 @triton.jit
-def unusable(m):
-    """A side without a finite logit, or with +inf."""
-    return (m == -INF) | (m == INF) | (m != m)
+def unusable(M):
+    """A side without a logit that counts, or with +inf."""
+    return (M <= LOWEST) | (M >= -LOWEST)
 
 
 @triton.jit
@@ -241,8 +287,8 @@ def _soft_is_infinite(sums, D: tl.constexpr):
 
 @triton.jit
 def _soft_is_nan(sums, D: tl.constexpr):
-    m_s, m_t, d_s, d_t, _, w, _, _ = sums
-    nan = unusable(m_s) | unusable(m_t) | (d_s != d_s) | (d_t != d_t)
+    M_s, M_t, d_s, d_t, _, w, _, _ = sums
+    nan = unusable(M_s) | unusable(M_t) | (d_s != d_s) | (d_t != d_t)
     return nan | (w != w) if D == MSE else nan
 
 
@@ -250,11 +296,11 @@ def _soft_is_nan(sums, D: tl.constexpr):
 def soft_value(sums, x, y, temperature, beta, soft_factor, D: tl.constexpr):
     _, _, d_s, d_t, _, w, _, count = sums
     if D == FORWARD_KL:
-        value = tl.div_rn(w, temperature * d_t) + tl.log(tl.div_rn(d_s, d_t))
+        value = LN2 * tl.div_rn(w, d_t) + tl.log(tl.div_rn(d_s, d_t))
     elif D == REVERSE_KL:
-        value = tl.div_rn(w, temperature * d_s) + tl.log(tl.div_rn(d_t, d_s))
+        value = LN2 * tl.div_rn(w, d_s) + tl.log(tl.div_rn(d_t, d_s))
     elif D == JSD:
-        value = LN2 * (beta * tl.div_rn(y, d_t) + (1.0 - beta) * tl.div_rn(x, d_s))
+        value = 0.0 - LN2 * (beta * tl.div_rn(y, d_t) + (1.0 - beta) * tl.div_rn(x, d_s))
     elif D == TVD:
         value = 0.5 * tl.div_rn(x, d_s)
     else:
@@ -264,16 +310,33 @@ def soft_value(sums, x, y, temperature, beta, soft_factor, D: tl.constexpr):
 
 
 @triton.jit
-def soft_constants(sums, x, y, weight, temperature, beta, D: tl.constexpr):
-    """scale and offset of _soft_gradient, for a weight of w_soft·c(T)/T; NaN for a NaN row."""
-    _, _, d_s, _, _, w, _, count = sums
+def hard_value(sums, s_y, smoothing, k, power, D: tl.constexpr, SMOOTHING: tl.constexpr):
+    """Returns the hard term of a row without NaN whose label's logit is s_y."""
+    log_sum = tl.log(hard_sum(sums, power, D))
+    unit = power * LN2  # of a and b in the hard term
+    # the largest probability may be rounded up, which a confident row would show
+    value = log_sum - unit * tl.fma(s_y, k, -sums[0])
+    value = tl.where(value < 0.0, 0.0, value)
+    if SMOOTHING:
+        mean = unit * tl.div_rn(sums[6], sums[7])
+        value = (1.0 - smoothing) * value + smoothing * (log_sum - mean)
+    return value
+
+
+@triton.jit
+def soft_constants(sums, x, y, on_soft, weight, temperature, beta, D: tl.constexpr):
+    """Returns what the gradient of the soft term needs, for a weight of w_soft·c(T)/T.
+
+    NaN for a NaN row, 0 for one whose soft term is off, whatever its teacher holds.
+    """
+    _, _, d_s, d_t, _, w, _, count = sums
     offset = tl.full((), 0.0, tl.float32)
     if D == FORWARD_KL:
         scale = tl.div_rn(weight, d_s)
     elif D == REVERSE_KL:
-        scale, offset = tl.div_rn(weight, temperature * d_s), tl.div_rn(w, d_s)
+        scale, offset = tl.div_rn(weight * LN2, d_s), tl.div_rn(w, d_s)
     elif D == JSD:
-        scale, offset = tl.div_rn(weight * (1.0 - beta) * LN2, d_s), tl.div_rn(x, d_s)
+        scale, offset = tl.div_rn(-(1.0 - beta) * LN2 * weight, d_s), tl.div_rn(x, d_s)
     elif D == TVD:
         scale, offset = tl.div_rn(0.5 * weight, d_s), tl.div_rn(y, d_s)
     else:
@@ -281,51 +344,131 @@ def soft_constants(sums, x, y, weight, temperature, beta, D: tl.constexpr):
     nan = _soft_is_nan(sums, D)
     if D == REVERSE_KL or D == MSE:  # infinite, and its gradient has no finite formula
         nan = nan | _soft_is_infinite(sums, D)
-    return tl.where(nan, float("nan"), scale), offset
+    scale = tl.where(nan, float("nan"), scale)
+    other = -scale * offset
+    if D == FORWARD_KL:
+        other = -scale * tl.div_rn(d_s, d_t)
+    return tl.where(on_soft, scale, 0.0), tl.where(on_soft, other, 0.0)
 
 
 @triton.jit
-def _soft_gradient(s, t, a, b, P, refs, soft, k, beta, D: tl.constexpr):
-    """w_soft·c(T)·∂D/∂s of some entries."""
-    scale, offset = soft
+def _soft_gradient(a, b, P, refs, soft, beta, D: tl.constexpr):
+    """Returns w_soft·c(T)·∂D/∂s of some entries, divided by P."""
+    scale, other = soft
     _, _, ratio, log_ratio = refs
-    if D == MSE:  # 2 (s - t) / (V T)
-        return scale * tl.where((s == -INF) & (t == -INF), 0.0, s - t)
     if D == REVERSE_KL:  # p (log(p/q) - D): the normalisers cancel
-        return (scale * P) * (_above(a - b) - offset)
+        return tl.fma(scale, _above(a - b), other)
     if D == JSD:  # (1-β) p (log(p/m) - KL(p|m))
-        m_over_p, _ = _log_mixture(a, b, k, log_ratio, beta)
-        return (scale * P) * (-m_over_p - offset)
-    Q = tl.exp2(b * k)
-    if D == TVD:  # 1/2 p (sgn(p-q) - Σ p sgn(p-q))
-        signed, _ = _signed(P, Q, ratio)
-        return scale * tl.fma(-offset, P, signed)
-    return scale * tl.fma(-ratio, Q, P)  # p - q
+        m_over_p, _ = _log_mixture(a, b, log_ratio, beta)
+        return tl.fma(scale, m_over_p, other)
+    # tvd: 1/2 p (sgn(p-q) - Σ p sgn(p-q))
+    d = tl.fma(-ratio, tl.exp2(b), P)
+    return _by_sign(d, scale + other, other - scale, other)
 
 
 @triton.jit
 def gradient(
     s, t, refs, soft, hard, on_soft, k, power, beta,
-    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr,
+    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STANDS_IN: tl.constexpr,
 ):  # fmt: skip
-    """The row's gradient of some entries, but for the -(1-ε) at the label."""
-    a, b = s - refs[0], t - refs[1]
-    g, P = 0.0, a
-    if D < MSE:
-        P = tl.exp2(a * k)
-    if D != NONE:
-        g = _soft_gradient(s, t, a, b, P, refs, soft, k, beta, D)
-    if HAS_HARD:
-        scale, offset = hard
-        if D != NONE:  # a teacher's NaN has no part in a row whose soft term is off
-            g = tl.where(on_soft, g, 0.0)
-        if SMOOTHING:
-            g += tl.where((s != -INF) | (t != -INF), offset, 0.0)
-        g = tl.fma(scale, _hard_exponential(a, P, power), g)
+    """Returns the row's gradient of some entries, but for the -(1-ε) at the label.
+
+    STANDS_IN: t is the student's logits where the soft term is off. Else t is the teacher's there,
+    and what is made of it must be dropped.
+    """
+    a, b = tl.fma(s, k, -refs[0]), tl.fma(t, k, -refs[1])
+    P = tl.exp2(a)
+    DROPS: tl.constexpr = HAS_HARD and not STANDS_IN
+    # g = P·x + y + what the hard term adds; no negations, of which triton 3.6 makes instructions
+    if D == FORWARD_KL:  # p - q
+        Q = tl.exp2(b)
+        if not HAS_HARD:
+            return soft[0] * tl.fma(-refs[2], Q, P)  # exactly 0 for equal rows
+        x, y = soft[0], soft[1] * Q
+        if DROPS:
+            y = tl.where(on_soft, y, 0.0)
+    elif D < MSE:
+        x, y = _soft_gradient(a, b, P, refs, soft, beta, D), 0.0
+        if not HAS_HARD:
+            return x * P
+        if DROPS:
+            x = tl.where(on_soft, x, 0.0)
+    elif D == MSE:  # 2 (s - t) / (V T)
+        y = soft[0] * tl.where((s == -INF) & (t == -INF), 0.0, s - t)
+        if not HAS_HARD:
+            return y
+        if DROPS:
+            y = tl.where(on_soft, y, 0.0)
+    scale, offset = hard
+    if D == NONE:
+        g = scale * P
+    elif D == MSE:
+        g = tl.fma(scale, P, y)
+    elif power == 2.0:
+        g = tl.fma(P, tl.fma(scale, P, x), y)
+    elif power == 1.0:
+        g = tl.fma(P, scale + x, y)
+    else:
+        g = tl.fma(scale, tl.exp2(a * power), tl.fma(P, x, y))
+    if SMOOTHING:
+        g += tl.where((s != -INF) | (t != -INF), offset, 0.0)
     return g
 
 
 # ------------------------------------------------------------------------------------- numbers
+
+
+@triton.jit
+def entries_of(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Splits (LANES, VECTOR) into tensors (LANES,): registers of a thread, in a fixed order."""
+    if VECTOR == 1:
+        return (tl.reshape(x, (LANES,)),)
+    else:
+        even, odd = tl.split(tl.reshape(x, (LANES, VECTOR // 2, 2)))
+        return entries_of(even, LANES, VECTOR // 2) + entries_of(odd, LANES, VECTOR // 2)
+
+
+@triton.jit
+def widened(x, VECTOR: tl.constexpr, CUDA: tl.constexpr):
+    """Returns logits as float32. Left alone, NVIDIA's compiler takes three instructions for two."""
+    if CUDA > 0 and VECTOR > 1 and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r",
+            [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def largest(
+    x,  # UNROLL x (LANES, VECTOR), as loaded
+    entries,  # the same, widened
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, CUDA: tl.constexpr,
+):  # fmt: skip
+    """Returns the largest entry of each lane, a number unless all are NaN.
+
+    NVIDIA's GPUs compare two 16-bit numbers with one instruction.
+    """
+    if CUDA >= 80 and VECTOR == 8 and x[0].dtype != tl.float32:
+        BRAIN: tl.constexpr = x[0].dtype == tl.bfloat16
+        top = x[0]
+        for u in tl.static_range(1, UNROLL):
+            top = tl.inline_asm_elementwise(
+                "max.bf16x2 $0, $1, $2;" if BRAIN else "max.f16x2 $0, $1, $2;", "=&r,r,r",
+                [top, x[u]], dtype=x[0].dtype, is_pure=True, pack=2,
+            )  # fmt: skip
+        # one result, eight times
+        one = tl.inline_asm_elementwise(
+            _LARGEST_BF16 if BRAIN else _LARGEST_F16, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
+            [top], dtype=tl.float32, is_pure=True, pack=8,
+        )  # fmt: skip
+        return entries_of(one, LANES, VECTOR)[0]
+    else:
+        top = entries[0]
+        for i in tl.static_range(1, UNROLL * VECTOR):
+            top = tl.maximum(top, entries[i])
+        return top
 
 
 @triton.jit

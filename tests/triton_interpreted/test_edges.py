@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from cases import CONFIGURATIONS, V, configured, numbers, rows
 from torch import Tensor
 
+from fused_kd.backends import triton as backend
 from fused_kd.testing import guarded
 
 ops = torch.ops.fused_kd
@@ -56,6 +59,52 @@ def test_nothing_around_the_rows_is_read_or_written(name: str) -> None:
         assert torch.equal(got, want)
     assert margins[..., :7].isnan().all()
     assert margins[..., 7 + V :].isnan().all()
+
+
+def test_rows_at_two_strides() -> None:
+    """A batch that leaves out its last row: that one, between the others, stays as it is."""
+    whole, other = torch.randn(2, 3, 4, V)
+    student, teacher = whole[:, :-1], other[:, :-1]
+    rest = rows(9)[2:]
+    left_out = whole[:, -1].clone()
+    with configured(**TWO_PARTS):
+        expected = forward_backward(student.contiguous(), teacher.contiguous(), *rest)
+        losses = ops.triton_forward_backward_(student, teacher, *rest, *numbers())
+        ops.triton_scale_(student, torch.tensor(3.0))
+    for got, want in zip((*losses, student), (*expected[:3], 3.0 * expected[3]), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(whole[:, -1], left_out)
+
+
+# one entry more than a multiple of what a program takes at a time
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gradient_in_other_memory(dtype: torch.dtype, name: str) -> None:
+    """It is rounded once, from float32; nothing around it is written, and no logit."""
+    student, teacher, *rest = rows(3)
+    before, margins = student.clone(), torch.full((1, 3, V + 9), NAN, dtype=dtype)
+    grad = margins[..., 4 : 4 + V]
+    with configured(**CONFIGURATIONS[name]):
+        *losses, expected = forward_backward(student, teacher, *rest, smoothing=0.1)
+        got = ops.triton_forward_backward_into(
+            student, teacher, *rest, *numbers(smoothing=0.1), grad
+        )
+        for x, y in zip(got, losses, strict=True):
+            assert torch.equal(x, y)
+        assert torch.equal(grad, expected.to(dtype))
+        # no power of two: made again, not rounded twice
+        ops.triton_rescale_(
+            student, teacher, *rest, got[2], *numbers(smoothing=0.1), torch.tensor(0.3), grad
+        )
+    scaled = expected * torch.tensor(0.3)
+    if dtype != torch.float32:
+        scaled = ops.triton_backward(
+            student, teacher, rest[0], *(0.3 * w for w in rest[1:]), got[2], *numbers(smoothing=0.1)
+        )
+    torch.testing.assert_close(grad, scaled.to(dtype), rtol=0, atol=0)
+    assert torch.equal(student, before)
+    assert margins[..., :4].isnan().all()
+    assert margins[..., 4 + V :].isnan().all()
 
 
 def test_a_row_beyond_2_31_elements() -> None:
@@ -184,6 +233,33 @@ def test_rescale(dtype: torch.dtype, scale: float) -> None:
         assert torch.equal(grad, torch.where(before == 0, before, before * factor))
 
 
+def test_few_programs_where_the_scale_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that mostly has nothing to do is not one of a program for each part of each row."""
+    grids: dict[str, list[int]] = {"_kd_rows_kernel": [], "_kd_scale_kernel": []}
+    loaded = backend.kernels()
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            grids[self.name].append(*grid)
+            return getattr(loaded, self.name)[grid]
+
+    recording = SimpleNamespace(**{**vars(loaded), **{name: Recorded(name) for name in grids}})
+    monkeypatch.setattr(backend, "kernels", lambda: recording)
+    student, teacher, *rest = rows(7, dtype=torch.bfloat16)
+    with configured(**TWO_PARTS):
+        *_, stats, grad = forward_backward(student, teacher, *rest)
+        expected = ops.triton_backward(
+            student, teacher, rest[0], *(3.0 * w for w in rest[1:]), stats, *numbers()
+        )
+        ops.triton_rescale_(student, teacher, *rest, stats, *numbers(), torch.tensor(3.0), grad)
+    # two launches of the forward, one of the backward; then the interpreter's one "multiprocessor"
+    assert grids == {"_kd_rows_kernel": [14, 14, 14, 4], "_kd_scale_kernel": [4]}
+    assert torch.equal(grad, expected)
+
+
 def test_scale_of_a_view() -> None:
     wide = torch.randn(2, 3, V + 4).bfloat16()
     wide[0, 1, :9] = 0
@@ -206,6 +282,7 @@ def test_opcheck() -> None:
     for name, arguments in {
         "forward": losses,
         "forward_backward": losses,
+        "forward_backward_into": (*losses, grad),
         "forward_backward_": losses,
         "backward": gradients,
         "backward_": gradients,
@@ -226,6 +303,10 @@ def test_wrong_shapes_and_dtypes_are_refused() -> None:
         ops.triton_forward(student, teacher, rest[0][:1], *rest[1:], *numbers())
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         ops.triton_forward(student.double(), teacher, *rest, *numbers())
+    with pytest.raises(RuntimeError, match=r"got torch\.float32 for torch\.bfloat16"):
+        ops.triton_forward_backward_into(
+            student.bfloat16(), teacher, *rest, *numbers(), torch.empty_like(student)
+        )
 
 
 # ties at the first, at the second bit that is lost; carries into the exponent; infinities
