@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -35,7 +36,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import gpu_process
+from . import gpu_process, triton_cache
 from .gpu_parts import MINUTES, PARTS, minutes, names
 from .gpu_process import Part, Run
 from .records import SCHEMA
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (options.output / "gpu_check.log").open("w") as log:
         run = Run(options.device, options.output.resolve(), log, found)
         run.say("\n".join(f"{key:<16} {value}" for key, value in found.items()))
+        _use_cache(run)
         parts: list[Part] = []
         for i, name in enumerate(options.part):
             left = 60 * options.minutes - RESERVE - (time.monotonic() - start)
@@ -96,6 +98,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.part = [name for name in chosen if not options.part or name in options.part]
     options.minutes = options.minutes or minutes(options.part)
     return options
+
+
+def _use_cache(run: Run) -> None:
+    """Have Triton take binaries from where FUSED_KD_TRITON_CACHE says, if it does."""
+    source = os.environ.get(triton_cache.VARIABLE)
+    if source:
+        target = run.output / "triton_cache"
+        found = triton_cache.install(Path(source), target)
+        os.environ["TRITON_CACHE_DIR"] = str(target)
+        run.say(f"Triton's cache begins with {found} binaries of {source}")
 
 
 def _terminated(*_: object) -> None:

@@ -81,7 +81,7 @@ def _measure(case: Case, names: Sequence[str], times: Times, budget: Budget) -> 
             continue
         for divergence in DIVERGENCES[1:]:
             what = f"forward_backward, {divergence}"
-            call = _Operators(problem, backend, divergence).forward_backward
+            call = Operators(problem, backend, divergence).forward_backward
             if budget.allows(0):
                 times.show(what, times.measure(f"{where} {what}", call), 1.5 * copy, group=where)
 
@@ -91,7 +91,7 @@ Call = tuple[str, int, Callable[[], object], Callable[[], object] | None]
 
 def _calls(problem: LogitsProblem, backend: str) -> list[Call]:
     """Return what to measure: name, matrices that it has to move, call, restore."""
-    operators = _Operators(problem, backend, DIVERGENCES[0])
+    operators = Operators(problem, backend, DIVERGENCES[0])
     keywords: dict[str, Any] = {"temperature": 2.0, "backend": backend}
     whole, over = (KDLoss(inplace=inplace, **keywords) for inplace in (False, True))
     return [
@@ -115,7 +115,7 @@ def _loss(module: KDLoss) -> Callable[..., Tensor]:
     return loss
 
 
-class _Operators:
+class Operators:
     """The operators of one backend on the tensors of a problem."""
 
     def __init__(self, problem: LogitsProblem, backend: str, divergence: str) -> None:
@@ -162,7 +162,7 @@ class _Operators:
 def _launch(backend: str, device: str) -> None:
     """Call three kernels under a profiler that was told to wait for it."""
     problems = [LogitsProblem(case) for case in _cases(device)[:2]]
-    ready = [_Operators(problem, backend, DIVERGENCES[0]) for problem in problems]
+    ready = [Operators(problem, backend, DIVERGENCES[0]) for problem in problems]
     calls = [ready[0].forward_backward, ready[1].forward_backward, ready[0].backward]
     for call in calls:
         call()  # compiles, loads, allocates

@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from .gpu_process import GRACE, ROOT, Part, Run, call, script
+from .triton_cache import count
 
 FIRST, SECOND = "first", "second"
 #: Minutes of each run.
@@ -134,6 +136,15 @@ def _suite(run: Run, part: Part) -> None:
     script(run, part, "benchmarks", "run", "--in-process", "--output", output, *given)
 
 
+def _triton_smoke(run: Run, part: Part) -> None:
+    """The smoke of the Triton kernels, and what was compiled for it although a cache was given."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    before = count(Path(folder)) if folder else 0
+    _module("gpu_smoke", *TRITON)(run, part)
+    if folder:
+        run.say(f"{count(Path(folder)) - before} binaries were not in {folder}")
+
+
 CUDA, TRITON = ("--backends", "cuda"), ("--backends", "triton")
 
 PARTS: dict[str, Plan] = {
@@ -143,7 +154,7 @@ PARTS: dict[str, Plan] = {
     "ncu": Plan(FIRST, 30, _module("gpu_counters", *CUDA)),
     "cuda-tests": Plan(FIRST, 55, _tests("cuda")),
     "linear-times": Plan(FIRST, 20, _module("gpu_linear", *CUDA)),
-    "triton": Plan(SECOND, 30, _module("gpu_smoke", *TRITON), most=30 + GRACE),
+    "triton": Plan(SECOND, 30, _triton_smoke, most=30 + GRACE),
     "triton-operators": Plan(SECOND, 25, _module("gpu_operators", *TRITON)),
     "triton-tests": Plan(SECOND, 90, _tests("triton")),
     "logits": Plan(SECOND, 35, _suite),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Case:
     teacher: str
     v: int
     blocks: int | None = None  # of a cluster; None: not what it is about
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return {"divergence": self.divergence, "temperature": 2.0, "beta": 0.3}
 
     def __str__(self) -> str:
         where = "" if self.blocks is None else f" ({self.blocks or 'no cluster'})"
@@ -116,32 +120,57 @@ def _backend(
 
 def measure(case: Case, backend: str, device: str) -> dict[str, float]:
     """Return the relative errors of one case by what was computed."""
-    student, teacher, labels = _inputs(case, device)
-    scale = SCALE.get(case.student, 1.0)
-    weight = scale * torch.tensor([0.5, 1.0, 1.5], device=device)
-    keywords: dict[str, Any] = {"divergence": case.divergence, "temperature": 2.0, "beta": 0.3}
-
+    student, teacher, labels, weight = inputs = _inputs(case, device)
     exact = student.double().requires_grad_()
-    want_rows = _loss(exact, teacher.double(), labels, backend="reference", reduction="none",
-                      **keywords)  # fmt: skip
-    want, exact_rows = _gradient(want_rows, exact, weight.double()), want_rows.detach()
-
-    with torch.no_grad():
-        rows = _loss(student, teacher, labels, backend=backend, reduction="none", **keywords)
-    leaf = student.requires_grad_()
-    graph = _loss(leaf, teacher, labels, backend=backend, reduction="none", **keywords)
-    total = _loss(leaf, teacher, labels, backend=backend, reduction="sum", token_weight=weight,
-                  **keywords)  # fmt: skip
-    upstream = torch.tensor(0.3, device=device)
+    rows = _loss(
+        exact, teacher.double(), labels, backend="reference", reduction="none", **case.keywords
+    )
+    (want,) = torch.autograd.grad(rows, exact, weight.double())
+    rows = rows.detach()
+    found = compute(*inputs, backend=backend, **case.keywords)
     return {
-        "losses": max(distance(rows, exact_rows), distance(graph.detach(), exact_rows)),
-        "gradient of rows": distance(_gradient(graph, leaf, weight), want),
-        "gradient of the sum": distance(_gradient(total, leaf, retain_graph=True), want),
-        "0.3 of it": distance(_gradient(total, leaf, upstream), 0.3 * want),
+        "losses": max(distance(found.losses, rows), distance(found.losses_with_graph, rows)),
+        "gradient of rows": distance(found.of_rows, want),
+        "gradient of the sum": distance(found.of_sum, want),
+        "0.3 of it": distance(found.scaled, 0.3 * want),
     }
 
 
-def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+class Computed(NamedTuple):
+    """What one backend makes of a case."""
+
+    losses: Tensor  # (3,), from the forward alone
+    losses_with_graph: Tensor  # (3,)
+    of_rows: Tensor  # (3, V), the gradient of the weighted rows, from statistics
+    of_sum: Tensor  # (3, V), of their sum, made in the forward
+    scaled: Tensor  # (3, V), 0.3 times that, made again where rounding twice would show
+
+
+def launch(case: Case, backend: str, device: str) -> None:
+    """Make the calls of a case and look at nothing."""
+    compute(*_inputs(case, device), backend=backend, **case.keywords)
+
+
+def compute(
+    student: Tensor, teacher: Tensor, labels: Tensor, weight: Tensor, **keywords: Any
+) -> Computed:
+    """Make every call of a backend that a case consists of."""
+    with torch.no_grad():
+        losses = _loss(student, teacher, labels, reduction="none", **keywords)
+    leaf = student.detach().requires_grad_()
+    rows = _loss(leaf, teacher, labels, reduction="none", **keywords)
+    totals = [
+        _loss(leaf, teacher, labels, reduction="sum", token_weight=weight, **keywords)
+        for _ in range(2)
+    ]
+    (of_rows,) = torch.autograd.grad(rows, leaf, weight)
+    (of_sum,) = torch.autograd.grad(totals[0], leaf)
+    (scaled,) = torch.autograd.grad(totals[1], leaf, torch.tensor(0.3, device=student.device))
+    return Computed(losses, rows.detach(), of_rows, of_sum, scaled)
+
+
+def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return student, teacher, labels, weights."""
     generator = torch.Generator(device).manual_seed(case.v)
     student, teacher = (
         (3 * torch.randn(3, case.v, generator=generator, device=device)).to(DTYPES[dtype])
@@ -149,17 +178,14 @@ def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
     )
     labels = torch.randint(case.v, (3,), generator=generator, device=device)
     labels[0] = -100
-    return student, teacher, labels
+    weight = SCALE.get(case.student, 1.0) * torch.tensor([0.5, 1.0, 1.5], device=device)
+    return student, teacher, labels, weight
 
 
 def _loss(*inputs: Tensor, **keywords: Any) -> Tensor:
     loss = kd_loss(*inputs, **keywords)  # type: ignore[misc]
     assert isinstance(loss, Tensor)
     return loss
-
-
-def _gradient(loss: Tensor, leaf: Tensor, *upstream: Tensor, **keywords: Any) -> Tensor:
-    return torch.autograd.grad(loss, leaf, *upstream, **keywords)[0]
 
 
 if __name__ == "__main__":
