@@ -106,7 +106,7 @@ def _use_cache(run: Run) -> None:
     if source:
         target = run.output / "triton_cache"
         found = triton_cache.install(Path(source), target)
-        os.environ["TRITON_CACHE_DIR"] = str(target)
+        run.variables["TRITON_CACHE_DIR"] = str(target)
         run.say(f"Triton's cache begins with {found} binaries of {source}")
 
 

@@ -12,8 +12,6 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 #: Exit statuses: the device's context was lost; a call did not return.
 LOST, HUNG = 3, 4
 #: Characters of an error that are printed.
@@ -26,6 +24,8 @@ def lost(device: str) -> str | None:
     """Return why nothing can run on the device any more, or None."""
     if device != "cuda":
         return None
+    import torch
+
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device=device).add_(1).item()
@@ -57,8 +57,7 @@ class Guard:
         watch.start()
         try:
             result = call()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
+            self._synchronize()
             return result
         except Exception as error:
             self.fail(f"{what}: {said(error)}")
@@ -74,6 +73,13 @@ class Guard:
         """Count a failure and print it."""
         self.failed += 1
         print(f"FAILED {text}", flush=True)
+
+    def _synchronize(self) -> None:
+        """Wait for the device: an error of a kernel shows then."""
+        if self.device == "cuda":
+            import torch  # takes seconds, and who only reads the names above needs none
+
+            torch.cuda.synchronize()
 
     def _hung(self, what: str) -> None:
         self.fail(f"{what}: no end within {self.seconds:g} s")

@@ -138,7 +138,7 @@ def _suite(run: Run, part: Part) -> None:
 
 def _triton_smoke(run: Run, part: Part) -> None:
     """The smoke of the Triton kernels, and what was compiled for it although a cache was given."""
-    folder = os.environ.get("TRITON_CACHE_DIR")
+    folder = run.variables.get("TRITON_CACHE_DIR")
     before = count(Path(folder)) if folder else 0
     _module("gpu_smoke", *TRITON)(run, part)
     if folder:

@@ -53,6 +53,7 @@ class Run:
     output: Path
     log: IO[str]
     environment: dict[str, Any]
+    variables: dict[str, str] = field(default_factory=dict)  # of every part's environment
 
     @property
     def processors(self) -> int:
@@ -93,6 +94,7 @@ def call(run: Run, part: Part, command: list[str], environment: dict[str, str]) 
 
     A part may consist of several calls: it has failed if one of them has.
     """
+    environment = {**run.variables, **environment}
     shown = [f"{key}={value}" for key, value in environment.items()]
     run.say(" ".join([*shown, shlex.join(command)]))
     process = subprocess.Popen(

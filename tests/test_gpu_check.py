@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,12 @@ def test_the_runs_have_their_minutes_and_their_order() -> None:
     assert gpu_parts.minutes(["smoke", "memory"]) == 9
 
 
+def test_the_page_has_the_plan() -> None:
+    page = (ROOT / "docs" / "backends.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\d+) s \|", page, re.MULTILINE)
+    assert rows == [(name, f"{plan.share:.0f}") for name, plan in gpu_parts.PARTS.items()]
+
+
 def test_a_run_or_parts_are_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +222,19 @@ def test_all_well_is_exit_status_0(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert gpu_check.main(["--output", str(tmp_path)]) == 0
     assert (tmp_path / "gpu_check.log").stat().st_size < 10**5
     assert [part["name"] for part in _report(tmp_path)["parts"]] == ["smoke", "operators"]
+
+
+def test_the_parts_take_binaries_from_a_cache_that_was_made_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache" / "HASH").mkdir(parents=True)
+    (tmp_path / "cache" / "HASH" / "kernel.cubin").write_text("binary")
+    monkeypatch.setenv("FUSED_KD_TRITON_CACHE", str(tmp_path / "cache"))
+    _fake_parts(monkeypatch, triton="import os; print('in', os.environ['TRITON_CACHE_DIR'])")
+    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 0
+    log = (tmp_path / "out" / "gpu_check.log").read_text()
+    assert f"begins with 1 binaries of {tmp_path / 'cache'}\n" in log
+    assert f"\nin {tmp_path / 'out' / 'triton_cache'}\n" in log
 
 
 TERMINATED = """
