@@ -25,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
@@ -243,7 +244,7 @@ class CompileObjects(Command):
     """Compiles the kernels alone; a build takes them from FUSED_KD_CUDA_OBJECTS."""
 
     description = "compile the CUDA kernels into a folder, for FUSED_KD_CUDA_OBJECTS"
-    user_options = [("output=", "o", "the folder")]
+    user_options: ClassVar = [("output=", "o", "the folder")]
 
     def initialize_options(self) -> None:
         self.output = "out/gpu_objects"

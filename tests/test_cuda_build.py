@@ -230,9 +230,12 @@ needs_cpu_torch = pytest.mark.skipif(
 )
 
 
+# with the other module, and alone
 @needs_cpu_torch
-def test_it_cannot_be_demanded_of_a_cpu_torch(tmp_path: Path) -> None:
-    done = _run([sys.executable, "setup.py", "build"], _copy(tmp_path / "s"), FUSED_KD_CUDA="1")
+@pytest.mark.parametrize("build", ["", "0"])
+def test_it_cannot_be_demanded_of_a_cpu_torch(build: str, tmp_path: Path) -> None:
+    asked = {"FUSED_KD_CUDA": "1", "FUSED_KD_BUILD": build}
+    done = _run([sys.executable, "setup.py", "build"], _copy(tmp_path / "s"), **asked)
     assert done.returncode != 0
     assert "torch is not a CUDA build" in done.stderr.splitlines()[-1]
 

@@ -41,7 +41,7 @@ def _pytest(folder: Path, *options: str, **environment: str) -> subprocess.Compl
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     given = {"PYTHONPATH": path, "GPU_CHECK_DEVICE": "cpu", **environment}
     return subprocess.run([*command, *options], cwd=folder, env={**os.environ, **given},
-                          capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+                          capture_output=True, text=True, check=False, timeout=120)  # fmt: skip
 
 
 def test_a_failure_is_printed_before_the_next_test_ends_everything(tmp_path: Path) -> None:

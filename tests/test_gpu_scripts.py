@@ -148,7 +148,7 @@ def test_a_lost_context_and_a_hang_end_the_process(
     what: str, seconds: str, status: int, words: list[str]
 ) -> None:
     done = subprocess.run([sys.executable, "-c", GUARDED, what, seconds], cwd=ROOT,
-                          capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+                          capture_output=True, text=True, check=False, timeout=120)  # fmt: skip
     assert done.returncode == status, done.stderr
     assert done.stdout.splitlines() == words
 
