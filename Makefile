@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE := 1
@@ -10,8 +10,8 @@ export HF_HUB_OFFLINE := 1
 # Threads that spin while they wait would take the processors from each other.
 test test-slow test-peers: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow test-peers examples bench bench-guard publish accuracy gpu-check lint \
-	format clean
+.PHONY: demo test test-slow test-peers examples bench bench-guard publish accuracy gpu-check \
+	gpu-objects gpu-cache lint format clean
 
 # make demo ARGS="--steps 20"
 demo: $(VENV)/.demo
@@ -55,6 +55,26 @@ accuracy: $(VENV)/.built
 gpu-check: $(VENV)/.packages
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
+# The CUDA kernels alone, compiled for FUSED_KD_CUDA_OBJECTS on a machine that has nvcc, and perhaps
+# neither a GPU nor a CUDA build of torch. GPU_ARCH: as in TORCH_CUDA_ARCH_LIST.
+GPU_ARCH ?= 9.0
+gpu-objects: $(VENV)/.packages
+	TORCH_CUDA_ARCH_LIST="$(GPU_ARCH)" $(BIN)/python setup.py -q cuda_objects --output out/gpu_objects
+
+# The Triton kernels that the check launches, compiled for FUSED_KD_TRITON_CACHE: by the Python and the
+# Triton of the machine with the GPU, or its Triton does not find them.
+GPU_PYTHON ?= python3.12
+GPU_TRITON ?= 3.6.0
+GPU_VENV := .venv-gpu
+gpu-cache: $(GPU_VENV)/.$(GPU_TRITON)
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_cache --output out/gpu_cache $(ARGS)
+
+$(GPU_VENV)/.$(GPU_TRITON): requirements/dev.txt
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet numpy $$(grep '^torch==' requirements/dev.txt)
+	$(GPU_VENV)/bin/pip install --quiet --no-deps triton==$(GPU_TRITON)
+	touch $@
+
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +87,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build out *.egg-info fused_kd/*.so fused_kd/*_not_built.txt
+	rm -rf $(VENV) $(GPU_VENV) build out *.egg-info fused_kd/*.so fused_kd/*_not_built.txt
 
 $(VENV)/.packages: requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)

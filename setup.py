@@ -5,9 +5,11 @@ depend on what a CUDA toolkit makes of the other.
 
 Environment: FUSED_KD_BUILD=0 skips both, =1 makes the absence of the CPU's an error; FUSED_KD_CUDA
 is the same for the CUDA module, which is otherwise built where torch is a CUDA build and nvcc is
-there (no device is needed); TORCH_CUDA_ARCH_LIST names its architectures; MAX_JOBS caps parallel
-compilation; DEBUG=1 builds with assertions and symbols; FUSED_KD_SANITIZE=1 builds the CPU's with
-the address and undefined-behaviour sanitizers.
+there (no device is needed); both, FUSED_KD_BUILD=0 and FUSED_KD_CUDA=1, build the CUDA module
+alone. TORCH_CUDA_ARCH_LIST names its architectures; FUSED_KD_CUDA_OBJECTS names a folder of its
+kernels compiled beforehand, by `python setup.py cuda_objects --output FOLDER`, which needs nvcc but
+no torch. MAX_JOBS caps parallel compilation; DEBUG=1 builds with assertions and symbols;
+FUSED_KD_SANITIZE=1 builds the CPU's with the address and undefined-behaviour sanitizers.
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ import shutil
 import site
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, __version__, setup
+from setuptools import Command, Distribution, Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))  # an isolated build has no cwd
+
+import cuda_objects
 
 CPU = "csrc/cpu"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -51,14 +59,14 @@ SOURCES = [
     "csrc/bindings/module.cpp",
 ]
 CUDA = "csrc/cuda"
-CUDA_SOURCES = [
-    "csrc/bindings/cuda_ops.cpp",
+CUDA_KERNELS = [
     f"{CUDA}/launch.cu",
     f"{CUDA}/runtime.cu",
     f"{CUDA}/rows_f32.cu",
     f"{CUDA}/rows_bf16.cu",
     f"{CUDA}/rows_f16.cu",
 ]
+CUDA_BINDING = "csrc/bindings/cuda_ops.cpp"
 # A binary for each family that differs, and PTX for what comes later.
 CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
 # As for the CPU, only the contractions that are written as fma: tvd is exactly 0 for equal rows.
@@ -67,11 +75,22 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 REASON_FILES = {"_C": "fused_kd/_not_built.txt", "_cuda": "fused_kd/_cuda_not_built.txt"}
 
 # Older ones do not know the license field of pyproject.toml. 0 is a copy without metadata.
-if 0 < int(__version__.split(".")[0]) < 77:
+IS_OLD = 0 < int(__version__.split(".")[0]) < 77
+#: Commands that need no metadata.
+COMPILING = {"build_ext", "cuda_objects"}
+if IS_OLD and not COMPILING.intersection(sys.argv[1:]):
     raise SystemExit(
         f"building fused_kd needs setuptools>=77; got {__version__}: "
-        "pip install --upgrade 'setuptools>=77'"
+        "pip install --upgrade 'setuptools>=77', or compile in place with "
+        "'python setup.py build_ext --inplace', which any version can"
     )
+
+
+class WithoutMetadata(Distribution):
+    """Does not read pyproject.toml, which older versions of setuptools refuse."""
+
+    def parse_config_files(self, filenames=None, ignore_option_errors=False):
+        super().parse_config_files([], ignore_option_errors)
 
 
 def flag(name: str) -> bool:
@@ -120,6 +139,7 @@ def extension(name: str, sources: list[str], libraries: list[str], **extra: list
         libraries=["torch_cpu", "c10", *libraries],
         extra_compile_args=[*flags, *extra.get("flags", [])],
         extra_link_args=extra.get("link", []),
+        extra_objects=extra.get("objects", []),
         depends=[str(path) for path in Path("csrc").rglob("*.*h")],
     )
 
@@ -139,24 +159,38 @@ def cuda_extension() -> Extension:
 
     if torch.version.cuda is None:
         raise LookupError("torch is not a CUDA build")
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    given = os.environ.get(cuda_objects.VARIABLE)
     home = cpp_extension.CUDA_HOME
-    if home is None or shutil.which("nvcc", path=f"{home}/bin") is None:
+    has_nvcc = home is not None and shutil.which("nvcc", path=f"{home}/bin") is not None
+    if not given and not has_nvcc:
         raise LookupError("no nvcc was found (CUDA_HOME, or on PATH)")
-    wants, has = torch.version.cuda.split(".")[0], toolkit_version(home).split(".")[0]
-    if wants != has:
+    wants = torch.version.cuda.split(".")[0]
+    has = toolkit_version(f"{home}/bin/nvcc") if has_nvcc else "none"
+    is_same = has.split(".")[0] == wants
+    if not given and not is_same:
         raise LookupError(f"torch is built for CUDA {wants}, the toolkit is CUDA {has}")
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    if given:
+        cuda = torch.version.cuda
+        found = cuda_objects.find(Path(given), CUDA_KERNELS, NVCC_FLAGS, cuda, listed)
+        sources, objects, architectures = [CUDA_BINDING], found.files, found.architectures
+    else:
+        sources, objects = [CUDA_BINDING, *CUDA_KERNELS], []
+        architectures = listed or CUDA_ARCHITECTURES
+    folders = toolkit_libraries(home) if is_same else [runtime_folder(wants)]
+    runtime = "cudart" if is_same else f":libcudart.so.{wants}"
     return extension(
         "_cuda",
-        CUDA_SOURCES,
-        ["c10_cuda", "torch_cuda", "cudart"],
-        folders=toolkit_libraries(home),
+        sources,
+        ["c10_cuda", "torch_cuda", runtime],
+        folders=folders,
         flags=["-DUSE_CUDA", f'-DFUSED_KD_ARCHITECTURES="{architectures}"'],
+        objects=objects,
     )
 
 
-def toolkit_version(home: str) -> str:
-    told = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True)
+def toolkit_version(nvcc: str) -> str:
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     found = re.search(r"release (\d+\.\d+)", told.stdout)
     if found is None:
         raise LookupError(f"nvcc does not tell its version: {told.stdout} {told.stderr}")
@@ -172,20 +206,82 @@ def toolkit_libraries(home: str) -> list[str]:
     return re.findall(r"-L([^\s\"]+)", line)
 
 
-def nvcc_command(source: str, target: str) -> list[str]:
-    """Compiles a kernel file; it needs neither torch nor Python."""
-    from torch.utils.cpp_extension import CUDA_HOME
+def runtime_folder(major: str) -> str:
+    """The folder of the CUDA runtime that torch brings along, as a wheel of its own."""
+    import torch
 
-    command = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    near = Path(torch.__file__).parent
+    for pattern in (f"lib/libcudart*.so.{major}", f"../nvidia/*/lib/libcudart.so.{major}"):
+        for path in near.glob(pattern):
+            return str(path.parent)
+    raise LookupError(
+        f"no CUDA runtime was found (a toolkit, or libcudart.so.{major} beside torch)"
+    )
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
+def nvcc_command(nvcc: str, source: str, target: str) -> list[str]:
+    """Compiles a kernel file; it needs neither torch nor Python."""
+    command = [nvcc, *NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden"]
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    codes = []
     for item in listed.replace(";", " ").split():
         arch = item.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+[af]?", arch):
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX'; got {item!r}")
-        command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        codes.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
         if item.endswith("+PTX"):
-            command.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    return [*command, "-c", source, "-o", target]
+            codes.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    if len(codes) > 1:
+        codes.append(f"--threads={jobs()}")  # architectures of a file at the same time
+    return [*command, *codes, "-c", source, "-o", target]
+
+
+class CompileObjects(Command):
+    """Compiles the kernels alone; a build takes them from FUSED_KD_CUDA_OBJECTS."""
+
+    description = "compile the CUDA kernels into a folder, for FUSED_KD_CUDA_OBJECTS"
+    user_options: ClassVar = [("output=", "o", "the folder")]
+
+    def initialize_options(self) -> None:
+        self.output = "out/gpu_objects"
+
+    def finalize_options(self) -> None:
+        self.folder = Path(self.output)
+
+    def run(self) -> None:
+        nvcc = find_nvcc()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / cuda_objects.STAMP).unlink(missing_ok=True)  # until all are there
+        seconds = {}
+
+        def compile_one(source: str) -> None:
+            begin = time.monotonic()
+            self.spawn(nvcc_command(nvcc, source, str(self.folder / f"{Path(source).stem}.o")))
+            seconds[Path(source).name] = round(time.monotonic() - begin, 1)
+            print(f"{source}: {seconds[Path(source).name]} s", flush=True)
+
+        with ThreadPoolExecutor(jobs()) as pool:
+            list(pool.map(compile_one, CUDA_KERNELS))
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        version = toolkit_version(nvcc)
+        cuda_objects.write_stamp(
+            self.folder, CUDA_KERNELS, NVCC_FLAGS, version, architectures, seconds
+        )
+        print(f"{self.folder}: for {architectures}, by nvcc {version}", flush=True)
+
+
+def find_nvcc() -> str:
+    """The compiler, without asking torch: CUDA_HOME, PATH, the usual folder."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    for folder in (*(f"{home}/bin" for home in homes if home), None, "/usr/local/cuda/bin"):
+        found = shutil.which("nvcc", path=folder)
+        if found is not None:
+            return found
+    raise SystemExit("no nvcc was found (CUDA_HOME, or on PATH)")
 
 
 class BuildExtension(build_ext):
@@ -230,17 +326,18 @@ class BuildExtension(build_ext):
                 output_dir, macros, include_dirs, sources, depends, extra_postargs
             )
             cc_args = self.compiler._get_cc_args(pp_opts, debug, extra_preargs)
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
             def compile_source(item):
                 obj, (source, extension) = item
                 if source.endswith(".cu"):
-                    self.spawn(nvcc_command(source, obj))
+                    from torch.utils.cpp_extension import CUDA_HOME
+
+                    self.spawn(nvcc_command(f"{CUDA_HOME}/bin/nvcc", source, obj))
                     return
                 own = [*postargs, *KERNELS.get(source, [])]
                 compile_one(obj, source, extension, cc_args, own, pp_opts)
 
-            with ThreadPoolExecutor(jobs) as pool:
+            with ThreadPoolExecutor(jobs()) as pool:
                 list(pool.map(compile_source, build.items()))
             return objects
 
@@ -282,19 +379,20 @@ def find_torch() -> None:
 def decide() -> tuple[list[Extension], dict[str, str]]:
     """The modules to build, and why not the others."""
     extensions, reasons = [], {}
-    if wanted("FUSED_KD_BUILD") == "0" and wanted("FUSED_KD_CUDA") == "1":
-        raise SystemExit("FUSED_KD_BUILD=0 leaves out what FUSED_KD_CUDA=1 asks for")
     for name, variable, make in (
-        ("_C", "FUSED_KD_BUILD", cpu_extension),
         ("_cuda", "FUSED_KD_CUDA", cuda_extension),
+        ("_C", "FUSED_KD_BUILD", cpu_extension),
     ):
-        for off in {"FUSED_KD_BUILD", variable}:
-            if wanted(off) == "0":
+        for off in (variable, "FUSED_KD_BUILD"):
+            if wanted(off) == "0" and wanted(variable) != "1":
                 reasons[name] = f"{off}=0 when it was installed"
+                break
         if name in reasons:
             continue
         try:
             extensions.append(make())
+        except cuda_objects.Unusable as error:
+            raise SystemExit(str(error)) from None
         except (ImportError, LookupError) as error:
             if wanted(variable) == "1":
                 raise
@@ -303,8 +401,19 @@ def decide() -> tuple[list[Extension], dict[str, str]]:
     return extensions, reasons
 
 
-for path in REASON_FILES.values():
-    Path(path).unlink(missing_ok=True)
 find_torch()
-EXTENSIONS, NOT_BUILT = decide()
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension, "build_py": BuildPython})
+if "cuda_objects" in sys.argv[1:]:  # builds no module
+    EXTENSIONS, NOT_BUILT = [], {}
+else:
+    for path in REASON_FILES.values():
+        Path(path).unlink(missing_ok=True)
+    EXTENSIONS, NOT_BUILT = decide()
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={
+        "build_ext": BuildExtension,
+        "build_py": BuildPython,
+        "cuda_objects": CompileObjects,
+    },
+    distclass=WithoutMetadata if IS_OLD else Distribution,
+)

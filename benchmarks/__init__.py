@@ -6,6 +6,6 @@ for each case) → ``one_case`` (right? how large? how fast?) → ``records`` (t
 from there to ``tables``, ``goals``, ``pictures``, ``page``, ``compare`` and ``publish``.
 
 Beside it: ``accuracy`` (errors by row, for docs/numerics.md), ``guard`` (regressions, by ratios),
-``gpu_check`` (everything on a GPU machine), and what kernels compile to (``cuda_resources``,
-``triton_resources``).
+``gpu_check`` (everything on a GPU machine; ``gpu_parts`` is its plan, the other ``gpu_*`` its
+parts), and what kernels compile to (``cuda_resources``, ``triton_resources``).
 """

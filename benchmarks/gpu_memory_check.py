@@ -23,8 +23,8 @@ from fused_kd import KDLossParts, kd_loss
 from fused_kd.options import DIVERGENCES
 
 from .cases import DTYPES
-from .device import Budget, backends
-from .report import Parser, positive_float
+from .device import Budget
+from .gpu_options import make_parser, parse, usable
 
 #: V that reach: less than a vector; one block; clusters of 2, 4, 8, 16 blocks and several programs
 #: a row; rows of float32 too long for any cluster.
@@ -80,17 +80,17 @@ def cases(backend: str, device: str) -> list[Small]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a slice of the cases; returns 1 if one was wrong."""
-    options = _parse(arguments)
+    parser = make_parser("gpu_memory_check", __doc__)
+    add = parser.add_argument
+    add("--slice", type=_slice, default=(0, 1), metavar="I/N", help="the cases i, i+n, i+2n, ...")
+    add("--planted", action="store_true", help="instead: one write that a sanitizer must find")
+    options = parse(parser, arguments)
     if options.planted:
         _write_outside()
         return 0
     budget = Budget(options.seconds)
     failed = 0
-    for backend in options.backends or list(backends(options.device)):
-        why = backends(options.device)[backend]
-        if why is not None:
-            print(f"LEFT OUT backend {backend}: {why}", flush=True)
-            continue
+    for backend in usable(options):
         first, of = options.slice
         every = cases(backend, options.device)[first::of]
         done = 0
@@ -103,23 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done += 1
         print(f"{backend}: {done} cases", flush=True)
     return 1 if failed else 0
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.gpu_memory_check", description=__doc__)
-    add = parser.add_argument
-    add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--backends", nargs="+", metavar="BACKEND", help="default: all of this device")
-    add("--seconds", type=positive_float, default=60.0, help="default: %(default)s")
-    add("--slice", type=_slice, default=(0, 1), metavar="I/N", help="the cases i, i+n, i+2n, ...")
-    add("--planted", action="store_true", help="instead: one write that a sanitizer must find")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device; --device cpu tries everything at tiny sizes")
-    unknown = set(options.backends or ()) - set(backends(options.device))
-    if unknown:
-        parser.error(f"--backends: not of this device: {' '.join(sorted(unknown))}")
-    return options
 
 
 def _slice(text: str) -> tuple[int, int]:

@@ -150,7 +150,9 @@ class _Run:
         self.is_cut = False  # the time was up before somebody was measured
         self._steps, self._all = 0, 4 * len(task.entrants)
         self._progress("the inputs")
-        torch.compiler.reset()  # or one size would be taken for one too many, and run eagerly
+        # importing the compiler takes seconds, in which all that does not compile is measured
+        self._compiles = any(ENTRANTS[name].compiles for name in task.entrants)
+        self._forget()  # or one size would be taken for one too many, and run eagerly
         self.problem = PROBLEMS[task.case.level](task.case)
         self.floor: floors.Floor | None = None
 
@@ -161,8 +163,13 @@ class _Run:
         if not self.task.times:
             return
         fitting = [line for line in checked if self._guarded(line, self._fits)]
-        torch.compiler.reset()  # what was compiled for a few rows, and may have become dynamic
+        self._forget()  # what was compiled for a few rows, and may have become dynamic
         self._time([line for line in fitting if self._guarded(line, self._prepare)])
+
+    def _forget(self) -> None:
+        """Drops what was compiled, where anything is."""
+        if self._compiles:
+            torch.compiler.reset()
 
     # -------------------------------------------------------------------------- right?
 

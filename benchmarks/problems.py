@@ -116,6 +116,11 @@ class LogitsProblem(Problem):
     def restore(self) -> None:
         self._student.copy_(self._original)
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Student's and teacher's logits (N, V), and labels, as they are; the calls use them."""
+        return self._student, self._teacher, self._labels
+
     def few(self) -> tuple[Tensor, ...]:
         return tuple(
             x[:CHECKED_ROWS].clone() for x in (self._original, self._teacher, self._labels)

@@ -29,6 +29,7 @@ VARIABLES = (
     ("TRITON_INTERPRET", "1: the triton backend runs on CPU tensors"),
     ("FUSED_KD_BUILD", "read by setup.py: 0 leaves the compiled modules out"),
     ("FUSED_KD_CUDA", "read by setup.py: 0 leaves the CUDA module out"),
+    ("FUSED_KD_CUDA_OBJECTS", "read by setup.py: a folder of the CUDA kernels, compiled before"),
 )
 
 

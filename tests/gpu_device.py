@@ -1,8 +1,8 @@
 """What the tests marked ``gpu`` share: the device, its backends, and the error rule on it.
 
 GPU_CHECK_DEVICE=cpu runs them on the CPU at tiny sizes, its backend standing in for both of the
-GPU's, to see that they run; GPU_CHECK_UNTIL is the time after which those left are skipped. Nothing
-here needs hypothesis.
+GPU's, to see that they run; GPU_CHECK_BACKENDS names those of a GPU to test (default: all);
+GPU_CHECK_UNTIL is the time after which those left are skipped. Nothing here needs hypothesis.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
 REAL = DEVICE == "cuda"
 _UNTIL = float(os.environ.get("GPU_CHECK_UNTIL", "inf"))
 
+_WANTED = os.environ.get("GPU_CHECK_BACKENDS", "").split()
 BACKENDS = [
     pytest.param(name, marks=[pytest.mark.skip(reason=f"backend {name}: {why}")] if why else [])
     for name, why in backends(DEVICE).items()
+    if not _WANTED or name in _WANTED
 ]
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 Made = tuple[Tensor, Tensor, Tensor]

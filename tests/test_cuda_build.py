@@ -184,6 +184,45 @@ def test_a_compiler_that_fails_leaves_the_cpu_module(cuda_python: str, tmp_path:
     assert "nvcc' failed" in done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels compiled alone, by a command that needs no torch."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
+    folder = tmp_path_factory.mktemp("objects")
+    command = [sys.executable, "setup.py", "-q", "cuda_objects", "--output", str(folder / "o")]
+    build = {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "2"}
+    done = _run(command, _copy(folder / "source"), **build)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return folder / "o"
+
+
+def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
+    cuda_python: str, objects: Path, tmp_path: Path
+) -> None:
+    source = _copy(tmp_path / "source")
+    build = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "FUSED_KD_CUDA_OBJECTS": str(objects),
+             "CUDA_HOME": str(tmp_path / "none"), "TORCH_CUDA_ARCH_LIST": ""}  # fmt: skip
+    command = [cuda_python, "setup.py", "build_ext", "--inplace"]
+    done = _run(command, source, **build)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "nvcc" not in done.stdout
+    code = (
+        "import torch, fused_kd._cuda as module; from fused_kd import extension\n"
+        "print(module.build_info()['architectures'], extension.cuda.why_not())\n"
+        "print(extension.cpu.why_not())"
+    )
+    cuda, cpu = _ask(cuda_python, source, code).splitlines()
+    assert cuda == "9.0 None"
+    assert cpu.endswith("FUSED_KD_BUILD=0 when it was installed")
+    # one that the sources have left behind is refused, by name
+    with (source / "csrc" / "cuda" / "rows_f16.cu").open("a") as file:
+        file.write("// changed\n")
+    done = _run(command, source, **build)
+    assert done.returncode != 0
+    assert f"{objects / 'rows_f16.o'} is stale" in done.stderr.splitlines()[-1]
+
+
 # -------------------------------------------------------------------- with a CPU build of torch
 
 needs_cpu_torch = pytest.mark.skipif(
@@ -191,9 +230,12 @@ needs_cpu_torch = pytest.mark.skipif(
 )
 
 
+# with the other module, and alone
 @needs_cpu_torch
-def test_it_cannot_be_demanded_of_a_cpu_torch(tmp_path: Path) -> None:
-    done = _run([sys.executable, "setup.py", "build"], _copy(tmp_path / "s"), FUSED_KD_CUDA="1")
+@pytest.mark.parametrize("build", ["", "0"])
+def test_it_cannot_be_demanded_of_a_cpu_torch(build: str, tmp_path: Path) -> None:
+    asked = {"FUSED_KD_CUDA": "1", "FUSED_KD_BUILD": build}
+    done = _run([sys.executable, "setup.py", "build"], _copy(tmp_path / "s"), **asked)
     assert done.returncode != 0
     assert "torch is not a CUDA build" in done.stderr.splitlines()[-1]
 
