@@ -127,7 +127,7 @@ class _Graph:
 
     def _next(self, i: int) -> Iterator[int]:
         one = self.code.instructions[i]
-        if one.may_go_on() and i + 1 < len(self.code.instructions):
+        if one.goes_on and i + 1 < len(self.code.instructions):
             yield i + 1
         if one.target is not None and one.opcode.startswith(("BRA", "UBRA")):
             yield self.code.labels[one.target]

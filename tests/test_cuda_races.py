@@ -73,7 +73,9 @@ def test_every_launch(tmp_path: Path, flags: list[str], seeds: int) -> None:
 
 #: What orders memory, and must not be left out: a statement of rows.cuh.
 ORDERING = re.compile(
-    r"(exchange\.)?\b(block_sync|cluster_sync|wait_for_place|finish|wait_until|arrive)"
+    r"(exchange\.)?\b"
+    r"(block_sync|warp_sync|cluster_sync|cluster_arrive|cluster_wait|wait_for_place|finish|"
+    r"wait_until|arrive)"
     r"\((?:[^(){};]|\([^(){};]*\))*\);"
 )
 

@@ -197,17 +197,25 @@ def test_bounds_and_sums(
 @few
 @given(divergences, st.integers(2, 3000), st.integers(-3000, 3000), seeds)
 @pytest.mark.parametrize("backend", FAST)
-def test_a_shift_of_a_rows_logits_changes_no_bit(
+def test_a_shift_of_a_rows_logits_changes_nothing(
     backend: str, divergence: str, vocabulary: int, shift: int, seed: int
 ) -> None:
-    """Integers: the shift itself is exact in float32."""
+    """Integers: the shift itself is exact in float32. Not a bit, where the maximum is subtracted;
+    what one rounding does, where it is folded into a multiply-add.
+    """
     assume(divergence != "mse")
     student, teacher = (normal(seed + i, 2, vocabulary, scale=3.0).round() for i in (0, 1))
     labels = torch.tensor([0, vocabulary - 1])
     keywords: dict[str, Any] = {"divergence": divergence, "temperature": 2.0, "backend": backend}
     want = rows_and_gradient(student, teacher, labels, **keywords)
     got = rows_and_gradient(student + shift, teacher - 2 * shift, labels, **keywords)
-    identical(got, want)
+    if backend == "cpu":
+        identical(got, want)
+        return
+    reach = 1 + torch.maximum(*(x.amax(1) - x.amin(1) for x in (student, teacher)))
+    unit = torch.finfo(torch.float32).eps * (1 + reach)
+    assert ((got[0] - want[0]).abs() <= 4 * unit * (1 + want[0].abs())).all()
+    assert ((got[1] - want[1]).norm(dim=1) <= 4 * unit * want[1].norm(dim=1)).all()
 
 
 @few
