@@ -28,12 +28,12 @@ from benchmarks.source_functions import function_at
 
 #: Instructions and special functions per element at most, at the temperature that takes most.
 WORK = {
-    "forward_kl": (55.0, 6.7),
-    "reverse_kl": (57.5, 5.7),
-    "jsd": (195.0, 11.8),
-    "tvd": (78.5, 8.8),
-    "mse": (46.5, 2.4),
-    "none": (31.5, 2.3),
+    "forward_kl": (38.7, 6.3),
+    "reverse_kl": (41.7, 5.3),
+    "jsd": (109.0, 9.3),
+    "tvd": (56.5, 8.3),
+    "mse": (34.7, 2.2),
+    "none": (24.0, 2.3),
 }
 
 # ---------------------------------------------------------------------------------- the machine
@@ -400,7 +400,7 @@ def forward_kl(folder: Path) -> Code:
 
 def test_work_of_forward_kl(forward_kl: Code, planner: Planner) -> None:
     found = execute("forward_kl", 0, "T = 2", forward_kl, planner)
-    assert found.instructions <= WORK["forward_kl"][0], found
+    assert found.instructions <= 34.5, found  # at T = 2: the goal is 34
     assert found.special <= WORK["forward_kl"][1], found
     # nothing is left out: two exponentials a side and element at least, and every phase
     assert found.special > 4
@@ -414,7 +414,6 @@ def test_work_of_forward_kl(forward_kl: Code, planner: Planner) -> None:
 MISREAD = {
     "FADD": lambda x: sass_operations._arithmetic(x, lambda a, b: a - b),
     "FFMA": lambda x: sass_operations._arithmetic(x, lambda a, b, c: a * b - c),
-    "FMNMX": sass_operations._float_select,
     "SHFL": lambda x: sass_operations._move(_second(x)),
     "F2FP": lambda x: x.result(lambda: np.uint32(0x3F803F80)),
 }

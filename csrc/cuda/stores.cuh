@@ -36,7 +36,9 @@ FUSED_KD_DEVICE void store_bytes(char* p, const Raw& raw, int begin, int end) {
   }
 }
 
+// Another lane's. Its memory may be written then: in place, everyone has read what is there.
 FUSED_KD_DEVICE Bits16 from_lane(Bits16 v, int lane) {
+  warp_sync();
   return {shuffle(v.x, lane), shuffle(v.y, lane), shuffle(v.z, lane), shuffle(v.w, lane)};
 }
 
