@@ -108,7 +108,7 @@ FUSED_KD_DEVICE Bits16 part_of(Bits16 a, Bits16 b, int first) {
 // The 16 bytes at p, which is `misaligned` bytes behind an aligned address: of the 32 aligned bytes
 // around them.
 FUSED_KD_DEVICE Bits16 load16_shifted(const char* p, int misaligned) {
-  return part_of(load16(p - misaligned), load16(p - misaligned + 16), misaligned);
+  return part_of(load16_in_part(p - misaligned), load16_in_part(p - misaligned + 16), misaligned);
 }
 
 // Element by element: the ends of a misaligned row and its last, partial group. What is missing is

@@ -21,6 +21,9 @@ __device__ __forceinline__ Bits16 load16(const void* p) {
   return {v.x, v.y, v.z, v.w};
 }
 
+// The same, of which the caller uses a part: in place, others may be writing the rest.
+__device__ __forceinline__ Bits16 load16_in_part(const void* p) { return load16(p); }
+
 // A gradient is not read again: it must not push rows out of the second-level cache.
 __device__ __forceinline__ void store16(void* p, Bits16 v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.x, v.y, v.z, v.w));

@@ -78,6 +78,24 @@ inline Bits16 load16(const void* p, Place place = Place::here()) {
   return bits;
 }
 
+namespace emulator {
+
+EMULATOR_UNSEEN inline Bits16 copy_unseen(const void* p) {
+  Bits16 bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+
+}  // namespace emulator
+
+// Not a race with who writes what the caller does not use; nor with who writes what it does.
+inline Bits16 load16_in_part(const void* p, Place place = Place::here()) {
+  emulator::Inside inside;
+  emulator::must_be_aligned(p, 16, "load16_in_part", place);
+  emulator::chance(32, place);
+  return emulator::copy_unseen(p);
+}
+
 inline void store16(void* p, Bits16 bits, Place place = Place::here()) {
   {
     using namespace emulator;
