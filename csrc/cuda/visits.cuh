@@ -222,13 +222,16 @@ struct Gradient {
   }
 
   FUSED_KD_DEVICE int label_group() const { return label < 0 ? -1 : label / GROUP; }
+  // One number to compare the elements of a group with, rather than one for each.
+  FUSED_KD_DEVICE int label_in(int group) const { return label - group * GROUP; }
 
   // Smoothing spreads nothing over entries that are absent.
   FUSED_KD_DEVICE void nothing_for_absent(int group, const float (&s)[GROUP],
                                           const float (&t)[GROUP], float (&g)[GROUP]) const {
+    const int label_here = label_in(group);
 #pragma unroll
     for (int e = 0; e < GROUP; ++e)
-      if (s[e] == -INF && t[e] == -INF) g[e] = label == group * GROUP + e ? label_term : 0.0f;
+      if (s[e] == -INF && t[e] == -INF) g[e] = e == label_here ? label_term : 0.0f;
   }
 
   // The hard term's part, 0 for a row without it; P: exponentials of the softened student.
@@ -275,9 +278,10 @@ struct Gradient {
 
   // To a group's gradients before they are rounded.
   FUSED_KD_DEVICE void add_label(int group, float (&g)[GROUP]) const {
+    const int label_here = label_in(group);
 #pragma unroll
     for (int e = 0; e < GROUP; ++e)
-      if (group * GROUP + e == label) g[e] += label_term;
+      if (e == label_here) g[e] += label_term;
   }
 };
 

@@ -44,9 +44,9 @@ BLACKWELL = Kind(32, 128, 96)
 AMD = Kind(64, 256)
 OTHER = Kind(32, 256)
 #: What spills at these takes more, and two programs of 256 threads share an SM: rows that vectors
-#: cannot read, jsd (bound by arithmetic anyway), and label smoothing, with two more sums and a test
-#: of every entry.
-MORE_REGISTERS, SMOOTHING_REGISTERS = 16, 128
+#: cannot read, jsd (bound by arithmetic anyway); and at the most, label smoothing, with two more
+#: sums and a test of every entry, and tiles of vectors whose entries are loaded one by one.
+MORE_REGISTERS, MOST_REGISTERS = 16, 128
 
 #: Entries of a lane per tile: 16 of each side fill 32 registers at most. 32 would save 4 % of the
 #: instructions and take 128 registers, which leaves two programs on an SM instead of three.
@@ -91,10 +91,17 @@ def _slice_bytes() -> int:
     return int(given)
 
 
-def registers(kind: Kind, vector: int, two_logarithms: bool, smoothing: bool) -> int | None:
-    """The most of a thread of `_kd_rows_kernel`; None: the compiler's choice."""
-    if kind.registers is None or smoothing:
-        return kind.registers and SMOOTHING_REGISTERS
+def registers(
+    kind: Kind, vector: int, two_logarithms: bool, smoothing: bool, aligned: bool
+) -> int | None:
+    """The most of a thread of `_kd_rows_kernel`; None: the compiler's choice.
+
+    aligned: every row begins at a multiple of 16 bytes.
+    """
+    if kind.registers is None:
+        return None
+    if smoothing or (vector > 1 and not aligned):
+        return MOST_REGISTERS
     return kind.registers + (MORE_REGISTERS if vector == 1 or two_logarithms else 0)
 
 
