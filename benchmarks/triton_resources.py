@@ -145,9 +145,7 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         specialized,
         variant.aligned,
         target,
-        backend._options(
-            chosen, _kind(target), constants["D"], variant.smoothing, variant.aligned
-        ),
+        backend._options(chosen, _kind(target), constants["D"], variant.smoothing, variant.aligned),
     )
 
 

@@ -29,6 +29,9 @@ FAST = [
     if name == "cpu" or (name != "reference" and why_not(name, "cpu") is None)
 ]
 HERE = ["reference", *FAST]
+needs_cpu = pytest.mark.skipif(
+    why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
+)
 
 
 @contextmanager

@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from fast import one_thread
-
-from fused_kd.backends import why_not
+from fast import needs_cpu, one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
@@ -35,9 +33,6 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks.gpu_parts import FIRST, SECOND, Plan  # noqa: E402
 
-needs_cpu = pytest.mark.skipif(
-    why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
-)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 

@@ -10,17 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from fast import one_thread
-
-from fused_kd.backends import why_not
+from fast import needs_cpu, one_thread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import cases, gpu_memory_check, gpu_sanitizer
-
-needs_cpu = pytest.mark.skipif(
-    why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
-)
 
 
 @pytest.fixture(autouse=True)

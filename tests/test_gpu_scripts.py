@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fast import one_thread
-
-from fused_kd.backends import why_not
+from fast import needs_cpu, one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
@@ -28,10 +26,6 @@ from benchmarks import (  # noqa: E402
     one_case,
 )
 from fused_kd.options import DIVERGENCES  # noqa: E402
-
-needs_cpu = pytest.mark.skipif(
-    why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
-)
 
 
 @pytest.fixture(autouse=True)

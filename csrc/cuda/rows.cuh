@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)
       widen<S>(load_group(grad, g), x);
 #pragma unroll
       for (int e = 0; e < GROUP; ++e) x[e] = x[e] == 0.0f ? x[e] : x[e] * scale;
-      store_group<S>(grad, g, slice.begin + ((g - slice.begin) | 31) < slice.end, x);
+      store_group<S>(grad, g, slice.together(g), x);
     }
   }
 }

@@ -2,9 +2,12 @@
 // block's shared memory (a cluster of blocks holds the whole row pair, so that far memory is read
 // once).
 //
-// Both offer: first(visit) and again(visit), which call visit(group, s, t) for the groups of this
-// thread; STAYS: whatever is written meanwhile, visit_group(group, visit) gives a group again; peek(visit), the same for its first group, if it has one; indices(visit), which calls
-// visit(group) and reads nothing.
+// Both offer, for the groups of this thread:
+//     first(visit), again(visit)   visit(group, s, t) for each
+//     peek(visit)                  the same for the first group, if there is one
+//     visit_group(group, visit)    the same for one
+//     indices(visit)               visit(group) for each; nothing is read
+//     STAYS                        whether groups can be read again whatever is written meanwhile
 #pragma once
 
 #include "sizes.h"
@@ -21,6 +24,9 @@ struct Slice {
     begin = part * p.slice;
     end = begin + p.slice < groups ? begin + p.slice : groups;
   }
+
+  // Whether all lanes of the warp have a group where this thread has this one.
+  FUSED_KD_DEVICE bool together(int group) const { return begin + ((group - begin) | 31) < end; }
 };
 
 // Both sides of a row. Where the soft term is off, the student stands in for the teacher: the soft
@@ -44,11 +50,6 @@ struct Pair {
     if (!READS_TEACHER || !row.soft) return;
     teacher = RowView(p.teacher, SAME ? S : p.teacher.dtype, at, p.entries);
     stands_in = false;
-  }
-
-  // Whether all lanes of the warp have a group where this thread has this one.
-  FUSED_KD_DEVICE bool together(int group) const {
-    return slice.begin + ((group - slice.begin) | 31) < slice.end;
   }
 
   // Whether this thread visits it.

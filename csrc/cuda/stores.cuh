@@ -68,6 +68,14 @@ FUSED_KD_DEVICE void store_pair(char* p, const Raw& raw) {
   store16(half + 32, odd ? raw.high : got);
 }
 
+// A whole group at a multiple of 16 bytes. together: so it is for all lanes of the warp.
+template <Dtype D>
+FUSED_KD_DEVICE void store_aligned(char* p, bool together, const Raw& raw) {
+  if (D == Dtype::f32 && together) return store_pair(p, raw);
+  store16(p, raw.low);
+  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+}
+
 // together: the warp's lanes all call this, for groups one after another.
 template <Dtype D>
 FUSED_KD_DEVICE void store_group(const RowView& row, int group, bool together,
@@ -79,20 +87,15 @@ FUSED_KD_DEVICE void store_group(const RowView& row, int group, bool together,
   if (row.misaligned && all_whole) return store_shifted<D>(p, row.misaligned, raw);
   if (row.misaligned || left < GROUP)
     return store_bytes<D>(p, raw, 0, (left < GROUP ? left : GROUP) * width(D));
-  if (D == Dtype::f32 && all_whole) return store_pair(p, raw);
-  store16(p, raw.low);
-  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+  store_aligned<D>(p, all_whole, raw);
 }
 
 // The same for a row of which every group is plain.
 template <Dtype D>
 FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, bool together,
                                        const float (&x)[GROUP]) {
-  const Raw raw = narrow<D>(x);
-  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
-  if (D == Dtype::f32 && together) return store_pair(p, raw);
-  store16(p, raw.low);
-  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+  store_aligned<D>(row.data + static_cast<int64_t>(group) * (GROUP * width(D)), together,
+                   narrow<D>(x));
 }
 
 template <Dtype D>

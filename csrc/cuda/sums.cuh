@@ -1,6 +1,6 @@
 // The statistics of a row: what a thread sums up, and how threads, warps and blocks merge.
 //
-// Read: each element once. Accumulated in float: eight elements by a tree or two chains, groups one
+// Read: each element once. Accumulated in float: eight elements by a tree or a chain, groups one
 // after another, threads and blocks by trees of fixed shape, so that the bits depend on V and the
 // dtypes alone.
 //

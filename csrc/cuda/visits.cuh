@@ -294,7 +294,7 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) g[e] = NAN;
     source.indices(
-        [&](int group) { store_gradient<S, false>(grad, group, source.together(group), g); });
+        [&](int group) { store_gradient<S, false>(grad, group, source.slice.together(group), g); });
     return;
   }
   const Options& o = p.options;
@@ -310,7 +310,7 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
   };
   const auto slowly = [&](const auto& exponents) {
     source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-      any(exponents, group, source.together(group), s, t);
+      any(exponents, group, source.slice.together(group), s, t);
     });
   };
   if (!gradient.fold) return slowly(Subtracted(gradient.m_s, gradient.m_t, o));
@@ -318,7 +318,7 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
   if (!Source::STAYS || !grad.is_plain() || gradient.some_absent) return slowly(folded);
   source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
     gradient.of_group(s, t, folded, o, g);
-    store_gradient<S, true>(grad, group, source.together(group), g);
+    store_gradient<S, true>(grad, group, source.slice.together(group), g);
   });
   // the label's group once more, rather than a question in the loop; after a neighbour that may have
   // written a half of it
@@ -334,8 +334,9 @@ template <Dtype S, class Source>
 FUSED_KD_DEVICE void zero_gradient(const Params& p, const Row& row, const Source& source) {
   const RowView grad(p.grad, S == Dtype::f32 ? p.grad.dtype : S, row.at, p.entries);
   const float zeros[GROUP] = {};
-  source.indices(
-      [&](int group) { store_gradient<S, false>(grad, group, source.together(group), zeros); });
+  source.indices([&](int group) {
+    store_gradient<S, false>(grad, group, source.slice.together(group), zeros);
+  });
 }
 
 }  // namespace fused_kd

@@ -67,18 +67,13 @@ inline Mbarrier& checked(uint64_t* barrier, Place place) {
 
 }  // namespace emulator
 
-inline Bits16 load16(const void* p, Place place = Place::here()) {
-  {
-    emulator::Inside inside;
-    emulator::must_be_aligned(p, 16, "load16", place);
-    emulator::chance(32, place);
-  }
-  Bits16 bits;
-  memcpy(&bits, p, sizeof bits);
-  return bits;
-}
-
 namespace emulator {
+
+inline void about_to_load16(const void* p, const char* what, Place place) {
+  Inside inside;
+  must_be_aligned(p, 16, what, place);
+  chance(32, place);
+}
 
 EMULATOR_UNSEEN inline Bits16 copy_unseen(const void* p) {
   Bits16 bits;
@@ -88,11 +83,16 @@ EMULATOR_UNSEEN inline Bits16 copy_unseen(const void* p) {
 
 }  // namespace emulator
 
-// Not a race with who writes what the caller does not use; nor with who writes what it does.
+inline Bits16 load16(const void* p, Place place = Place::here()) {
+  emulator::about_to_load16(p, "load16", place);
+  Bits16 bits;
+  memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+
+// ThreadSanitizer does not see it: others may write what the caller discards.
 inline Bits16 load16_in_part(const void* p, Place place = Place::here()) {
-  emulator::Inside inside;
-  emulator::must_be_aligned(p, 16, "load16_in_part", place);
-  emulator::chance(32, place);
+  emulator::about_to_load16(p, "load16_in_part", place);
   return emulator::copy_unseen(p);
 }
 
