@@ -64,8 +64,8 @@ class Run:
         self.environment = environment(self.device)
 
     def say(self, text: str) -> None:
+        print(text, file=self.log, flush=True)  # first: what was seen is in it
         print(text, flush=True)
-        print(text, file=self.log, flush=True)
 
 
 def environment(device: str) -> dict[str, Any]:
