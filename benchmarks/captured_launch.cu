@@ -35,7 +35,8 @@ int launch_bf16(Kernel kernel, Divergence, const LaunchShape& shape, void*, cons
 extern "C" __attribute__((visibility("default"))) int capture(
     int64_t N, int64_t V, int divergence, double temperature, double soft_factor, void* student,
     void* teacher, void* grad, const int64_t* labels, const float* w_hard, const float* w_soft,
-    float* hard, float* soft, float* stats, int multiprocessors, int shared_bytes, int near_bytes) {
+    float* hard, float* soft, float* stats, int multiprocessors, int bytes_of_three,
+    int bytes_of_two) {
   using namespace fused_kd;
   Problem p = {};
   p.N = N;
@@ -55,8 +56,8 @@ extern "C" __attribute__((visibility("default"))) int capture(
   p.stats = stats;
   Device device = {};
   device.multiprocessors = multiprocessors;
-  device.shared_bytes = shared_bytes;
-  device.near_bytes = near_bytes;
+  device.bytes_of_three = bytes_of_three;
+  device.bytes_of_two = bytes_of_two;
   device.cluster = 16;
   kept.launches = 0;
   const int error = launch_rows(p, device, nullptr, nullptr);

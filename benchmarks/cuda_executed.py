@@ -27,8 +27,9 @@ from .source_functions import function_at
 Array = np.ndarray[Any, Any]
 
 V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
-#: An H200's, like an H100's: shared memory of a multiprocessor is 228 KiB, a block may have 227.
-MULTIPROCESSORS, BLOCK_BYTES, NEAR_BYTES = 132, 227 * 1024, 228 * 1024 // 3 - 1024
+#: An H200's, like an H100's: multiprocessors; shared memory of a block of which three or two share
+#: the 228 KiB of one.
+DEVICE = (132, 228 * 1024 // 3 - 1024, 228 * 1024 // 2 - 1024)
 STATS = 11  # floats of a row's statistics
 TEMPERATURES = {"T = 1": 1.0, "T = 2": 2.0, "another T": 3.0}
 #: Phase of a row: the function that makes it. What is in none of them is "around", and so are the
@@ -136,7 +137,7 @@ class Planner:
                      "stats")]  # fmt: skip
         error = self._library.capture(
             ctypes.c_int64(ROWS), ctypes.c_int64(V), number, ctypes.c_double(temperature),
-            ctypes.c_double(temperature**2), *pointers, MULTIPROCESSORS, BLOCK_BYTES, NEAR_BYTES,
+            ctypes.c_double(temperature**2), *pointers, *DEVICE,
         )  # fmt: skip
         if error:
             raise RuntimeError(f"launch.cu does not launch rows_cluster once: {error}")

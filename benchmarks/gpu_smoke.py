@@ -30,7 +30,7 @@ from .gpu_options import make_parser, parse, usable
 #: multiprocessor (H100, H200, B200) and both sides of that dtype; 0: no cluster holds them.
 LADDER = {
     "bf16": {1: 1003, 2: 32_000, 4: 50_257, 8: 151_936, 16: 262_144, 0: 1_000_000},
-    "fp32": {1: 1024, 2: 16_001, 4: 32_000, 8: 50_257, 16: 151_936, 0: 500_000},
+    "fp32": {1: 1024, 2: 16_001, 4: 32_000, 8: 50_257, 16: 151_936, 0: 262_144},
 }
 #: Less than a vector, and where each pair of dtypes is tried.
 SHORT, MIXED = 7, 8_008

@@ -66,8 +66,8 @@ class _Device(ctypes.Structure):
 
     _fields_ = [
         ("multiprocessors", ctypes.c_int),
-        ("shared_bytes", ctypes.c_int),
-        ("near_bytes", ctypes.c_int),
+        ("bytes_of_three", ctypes.c_int),
+        ("bytes_of_two", ctypes.c_int),
         ("cluster", ctypes.c_int),
     ]
 
@@ -104,7 +104,7 @@ class EmulatedCUDA:
         self._library = ctypes.CDLL(str(library))
         self._library.workspace.restype = ctypes.c_int64
         # so few multiprocessors that blocks stride over rows where they may
-        self._device = _Device(8, 227 * 1024, 4096, 16 if capability >= 90 else 0)
+        self._device = _Device(8, 4096, 113 * 1024, 16 if capability >= 90 else 0)
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return None

@@ -58,12 +58,12 @@ def test_the_smoke_covers_what_it_should() -> None:
 @pytest.mark.parametrize("besides", [0, 800])
 def test_the_ladder_reaches_each_size_of_a_cluster(besides: int) -> None:
     """By the rule of csrc/cuda/launch.cu, on a multiprocessor with 228 KiB of shared memory."""
-    of_three, of_one = 233472 // 3 - 1024, 227 * 1024
+    of_three, of_two = 233472 // 3 - 1024, 233472 // 2 - 1024
     for dtype, ladder in gpu_smoke.LADDER.items():
         group = 2 * 8 * cases.DTYPES[dtype].itemsize
         for blocks, v in ladder.items():
             groups = -(-v // 8)
-            limits = {1: of_three, 2: of_three, 4: of_three, 8: of_three, 16: of_one}
+            limits = {1: of_three, 2: of_three, 4: of_three, 8: of_three, 16: of_two}
             bytes_of = {n: -(-groups // n) * group + besides for n in limits}
             fitting = [n for n, limit in limits.items() if bytes_of[n] <= limit]
             assert (fitting or [0])[0] == blocks, (dtype, v)

@@ -98,7 +98,6 @@ pybind11::dict device(int index) {
   if (error) throw std::runtime_error(std::string("CUDA device: ") + error_text(error));
   pybind11::dict info;
   info["multiprocessors"] = found.multiprocessors;
-  info["shared_bytes"] = found.shared_bytes;
   info["largest_cluster"] = found.cluster;
   return info;
 }

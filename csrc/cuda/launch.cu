@@ -37,13 +37,13 @@ Plan plan_general(const Problem& p) {
   return Plan(Kernel::general, groups, parts < MAX_PARTS ? static_cast<int>(parts) : MAX_PARTS);
 }
 
-// The smallest cluster whose blocks share a multiprocessor, else the largest if it holds a row at
-// all.
+// The smallest cluster of whose blocks three share a multiprocessor, else the largest if two do: a
+// block that is alone there has nothing else to do while its row arrives and its gradient leaves.
 Plan plan_rows(const Problem& p, const Device& device) {
   const int group_bytes = bytes_of_group(p);
   for (int blocks = 1; blocks <= device.cluster; blocks *= 2) {
     const Plan plan(Kernel::cluster, groups_of(p.V), blocks);
-    const int limit = blocks < device.cluster ? device.near_bytes : device.shared_bytes;
+    const int limit = blocks < device.cluster ? device.bytes_of_three : device.bytes_of_two;
     if (plan.slice <= CHUNK * MAX_CHUNKS && plan.shared_bytes(group_bytes) <= limit) return plan;
   }
   return plan_general(p);

@@ -12,9 +12,9 @@ constexpr int64_t MAX_V = int64_t(1) << 30, MAX_N = (int64_t(1) << 31) - 1;
 
 struct Device {
   int multiprocessors;
-  int shared_bytes;  // the most shared memory that a block may have
-  int near_bytes;    // what a block may have for three to share a multiprocessor
-  int cluster;       // blocks of the largest cluster that the kernels and the device allow; 0: none
+  int bytes_of_three;  // shared memory of a block of which three fit on a multiprocessor
+  int bytes_of_two;    // ... two
+  int cluster;  // blocks of the largest cluster that the kernels and the device allow; 0: none
 };
 
 // Device memory that launch_rows needs besides the problem's, in bytes.

@@ -18,14 +18,14 @@ int attribute(cudaDeviceAttr which, int index, int* value) {
 int ask(int index, Device* device) {
   int error = kernels_are_there(), shared = 0;
   if (!error) error = attribute(cudaDevAttrMultiProcessorCount, index, &device->multiprocessors);
-  if (!error)
-    error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index, &device->shared_bytes);
   if (!error) error = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, &shared);
   if (error) return error;
   // 1 KiB of a block is the system's; blocks get memory in pieces of 128 bytes
-  device->near_bytes = (shared / 3 - 1024) / 128 * 128;
+  const auto bytes_of = [&](int blocks) { return (shared / blocks - 1024) / 128 * 128; };
+  device->bytes_of_three = bytes_of(3);
+  device->bytes_of_two = bytes_of(2);
   device->cluster = 16;
-  while (device->cluster && !can_run_clusters(device->cluster, device->shared_bytes))
+  while (device->cluster && !can_run_clusters(device->cluster, device->bytes_of_two))
     device->cluster /= 2;
   return 0;
 }

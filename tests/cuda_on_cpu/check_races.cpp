@@ -183,7 +183,7 @@ static void launched(int error, const Data& data) {
 
 // Of so few multiprocessors that blocks stride over rows where they may.
 static Device device_of(const Case& c) {
-  return {8, 227 * 1024, 4096, c.capability >= 90 ? 16 : 0};
+  return {8, 4096, 113 * 1024, c.capability >= 90 ? 16 : 0};
 }
 
 static void rows(const Data& data, const Problem& p) {
