@@ -110,6 +110,7 @@ struct FarRow : Pair<D, S, SAME> {
   template <class Visit>
   FUSED_KD_DEVICE void visit_groups(int group, int step, int count, Visit visit) const {
     constexpr bool AHEAD = S != Dtype::f32;
+    if (count <= 0) return;
     Loaded next = {};
     if (AHEAD && group < slice.end) next = load(group);
     for (; count > 0; --count, group += step) {
