@@ -74,8 +74,8 @@ def test_every_launch(tmp_path: Path, flags: list[str], seeds: int) -> None:
 #: What orders memory, and must not be left out: a statement of rows.cuh.
 ORDERING = re.compile(
     r"(exchange\.)?\b"
-    r"(block_sync|warp_sync|cluster_sync|cluster_arrive|cluster_wait|wait_for_place|finish|"
-    r"wait_until|arrive)"
+    r"(block_sync|warp_sync|cluster_arrive|cluster_wait|barrier_wait_for_peers|wait_for_place|"
+    r"finish|wait_until|arrive)"
     r"\((?:[^(){};]|\([^(){};]*\))*\);"
 )
 

@@ -26,8 +26,12 @@ struct Plan {
   Plan(Kernel kernel, int groups, int parts) : kernel(kernel), parts(parts) {
     slice = (groups + parts - 1) / parts;
   }
+  int slices_end(int group_bytes) const {
+    return static_cast<int>(sizeof(Shared)) + (kernel == Kernel::cluster ? slice * group_bytes : 0);
+  }
   int shared_bytes(int group_bytes) const {
-    return kernel == Kernel::cluster ? NEAR_MEMORY + slice * group_bytes : NEAR_MEMORY;
+    const bool hand_over = kernel == Kernel::cluster && parts > 1;
+    return slices_end(group_bytes) + (hand_over ? parts * HANDED_BYTES : 0);
   }
 };
 
@@ -100,6 +104,7 @@ int launch(const Plan& plan, Divergence divergence, int group_bytes, Blocks bloc
   const auto typed = q.student.dtype == Dtype::f32    ? launch_f32
                      : q.student.dtype == Dtype::bf16 ? launch_bf16
                                                       : launch_f16;
+  q.slices_end = plan.slices_end(group_bytes);
   const int64_t rows = MAX_GRID / plan.parts;
   for (q.first_row = 0; q.first_row < N; q.first_row += rows) {
     const int64_t count = N - q.first_row < rows ? N - q.first_row : rows;

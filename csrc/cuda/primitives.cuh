@@ -13,6 +13,9 @@ namespace fused_kd {
 struct alignas(16) Bits16 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) Bits8 {
+  uint32_t x, y;
+};
 
 // ------------------------------------------------------------------------------ memory, numbers
 
@@ -136,26 +139,14 @@ __device__ __forceinline__ uint32_t cluster_blocks() {
   return y;
 }
 
-// All threads of a cluster, each once before it waits.
+// All threads of a cluster, each once; who waits knows the barriers that were initialised before, and
+// nothing else.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-
-// The same variable in the shared memory of block `rank` of this cluster.
-template <class T>
-__device__ __forceinline__ T* cluster_peer(T* shared, uint32_t rank) {
-  uint64_t y;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(y) : "l"(shared), "r"(rank));
-  return reinterpret_cast<T*>(y);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -191,18 +182,53 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ uint32_t peer_address(const void* shared, uint32_t rank) {
+  uint32_t y;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(y)
+               : "r"(shared_address(shared)), "r"(rank));
+  return y;
+}
+
+// To the same place in block `rank` of this cluster, whose barrier counts the bytes. The barrier must
+// be there, and the block must wait for it.
+__device__ __forceinline__ void push(void* shared, Bits16 v, uint64_t* barrier, uint32_t rank) {
   asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
+      " [%0], {%1, %2, %3, %4}, [%5];" ::"r"(peer_address(shared, rank)),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(peer_address(barrier, rank))
       : "memory");
+}
+
+__device__ __forceinline__ void push(void* shared, Bits8 v, uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32"
+      " [%0], {%1, %2}, [%3];" ::"r"(peer_address(shared, rank)),
+      "r"(v.x), "r"(v.y), "r"(peer_address(barrier, rank))
+      : "memory");
+}
+
+// Until a phase has ended, whose bytes came by copies or from other blocks.
+#define FUSED_KD_BARRIER_WAIT(SCOPE)       \
+  asm volatile(                            \
+      "{\n"                                \
+      ".reg .pred done;\n"                 \
+      "again:\n"                           \
+      "mbarrier.try_wait.parity" SCOPE     \
+      ".shared::cta.b64 done, [%0], %1;\n" \
+      "@done bra finished;\n"              \
+      "bra again;\n"                       \
+      "finished:\n"                        \
+      "}" ::"r"(shared_address(barrier)),  \
+      "r"(parity)                          \
+      : "memory")
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  FUSED_KD_BARRIER_WAIT("");
+}
+
+__device__ __forceinline__ void barrier_wait_for_peers(uint64_t* barrier, uint32_t parity) {
+  FUSED_KD_BARRIER_WAIT(".acquire.cluster");
 }
 
 #endif

@@ -14,16 +14,43 @@ namespace fused_kd {
 
 constexpr int WARPS = THREADS / 32;
 
-// The head of a block's shared memory; slices of a row begin at NEAR_MEMORY.
-constexpr int NEAR_MEMORY = 640;
-struct Shared {
-  Record records[WARPS];  // of the block's warps
-  Record block[2];        // of the block, for its cluster, in either round
-  float told[16];         // what the first thread tells the others
-  uint32_t ticket;
-  uint64_t barriers[MAX_CHUNKS];
+// What warps and the blocks of a cluster hand over in shared memory: a record of the first visit,
+// without the second's sums, or these.
+struct alignas(16) First {
+  float m_s, m_t, d_s, d_t, d_1, w, differences;
+  int count_and_flags;  // eight times the one, and the other
 };
-static_assert(sizeof(Shared) <= NEAR_MEMORY, "the head overlaps the slices");
+struct alignas(8) Sums {
+  float x, y;
+};
+
+FUSED_KD_DEVICE First pack(const Record& record) {
+  const RowSums<float>& r = record.r;
+  const int count = static_cast<int>(r.count), flags = static_cast<int>(record.flags);
+  return {r.m_s, r.m_t, r.d_s, r.d_t, r.d_1, r.w, r.differences, count * 8 + flags};
+}
+
+FUSED_KD_DEVICE Record unpack(const First& first) {
+  const int flags = first.count_and_flags & 7, count = (first.count_and_flags - flags) / 8;
+  return {{first.m_s, first.m_t, first.d_s, first.d_t, first.d_1, first.w, 0.0f, 0.0f,
+           first.differences, static_cast<float>(count)},
+          static_cast<float>(flags)};
+}
+
+// The head of a block's shared memory. In a cluster the block's slices of a row lie behind it, and then
+// what each of the blocks hands over, in the first round and in the second.
+struct Shared {
+  union {  // of the block's warps
+    First first[WARPS];
+    Sums second[WARPS];
+  };
+  float told[16];                 // what the first thread tells the others
+  uint64_t barriers[MAX_CHUNKS];  // of the slices
+  uint64_t handed[2];             // barriers: what the blocks hand over in either round is there
+  uint32_t ticket;
+};
+static_assert(sizeof(Shared) % 16 == 0, "slices are not aligned");
+constexpr int HANDED_BYTES = sizeof(First) + sizeof(Sums);  // of each block of a cluster
 
 // What the first thread makes of a row's record, for all: divisions are done once. Between two
 // calls the block meets.
@@ -42,12 +69,17 @@ template <Divergence D>
 FUSED_KD_DEVICE Record merge_block(Record record, const Options& o, Shared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   merge_warp<D>(record, o);
-  if (lane == 0) shared.records[warp] = record;
+  if (lane == 0) shared.first[warp] = pack(record);
   block_sync();
   if (warp != 0) return record;
-  record = lane < WARPS ? shared.records[lane] : empty_record();
+  record = lane < WARPS ? unpack(shared.first[lane]) : empty_record();
   merge_warp<D>(record, o);
   return record;
+}
+
+FUSED_KD_DEVICE void set_second(Record& record, const Sums& sums) {
+  record.r.x = sums.x;
+  record.r.y = sums.y;
 }
 
 // Sums of a second visit, over the lanes of a warp.
@@ -59,12 +91,10 @@ FUSED_KD_DEVICE void merge_second_warp(Record& record) {
 FUSED_KD_DEVICE Record merge_second_block(Record record, Shared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   merge_second_warp(record);
-  if (lane == 0) shared.records[warp] = record;
+  if (lane == 0) shared.second[warp] = {record.r.x, record.r.y};
   block_sync();
   if (warp != 0) return record;
-  const bool here = lane < WARPS;
-  record.r.x = here ? shared.records[lane].r.x : 0.0f;
-  record.r.y = here ? shared.records[lane].r.y : 0.0f;
+  set_second(record, lane < WARPS ? shared.second[lane] : Sums{});
   merge_second_warp(record);
   return record;
 }
@@ -76,6 +106,11 @@ FUSED_KD_DEVICE Record read_far(const Record& record) {
 #pragma unroll
   for (int i = 0; i < STATS; ++i) reinterpret_cast<float*>(&copy)[i] = from[i];
   return copy;
+}
+
+// Whether all blocks of a row go on after this round, or part 0 alone.
+FUSED_KD_DEVICE bool all_go_on(const Params& p, int round, int rounds) {
+  return round < rounds || p.grad.data != nullptr;
 }
 
 // Blocks of one row that meet in far memory. Rows are numbered in the order in which their blocks
@@ -103,12 +138,11 @@ struct FarExchange {
   // Nothing more is read or written by this block.
   FUSED_KD_DEVICE void finish() const { arrive(p.finished + n); }
 
-  // Warp 0 gets the record of the whole row; without `everyone`, only part 0 does, and the others
-  // return false.
+  // Warp 0 gets the record of the whole row. False for a block that does not go on.
   template <class Merge>
-  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool everyone, Merge merge) const {
+  FUSED_KD_DEVICE bool operator()(Record& record, int round, Merge merge) const {
     if (p.parts > 1) {
-      const bool goes_on = part == 0 || everyone;
+      const bool goes_on = part == 0 || all_go_on(p, round, rounds);
       if (threadIdx.x == 0) {
         if (round == 1) wait_for_place();
         records(round)[part] = record;
@@ -132,28 +166,78 @@ struct FarExchange {
 
 #ifdef FUSED_KD_HAS_CLUSTERS
 
-// Blocks of one cluster, which read one another's shared memory: one packed exchange.
+// Blocks of one cluster, which write into one another's shared memory, and wait for what comes into
+// their own: one trip. A block may end when all has come that it waits for.
 struct NearExchange {
+  const Params& p;
   int rounds;
   Shared& shared;
+  uint32_t blocks, rank;
+  First* first;  // of the blocks
+  Sums* second;
 
-  template <class Merge>
-  FUSED_KD_DEVICE bool operator()(Record& record, int round, bool, Merge merge) const {
-    if (cluster_blocks() == 1) return true;
-    if (threadIdx.x == 0) shared.block[round - 1] = record;
-    cluster_sync();
-    if (threadIdx.x < 32) {
-      const bool here = threadIdx.x < cluster_blocks();
-      record = here ? *cluster_peer(&shared.block[round - 1], threadIdx.x) : empty_record();
-      merge(record);
-    }
-    if (round == rounds) cluster_arrive();  // nothing of the peers' is read any more
-    return true;
+  FUSED_KD_DEVICE NearExchange(const Params& p, int rounds, unsigned char* memory)
+      : p(p),
+        rounds(rounds),
+        shared(*reinterpret_cast<Shared*>(memory)),
+        blocks(cluster_blocks()),
+        rank(cluster_rank()),
+        first(reinterpret_cast<First*>(memory + p.slices_end)),
+        second(reinterpret_cast<Sums*>(first + blocks)) {}
+
+  FUSED_KD_DEVICE bool goes_on(uint32_t rank, int round) const {
+    return rank == 0 || all_go_on(p, round, rounds);
   }
 
-  // What the peers read must stay until they have: nobody waits for a peer's gradient.
-  FUSED_KD_DEVICE void finish() const {
-    if (cluster_blocks() > 1) cluster_wait();
+  // By the first thread, before it arrives.
+  FUSED_KD_DEVICE void prepare() const {
+    if (blocks == 1) return;
+    for (int round = 1; round <= rounds; ++round) barrier_init(&shared.handed[round - 1]);
+    barrier_init_fence();
+    for (int round = 1; round <= rounds; ++round) {
+      const uint32_t bytes = round == 1 ? sizeof(First) : sizeof(Sums);
+      if (goes_on(rank, round)) barrier_expect(&shared.handed[round - 1], blocks * bytes);
+    }
+  }
+
+  // All threads; the barriers of this block are there.
+  FUSED_KD_DEVICE void arrive() const {
+    if (blocks > 1) cluster_arrive();
+  }
+
+  template <class Merge>
+  FUSED_KD_DEVICE bool operator()(Record& record, int round, Merge merge) const {
+    if (blocks == 1) return true;
+    if (round == 1) cluster_wait();  // the barriers of all blocks are there
+    if (threadIdx.x < 32) {
+      const uint32_t lane = threadIdx.x;
+      if (lane < blocks && goes_on(lane, round)) hand_over(record, round, lane);
+      if (goes_on(rank, round)) {
+        barrier_wait_for_peers(&shared.handed[round - 1], 0);
+        if (round == 1)
+          record = lane < blocks ? unpack(first[lane]) : empty_record();
+        else
+          set_second(record, lane < blocks ? second[lane] : Sums{});
+        merge(record);
+      }
+    }
+    return goes_on(rank, round);
+  }
+
+  FUSED_KD_DEVICE void hand_over(const Record& record, int round, uint32_t peer) const {
+    struct Halves {
+      Bits16 low, high;
+    };
+    uint64_t* barrier = &shared.handed[round - 1];
+    if (round == 1) {
+      const Halves halves = same_bits<Halves>(pack(record));
+      First* to = first + rank;
+      push(to, halves.low, barrier, peer);
+      push(reinterpret_cast<unsigned char*>(to) + 16, halves.high, barrier, peer);
+    } else {
+      const Sums sums = {record.r.x, record.r.y};
+      push(second + rank, same_bits<Bits8>(sums), barrier, peer);
+    }
   }
 };
 
@@ -164,18 +248,17 @@ template <Divergence D, Dtype S, class Source, class Exchange>
 FUSED_KD_DEVICE void visit_row(const Params& p, const Row& row, const Source& source, int part,
                                Shared& shared, Exchange exchange) {
   const Options& o = p.options;
-  const bool has_gradient = p.grad.data != nullptr;
   Record record = merge_block<D>(first_visit<D>(source, o), o, shared);
   const auto merge = [&](Record& r) { merge_warp<D>(r, o); };
-  if (!exchange(record, 1, has_gradient || RuleOf<D>::TWO_VISITS, merge)) return;
+  if (!exchange(record, 1, merge)) return;
   if constexpr (RuleOf<D>::TWO_VISITS) {
     const Second<D> second = told_by_first<Second<D>>(p, row, record, shared);
     second_visit<D>(source, o, second, record.r.x, record.r.y);
     record = merge_second_block(record, shared);
-    if (!exchange(record, 2, has_gradient, merge_second_warp)) return;
+    if (!exchange(record, 2, merge_second_warp)) return;
   }
   if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, record);
-  if (has_gradient)
+  if (p.grad.data != nullptr)
     gradient_visit<D, S>(p, row, source, told_by_first<Gradient<D>>(p, row, record, shared));
 }
 
@@ -208,7 +291,7 @@ FUSED_KD_DEVICE void gradients_from_statistics(const Params& p) {
 }
 
 // Any number of blocks a row; they meet in far memory. Grid: p.units, or less from statistics.
-// Budget: 128 registers, NEAR_MEMORY bytes of shared memory.
+// Budget: 128 registers, the head of shared memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     rows_general(const __grid_constant__ Params p) {
@@ -248,14 +331,17 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
   const int64_t n = p.first_row + (blockIdx.x >> p.parts_log2);
   const int part = static_cast<int>(cluster_rank());
   Row row(p, n);
-  const NearRow<D, S, SAME> source(p, row, part, memory + NEAR_MEMORY, shared.barriers);
+  const NearRow<D, S, SAME> source(p, row, part, memory + sizeof(Shared), shared.barriers);
   if (!row.hard && !row.soft) return skip_row<S>(p, row, source, part);
   source.load();
-  if (threadIdx.x == 0) row.read_label(p, part == 0);
+  const NearExchange exchange(p, RuleOf<D>::TWO_VISITS ? 2 : 1, memory);
+  if (threadIdx.x == 0) {
+    exchange.prepare();
+    row.read_label(p, part == 0);
+  }
   block_sync();
-  const NearExchange exchange{RuleOf<D>::TWO_VISITS ? 2 : 1, shared};
+  exchange.arrive();
   visit_row<D, S>(p, row, source, part, shared, exchange);
-  exchange.finish();
 #elif defined(__CUDA_ARCH__)
   __trap();  // launch.cu does not choose it here
 #endif

@@ -27,6 +27,7 @@ struct Params {
   int parts;          // blocks of a row
   int parts_log2;     // for a cluster
   int slice;          // groups of a row in one block
+  int slices_end;     // ... and where they end in its shared memory
   // Where the blocks of a row meet in far memory: counters, zeroed, and a ring of records.
   uint32_t *tickets, *arrived, *finished;  // (1), (N), (N)
   Record* partials;                        // (2, ring, parts)

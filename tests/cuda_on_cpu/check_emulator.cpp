@@ -16,13 +16,13 @@ using namespace fused_kd;
 #define BUGS(X)                                                                                 \
   X(none) X(missing_barrier) X(missing_second_barrier) X(read_past_row) X(shared_overrun)       \
   X(shared_read_overrun) X(divergent_barrier) X(two_barriers) X(early_return)                   \
-  X(divergent_shuffle) X(misaligned_load) X(missing_final_cluster_sync)                         \
-  X(missing_first_cluster_sync) X(divergent_cluster_sync) X(read_before_wait) X(wrong_parity)   \
+  X(divergent_shuffle) X(misaligned_load) X(divergent_cluster_arrive) X(push_at_the_end)          \
+  X(mail_never_waited) X(mail_read_before_wait) X(read_before_wait) X(wrong_parity)             \
   X(expect_too_much) X(expect_too_little) X(expect_twice) X(copy_past_shared) X(copy_odd_size)  \
   X(copy_misaligned) X(copy_past_row) X(missing_init) X(missing_init_fence) X(never_waited)     \
-  X(barrier_overwritten) X(peer_write_at_the_end) X(wait_for_too_many) X(block_index_as_ticket) \
+  X(barrier_overwritten) X(push_misaligned) X(wait_for_too_many) X(block_index_as_ticket) \
   X(arrive_before_store) X(missing_barrier_before_arrive) X(stack_overflow)                     \
-  X(missing_cluster_wait) X(missing_cluster_arrive) X(peer_read_after_arrival)
+  X(missing_cluster_wait) X(missing_cluster_arrive)
 // clang-format on
 #define AS_ENUM(name) name,
 enum class Bug { BUGS(AS_ENUM) };
@@ -96,18 +96,21 @@ struct ClusterParams {
 constexpr uint32_t SLICE = 256;
 
 // A cluster sums a row that it holds in its shared memory, two slices per block; each fetches both,
-// and then the first once more, over itself.
+// and then the first once more, over itself. Each sends its sum to all.
 __global__ void cluster_sum(const __grid_constant__ ClusterParams p) {
   unsigned char* shared = dynamic_shared();
-  auto* barriers = reinterpret_cast<uint64_t*>(shared);    // 2
-  float* partial = reinterpret_cast<float*>(shared + 16);  // one per warp, then the block's sum
+  auto* barriers = reinterpret_cast<uint64_t*>(shared);    // 2, and the mail's
+  float* partial = reinterpret_cast<float*>(shared + 32);  // one per warp
+  auto* mail = reinterpret_cast<Bits16*>(shared + 64);     // one per block
   float* slices = reinterpret_cast<float*>(shared + 128);  // (2, SLICE)
+  const uint32_t blocks = cluster_blocks(), rank = cluster_rank();
   const float* mine = p.row + int64_t(blockIdx.x) * 2 * SLICE;
   const bool leads = threadIdx.x == 0;
   const uint32_t bytes = SLICE * 4;
   if (leads) {
     if (p.bug != Bug::missing_init) barrier_init(&barriers[0]);
     barrier_init(&barriers[1]);
+    barrier_init(&barriers[2]);
     if (p.bug != Bug::missing_init_fence) barrier_init_fence();
     uint32_t expected = bytes;
     if (p.bug == Bug::expect_too_much) expected += 16;
@@ -122,9 +125,12 @@ __global__ void cluster_sum(const __grid_constant__ ClusterParams p) {
     bulk_copy(slices + half + (p.bug == Bug::copy_past_shared ? 4 : 0),
               mine + half + (p.bug == Bug::copy_past_row && last ? 4 : 0), bytes / 2, &barriers[1]);
     barrier_expect(&barriers[1], bytes);
-    if (p.bug == Bug::barrier_overwritten) partial[-4] = 1;
+    barrier_expect(&barriers[2], blocks * sizeof *mail);
+    if (p.bug == Bug::barrier_overwritten) partial[-8] = 1;
   }
   block_sync();
+  if (p.bug == Bug::divergent_cluster_arrive && rank == 1 && leads) block_sync();
+  if (p.bug != Bug::missing_cluster_arrive) cluster_arrive();
   if (p.bug != Bug::read_before_wait && p.bug != Bug::never_waited) barrier_wait(&barriers[0], 0);
   float x = 0;
   const int rounds = p.bug == Bug::never_waited ? 0 : 2;
@@ -133,7 +139,7 @@ __global__ void cluster_sum(const __grid_constant__ ClusterParams p) {
     const float* slice = slices + round * SLICE;
     for (uint32_t v = threadIdx.x * 4; v < SLICE; v += blockDim.x * 4) x += sum4(load16(slice + v));
   }
-  if (p.bug == Bug::never_waited) return;
+  if (p.bug == Bug::never_waited) return cluster_wait();
   if (p.bug == Bug::read_before_wait) barrier_wait(&barriers[0], 0);
   block_sync();
   if (leads) {
@@ -145,25 +151,27 @@ __global__ void cluster_sum(const __grid_constant__ ClusterParams p) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
   block_sync();
-  if (leads) {
-    float sum = 0;
-    for (unsigned i = 0; i < blockDim.x / 32; ++i) sum += partial[i];
-    partial[8] = sum;
-  }
-  if (p.bug == Bug::divergent_cluster_sync && cluster_rank() == 1 && leads) block_sync();
-  if (p.bug != Bug::missing_first_cluster_sync) cluster_sync();
+  if (p.bug != Bug::missing_cluster_wait) cluster_wait();
+  float own = 0;
+  for (unsigned i = 0; i < blockDim.x / 32; ++i) own += partial[i];
+  const auto send_to = [&](uint32_t peer) {
+    Bits16 bits = {};
+    memcpy(&bits, &own, sizeof own);
+    push(reinterpret_cast<char*>(mail + rank) + (p.bug == Bug::push_misaligned ? 4 : 0), bits,
+         &barriers[2], peer);
+  };
+  for (uint32_t peer = 0; peer < blocks && leads; ++peer) send_to(peer);
+  if (p.bug == Bug::mail_never_waited) return;
+  if (p.bug != Bug::mail_read_before_wait) barrier_wait_for_peers(&barriers[2], 0);
   float sum = 0;
-  for (uint32_t i = 0; i < cluster_blocks(); ++i) sum += *cluster_peer(&partial[8], i);
-  if (p.bug != Bug::missing_final_cluster_sync) {
-    float* peer = cluster_peer(&partial[9], (cluster_rank() + 1) % cluster_blocks());
-    if (p.bug != Bug::missing_cluster_arrive) cluster_arrive();
-    for (uint32_t i = 0; i < cluster_blocks() && p.bug == Bug::peer_read_after_arrival; ++i)
-      sum += 0 * *cluster_peer(&partial[8], i);
-    if (p.bug == Bug::missing_cluster_wait) return;
-    cluster_wait();
-    if (p.bug == Bug::peer_write_at_the_end && leads) *peer = 1;
+  for (uint32_t i = 0; i < blocks; ++i) {
+    float of_block;
+    memcpy(&of_block, mail + i, sizeof of_block);
+    sum += of_block;
   }
-  if (cluster_rank() + 1 == cluster_blocks() && leads) p.sums[blockIdx.x / cluster_blocks()] = sum;
+  if (p.bug == Bug::mail_read_before_wait) barrier_wait_for_peers(&barriers[2], 0);
+  if (p.bug == Bug::push_at_the_end && leads) send_to((rank + 1) % blocks);
+  if (rank + 1 == blocks && leads) p.sums[blockIdx.x / blocks] = sum;
 }
 
 struct TicketParams {

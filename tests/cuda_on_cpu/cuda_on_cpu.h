@@ -20,6 +20,9 @@ namespace fused_kd {
 struct alignas(16) Bits16 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) Bits8 {
+  uint32_t x, y;
+};
 
 struct LaunchShape {
   int64_t grid;
@@ -59,8 +62,8 @@ inline void mark(uint64_t* barrier, uint64_t value) { *barrier = value; }
 inline uint64_t marked(const uint64_t* barrier) { return *barrier; }
 constexpr uint64_t MARK = 0xfff7ba881e5fff7b;  // NaN, read as a number
 
-inline Mbarrier& checked(uint64_t* barrier, Place place) {
-  Mbarrier& mbarrier = machine.mbarrier(barrier, place);
+inline Mbarrier& checked(Block& block, uint64_t* barrier, Place place) {
+  Mbarrier& mbarrier = machine.mbarrier(block, barrier, place);
   if (marked(barrier) != MARK) machine.die(machine.current, place, "an mbarrier was overwritten");
   return mbarrier;
 }
@@ -207,41 +210,18 @@ inline uint32_t cluster_rank() {
          uint32_t(emulator::machine.current->block->cluster->blocks.size());
 }
 
-inline void cluster_sync(Place place = Place::here()) {
-  using namespace emulator;
-  Inside inside;
-  machine.meet(machine.current->block->cluster->meeting, State::cluster_sync, place);
-}
-
 inline void cluster_arrive(Place place = Place::here()) {
   using namespace emulator;
   Inside inside;
   chance(4, place);
-  machine.arrive_split(place);
+  machine.arrive_at_cluster(place);
 }
 
 inline void cluster_wait(Place place = Place::here()) {
   using namespace emulator;
   Inside inside;
   chance(4, place);
-  machine.wait_split(place);
-}
-
-template <class T>
-T* cluster_peer(T* shared, uint32_t rank, Place place = Place::here()) {
-  using namespace emulator;
-  Inside inside;
-  const Fiber* me = machine.current;
-  const auto& blocks = me->block->cluster->blocks;
-  if (rank >= blocks.size()) machine.die(me, place, "cluster_peer: no block of rank %u", rank);
-  if (!me->block->owns(shared, sizeof(T))) {
-    machine.die(me, place, "cluster_peer: not in this block's shared memory");
-  }
-  if (blocks[rank]->ended) machine.die(me, place, "cluster_peer: block %u has ended", rank);
-  chance(4, place);
-  const auto offset =
-      reinterpret_cast<uintptr_t>(shared) - reinterpret_cast<uintptr_t>(me->block->shared);
-  return reinterpret_cast<T*>(blocks[rank]->shared + offset);
+  machine.wait_for_cluster(place);
 }
 
 inline unsigned char* dynamic_shared() {
@@ -275,7 +255,7 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes, Place place = Plac
   using namespace emulator;
   Inside inside;
   chance(4, place);
-  Mbarrier& mbarrier = checked(barrier, place);
+  Mbarrier& mbarrier = checked(*machine.current->block, barrier, place);
   if (mbarrier.arrived)
     machine.die(machine.current, place, "barrier_expect: a second time in one phase");
   if (mbarrier.issued > bytes) {
@@ -288,6 +268,41 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes, Place place = Plac
   machine.advance(mbarrier, barrier);
 }
 
+namespace emulator {
+
+// Bytes on their way into a block's shared memory, which its barrier counts when they land.
+inline void send(const char* what, const Copy& copy, uint64_t* barrier, Place place) {
+  const Fiber* me = machine.current;
+  Block& block = *copy.block;
+  if (!block.owns(copy.to, copy.bytes))
+    machine.die(me, place, "%s: %u bytes to outside of the block's shared memory", what,
+                copy.bytes);
+  for (const auto& [address, other] : block.mbarriers) {
+    const auto* word = static_cast<const unsigned char*>(address);
+    if (word + 8 > copy.to && word < copy.to + copy.bytes)
+      machine.die(me, place, "%s: over an mbarrier", what);
+  }
+  for (const Copy& other : machine.copies) {
+    if (other.to + other.bytes <= copy.to || other.to >= copy.to + copy.bytes) continue;
+    machine.die(me, place, "%s: another is still under way to the same memory", what);
+  }
+  Mbarrier& mbarrier = checked(block, barrier, place);
+  mbarrier.issued += copy.bytes;
+  if (mbarrier.arrived && mbarrier.issued > mbarrier.expected) {
+    machine.die(me, place, "%s: %llu bytes issued in a phase that expects %llu", what,
+                (unsigned long long)mbarrier.issued, (unsigned long long)mbarrier.expected);
+  }
+  release(mbarrier.issue_clock);
+  // Nobody may count on what was there: the copy may have begun.
+  memset(copy.to, 0xff, copy.bytes);
+  poison(copy.to, copy.bytes);
+  machine.copies.push_back(copy);
+  machine.copies.back().mbarrier = &mbarrier;
+  machine.copies.back().address = barrier;
+}
+
+}  // namespace emulator
+
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
                       Place place = Place::here()) {
   using namespace emulator;
@@ -297,32 +312,32 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   must_be_aligned(shared, 16, "bulk_copy to", place);
   must_be_aligned(global, 16, "bulk_copy from", place);
   if (bytes == 0 || bytes % 16) machine.die(me, place, "bulk_copy: %u bytes", bytes);
-  if (!me->block->owns(shared, bytes)) {
-    machine.die(me, place, "bulk_copy: %u bytes to outside this block's shared memory", bytes);
-  }
   if (machine.in_live_shared_memory(global))
     machine.die(me, place, "bulk_copy: from shared memory");
   if (!readable(global, bytes)) machine.die(me, place, "bulk_copy: %u bytes cannot be read", bytes);
-  auto* to = static_cast<unsigned char*>(shared);
-  for (const auto& [address, other] : me->block->mbarriers) {
-    const auto* word = static_cast<const unsigned char*>(address);
-    if (word + 8 > to && word < to + bytes) machine.die(me, place, "bulk_copy: over an mbarrier");
-  }
-  for (const Copy& other : machine.copies) {
-    if (other.to + other.bytes <= to || other.to >= to + bytes) continue;
-    machine.die(me, place, "bulk_copy: another is still under way to the same memory");
-  }
-  Mbarrier& mbarrier = checked(barrier, place);
-  mbarrier.issued += bytes;
-  if (mbarrier.arrived && mbarrier.issued > mbarrier.expected) {
-    machine.die(me, place, "bulk_copy: %llu bytes issued in a phase that expects %llu",
-                (unsigned long long)mbarrier.issued, (unsigned long long)mbarrier.expected);
-  }
-  release(mbarrier.issue_clock);
-  // Nobody may count on what was there: the copy may have begun.
-  memset(shared, 0xff, bytes);
-  poison(shared, bytes);
-  machine.copies.push_back({to, global, bytes, me->block, &mbarrier, barrier});
+  send("bulk_copy", {static_cast<unsigned char*>(shared), global, bytes, me->block}, barrier,
+       place);
+  chance(2, place);
+}
+
+template <class Bits>
+void push(void* shared, Bits bits, uint64_t* barrier, uint32_t rank, Place place = Place::here()) {
+  using namespace emulator;
+  static_assert(sizeof bits <= sizeof Copy::pushed);
+  Inside inside;
+  const Fiber* me = machine.current;
+  chance(4, place);
+  must_be_aligned(shared, sizeof bits, "push", place);
+  const auto& blocks = me->block->cluster->blocks;
+  if (rank >= blocks.size()) machine.die(me, place, "push: no block of rank %u", rank);
+  Block& peer = *blocks[rank];
+  if (peer.ended) machine.die(me, place, "push: block %u has ended", rank);
+  const auto there = [&](void* p) {
+    return peer.shared + (static_cast<unsigned char*>(p) - me->block->shared);
+  };
+  Copy copy = {there(shared), nullptr, sizeof bits, &peer};
+  memcpy(copy.pushed, &bits, sizeof bits);
+  send("push", copy, reinterpret_cast<uint64_t*>(there(barrier)), place);
   chance(2, place);
 }
 
@@ -330,7 +345,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity, Place place = Place
   using namespace emulator;
   Inside inside;
   chance(4, place);
-  Mbarrier& mbarrier = checked(barrier, place);
+  Mbarrier& mbarrier = checked(*machine.current->block, barrier, place);
   if (parity > 1) machine.die(machine.current, place, "barrier_wait: parity %u", parity);
   if (mbarrier.phase == 0 && parity == 1) {
     machine.die(machine.current, place, "barrier_wait: no phase of parity 1 has been yet");
@@ -339,6 +354,11 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity, Place place = Place
     machine.wait_for(State::phase, barrier, parity, place);
   }
   acquire(mbarrier.landing_clock);
+}
+
+inline void barrier_wait_for_peers(uint64_t* barrier, uint32_t parity,
+                                   Place place = Place::here()) {
+  barrier_wait(barrier, parity, place);
 }
 
 // 0, or what cudaErrorInvalidConfiguration is, with the reason on stderr.

@@ -32,7 +32,7 @@ inline void Machine::start_cluster() {
   const unsigned first = to_start_.back();
   to_start_.pop_back();
   live_.push_back(std::make_unique<Cluster>());
-  live_.back()->meeting.size = cluster_size_ * threads_;
+  live_.back()->size = cluster_size_ * threads_;
   for (unsigned i = 0; i < cluster_size_; ++i) start_block(*live_.back(), first + i);
 }
 
@@ -72,11 +72,11 @@ inline void Machine::start_block(Cluster& cluster, unsigned index) {
 inline void Machine::end_fiber(Fiber& fiber) {
   Block& block = *fiber.block;
   if (fiber.arrived) die(&fiber, {}, "a thread ends between cluster_arrive and cluster_wait");
-  for (const Fiber* waiting : block.cluster->split.waiting)
+  for (const Fiber* waiting : block.cluster->waiting)
     die(waiting, waiting->place, "cluster_wait waits for thread %u of block %u, which has ended",
         fiber.thread, block.index);
-  for (Meeting* meeting :
-       {&block.warps[fiber.thread / WARP], &block.meeting, &block.cluster->meeting}) {
+  ++block.cluster->ended;
+  for (Meeting* meeting : {&block.warps[fiber.thread / WARP], &block.meeting}) {
     ++meeting->ended;
     if (meeting->waiting.empty()) continue;
     const Fiber& waiting = *meeting->waiting.front();
@@ -95,8 +95,7 @@ inline void Machine::end_block(const Fiber& last) {
   Block& block = *last.block;
   acquire(block.end_clock);
   for (const Copy& copy : copies) {
-    if (copy.block == &block)
-      die(&last, {}, "the block ends before a bulk copy into it has landed");
+    if (copy.block == &block) die(&last, {}, "the block ends before a copy into it has landed");
   }
   for (const auto& [address, mbarrier] : block.mbarriers) {
     if (!mbarrier.arrived && mbarrier.issued == 0) continue;
@@ -108,23 +107,13 @@ inline void Machine::end_block(const Fiber& last) {
   unpoison(block.allocation, block.allocated);
   if (!all_ff(block.allocation, GUARD_BYTES)) die(&last, {}, "written before shared memory");
   if (!all_ff(end, GUARD_BYTES)) die(&last, {}, "written past the end of shared memory");
-  // Until the cluster ends a peer may still reach for it, and must not.
-  memset(block.shared, 0xff, block.shared_bytes);
-  poison(block.allocation, block.allocated);
   block.ended = true;
   Cluster& cluster = *block.cluster;
-  if (cluster.meeting.ended == cluster.meeting.size) end_cluster(cluster);
+  if (cluster.ended == cluster.size) end_cluster(cluster);
 }
 
 inline void Machine::end_cluster(Cluster& cluster) {
-  for (auto& block : cluster.blocks) {
-    unpoison(block->allocation, block->allocated);
-    if (!all_ff(block->allocation, block->allocated)) {
-      die(block->fibers[0], {},
-          "its shared memory was written by a peer after the block had ended");
-    }
-    free(block->allocation);
-  }
+  for (auto& block : cluster.blocks) free(block->allocation);
   const auto mine = [&](const std::unique_ptr<Cluster>& other) { return other.get() == &cluster; };
   live_.erase(std::find_if(live_.begin(), live_.end(), mine));
 }

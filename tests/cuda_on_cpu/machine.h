@@ -37,9 +37,9 @@ struct Place {
   }
 };
 
-enum class State { ready, shuffle, block_sync, cluster_sync, cluster_wait, phase, counter, done };
-constexpr const char* STATE_NAMES[] = {"ready",        "shuffle_xor",  "block_sync", "cluster_sync",
-                                       "cluster_wait", "barrier_wait", "wait_until", "ended"};
+enum class State { ready, shuffle, block_sync, cluster_wait, phase, counter, done };
+constexpr const char* STATE_NAMES[] = {"ready",        "shuffle_xor", "block_sync", "cluster_wait",
+                                       "barrier_wait", "wait_until",  "ended"};
 
 // An mbarrier. The 64 bits in shared memory only hold a mark: whoever overwrites it is found out.
 struct Mbarrier {
@@ -67,24 +67,18 @@ struct Fiber {
   unsigned phase = 0;                // of that barrier
 };
 
-// Threads that meet: all of a warp, a block or a cluster.
+// Threads that meet: all of a warp or a block.
 struct Meeting {
   std::vector<Fiber*> waiting;
   unsigned size = 0, ended = 0, opened = 0;
   char clocks[2] = {};  // addresses for ThreadSanitizer: this meeting's, and the next one's
 };
 
-// A barrier of which arriving and waiting are two calls.
-struct SplitBarrier {
-  std::vector<Fiber*> waiting;
-  Place place = {"", 0};  // of those who have arrived
-  unsigned arrivals = 0, phase = 0;
-  char clocks[2] = {};
-};
-
+// All threads of its blocks meet at a barrier of which arriving and waiting are two calls.
 struct Cluster {
-  Meeting meeting;
-  SplitBarrier split;
+  std::vector<Fiber*> waiting;
+  Place place = {"", 0};                                  // of those who have arrived
+  unsigned size = 0, ended = 0, arrivals = 0, phase = 0;  // threads
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
@@ -107,13 +101,15 @@ struct Block {
   }
 };
 
+// What is under way into shared memory.
 struct Copy {
   unsigned char* to;
-  const void* from;
+  const void* from;  // null: `pushed`
   uint32_t bytes;
-  Block* block;
-  Mbarrier* mbarrier;
-  const void* address;  // the mbarrier's, in shared memory
+  Block* block;  // whose memory it is
+  Mbarrier* mbarrier = nullptr;
+  const void* address = nullptr;  // the mbarrier's, in shared memory
+  unsigned char pushed[16] = {};
 };
 
 class Machine {
@@ -129,11 +125,11 @@ class Machine {
   bool one_in(unsigned n) { return random() % n == 0; }
   void wait(State state, Place place);
   void meet(Meeting& meeting, State state, Place place);
-  void arrive_split(Place place);
-  void wait_split(Place place);
+  void arrive_at_cluster(Place place);
+  void wait_for_cluster(Place place);
   void wait_for(State state, const void* address, uint32_t target, Place place);
   void wake(const void* address);
-  Mbarrier& mbarrier(const void* address, Place place);
+  Mbarrier& mbarrier(Block& block, const void* address, Place place);
   void advance(Mbarrier& mbarrier, const void* address);
   bool in_live_shared_memory(const void* p) const;
   char& clock(const void* counter) { return clocks_[counter]; }

@@ -64,8 +64,7 @@ inline void Machine::stuck() {
   const char* why = "all threads wait";
   if (culprit->state == State::shuffle) why = "part of the warp never comes";
   if (culprit->state == State::block_sync) why = "part of the block never comes";
-  if (culprit->state == State::cluster_sync || culprit->state == State::cluster_wait)
-    why = "part of the cluster never comes";
+  if (culprit->state == State::cluster_wait) why = "part of the cluster never comes";
   if (culprit->state == State::phase) why = "the phase can never complete";
   if (culprit->state == State::counter) why = "the count can never be reached";
   die(culprit, culprit->place, "%s: %s%s\n ", STATE_NAMES[int(culprit->state)], why, where.c_str());

@@ -77,9 +77,8 @@ EMULATOR_UNSEEN inline void set_indices(unsigned thread, unsigned block) {
 
 inline void Machine::resume(Fiber* fiber) {
   Block& block = *fiber->block;
-  if (!block.started) {  // what a peer has written before is lost
+  if (!block.started) {
     block.started = true;
-    memset(block.shared, 0xff, block.shared_bytes);
     release(block.start_clock);
   }
   current = fiber;
@@ -99,8 +98,6 @@ inline void Machine::wait(State state, Place place) {
 inline void Machine::meet(Meeting& meeting, State state, Place place) {
   Fiber& me = *current;
   const char* name = STATE_NAMES[int(state)];
-  if (state == State::cluster_sync && me.arrived)
-    die(&me, place, "cluster_sync between cluster_arrive and cluster_wait");
   if (meeting.ended) die(&me, place, "%s, but %u threads have ended", name, meeting.ended);
   if (!meeting.waiting.empty()) {
     const Fiber& other = *meeting.waiting.front();
@@ -127,41 +124,35 @@ inline void Machine::meet(Meeting& meeting, State state, Place place) {
   if (orders_memory) acquire(clock);
 }
 
-// Of all threads of a cluster; between arriving and waiting a thread may not meet the cluster.
-inline void Machine::arrive_split(Place place) {
+// It orders no memory.
+inline void Machine::arrive_at_cluster(Place place) {
   Fiber& me = *current;
   Cluster& cluster = *me.block->cluster;
-  SplitBarrier& barrier = cluster.split;
   if (me.arrived) die(&me, place, "cluster_arrive: a second time before cluster_wait");
-  if (cluster.meeting.ended)
-    die(&me, place, "cluster_arrive, but %u threads have ended", cluster.meeting.ended);
-  if (barrier.arrivals && barrier.place.line != place.line)
-    die(&me, place, "cluster_arrive, but others have arrived at another: %s:%d", barrier.place.file,
-        barrier.place.line);
-  barrier.place = place;
+  if (cluster.ended) die(&me, place, "cluster_arrive, but %u threads have ended", cluster.ended);
+  if (cluster.arrivals && cluster.place.line != place.line)
+    die(&me, place, "cluster_arrive, but others have arrived at another: %s:%d", cluster.place.file,
+        cluster.place.line);
+  cluster.place = place;
   me.arrived = true;
-  me.phase = barrier.phase;
-  release(barrier.clocks[barrier.phase % 2]);
-  if (++barrier.arrivals < cluster.meeting.size) return;
-  barrier.arrivals = 0;
-  ++barrier.phase;
-  for (Fiber* fiber : barrier.waiting) make_ready(fiber);
-  barrier.waiting.clear();
+  me.phase = cluster.phase;
+  if (++cluster.arrivals < cluster.size) return;
+  cluster.arrivals = 0;
+  ++cluster.phase;
+  for (Fiber* fiber : cluster.waiting) make_ready(fiber);
+  cluster.waiting.clear();
 }
 
-inline void Machine::wait_split(Place place) {
+inline void Machine::wait_for_cluster(Place place) {
   Fiber& me = *current;
   Cluster& cluster = *me.block->cluster;
-  SplitBarrier& barrier = cluster.split;
   if (!me.arrived) die(&me, place, "cluster_wait without cluster_arrive");
-  if (barrier.phase == me.phase) {
-    if (cluster.meeting.ended)
-      die(&me, place, "cluster_wait, but %u threads have ended", cluster.meeting.ended);
-    barrier.waiting.push_back(&me);
+  if (cluster.phase == me.phase) {
+    if (cluster.ended) die(&me, place, "cluster_wait, but %u threads have ended", cluster.ended);
+    cluster.waiting.push_back(&me);
     wait(State::cluster_wait, place);
   }
   me.arrived = false;
-  acquire(barrier.clocks[me.phase % 2]);
 }
 
 inline void Machine::wait_for(State state, const void* address, uint32_t target, Place place) {
@@ -194,8 +185,7 @@ inline bool Machine::wake_satisfied() {
   return false;
 }
 
-inline Mbarrier& Machine::mbarrier(const void* address, Place place) {
-  Block& block = *current->block;
+inline Mbarrier& Machine::mbarrier(Block& block, const void* address, Place place) {
   const auto found = block.mbarriers.find(address);
   if (found == block.mbarriers.end()) die(current, place, "an mbarrier used before barrier_init");
   if (!found->second.fenced) die(current, place, "an mbarrier used before barrier_init_fence");
@@ -218,7 +208,7 @@ inline void Machine::finish_copy() {
   copies.pop_back();
   acquire(copy.mbarrier->issue_clock);
   unpoison(copy.to, copy.bytes);
-  memcpy(copy.to, copy.from, copy.bytes);
+  memcpy(copy.to, copy.from ? copy.from : copy.pushed, copy.bytes);
   release(copy.mbarrier->landing_clock);
   copy.mbarrier->landed += copy.bytes;
   advance(*copy.mbarrier, copy.address);
