@@ -45,6 +45,7 @@ struct Shared {
     Sums second[WARPS];
   };
   float told[16];                 // what the first thread tells the others
+  float s_label;                  // the first thread's
   uint64_t barriers[MAX_CHUNKS];  // of the slices
   uint64_t handed[2];             // barriers: what the blocks hand over in either round is there
   uint32_t ticket;
@@ -248,7 +249,10 @@ template <Divergence D, Dtype S, class Source, class Exchange>
 FUSED_KD_DEVICE void visit_row(const Params& p, const Row& row, const Source& source, int part,
                                Shared& shared, Exchange exchange) {
   const Options& o = p.options;
-  Record record = merge_block<D>(first_visit<D>(source, o), o, shared);
+  Record record = first_visit<D>(source, o);
+  // by then it has been read: in place, another block may soon be writing there
+  if (threadIdx.x == 0) shared.s_label = row.s_label;
+  record = merge_block<D>(record, o, shared);
   const auto merge = [&](Record& r) { merge_warp<D>(r, o); };
   if (!exchange(record, 1, merge)) return;
   if constexpr (RuleOf<D>::TWO_VISITS) {
@@ -257,7 +261,7 @@ FUSED_KD_DEVICE void visit_row(const Params& p, const Row& row, const Source& so
     record = merge_second_block(record, shared);
     if (!exchange(record, 2, merge_second_warp)) return;
   }
-  if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, record);
+  if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, shared.s_label, record);
   if (p.grad.data != nullptr)
     gradient_visit<D, S>(p, row, source, told_by_first<Gradient<D>>(p, row, record, shared));
 }

@@ -124,13 +124,14 @@ FUSED_KD_DEVICE void rebase(Record& record, float m_s, float m_t, const Options&
     const float shift_t = shift_of(r.m_t, m_t, o.k, o);
     const float factor_s = exp2_fast(shift_s), factor_t = exp2_fast(shift_t);
     // what vanishes must not meet a shift so large that its product overflows
-    const bool vanishes = (D == Divergence::forward_kl ? factor_t : factor_s) == 0.0f;
+    const float factor = D == Divergence::forward_kl ? factor_t : factor_s;
+    const bool vanishes = factor * (D == Divergence::forward_kl ? r.d_t : r.d_s) == 0.0f;
     r.w = vanishes ? 0.0f : RuleOf<D>::rebase(r, shift_s, shift_t, factor_s, factor_t);
     r.d_s *= factor_s;
     r.d_t *= factor_t;
   }
   if (o.hard != Hard::off) r.d_1 *= exp2_fast(shift_of(r.m_s, m_s, o.k_1, o));
-  if (o.smoothing) r.differences += shift_s * r.count;
+  if (o.smoothing && r.count != 0.0f) r.differences += shift_s * r.count;
   r.m_s = m_s;
   r.m_t = m_t;
 }

@@ -95,7 +95,8 @@ FUSED_KD_DEVICE bool soft_is_infinite(const Record& record) {
 }
 
 template <Divergence D>
-FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record& record) {
+FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, float s_label,
+                                  const Record& record) {
   const RowSums<float>& r = record.r;
   float hard = 0.0f, soft = 0.0f;
   if (row.hard) {
@@ -103,14 +104,14 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, const Record&
     const Subtracted m(r.m_s, r.m_t, o);
     const float log_sum = log2f(r.d_1), eps = p.label_smoothing;
     // not below 0, which the rounding of an exponential and its logarithm may miss
-    hard = (1.0f - eps) * fmaxf(log_sum - m.hard(row.s_label, o), 0.0f);
+    hard = (1.0f - eps) * fmaxf(log_sum - m.hard(s_label, o), 0.0f);
     if (eps > 0.0f) {
       // the mean of the hard term's exponents, from that of the softened ones
       const float mean = (r.differences / r.count - m.added_s) * (o.k_1 / o.k);
       hard += eps * (log_sum - (mean + m.added_1));
     }
     hard *= ln2<float>();
-    if (row.s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
+    if (s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
     if (hard_is_nan(row, record)) hard = NAN;
   }
   if constexpr (D != Divergence::none) {
