@@ -179,6 +179,36 @@ def make(vocabulary: int, dtype: torch.dtype, rows: int = 3) -> tuple[Tensor, Te
     return student.to(dtype), teacher.to(dtype), torch.randint(vocabulary, (rows,))
 
 
+LOWEST = torch.finfo(SINGLE).min
+
+
+# a warp's first groups are all masked by the lowest number; its second groups are not
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.usefixtures("cuda")
+def test_a_reference_that_rises_from_the_lowest_number(divergence: str) -> None:
+    """A thread whose sum vanishes has nothing to rebase by a shift that is infinite."""
+    student, teacher, _ = make(12288, SINGLE, rows=1)
+    masked, other = (student, teacher) if divergence == "forward_kl" else (teacher, student)
+    masked[:, :256] = LOWEST
+    other[:, :256] = torch.where(torch.arange(256) // 8 % 2 == 0, 0.0, -12.0)
+    keywords = {"divergence": divergence, "temperature": 0.1, "backend": "cuda"}
+    rows, _ = rows_and_gradient(student, teacher, hard_weight=0.0, **keywords)
+    assert (rows > 1e30).all()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_smoothing_over_the_lowest_number() -> None:
+    """A thread without entries has nothing to rebase either."""
+    student, teacher, labels = make(12288, SINGLE, rows=1)
+    for logits in (student, teacher):
+        logits[:, :256] = LOWEST
+        logits[:, 40:48] = logits[:, 552:560] = -INF  # all that one thread has
+    labels[:] = 300
+    keywords = {"label_smoothing": 0.1, "temperature": 1.0, "backend": "cuda"}
+    rows, _ = rows_and_gradient(student, teacher, labels, **keywords)
+    assert (rows > 1e30).all()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_bits_depend_on_the_row_alone(cuda: EmulatedCUDA, divergence: str) -> None:
     """R-62: not on the batch, nor on the order in which threads and blocks happen to run."""

@@ -95,8 +95,7 @@ def test_whatever_is_left_out_is_reported(tmp_path: Path) -> None:
             (copy / "csrc" / "cuda" / "rows.cuh").write_text(changed)
         flags = [*THREAD, "-O0", "-DONLY_TVD"]
         status, text = _run(_build(copy / "build", flags, copy / "csrc", []), seeds=2)
-        # or the results are wrong: ThreadSanitizer does not report every copy of a whole struct
-        found = status == RACE or "cuda_on_cpu: kernel" in text or "\nFAILED " in text
+        found = status == RACE or "cuda_on_cpu: kernel" in text
         return "reported" if found else f"status {status}: {text[-500:]}"
 
     with ThreadPoolExecutor(2) as pool:

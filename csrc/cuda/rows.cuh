@@ -70,7 +70,8 @@ template <Divergence D>
 FUSED_KD_DEVICE Record merge_block(Record record, const Options& o, Shared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   merge_warp<D>(record, o);
-  if (lane == 0) shared.first[warp] = pack(record);
+  const First first = pack(record);  // ThreadSanitizer does not see what a call returns into memory
+  if (lane == 0) shared.first[warp] = first;
   block_sync();
   if (warp != 0) return record;
   record = lane < WARPS ? unpack(shared.first[lane]) : empty_record();

@@ -13,15 +13,15 @@
 using namespace fused_kd;
 
 // clang-format off
-#define BUGS(X)                                                                                 \
-  X(none) X(missing_barrier) X(missing_second_barrier) X(read_past_row) X(shared_overrun)       \
-  X(shared_read_overrun) X(divergent_barrier) X(two_barriers) X(early_return)                   \
-  X(divergent_shuffle) X(misaligned_load) X(divergent_cluster_arrive) X(push_at_the_end)          \
-  X(mail_never_waited) X(mail_read_before_wait) X(read_before_wait) X(wrong_parity)             \
-  X(expect_too_much) X(expect_too_little) X(expect_twice) X(copy_past_shared) X(copy_odd_size)  \
-  X(copy_misaligned) X(copy_past_row) X(missing_init) X(missing_init_fence) X(never_waited)     \
-  X(barrier_overwritten) X(push_misaligned) X(wait_for_too_many) X(block_index_as_ticket) \
-  X(arrive_before_store) X(missing_barrier_before_arrive) X(stack_overflow)                     \
+#define BUGS(X)                                                                                \
+  X(none) X(missing_barrier) X(missing_second_barrier) X(read_past_row) X(shared_overrun)      \
+  X(shared_read_overrun) X(divergent_barrier) X(two_barriers) X(early_return)                  \
+  X(divergent_shuffle) X(misaligned_load) X(divergent_cluster_arrive) X(push_at_the_end)       \
+  X(mail_never_waited) X(mail_read_before_wait) X(read_before_wait) X(wrong_parity)            \
+  X(expect_too_much) X(expect_too_little) X(expect_twice) X(copy_past_shared) X(copy_odd_size) \
+  X(copy_misaligned) X(copy_past_row) X(missing_init) X(missing_init_fence) X(never_waited)    \
+  X(barrier_overwritten) X(push_misaligned) X(wait_for_too_many) X(block_index_as_ticket)      \
+  X(arrive_before_store) X(missing_barrier_before_arrive) X(stack_overflow)                    \
   X(missing_cluster_wait) X(missing_cluster_arrive)
 // clang-format on
 #define AS_ENUM(name) name,
