@@ -18,14 +18,13 @@ except (ImportError, OSError) as error:  # missing or broken: `python -m fused_k
     globals()["__getattr__"] = _refuse
 else:
     from .functional import KDLossParts, kd_loss
-    from .linear import linear_kd_loss
-    from .modules import KDLoss, LinearKDLoss
+    from .modules import KDLoss
+    from .sides import Head
 
 __all__ = [
+    "Head",
     "KDLoss",
     "KDLossParts",
-    "LinearKDLoss",
     "__version__",
     "kd_loss",
-    "linear_kd_loss",
 ]

@@ -1,8 +1,8 @@
 """Every check of a user's tensors, and its message. Nothing is written before all have passed.
 
-Each message names the argument, what was expected and what came. Checks that look at *values*
-(a label's range, a weight's sign) run only for plain CPU tensors outside a compiler's trace: on a
-GPU they would force a synchronisation, which FUSED_KD_DEBUG=1 asks for.
+Each message names the argument, what was expected, what came and what to do. Checks that read
+*values* (the range of a label, the sign of a weight) run only for plain CPU tensors outside a
+compiler's trace: on a GPU they would synchronise, which FUSED_KD_DEBUG=1 allows.
 """
 
 from __future__ import annotations
@@ -14,84 +14,227 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .options import LARGEST, SMALLEST, KDOptions
+from .options import LARGEST, SMALLEST, KDOptions, check_count
+from .rows import LABEL_DTYPES, are_rows, kept_rows_of, writes_in_place
+from .sides import Head, Side, autocast_dtype, row_count, row_shape, rows_tensor, vocabulary
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHT_DTYPES = (
     torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
+    *LABEL_DTYPES,
+    *LOGIT_DTYPES,
 )
 #: Of a view made by an ordinary operator; autograd forbids writing to all others.
 WRITABLE_VIEW = torch._C._autograd.CreationMeta.DEFAULT
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_SHARDED = (
+    "a head sharded by FSDP is whole only inside the forward of the module that was sharded: call "
+    "the loss there (docs/howto/distributed.md)"
+)
+_PARTITIONED = (
+    "DeepSpeed ZeRO-3 has partitioned it; it is whole inside the forward of the module that "
+    "DeepSpeed was given: call the loss there. A head that is not trained may be gathered by "
+    "deepspeed.zero.GatheredParameters (docs/howto/distributed.md)"
+)
 
 
-def refuse_transforms() -> None:
-    """Raise RuntimeError under a transform of torch.func."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "the loss does not run under torch.func (grad, vmap, jvp, jacrev); call it on ordinary "
-            "tensors and use torch.autograd.grad, or fused_kd.testing.eager_kd_loss, plain torch"
-        )
-
-
-def check_logits(student: Tensor, teacher: Tensor | None, soft_weight: float) -> None:
-    """Types, layouts, dtypes, devices and shapes of the two logits.
+def check_call(
+    options: KDOptions,
+    student: Side,
+    teacher: Side | None,
+    labels: Tensor | None,  # (...)
+    token_weight: Tensor | None,  # (...)
+    num_items: float | Tensor | None,
+    kept_rows: int | None,
+) -> None:
+    """Check everything that :func:`fused_kd.kd_loss` was called with.
 
     Raises:
-        TypeError: not a dense floating tensor.
-        ValueError: shapes or devices that do not match, a teacher that requires grad, or none
-            although soft_weight is not 0.
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: A value, shape, device or layout that does not fit.
+        RuntimeError: Under a transform of ``torch.func``.
     """
-    check_floating("student_logits", student)
-    if student.dim() == 0:
+    _refuse_transforms()
+    _check_side("student", student)
+    _check_teacher(student, teacher, options.soft_weight)
+    _check_labels(labels, student, options.hard_weight)
+    _check_token_weight(token_weight, student)
+    check_num_items(num_items, options.reduction, student)
+    if labels is not None:
+        _check_label_range(labels, vocabulary(student), options.ignore_index)
+    _check_chunk_options(options, kept_rows, student, teacher)
+    _check_kept_rows(kept_rows, student, labels, options)
+    if options.inplace and isinstance(student, Head):
         raise ValueError(
-            "student_logits must have shape (..., V) with at least one dimension; got 0 dimensions"
+            "inplace=True writes the gradient over the student's logits; got student as a Head, "
+            "whose logits are never stored: pass inplace=False"
         )
-    if student.shape[-1] == 0:
+    if isinstance(student, Tensor) and writes_in_place(student, options):
+        _check_inplace(student, teacher)
+
+
+# --------------------------------------------------------------------------------------- sides
+
+
+def _check_side(name: str, side: object) -> None:
+    if isinstance(side, Head):
+        _check_head(name, side)
+        return
+    if not isinstance(side, Tensor):
+        got = type(side).__name__
+        if isinstance(side, (tuple, list)):
+            got = f"a plain {got}: pass Head(hidden, weight, bias=None, scale=1.0)"
+        raise TypeError(f"{name} must be a torch.Tensor of logits or a fused_kd.Head; got {got}")
+    check_floating(name, side)
+    if side.dim() == 0:
         raise ValueError(
-            f"student_logits must have at least one vocabulary entry; got {tuple(student.shape)}"
+            f"{name} must have shape (..., V) with at least one dimension; got 0 dimensions"
         )
+    if side.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one vocabulary entry; got {tuple(side.shape)}")
+
+
+def _check_head(name: str, head: Head) -> None:
+    """Check hidden (..., H), weight (V, H), bias (V,), scale and softcap of a head."""
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    parts = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for part, x in parts.items():
+        check_floating(f"{name}.{part}", x)
+        if x.device.type == "meta":
+            raise TypeError(f"{name}.{part} must have values; got a tensor on the meta device")
+    if hidden.dim() == 0:
+        raise ValueError(f"{name}.hidden must have shape (..., H); got 0 dimensions")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{name}.weight must have shape (V, H) with V > 0 and H > 0; "
+            f"got {tuple(weight.shape)}: {_PARTITIONED if hasattr(weight, 'ds_id') else _SHARDED}"
+        )
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}.hidden and {name}.weight must have the same hidden size; got "
+            f"H = {hidden.shape[-1]} for hidden and H = {weight.shape[1]} for weight, "
+            f"of shapes {tuple(hidden.shape)} and {tuple(weight.shape)} (V, H)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}.bias must have shape (V,) = ({weight.shape[0]},); got {tuple(bias.shape)}"
+        )
+    for part in parts:
+        _check_device(f"{name}.{part}", parts[part], f"{name}.hidden", hidden)
+    if hidden.dtype != weight.dtype and autocast_dtype(head) is None:
+        raise TypeError(
+            f"{name}.hidden and {name}.weight must have the same dtype outside autocast (which "
+            f"leaves float64 alone); got {hidden.dtype} and {weight.dtype}: cast one, or call "
+            "under torch.autocast"
+        )
+    if not isinstance(head.scale, (int, float, Real)) or isinstance(head.scale, bool):
+        raise TypeError(
+            f"{name}.scale must be a Python number; got {type(head.scale).__name__}: a tensor's "
+            "value is x.item()"
+        )
+    if not -LARGEST <= head.scale <= LARGEST:
+        raise ValueError(f"{name}.scale must be finite; got {head.scale}")
+    if head.softcap is not None:
+        raise ValueError(
+            f"{name}.softcap must be None, since a soft-capped head is not supported; got "
+            f"{head.softcap}: compute the logits and pass them instead of the Head"
+        )
+
+
+def _check_teacher(student: Side, teacher: Side | None, soft_weight: float) -> None:
+    """Check the teacher, and that it has the rows, the vocabulary and the device of the student."""
     if teacher is None:
         if soft_weight != 0.0:
             raise ValueError(
-                "teacher_logits must be given when soft_weight is not 0; got teacher_logits=None "
-                f"with soft_weight={soft_weight}: pass the teacher's logits, or soft_weight=0 for "
-                "the hard term alone"
+                "teacher must be given when soft_weight is not 0; got teacher=None with "
+                f"soft_weight={soft_weight}: pass the teacher's logits or Head, or soft_weight=0 "
+                "for the hard term alone"
             )
         return
-    check_floating("teacher_logits", teacher)
-    if student.dim() != teacher.dim():
+    _check_side("teacher", teacher)
+    if vocabulary(student) != vocabulary(teacher):
         raise ValueError(
-            "teacher_logits must have as many dimensions as student_logits; "
-            f"got {tuple(teacher.shape)} for {tuple(student.shape)}"
+            "student and teacher must have the same vocabulary size; "
+            f"got V = {vocabulary(student)} for the student and V = {vocabulary(teacher)} for the "
+            "teacher: if the larger one only has padding entries at its end, slice them off "
+            "(logits[..., :V], or weight[:V] of a Head), otherwise the two models need the same "
+            "tokenizer"
         )
-    if student.shape[-1] != teacher.shape[-1]:
+    rows = row_shape(student)
+    if row_shape(teacher) != rows:
         raise ValueError(
-            "student_logits and teacher_logits must have the same vocabulary size; "
-            f"got V = {student.shape[-1]} for the student and V = {teacher.shape[-1]} for the "
-            "teacher: if the larger one only has padding columns at its end, slice them off "
-            "(logits[..., :V]), otherwise the two models need the same tokenizer"
+            f"{_rows_name('teacher', teacher)} must have the leading shape of "
+            f"{_rows_name('student', student)}, {tuple(rows)}; got {tuple(row_shape(teacher))}"
         )
-    if student.shape != teacher.shape:
+    _check_on_device_of("teacher", rows_tensor(teacher), student)
+    if isinstance(teacher, Head):
+        for part, x in zip(("hidden", "weight", "bias"), teacher[:3], strict=True):
+            # a leaf is a parameter of the teacher's head, which is merely not trained here
+            if x is not None and x.requires_grad and not x.is_leaf:
+                raise ValueError(
+                    f"teacher.{part} must not be attached to a graph, since the teacher gets no "
+                    "gradient; got a tensor that is: detach it, or run the teacher under "
+                    "torch.no_grad()"
+                )
+    elif teacher.requires_grad:
         raise ValueError(
-            "teacher_logits must have the leading shape of student_logits; "
-            f"got {tuple(teacher.shape)} for {tuple(student.shape)}"
+            "teacher must not require grad, since the teacher gets no gradient; got a tensor that "
+            "does: detach it (teacher.detach()) or run the teacher under torch.no_grad()"
         )
-    check_device("teacher_logits", teacher, student)
-    if teacher.requires_grad:
+
+
+def _rows_name(name: str, side: Side) -> str:
+    """Return what messages call the tensor that has the rows of a side."""
+    return f"{name}.hidden" if isinstance(side, Head) else name
+
+
+def _check_chunk_options(
+    options: KDOptions, kept_rows: int | None, student: Side, teacher: Side | None
+) -> None:
+    has_head = isinstance(student, Head) or isinstance(teacher, Head)
+    given = {
+        "memory_budget": options.memory_budget,
+        "chunk_rows": options.chunk_rows,
+        "kept_rows": kept_rows,
+    }
+    for name, value in given.items():
+        if value is not None and not has_head:
+            raise ValueError(
+                f"{name} is for a student or teacher given as a Head, whose logits are computed "
+                f"in chunks; got {name}={value} with logits on both sides: leave it out"
+            )
+    dtype = options.grad_accum_dtype
+    if dtype is None:
+        return
+    if not isinstance(student, Head):
         raise ValueError(
-            "teacher_logits must not require grad, since the teacher gets no gradient; got a "
-            "tensor that does: detach it (teacher_logits.detach()) or run the teacher under "
-            "torch.no_grad()"
+            "grad_accum_dtype is for the weight gradient of a student given as a Head; got "
+            f"{dtype} with the student's logits: leave it out"
+        )
+    if dtype not in (torch.float32, student.weight.dtype):
+        raise ValueError(
+            "grad_accum_dtype must be torch.float32 or the dtype of student.weight, "
+            f"{student.weight.dtype}; got {dtype}"
+        )
+
+
+def _check_kept_rows(
+    kept_rows: int | None, student: Side, labels: Tensor | None, options: KDOptions
+) -> None:
+    """Check the bound; on the CPU (by value) against the number of rows that are not ignored."""
+    check_count("kept_rows", kept_rows, least=0)
+    if kept_rows is None:
+        return
+    kept = kept_rows_of(labels, options)
+    if kept is None:
+        number = row_count(row_shape(student))
+    elif may_read_values(kept):
+        number = int(kept.sum().item())
+    else:
+        return
+    if kept_rows < number:
+        raise ValueError(
+            f"kept_rows must be at least the number of rows that are not ignored, {number}; "
+            f"got {kept_rows}"
         )
 
 
@@ -103,34 +246,20 @@ def check_floating(name: str, tensor: Tensor | None) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
 
 
-def check_rows(
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    num_items: float | Tensor | None,
-    options: KDOptions,
-    student: Tensor,
-    vocabulary: int,
-    name: str = "student_logits",
-) -> Tensor | None:
-    """What comes with the rows of `student`, (..., anything), which messages call `name`.
-
-    Returns:
-        Which rows are kept, (...) bool; None: all.
-    """
-    check_labels(labels, student, options.hard_weight, name)
-    check_token_weight(token_weight, student, name)
-    check_num_items(num_items, options.reduction, student, name)
-    if labels is None:
-        return None
-    kept = labels != options.ignore_index
-    check_label_range(labels, kept, vocabulary, options.ignore_index)
-    return kept
+# ------------------------------------------------------------------------------ labels, weights
 
 
-def check_labels(
-    labels: Tensor | None, student: Tensor, hard_weight: float, name: str = "student_logits"
-) -> None:
-    """Presence, type, device and shape of the labels; their values: :func:`check_label_range`."""
+def _refuse_transforms() -> None:
+    """Raise RuntimeError under a transform of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the loss does not run under torch.func (grad, vmap, jvp, jacrev); call it on ordinary "
+            "tensors and use torch.autograd.grad, or fused_kd.testing.eager_kd_loss, plain torch"
+        )
+
+
+def _check_labels(labels: Tensor | None, student: Side, hard_weight: float) -> None:
+    """Check presence, type, device and shape of the labels."""
     if labels is None:
         if hard_weight != 0.0:
             raise ValueError(
@@ -141,36 +270,28 @@ def check_labels(
     check_dense("labels", labels)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels must be an integer tensor of class indices; got {labels.dtype}")
-    _check_row_shape("labels", labels, student, name)
-    check_device("labels", labels, student, name)
+    _check_row_shape("labels", labels, student)
+    _check_on_device_of("labels", labels, student)
 
 
-def check_label_range(labels: Tensor, kept: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Every kept label lies in [0, V); by value, so on the CPU only.
-
-    Args:
-        labels: (...), integer.
-        kept: (...), bool: labels that are not ignore_index.
-        vocabulary: V.
-        ignore_index: named in the message.
-    """
-    if labels.numel() == 0 or not may_look_at_values(labels):
+def _check_label_range(labels: Tensor, size: int, ignore_index: int) -> None:
+    """Check that every kept label is in [0, size); by value, so on the CPU only."""
+    if labels.numel() == 0 or not may_read_values(labels):
         return
+    kept = labels != ignore_index
     low, high = torch.aminmax(torch.where(kept, labels, 0))
-    if low.item() >= 0 and high.item() < vocabulary:
+    if low.item() >= 0 and high.item() < size:
         return
-    first = (kept & ((labels < 0) | (labels >= vocabulary))).nonzero()[0].tolist()
+    first = (kept & ((labels < 0) | (labels >= size))).nonzero()[0].tolist()
     value = int(labels[tuple(first)].item())
     raise ValueError(
-        f"labels must be in [0, {vocabulary}) or equal to ignore_index={ignore_index}; "
+        f"labels must be in [0, {size}) or equal to ignore_index={ignore_index}; "
         f"got {value} at position {_position(first)}"
     )
 
 
-def check_token_weight(
-    token_weight: Tensor | None, student: Tensor, name: str = "student_logits"
-) -> None:
-    """Type, shape, device and (on the CPU) values of the weights of the tokens."""
+def _check_token_weight(token_weight: Tensor | None, student: Side) -> None:
+    """Check type, shape, device and (on the CPU) values of the weights of the tokens."""
     if token_weight is None:
         return
     check_dense("token_weight", token_weight)
@@ -178,14 +299,14 @@ def check_token_weight(
         raise TypeError(
             f"token_weight must be a bool, int or float tensor; got {token_weight.dtype}"
         )
-    _check_row_shape("token_weight", token_weight, student, name)
-    check_device("token_weight", token_weight, student, name)
+    _check_row_shape("token_weight", token_weight, student)
+    _check_on_device_of("token_weight", token_weight, student)
     if token_weight.requires_grad:
         raise ValueError(
             "token_weight must not require grad, since it gets no gradient; got a tensor that "
             "does: detach it"
         )
-    if token_weight.numel() == 0 or not may_look_at_values(token_weight):
+    if token_weight.numel() == 0 or not may_read_values(token_weight):
         return
     low, high = (bound.item() for bound in torch.aminmax(token_weight))
     largest = torch.finfo(torch.float32).max
@@ -198,13 +319,8 @@ def check_token_weight(
         )
 
 
-def check_num_items(
-    num_items: float | Tensor | None,
-    reduction: str,
-    student: Tensor,
-    name: str = "student_logits",
-) -> None:
-    """A positive number or a 0-d tensor (where 0 is allowed: the loss is then 0)."""
+def check_num_items(num_items: float | Tensor | None, reduction: str, student: Side) -> None:
+    """Check for a positive number or a 0-d tensor (which may be 0: the loss is then 0)."""
     if num_items is None:
         return
     if reduction != "mean":
@@ -219,13 +335,13 @@ def check_num_items(
                 f"{tuple(num_items.shape)}"
             )
         if num_items.device.type != "cpu":
-            check_device("num_items", num_items, student, name)
+            _check_on_device_of("num_items", num_items, student)
         if num_items.is_complex() or num_items.dtype == torch.bool or num_items.requires_grad:
             raise TypeError(
                 "num_items must be an int or float tensor without grad; "
                 f"got {num_items.dtype}, requires_grad={num_items.requires_grad}"
             )
-        if may_look_at_values(num_items) and not 0 <= num_items.item() < math.inf:
+        if may_read_values(num_items) and not 0 <= num_items.item() < math.inf:
             raise ValueError(
                 f"num_items must not be negative and must be finite; got {num_items.item()}"
             )
@@ -238,43 +354,48 @@ def check_num_items(
         raise ValueError(f"num_items must be positive and finite{bounds}; got {num_items}")
 
 
-def check_inplace(student: Tensor, teacher: Tensor | None) -> None:
-    """The student's memory may be overwritten with the gradient."""
+# ------------------------------------------------------------------------------------- in place
+
+
+def _check_inplace(student: Tensor, teacher: Side | None) -> None:
+    """Check that the memory of the student's logits may be overwritten by the gradient."""
     if student._is_view() and torch._C._autograd._get_creation_meta(student) != WRITABLE_VIEW:
         raise ValueError(
-            "inplace=True needs student_logits that autograd lets be written to; got a view made "
+            "inplace=True needs student logits that autograd lets be written to; got a view made "
             "by chunk, split or unbind, by a custom autograd.Function, or without gradients: pass "
             "inplace=False, the whole tensor, or a slice of it (logits[a:b])"
         )
     base = student._base if student._is_view() else None
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            "inplace=True needs student_logits that a model computed; got a leaf tensor that "
+            "inplace=True needs student logits that a model computed; got a leaf tensor that "
             "requires grad, or a view of one, whose values the gradient would destroy"
         )
     if _overlaps(student):
         raise ValueError(
-            "inplace=True needs student_logits whose entries do not share memory; got shape "
+            "inplace=True needs student logits whose entries do not share memory; got shape "
             f"{tuple(student.shape)} with strides {student.stride()} (an expanded or overlapping "
             "view)"
         )
-    if teacher is not None and _share_memory(student, teacher):
+    if not are_rows(student):
         raise ValueError(
-            "inplace=True needs teacher_logits in memory of their own, or exactly where "
-            "student_logits lie; got two that partly share it: clone one"
+            "inplace=True needs student logits with a last stride of 1 and leading dimensions that "
+            f"collapse to two strides; got shape {tuple(student.shape)} with strides "
+            f"{student.stride()}: pass inplace=False, or student.contiguous()"
+        )
+    tensors = teacher[:3] if isinstance(teacher, Head) else (teacher,)
+    if any(x is not None and _share_memory(student, x) for x in tensors):
+        raise ValueError(
+            "inplace=True needs a teacher in memory of its own, or exactly that of the student's "
+            "logits; got two that partly share it: clone one"
         )
 
 
-def refuse_copy_inplace(student: Tensor) -> None:
-    """Says why a layout that would have to be copied cannot be used in place."""
-    raise ValueError(
-        "inplace=True needs student_logits with a last stride of 1 and leading dimensions that "
-        f"collapse to two strides; got shape {tuple(student.shape)} with strides "
-        f"{student.stride()}: pass inplace=False, or student_logits.contiguous()"
-    )
+# ---------------------------------------------------------------------------------- any tensor
 
 
-def may_look_at_values(tensor: Tensor) -> bool:
+def may_read_values(tensor: Tensor) -> bool:
+    """Return True if reading a value is possible, and needs no synchronisation or is allowed to."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)  # a fake tensor has no values
@@ -284,7 +405,7 @@ def may_look_at_values(tensor: Tensor) -> bool:
 
 
 def check_dense(name: str, tensor: Tensor | None) -> None:
-    """`name` is an ordinary local tensor."""
+    """Refuse what is not an ordinary local tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
@@ -300,24 +421,28 @@ def check_dense(name: str, tensor: Tensor | None) -> None:
         )
 
 
-def _check_row_shape(name: str, tensor: Tensor, student: Tensor, like: str) -> None:
-    if tensor.shape != student.shape[:-1]:
+def _check_row_shape(name: str, tensor: Tensor, student: Side) -> None:
+    rows = row_shape(student)
+    if tensor.shape != rows:
         raise ValueError(
-            f"{name} must have the leading shape of {like}, "
-            f"{tuple(student.shape[:-1])}; got {tuple(tensor.shape)}"
+            f"{name} must have the leading shape of {_rows_name('student', student)}, "
+            f"{tuple(rows)}; got {tuple(tensor.shape)}"
         )
 
 
-def check_device(name: str, tensor: Tensor, student: Tensor, like: str = "student_logits") -> None:
-    """`name` lies on the device of the student, which messages call `like`."""
-    if tensor.device != student.device:
+def _check_on_device_of(name: str, tensor: Tensor, student: Side) -> None:
+    _check_device(name, tensor, _rows_name("student", student), rows_tensor(student))
+
+
+def _check_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    if tensor.device != other.device:
         raise ValueError(
-            f"{name} must be on the device of {like}, {student.device}; got {tensor.device}"
+            f"{name} must be on the device of {like}, {other.device}; got {tensor.device}"
         )
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two entries may share memory: each stride must step over the smaller ones' reach."""
+    """Return True if two entries may share memory: a stride steps over the smaller ones' reach."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -328,7 +453,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _share_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Whether bytes of both overlap, unless each entry lies where its counterpart does."""
+    """Return True if bytes of both overlap, unless every entry has its counterpart's address."""
     if not (_has_memory(student) and _has_memory(teacher)):
         return False
     same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
@@ -345,7 +470,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Address of the first byte and behind the last."""
+    """Return the address of the first byte and the one behind the last."""
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 

@@ -20,7 +20,8 @@ STATS = 11
 PREFIXES = ("", "triton_")
 
 _ROWS = "Tensor teacher, Tensor? labels, Tensor? w_hard, Tensor? w_soft"
-_NUMBERS = "int divergence, float temperature, float beta, float soft_factor, float label_smoothing"
+# temperature: 0-d CPU float64; scale_t2: the divergence times T²
+_NUMBERS = "int divergence, Tensor temperature, float beta, bool scale_t2, float label_smoothing"
 _LOSSES = "Tensor, Tensor, Tensor"
 _SCHEMAS = (
     # hard, soft, stats
@@ -57,8 +58,10 @@ library.define(_PRODUCT)
 
 
 def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
-    # a call with a single meta tensor is answered here, wherever the others are
-    devices = {str(x.device) for x in (student, teacher, *rest) if isinstance(x, Tensor)}
+    # a call with a single meta tensor comes here, on whichever device the other tensors are;
+    # the temperature, which alone is float64, is on the CPU
+    tensors = (x for x in (student, teacher, *rest) if isinstance(x, Tensor))
+    devices = {str(x.device) for x in tensors if x.dtype != torch.float64}
     torch._check(
         len(devices) == 1,
         lambda: f"all tensors must be on one device; got {' and '.join(sorted(devices))}",

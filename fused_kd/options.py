@@ -1,21 +1,138 @@
-"""KDOptions: everything a loss needs to know besides its tensors, validated once."""
+"""Every keyword of the loss that is not a tensor: type, default, range and documentation.
+
+A keyword is declared twice in this file and nowhere else: in :class:`KDOptions`, which holds and
+checks it, and in :class:`Keywords`, by which editors and type checkers see it. The signatures and
+the ``Args`` sections of :func:`fused_kd.kd_loss` and :class:`fused_kd.KDLoss` are made from
+KDOptions.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
 import math
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
-#: Position = the integer code that the compiled kernels use.
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "mse")
+import torch
+from torch import Tensor
+
+from .divergences import DIVERGENCES, NEEDS_BETA
+
 #: Bounds of a temperature or denominator: its square and its inverse stay normal in float32.
 SMALLEST, LARGEST = 2.0**-60, 2.0**60
 REDUCTIONS = ("mean", "sum", "none")
 SOFT_SCALES = ("t2", "none")
-#: Bytes.
-MIB = 2**20
 #: Backends that exist, besides "auto".
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+#: Bytes.
+MIB = 2**20
+
+
+# ------------------------------------------------------------------------------ types and ranges
+# A check returns the value to keep (floats are converted), or raises.
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python number; got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite; got a number beyond float64") from None
+
+
+def _temperature(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not SMALLEST <= number <= LARGEST:
+        bounds = f", in [{SMALLEST:.0e}, {LARGEST:.0e}]" if 0 < number < math.inf else ""
+        raise ValueError(f"{name} must be positive and finite{bounds}; got {number}")
+    return number
+
+
+def _weight(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not (number == 0.0 or 2.0**-126 <= number <= LARGEST):  # a float32 that is not 0
+        bounds = f" (0 or in [1e-38, {LARGEST:.0e}])" if 0 < number < math.inf else ""
+        raise ValueError(f"{name} must be at least 0 and finite{bounds}; got {number}")
+    return number
+
+
+def _smoothing(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must be in [0, 1); got {number}")
+    return number
+
+
+def _label(name: str, value: Any) -> Any:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if not -(2**63) <= value < 2**63:  # type: ignore[operator]
+        raise ValueError(f"{name} must fit in 64 bits; got {value}")
+    return value
+
+
+def _switch(name: str, value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return value
+
+
+def _dtype(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None; got {value!r}")
+    return value
+
+
+def check_count(name: str, value: Any, least: int = 1) -> Any:
+    """Raise unless `value` is None or an int of 64 bits that is at least `least`; return it.
+
+    Raises:
+        TypeError: Not an int.
+        ValueError: Too small, or beyond 64 bits.
+    """
+    if value is None or isinstance(value, torch.SymInt):
+        return value
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+    if int(value) >= 2**63:
+        raise ValueError(f"{name} must fit in 64 bits; got {value}")
+    return value
+
+
+def _one_of(*known: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value not in known:
+            listed = ", ".join(repr(k) for k in known)
+            raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+        return value
+
+    return check
+
+
+def _reduction(name: str, value: Any) -> Any:
+    if value == "batchmean":
+        raise ValueError(
+            "reduction='batchmean' is not offered: use reduction='mean', which divides the sum of "
+            "the rows by the number of kept rows (what batchmean does for N rows)"
+        )
+    return _one_of(*REDUCTIONS)(name, value)
+
+
+# ---------------------------------------------------------------------------------- the keywords
+
+
+def _keyword(default: Any, check: Callable[[str, Any], Any], meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"check": check, "meaning": meaning})
 
 
 @dataclass(frozen=True)
@@ -23,86 +140,81 @@ class KDOptions:
     """The keywords of :func:`fused_kd.kd_loss` that are not tensors, checked at construction.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range, or a name that does not exist.
+        TypeError: A value of the wrong type.
+        ValueError: A value outside its range, a name that does not exist, or two keywords that
+            exclude each other.
     """
 
-    temperature: float = 1.0
-    hard_weight: float = 0.5
-    soft_weight: float = 0.5
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    soft_scale: str = "t2"
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
-    reduction: str = "mean"
-    inplace: bool = False
-    return_parts: bool = False
-    backend: str = "auto"
+    temperature: float = _keyword(1.0, _temperature, "T > 0 of the soft term.")
+    hard_weight: float = _keyword(
+        0.5, _weight, "weight of H; a term of weight 0 is not computed and reported as 0."
+    )
+    soft_weight: float = _keyword(0.5, _weight, "weight of c(T)·D.")
+    divergence: str = _keyword(
+        "forward_kl",
+        _one_of(*DIVERGENCES),
+        'D(q, p): "forward_kl" Σ q log(q/p); "reverse_kl" Σ p log(p/q); "jsd" β KL(q‖m) + (1-β) '
+        'KL(p‖m), m = βq + (1-β)p; "tvd" ½ Σ |p-q|; "mse" (1/V) Σ (s-t)²/T².',
+    )
+    beta: float = _keyword(0.5, _number, 'β of "jsd", the weight of the teacher, in (0, 1).')
+    soft_scale: str = _keyword("t2", _one_of(*SOFT_SCALES), 'c(T): "t2" for T², "none" for 1.')
+    label_smoothing: float = _keyword(0.0, _smoothing, "ε in [0, 1).")
+    ignore_index: int = _keyword(-100, _label, "rows with this label do not count, in either term.")
+    reduction: str = _keyword(
+        "mean",
+        _reduction,
+        '"mean" Σ w·row / Σ w over the kept rows, or / num_items if given; "sum" Σ w·row; "none" '
+        "w·row, shaped like the labels. With no kept row, or with a denominator that is a zero "
+        "tensor, the loss is 0 with zero gradients.",
+    )
+    return_parts: bool = _keyword(
+        False,
+        _switch,
+        "return ``KDLossParts(loss, hard, soft)``; hard and soft are detached, not multiplied by "
+        "hard_weight and soft_weight, and reduced like the loss; soft includes c(T).",
+    )
+    inplace: bool = _keyword(
+        False,
+        _switch,
+        "write the gradient over the memory of the student's logits (in the forward; for float16 "
+        "in the backward). Tensors that autograd saved of them earlier raise in their backward, a "
+        "later read returns the gradient, and a second backward raises. Not for leaf tensors, nor "
+        "for a student given as a Head. Nothing is written without gradients, nor under "
+        "``torch.compile``.",
+    )
+    backend: str = _keyword(
+        "auto",
+        _one_of("auto", *BACKENDS),
+        '"auto", "reference", "cpu", "triton" or "cuda"; see ``python -m fused_kd.env``.',
+    )
+    memory_budget: int | None = _keyword(
+        None,
+        check_count,
+        "bytes that a chunk of rows may use if a side is a Head (see ``python -m fused_kd.plan``). "
+        "None: 256 MiB on a CPU; on a GPU what 2048 rows need, at most 1/16 of its memory. Small "
+        "chunks read and write the weight gradient more often. The reference backend uses several "
+        "times as much.",
+    )
+    chunk_rows: int | None = _keyword(
+        None, check_count, "rows of a chunk if a side is a Head, instead of memory_budget."
+    )
+    grad_accum_dtype: torch.dtype | None = _keyword(
+        None,
+        _dtype,
+        "dtype in which a student Head's weight and bias gradients are summed over the chunks: "
+        "None for float32, or the weight's dtype, which saves a buffer and rounds once a chunk.",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "hard_weight", "soft_weight", "beta", "label_smoothing"):
-            self._make_float(name)
-        if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
-            raise TypeError(f"ignore_index must be an int; got {self.ignore_index!r}")
-        for name in ("inplace", "return_parts"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
-        self._check_names()
-        self._check_ranges()
-
-    @property
-    def soft_factor(self) -> float:
-        """c(T): what the divergence is multiplied by."""
-        return self.temperature * self.temperature if self.soft_scale == "t2" else 1.0
-
-    @property
-    def divergence_code(self) -> int:
-        """The integer that names the divergence to a compiled kernel."""
-        return DIVERGENCES.index(self.divergence)
-
-    def _make_float(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, float):
-            return
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a Python number; got {type(value).__name__}")
-        try:
-            object.__setattr__(self, name, float(value))
-        except OverflowError:
-            raise ValueError(f"{name} must be finite; got a number beyond float64") from None
-
-    def _check_names(self) -> None:
-        if self.reduction == "batchmean":
+        """Check every keyword, then what holds between two of them."""
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            kept = check(name, value)
+            if type(kept) is not type(value):
+                object.__setattr__(self, name, kept)
+        if self.divergence in NEEDS_BETA and not 0.0 < self.beta < 1.0:
             raise ValueError(
-                "reduction='batchmean' is not offered: use reduction='mean', which divides the "
-                "sum of the rows by the number of kept rows (what batchmean does for N rows)"
-            )
-        _one_of("divergence", self.divergence, DIVERGENCES)
-        _one_of("reduction", self.reduction, REDUCTIONS)
-        _one_of("soft_scale", self.soft_scale, SOFT_SCALES)
-        _one_of("backend", self.backend, ("auto", *BACKENDS))
-
-    def _check_ranges(self) -> None:
-        if not SMALLEST <= self.temperature <= LARGEST:
-            bounds = (
-                f", in [{SMALLEST:.0e}, {LARGEST:.0e}]" if 0 < self.temperature < math.inf else ""
-            )
-            raise ValueError(
-                f"temperature must be positive and finite{bounds}; got {self.temperature}"
-            )
-        for name in ("hard_weight", "soft_weight"):
-            weight = getattr(self, name)
-            if not (weight == 0.0 or 2.0**-126 <= weight <= LARGEST):  # a float32 that isn't 0
-                bounds = f" (0 or in [1e-38, {LARGEST:.0e}])" if 0 < weight < math.inf else ""
-                raise ValueError(f"{name} must be at least 0 and finite{bounds}; got {weight}")
-        if not -(2**63) <= self.ignore_index < 2**63:
-            raise ValueError(f"ignore_index must fit in 64 bits; got {self.ignore_index}")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
-        if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
-            raise ValueError(
-                f"beta must be in (0, 1) for divergence='jsd'; got {self.beta} "
+                f"beta must be in (0, 1) for divergence={self.divergence!r}; got {self.beta} "
                 "(the two ends are divergence='forward_kl' and divergence='reverse_kl')"
             )
         if self.inplace and self.reduction == "none":
@@ -110,9 +222,119 @@ class KDOptions:
                 "inplace=True needs reduction='mean' or 'sum': with reduction='none' the gradient "
                 "is known only in the backward"
             )
+        if self.chunk_rows is not None and self.memory_budget is not None:
+            raise ValueError(
+                "chunk_rows and memory_budget both set the number of rows of a chunk; got "
+                f"{self.chunk_rows} and {self.memory_budget}: leave one of the two out"
+            )
 
 
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        listed = ", ".join(repr(k) for k in known)
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+class Keywords(TypedDict, total=False):
+    """The fields of KDOptions for type checkers, but return_parts, which decides a return type."""
+
+    temperature: float
+    hard_weight: float
+    soft_weight: float
+    divergence: str
+    beta: float
+    soft_scale: str
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    inplace: bool
+    backend: str
+    memory_budget: int | None
+    chunk_rows: int | None
+    grad_accum_dtype: torch.dtype | None
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(KDOptions)}
+_CHECKS = {name: field.metadata["check"] for name, field in _FIELDS.items()}
+#: The names of all keywords, in the order of their declaration.
+NAMES = tuple(_FIELDS)
+
+
+def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
+    """Return the options that a caller of `function` gave by keyword.
+
+    Raises:
+        TypeError: An unknown keyword, or a value of the wrong type.
+        ValueError: A value outside its range.
+    """
+    for name in keywords:
+        if name not in _CHECKS:
+            raise TypeError(f"{function}() has no keyword {name!r}{did_you_mean(name)}")
+    return KDOptions(**keywords)
+
+
+def did_you_mean(name: str, cutoff: float = 0.6) -> str:
+    """Return ": did you mean ...?" with the keyword nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=cutoff)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+# --------------------------------------------------------------------------- for the row kernels
+
+
+class Formula(NamedTuple):
+    """What a row kernel computes: the options that it needs."""
+
+    divergence: str
+    temperature: Tensor  # 0-d CPU float64: a number would make a compiler specialise on it
+    beta: float
+    soft_scale: str
+    label_smoothing: float
+
+    def soft_factor(self) -> Tensor:
+        """Return c(T), by which the divergence is multiplied."""
+        t = self.temperature
+        return t * t if self.soft_scale == "t2" else torch.ones_like(t)
+
+
+def temperature_tensor(options: KDOptions) -> Tensor:
+    """Return T as :class:`Formula` has it.
+
+    By multiplication: ``torch.full`` and ``torch.as_tensor`` compile once for each value, and fail
+    under ``fullgraph=True`` at the ninth.
+    """
+    return torch.ones((), dtype=torch.float64) * options.temperature
+
+
+# ------------------------------------------------------------------- signature and documentation
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def shows_keywords(function: _Function) -> _Function:
+    """Give a function that takes ``**keywords`` their signature, and fill in its docstring."""
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    explicit = inspect.signature(function).parameters
+    positional = [p for p in explicit.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in explicit.values() if p.kind is keyword_only and p.name not in _FIELDS]
+    options = [
+        inspect.Parameter(name, keyword_only, default=field.default, annotation=field.type)
+        for name, field in _FIELDS.items()
+    ]
+    shown = inspect.signature(function).replace(parameters=[*positional, *options, *named])
+    function.__signature__ = shown  # type: ignore[attr-defined]
+    function.__doc__ = documented(function.__doc__)
+    return function
+
+
+def documented(docstring: str | None) -> str | None:
+    """Return a docstring, which is None under ``python -OO``, with ``{keywords}`` filled in."""
+    return docstring and docstring.replace("{keywords}", _documentation())
+
+
+def _documentation() -> str:
+    entries = (
+        textwrap.fill(
+            f"{name}: {field.metadata['meaning']}",
+            width=100,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+            break_on_hyphens=False,
+        )
+        for name, field in _FIELDS.items()
+    )
+    return "\n".join(entries).lstrip()

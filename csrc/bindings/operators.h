@@ -32,7 +32,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 struct Numbers {
   int64_t divergence;
-  double temperature, beta, soft_factor, label_smoothing;
+  const Tensor& temperature;  // one CPU float64
+  double beta;
+  bool scale_t2;
+  double label_smoothing;
 };
 
 inline Dtype dtype_of(const Tensor& x, const char* name) {
@@ -124,12 +127,15 @@ struct Operators {
     STD_TORCH_CHECK(!p.w_hard || p.labels, "a hard term needs labels");
     STD_TORCH_CHECK(numbers.divergence >= 0 && numbers.divergence < 5, "unknown divergence ",
                     numbers.divergence);
-    STD_TORCH_CHECK(numbers.temperature > 0 && std::isfinite(numbers.temperature),
+    const Tensor& t = numbers.temperature;
+    STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
+                    "temperature must be one CPU float64");
+    p.temperature = *static_cast<const double*>(t.const_data_ptr());
+    STD_TORCH_CHECK(p.temperature > 0 && std::isfinite(p.temperature),
                     "temperature must be positive and finite");
     p.divergence = static_cast<Divergence>(numbers.divergence);
-    p.temperature = numbers.temperature;
     p.beta = numbers.beta;
-    p.soft_factor = numbers.soft_factor;
+    p.soft_factor = numbers.scale_t2 ? p.temperature * p.temperature : 1.0;
     p.label_smoothing = numbers.label_smoothing;
     return p;
   }
@@ -178,19 +184,18 @@ struct Operators {
 
   static Losses forward(Tensor student, Tensor teacher, OptionalTensor labels,
                         OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
-                        double temperature, double beta, double soft_factor,
-                        double label_smoothing) {
+                        Tensor temperature, double beta, bool scale_t2, double label_smoothing) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, soft_factor, label_smoothing});
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     return run_rows(p, student);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_backward(
       Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-      OptionalTensor w_soft, int64_t divergence, double temperature, double beta,
-      double soft_factor, double label_smoothing) {
+      OptionalTensor w_soft, int64_t divergence, Tensor temperature, double beta, bool scale_t2,
+      double label_smoothing) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, soft_factor, label_smoothing});
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
     auto [hard, soft, stats] = run_rows(p, student);
@@ -200,10 +205,10 @@ struct Operators {
   // The gradient in memory that the caller has, rounded once to its dtype.
   static Losses forward_backward_into(Tensor student, Tensor teacher, OptionalTensor labels,
                                       OptionalTensor w_hard, OptionalTensor w_soft,
-                                      int64_t divergence, double temperature, double beta,
-                                      double soft_factor, double label_smoothing, Tensor grad) {
+                                      int64_t divergence, Tensor temperature, double beta,
+                                      bool scale_t2, double label_smoothing, Tensor grad) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, soft_factor, label_smoothing});
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype || p.student.dtype == Dtype::f32,
                     "grad must have the student's dtype, or 16 bits beside a float32 student");
@@ -215,20 +220,20 @@ struct Operators {
   // The gradient over the student's own memory.
   static Losses forward_backward_(Tensor student, Tensor teacher, OptionalTensor labels,
                                   OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
-                                  double temperature, double beta, double soft_factor,
+                                  Tensor temperature, double beta, bool scale_t2,
                                   double label_smoothing) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, soft_factor, label_smoothing});
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_student(p, student);
     return run_rows(p, student);
   }
 
   static Tensor backward(Tensor student, Tensor teacher, OptionalTensor labels,
                          OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
-                         int64_t divergence, double temperature, double beta, double soft_factor,
+                         int64_t divergence, Tensor temperature, double beta, bool scale_t2,
                          double label_smoothing) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, soft_factor, label_smoothing});
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
     run_gradient(p, stats, student);
@@ -237,10 +242,10 @@ struct Operators {
 
   static void backward_(Tensor student, Tensor teacher, OptionalTensor labels,
                         OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
-                        int64_t divergence, double temperature, double beta, double soft_factor,
+                        int64_t divergence, Tensor temperature, double beta, bool scale_t2,
                         double label_smoothing) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, soft_factor, label_smoothing});
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_student(p, student);
     run_gradient(p, stats, student);
   }
@@ -248,11 +253,11 @@ struct Operators {
   // A gradient made with these weights becomes `scale` times it, rounded once: by multiplication
   // where that is exact (a power of two, 0 too) or as good (float32), else from the logits.
   static void rescale_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-                       OptionalTensor w_soft, Tensor stats, int64_t divergence, double temperature,
-                       double beta, double soft_factor, double label_smoothing, Tensor scale,
+                       OptionalTensor w_soft, Tensor stats, int64_t divergence, Tensor temperature,
+                       double beta, bool scale_t2, double label_smoothing, Tensor scale,
                        Tensor grad) {
     Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, soft_factor, label_smoothing});
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
     p.stats = stats_of(stats, p.N, student);

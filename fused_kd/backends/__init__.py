@@ -21,7 +21,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from ..options import BACKENDS, KDOptions
+from ..options import BACKENDS, Formula
+from ..sides import Side, rows_tensor
 from . import reference
 
 ENVIRONMENT_VARIABLE = "FUSED_KD_BACKEND"
@@ -39,7 +40,7 @@ class Backend(Protocol):
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
-        options: KDOptions,
+        formula: Formula,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def backward(
@@ -50,7 +51,7 @@ class Backend(Protocol):
         w_hard: Tensor | None,
         w_soft: Tensor | None,
         stats: Tensor,
-        options: KDOptions,
+        formula: Formula,
         inplace: bool = False,
     ) -> Tensor: ...
 
@@ -61,7 +62,7 @@ class Backend(Protocol):
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
-        options: KDOptions,
+        formula: Formula,
         inplace: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
@@ -70,14 +71,16 @@ class Backend(Protocol):
         self,
         grad: Tensor,
         scale: Tensor,
-        student: Tensor | None,
+        student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
         stats: Tensor,
-        options: KDOptions,
+        formula: Formula,
     ) -> None: ...
+
+    def multiply(self, grad: Tensor, scale: Tensor) -> None: ...
 
 
 def _load(name: str) -> ModuleType | str:
@@ -113,18 +116,13 @@ def named(name: str) -> Backend:
     return cast(Backend, _MODULES[name])
 
 
-def choose(requested: str, student: Tensor, teacher: Tensor | None) -> Backend:
-    """The backend for these tensors; see :func:`choose_name`."""
-    return named(choose_name(requested, student, teacher))
-
-
-def choose_name(requested: str, student: Tensor, teacher: Tensor | None) -> str:
-    """The name of the backend for these tensors.
+def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
+    """Return the name of the backend for these sides.
 
     Args:
         requested: "auto" or the name of a backend.
-        student: logits, or what they are made of; device and dtype are looked at.
-        teacher: the same; the dtype is looked at. None: no term reads it.
+        student: its device and dtype decide.
+        teacher: its dtype decides. None: no term reads it.
 
     Raises:
         ValueError: the environment variable names no backend.
@@ -134,12 +132,14 @@ def choose_name(requested: str, student: Tensor, teacher: Tensor | None) -> str:
     if requested == "auto":
         requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         source = ENVIRONMENT_VARIABLE
-    is_double = any(x is not None and x.dtype == torch.float64 for x in (student, teacher))
+    tensors = [rows_tensor(side) for side in (student, teacher) if side is not None]
+    is_double = any(x.dtype == torch.float64 for x in tensors)
+    device = tensors[0].device
     if requested == "auto":
-        return "reference" if is_double else _automatic(student.device)
+        return "reference" if is_double else _automatic(device)
     if requested not in _MODULES:
         raise ValueError(f"{source} must be 'auto' or one of {_known()}; got {requested!r}")
-    reason = why_not(requested, student.device.type)
+    reason = why_not(requested, device.type)
     if reason is None and is_double and requested != "reference":
         reason = "float64 logits run on backend='reference' only"
     if reason is not None:

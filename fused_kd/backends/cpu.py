@@ -7,11 +7,11 @@ from fused_kd import extension
 from .registered import registered
 
 extension.cpu.load()  # registers the implementations, if it can
-forward, forward_backward, backward, rescale = registered(prefix="")
+forward, forward_backward, backward, rescale, multiply = registered(prefix="")
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """None if this backend can run (on that device), else the reason."""
+    """Return None if this backend can run (on that device), else the reason."""
     if device_type not in (None, "cpu"):
         return f"the cpu backend runs on CPU tensors, not on {device_type}"
     return extension.cpu.why_not()

@@ -1,7 +1,7 @@
-"""What a backend of registered operators offers: the protocol of :mod:`fused_kd.backends`.
+"""A backend's functions by registered operators: the protocol of :mod:`fused_kd.backends`.
 
-The operators are those of :mod:`fused_kd.ops`, which gives their shapes; a backend is a prefix of
-their names.
+The operators are those of :mod:`fused_kd.ops`, which documents their shapes; a backend is a prefix
+of their names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fused_kd import ops  # noqa: F401  the schemas
 
-from ..options import KDOptions
+from ..divergences import CODES
+from ..options import Formula
 from .reference import refuse_inplace_with_out
 
 
@@ -25,10 +26,11 @@ class Functions(NamedTuple):
     forward_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     rescale: Callable[..., None]
+    multiply: Callable[..., None]
 
 
 def registered(prefix: str) -> Functions:
-    """The functions of a backend whose operators are ``torch.ops.fused_kd.<prefix>*``."""
+    """Return the functions of a backend whose operators are ``torch.ops.fused_kd.<prefix>*``."""
 
     def operator(name: str) -> Any:
         return getattr(torch.ops.fused_kd, prefix + name).default
@@ -38,10 +40,17 @@ def registered(prefix: str) -> Functions:
     make_backward, make_backward_ = operator("backward"), operator("backward_")
     rescale_, scale_ = operator("rescale_"), operator("scale_")
 
-    def forward(*rows_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """hard (N,), soft (N,), stats: one visit of each row (two for jsd and tvd)."""
-        *rows, options = rows_and_options
-        return make_forward(*rows, *_numbers(options))  # type: ignore[no-any-return]
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w_hard: Tensor | None,
+        w_soft: Tensor | None,
+        formula: Formula,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hard (N,), soft (N,) and stats."""
+        rows = (student, teacher, labels, w_hard, w_soft)
+        return make_forward(*rows, *_numbers(formula))  # type: ignore[no-any-return]
 
     def forward_backward(
         student: Tensor,
@@ -49,18 +58,18 @@ def registered(prefix: str) -> Functions:
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
-        options: KDOptions,
+        formula: Formula,
         inplace: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hard, soft, stats and the gradient."""
+        """Return hard, soft, stats and the gradient."""
         rows = (student, teacher, labels, w_hard, w_soft)
         if out is not None:
             refuse_inplace_with_out(inplace)
-            return *make_both_into(*rows, *_numbers(options), out), out
+            return *make_both_into(*rows, *_numbers(formula), out), out
         if inplace:
-            return *make_both_(*rows, *_numbers(options)), student
-        return make_both(*rows, *_numbers(options))  # type: ignore[no-any-return]
+            return *make_both_(*rows, *_numbers(formula)), student
+        return make_both(*rows, *_numbers(formula))  # type: ignore[no-any-return]
 
     def backward(
         student: Tensor,
@@ -69,39 +78,48 @@ def registered(prefix: str) -> Functions:
         w_hard: Tensor | None,
         w_soft: Tensor | None,
         stats: Tensor,
-        options: KDOptions,
+        formula: Formula,
         inplace: bool = False,
     ) -> Tensor:
-        """The gradient (B, S, V) from the statistics of an earlier forward."""
+        """Return the gradient (B, S, V) from the statistics of an earlier forward."""
         rows = (student, teacher, labels, w_hard, w_soft)
         if inplace:
-            make_backward_(*rows, stats, *_numbers(options))
+            make_backward_(*rows, stats, *_numbers(formula))
             return student
-        return make_backward(*rows, stats, *_numbers(options))  # type: ignore[no-any-return]
+        return make_backward(*rows, stats, *_numbers(formula))  # type: ignore[no-any-return]
 
     def rescale(
-        grad: Tensor, scale: Tensor, student: Tensor | None, *rest_stats_and_options: Any
+        grad: Tensor,
+        scale: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        w_hard: Tensor | None,
+        w_soft: Tensor | None,
+        stats: Tensor,
+        formula: Formula,
     ) -> None:
-        """Multiplies a gradient of forward_backward by ``scale``, in its own memory.
+        """Multiply a gradient of forward_backward by ``scale``, in its own memory.
 
         A power of two is exact, and float32 loses half a unit to arithmetic that lost more; a
-        16-bit gradient would be rounded a second time: it is made anew unless the student is gone
-        (in place). Only the operator looks at the scale, so that a GPU need not wait for it.
+        16-bit gradient would be rounded a second time, so it is recomputed. Only the operator
+        reads the scale, so that the host never waits for a GPU.
         """
-        *rest_and_stats, options = rest_stats_and_options
-        if student is None:
-            scale_(grad, scale)
-        else:
-            rescale_(student, *rest_and_stats, *_numbers(options), scale, grad)
+        rows = (student, teacher, labels, w_hard, w_soft)
+        rescale_(*rows, stats, *_numbers(formula), scale, grad)
 
-    return Functions(forward, forward_backward, backward, rescale)
+    def multiply(grad: Tensor, scale: Tensor) -> None:
+        """Multiply a gradient by ``scale``, in its own memory, rounding it again."""
+        scale_(grad, scale)
+
+    return Functions(forward, forward_backward, backward, rescale, multiply)
 
 
-def _numbers(options: KDOptions) -> tuple[int, float, float, float, float]:
+def _numbers(formula: Formula) -> tuple[int, Tensor, float, bool, float]:
     return (
-        options.divergence_code,
-        options.temperature,
-        options.beta,
-        options.soft_factor,
-        options.label_smoothing,
+        CODES[formula.divergence],
+        formula.temperature,
+        formula.beta,
+        formula.soft_scale == "t2",
+        formula.label_smoothing,
     )

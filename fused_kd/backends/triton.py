@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import ops
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 from .registered import registered
 from .triton_configuration import (
@@ -48,7 +48,7 @@ PROGRAMS = 4
 #: Entries that a program scales at a time.
 SCALE_BLOCK = 4096
 
-forward, forward_backward, backward, rescale = registered(prefix="triton_")
+forward, forward_backward, backward, rescale, multiply = registered(prefix="triton_")
 
 
 # ------------------------------------------------------------------------------------- launches
@@ -305,12 +305,19 @@ def _call(
     labels: Tensor | None,
     w_hard: Tensor | None,
     w_soft: Tensor | None,
-    *numbers: Any,
+    divergence: int,
+    temperature: Tensor,
+    beta: float,
+    scale_t2: bool,
+    label_smoothing: float,
 ) -> _Call:
     labels, w_hard, w_soft = (
         None if x is None else x.contiguous() for x in (labels, w_hard, w_soft)
     )
-    return _Call(student, teacher, None if w_hard is None else labels, w_hard, w_soft, *numbers)
+    labels = None if w_hard is None else labels
+    t = temperature.item()
+    numbers = (divergence, t, beta, t * t if scale_t2 else 1.0, label_smoothing)
+    return _Call(student, teacher, labels, w_hard, w_soft, *numbers)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

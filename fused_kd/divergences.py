@@ -1,0 +1,197 @@
+"""The divergences: their traits, their formulas in float64 and the composition that a user writes.
+
+One entry of the table is all that Python knows of a divergence; the kernels have one block each, in
+``csrc/kd_math.h`` and ``fused_kd/backends/triton/rules.py``. Nothing else depends on which
+divergence it is.
+
+Notation, for one row: s and t are the logits of student and teacher, T the temperature;
+p = softmax(s/T), q = softmax(t/T). A formula returns D and T·∂D/∂s of every row, and follows the
+rules of :mod:`fused_kd.backends.reference` for infinite logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Term(NamedTuple):
+    """One term of the loss for every row."""
+
+    value: Tensor  # (N,)
+    gradient: Tensor  # (N, V), by the student's logits
+
+
+class Pair(NamedTuple):
+    """Both sides of some rows, softened by the temperature."""
+
+    p: Tensor  # (N, V) student's probabilities
+    q: Tensor  # (N, V) teacher's probabilities
+    log_p_over_q: Tensor  # (N, V) finite where both logits are; 0 at absent entries
+    only_student_absent: Tensor  # (N, V) bool: s = -inf while t is not
+    only_teacher_absent: Tensor  # (N, V) bool: t = -inf while s is not
+
+
+# ------------------------------------------------------------------------------------- formulas
+
+
+def forward_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
+    """Return D = Σ q·log(q/p) and p_v - q_v. Infinite where only the student is -inf."""
+    row = soften(s, t, temperature)
+    value = (-_weighted(row.q, row.log_p_over_q)).sum(1)
+    infinite = row.only_student_absent.any(1)
+    return Term(value.masked_fill(infinite, math.inf), row.p - row.q)
+
+
+def reverse_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
+    """Return D = Σ p·log(p/q) and p_v·(log(p_v/q_v) - D). Infinite where only the teacher is."""
+    row = soften(s, t, temperature)
+    value = _weighted(row.p, row.log_p_over_q).sum(1)
+    gradient = _weighted(row.p, row.log_p_over_q - value[:, None])
+    return spoil_rows(Term(value, gradient), row.only_teacher_absent.any(1), math.inf)
+
+
+def jsd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
+    """Return D = β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p, which is always finite.
+
+    T·∂D/∂s_v = (1-β)·p_v·(log(p_v/m_v) - KL(p‖m)).
+
+    With r = log(p/q): log(m/q) = log1p((1-β)·(eʳ-1)) and log(m/p) = log1p(β·(e⁻ʳ-1)). Each is
+    computed where its exponential cannot overflow; the other one follows, since they differ by r.
+    """
+    row = soften(s, t, temperature)
+    r = row.log_p_over_q
+    small_p = torch.log1p((1 - beta) * torch.expm1(r.clamp(max=0)))  # log(m/q) where p <= q
+    small_q = torch.log1p(beta * torch.expm1(-r.clamp(min=0)))  # log(m/p) where p > q
+    log_m_over_q = torch.where(r <= 0, small_p, small_q + r)
+    log_m_over_p = torch.where(r <= 0, small_p - r, small_q)
+    teacher_kl = -_weighted(row.q, log_m_over_q).sum(1)
+    student_kl = -_weighted(row.p, log_m_over_p).sum(1)
+    gradient = (1 - beta) * _weighted(row.p, -log_m_over_p - student_kl[:, None])
+    return Term(beta * teacher_kl + (1 - beta) * student_kl, gradient)
+
+
+def tvd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
+    """Return D = ½·Σ|p-q| and ½·p_v·(sgn(p_v-q_v) - Σ p·sgn(p-q)). Always finite."""
+    row = soften(s, t, temperature)
+    difference = row.p - row.q
+    sign = difference.sign()
+    mean_sign = (row.p * sign).sum(1, keepdim=True)
+    return Term(0.5 * difference.abs().sum(1), 0.5 * row.p * (sign - mean_sign))
+
+
+def mse(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
+    """Return D = (1/V)·Σ (s_v-t_v)²/T², without softmax, and 2·(s_v-t_v)/(V·T).
+
+    V counts the entries that are present. Infinite where one side alone is -inf.
+    """
+    no_student, no_teacher = s == -math.inf, t == -math.inf
+    present = ~(no_student & no_teacher)
+    count = present.sum(1, keepdim=True)
+    difference = keep(s - t, present) / temperature
+    term = Term((difference * difference / count).sum(1), 2 * difference / count)
+    return spoil_rows(term, (no_student != no_teacher).any(1), math.inf)
+
+
+# ------------------------------------------------------- what a careful user composes from torch
+# From log-probabilities (N, V) of student and teacher; mse from logits over T.
+
+
+def _eager_kl(log_of: Tensor, log_by: Tensor) -> Tensor:
+    return F.kl_div(log_by, log_of, reduction="none", log_target=True).sum(-1)
+
+
+def _eager_forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _eager_kl(log_q, log_p)
+
+
+def _eager_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _eager_kl(log_p, log_q)
+
+
+def _eager_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return beta * _eager_kl(log_q, log_m) + (1 - beta) * _eager_kl(log_p, log_m)
+
+
+def _eager_tvd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def _eager_mse(s: Tensor, t: Tensor, beta: float) -> Tensor:
+    return (s - t).square().mean(-1)
+
+
+# ------------------------------------------------------------------------------------- the table
+
+
+class Divergence(NamedTuple):
+    """What Python knows of one divergence."""
+
+    formula: Callable[[Tensor, Tensor, Tensor, float], Term]
+    eager: Callable[[Tensor, Tensor, float], Tensor]
+    softmax: bool = True  # compares probabilities, not logits
+    needs_beta: bool = False  # β must be in (0, 1)
+    two_passes: bool = False  # a second pass over the row before the gradient
+
+
+#: The position of an entry is the code by which the kernels know it.
+TABLE = {
+    "forward_kl": Divergence(forward_kl, _eager_forward_kl),
+    "reverse_kl": Divergence(reverse_kl, _eager_reverse_kl),
+    "jsd": Divergence(jsd, _eager_jsd, needs_beta=True, two_passes=True),
+    "tvd": Divergence(tvd, _eager_tvd, two_passes=True),
+    "mse": Divergence(mse, _eager_mse, softmax=False),
+}
+DIVERGENCES = tuple(TABLE)
+CODES = {name: code for code, name in enumerate(DIVERGENCES)}
+NEEDS_BETA = frozenset(name for name, entry in TABLE.items() if entry.needs_beta)
+
+
+# --------------------------------------------------------------------- what the formulas share
+
+
+def soften(s: Tensor, t: Tensor, temperature: Tensor) -> Pair:
+    """Return p, q and log(p/q) of every row.
+
+    log(p/q) = ((s - max s) - (t - max t))/T - (log Σe^… - log Σe^…): differences relative to the
+    maxima, so that large or shifted logits cost no accuracy and equal rows give exactly 0.
+    """
+    centred_s, log_sum_s = centred(s, temperature)
+    centred_t, log_sum_t = centred(t, temperature)
+    no_student, no_teacher = s == -math.inf, t == -math.inf
+    raw = (s - s.amax(1, keepdim=True)) - (t - t.amax(1, keepdim=True))
+    ratio = raw / temperature - (log_sum_s - log_sum_t)
+    return Pair(
+        p=(centred_s - log_sum_s).exp(),
+        q=(centred_t - log_sum_t).exp(),
+        log_p_over_q=keep(ratio, ~(no_student & no_teacher)),
+        only_student_absent=no_student & ~no_teacher,
+        only_teacher_absent=no_teacher & ~no_student,
+    )
+
+
+def centred(x: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return z = (x - max x)/T, and log Σ exp z, which is in [0, log V]."""
+    z = (x - x.amax(1, keepdim=True)) / temperature
+    return z, z.exp().sum(1, keepdim=True).log()
+
+
+def _weighted(probability: Tensor, x: Tensor) -> Tensor:
+    return keep(probability * x, probability != 0)  # 0 where the probability is 0, for any x
+
+
+def keep(x: Tensor, mask: Tensor) -> Tensor:
+    """Return x where the mask is True, else 0."""
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def spoil_rows(term: Term, rows: Tensor, value: float = math.nan) -> Term:
+    """Return the term with `value` as the value of these rows, and NaN as their gradient."""
+    gradient = term.gradient.masked_fill(rows[:, None], math.nan)
+    return Term(term.value.masked_fill(rows, value), gradient)

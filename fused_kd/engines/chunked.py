@@ -1,0 +1,107 @@
+"""A Head on any side: the logits of one chunk of rows at a time.
+
+The loop over chunks is one registered operator, except in place, which no compiler traces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import named
+from ..rows import logit_rows
+from . import operators
+from .settings import ChunkSettings, Inputs, Settings
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def gradient_in_forward(settings: Settings, inputs: Inputs) -> bool:
+    """Return False if a gradient is rounded to float16: a loss scale enters before that."""
+    chunks = _chunks(settings)
+    student, weight, _ = inputs.student
+    assert student is not None
+    rounded_to = {student.dtype}
+    if weight is not None:
+        rounded_to |= {chunks.student_dtype, weight.dtype, chunks.grad_accum_dtype}
+    return torch.float16 not in rounded_to
+
+
+def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, None]:
+    """Return hard and soft; the logits are gone, and there are no statistics of them."""
+    hard, soft = torch.ops.fused_kd.chunked_losses(*_arguments(settings, inputs))
+    return hard, soft, None
+
+
+def losses_and_gradients(
+    settings: Settings, inputs: Inputs, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, None, Gradients]:
+    """Return hard, soft and the gradients, None for one that is not wanted, or is in place."""
+    if settings.inplace:
+        hard, soft = operators.gradients_in_place(*_arguments(settings, inputs))
+        return hard, soft, None, (None, None, None)
+    narrow = not torch.compiler.is_compiling()  # or it would compile for the number of rows
+    hard, soft, made = torch.ops.fused_kd.chunked_gradients(
+        *_arguments(settings, inputs),
+        list(wanted),
+        _chunks(settings).grad_accum_dtype,
+        narrow,
+    )
+    return hard, soft, None, tuple(g if w else None for g, w in zip(made, wanted, strict=True))
+
+
+def gradients(
+    settings: Settings, inputs: Inputs, stats: None, wanted: tuple[bool, ...]
+) -> Gradients:
+    """Return the gradients; the logits are computed once more."""
+    *_, made = losses_and_gradients(settings, inputs, wanted)
+    if settings.inplace:
+        return inputs.student[0], None, None
+    return tuple(
+        None if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(made, inputs.student, strict=True)
+    )
+
+
+def rescaled(
+    settings: Settings, inputs: Inputs, stats: None, made: Gradients, scale: Tensor
+) -> Gradients:
+    """Return `scale` times the gradients, in their memory if they have the dtype of their input."""
+    if settings.inplace:
+        student = inputs.student[0]
+        assert student is not None
+        named(settings.backend).multiply(logit_rows(student.detach(), None)[0], scale)
+        return student, None, None
+    return tuple(
+        None if g is None or x is None else _scaled(g, scale, settings).to(x.dtype)
+        for g, x in zip(made, inputs.student, strict=True)
+    )
+
+
+def _scaled(gradient: Tensor, scale: Tensor, settings: Settings) -> Tensor:
+    """Return scale·gradient; 0 stays 0 for any scale, as in a row that does not count."""
+    if torch.compiler.is_compiling():
+        return torch.where(gradient != 0, gradient * scale, 0.0)
+    if gradient.numel() > 0:
+        named(settings.backend).multiply(gradient.view(1, -1, gradient.shape[-1]), scale)
+    return gradient
+
+
+def _chunks(settings: Settings) -> ChunkSettings:
+    assert settings.chunks is not None
+    return settings.chunks
+
+
+def _arguments(settings: Settings, inputs: Inputs) -> tuple[Any, ...]:
+    """Return what both operators take first."""
+    chunks = _chunks(settings)
+    return (
+        *(list(inputs.student), list(inputs.teacher)),
+        *(inputs.labels, inputs.w_hard, inputs.w_soft),
+        *settings.formula(inputs.temperature),
+        settings.backend,
+        *(chunks.student_dtype, chunks.teacher_dtype, chunks.student_scale, chunks.teacher_scale),
+        *(chunks.chunk_rows, chunks.memory_budget, chunks.kept_rows),
+    )

@@ -1,0 +1,365 @@
+"""The chunk driver: logits of some rows, the row kernel over them, the products with the gradient.
+
+Of the logits that a Head stands for no more than one chunk exists: float32 in buffers that every
+chunk uses again. The gradient by a student Head's logits overwrites them, or, where the products
+take it in 16 bits, the teacher's (:func:`_doubling_parts`). The weight gradient is summed over the
+chunks, the first of which is written, not added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..options import Formula
+from .memory import Cut, Sizes, cut_rows
+from .products import Products, Projection, products_for
+from .selection import Selection, is_scattered, put, take
+
+#: Rows of a chunk over those of its first part, where the gradient overwrites the teacher's logits:
+#: those rows are rounded by a separate kernel. A power of two; twice as many is one more launch for
+#: each chunk.
+FIRST_PART = 16
+
+Rows = slice | Tensor
+
+
+class Problem(NamedTuple):
+    """N rows of both models, and what is computed of them."""
+
+    student: Projection | Tensor  # a head, or logits (..., V)
+    teacher: Projection | Tensor | None  # the same; None: no term reads the teacher
+    labels: Tensor | None  # (N,)
+    w_hard: Tensor | None  # (N,); None: the term is off, 0: off for that row
+    w_soft: Tensor | None  # (N,)
+    formula: Formula
+    backend_name: str
+    backend: Backend
+    accum_dtype: torch.dtype  # of the logits that are computed, of losses and sums
+    chunk_rows: int | None
+    memory_budget: int | None
+    kept_rows: int | None  # at most so many rows have a weight; None: ask the CPU, or mask
+    grad_accum_dtype: torch.dtype  # of the sums over chunks
+    may_narrow: bool  # a single chunk needs no sum: its weight gradient has the weight's dtype
+    inplace: bool  # the gradient overwrites the student's logits
+
+    @property
+    def rows(self) -> Tensor:
+        """Return the student's tensor that has the rows."""
+        return self.student if isinstance(self.student, Tensor) else self.student.hidden
+
+
+#: By the student's logits, None, None; or by hidden (..., H), weight (V, H), bias (V,). None: not
+#: wanted, or in place. Those of weight and bias have the dtype of the accumulation.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def run_chunks(
+    problem: Problem, wanted: tuple[bool, ...] | None
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Return hard (N,) and soft (N,), unweighted and 0 for rows without weight, and the gradients.
+
+    Args:
+        problem: what to compute.
+        wanted: which gradients, by the student's tensors; None: none.
+    """
+    x, dtype = problem.rows, problem.accum_dtype
+    rows = Selection(x.shape[:-1].numel(), problem.w_hard, problem.w_soft, problem.kept_rows)
+    products = products_for(problem.backend_name, x.device, dtype)
+    cut = cut_rows(
+        rows.all,
+        rows.count,
+        problem.chunk_rows,
+        problem.memory_budget,
+        x.device,
+        sizes_of(problem, products, rows.gathers),
+        products.fixed_bytes(),
+    )
+    hard, soft = (x.new_zeros(rows.all, dtype=dtype) for _ in range(2))
+    gradients = None if wanted is None else _new_gradients(problem, wanted, cut, rows)
+    chunk = _chunk_of(problem, products, min(cut.height, rows.count), gradients, rows)
+    for begin in range(0, rows.count, cut.height):
+        here = rows.at(begin, min(begin + cut.height, rows.count))
+        hard[here], soft[here] = chunk.visit(here, add=begin > 0)
+    return hard, soft, (None, None, None) if gradients is None else gradients
+
+
+def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
+    """Return what the height of a chunk depends on; `gathered`: rows are copied in any case."""
+    student, teacher, dtype = problem.student, problem.teacher, problem.accum_dtype
+    s_head, t_head = isinstance(student, Projection), isinstance(teacher, Projection)
+    x = problem.rows
+    t = teacher.hidden if isinstance(teacher, Projection) else teacher
+    heads = [p for p in (student, teacher) if isinstance(p, Projection)]
+    gradient_bytes = 0
+    if isinstance(student, Projection):
+        gradient_dtype = products.gradient_dtype(dtype, student.compute)
+        # it overwrites the student's logits, or those of a teacher's head
+        if not t_head and gradient_dtype != dtype:
+            gradient_bytes = gradient_dtype.itemsize
+    return Sizes(
+        vocabulary=student.weight.shape[0] if isinstance(student, Projection) else x.shape[-1],
+        student_hidden=x.shape[-1] if s_head else None,
+        teacher_hidden=teacher.weight.shape[1] if isinstance(teacher, Projection) else None,
+        accum_bytes=dtype.itemsize,
+        student_bytes=x.dtype.itemsize,
+        teacher_bytes=0 if t is None else t.dtype.itemsize,
+        gathered=gathered or any(is_scattered(y) for y in (x, t) if y is not None),
+        converted=any({p.hidden.dtype, p.compute} != {dtype} for p in heads),
+        gradient_bytes=gradient_bytes,
+    )
+
+
+def _new_gradients(
+    problem: Problem, wanted: tuple[bool, ...], cut: Cut, rows: Selection
+) -> Gradients:
+    """Return memory for the gradients, 0 where no chunk will write."""
+    accumulate = problem.grad_accum_dtype
+    student = problem.student
+    if isinstance(student, Projection) and problem.may_narrow and cut.is_one:
+        if problem.accum_dtype == torch.float32:
+            accumulate = student.weight.dtype
+    gradients = empty_gradients(student, wanted, accumulate, problem.inplace)
+    first = student if problem.inplace and isinstance(student, Tensor) else gradients[0]
+    if first is not None and rows.dropped is not None:
+        put(first, rows.dropped, 0.0)
+    if rows.count == 0:
+        for gradient in (first, *gradients[1:]):
+            if gradient is not None:
+                gradient.zero_()
+    return gradients
+
+
+def empty_gradients(
+    student: Projection | Tensor, wanted: tuple[bool, ...], accumulate: torch.dtype, inplace: bool
+) -> Gradients:
+    """Return memory for the gradients that are wanted; also for a compiler's fake tensors."""
+    if isinstance(student, Tensor):
+        return None if inplace else student.new_empty(student.shape), None, None
+    hidden, weight, bias = student.hidden, student.weight, student.bias
+    of_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+    dtypes = (_sum_dtype(accumulate, p) for p in (weight, bias))
+    shapes = (weight.shape, weight.shape[:1])
+    of_weight, of_bias = (
+        hidden.new_empty(shape, dtype=dtype) if want else None
+        for shape, dtype, want in zip(shapes, dtypes, wanted[1:], strict=True)
+    )
+    return of_hidden, of_weight, of_bias
+
+
+def _sum_dtype(accumulate: torch.dtype, parameter: Tensor | None) -> torch.dtype:
+    """Return the wider of both dtypes, for a bias may be wider than the weight; at most float32.
+
+    float64 only if the arithmetic is float64, which `accumulate` then is.
+    """
+    if parameter is None or accumulate == torch.float64:
+        return accumulate
+    wider = torch.promote_types(accumulate, parameter.dtype)
+    return torch.float32 if wider == torch.float64 else wider
+
+
+# -------------------------------------------------------------------------------------- a chunk
+
+
+class _TeacherRows:
+    """The teacher's logits of a chunk, in a buffer that every chunk uses again."""
+
+    def __init__(self, problem: Problem, products: Products, height: int) -> None:
+        self.side, self.products = problem.teacher, products
+        self.buffer: Tensor | None = None
+        if isinstance(self.side, Projection):
+            shape = (height, self.side.weight.shape[0])
+            self.buffer = self.side.hidden.new_empty(shape, dtype=problem.accum_dtype)
+
+    def at(self, rows: Rows, student: Tensor) -> Tensor:
+        """Return the logits (C, V) of these rows; the student's stand in for no teacher."""
+        if self.side is None:
+            return student
+        if isinstance(self.side, Tensor):
+            return take(self.side, rows)
+        assert self.buffer is not None
+        hidden = take(self.side.hidden, rows)
+        logits = self.buffer[: hidden.shape[0]]
+        self.products.logits(logits, hidden, self.side)
+        return logits
+
+
+class _HeadChunk:
+    """A chunk of a student Head: its logits, then the products with their gradient."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        student: Projection,
+        products: Products,
+        height: int,
+        gradients: Gradients | None,
+        rows: Selection,
+    ) -> None:
+        self.problem, self.side, self.products = problem, student, products
+        self.gradients, self.mask = gradients, rows.mask
+        self.teacher = _TeacherRows(problem, products, height)
+        shape = (height, student.weight.shape[0])
+        self.logits = student.hidden.new_empty(shape, dtype=problem.accum_dtype)
+        self.gradient_dtype = products.gradient_dtype(problem.accum_dtype, student.compute)
+        self.gradient: Tensor | None = None  # as the products take it; None: there is none yet
+        self.over_teacher = False
+        if gradients is None:
+            return
+        if self.gradient_dtype == problem.accum_dtype:
+            self.gradient = self.logits
+        elif self.teacher.buffer is not None:
+            memory = self.teacher.buffer.view(-1).view(self.gradient_dtype)
+            self.gradient, self.over_teacher = memory[: self.logits.numel()].view(shape), True
+        elif not (isinstance(problem.teacher, Tensor) and _copies(problem.teacher, rows)):
+            self.gradient = self.logits.new_empty(shape, dtype=self.gradient_dtype)
+
+    def visit(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of these rows; write their part of the gradients, or add it."""
+        hidden = take(self.side.hidden, rows)
+        if self.mask is not None:  # 0 times what is not a number would spoil the weight gradient
+            hidden = torch.where(self.mask[rows, None], hidden, 0)
+        losses = self._losses(rows, hidden)
+        if self.gradients is not None:
+            self._multiply(rows, hidden, self.gradients, add)
+        return losses
+
+    def _losses(self, rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of these rows, and leave the gradient of their logits."""
+        count = hidden.shape[0]
+        s = self.logits[:count]
+        self.products.logits(s, hidden, self.side)
+        t = self.teacher.at(rows, s)
+        vectors = _vectors(self.problem, rows, self.side.scale)
+        parts = _doubling_parts(count) if self.over_teacher else [slice(0, count)]
+        visits = [self._visit(part, s, t, *vectors) for part in parts]
+        if len(visits) == 1:
+            return visits[0]
+        hard, soft = (torch.cat(x) for x in zip(*visits, strict=True))
+        return hard, soft
+
+    def _visit(
+        self, part: slice, s: Tensor, t: Tensor, *vectors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of a part of the chunk's rows, and leave their gradient."""
+        backend, formula = self.problem.backend, self.problem.formula
+        s, t = s[part], t[part]
+        labels, w_hard, w_soft = (None if x is None else x[part] for x in vectors)
+        rows = (s[None], t[None], labels, w_hard, w_soft, formula)
+        if self.gradients is None:
+            return backend.forward(*rows)[:2]
+        out = self._free_memory(part)
+        if out is not None:
+            return backend.forward_backward(*rows, out=out[None])[:2]
+        losses = backend.forward_backward(*rows, inplace=True)[:2]
+        if self.over_teacher and self.gradient is not None:
+            self.gradient[part].copy_(s)
+        return losses
+
+    def _free_memory(self, part: slice) -> Tensor | None:
+        """Return where the row kernel writes the gradient; None: over the student's logits."""
+        if self.gradient is None or self.gradient.dtype == self.logits.dtype:
+            return None
+        return None if self.over_teacher and part.start == 0 else self.gradient[part]
+
+    def _multiply(self, rows: Rows, hidden: Tensor, gradients: Gradients, add: bool) -> None:
+        """Write the chunk's part of each wanted gradient, or add it."""
+        of_hidden, of_weight, of_bias = gradients
+        count = hidden.shape[0]
+        if self.gradient is not None:
+            gradient = self.gradient[:count]
+        else:  # only now is there memory for it: a copy of the teacher's logits is gone
+            gradient = self.logits[:count].to(self.gradient_dtype)
+        if of_bias is not None:
+            part = gradient.sum(0, dtype=self.logits.dtype)
+            of_bias.copy_(of_bias + part if add else part)
+        if of_hidden is not None:
+            self._hidden_gradient(of_hidden, rows, gradient)
+        if of_weight is not None:
+            self.products.weight_gradient(of_weight, gradient, hidden, self.side.compute, add)
+
+    def _hidden_gradient(self, out: Tensor, rows: Rows, gradient: Tensor) -> None:
+        target = out.view(-1, out.shape[-1])
+        if isinstance(rows, slice) and target.dtype == self.logits.dtype:
+            self.products.hidden_gradient(target[rows], gradient, self.side)
+            return
+        part = self.logits.new_empty((gradient.shape[0], target.shape[1]))
+        self.products.hidden_gradient(part, gradient, self.side)
+        target[rows] = part.to(target.dtype)
+
+
+class _LogitsChunk:
+    """A chunk of the student's logits next to a teacher's Head."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        logits: Tensor,
+        products: Products,
+        height: int,
+        gradients: Gradients | None,
+    ) -> None:
+        self.problem, self.logits = problem, logits
+        self.teacher = _TeacherRows(problem, products, height)
+        #: Where the gradient is written; None: not wanted.
+        self.out = None
+        if gradients is not None:
+            self.out = logits if problem.inplace else gradients[0]
+
+    def visit(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of these rows, and write their gradient."""
+        s = take(self.logits, rows)
+        t = self.teacher.at(rows, s)
+        arguments = (s[None], t[None], *_vectors(self.problem, rows), self.problem.formula)
+        backend = self.problem.backend
+        if self.out is None:
+            return backend.forward(*arguments)[:2]
+        if isinstance(rows, slice) and not self.problem.inplace:
+            return backend.forward_backward(*arguments, out=take(self.out, rows)[None])[:2]
+        losses = backend.forward_backward(*arguments, inplace=True)[:2]
+        if not isinstance(rows, slice) or is_scattered(self.logits):  # s is a copy
+            put(self.out, rows, s)
+        return losses
+
+
+def _chunk_of(
+    problem: Problem,
+    products: Products,
+    height: int,
+    gradients: Gradients | None,
+    rows: Selection,
+) -> _HeadChunk | _LogitsChunk:
+    student = problem.student
+    if isinstance(student, Projection):
+        return _HeadChunk(problem, student, products, height, gradients, rows)
+    return _LogitsChunk(problem, student, products, height, gradients)
+
+
+def _vectors(problem: Problem, rows: Rows, scale: float = 1.0) -> tuple[Tensor | None, ...]:
+    """Return labels and weights of these rows; the weights times the scale of a student's head."""
+    weights = (problem.w_hard, problem.w_soft)
+    if scale != 1.0:
+        weights = tuple(None if w is None else w * scale for w in weights)
+    return tuple(None if x is None else x[rows] for x in (problem.labels, *weights))
+
+
+def _copies(logits: Tensor, rows: Selection) -> bool:
+    """Return True if `take` copies the logits of a chunk."""
+    return rows.index is not None or is_scattered(logits)
+
+
+def _doubling_parts(count: int) -> Iterator[slice]:
+    """Yield the rows of a chunk that are visited together, if the teacher's logits make way.
+
+    The gradient of rows [0, 2b) has 16 bits and so fits the memory of the teacher's float32 logits
+    of rows [0, b), which are free when these rows have been visited: the parts after the first
+    begin at b and end at 2b, and never write what they or a later part read.
+    """
+    begin, end = 0, -(-count // FIRST_PART)
+    while begin < count:
+        yield slice(begin, min(end, count))
+        begin, end = end, 2 * end

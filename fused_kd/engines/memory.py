@@ -1,0 +1,145 @@
+"""How many rows a chunk has: what a row of a chunk needs, and what the caller's budget allows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..options import MIB
+
+#: Bytes of the automatic budget on a CPU.
+CPU_BUDGET = 256 * MIB
+#: The automatic budget is never below what this many rows need: fewer would read and write the
+#: weight gradient so often that it takes a good part of the time.
+FEWEST_ROWS = 64
+#: Rows of an automatic chunk on a GPU; below about 1070 the weight gradient's traffic dominates
+#: (calculated).
+GPU_ROWS = 2048
+#: ... and the share of the GPU's memory that they may take.
+GPU_SHARE = 16
+#: Labels, weights, losses and statistics of a row.
+SMALL_PER_ROW = 128
+
+
+class Sizes(NamedTuple):
+    """What the memory of a chunk depends on; ``*_bytes`` are bytes of an element."""
+
+    vocabulary: int
+    student_hidden: int | None  # None: the student's logits are given
+    teacher_hidden: int | None = None  # None: the teacher's logits are given
+    accum_bytes: int = 4  # of the arithmetic
+    student_bytes: int = 4  # of the student's hidden states, or logits
+    teacher_bytes: int = 4  # of the teacher's hidden states, or logits
+    gathered: bool = True  # rows are copied together: some are ignored, or are scattered
+    converted: bool = False  # hidden states are not multiplied in the arithmetic's dtype
+    gradient_bytes: int = 0  # of the gradient of the logits; 0: overwrites logits, or is the result
+
+
+def row_bytes(sizes: Sizes) -> int:
+    """Return what one row of a chunk needs: logits, gathered inputs, converted ones."""
+    accum, vocabulary = sizes.accum_bytes, sizes.vocabulary
+    heads = [
+        (hidden, element)
+        for hidden, element in (
+            (sizes.student_hidden, sizes.student_bytes),
+            (sizes.teacher_hidden, sizes.teacher_bytes),
+        )
+        if hidden is not None
+    ]
+    total = SMALL_PER_ROW + len(heads) * accum * vocabulary
+    # one product at a time: operands in the arithmetic's dtype and in their own
+    copies = 0
+    if sizes.converted:
+        copies = max((accum + element) * hidden for hidden, element in heads)
+    elif sizes.gathered and sizes.student_hidden is not None:
+        copies = accum * sizes.student_hidden
+    if sizes.gathered:
+        total += sum(element * hidden for hidden, element in heads)
+    copied = 0
+    if sizes.gathered and sizes.student_hidden is None:
+        copied = sizes.student_bytes
+    elif sizes.gathered and sizes.teacher_hidden is None:
+        copied = sizes.teacher_bytes
+    # a gradient is allocated when a copy of the teacher's logits is gone
+    total += max(sizes.gradient_bytes, copied) * vocabulary
+    return total + copies
+
+
+def budget_rows(budget: int, sizes: Sizes, fixed: int) -> int:
+    """Return the rows that a budget in bytes allows, after `fixed` bytes that any chunk needs.
+
+    Raises:
+        ValueError: If not even one row fits; the message states how many bytes one row needs.
+    """
+    rows = (budget - fixed) // row_bytes(sizes)
+    if rows < 1:
+        raise ValueError(
+            f"memory_budget must hold at least one row, which needs {row_bytes(sizes) + fixed:,} "
+            f"bytes for V = {sizes.vocabulary} (logits of {sizes.accum_bytes} bytes that are not "
+            f"given, and {fixed:,} bytes for the products); got {budget:,}"
+        )
+    return rows
+
+
+def automatic_rows(device: torch.device, sizes: Sizes, fixed: int) -> int:
+    """Return the rows of a chunk if the caller does not say."""
+    if device.type == "cpu":
+        fits = (CPU_BUDGET - fixed) // row_bytes(sizes)
+    else:
+        memory = torch.get_device_module(device).get_device_properties(device).total_memory
+        fits = min(GPU_ROWS, memory // GPU_SHARE // row_bytes(sizes))
+    return max(FEWEST_ROWS, fits)
+
+
+def chunk_rows(
+    rows: int,
+    asked: int | None,
+    budget: int | None,
+    device: torch.device,
+    sizes: Sizes,
+    fixed: int,
+) -> int:
+    """Return the rows of each chunk but the last: as many as allowed, in chunks of equal height.
+
+    Args:
+        rows: all that are computed.
+        asked: by the caller; returned unchanged.
+        budget: in bytes; None: :func:`automatic_rows`.
+        device: where the chunks are computed.
+        sizes: of a row.
+        fixed: bytes that the products need for any height.
+
+    Raises:
+        ValueError: If the budget does not hold one row.
+    """
+    if asked is not None:
+        return asked
+    if budget is None:
+        most = automatic_rows(device, sizes, fixed)
+    else:
+        most = budget_rows(budget, sizes, fixed)
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
+
+
+class Cut(NamedTuple):
+    """How rows are cut into chunks."""
+
+    height: int  # rows of each chunk but the last
+    is_one: bool  # one chunk would hold all rows, even if each had to be copied
+
+
+def cut_rows(
+    rows: int,
+    computed: int,
+    asked: int | None,
+    budget: int | None,
+    device: torch.device,
+    sizes: Sizes,
+    fixed: int,
+) -> Cut:
+    """Return how the `computed` ones of all `rows` are cut; see :func:`chunk_rows`."""
+    height = chunk_rows(computed, asked, budget, device, sizes, fixed)
+    most = chunk_rows(rows, asked, budget, device, sizes._replace(gathered=True), fixed)
+    return Cut(height, rows <= most)

@@ -1,0 +1,99 @@
+"""Which rows are computed, and how those of a chunk are read and written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Selection:
+    """The rows that are computed: all of them, or those of an index.
+
+    Rows without a weight are left out on a CPU. On a GPU the host does not know which they are: it
+    leaves out rows only if the caller says how many have a weight at most.
+    """
+
+    def __init__(
+        self, rows: int, w_hard: Tensor | None, w_soft: Tensor | None, kept_rows: int | None
+    ) -> None:
+        self.all = self.count = rows
+        self.index: Tensor | None = None
+        self.dropped: Tensor | None = None  # the rows that the index leaves out
+        self.mask: Tensor | None = None  # of rows that have a weight, if others are computed too
+        weights = [w for w in (w_hard, w_soft) if w is not None]
+        if not weights:
+            self.count = 0
+            return
+        has_weight = (torch.stack(weights) != 0).any(0)
+        if _host_can_read(has_weight):
+            if not bool(has_weight.all()):
+                self.index = has_weight.nonzero().squeeze(1)
+                self.dropped = (~has_weight).nonzero().squeeze(1)
+        else:
+            self.mask = has_weight
+            if kept_rows is not None:
+                order = torch.argsort((~has_weight).byte(), stable=True)
+                self.index, self.dropped = order[:kept_rows], order[kept_rows:]
+        if self.index is not None:
+            self.count = self.index.shape[0]
+
+    @property
+    def gathers(self) -> bool:
+        """Return True if rows are copied for a chunk even where they follow each other."""
+        return self.index is not None or self.mask is not None
+
+    def at(self, begin: int, end: int) -> slice | Tensor:
+        """Return the row indices at positions [begin, end)."""
+        return slice(begin, end) if self.index is None else self.index[begin:end]
+
+
+def _host_can_read(x: Tensor) -> bool:
+    """Return True if values are read without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return these rows of x (..., K) as (C, K), last stride 1: a view if possible, else a copy.
+
+    Only arithmetic with Python numbers: a tensor made of them would be copied to the device, for
+    which the host waits, and which a CUDA graph refuses.
+    """
+    folded = _folded(x)
+    if folded is not None:
+        here = folded[rows]
+        return here if here.stride(-1) == 1 else here.contiguous()
+    return x[_leading_index(x, rows)].contiguous()
+
+
+def put(x: Tensor, rows: slice | Tensor, values: Tensor | float) -> None:
+    """Write values (C, K), or a number, over these rows of x (..., K)."""
+    folded = _folded(x)
+    if folded is not None:
+        folded[rows] = values
+    else:
+        x[_leading_index(x, rows)] = values
+
+
+def is_scattered(x: Tensor) -> bool:
+    """Return True if :func:`take` copies rows of x even if they follow each other."""
+    folded = _folded(x)
+    return folded is None or folded.stride(-1) != 1
+
+
+def _leading_index(x: Tensor, rows: slice | Tensor) -> tuple[Tensor, ...]:
+    """Return the indices of these rows in each leading dimension of x."""
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=x.device)
+    index: list[Tensor] = []
+    for size in reversed(x.shape[1:-1]):
+        index.append(rows % size)
+        rows = rows // size
+    return (rows, *reversed(index))
+
+
+def _folded(x: Tensor) -> Tensor | None:
+    """Return x (..., K) as a view (N, K), None if the leading dimensions do not fold."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None

@@ -1,0 +1,101 @@
+"""What autograd and an engine pass to each other: constants of a call, and its tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Formula, KDOptions
+from ..sides import Head, Side, Tensors, product_dtype
+
+
+class ChunkSettings(NamedTuple):
+    """What the engine of chunks needs besides tensors."""
+
+    student_dtype: torch.dtype  # of the operands of a student Head's products
+    teacher_dtype: torch.dtype
+    student_scale: float
+    teacher_scale: float
+    chunk_rows: int | None
+    memory_budget: int | None
+    kept_rows: int | None
+    grad_accum_dtype: torch.dtype
+
+
+class Settings(NamedTuple):
+    """The constants of a call: a compiler specialises on them."""
+
+    backend: str
+    divergence: str
+    beta: float
+    soft_scale: str
+    label_smoothing: float
+    per_row: bool  # a loss for each row, without reduction
+    inplace: bool
+    chunks: ChunkSettings | None  # None: both sides are logits
+
+    def formula(self, temperature: Tensor) -> Formula:
+        """Return what a row kernel computes."""
+        return Formula(
+            self.divergence, temperature, self.beta, self.soft_scale, self.label_smoothing
+        )
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, N rows."""
+
+    student: Tensors  # logits, None, None; or hidden states, weight, bias
+    teacher: Tensors  # the same; three None: no term reads the teacher
+    labels: Tensor | None  # (N,), int64
+    w_hard: Tensor | None  # (N,), weight of H in the loss; None: the term is off; 0: for that row
+    w_soft: Tensor | None  # (N,), weight of S
+    temperature: Tensor  # 0-d CPU float64
+
+    @classmethod
+    def of(cls, tensors: list[Tensor | None]) -> Inputs:
+        """Return the inputs of a flat list, as autograd has them."""
+        s, t = tensors[:3], tensors[3:6]
+        rest = tensors[6:]
+        return cls((s[0], s[1], s[2]), (t[0], t[1], t[2]), *rest)  # type: ignore[arg-type]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """Return all tensors, the student's three first."""
+        rows = (self.labels, self.w_hard, self.w_soft, self.temperature)
+        return *self.student, *self.teacher, *rows
+
+
+def settings_of(
+    options: KDOptions,
+    backend: str,
+    student: Side,
+    teacher: Side | None,
+    dtype: torch.dtype,  # of the arithmetic
+    inplace: bool,
+    kept_rows: int | None,
+) -> Settings:
+    """Return the constants of a call."""
+    chunks = None
+    if isinstance(student, Head) or isinstance(teacher, Head):
+        accumulate = options.grad_accum_dtype or torch.float32
+        chunks = ChunkSettings(
+            product_dtype(student) if isinstance(student, Head) else dtype,
+            product_dtype(teacher) if isinstance(teacher, Head) else dtype,
+            float(student.scale) if isinstance(student, Head) else 1.0,
+            float(teacher.scale) if isinstance(teacher, Head) else 1.0,
+            options.chunk_rows,
+            options.memory_budget,
+            kept_rows,
+            accumulate if dtype == torch.float32 else dtype,
+        )
+    return Settings(
+        backend,
+        options.divergence,
+        options.beta,
+        options.soft_scale,
+        options.label_smoothing,
+        options.reduction == "none",
+        inplace,
+        chunks,
+    )

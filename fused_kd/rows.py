@@ -1,0 +1,180 @@
+"""The rows of a call: their labels and weights, and logits as rows with two strides."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import KDOptions
+from .sides import Side, row_shape, rows_tensor
+
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Weights(NamedTuple):
+    """The weight of each row, (N,); 0 if the row is ignored."""
+
+    row: Tensor  # in the reduced loss, denominator included
+    hard: Tensor | None  # times hard_weight; None: the term is off
+    soft: Tensor | None  # times soft_weight; None: the term is off
+
+
+# ------------------------------------------------------------------------------ labels, weights
+
+
+def int64_labels(labels: Tensor | None) -> Tensor | None:
+    """Return the labels as int64: ignore_index may not fit a narrower type."""
+    if isinstance(labels, Tensor) and labels.dtype in LABEL_DTYPES:
+        return labels.to(torch.int64)
+    return labels
+
+
+def kept_rows_of(labels: Tensor | None, options: KDOptions) -> Tensor | None:
+    """Return a mask (...) of the rows that count; None: all do."""
+    return None if labels is None else labels != options.ignore_index
+
+
+def label_rows(labels: Tensor | None, options: KDOptions) -> Tensor | None:
+    """Return the labels as (N,), contiguous; None without a hard term."""
+    if labels is None or options.hard_weight == 0.0:
+        return None
+    return labels.reshape(-1).contiguous()
+
+
+def row_weights(
+    student: Side,
+    dtype: torch.dtype,
+    labels: Tensor | None,  # (...), int64
+    token_weight: Tensor | None,  # (...)
+    options: KDOptions,
+    num_items: float | Tensor | None,
+    kept_rows: int | None,
+) -> Weights:
+    """Return the weight of each row in the loss and in each term.
+
+    Args:
+        student: the side whose leading shape the rows have.
+        dtype: of the weights.
+        labels: those equal to ignore_index do not count.
+        token_weight: None for 1.
+        options: reduction and the weights of the terms.
+        num_items: the denominator of "mean", None for the sum of the weights.
+        kept_rows: an upper bound of the rows that count; if there are more, all weights are NaN.
+    """
+    kept = kept_rows_of(labels, options)
+    if token_weight is not None:
+        w = token_weight.to(dtype)
+        w = w if kept is None else torch.where(kept, w, 0.0)
+    elif kept is not None:
+        w = kept.to(dtype)
+    else:
+        w = torch.ones(row_shape(student), dtype=dtype, device=rows_tensor(student).device)
+    w = w.reshape(-1)
+    if options.reduction == "mean":
+        w = _over_denominator(w, token_weight is None, num_items)
+    else:
+        w = w.contiguous()
+    if kept_rows is not None and kept is not None:
+        w = torch.where(kept.sum() > kept_rows, torch.nan, w)
+    return _term_weights(w, options)
+
+
+def _over_denominator(w: Tensor, is_count: bool, num_items: float | Tensor | None) -> Tensor:
+    if num_items is None and is_count:
+        return w / w.sum().clamp_(min=1)
+    # the sum of weights that are each finite need not be, in float32
+    denominator = w.sum(dtype=torch.float64) if num_items is None else num_items
+    if isinstance(denominator, Tensor):
+        denominator = torch.where(denominator == 0, math.inf, denominator.to(torch.float64))
+        return (w.to(torch.float64) / denominator).to(w.dtype)
+    return w / float(denominator)
+
+
+def _term_weights(w: Tensor, options: KDOptions) -> Weights:
+    hard, soft = options.hard_weight, options.soft_weight
+    if torch.compiler.is_compiling():  # a shortcut for one value would compile once more for it
+        w_hard = None if hard == 0.0 else w * hard
+        return Weights(w, w_hard, None if soft == 0.0 else w * soft)
+    w_hard = None if hard == 0.0 else w if hard == 1.0 else w * hard
+    if soft == hard:
+        return Weights(w, w_hard, w_hard)
+    return Weights(w, w_hard, None if soft == 0.0 else w if soft == 1.0 else w * soft)
+
+
+# --------------------------------------------------------------------------------------- logits
+
+
+def writes_in_place(student: Side, options: KDOptions) -> bool:
+    """Return True if this call overwrites the memory of the student's logits."""
+    return (
+        options.inplace
+        and torch.is_grad_enabled()
+        and isinstance(student, Tensor)
+        and student.requires_grad
+        and not torch.compiler.is_compiling()
+        and student.numel() > 0
+    )
+
+
+def logit_rows(
+    student: Tensor,  # (..., V)
+    teacher: Tensor | None,  # (..., V)
+) -> tuple[Tensor, Tensor | None]:
+    """Return both logits as (B, S, V) with the same B and S and a last stride of 1.
+
+    Three-dimensional logits are used as they are stored; fewer dimensions get leading ones; of
+    more, the leading ones are folded. Logits that do not fold, or have another last stride, are
+    copied.
+    """
+    if student.stride(-1) != 1:
+        student = _copy(student)
+    if teacher is not None and teacher.stride(-1) != 1:
+        teacher = _copy(teacher)
+    if student.dim() <= 3:
+        while student.dim() < 3:
+            student = student.unsqueeze(0)
+            teacher = None if teacher is None else teacher.unsqueeze(0)
+        return student, teacher
+    splits = _foldable_splits(student)
+    if not splits:
+        student = _copy(student)
+        splits = _foldable_splits(student)
+    common = splits if teacher is None else splits & _foldable_splits(teacher)
+    if teacher is not None and not common:
+        teacher = _copy(teacher)
+        common = splits
+    split = min(common)
+    shape = (
+        math.prod(student.shape[:split]),
+        math.prod(student.shape[split:-1]),
+        student.shape[-1],
+    )
+    return student.view(shape), None if teacher is None else teacher.view(shape)
+
+
+def are_rows(logits: Tensor) -> bool:
+    """Return True if :func:`logit_rows` does not copy these logits."""
+    return logits.stride(-1) == 1 and (logits.dim() <= 3 or bool(_foldable_splits(logits)))
+
+
+def _copy(logits: Tensor) -> Tensor:
+    """Return a contiguous copy. ``contiguous()`` keeps the strides of a tensor without rows."""
+    return logits.clone(memory_format=torch.contiguous_format)
+
+
+def _foldable_splits(logits: Tensor) -> set[int]:
+    """Return each i for which dims [0, i) and dims [i, last) fold into one dimension each."""
+    shape, strides = logits.shape[:-1], logits.stride()[:-1]
+    if logits.numel() == 0:
+        return set(range(1, len(shape)))
+    breaks = set()
+    for i in range(1, len(shape)):
+        before = [k for k in range(i) if shape[k] != 1]
+        if before and shape[i] != 1:
+            inner = [k for k in range(before[-1] + 1, i + 1) if shape[k] != 1]
+            if strides[before[-1]] != strides[inner[0]] * shape[inner[0]]:
+                breaks.add((before[-1] + 1, i))
+    return {i for i in range(1, len(shape)) if all(low <= i <= high for low, high in breaks)}

@@ -1,0 +1,97 @@
+"""What a side of the loss may be: logits, which are a tensor, or a Head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """Hidden states and the lm_head that makes logits of them, which are never stored as a whole.
+
+    Stands for the logits ``scale * F.linear(hidden, weight, bias)`` of shape (..., V), computed for
+    one chunk of rows at a time. A NamedTuple, so that ``torch.compile``, DDP, FSDP and activation
+    checkpointing find the tensors in it.
+
+    Args:
+        hidden: (..., H), the input of the lm_head; 1-D is a single row.
+        weight: (V, H), the weight of the lm_head, or of a tied embedding.
+        bias: (V,).
+        scale: a factor of the logits, bias included (Cohere's ``logit_scale``, the inverse of
+            Granite's ``logits_scaling``).
+        softcap: must be None; a soft-capped head is not supported yet.
+    """
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> Head:
+        """Return the head with its tensors moved or cast by :meth:`torch.Tensor.to`."""
+        bias = None if self.bias is None else self.bias.to(*args, **kwargs)
+        hidden, weight = self.hidden.to(*args, **kwargs), self.weight.to(*args, **kwargs)
+        return self._replace(hidden=hidden, weight=weight, bias=bias)
+
+    def rows(self, index: Any) -> Head:
+        """Return the head of the rows ``hidden[index]``."""
+        return self._replace(hidden=self.hidden[index])
+
+
+#: A side as a caller gives it.
+Side = Tensor | Head
+#: A side as the engines take it: logits and two None, or hidden states, weight and bias.
+Tensors = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def tensors_of(side: Side | None) -> Tensors:
+    """Return the tensors of a side, three in any case."""
+    if isinstance(side, Head):
+        return side.hidden, side.weight, side.bias
+    return side, None, None
+
+
+def rows_tensor(side: Side) -> Tensor:
+    """Return the tensor whose leading dimensions are the rows: logits or hidden states."""
+    return side.hidden if isinstance(side, Head) else side
+
+
+def row_shape(side: Side) -> torch.Size:
+    """Return the leading shape, which labels have too."""
+    return rows_tensor(side).shape[:-1]
+
+
+def vocabulary(side: Side) -> int:
+    """Return V."""
+    return side.weight.shape[0] if isinstance(side, Head) else side.shape[-1]
+
+
+def row_count(shape: torch.Size) -> int:
+    """Return the number of rows; ``numel()`` would fix a symbolic size."""
+    return math.prod(shape)
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return float64 if any tensor is float64, else float32."""
+    is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def autocast_dtype(head: Head) -> torch.dtype | None:
+    """Return the dtype that autocast asks of a head's products; None outside autocast.
+
+    Autocast leaves float64 alone.
+    """
+    device = head.hidden.device.type
+    if torch.float64 in (head.hidden.dtype, head.weight.dtype):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def product_dtype(head: Head) -> torch.dtype:
+    """Return what a head's hidden states and weight are multiplied in: autocast's dtype, or theirs."""
+    return autocast_dtype(head) or head.hidden.dtype
