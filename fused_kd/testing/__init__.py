@@ -10,10 +10,11 @@ from .error_rule import (
     evaluate,
     truth_and_eager,
 )
-from .inputs import REGIMES, Inputs, make_inputs
+from .inputs import DTYPES, REGIMES, Inputs, make_inputs
 from .memory import Peak, cpu_peak, guarded
 
 __all__ = [
+    "DTYPES",
     "REGIMES",
     "Conditioning",
     "Inputs",

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: The dtypes that a compiled kernel takes logits in, by short name.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Inputs(NamedTuple):
     """Logits (N, V) and labels (N,) of some rows."""
