@@ -20,7 +20,7 @@ VERBS = {
     "Accumulate", "Add", "Allocate", "Append", "Apply", "Assert", "Begin", "Bind", "Build", "Call",
     "Cast", "Check", "Choose", "Clear", "Close", "Collect", "Combine", "Compare", "Compile",
     "Compute", "Configure", "Convert", "Copy", "Count", "Create", "Decide", "Describe", "Detach",
-    "Discard", "Divide", "Drop", "Enter", "Evaluate", "Exit", "Expand", "Fill", "Find", "Fold",
+    "Discard", "Divide", "Do", "Drop", "Enter", "Evaluate", "Expand", "Fill", "Find", "Fold",
     "Format", "Gather", "Get", "Give", "Handle", "Ignore", "Import", "Insert", "Install", "Iterate",
     "Launch", "Load", "Log", "Look", "Make", "Merge", "Move", "Multiply", "Normalize", "Open",
     "Overwrite", "Pack", "Parse", "Prepare", "Print", "Process", "Raise", "Read", "Rebase",
