@@ -10,7 +10,8 @@ are finite), temperatures 1 and 2, hard and soft term at 0.5 each, upstream grad
 * gradient by element: the largest |g_v-g*_v| over the same with |g*_v| in the 16-bit term: 1 is
   what rounding to the dtype alone may cost.
 
-Entries of "tvd" whose sign is a lottery are left out; what they move in the others is allowed for.
+Entries of "tvd" whose sign is undetermined are left out; their effect on the others is added to the
+slack.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def errors_of(
     error = torch.where(unit.clear, got.grad.double() - truth.grad, 0.0).abs()
     # subnormals of float16 are rounded to a fixed step
     step = torch.finfo(dtype).smallest_normal * (torch.finfo(dtype).eps / 2)
-    # the lottery and the steps are per entry: in norm they count root-V times
-    per_entry = unit.lottery + step  # (N,)
+    # undetermined signs and steps are per entry: in norm they count root-V times
+    per_entry = unit.undetermined + step  # (N,)
     in_norm = unit.grad + per_entry * error.shape[1] ** 0.5
     found = {
         "loss": (got.rows.double() - truth.rows).abs() / unit.loss,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
+from fused_kd.testing import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: States of a token, of its hidden size each, that the layers of a training step hold, about.
 LAYER_STATES = 16
 #: What a loss is given, and what the suites measure: logits, hidden states and heads, a training

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .reading import MIB
+from fused_kd.options import MIB
+
 from .report import markdown_table, table
 
 MISSING = "–"

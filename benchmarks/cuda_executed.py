@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from fused_kd.ops import STATS
+
 from .sass import Code, Instruction, find_tool
 from .sass_machine import Machine
 from .sass_memory import Launch, Memory
@@ -30,7 +32,6 @@ V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
 #: An H200's, like an H100's: multiprocessors; shared memory of a block of which three or two share
 #: the 228 KiB of one.
 DEVICE = (132, 228 * 1024 // 3 - 1024, 228 * 1024 // 2 - 1024)
-STATS = 11  # floats of a row's statistics
 TEMPERATURES = {"T = 1": 1.0, "T = 2": 2.0, "another T": 3.0}
 #: Phase of a row: the function that makes it. What is in none of them is "around", and so are the
 #: scalars that a visit begins with.

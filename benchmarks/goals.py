@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fused_kd.linear.memory import CPU_BUDGET, GPU_ROWS, GPU_SHARE
+from fused_kd.options import MIB
 from fused_kd.plan import plan
 
 from .cases import DTYPES, LINEAR, LOGITS, Case
@@ -19,7 +20,6 @@ from .reading import (
     GRADIENTS,
     GROWTH,
     LOSS,
-    MIB,
     entrant,
     error,
     memory,

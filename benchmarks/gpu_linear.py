@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fused_kd import LinearKDLoss
+from fused_kd.options import MIB
 
 from .cases import LINEAR, Case
 from .device import Budget, peak_bytes, room
@@ -53,7 +54,7 @@ def _measure(
     call, what = problem.call(loss), f"{backend}, {rows} rows a chunk"
     seconds = times.measure(what, call)
     peak = times.guard(f"{what}, memory", lambda: peak_bytes(call, times.device))
-    about = {} if peak is None else {"peak_mib": round(peak / 2**20)}
+    about = {} if peak is None else {"peak_mib": round(peak / MIB)}
     times.show(what, seconds, floor, **about)
 
 

@@ -21,12 +21,13 @@ from .entrants.ours import IN_PLACE, KDLOSS, LINEARKDLOSS
 from .reading import COMPILE, COMPOSITIONS, EAGER
 from .records import Line, Report
 from .report import Parser, between_markers, markers
+from .suites import DTYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME, HEADLINE = "benchmarks", "headline"  # of its markers
 README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.svg"
 #: The case of README's table, and its columns.
-ROWS, VOCABULARY, DTYPES = 512, 128256, ("bf16", "fp32")
+ROWS, VOCABULARY = 512, 128256
 #: Its rows by suite, but for the fastest peer and the floor.
 SHOWN = {LOGITS: (IN_PLACE, KDLOSS, COMPILE, EAGER), LINEAR: (LINEARKDLOSS, COMPILE)}
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fused_kd.options import MIB
+
 from .cases import LINEAR, LOGITS, Case
 from .entrants.ours import KDLOSS, OURS
 from .records import Line, Report
 
-MIB = 2**20
 #: Bytes by which the two counts of memory may differ: heap that is used again, code that is loaded.
 PEAK_SLACK = 16 * MIB
 LOSS, GRADIENTS = "loss", "gradients"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from demo.train import STUDENT_ROWS, WINDOW, Scores, Student
+from fused_kd.options import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MIB = 2**20
 COLOURS = ("#E69F00", "#0072B2", "#009E73")  # eager, logits, linear: told apart by any eye
 DOTS = {"ls": "none", "marker": "o", "ms": 5, "mec": "white", "mew": 0.9}
 CURVES: tuple[dict[str, Any], ...] = ({"lw": 6}, {"lw": 1.8}, DOTS)

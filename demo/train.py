@@ -15,6 +15,7 @@ from demo.corpus import Corpus
 from demo.models import FrequentVocabulary
 from demo.progress import Progress
 from fused_kd import kd_loss
+from fused_kd.options import MIB
 from fused_kd.testing import cpu_peak
 
 TEMPERATURE = 2.0
@@ -22,7 +23,7 @@ WINDOW = 64  # tokens in a sequence
 TEACHER_ROWS, TEACHER_RATE, TEACHER_STEPS = 8, 2e-3, 8  # steps for each step of the students
 STUDENT_ROWS, STUDENT_RATE = 4, 1e-3
 HELD_OUT_TOKENS = 4096
-MEMORY_BUDGET = 64 * 2**20  # of LinearKDLoss: a quarter of the step's logits
+MEMORY_BUDGET = 64 * MIB  # of LinearKDLoss: a quarter of the step's logits
 
 
 def logits(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.report import between_markers, markers
 from examples import picture
+from fused_kd.options import MIB
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "integrations"
@@ -104,7 +105,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def _mebibytes(size: int | None) -> str:
-    return "?" if size is None else f"{size / 2**20:.0f}"
+    return "?" if size is None else f"{size / MIB:.0f}"
 
 
 def document_is_right() -> bool:

@@ -27,6 +27,7 @@ from benchmarks.measuring import process_peak
 from demo import corpus, models, train
 from fused_kd.env import report
 from fused_kd.integrations.frameworks import FRAMEWORKS
+from fused_kd.options import MIB
 
 STEPS, ROWS, LENGTH = 20, 2, 128
 TRAIN_TOKENS, HELD_OUT_TOKENS = 200_000, 10_000
@@ -76,8 +77,8 @@ class Comparison:
         ]
         if self.peak_own and self.peak_ours:
             lines.append(
-                f"  memory    own {self.peak_own / 2**20:.0f} MiB, ours "
-                f"{self.peak_ours / 2**20:.0f} MiB: {self.peak_own / self.peak_ours:.1f} times less"
+                f"  memory    own {self.peak_own / MIB:.0f} MiB, ours "
+                f"{self.peak_ours / MIB:.0f} MiB: {self.peak_own / self.peak_ours:.1f} times less"
             )
         return "\n".join(lines)
 

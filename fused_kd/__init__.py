@@ -8,7 +8,7 @@ except (ImportError, OSError) as error:  # missing or broken: `python -m fused_k
     _cause = error
 
     def _refuse(name: str) -> None:
-        """Raise ImportError for a name that needs torch."""
+        """Raise ImportError for a public name, AttributeError for any other."""
         if name in __all__:
             why = f"fused_kd needs torch>=2.10, and importing torch failed: {_cause}"
             raise ImportError(why) from _cause

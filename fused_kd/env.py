@@ -1,8 +1,7 @@
-"""``python -m fused_kd.env [--json]``: versions, which backend runs where and why not the others,
-which frameworks are installed and whether the integrations were tested with these versions.
+"""Report versions, backends and frameworks: ``python -m fused_kd.env [--json]``.
 
-Only the standard library is imported here; every probe is guarded, so that the report comes out
-also where an installation is broken, or torch is missing.
+Only the standard library is imported with this module, and every probe catches exceptions: the
+report is printed even if an installation is broken or torch is missing.
 """
 
 from __future__ import annotations
@@ -16,31 +15,36 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-#: Name, what it does. The only variables that the package reads.
+DESCRIPTION = (
+    "Print versions; which backend runs here, and why the others do not; which frameworks are "
+    "installed, and whether the integrations were tested with these versions."
+)
+
+#: Name and meaning of every environment variable that the package reads.
 VARIABLES = (
-    ("FUSED_KD_BACKEND", "the backend where the argument says auto"),
+    ("FUSED_KD_BACKEND", "the backend if the argument is 'auto'"),
     (
         "FUSED_KD_CPU",
         "generic, avx2, avx512 or avx512_bf16: the instruction set of the cpu backend",
     ),
-    ("FUSED_KD_DEBUG", "1: look at labels and weights on a GPU too (synchronises)"),
+    ("FUSED_KD_DEBUG", "1: check the values of labels and weights on a GPU too (synchronises)"),
     ("FUSED_KD_AUTOTUNE", "1: the triton backend times configurations and keeps the fastest"),
-    ("FUSED_KD_SLICE_BYTES", "bytes of a row that one program of the triton backend works on"),
+    ("FUSED_KD_SLICE_BYTES", "bytes of a row per program of the triton backend"),
     ("TRITON_INTERPRET", "1: the triton backend runs on CPU tensors"),
     ("FUSED_KD_BUILD", "read by setup.py: 0 leaves the compiled modules out"),
     ("FUSED_KD_CUDA", "read by setup.py: 0 leaves the CUDA module out"),
-    ("FUSED_KD_CUDA_OBJECTS", "read by setup.py: a folder of the CUDA kernels, compiled before"),
+    ("FUSED_KD_CUDA_OBJECTS", "read by setup.py: a folder of precompiled CUDA kernels"),
 )
 
 
 def report() -> dict[str, Any]:
-    """Everything that ``python -m fused_kd.env`` prints, JSON-serialisable."""
+    """Return all that ``python -m fused_kd.env`` prints, as JSON-serialisable values."""
     return {
         "versions": {
             "fused_kd": _probe(lambda: importlib.import_module("fused_kd").__version__),
             "python": platform.python_version(),
             "torch": _probe(lambda: str(_torch().__version__)),
-            "cuda": _probe(lambda: _torch().version.cuda or "not in this torch"),
+            "cuda": _probe(lambda: _torch().version.cuda or "none: torch was built without CUDA"),
             "triton": _probe(lambda: importlib.import_module("triton").__version__),
             "platform": platform.platform(),
         },
@@ -61,10 +65,10 @@ def report() -> dict[str, Any]:
     }
 
 
-def _probe(question: Callable[[], Any]) -> Any:
-    """The answer, or the reason that there is none."""
+def _probe(read: Callable[[], Any]) -> Any:
+    """Return the result of `read`, or the exception that it raised as text."""
     try:
-        return question()
+        return read()
     except Exception as error:  # a broken installation is what this report is for
         return f"not available: {type(error).__name__}: {error}"
 
@@ -100,7 +104,7 @@ def _compiled_module(name: str) -> Any:
 
 
 def _refused_backend() -> str | None:
-    """Why every call refuses the value of FUSED_KD_BACKEND; None if it does not."""
+    """Return why every call raises for this FUSED_KD_BACKEND; None if the value is valid."""
     name = os.environ.get("FUSED_KD_BACKEND") or "auto"
     known = importlib.import_module("fused_kd.options").BACKENDS
     if name not in ("auto", *known):
@@ -112,7 +116,7 @@ def _refused_backend() -> str | None:
 
 
 def _refused_instruction_set() -> str | None:
-    """Why every call on the cpu backend refuses the value of FUSED_KD_CPU; None if it does not."""
+    """Return why the cpu backend raises for this FUSED_KD_CPU; None if the value is valid."""
     try:
         importlib.import_module("fused_kd.extension").cpu.build_info()
     except RuntimeError as error:
@@ -120,7 +124,7 @@ def _refused_instruction_set() -> str | None:
     return None
 
 
-#: Variables whose value can make every call raise, and what finds out why.
+#: Variables of which a wrong value makes calls raise, and the functions that return the reason.
 REFUSALS = {"FUSED_KD_BACKEND": _refused_backend, "FUSED_KD_CPU": _refused_instruction_set}
 
 
@@ -134,10 +138,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
             for name, meaning in VARIABLES:
                 value = content[name]
                 shown = "(not set)" if value is None else repr(value)
-                lines.append(f"  {name:<18} {shown:<12} {meaning}")
+                lines.append(f"  {name:<22} {shown:<12} {meaning}")
                 if name in found["refused_variables"]:
                     which = "every call" if name == "FUSED_KD_BACKEND" else "the cpu backend"
-                    lines.append(f"  {'':<18} {which} raises: {found['refused_variables'][name]}")
+                    lines.append(f"  {'':<22} {which} raises: {found['refused_variables'][name]}")
         elif isinstance(content, dict):
             lines.extend(f"  {name:<18} {value}" for name, value in content.items())
         else:
@@ -147,14 +151,14 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fused_kd.env", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fused_kd.env", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     options = parser.parse_args(arguments)
     found = report()
     text = json.dumps(found, indent=2, default=str) if options.json else "\n".join(_lines(found))
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough; the flush at exit must not raise again
+    except BrokenPipeError:  # `| head` closed the pipe; the flush at exit must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

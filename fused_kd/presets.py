@@ -1,16 +1,16 @@
 """The conventions of other frameworks, as keywords of :class:`fused_kd.KDLoss`.
 
 ``KDLoss.like("liger", temperature=2.0)`` computes Liger's numbers: its weights, its divergence, no
-factor T², its denominator. A table says what each framework does where the caller says nothing; the
-caller's keywords come first. ``beta`` is meant as the framework means it: for "liger" and "trl" 0
-and 1 are forward and reverse KL, and "kdflow" weighs the student with it.
+factor T², its denominator. CONVENTIONS is the table of each framework's defaults; the caller's
+keywords override them. ``beta`` has the framework's own meaning: for "liger" and "trl" 0 and 1 are
+forward and reverse KL, and for "kdflow" it weighs the student.
 
-Two numbers are out of reach of any option. "model_optimizer" divides by N·V by default: the preset
-has its ``reduction="none"``, fused_kd.integrations.model_optimizer the rest. "torchtune" returns
+No option gives these two numbers. "model_optimizer" divides by N·V by default: the preset has its
+``reduction="none"``, and fused_kd.integrations.model_optimizer does the rest. "torchtune" returns
 the soft cross-entropy, which is larger by the teacher's entropy and has the same gradient:
-fused_kd.integrations.torchtune returns it. Where a framework divides by a count of its own it is
-``num_items`` of the call (Automodel's ``num_batch_labels``, KDFlow's ``avg_token_num``, the batch
-size of TRL's "batchmean" without labels).
+fused_kd.integrations.torchtune returns it. If a framework divides by its own count, pass that
+count as ``num_items`` of the call (Automodel's ``num_batch_labels``, KDFlow's ``avg_token_num``,
+the batch size for TRL's "batchmean" without labels).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 
 class Convention(NamedTuple):
-    """What a framework computes by default, in our keywords."""
+    """What a framework computes by default, as keywords of KDLoss."""
 
     hard_weight: float
     soft_weight: float
@@ -32,7 +32,7 @@ class Convention(NamedTuple):
 
 
 # fmt: off
-CONVENTIONS = {  # the framework's own entry point beside it
+CONVENTIONS = {  # at the end of a line: the framework's own entry point
     "automodel":       Convention(0.0, 1.0, "forward_kl", "t2"),    # KDLoss
     "distillkit":      Convention(0.0, 1.0, "forward_kl", "t2"),    # KLDLoss
     "fla":             Convention(0.0, 1.0, "forward_kl", "none"),  # FusedKLDivLoss; no labels
@@ -47,14 +47,14 @@ CONVENTIONS = {  # the framework's own entry point beside it
 
 
 def keywords(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a framework's loss, those of the caller instead where there are any.
+    """Return a framework's keywords, overridden by those of the caller.
 
     Args:
-        name: a key of CONVENTIONS.
-        given: keywords of KDLoss or LinearKDLoss.
+        name: A key of CONVENTIONS.
+        given: The caller's keywords of KDLoss or LinearKDLoss.
 
     Raises:
-        ValueError: no such name.
+        ValueError: If no convention has this name.
     """
     if name not in CONVENTIONS:
         known = ", ".join(repr(key) for key in CONVENTIONS)

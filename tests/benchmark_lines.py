@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 
 from benchmarks.cases import LINEAR, LOGITS, STEP, Case
 from benchmarks.records import Line, Report, Writer
+from fused_kd.options import MIB
 
-MIB = 2**20
 LOGITS_CASE = Case(512, 128256, "bf16")
 LINEAR_CASE = Case(512, 128256, "bf16", level=LINEAR, student_hidden=1024, teacher_hidden=2048)
 TITLES = {

@@ -201,9 +201,9 @@ def _gradients_obey(got: Tensor, truth: Result, eager: Result, unit: Any, what: 
     error, allowed = (
         torch.where(unit.clear, x.double() - truth.grad, 0.0) for x in (got, eager.grad)
     )
-    floor = 4 * unit.grad + unit.lottery + tiny
+    floor = 4 * unit.grad + unit.undetermined + tiny
     worst = allowed.abs().amax(1)
     assert (error.abs().amax(1) <= 2 * worst + floor).all(), what
     norm = torch.maximum(1.25 * allowed.norm(dim=1), 2 * worst)
-    floor = floor + unit.lottery_norm + tiny * math.sqrt(got.shape[1])
+    floor = floor + unit.undetermined_norm + tiny * math.sqrt(got.shape[1])
     assert (error.norm(dim=1) <= norm + floor).all(), f"{what}, in norm"

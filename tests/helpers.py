@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import KDLossParts, kd_loss
+from fused_kd import KDLossParts, kd_loss, testing
 
 INF, NAN = math.inf, math.nan
 N, V = 6, 23
 
 # float32 and bfloat16: gradient in the forward; float16: in the backward
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = list(testing.DTYPES.values())
 # rounding of the gradient's dtype, and of float32 sums that differ in order
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-7},

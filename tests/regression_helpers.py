@@ -11,7 +11,6 @@ from torch import Tensor
 from fused_kd import kd_loss
 
 V = 33
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 

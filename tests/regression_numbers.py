@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fast import rows_and_gradient, scalar_and_gradient, truth
+from helpers import DTYPES
 from regression_registry import case
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from fused_kd.options import DIVERGENCES
 from fused_kd.testing import Inputs, assert_obeys_error_rule, make_inputs
 
 INF, NAN = math.inf, math.nan
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 2048
 SOFT: dict[str, Any] = {"hard_weight": 0, "soft_weight": 1}
 

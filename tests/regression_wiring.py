@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fast import rows_and_gradient, truth
-from regression_helpers import DTYPES, V, close, grad, loss_of, make, raises
+from helpers import DTYPES
+from regression_helpers import V, close, grad, loss_of, make, raises
 from regression_registry import case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -19,6 +19,7 @@ from benchmarks import goals, tables
 from benchmarks.cases import LINEAR, LOGITS, Case
 from benchmarks.cells import figure, mebibytes
 from benchmarks.records import Line, Report
+from fused_kd.options import MIB
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +210,8 @@ def test_goals_of_a_gpu_are_for_large_cases() -> None:
 def test_the_linear_level_keeps_its_budget(entrant: str, dtype: str, budget: int) -> None:
     case = LINEAR_CASE.with_(dtype=dtype)
     accumulator = 0 if dtype == "fp32" else 4 * case.v * case.student_hidden
-    most = case.gradient_bytes + accumulator + (budget + 8) * 2**20
-    for peak, reached in ((most, True), (most + 2**20, False)):
+    most = case.gradient_bytes + accumulator + (budget + 8) * MIB
+    for peak, reached in ((most, True), (most + MIB, False)):
         memory = {"allocator_bytes": peak, "process_bytes": None}
         line = result_line(LINEAR, case, entrant, 1.0, memory=memory)
         (check,) = goals.checks(one_run(line))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import ops
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WH
 
 # one entry; around a vector of 4, 8 and 16, a pair of them, and a block of 2048
 VOCABULARIES = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 2047, 2048, 2049, 2111]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MARGIN = 40  # more than the longest pair of vectors
 N = 3
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fused_kd import KDLoss, LinearKDLoss
+from fused_kd.options import MIB
 from fused_kd.testing import eager_kd_loss
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def test_report(students: list[train.Student]) -> None:
         {"loss_ms": [40.0], "step_ms": [500.0], "losses": [1.0, 2.25]},
         {"loss_ms": [300.0], "step_ms": [520.0], "losses": [1.5, 2.0]},
     )
-    memory = {"loss_bytes": 8 * 2**20, "step_bytes": 16 * 2**20}
+    memory = {"loss_bytes": 8 * MIB, "step_bytes": 16 * MIB}
     students = [replace(s, **f, **memory) for s, f in zip(students, figures, strict=True)]
     lines = [line.split() for line in report.table(students, scores).splitlines()]
     scored = ["1.0000", "0.5000", "2.7"]

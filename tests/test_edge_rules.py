@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast import FAST, rows_and_gradient, scalar_and_gradient, truth
+from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.options import DIVERGENCES
 
 INF, NAN = math.inf, math.nan
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 SOFT = {"hard_weight": 0, "soft_weight": 1}
 HARD = {"hard_weight": 1, "soft_weight": 0}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import extension, kd_loss
@@ -45,7 +46,7 @@ def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 
 
 # read in place (float32, bfloat16), and through copies (half, and a teacher of another dtype)
-DTYPES = [
+DTYPE_PAIRS = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
@@ -55,7 +56,7 @@ DTYPES = [
 SOME_REGIMES = ["language_model", "confident", "range_400", "inf_columns", "finite_mask"]
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_error_rule(
     native: ModuleType, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
@@ -271,7 +272,7 @@ def _everything(inputs: tuple[Tensor, Tensor, Tensor], threads: int, divergence:
 
 # (N, V): the vocabulary split (one segment is 32768); the same, more rows; rows split; one thread's
 @pytest.mark.parametrize("shape", [(1, 70_001), (3, 32_800), (9, 4_100), (2, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_threads_change_no_bit(
     native: ModuleType, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:

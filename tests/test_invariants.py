@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast import FAST, rows_and_gradient, scalar_and_gradient, threads
+from helpers import DTYPES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,7 +28,7 @@ many = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+dtypes = st.sampled_from(DTYPES)
 divergences = st.sampled_from(DIVERGENCES)
 temperatures = st.sampled_from([1.0, 2.0, 4.0, 0.7, 3.7, 20.0])
 # a vector, its tails, blocks of 2048 and theirs, a second segment of 32768

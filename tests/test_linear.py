@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast import HERE
-from helpers import as_loss
+from helpers import DTYPES, as_loss
 from linear_helpers import Heads, Outcome, distance, eager, make_heads, ours, truth
 
 from fused_kd import KDLossParts, LinearKDLoss, kd_loss, linear_kd_loss
 from fused_kd.options import DIVERGENCES
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def no_worse(got: Outcome, exact: Outcome, baseline: Outcome, heads: Heads) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import linear_kd_loss
@@ -23,7 +24,6 @@ LARGEST = torch.finfo(torch.float32).max
 TINY = torch.finfo(torch.float32).smallest_normal
 #: Below this exponent e^x is 0 in float32, also with an error of 1/8.
 VANISHES = -110.0
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = ("unit", "unit", "unit", "small", "large", "any", "some_at_most", "all_at_most", "zero")
 
 

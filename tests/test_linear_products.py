@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DTYPES
 from linear_helpers import (
     H_S,
     Heads,
@@ -35,7 +36,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return multiply_as_on_cuda(monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda(dtype: torch.dtype, as_on_cuda: list[tuple[Any, ...]]) -> None:
     heads = make_heads(dtype=dtype)
     heads.labels[::3] = -100

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DTYPES
 from linear_helpers import H_S, distance, eager, make_heads, ours, truth
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_kd import LinearKDLoss, kd_loss, linear_kd_loss
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -12,14 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast import FAST
+from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.options import DIVERGENCES, MIB
 from fused_kd.testing import Peak, cpu_peak
 
-# gradient made in the forward; the same for 16 bits; always in the backward
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # a row's own numbers: label, weights, losses, statistics; and scratch that does not grow
 PER_ROW, SCRATCH = 256, 65536
 ROWS, VOCABULARY = 96, 8192
@@ -102,7 +101,7 @@ def test_out_of_place_needs_one_gradient_R_28(
 def test_in_place_needs_less_than_1_MiB(backend: str, divergence: str, dtype: torch.dtype) -> None:
     leaf, teacher, labels = inputs(dtype, 256, 16384)
     student = leaf * 1.0
-    assert student.nbytes > 4 << 20
+    assert student.nbytes > 4 * MIB
 
     def step() -> Tensor:
         loss = loss_of(
@@ -111,7 +110,7 @@ def test_in_place_needs_less_than_1_MiB(backend: str, divergence: str, dtype: to
         return torch.autograd.grad(loss, student)[0]
 
     check(cpu_peak(step), 0, 256, student.nbytes)
-    assert small(256) < 1 << 20
+    assert small(256) < MIB
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,4 +236,4 @@ def test_scratch_outside_torchs_allocator_is_small_too(backend: str) -> None:
     """Resident pages of a whole process: a gradient would be 16 MiB."""
     command = [sys.executable, "-c", RESIDENT, backend]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 1 << 20
+    assert int(result.stdout) < MIB

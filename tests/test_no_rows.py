@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_loss
+from helpers import DTYPES, as_loss
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: (..., 4) without rows.
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "plain": lambda: torch.randn(0, 4),

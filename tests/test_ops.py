@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import ops
@@ -19,7 +20,7 @@ B, S, V = 2, 3, 5
 N = B * S
 LAYOUTS = ("contiguous", "slice", "transposed")  # strides: collapsible; with a gap; inner > outer
 # float32 and 16 bits read in place; mixed and half through float32 copies
-DTYPES = [
+DTYPE_PAIRS = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
@@ -43,7 +44,7 @@ def logits(dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
 
 
 def rows(
-    dtypes: tuple[torch.dtype, torch.dtype] = DTYPES[0],
+    dtypes: tuple[torch.dtype, torch.dtype] = DTYPE_PAIRS[0],
     terms: str = "both",
     layout: str = "contiguous",
 ) -> list[Tensor | None]:
@@ -83,7 +84,7 @@ def test_opcheck_layouts(name: str, layout: str) -> None:
     torch.library.opcheck(op(name), arguments(name, rows(layout=layout)))
 
 
-@pytest.mark.parametrize("dtypes", DTYPES[1:])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[1:])
 @pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
 def test_opcheck_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     torch.library.opcheck(op(name), arguments(name, rows(dtypes)))
@@ -106,7 +107,7 @@ def test_opcheck_a_gradient_of_16_bits(dtype: torch.dtype) -> None:
     torch.library.opcheck(op("forward_backward_into"), (*rows(), *numbers(), into))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_scale(dtype: torch.dtype) -> None:
     torch.library.opcheck(op("scale_"), (logits(dtype), torch.tensor(0.5)))
 
@@ -148,7 +149,7 @@ def test_schema(name: str, written: list[str], returned: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: str) -> None:
     given = rows(dtypes, layout=layout)
     student = given[0]
@@ -179,7 +180,7 @@ def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: st
         assert torch.equal(again, into)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     given, scale = rows(dtypes), torch.tensor(0.3)
     *_, stats, grad = op("forward_backward")(*given, *numbers())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import as_loss
+from helpers import DTYPES, as_loss
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
@@ -106,7 +106,7 @@ def test_whole_logits_peak_within_5_percent(
 
 
 # gradients in the forward; converted operands; gradients in the backward, logits made twice
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # one chunk; several, the chunk the smaller part
 @pytest.mark.parametrize("budget", [None, 9 * MIB])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

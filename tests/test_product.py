@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import extension
@@ -19,7 +20,6 @@ _module = extension.cpu.load()
 pytestmark = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_not()))
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = (F32, BF16, F16)
 EPS = 2.0**-24  # of one rounding to float32
 
 # (M, N, K): single elements; odd sizes inside one tile and one vector; around a tile of 4x8, 6x16

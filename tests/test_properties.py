@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import soft, value_and_gradient
+from helpers import DTYPES, soft, value_and_gradient
 
 from fused_kd import KDLossParts, kd_loss
 from fused_kd.options import DIVERGENCES
@@ -107,7 +107,7 @@ def test_the_parts_compose_the_loss(reduction: str) -> None:
 # ------------------------------------------------------------------------------- the error rule
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_the_reference_in_float32_obeys_the_error_rule(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import N, V, check, make
+from helpers import DTYPES, N, V, check, make
 from torch import Tensor
 
 from fused_kd import KDLossParts, kd_loss
@@ -185,7 +185,7 @@ def test_token_weights_whose_sum_overflows(backend: str) -> None:
     torch.testing.assert_close(huge, kd_loss(student, teacher, labels, backend=backend))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_infinite_upstream_leaves_ignored_rows_at_zero(dtype: torch.dtype, backend: str) -> None:
     student = torch.randn(3, 30).to(dtype).requires_grad_()
     loss = kd_loss(student, torch.randn(3, 30), torch.tensor([-100, 2, 3]), backend=backend)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import N, V, check, make
+from helpers import DTYPES, N, V, check, make
 from torch import Tensor
 
 from fused_kd import kd_loss
@@ -105,8 +105,8 @@ def test_shifted_labels_view_R_52(backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_are_independent_R_48(
     backend: str, dtype: torch.dtype, teacher_dtype: torch.dtype
 ) -> None:

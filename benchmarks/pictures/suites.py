@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fused_kd.options import MIB
+
 from .. import reading
 from ..cases import LOGITS, STEP, Case
 from ..cells import unit_of
 from ..entrants.ours import BUDGETED, FORWARD
-from ..reading import GRADIENTS, GROWTH, LOSS, MIB
+from ..reading import GRADIENTS, GROWTH, LOSS
 from ..records import Line, Report
 from . import panels, style
 from .panels import Guide, Series

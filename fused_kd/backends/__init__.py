@@ -1,13 +1,14 @@
-"""Which backend runs: the argument over ``FUSED_KD_BACKEND`` over the automatic choice.
+"""Choose the backend: the argument over ``FUSED_KD_BACKEND`` over the automatic choice.
 
-A backend asked for by name (argument or variable) that cannot run raises with its reason; the
-automatic choice passes it over, and :func:`why_not` tells why. Order of the automatic choice:
+If a backend requested by name (argument or variable) cannot run, the call raises with the reason.
+The automatic choice skips such a backend, and :func:`why_not` returns the reason. Its order:
 
 1. a float64 input: ``reference`` (the others compute in float32);
-2. a CPU tensor: ``cpu``, if the compiled module is there;
-3. a CUDA tensor on a device of compute capability 9.0 or later: ``cuda``, if its module is there;
+2. a CPU tensor: ``cpu``, if the compiled module is installed;
+3. a CUDA tensor on a device of compute capability 9.0 or later: ``cuda``, if its module is
+   installed;
 4. any GPU (CUDA, ROCm, XPU): ``triton``, if it can run there;
-5. everything else: ``reference``, with one warning in a process that says why.
+5. otherwise: ``reference``, with one warning per device type that gives the reasons.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ ENVIRONMENT_VARIABLE = "FUSED_KD_BACKEND"
 
 
 class Backend(Protocol):
-    """What every module of this package offers; `reference` documents each function."""
+    """The functions of every module of this package; `reference` documents their arguments."""
 
-    def why_not(self, device_type: str | None = None) -> str | None: ...
+    def why_not(self, device_type: str | None = None) -> str | None:
+        """Return None if this backend can run (on that type of device), else the reason."""
 
     def forward(
         self,
@@ -41,7 +43,8 @@ class Backend(Protocol):
         w_hard: Tensor | None,
         w_soft: Tensor | None,
         formula: Formula,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the unweighted hard and soft terms, (N,) each, and the rows' statistics."""
 
     def backward(
         self,
@@ -53,7 +56,8 @@ class Backend(Protocol):
         stats: Tensor,
         formula: Formula,
         inplace: bool = False,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return the gradient (B, S, V) from the logits and the statistics."""
 
     def forward_backward(
         self,
@@ -65,7 +69,8 @@ class Backend(Protocol):
         formula: Formula,
         inplace: bool = False,
         out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `forward` returns, and the gradient (B, S, V)."""
 
     def rescale(
         self,
@@ -78,13 +83,15 @@ class Backend(Protocol):
         w_soft: Tensor | None,
         stats: Tensor,
         formula: Formula,
-    ) -> None: ...
+    ) -> None:
+        """Multiply a gradient of `forward_backward` by a 0-d scale, in place, rounded once."""
 
-    def multiply(self, grad: Tensor, scale: Tensor) -> None: ...
+    def multiply(self, grad: Tensor, scale: Tensor) -> None:
+        """Multiply a gradient by a 0-d scale, in place, rounding it again."""
 
 
 def _load(name: str) -> ModuleType | str:
-    """The module of a backend, or why it cannot be imported."""
+    """Return the module of a backend, or the reason that it cannot be imported."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
@@ -98,10 +105,10 @@ _MODULES: dict[str, ModuleType | str] = {
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
 def why_not(name: str, device_type: str | None = None) -> str | None:
-    """Why the backend `name` cannot run (on tensors of `device_type`), or None if it can.
+    """Return why the backend `name` cannot run (on tensors of `device_type`), None if it can.
 
     Raises:
-        ValueError: no backend has this name.
+        ValueError: If no backend has this name.
     """
     if name not in _MODULES:
         raise ValueError(f"backend must be one of {_known()}; got {name!r}")
@@ -112,7 +119,7 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
 
 
 def named(name: str) -> Backend:
-    """The backend that :func:`choose_name` named."""
+    """Return the backend of a name that :func:`choose_name` returned."""
     return cast(Backend, _MODULES[name])
 
 
@@ -125,8 +132,8 @@ def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
         teacher: its dtype decides. None: no term reads it.
 
     Raises:
-        ValueError: the environment variable names no backend.
-        RuntimeError: a backend asked for by name cannot run here.
+        ValueError: If `requested` or the environment variable is not the name of a backend.
+        RuntimeError: If a backend requested by name cannot run here.
     """
     source = "backend"
     if requested == "auto":
@@ -148,9 +155,9 @@ def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
 
 
 def _automatic(device: torch.device) -> str:
-    """The best backend that can run on this device."""
+    """Return the fastest backend that can run on this device."""
     if device.type == "meta":
-        return "reference"  # there is nothing to compute
+        return "reference"  # a meta tensor has no values to compute with
     if device.type == "cpu":
         order = ["cpu"]
     elif device.type == "cuda" and torch.version.hip is None:
@@ -165,7 +172,7 @@ def _automatic(device: torch.device) -> str:
     return "reference"
 
 
-#: Device type: the command that makes a fast backend available there.
+#: The command that installs a fast backend, by device type.
 _REMEDIES = {
     "cpu": "pip install --force-reinstall --no-deps .  (in a clone; needs a C++17 compiler)",
     "cuda": "pip install 'triton>=3.6'",
@@ -175,18 +182,18 @@ _warned = set[str]()  # device types
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
-def _warn_of_reference(device_type: str, *passed_over: str) -> None:
-    """Warn that the automatic choice is `reference`, once for each device type."""
+def _warn_of_reference(device_type: str, *skipped: str) -> None:
+    """Warn that the automatic choice is `reference`, once per device type."""
     if device_type in _warned:
         return
     _warned.add(device_type)
-    reasons = "; ".join(f"{name}: {why_not(name, device_type)}" for name in passed_over)
+    reasons = "; ".join(f"{name}: {why_not(name, device_type)}" for name in skipped)
     remedy = _REMEDIES.get(device_type)
     warnings.warn(
         f"fused_kd uses backend='reference' for {device_type} tensors, which is slower than eager "
-        f"torch. Why no other backend runs: {reasons}. "
+        f"torch. Reasons that no other backend runs: {reasons}. "
         + (f"To get one: {remedy}. " if remedy else "")
-        + "`python -m fused_kd.env` shows all backends; backend='reference' is never warned about.",
+        + "`python -m fused_kd.env` lists all backends; backend='reference' runs without warning.",
         stacklevel=2,
     )
 

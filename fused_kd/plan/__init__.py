@@ -1,4 +1,4 @@
-"""The memory and work of each level for your sizes: :func:`plan`, ``python -m fused_kd.plan``."""
+"""Compare the levels' memory and work: :func:`plan`, ``python -m fused_kd.plan``."""
 
 from .levels import Level, Plan, plan
 

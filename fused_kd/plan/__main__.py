@@ -1,4 +1,4 @@
-"""``python -m fused_kd.plan``: the memory and work of each level for your sizes, and the chunks."""
+"""Print the memory, work and chunks of each level: ``python -m fused_kd.plan``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from . import levels
 from .levels import Plan, plan, shown
 from .models import MODELS
 
-#: Heads of one tokenizer differ by padding rows of this order.
+#: Heads for the same tokenizer differ by at most about this many padding rows.
 _PADDING = 1024
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def byte_count(text: str) -> int:
-    """256MiB, 1.5 GB or a plain number, in bytes."""
+    """Return the bytes of a text such as 256MiB, 1.5 GB or 12345."""
     match = re.fullmatch(r"([0-9.]+) *([kmg]i?b)?", text.strip().lower())
     if match is None or match[1].count(".") > 1 or match[1] == ".":
         message = f"expected bytes such as 256MiB, 1GiB or 268435456; got {text!r}"
@@ -42,34 +42,45 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--rows", type=int, default=8192, help="tokens that are not ignored (default: %(default)s)")
     add(
-        "--model-like", type=_model, metavar="NAME", help="the student's vocabulary and hidden size"
+        "--model-like",
+        type=_model,
+        metavar="NAME",
+        help="use the vocabulary and hidden size of NAME for the student",
     )
     add(
-        "--teacher-like", type=_model, metavar="NAME", help="the teacher's (default: the student's)"
+        "--teacher-like",
+        type=_model,
+        metavar="NAME",
+        help="the same for the teacher (default: the student's)",
     )
-    add("--vocab", type=int, help="instead of the models'")
-    add("--hidden-student", type=int, help="instead of the model's")
-    add("--hidden-teacher", type=int, help="instead of the model's")
+    add("--vocab", type=int, help="vocabulary of both models, instead of the named models'")
+    add("--hidden-student", type=int, help="hidden size, instead of the named student's")
+    add("--hidden-teacher", type=int, help="hidden size, instead of the named teacher's")
     dtypes = [str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES]
     add(
         "--dtype",
         choices=dtypes,
         default="bfloat16",
-        help="of hidden states and heads (%(default)s)",
+        help="of hidden states and heads (default: %(default)s)",
     )
-    add("--grad-accum-dtype", choices=dtypes, default="float32", help="default: %(default)s")
+    add(
+        "--grad-accum-dtype",
+        choices=dtypes,
+        default="float32",
+        help="of the sum of the weight gradient over chunks (default: %(default)s)",
+    )
     add(
         "--memory-budget",
         type=byte_count,
         metavar="SIZE",
-        help="of the linear level, such as 256MiB",
+        help="of the linear level's chunks, such as 256MiB (default: automatic)",
     )
-    add("--device", default="cpu", help="default: %(default)s")
+    add("--device", default="cpu", help="where the loss runs (default: %(default)s)")
     return parser
 
 
 def _shapes(parser: argparse.ArgumentParser, given: argparse.Namespace) -> tuple[int, int, int]:
-    """Vocabulary and both hidden sizes."""
+    """Return the vocabulary and the hidden sizes of student and teacher."""
     student = given.model_like or (None, None)
     teacher = given.teacher_like or student
     vocabularies = sorted({v for v, _ in (student, teacher) if v is not None})
@@ -110,15 +121,15 @@ def _report(found: Plan) -> str:
     least = min(levels, key=lambda name: levels[name].peak)
     lines += [
         "",
-        f"The linear level takes {found.explanation}: {found.chunks} in all.",
+        f"The linear level uses {found.explanation}: {found.chunks} in all.",
         f"Adding to the weight gradient is {found.weight_gradient_share:.0%} of its traffic.",
-        f"Least memory: {least}, {levels[least].peak / found.eager.peak:.1%} of eager's.",
+        f"Least memory: {least}, {levels[least].peak / found.eager.peak:.1%} of eager.",
     ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the plan; returns the exit status."""
+    """Print the plan; return the exit status."""
     parser = _parser()
     given = parser.parse_args(arguments)
     shapes = _shapes(parser, given)

@@ -1,8 +1,8 @@
-"""The memory and work of each level, counted from the sizes.
+"""Compute the memory and work of each level from the sizes.
 
-For one forward and backward of the default loss (cross-entropy and forward KL, reduction "mean")
-with gradients by the student's hidden states and head. The logits are taken to be passed on, not
-kept: a variable that still holds them in the backward keeps them alive.
+The figures are for one forward and backward of the default loss (cross-entropy and forward KL,
+reduction "mean"), with gradients by the student's hidden states and head. They assume that no
+variable holds the logits during the backward, since that would keep them in memory.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from ..linear.checks import check_accumulation, check_chunks, check_count
 from ..linear.memory import FEWEST_ROWS, Sizes, automatic_rows, chunk_rows, row_bytes
 from ..linear.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
 
-#: What eager composition holds at its peak, as float32 (N, V): both log-softmaxes of the student
-#: and the teacher's, kept for the backward, and the three factors of the divergence. Where logits
-#: are narrower their float32 copies come on top.
+#: Float32 (N, V) tensors of the eager composition at its peak: both log-softmaxes of the student
+#: and the teacher's, kept for the backward, and the three factors of the divergence. Float32 copies
+#: of narrower logits are counted separately.
 EAGER_TEMPORARIES = 6
-#: (N, V) that it reads and writes in forward and backward, each operation counted once.
+#: (N, V) tensors that it reads and writes in forward and backward, operation by operation.
 EAGER_PASSES = 35
 
 
 class Level(NamedTuple):
-    """One way to the loss and its gradients."""
+    """Memory and work of one way to compute the loss and its gradients."""
 
     memory: dict[str, int]  # bytes of each part at the moment of the peak, beyond the inputs
-    flop: int  # of the products
+    flop: int  # of the matrix products
     traffic: int  # bytes read and written, each operand of each operation once
 
     @property
     def peak(self) -> int:
-        """Bytes beyond the inputs."""
+        """Return the peak memory in bytes, beyond the inputs."""
         return sum(self.memory.values())
 
 
 class Plan(NamedTuple):
-    """What :func:`plan` found."""
+    """The result of :func:`plan`."""
 
     inputs: int  # bytes of hidden states, heads and labels
     eager: Level
@@ -47,12 +47,13 @@ class Plan(NamedTuple):
     linear: Level
     chunk_rows: int
     chunks: int
-    reason: str  # what decided the height: rows, memory_budget, automatic or floor
-    explanation: str  # the same as a sentence
-    weight_gradient_share: float  # of the linear level's traffic: adding to the weight gradient
+    reason: str  # what decides chunk_rows: "rows", "memory_budget", "automatic" or "floor"
+    explanation: str  # the same in words
+    weight_gradient_share: float  # of the linear level's traffic, for adding to the weight gradient
 
     @property
     def levels(self) -> dict[str, Level]:
+        """Return all levels by the name that the report prints."""
         return {
             "eager": self.eager,
             "logits": self.logits,
@@ -72,21 +73,22 @@ def plan(
     device: torch.device | str = "cpu",
     grad_accum_dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """Peak memory, work and chunks of eager, the logits level and the linear level.
+    """Return peak memory, work and chunks of eager, the logits level and the linear level.
 
     Args:
-        rows: N, those that are not ignored.
+        rows: N, the number of rows that are not ignored.
         vocab: V.
         hidden_student: H of the student.
         hidden_teacher: H of the teacher.
-        dtype: of hidden states and heads.
-        memory_budget: of the linear level, in bytes; None: automatic.
-        device: where it runs; the automatic budget of a GPU needs that GPU to be here.
-        grad_accum_dtype: of the linear level.
+        dtype: Dtype of hidden states and heads.
+        memory_budget: Bytes for a chunk of the linear level; None: automatic.
+        device: Where the loss runs. For a GPU that this machine does not have, pass
+            `memory_budget`: the automatic one depends on the GPU's memory.
+        grad_accum_dtype: Dtype in which the linear level sums the weight gradient over chunks.
 
     Raises:
-        TypeError: not an int, or not a dtype.
-        ValueError: a value out of range, or a budget that does not hold one row.
+        TypeError: If a size is not an int, or `dtype` is not the dtype of logits.
+        ValueError: If a value is out of range, or `memory_budget` is below one row.
     """
     sizes = {"rows": rows, "vocab": vocab, "hidden_student": hidden_student}
     for name, value in (sizes | {"hidden_teacher": hidden_teacher}).items():
@@ -119,7 +121,7 @@ def plan(
 
 
 class _Count:
-    """Bytes of everything that the levels are made of."""
+    """The bytes of every tensor of the levels, from which their peaks and traffic are added up."""
 
     def __init__(
         self,
@@ -150,11 +152,12 @@ class _Count:
         self.flop = self.forward_flop + 4 * rows * vocab * student
 
     def whole(self, eager: bool = False, inplace: bool = False) -> Level:
-        """With the logits of both models whole."""
+        """Return the level that holds the whole logits of both models."""
         n, wide = self.logits, self.wide_logits
-        narrow = 0 if self.dtype == self.wide else 2  # models whose logits eager widens
+        # student and teacher, if eager makes float32 copies of their logits
+        narrow = 0 if self.dtype == self.wide else 2
         loss = {"student logits": n, "teacher logits": n}
-        # products: the logits of both written, their gradient read twice
+        # products: the logits of both are written, their gradient is read twice
         traffic = 4 * n + 3 * (self.hidden + self.weight) + self.teacher
         if eager:
             loss["eager temporaries"] = (EAGER_TEMPORARIES + narrow) * wide
@@ -167,9 +170,9 @@ class _Count:
         return Level(_highest(loss, after), self.flop, traffic)
 
     def linear(self, height: int, in_one: bool) -> tuple[Level, int]:
-        """In chunks; and the bytes that adding to the weight gradient costs."""
+        """Return the level in chunks, and its traffic for adding to the weight gradient."""
         chunks = -(-self.rows // height)
-        accumulate = self.dtype if in_one else self.accumulate  # one is not added to anything
+        accumulate = self.dtype if in_one else self.accumulate  # a single chunk needs no sum
         total = self.weight // self.dtype.itemsize * accumulate.itemsize
         rounded = self.weight if accumulate != self.dtype else 0
         held = {"gradients": self.hidden, "accumulator": total}
@@ -184,20 +187,22 @@ class _Count:
         flop = self.flop
         if rounded:
             traffic += total + rounded
-        if torch.float16 in (self.dtype, accumulate):  # the logits are gone when its scale arrives
+        if torch.float16 in (self.dtype, accumulate):
+            # the loss scale is known in the backward only, where the logits are recomputed
             traffic, flop = traffic + forward, flop + self.forward_flop
         return Level(_highest(held | chunk, after), flop, traffic), added
 
     def chunk(self, budget: int | None) -> tuple[int, str, str]:
-        """The height, what decided it, and a sentence about that."""
+        """Return the rows of a chunk, the reason (see Plan) and the same in words."""
         fixed, one = self.products.fixed_bytes(), row_bytes(self.sizes)
         try:
             height = chunk_rows(self.rows, None, budget, self.device, self.sizes, fixed)
             floor = budget is None and automatic_rows(self.device, self.sizes, fixed) == FEWEST_ROWS
         except (AssertionError, AttributeError, RuntimeError) as error:
             raise ValueError(
-                "device must be on this machine where memory_budget is None, since its memory "
-                f"decides; got {str(self.device)!r}: pass memory_budget ({error})"
+                "device must be on this machine if memory_budget is None, because the automatic "
+                f"budget depends on its memory; got {str(self.device)!r}: pass memory_budget "
+                f"({error})"
             ) from error
         if height == self.rows:
             reason, because = "rows", "all of them fit"
@@ -211,7 +216,10 @@ class _Count:
         return height, reason, f"chunks of {height} rows, {because} ({need})"
 
     def fit_in_one_chunk(self, budget: int | None) -> bool:
-        """Whether the rows do wherever they lie: only then the call knows it beforehand."""
+        """Return True if all rows fit in one chunk in the worst case, in which they are gathered.
+
+        Only then is it known before the first chunk that the weight gradient needs no sum.
+        """
         fixed, most = self.products.fixed_bytes(), self.sizes._replace(gathered=True)
         return self.rows <= chunk_rows(self.rows, None, budget, self.device, most, fixed)
 
@@ -219,7 +227,7 @@ class _Count:
         return (self.sizes.teacher_hidden or 0) * self.dtype.itemsize
 
     def _product_bytes(self, chunks: int, accumulate: torch.dtype) -> int:
-        """What the products hold beside the chunk, of what fixed_bytes() allows them."""
+        """Return the bytes that the products hold alongside the chunk, within fixed_bytes()."""
         width = max(self.sizes.student_hidden, self.sizes.teacher_hidden or 0)
         tile, sum_tile = (
             min(TILE_BYTES, self.sizes.vocabulary * hidden * self.wide.itemsize)
@@ -229,7 +237,8 @@ class _Count:
         held = self.products.fixed_bytes() if compiled else 0
         one_at_a_time = [0]
         if accumulate != self.wide and self.device.type == "cpu":
-            one_at_a_time.append(sum_tile * min(chunks, 2))  # wide, and what it is added to
+            # the tile in the wider dtype, and the sum that it is added to
+            one_at_a_time.append(sum_tile * min(chunks, 2))
         if isinstance(self.products, TorchProducts) and self.dtype != self.wide:
             one_at_a_time.append(tile)
         held += max(one_at_a_time)
@@ -241,7 +250,7 @@ def _highest(*moments: dict[str, int]) -> dict[str, int]:
 
 
 def shown(size: float) -> str:
-    """Bytes for a reader: 1.5 GiB."""
+    """Format a number of bytes: 1.5 GiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

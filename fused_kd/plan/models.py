@@ -1,8 +1,8 @@
-"""Vocabulary and hidden size of well-known models: what a plan depends on."""
+"""The vocabulary and hidden size of well-known models."""
 
 from __future__ import annotations
 
-#: Vocabulary (rows of lm_head, padding included): hidden size of each model. Checked against
+#: Hidden size of each model, by vocabulary (rows of lm_head, padding included). Checked against
 #: published configurations.
 _FAMILIES = {
     32000: {"llama-2-7b": 4096, "llama-2-13b": 5120, "llama-2-70b": 8192},

@@ -1,4 +1,4 @@
-"""Input makers, the eager baseline, the error rule and memory probes, for our tests and yours."""
+"""Make test inputs; compare with the eager baseline by the error rule; measure memory."""
 
 from .baseline import eager_divergence, eager_kd_loss
 from .error_rule import (
@@ -10,10 +10,11 @@ from .error_rule import (
     evaluate,
     truth_and_eager,
 )
-from .inputs import REGIMES, Inputs, make_inputs
+from .inputs import DTYPES, REGIMES, Inputs, make_inputs
 from .memory import Peak, cpu_peak, guarded
 
 __all__ = [
+    "DTYPES",
     "REGIMES",
     "Conditioning",
     "Inputs",

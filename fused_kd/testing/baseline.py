@@ -1,4 +1,4 @@
-"""The one baseline, for errors and for speed: what a careful user composes from torch."""
+"""The baseline for errors and for speed: the loss as a careful user composes it from torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def eager_kd_loss(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> Tensor:
-    """What a careful user composes from torch: the baseline for errors and for speed.
+    """Compute the loss as a careful user composes it from torch.
 
-    Takes the keywords of :func:`fused_kd.kd_loss`; float32 throughout (float64 if an input is),
-    and autograd rounds the gradient once to the student's dtype. It has none of kd_loss's rules
-    for -inf.
+    The keywords are those of :func:`fused_kd.kd_loss`. All arithmetic is in float32 (float64 if an
+    input is), and autograd rounds the gradient once to the student's dtype. kd_loss's rules for
+    -inf do not apply.
     """
     if teacher_logits is None and soft_weight != 0.0:
         raise ValueError(f"teacher_logits must be given; got None with soft_weight={soft_weight}")
@@ -66,7 +66,7 @@ def eager_divergence(
     temperature: float,
     beta: float,
 ) -> Tensor:
-    """D(q, p) of every row, (N,), without c(T)."""
+    """Return D(q, p) of every row, (N,), without the factor c(T)."""
     if divergence == "mse":
         return (s - t).square().mean(-1) / temperature**2
     log_p = F.log_softmax(s / temperature, -1)

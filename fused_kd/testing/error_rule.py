@@ -1,4 +1,4 @@
-"""The error rule: float64 truth, an eager baseline, and slack in stated units."""
+"""The error rule: float64 truth, the eager baseline, and slack in stated units."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from .inputs import Inputs
 
 
 def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
-    """The error of `got` is at most the baseline's plus slack; not-finite entries agree.
+    """Assert that the error of `got` is hardly larger than the baseline's.
+
+    The largest error may be 2 times the baseline's, the root mean square 1.25 times, plus slack.
 
     Args:
-        got: what is tested.
-        truth: float64, same shape.
-        eager: the baseline's; where it is not finite, the truth rounded to got's dtype stands in.
-        floor: absolute slack, for places where the baseline happens to be exact.
+        got: The values to test.
+        truth: The float64 values, same shape. Entries of `got` must be NaN, inf or -inf exactly
+            where these are after rounding to got's dtype.
+        eager: The baseline's values, same shape. Entries that are not finite are replaced by the
+            truth rounded to got's dtype.
+        floor: Absolute slack, for entries at which the baseline happens to be exact.
 
     Raises:
-        AssertionError: names what differs.
+        AssertionError: If a value differs by more; the message gives the error and its bound.
     """
     assert got.shape == truth.shape == eager.shape, (got.shape, truth.shape, eager.shape)
     assert truth.dtype == torch.float64, truth.dtype
-    expected = truth.to(got.dtype)  # what is beyond its numbers is infinite
+    expected = truth.to(got.dtype)  # a value beyond the dtype's range becomes infinite
     for name in ("isnan", "isposinf", "isneginf"):
         assert torch.equal(getattr(got, name)(), getattr(expected, name)()), f"{name} differs"
     keep = expected.isfinite()
@@ -45,7 +49,7 @@ def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> 
 
 
 class Result(NamedTuple):
-    """Losses of the rows and the gradient of their weighted sum."""
+    """The losses of the rows, and the gradient of their weighted sum."""
 
     rows: Tensor  # (N,)
     grad: Tensor  # (N, V)
@@ -54,7 +58,7 @@ class Result(NamedTuple):
 def evaluate(
     loss: Callable[..., Tensor | KDLossParts], inputs: Inputs, upstream: Tensor, **keywords: Any
 ) -> Result:
-    """Rows of `loss` (called with reduction="none") and the gradient of Σ upstream·row."""
+    """Return the rows of `loss` with reduction="none", and the gradient of Σ upstream·row."""
     student = inputs.student.detach().clone().requires_grad_()
     rows = loss(student, inputs.teacher, inputs.labels, reduction="none", **keywords)
     assert isinstance(rows, Tensor)
@@ -64,9 +68,10 @@ def evaluate(
 
 
 def truth_and_eager(inputs: Inputs, upstream: Tensor, **keywords: Any) -> tuple[Result, Result]:
-    """The float64 reference and the eager baseline on the same inputs.
+    """Return the results of the float64 reference and of the eager baseline on the same inputs.
 
-    The baseline does not know absent entries: it is given each row without them.
+    The baseline has no rule for absent entries (-inf on both sides), so a row that has any is
+    computed without them.
     """
     double = Inputs(inputs.student.double(), inputs.teacher.double(), inputs.labels)
     truth = evaluate(kd_loss, double, upstream, backend="reference", **keywords)
@@ -84,24 +89,26 @@ def truth_and_eager(inputs: Inputs, upstream: Tensor, **keywords: Any) -> tuple[
 
 
 class Conditioning(NamedTuple):
-    """What float32 arithmetic may cost a row, however it is done, in the units of DESIGN."""
+    """The errors of each row that no float32 arithmetic avoids, see :func:`conditioning`."""
 
     loss: Tensor  # (N,) one unit of the row's loss
     grad: Tensor  # (N,) one unit of the row's gradient
-    lottery: Tensor  # (N,) what undecidable signs of "tvd" may move an entry of the gradient by
-    lottery_norm: Tensor  # (N,) what they may move the row's gradient by, in norm
-    clear: Tensor  # (N, V) bool: entries whose sign is not such a lottery
+    undetermined: Tensor  # (N,) error of a gradient's entry due to undetermined signs of "tvd"
+    undetermined_norm: Tensor  # (N,) error of the row's gradient due to them, in norm
+    clear: Tensor  # (N, V) bool: entries whose sign is determined
 
 
 def conditioning(
     inputs: Inputs, truth: Result, upstream: Tensor, options: KDOptions
 ) -> Conditioning:
-    """Units of every row: eps32·(1 + max|z - m|) for a loss, eps32·‖g‖ for a gradient.
+    """Return the units of every row: eps32·(1 + max|z - m|) for a loss, eps32·‖g‖ for a gradient.
 
-    Each term's unit is weighted as the term is. To them is added what no float32 arithmetic avoids:
-    for a loss, eps32 of its value ("mse" may be any number); for a gradient, eps32 of
-    the largest probability, since it is a difference of probabilities, and for those that contain
-    log(p/q), eps32 of p·log(p/q), since p·(log(p/q) - D) is a difference of such.
+    Each term's unit is weighted like the term. Errors that no float32 arithmetic avoids are added:
+
+    * for a loss, eps32 of its value ("mse" may be any number);
+    * for a gradient, eps32 of the largest probability, since it is a difference of probabilities;
+    * for a gradient that contains log(p/q), also eps32 of p·log(p/q), since p·(log(p/q) - D) is a
+      difference of such products.
     """
     eps, temperature = torch.finfo(torch.float32).eps, options.temperature
     s, t = inputs.student.double(), inputs.teacher.double()  # (N, V)
@@ -117,23 +124,24 @@ def conditioning(
     grad = grad + eps * (scale + upstream * hard * s.softmax(1).amax(1))
     if options.divergence in ("reverse_kl", "jsd"):
         grad = grad + eps * scale * reach / temperature
-    clear, lottery = torch.ones_like(p, dtype=torch.bool), torch.zeros_like(reach)
+    clear, undetermined = torch.ones_like(p, dtype=torch.bool), torch.zeros_like(reach)
     if options.divergence == "tvd":
         bound = 8 * eps * (1 + reach[:, None] / temperature)
         clear = (p - q).abs() > bound * p.maximum(q)
-        lottery = scale * torch.where(clear, 0.0, p).sum(1)
-    lottery_norm = lottery * p.norm(dim=1) / p.amax(1)
-    return Conditioning(loss, grad, lottery, lottery_norm, clear)
+        undetermined = scale * torch.where(clear, 0.0, p).sum(1)
+    undetermined_norm = undetermined * p.norm(dim=1) / p.amax(1)
+    return Conditioning(loss, grad, undetermined, undetermined_norm, clear)
 
 
 def assert_obeys_error_rule(
     inputs: Inputs, upstream: Tensor | None = None, *, backend: str, **keywords: Any
 ) -> None:
-    """A backend against float64 truth and the eager baseline, loss and gradient, row by row.
+    """Assert that a backend's loss and gradient obey the error rule, row by row.
 
-    The slack is four units (:func:`conditioning`). For float32 inputs, loss and gradient must be
-    within them of the truth whatever the baseline does. The gradient is compared entry by entry, in
-    norm, and once more at the label, where a small difference of probabilities is at stake.
+    The error against float64 is compared with the eager baseline's by :func:`assert_no_worse`,
+    with a slack of four units (:func:`conditioning`). For float32 inputs, loss and gradient must be
+    within these four units of the truth regardless of the baseline. The gradient is compared entry
+    by entry, in norm, and again at the label, where it is a small difference of probabilities.
     """
     upstream = torch.ones(len(inputs.labels)) if upstream is None else upstream
     got = evaluate(kd_loss, inputs, upstream, backend=backend, **keywords)
@@ -147,7 +155,7 @@ def assert_obeys_error_rule(
         assert_no_worse(got.rows[one], truth.rows[one], eager.rows[one], floor)
         if single:
             assert_no_worse(got.rows[one], truth.rows[one], truth.rows[one], floor)
-        floor = 4 * unit.grad[row].item() + unit.lottery[row].item() + tiny
+        floor = 4 * unit.grad[row].item() + unit.undetermined[row].item() + tiny
         ours, exact, theirs = (x.grad[row][clear] for x in (got, truth, eager))
         assert_no_worse(ours, exact, theirs, floor)
         if single:
@@ -155,12 +163,12 @@ def assert_obeys_error_rule(
         label = clear & (torch.arange(len(clear)) == inputs.labels[row])
         ours, exact, theirs = (x.grad[row] for x in (got, truth, eager))
         _assert_no_worse_at_label(ours[label], exact[label], theirs[label], floor)
-        floor += unit.lottery_norm[row].item() + tiny * math.sqrt(len(clear))
+        floor += unit.undetermined_norm[row].item() + tiny * math.sqrt(len(clear))
         _assert_no_worse_in_norm(ours[clear], exact[clear], theirs[clear], floor)
 
 
 def _assert_no_worse_at_label(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
-    """At most four times the baseline's error there, or two steps of the dtype."""
+    """Assert that the label's error is at most 4 times the baseline's or 2 steps of the dtype."""
     for g, x, e in zip(got.double(), truth, eager.double(), strict=True):
         if not x.to(got.dtype).isfinite():
             continue
@@ -173,7 +181,10 @@ def _assert_no_worse_at_label(got: Tensor, truth: Tensor, eager: Tensor, floor: 
 
 
 def _assert_no_worse_in_norm(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
-    """The norm of the error: 1.25 times the baseline's (or twice its worst entry) plus slack."""
+    """Assert that the error's norm is at most 1.25 times the baseline's plus slack.
+
+    Twice the baseline's worst entry is the bound where that is larger.
+    """
     expected = truth.to(got.dtype)
     keep = expected.isfinite()
     if not keep.any():
@@ -185,6 +196,9 @@ def _assert_no_worse_in_norm(got: Tensor, truth: Tensor, eager: Tensor, floor: f
 
 
 def _smallest_step(dtype: torch.dtype) -> float:
-    """What rounding near zero may cost: a flushed subnormal; in float16, half of the smallest."""
+    """Return the largest error of rounding near zero.
+
+    A flushed subnormal; in float16, half of the smallest subnormal.
+    """
     info = torch.finfo(dtype)
     return info.smallest_normal * (info.eps / 2 if dtype == torch.float16 else 1.0)

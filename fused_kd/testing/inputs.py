@@ -1,4 +1,4 @@
-"""Input makers: the regimes that have broken some implementation."""
+"""Make logits and labels of the regimes that have broken some implementation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: The dtypes that a compiled kernel takes logits in, by short name.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Inputs(NamedTuple):
@@ -26,15 +29,15 @@ def make_inputs(
     teacher_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Inputs:
-    """Inputs of a regime that has broken some implementation; see :data:`REGIMES`.
+    """Return inputs of a regime that has broken some implementation; see :data:`REGIMES`.
 
     Args:
-        regime: a key of REGIMES.
+        regime: A key of REGIMES.
         rows: N.
         vocabulary: V.
-        dtype: of the student, and of the teacher unless `teacher_dtype` is given.
-        teacher_dtype: of the teacher.
-        seed: of the generator.
+        dtype: Dtype of the student, and of the teacher unless `teacher_dtype` is given.
+        teacher_dtype: Dtype of the teacher.
+        seed: Seed of the generator.
 
     Returns:
         CPU tensors; the student does not require grad.
@@ -57,7 +60,7 @@ def _one_hot_teacher(s: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _columns(s: Tensor, t: Tensor, y: Tensor, value: float, part: slice) -> tuple[Tensor, Tensor]:
-    """`value` in some columns of both sides; the label keeps its logit."""
+    """Return both sides with `value` in some columns; the label keeps its logit."""
     masked_s, masked_t = s.clone(), t.clone()
     masked_s[:, part], masked_t[:, part] = value, value
     index = y[:, None]
@@ -75,7 +78,8 @@ def _spread(x: Tensor) -> Tensor:
     return x + torch.linspace(-200, 200, x.shape[1])
 
 
-#: What each is for stands beside it; every one is finite for every divergence.
+#: Functions of (student, teacher, labels), each with its purpose above it. Every loss is finite
+#: unless the comment says otherwise.
 REGIMES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     # softmax nearly uniform: the loss is about log V
     "flat": lambda s, t, y: (s * 1e-3, t * 1e-3),

@@ -1,4 +1,4 @@
-"""Memory probes: the peak of the CPU allocator, and tensors that end at a guard page."""
+"""Measure the peak of the CPU allocator; make tensors that end at a guard page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Peak(NamedTuple):
 
 
 def cpu_peak(fn: Callable[[], object]) -> Peak:
-    """What `fn` allocates on the CPU, inside C++ operators too. What it returns stays alive."""
+    """Return what `fn` allocates on the CPU, C++ operators included; its result is kept alive."""
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -39,7 +39,7 @@ def cpu_peak(fn: Callable[[], object]) -> Peak:
 
 
 def guarded(count: int, dtype: torch.dtype, side: str = "after") -> Tensor:
-    """A 1-D tensor of `count` entries that ends at (or, "before": begins behind) a guard page.
+    """Return a 1-D tensor of `count` entries that ends ("before": begins) at a guard page.
 
     Any access past that side is a segmentation fault: run it in a subprocess.
     """
