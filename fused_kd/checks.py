@@ -210,10 +210,15 @@ def _check_chunk_options(
             "grad_accum_dtype is for the weight gradient of a student given as a Head; got "
             f"{dtype} with the student's logits: leave it out"
         )
-    if dtype not in (torch.float32, student.weight.dtype):
+    check_accumulation(dtype, student.weight.dtype)
+
+
+def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
+    """Check the dtype of a weight gradient's sum against that of the weight."""
+    if dtype not in (torch.float32, weight):
         raise ValueError(
             "grad_accum_dtype must be torch.float32 or the dtype of student.weight, "
-            f"{student.weight.dtype}; got {dtype}"
+            f"{weight}; got {dtype}"
         )
 
 

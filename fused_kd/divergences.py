@@ -99,32 +99,40 @@ def mse(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 # ------------------------------------------------------- what a careful user composes from torch
-# From log-probabilities (N, V) of student and teacher; mse from logits over T.
+# D of every row, (N,), from logits (N, V); none of the rules for -inf.
 
 
 def _eager_kl(log_of: Tensor, log_by: Tensor) -> Tensor:
     return F.kl_div(log_by, log_of, reduction="none", log_target=True).sum(-1)
 
 
-def _eager_forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def _log_softmaxes(s: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
+
+
+def _eager_forward_kl(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
+    log_p, log_q = _log_softmaxes(s, t, temperature)
     return _eager_kl(log_q, log_p)
 
 
-def _eager_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def _eager_reverse_kl(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
+    log_p, log_q = _log_softmaxes(s, t, temperature)
     return _eager_kl(log_p, log_q)
 
 
-def _eager_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def _eager_jsd(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
+    log_p, log_q = _log_softmaxes(s, t, temperature)
     log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
     return beta * _eager_kl(log_q, log_m) + (1 - beta) * _eager_kl(log_p, log_m)
 
 
-def _eager_tvd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def _eager_tvd(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
+    log_p, log_q = _log_softmaxes(s, t, temperature)
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
-def _eager_mse(s: Tensor, t: Tensor, beta: float) -> Tensor:
-    return (s - t).square().mean(-1)
+def _eager_mse(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
+    return (s - t).square().mean(-1) / temperature**2
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -134,7 +142,7 @@ class Divergence(NamedTuple):
     """What Python knows of one divergence."""
 
     formula: Callable[[Tensor, Tensor, Tensor, float], Term]
-    eager: Callable[[Tensor, Tensor, float], Tensor]
+    eager: Callable[[Tensor, Tensor, float, float], Tensor]
     softmax: bool = True  # compares probabilities, not logits
     needs_beta: bool = False  # β must be in (0, 1)
     two_passes: bool = False  # a second pass over the row before the gradient

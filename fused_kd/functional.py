@@ -68,7 +68,7 @@ def kd_loss(
 
 
 @shows_keywords
-def kd_loss(
+def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled in
     student: Side,  # (..., V)
     teacher: Side | None,  # (..., V)
     labels: Tensor | None = None,  # (...)
@@ -101,11 +101,11 @@ def kd_loss(
     Each side is a tensor of logits, or a :class:`fused_kd.Head`: hidden states and the lm_head that
     makes logits of them.
 
-    **Logits** are float32, bfloat16 or float16, each side for itself. All arithmetic is float32, and
-    so is the loss; the gradient has the student's dtype and is rounded once. float64 logits run on
-    the reference backend and give a float64 loss. Autocast changes nothing. Nothing of the size of
-    the logits is allocated but the gradient, except a copy where the last stride is not 1 or the
-    leading dimensions do not collapse to two strides.
+    **Logits** are float32, bfloat16 or float16, independently for each side. All arithmetic is
+    float32, and so is the loss; the gradient has the student's dtype and is rounded once. float64
+    logits run on the reference backend and give a float64 loss. Autocast changes nothing. Nothing
+    of the size of the logits is allocated but the gradient, except a copy if the last stride is not
+    1 or the leading dimensions do not collapse to two strides.
 
     **Of a Head** the logits of one chunk of rows at a time are computed, in float32; they are never
     rounded to 16 bits. Each chunk's logits are overwritten by their gradient, which is multiplied
@@ -114,11 +114,11 @@ def kd_loss(
     scale enters before the rounding). The products run in the autocast dtype, else in the dtype of
     the inputs (hidden states and weight of a model must then match), with float32 results; float64
     inputs compute in float64. The gradients have the dtypes of their inputs. Those that are 16-bit
-    before the upstream gradient is known (of the hidden states; of the weight if all rows fit in one
-    chunk; of a student's logits next to a teacher's Head) are rounded once more if the upstream
-    gradient is not a power of two. Ignored rows are not multiplied on a CPU; on a GPU their number
-    is unknown to the host, which never waits for it: they are masked, unless `kept_rows` says how
-    many there are.
+    before the upstream gradient is known (of the hidden states; of the weight if all rows fit in
+    one chunk; of a student's logits next to a teacher's Head) are rounded once more if the upstream
+    gradient is not a power of two. Ignored rows are not multiplied on a CPU; on a GPU the host does
+    not know their number, and never waits for it: they are masked, unless `kept_rows` bounds the
+    number of the others.
 
     An entry that is -inf on both sides is absent, so padding a vocabulary with -inf changes
     nothing. With ``soft_weight=0`` the teacher is not read, and an entry that is -inf for the
@@ -190,7 +190,7 @@ def _arithmetic_dtype(student: Side, teacher: Side | None) -> torch.dtype:
 
 
 def _detached(teacher: Tensors) -> Tensors:
-    """Return the teacher's tensors without grad: its head's parameters may be leaves that have it."""
+    """Return the tensors without grad, which parameters of a teacher's head may have."""
     states, weight, bias = (None if x is None else x.detach() for x in teacher)
     return states, weight, bias
 

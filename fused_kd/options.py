@@ -205,6 +205,11 @@ class KDOptions:
         "None for float32, or the weight's dtype, which saves a buffer and rounds once a chunk.",
     )
 
+    @property
+    def soft_factor(self) -> float:
+        """Return c(T), by which the divergence is multiplied."""
+        return self.temperature * self.temperature if self.soft_scale == "t2" else 1.0
+
     def __post_init__(self) -> None:
         """Check every keyword, then what holds between two of them."""
         for name, check in _CHECKS.items():

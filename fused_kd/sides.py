@@ -93,5 +93,5 @@ def autocast_dtype(head: Head) -> torch.dtype | None:
 
 
 def product_dtype(head: Head) -> torch.dtype:
-    """Return what a head's hidden states and weight are multiplied in: autocast's dtype, or theirs."""
+    """Return the dtype of a head's product: autocast's, or that of the hidden states."""
     return autocast_dtype(head) or head.hidden.dtype

@@ -174,5 +174,5 @@ def multiply(
     grad: Tensor,  # (B, S, V), overwritten
     scale: Tensor,  # 0-d
 ) -> None:
-    """Multiply a gradient by `scale`, rounding it again. 0 stays 0 even if the scale is infinite."""
+    """Multiply a gradient by `scale`, rounding it again. 0 stays 0 for an infinite scale too."""
     grad.copy_(keep(grad * scale, grad != 0))

@@ -20,7 +20,10 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Engine(Protocol):
-    """What an engine offers. hard and soft are (N,), unweighted; stats is what a backward reuses."""
+    """What an engine offers.
+
+    hard and soft are (N,), unweighted; stats are statistics of the rows that a backward reuses.
+    """
 
     def gradient_in_forward(self, settings: Settings, inputs: Inputs) -> bool:
         """Return True if a scalar loss computes its gradients in the forward."""

@@ -26,6 +26,7 @@ from .selection import Selection, is_scattered, put, take
 FIRST_PART = 16
 
 Rows = slice | Tensor
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None]  # labels, w_hard, w_soft of rows
 
 
 class Problem(NamedTuple):
@@ -118,11 +119,10 @@ def _new_gradients(
     problem: Problem, wanted: tuple[bool, ...], cut: Cut, rows: Selection
 ) -> Gradients:
     """Return memory for the gradients, 0 where no chunk will write."""
-    accumulate = problem.grad_accum_dtype
-    student = problem.student
-    if isinstance(student, Projection) and problem.may_narrow and cut.is_one:
-        if problem.accum_dtype == torch.float32:
-            accumulate = student.weight.dtype
+    accumulate, student = problem.grad_accum_dtype, problem.student
+    narrows = problem.may_narrow and cut.is_one and problem.accum_dtype == torch.float32
+    if narrows and isinstance(student, Projection):
+        accumulate = student.weight.dtype
     gradients = empty_gradients(student, wanted, accumulate, problem.inplace)
     first = student if problem.inplace and isinstance(student, Tensor) else gradients[0]
     if first is not None and rows.dropped is not None:
@@ -314,7 +314,8 @@ class _LogitsChunk:
         """Return hard and soft of these rows, and write their gradient."""
         s = take(self.logits, rows)
         t = self.teacher.at(rows, s)
-        arguments = (s[None], t[None], *_vectors(self.problem, rows), self.problem.formula)
+        labels, w_hard, w_soft = _vectors(self.problem, rows)
+        arguments = (s[None], t[None], labels, w_hard, w_soft, self.problem.formula)
         backend = self.problem.backend
         if self.out is None:
             return backend.forward(*arguments)[:2]
@@ -339,12 +340,13 @@ def _chunk_of(
     return _LogitsChunk(problem, student, products, height, gradients)
 
 
-def _vectors(problem: Problem, rows: Rows, scale: float = 1.0) -> tuple[Tensor | None, ...]:
+def _vectors(problem: Problem, rows: Rows, scale: float = 1.0) -> Vectors:
     """Return labels and weights of these rows; the weights times the scale of a student's head."""
-    weights = (problem.w_hard, problem.w_soft)
+    weights = [problem.w_hard, problem.w_soft]
     if scale != 1.0:
-        weights = tuple(None if w is None else w * scale for w in weights)
-    return tuple(None if x is None else x[rows] for x in (problem.labels, *weights))
+        weights = [None if w is None else w * scale for w in weights]
+    labels, w_hard, w_soft = (None if x is None else x[rows] for x in (problem.labels, *weights))
+    return labels, w_hard, w_soft
 
 
 def _copies(logits: Tensor, rows: Selection) -> bool:

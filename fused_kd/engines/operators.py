@@ -19,7 +19,7 @@ from ..backends import named
 from ..ops import library
 from ..options import Formula
 from ..sides import arithmetic_dtype
-from .driver import Problem, empty_gradients, run_chunks
+from .driver import Gradients, Problem, empty_gradients, run_chunks
 from .products import Projection
 
 _ARGUMENTS = (
@@ -57,7 +57,7 @@ def gradients_in_place(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _run(problem, (True, False, False))[:2]
 
 
-def _run(problem: Problem, wanted: tuple[bool, ...] | None) -> Any:
+def _run(problem: Problem, wanted: tuple[bool, ...] | None) -> tuple[Tensor, Tensor, Gradients]:
     with torch.no_grad(), torch.autocast(problem.rows.device.type, enabled=False):
         return run_chunks(problem, wanted)
 
@@ -152,9 +152,9 @@ def _forward_flop(*shapes: Any, out_shape: Any = None) -> int:
 def _gradients_flop(*shapes: Any, out_shape: Any = None) -> int:
     student, *_, wanted, _, _ = shapes
     forward: int = _forward_flop(*shapes)
-    return forward + _product_flop(student) * (wanted[0] + wanted[1])
+    return forward + _product_flop(student) * (int(wanted[0]) + int(wanted[1]))
 
 
 def _product_flop(side: Any) -> int:
     states, weight, _ = side
-    return 0 if weight is None else 2 * math.prod(states) * int(weight[0])
+    return 0 if weight is None else 2 * int(math.prod(states)) * int(weight[0])

@@ -87,7 +87,7 @@ class Products:
             del part  # before the next is made
 
     def _tiles(self, head: Projection, wide: torch.dtype) -> Iterator[slice]:
-        """Return the whole vocabulary, or slices whose weights are converted one after the other."""
+        """Return the whole vocabulary, or slices whose weights are converted one at a time."""
         if self._takes(head, wide):
             return iter([slice(0, head.weight.shape[0])])
         return tiles(head.weight, wide, self.tile_bytes)

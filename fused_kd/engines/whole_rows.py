@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -54,12 +52,14 @@ def rescaled(
     """Return `scale` times the gradient of the forward; rounded once, except in place."""
     assert stats is not None
     backend = named(settings.backend)
-    student, *rest = _rows(inputs)
+    student, teacher, *vectors = _rows(inputs)
     gradient = made[0]
     if gradient is None:
         backend.multiply(student, scale)
         return student, None, None
-    backend.rescale(gradient, scale, student, *rest, stats, settings.formula(inputs.temperature))
+    labels, w_hard, w_soft = vectors
+    formula = settings.formula(inputs.temperature)
+    backend.rescale(gradient, scale, student, teacher, labels, w_hard, w_soft, stats, formula)
     return gradient, None, None
 
 
@@ -69,7 +69,9 @@ def _student(inputs: Inputs) -> Tensor:
     return student
 
 
-def _rows(inputs: Inputs) -> tuple[Any, ...]:
+def _rows(
+    inputs: Inputs,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return student, teacher, labels and weights; the student stands in for no teacher."""
     student = _student(inputs).detach()
     teacher = student if inputs.teacher[0] is None else inputs.teacher[0]

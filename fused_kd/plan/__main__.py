@@ -1,4 +1,4 @@
-"""Print the memory, work and chunks of each level: ``python -m fused_kd.plan``."""
+"""Print the memory and work of each way to compute the loss: ``python -m fused_kd.plan``."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-budget",
         type=byte_count,
         metavar="SIZE",
-        help="of the linear level's chunks, such as 256MiB (default: automatic)",
+        help="of a chunk of rows of the heads, such as 256MiB (default: automatic)",
     )
     add("--device", default="cpu", help="where the loss runs (default: %(default)s)")
     return parser
@@ -121,7 +121,7 @@ def _report(found: Plan) -> str:
     least = min(levels, key=lambda name: levels[name].peak)
     lines += [
         "",
-        f"The linear level uses {found.explanation}: {found.chunks} in all.",
+        f"Heads on both sides use {found.explanation}: {found.chunks} in all.",
         f"Adding to the weight gradient is {found.weight_gradient_share:.0%} of its traffic.",
         f"Least memory: {least}, {levels[least].peak / found.eager.peak:.1%} of eager.",
     ]

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import LOGIT_DTYPES
-from ..linear.checks import check_accumulation, check_chunks, check_count
-from ..linear.memory import FEWEST_ROWS, Sizes, automatic_rows, chunk_rows, row_bytes
-from ..linear.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
+from ..checks import LOGIT_DTYPES, check_accumulation
+from ..engines.memory import FEWEST_ROWS, Sizes, automatic_rows, chunk_rows, row_bytes
+from ..engines.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
+from ..options import KDOptions, check_count
 
 #: Float32 (N, V) tensors of the eager composition at its peak: both log-softmaxes of the student
 #: and the teacher's, kept for the backward, and the three factors of the divergence. Float32 copies
@@ -44,12 +44,12 @@ class Plan(NamedTuple):
     eager: Level
     logits: Level
     logits_inplace: Level
-    linear: Level
+    heads: Level
     chunk_rows: int
     chunks: int
     reason: str  # what decides chunk_rows: "rows", "memory_budget", "automatic" or "floor"
     explanation: str  # the same in words
-    weight_gradient_share: float  # of the linear level's traffic, for adding to the weight gradient
+    weight_gradient_share: float  # of the traffic of heads, for adding to the weight gradient
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
             "eager": self.eager,
             "logits": self.logits,
             "logits, in place": self.logits_inplace,
-            "linear": self.linear,
+            "heads": self.heads,
         }
 
 
@@ -73,7 +73,7 @@ def plan(
     device: torch.device | str = "cpu",
     grad_accum_dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """Return peak memory, work and chunks of eager, the logits level and the linear level.
+    """Return peak memory, work and chunks of eager torch, of logits and of heads on both sides.
 
     Args:
         rows: N, the number of rows that are not ignored.
@@ -81,10 +81,10 @@ def plan(
         hidden_student: H of the student.
         hidden_teacher: H of the teacher.
         dtype: Dtype of hidden states and heads.
-        memory_budget: Bytes for a chunk of the linear level; None: automatic.
+        memory_budget: Bytes for a chunk of rows of the heads; None: automatic.
         device: Where the loss runs. For a GPU that this machine does not have, pass
             `memory_budget`: the automatic one depends on the GPU's memory.
-        grad_accum_dtype: Dtype in which the linear level sums the weight gradient over chunks.
+        grad_accum_dtype: Dtype in which the weight gradient is summed over chunks.
 
     Raises:
         TypeError: If a size is not an int, or `dtype` is not the dtype of logits.
@@ -95,7 +95,7 @@ def plan(
         if value is None:
             raise TypeError(f"{name} must be an int; got None")
         check_count(name, value, least=1)
-    check_chunks(None, memory_budget, grad_accum_dtype)
+    KDOptions(memory_budget=memory_budget, grad_accum_dtype=grad_accum_dtype)
     if dtype not in LOGIT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
     check_accumulation(grad_accum_dtype, dtype)
@@ -105,23 +105,23 @@ def plan(
         raise ValueError(f"device must be a torch device; got {device!r} ({error})") from error
     counted = _Count(rows, vocab, hidden_student, hidden_teacher, dtype, grad_accum_dtype, where)
     height, reason, explanation = counted.chunk(memory_budget)
-    linear, added = counted.linear(height, counted.fit_in_one_chunk(memory_budget))
+    heads, added = counted.heads(height, counted.fit_in_one_chunk(memory_budget))
     return Plan(
         counted.inputs,
         counted.whole(eager=True),
         counted.whole(),
         counted.whole(inplace=True),
-        linear,
+        heads,
         height,
         -(-rows // height),
         reason,
         explanation,
-        added / linear.traffic,
+        added / heads.traffic,
     )
 
 
 class _Count:
-    """The bytes of every tensor of the levels, from which their peaks and traffic are added up."""
+    """The bytes of every tensor, from which their peaks and traffic are added up."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Count:
         self.rows, self.dtype, self.device = rows, dtype, device
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.accumulate = dtype if dtype == torch.float64 else accumulate
-        self.products = products_for(device, self.wide)
+        self.products = products_for("auto", device, self.wide)
         self.gradient_dtype = self.products.gradient_dtype(self.wide, dtype)
         size, wide_size = dtype.itemsize, self.wide.itemsize
         self.sizes = Sizes(
@@ -169,7 +169,7 @@ class _Count:
         after = {"gradient of the logits": n, "gradients": self.hidden + self.weight}
         return Level(_highest(loss, after), self.flop, traffic)
 
-    def linear(self, height: int, in_one: bool) -> tuple[Level, int]:
+    def heads(self, height: int, in_one: bool) -> tuple[Level, int]:
         """Return the level in chunks, and its traffic for adding to the weight gradient."""
         chunks = -(-self.rows // height)
         accumulate = self.dtype if in_one else self.accumulate  # a single chunk needs no sum
@@ -228,10 +228,11 @@ class _Count:
 
     def _product_bytes(self, chunks: int, accumulate: torch.dtype) -> int:
         """Return the bytes that the products hold alongside the chunk, within fixed_bytes()."""
-        width = max(self.sizes.student_hidden, self.sizes.teacher_hidden or 0)
+        student = self.sizes.student_hidden or 0
+        width = max(student, self.sizes.teacher_hidden or 0)
         tile, sum_tile = (
             min(TILE_BYTES, self.sizes.vocabulary * hidden * self.wide.itemsize)
-            for hidden in (width, self.sizes.student_hidden)
+            for hidden in (width, student)
         )
         compiled = isinstance(self.products, CompiledProducts)
         held = self.products.fixed_bytes() if compiled else 0

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..divergences import TABLE
+from ..sides import Head, Side, arithmetic_dtype
+
 
 def eager_kd_loss(
-    student_logits: Tensor,  # (..., V)
-    teacher_logits: Tensor | None,  # (..., V); None needs soft_weight=0
+    student: Side,  # (..., V)
+    teacher: Side | None,  # (..., V); None needs soft_weight=0
     labels: Tensor | None = None,  # (...)
     *,
     temperature: float = 1.0,
@@ -32,13 +33,11 @@ def eager_kd_loss(
     input is), and autograd rounds the gradient once to the student's dtype. kd_loss's rules for
     -inf do not apply.
     """
-    if teacher_logits is None and soft_weight != 0.0:
-        raise ValueError(f"teacher_logits must be given; got None with soft_weight={soft_weight}")
-    given = student_logits if teacher_logits is None else teacher_logits
-    dtype = torch.float64 if torch.float64 in (student_logits.dtype, given.dtype) else torch.float32
-    vocabulary = student_logits.shape[-1]
-    s = student_logits.to(dtype).reshape(-1, vocabulary)
-    t = given.to(dtype).reshape(-1, vocabulary)
+    if teacher is None and soft_weight != 0.0:
+        raise ValueError(f"teacher must be given; got None with soft_weight={soft_weight}")
+    logits, other = _logits(student), _logits(student if teacher is None else teacher)
+    dtype, vocabulary = arithmetic_dtype(logits, other), logits.shape[-1]
+    s, t = (x.to(dtype).reshape(-1, vocabulary) for x in (logits, other))
     w = torch.ones_like(s[:, 0]) if token_weight is None else token_weight.flatten().to(dtype)
     if labels is not None:
         w = torch.where(labels.flatten() != ignore_index, w, 0.0)
@@ -53,10 +52,16 @@ def eager_kd_loss(
         row = row + (soft_weight * factor) * eager_divergence(s, t, divergence, temperature, beta)
     row = w * row
     if reduction == "none":
-        return row.view(student_logits.shape[:-1])
+        return row.view(logits.shape[:-1])
     if reduction == "sum":
         return row.sum()
     return row.sum() / (w.sum() if num_items is None else num_items)
+
+
+def _logits(side: Side) -> Tensor:
+    if isinstance(side, Head):
+        return F.linear(side.hidden, side.weight, side.bias) * side.scale
+    return side
 
 
 def eager_divergence(
@@ -67,17 +72,4 @@ def eager_divergence(
     beta: float,
 ) -> Tensor:
     """Return D(q, p) of every row, (N,), without the factor c(T)."""
-    if divergence == "mse":
-        return (s - t).square().mean(-1) / temperature**2
-    log_p = F.log_softmax(s / temperature, -1)
-    log_q = F.log_softmax(t / temperature, -1)
-    if divergence == "forward_kl":
-        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    if divergence == "reverse_kl":
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    if divergence == "tvd":
-        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-    teacher_kl = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
-    student_kl = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
-    return beta * teacher_kl + (1 - beta) * student_kl
+    return TABLE[divergence].eager(s, t, temperature, beta)
