@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_sources import AVX2, ROOT, X86
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "g++")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unused-parameter", "-Wno-psabi", "-Werror"]
 SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
 SANITIZE += ["-fno-sanitize-recover=undefined"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 EMULATED = [*AVX2, "-include", "tests/native/avx512_emulated.h"]
 
 #: Instruction set: its own flags here. AVX-512 is emulated, on any processor with AVX2.

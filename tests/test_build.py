@@ -167,6 +167,47 @@ def _setup(source: Path, code: str, **environment: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
+def _files(folder: Path) -> set[str]:
+    found = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {str(path) for path in found if "__pycache__" not in path.parts}
+
+
+def test_importing_setup_builds_nothing(source: Path, tmp_path: Path) -> None:
+    """Neither a command nor a decision: torch is not imported, the last build's note is kept."""
+    note = source / "fused_kd" / "_not_built.txt"
+    note.write_text("the last build's reason")
+    before = _files(tmp_path)
+    code = (
+        "import importlib.util, os, sys\n"
+        f"spec = importlib.util.spec_from_file_location('setup', {str(source / 'setup.py')!r})\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "print(os.getcwd(), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "build_py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path} False\n"
+    assert note.read_text() == "the last build's reason"
+    assert _files(tmp_path) == before
+
+
+def test_setup_runs_from_another_directory(source: Path, tmp_path: Path) -> None:
+    """Metadata, packages and notes are found: the path of the caller does not matter."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "0"}
+    for arguments in (["build_py", "-d", "built"], ["build_ext", "--inplace"]):
+        command = [sys.executable, str(source / "setup.py"), *arguments]
+        done = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert _files(elsewhere) == set()
+    names = {"_not_built.txt", "_cuda_not_built.txt"}
+    assert {"__init__.py", "autograd.py", "py.typed", *names} <= _files(source / "built/fused_kd")
+    assert names <= _files(source / "fused_kd")
+
+
 def test_an_isolated_build_finds_the_torch_of_its_environment(source: Path, tmp_path: Path) -> None:
     """As pip isolates: the build's requirements alone are on the path, the Python is the same."""
     for name in ("setuptools", "_distutils_hack", "pybind11"):
