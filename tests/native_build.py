@@ -1,15 +1,16 @@
-"""Builds the C++ check programs of tests/native/ with the compiler alone: no torch, no Python."""
+"""Builds the C++ programs and libraries of tests/native/ with the compiler alone: no torch."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from kernel_sources import AVX2, ROOT, X86
+from kernel_sources import AVX2, HOST_FLAGS, KERNEL_FLAGS, ROOT, X86
 
 COMPILER = os.environ.get("CXX", "g++")
 
@@ -88,6 +89,23 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder / "check_kernels", folder / "check_rows", folder / "check_product"
+
+
+def build_conversions(folder: Path, name: str) -> Path:
+    """Compile tests/native/conversions.cpp for an instruction set, with the module's own flags.
+
+    Returns:
+        The shared library.
+    """
+    kernels = f"csrc/cpu/rows_{name}.cpp"
+    defines = re.findall(r"#define (FUSED_KD_\w+) (\w+)", (ROOT / kernels).read_text())
+    target = folder / f"conversions_{name}.so"
+    command = [COMPILER, *HOST_FLAGS, *KERNEL_FLAGS[kernels], "-Werror"]
+    command += [f"-D{key}={value}" for key, value in defines]
+    command += ["-shared", "tests/native/conversions.cpp", "-o", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return target
 
 
 def run(program: Path, *arguments: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fused_kd import extension
+from fused_kd import extension, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 _module = extension.cpu.load()
@@ -64,6 +64,14 @@ def test_the_module_exports_only_its_entry() -> None:
     names = {line.split()[-1] for line in symbols.splitlines()}
     assert "PyInit__C" in names
     assert not [name for name in names if "fused_kd" in name]
+
+
+@compiled
+def test_both_languages_have_the_same_row_statistics() -> None:
+    """Python's copy shapes the tensors that a compiler's trace sees."""
+    info = extension.cpu.build_info()
+    assert info is not None
+    assert info["row_statistics"] == ops.STATS
 
 
 def _functions(listing: str) -> dict[str, str]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_kd import ops
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +114,7 @@ def test_it_is_imported_without_a_driver(cuda_python: str, package: Path) -> Non
     info = told["info"]
     assert info["architectures"] == "9.0"
     assert info["built_with_torch"] == told["torch"]
+    assert info["row_statistics"] == ops.STATS
     assert str(info["cuda_toolkit"] // 1000) == told["cuda"].split(".")[0]
 
 
