@@ -41,7 +41,7 @@ def version(nvcc: str) -> str:
     done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     found = re.search(r"release (\d+\.\d+)", done.stdout)
     if found is None:
-        raise LookupError(f"nvcc does not tell its version: {done.stdout} {done.stderr}")
+        raise LookupError(f"nvcc --version printed no version: {done.stdout} {done.stderr}")
     return found.group(1)
 
 
@@ -92,5 +92,5 @@ def runtime_folder(torch: Path, major: str) -> str:
         for path in torch.glob(pattern):
             return str(path.parent)
     raise LookupError(
-        f"no CUDA runtime was found (a toolkit, or libcudart.so.{major} beside torch)"
+        f"no CUDA runtime was found (a toolkit, or libcudart.so.{major} next to torch)"
     )

@@ -129,6 +129,19 @@ def test_the_package_without_the_module() -> None:
     assert lines[3].startswith("backend='cpu' cannot run: the compiled module ")
 
 
+def test_the_package_without_numpy() -> None:
+    code = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "import warnings; warnings.simplefilter('ignore')  # torch says that it has no numpy\n"
+        "import torch, fused_kd\n"
+        "from fused_kd import env, plan, testing\n"
+        "x = torch.randn(2, 5, requires_grad=True)\n"
+        "fused_kd.KDLoss()(x, torch.randn(2, 5), torch.tensor([1, 2])).backward()\n"
+        "print(x.grad.isfinite().all().item(), env.report()['backends']['reference'])\n"
+    )
+    assert _python(code, PYTHONPATH=str(ROOT)) == "True available\n"
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what is built from: a build leaves files behind."""
