@@ -8,9 +8,9 @@ few seconds, and shows in which functions its instructions are.
 
 from __future__ import annotations
 
-import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -32,9 +32,7 @@ DTYPES = ("f32", "bf16", "f16")  # Dtype of csrc/problem.h, in its order
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "mse", "none")  # of csrc/kd_math.h
 NAME = "cuda_resources"
 #: What the extension is compiled with.
-NVCC_FLAGS = ast.literal_eval(
-    re.search(r"^NVCC_FLAGS = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
-)
+NVCC_FLAGS = runpy.run_path(str(ROOT / "csrc" / "kernel_sources.py"))["NVCC_FLAGS"]
 #: Registers of each kernel at most; rows_cluster: as many as let three blocks of 256 threads share
 #: a multiprocessor, two for jsd. No instance spills, or has shared memory besides what its launch
 #: gives it.

@@ -1,4 +1,4 @@
-"""Objects of the CUDA kernels compiled beforehand, and the stamp that says what they are.
+"""CUDA kernels compiled beforehand: a folder of objects, and the stamp that identifies them.
 
 The kernel files need neither torch nor Python, so they can be compiled on another machine than the
 module is linked on. A folder of objects holds <name>.o for each csrc/cuda/<name>.cu, and a stamp:
@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import cuda_toolkit
+from kernel_sources import CUDA_KERNELS, NVCC_FLAGS, ROOT
 
 STAMP = "objects.json"
 VARIABLE = "FUSED_KD_CUDA_OBJECTS"
@@ -19,14 +24,42 @@ HINT = "make gpu-objects compiles them"
 
 
 class Unusable(Exception):
-    """A folder of objects does not hold what the sources ask for; the message names the file."""
+    """A folder lacks an object of the present sources; the message names the file."""
 
 
 class Objects(NamedTuple):
-    """Objects that were found to be what the sources ask for."""
+    """Objects that match the present sources."""
 
     files: list[str]
     architectures: str
+
+
+def compile_all(folder: Path, spawn: Callable[[list[str]], object], jobs: int) -> None:
+    """Compile every kernel file into a folder, then write the stamp.
+
+    Args:
+        folder: created if it is not there.
+        spawn: runs a command, and raises if it fails.
+        jobs: files, and architectures of a file, that are compiled at the same time.
+    """
+    nvcc = cuda_toolkit.find_nvcc()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STAMP).unlink(missing_ok=True)  # until all are there
+    seconds = {}
+
+    def compile_one(source: str) -> None:
+        begin = time.monotonic()
+        target = folder / f"{Path(source).stem}.o"
+        spawn(cuda_toolkit.compile_command(nvcc, str(ROOT / source), str(target), jobs))
+        seconds[Path(source).name] = round(time.monotonic() - begin, 1)
+        print(f"{source}: {seconds[Path(source).name]} s", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(compile_one, CUDA_KERNELS))
+    version, architectures = cuda_toolkit.version(nvcc), cuda_toolkit.architectures()
+    sources = [str(ROOT / source) for source in CUDA_KERNELS]
+    write_stamp(folder, sources, NVCC_FLAGS, version, architectures, seconds)
+    print(f"{folder}: for {architectures}, by nvcc {version}", flush=True)
 
 
 def fingerprint(source: str, flags: Sequence[str]) -> str:
@@ -55,7 +88,7 @@ def write_stamp(
         flags: of the compiler, without architectures.
         nvcc: the compiler's version, as in "13.0".
         architectures: as in TORCH_CUDA_ARCH_LIST.
-        seconds: what each file took.
+        seconds: compile time of each file.
     """
     content = {
         "nvcc": nvcc,
@@ -72,7 +105,7 @@ def find(
     """Return the objects of these sources.
 
     Args:
-        folder: what FUSED_KD_CUDA_OBJECTS names.
+        folder: the value of FUSED_KD_CUDA_OBJECTS.
         sources: the kernel files.
         flags: of the compiler, without architectures.
         cuda: the version of CUDA that torch is built for; the major number must be the compiler's.

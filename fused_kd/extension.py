@@ -1,4 +1,4 @@
-"""Loads the compiled modules once, and keeps the reason where it can't.
+"""The compiled modules: loads each once, and keeps the reason if one cannot be loaded.
 
 ``import fused_kd`` works without them; ``python -m fused_kd.env`` prints the reasons.
 """
@@ -13,11 +13,11 @@ from fused_kd import ops  # noqa: F401  the schemas come before their implementa
 
 
 class Compiled:
-    """One compiled module, whose import registers operators.
+    """One compiled module; importing it registers operators.
 
     Args:
         name: "_C" or "_cuda", in the package.
-        note: the file beside it in which the build says why it is not there.
+        note: the file in the package's folder in which the build says why the module is missing.
     """
 
     def __init__(self, name: str, note: str) -> None:
@@ -27,22 +27,22 @@ class Compiled:
         self._tried = False
 
     def load(self) -> ModuleType | None:
-        """The module, or None."""
+        """Return the module, or None if it cannot be imported."""
         if not self._tried:
             self._tried = True
             try:
                 self._module = import_module(f"fused_kd.{self._name}")
-            except Exception as error:  # whatever it is: the package does without
+            except Exception as error:  # any: the package works without the module
                 self._reason = self._why_missing(error)
         return self._module
 
     def why_not(self) -> str | None:
-        """None if the module is loaded, else one sentence that says why it is not."""
+        """Return None if the module is loaded, else one sentence that says why it is not."""
         self.load()
         return self._reason
 
     def build_info(self) -> dict[str, object] | None:
-        """What it was built with, and what it uses; None without the module.
+        """Return how the module was built and what it uses; None without the module.
 
         Raises:
             RuntimeError: FUSED_KD_CPU names an instruction set that this processor lacks.

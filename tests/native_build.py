@@ -1,25 +1,23 @@
-"""Builds the C++ check programs of tests/native/ with the compiler alone: no torch, no Python."""
+"""Builds the C++ programs and libraries of tests/native/ with the compiler alone: no torch."""
 
 from __future__ import annotations
 
 import os
-import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_sources import AVX2, HOST_FLAGS, KERNEL_FLAGS, ROOT, X86
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "g++")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unused-parameter", "-Wno-psabi", "-Werror"]
 SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
 SANITIZE += ["-fno-sanitize-recover=undefined"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 EMULATED = [*AVX2, "-include", "tests/native/avx512_emulated.h"]
 
 #: Instruction set: its own flags here. AVX-512 is emulated, on any processor with AVX2.
@@ -91,6 +89,23 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder / "check_kernels", folder / "check_rows", folder / "check_product"
+
+
+def build_conversions(folder: Path, name: str) -> Path:
+    """Compile tests/native/conversions.cpp for an instruction set, with the module's own flags.
+
+    Returns:
+        The shared library.
+    """
+    kernels = f"csrc/cpu/rows_{name}.cpp"
+    defines = re.findall(r"#define (FUSED_KD_\w+) (\w+)", (ROOT / kernels).read_text())
+    target = folder / f"conversions_{name}.so"
+    command = [COMPILER, *HOST_FLAGS, *KERNEL_FLAGS[kernels], "-Werror"]
+    command += [f"-D{key}={value}" for key, value in defines]
+    command += ["-shared", "tests/native/conversions.cpp", "-o", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return target
 
 
 def run(program: Path, *arguments: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fused_kd import extension
+from fused_kd import extension, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 _module = extension.cpu.load()
@@ -64,6 +64,14 @@ def test_the_module_exports_only_its_entry() -> None:
     names = {line.split()[-1] for line in symbols.splitlines()}
     assert "PyInit__C" in names
     assert not [name for name in names if "fused_kd" in name]
+
+
+@compiled
+def test_both_languages_have_the_same_row_statistics() -> None:
+    """Python's copy shapes the tensors that a compiler's trace sees."""
+    info = extension.cpu.build_info()
+    assert info is not None
+    assert info["row_statistics"] == ops.STATS
 
 
 def _functions(listing: str) -> dict[str, str]:
@@ -121,6 +129,19 @@ def test_the_package_without_the_module() -> None:
     assert lines[3].startswith("backend='cpu' cannot run: the compiled module ")
 
 
+def test_the_package_without_numpy() -> None:
+    code = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "import warnings; warnings.simplefilter('ignore')  # torch says that it has no numpy\n"
+        "import torch, fused_kd\n"
+        "from fused_kd import env, plan, testing\n"
+        "x = torch.randn(2, 5, requires_grad=True)\n"
+        "fused_kd.KDLoss()(x, torch.randn(2, 5), torch.tensor([1, 2])).backward()\n"
+        "print(x.grad.isfinite().all().item(), env.report()['backends']['reference'])\n"
+    )
+    assert _python(code, PYTHONPATH=str(ROOT)) == "True available\n"
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what is built from: a build leaves files behind."""
@@ -165,6 +186,47 @@ def _setup(source: Path, code: str, **environment: str) -> subprocess.CompletedP
         [sys.executable, "-c", code, "build_py", "-d", "built"],
         cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def _files(folder: Path) -> set[str]:
+    found = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {str(path) for path in found if "__pycache__" not in path.parts}
+
+
+def test_importing_setup_builds_nothing(source: Path, tmp_path: Path) -> None:
+    """Neither a command nor a decision: torch is not imported, the last build's note is kept."""
+    note = source / "fused_kd" / "_not_built.txt"
+    note.write_text("the last build's reason")
+    before = _files(tmp_path)
+    code = (
+        "import importlib.util, os, sys\n"
+        f"spec = importlib.util.spec_from_file_location('setup', {str(source / 'setup.py')!r})\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "print(os.getcwd(), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "build_py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path} False\n"
+    assert note.read_text() == "the last build's reason"
+    assert _files(tmp_path) == before
+
+
+def test_setup_runs_from_another_directory(source: Path, tmp_path: Path) -> None:
+    """Metadata, packages and notes are found: the path of the caller does not matter."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "0"}
+    for arguments in (["build_py", "-d", "built"], ["build_ext", "--inplace"]):
+        command = [sys.executable, str(source / "setup.py"), *arguments]
+        done = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert _files(elsewhere) == set()
+    names = {"_not_built.txt", "_cuda_not_built.txt"}
+    assert {"__init__.py", "autograd.py", "py.typed", *names} <= _files(source / "built/fused_kd")
+    assert names <= _files(source / "fused_kd")
 
 
 def test_an_isolated_build_finds_the_torch_of_its_environment(source: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_kd import ops
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +114,7 @@ def test_it_is_imported_without_a_driver(cuda_python: str, package: Path) -> Non
     info = told["info"]
     assert info["architectures"] == "9.0"
     assert info["built_with_torch"] == told["torch"]
+    assert info["row_statistics"] == ops.STATS
     assert str(info["cuda_toolkit"] // 1000) == told["cuda"].split(".")[0]
 
 
@@ -201,10 +204,11 @@ def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
     cuda_python: str, objects: Path, tmp_path: Path
 ) -> None:
     source = _copy(tmp_path / "source")
-    build = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "FUSED_KD_CUDA_OBJECTS": str(objects),
+    # relative to the caller's directory, not to that of setup.py
+    build = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "FUSED_KD_CUDA_OBJECTS": objects.name,
              "CUDA_HOME": str(tmp_path / "none"), "TORCH_CUDA_ARCH_LIST": ""}  # fmt: skip
-    command = [cuda_python, "setup.py", "build_ext", "--inplace"]
-    done = _run(command, source, **build)
+    command = [cuda_python, str(source / "setup.py"), "build_ext", "--inplace"]
+    done = _run(command, objects.parent, **build)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "nvcc" not in done.stdout
     code = (
@@ -218,7 +222,7 @@ def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
     # one that the sources have left behind is refused, by name
     with (source / "csrc" / "cuda" / "rows_f16.cu").open("a") as file:
         file.write("// changed\n")
-    done = _run(command, source, **build)
+    done = _run(command, objects.parent, **build)
     assert done.returncode != 0
     assert f"{objects / 'rows_f16.o'} is stale" in done.stderr.splitlines()[-1]
 

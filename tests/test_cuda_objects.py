@@ -9,12 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_objects
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "csrc"))  # as setup.py has it
-
-import cuda_objects  # noqa: E402
 
 FLAGS = ["-O3", "-fmad=false"]
 
@@ -105,10 +103,10 @@ def test_the_command_that_compiles_them(architectures: str, threads: bool, tmp_p
     notes = {path: path.read_text() for path in (ROOT / "fused_kd").glob("*_not_built.txt")}
     environment = {**os.environ, "CUDA_HOME": str(tmp_path), "MAX_JOBS": "3",
                    "TORCH_CUDA_ARCH_LIST": architectures}  # fmt: skip
-    output = tmp_path / "objects"
-    command = [sys.executable, "setup.py", "cuda_objects", "--output", str(output)]
+    output = tmp_path / "objects"  # the caller's directory, not that of setup.py
+    command = [sys.executable, str(ROOT / "setup.py"), "cuda_objects", "--output", "objects"]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     calls = (tmp_path / "calls").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Every instruction set that this processor runs: error rule, conversions, choice, threads."""
+"""Every instruction set that this processor runs: error rule, choice, threads."""
 
 from __future__ import annotations
 
@@ -100,59 +100,8 @@ def test_the_gradient_at_a_label_of_probability_zero(
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
-def _as_dtype(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    """Rounded by numpy (half) or torch (bfloat16), as float32."""
-    if dtype == "f16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).astype(np.float32)
-    return torch.from_numpy(values).bfloat16().float().numpy()
-
-
-def _all_patterns(dtype: str) -> np.ndarray[Any, Any]:
-    patterns = np.arange(65536, dtype=np.uint32)
-    if dtype == "f16":
-        return patterns.astype(np.uint16).view(np.float16).astype(np.float32)
-    return (patterns << 16).view(np.float32)
-
-
-def _same(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
-    """The same bits, signs of zeros included; any NaN for a NaN."""
-    nan = np.isnan(want)
-    np.testing.assert_array_equal(np.isnan(got), nan)
-    np.testing.assert_array_equal(got[~nan].view(np.uint32), want[~nan].view(np.uint32))
-
-
-# more than, and fewer than, a vector of eight
-@pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_every_16_bit_number_comes_back(native: ModuleType, dtype: str, offset: int) -> None:
-    values = _all_patterns(dtype)[offset:]
-    _same(native.probe_round_trip(values, dtype), values)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_rounding_is_to_nearest_even(native: ModuleType, dtype: str) -> None:
-    numbers = _all_patterns(dtype)
-    numbers = np.sort(numbers[np.isfinite(numbers)])
-    with np.errstate(over="ignore"):
-        ties = (numbers[:-1].astype(np.float64) + numbers[1:]) / 2
-        largest = 2.0 * numbers[-1] - numbers[-2]  # halfway to what would come next: infinity
-        ties = np.append(ties, [(numbers[-1] + largest) / 2]).astype(np.float32)
-    beside = [np.nextafter(ties, np.float32(to)) for to in (-np.inf, np.inf)]
-    anything = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
-    anything = anything.view(np.float32)
-    for values in (ties, -ties, *beside, anything[~np.isnan(anything)]):
-        _same(native.probe_round_trip(values, dtype), _as_dtype(values, dtype))
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_nan_stays_nan(native: ModuleType, dtype: str) -> None:
-    nan = np.array([0x7FC00000, 0xFFC00000] * 9, dtype=np.uint32).view(np.float32)
-    assert np.isnan(native.probe_round_trip(nan, dtype)).all()
-
-
 def _divergence(name: str, s: Any, t: Any, temperature: float, beta: float) -> Any:
-    """By the definitions, in float64."""
+    """Return the divergence of each row by its definition, in float64."""
     if name == "mse":
         return ((s - t) ** 2).mean(1) / temperature**2
     p, q = (np.exp(x / temperature) for x in (s, t))
@@ -168,38 +117,29 @@ def _divergence(name: str, s: Any, t: Any, temperature: float, beta: float) -> A
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_rows_without_torch(native: ModuleType, divergence: str) -> None:
+def test_rows_by_the_definitions(native: ModuleType, divergence: str) -> None:
+    """Losses and gradients by numpy alone: no reference backend, no autograd."""
     generator = np.random.default_rng(0)
     student, teacher = generator.standard_normal((2, 4, 77)).astype(np.float32)
     labels = np.array([0, 76, 31, 5])
-    code = DIVERGENCES.index(divergence)
-    out = native.probe_rows(
-        student, teacher, labels, divergence=code, temperature=2.0, beta=0.3, soft_factor=4.0
-    )
+    leaf = torch.from_numpy(student).requires_grad_()
+    parts = kd_loss(
+        leaf, torch.from_numpy(teacher), torch.from_numpy(labels), divergence=divergence,
+        temperature=2.0, beta=0.3, hard_weight=1.0, soft_weight=1.0, reduction="none",
+        return_parts=True, backend="cpu",
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(parts.loss.sum(), leaf)
     s, t = student.astype(np.float64), teacher.astype(np.float64)
     pi = np.exp(s) / np.exp(s).sum(1, keepdims=True)
-    np.testing.assert_allclose(out["hard"], -np.log(pi[range(4), labels]), rtol=1e-6)
-    want = 4.0 * _divergence(divergence, s, t, 2.0, 0.3)
-    np.testing.assert_allclose(out["soft"], want, rtol=1e-5)
+    np.testing.assert_allclose(parts.hard.numpy(), -np.log(pi[range(4), labels]), rtol=1e-6)
+    want = 4.0 * _divergence(divergence, s, t, 2.0, 0.3)  # times the temperature squared
+    np.testing.assert_allclose(parts.soft.numpy(), want, rtol=1e-5)
     # the gradient by central differences of the definitions
     step = 1e-6 * np.eye(77)[:, None]
     up, down = (_divergence(divergence, (s + d).reshape(-1, 77), np.tile(t, (77, 1)), 2.0, 0.3)
                 for d in (step, -step))  # fmt: skip
     grad = 4.0 * ((up - down) / 2e-6).reshape(77, 4).T + pi - np.eye(77)[labels]
-    np.testing.assert_allclose(out["grad"], grad, atol=1e-6)
-    assert out["stats"].shape == (4, 11)
-
-
-def test_rows_of_wrong_shape(native: ModuleType) -> None:
-    x, y = np.zeros((2, 3), np.float32), np.zeros(2, np.int64)
-    for arguments, code, message in (
-        ((x, x[:, :2], y), 0, r"must be \(N, V\) of the same shape"),
-        ((x[0], x[0], y), 0, r"must be \(N, V\) of the same shape"),
-        ((x, x, y[:1]), 0, r"labels must be \(N,\)"),
-        ((x, x, y), 5, "divergence must be 0 to 4"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            native.probe_rows(*arguments, divergence=code)
+    np.testing.assert_allclose(got.numpy(), grad, atol=1e-6)
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ not installed. An older torch may spell what is used differently, though its ver
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from kernel_sources import TORCH_TARGET
 from native_build import COMPILER, need_compiler
 
 pytestmark = pytest.mark.slow
@@ -44,12 +44,10 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _check(source: Path, headers: Path) -> subprocess.CompletedProcess[str]:
     pybind11 = pytest.importorskip("pybind11")
-    target = re.search(r"-DTORCH_TARGET_VERSION=\w+", (ROOT / "setup.py").read_text())
-    assert target is not None
     folders = [pybind11.get_include(), str(headers), str(headers / "torch/csrc/api/include"),
                sysconfig.get_paths()["include"]]  # fmt: skip
     command = [COMPILER, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror",
-               "-Wno-unused-parameter", "-Wno-psabi", target[0], "-DUSE_CUDA", "-DFUSED_KD_X86",
+               "-Wno-unused-parameter", "-Wno-psabi", TORCH_TARGET, "-DUSE_CUDA", "-DFUSED_KD_X86",
                *(f"-isystem{folder}" for folder in folders), str(source)]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "LC_ALL": "C"},
                           capture_output=True, text=True, check=False)  # fmt: skip

@@ -1,16 +1,14 @@
-// The operators on CUDA tensors, and the module fused_kd._cuda whose import registers them. Nothing
-// here waits for the device.
+// The operators on CUDA tensors, and the module fused_kd._cuda, whose import registers them. Nothing
+// here synchronizes with the device.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../cuda/launch.h"
 #include "../cuda/runtime.h"
+#include "build_info.h"
 #include "operators.h"
 
-#ifndef FUSED_KD_TORCH_VERSION
-#define FUSED_KD_TORCH_VERSION "unknown"
-#endif
 #ifndef FUSED_KD_ARCHITECTURES
 #define FUSED_KD_ARCHITECTURES "unknown"
 #endif
@@ -84,14 +82,13 @@ struct Cuda {
 };
 
 pybind11::dict build_info() {
-  pybind11::dict info;
+  pybind11::dict info = common_build_info();
   info["cuda_toolkit"] = toolkit();
-  info["built_with_torch"] = FUSED_KD_TORCH_VERSION;
   info["architectures"] = FUSED_KD_ARCHITECTURES;
   return info;
 }
 
-// What the kernels are told of a device, which must be the current one.
+// The properties that a launch depends on, of the current device.
 pybind11::dict device(int index) {
   Device found;
   const int error = describe_device(index, &found);

@@ -1,11 +1,11 @@
-// The operators of fused_kd/ops.py, the same for every backend of compiled kernels: check the
-// tensors, describe them to the kernels, call those of a `Backend`:
-//     DEVICE               its name in messages
-//     is_here(tensor)      whether a tensor lies where it can be used; same_device(a, b)
-//     Guard(tensor)        what must hold while kernels are called on the tensor's device
-//     rows, gradient       see problem.h: losses (and the gradient), the gradient from statistics
+// The operators of fused_kd/ops.py, the same for every backend of compiled kernels: each checks the
+// tensors, fills in a Problem and calls the kernels of a `Backend`, which defines
+//     DEVICE               the device's name in messages
+//     is_here(tensor)      whether the tensor is on such a device; same_device(a, b)
+//     Guard(tensor)        an object that makes the tensor's device current while it exists
+//     rows, gradient       see problem.h: losses (and the gradient); the gradient from statistics
 //     rescale, scale       a gradient times a number
-//     made(tensor, bytes)  a fresh gradient, before it is written
+//     made(tensor, bytes)  called with a newly allocated gradient, before it is written
 //
 // LibTorch Stable ABI only (torch >= 2.10): one build serves several torch versions. Every check
 // that protects memory is repeated here, since the operators can be called without the Python
@@ -47,7 +47,7 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-// Bytes from the first element to behind the last.
+// Addresses from the first element to just past the last.
 struct Extent {
   uintptr_t begin, end;
 };
@@ -149,7 +149,7 @@ struct Operators {
     return grad;
   }
 
-  // A tensor that is written may first have to part from one that it shares memory with.
+  // Taking the mutable pointer may first copy storage that the tensor shares with another.
   static void over_student(Problem& p, const Tensor& student) {
     p.grad = p.student = rows_of(student, "student", true);
   }
@@ -202,7 +202,7 @@ struct Operators {
     return {hard, soft, stats, grad};
   }
 
-  // The gradient in memory that the caller has, rounded once to its dtype.
+  // The gradient in the caller's memory, rounded once to its dtype.
   static Losses forward_backward_into(Tensor student, Tensor teacher, OptionalTensor labels,
                                       OptionalTensor w_hard, OptionalTensor w_soft,
                                       int64_t divergence, Tensor temperature, double beta,

@@ -1,4 +1,4 @@
-// torch's threads, as the torch-free kernels take them.
+// torch's thread pool as the `Parallel` of the torch-free kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,4 @@
-// The operator that multiplies CPU matrices (fused_kd/ops.py says what it promises).
+// The operator that multiplies CPU matrices; fused_kd/ops.py documents it.
 #include "../cpu/product.h"
 #include "operators.h"
 #include "parallel.h"
@@ -13,7 +13,7 @@ void check_matrix(const Tensor& x, const char* name) {
 }
 
 Operand operand_of(const Tensor& x, const char* name) {
-  // the stride of a dimension without a second element is never used
+  // the stride of a dimension of size 1 is never used
   const int64_t row_stride = x.size(0) > 1 ? x.stride(0) : 1;
   const int64_t column_stride = x.size(1) > 1 ? x.stride(1) : 1;
   STD_TORCH_CHECK(row_stride == 1 || column_stride == 1, name,
@@ -61,7 +61,7 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
   p.round_to = rounding_of(round_to);
   p.round_a = round_a;
   p.accumulate = accumulate;
-  // first: what is written may have to part from what it shares memory with
+  // first: taking the mutable pointer may copy storage that `out` shares with another tensor
   p.c = static_cast<float*>(out.mutable_data_ptr());
   p.c_stride = p.M > 1 ? out.stride(0) : p.N;
   p.a = operand_of(a, "a");
