@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from examples import common
 from fused_kd import KDLoss, LinearKDLoss
 from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.distributed import divide_gradients, global_num_items
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
 from fused_kd.testing import eager_kd_loss
 
 TEMPERATURE, MICRO_BATCHES = 2.0, 2

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.measuring import process_peak
 from demo import corpus, models, train
 from fused_kd.env import report
-from fused_kd.integrations.frameworks import FRAMEWORKS
+from fused_kd.integrations._common.frameworks import FRAMEWORKS
 
 STEPS, ROWS, LENGTH = 20, 2, 128
 TRAIN_TOKENS, HELD_OUT_TOKENS = 200_000, 10_000

@@ -21,8 +21,7 @@ from examples import common
 from examples.ranks import run_rank
 from fused_kd import LinearKDLoss
 from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.distributed import global_num_items
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import global_num_items, shifted
 
 Batch = dict[str, Tensor]
 

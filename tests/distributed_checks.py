@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import KDLoss, LinearKDLoss
 from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.distributed import divide_gradients, global_num_items
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
 
 STEPS, ROWS, LENGTH = 3, 2, 7
 CPU = torch.device("cpu")

@@ -112,7 +112,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"also the student's: copy\.deepcopy the teacher"):
         DistilledLM(student, student)
     model = DistilledLM(student, teacher)
-    with pytest.raises(ValueError, match=r"labels are absent from the batch: they say"):
+    with pytest.raises(ValueError, match=r"labels must be in the batch, since they say"):
         model(input_ids=IDS, labels=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"rounded to 16 bits; got torch\.bfloat16: FSDP2"):
         model(input_ids=IDS, labels=LABELS, num_items=torch.tensor(257.0).bfloat16())

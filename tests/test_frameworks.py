@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fused_kd import env
-from fused_kd.integrations import frameworks
-from fused_kd.integrations.frameworks import FRAMEWORKS, Framework
+from fused_kd.integrations._common import frameworks
+from fused_kd.integrations._common.frameworks import FRAMEWORKS, Framework
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed

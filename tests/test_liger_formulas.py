@@ -311,7 +311,11 @@ def test_a_target_of_probabilities_is_checked_by_its_name() -> None:
     refused(ValueError, r"^target must not require grad", target.clone().requires_grad_())
     negative = target.clone()
     negative[0, 3] = -0.25
-    refused(ValueError, r"^target must hold probabilities, .*; got -0\.25: of logits", negative)
+    refused(
+        ValueError,
+        r"^target must hold probabilities, .*; got -0\.25: if these are logits",
+        negative,
+    )
     loss(*heads[:2], negative, heads.labels)  # that row does not count
     log_q = torch.randn(12, 67).log_softmax(-1)
     for log_target in (False, True):

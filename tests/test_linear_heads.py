@@ -15,8 +15,8 @@ from small_models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
 from fused_kd import KDLoss, LinearKDLoss
+from fused_kd.integrations._common.heads import check_head, leave_out_head
 from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.heads import check_head, leave_out_head
 
 IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(IDS % 3 == 0, -100, IDS)

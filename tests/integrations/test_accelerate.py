@@ -20,8 +20,11 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
 from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.distributed import divide_gradients, global_num_items  # noqa: E402
-from fused_kd.integrations.heads import shifted  # noqa: E402
+from fused_kd.integrations.loop import (  # noqa: E402
+    divide_gradients,
+    global_num_items,
+    shifted,
+)
 from fused_kd.testing.memory import cpu_peak  # noqa: E402
 
 RATE = 0.1

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 transformers = need("transformers")
 
-from fused_kd.integrations import heads  # noqa: E402
-from fused_kd.integrations.models import check_models  # noqa: E402
+from fused_kd.integrations._common import heads  # noqa: E402
+from fused_kd.integrations._common.models import check_models  # noqa: E402
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 need("transformers")
 Accelerator = need("accelerate").Accelerator
 
-from fused_kd.integrations.distributed import global_num_items  # noqa: E402
+from fused_kd.integrations.loop import global_num_items  # noqa: E402
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 

@@ -22,8 +22,8 @@ from lightning.pytorch.strategies.launchers import multiprocessing as launchers 
 
 from fused_kd import KDLoss, KDLossParts, LinearKDLoss  # noqa: E402
 from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.heads import head_of, headless, shifted  # noqa: E402
 from fused_kd.integrations.lightning import KDModule, TeacherCallback  # noqa: E402
+from fused_kd.integrations.loop import head_of, headless, shifted  # noqa: E402
 
 RATE = 0.1
 SGD = partial(torch.optim.SGD, lr=RATE)

@@ -22,7 +22,7 @@ need("accelerate")
 need("lightning")
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations import models  # noqa: E402
+from fused_kd.integrations._common import models  # noqa: E402
 from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
 from fused_kd.integrations.lightning import KDModule  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
@@ -106,7 +106,9 @@ def test_an_encoder_decoder_needs_what_its_decoder_reads(kind: str) -> None:
     student, teacher = (_build(kind, seed) for seed in (0, 1))
     batch = _batch(kind)
     del batch["decoder_input_ids"]
-    with pytest.raises(ValueError, match=r"decoder_input_ids are absent.*DataCollatorForSeq2Seq"):
+    with pytest.raises(
+        ValueError, match=r"decoder_input_ids must be in the batch.*DataCollatorForSeq2Seq"
+    ):
         DistilledLM(student, teacher, shift=False)(**batch)
 
 

@@ -16,7 +16,7 @@ peft = need("peft")
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
 from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.heads import head_of  # noqa: E402
+from fused_kd.integrations.loop import head_of  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 
 LEVELS = [KDLoss(), LinearKDLoss()]

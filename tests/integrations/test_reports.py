@@ -21,7 +21,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
 from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.heads import shifted  # noqa: E402
+from fused_kd.integrations.loop import shifted  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 from fused_kd.integrations.trl import generalized_jsd_loss, use_fused_kd  # noqa: E402
 
