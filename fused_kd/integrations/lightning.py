@@ -194,19 +194,7 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
         self.teacher.to(trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher before every training step."""
-        self._run_teacher(trainer, batch)
-
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher before every validation step."""
-        self._run_teacher(trainer, batch)
-
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher before every test step."""
-        self._run_teacher(trainer, batch)
-
-    def _run_teacher(self, trainer: Any, batch: MutableMapping[str, Any]) -> None:
-        """Run the teacher on a batch and store its output there."""
+        """Run the teacher on a batch before every step, and store its output there."""
         _check_batch(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         check_inputs(self.teacher, inputs)
@@ -220,6 +208,8 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
         batch["teacher_weight"] = head.weight
         if head.bias is not None:
             batch["teacher_bias"] = head.bias
+
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
 
 
 def _check_batch(batch: object) -> None:

@@ -150,7 +150,6 @@ class LigerFusedLinearJSD(Shown):
 
     def _loss(self) -> LinearKDLoss:
         """Return the loss of the attributes as they are now."""
-        _check_accumulation(self.accum_dtype)
         check_beta(self.jsd_beta)
         return LinearKDLoss.like(
             "liger",
@@ -158,7 +157,7 @@ class LigerFusedLinearJSD(Shown):
             beta=self.jsd_beta,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
-            grad_accum_dtype=self.accum_dtype or torch.float32,
+            grad_accum_dtype=_accumulation(self.accum_dtype),
         )
 
     @named(**_JSD)
@@ -174,7 +173,7 @@ class LigerFusedLinearJSD(Shown):
         check_dense("student_weight", student_weight)
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
-        _check_accumulation(self.accum_dtype, student_weight)
+        _accumulation(self.accum_dtype, student_weight)  # refuses one that does not fit
         tensors = (student_input, student_weight, teacher_input, teacher_weight)
         loss: Tensor = self._loss()(*tensors, mask(shift_labels, self.ignore_index))
         return loss
@@ -220,12 +219,11 @@ class LigerFusedLinearKLDivLoss(Shown):
 
     def _loss(self) -> LinearKDLoss:
         """Return the loss of the attributes as they are now."""
-        _check_accumulation(self.accum_dtype)
         return LinearKDLoss(
             **FORWARD_KL,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
-            grad_accum_dtype=self.accum_dtype or torch.float32,
+            grad_accum_dtype=_accumulation(self.accum_dtype),
         )
 
     @named(**_KL)
@@ -239,7 +237,7 @@ class LigerFusedLinearKLDivLoss(Shown):
         """Return the reduced divergence; raises as :func:`fused_kd.linear_kd_loss`."""
         check_dense("student_input", student_input)
         check_dense("student_weight", student_weight)
-        _check_accumulation(self.accum_dtype, student_weight)
+        _accumulation(self.accum_dtype, student_weight)  # refuses one that does not fit
         check_target("target", target, (*student_input.shape[:-1], student_weight.shape[0]))
         labels = mask(shift_labels, self.ignore_index)
 
@@ -256,8 +254,8 @@ class LigerFusedLinearKLDivLoss(Shown):
         return kl_from(target, kept, self.reduction, loss, "target")
 
 
-def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
-    """Refuse an `accum_dtype` that is no dtype, or that does not fit the dtype of `weight`.
+def _accumulation(dtype: object, weight: Tensor | None = None) -> torch.dtype:
+    """Return the dtype in which weight gradients are added; check it against that of `weight`.
 
     Raises:
         TypeError: It is neither None nor a torch.dtype.
@@ -270,3 +268,4 @@ def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
             "accum_dtype must be None, torch.float32 or the dtype of student_weight, "
             f"{weight.dtype}; got {dtype}"
         )
+    return dtype or torch.float32
