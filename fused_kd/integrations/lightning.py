@@ -26,8 +26,8 @@ from ._common.labels import IGNORE_INDEX, aligned
 from ._common.models import check_inputs
 from ._common.outputs import logits_of
 from ._common.parts import check_loss
-from .distilled import DistilledLM
 from .loop import divide_gradients
+from .student_teacher import StudentTeacherLoss
 
 if find_spec("lightning") is None and find_spec("pytorch_lightning") is not None:
     import pytorch_lightning as pl
@@ -36,8 +36,8 @@ else:
     import lightning.pytorch as pl
 
 
-class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
-    """A LightningModule that trains the student of a :class:`DistilledLM`.
+class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
+    """A LightningModule that trains the student of a :class:`StudentTeacherLoss`.
 
     An update is the gradient of the mean over all tokens that it kept, regardless of the number of
     micro-batches (``accumulate_grad_batches``) and devices. The losses are sums, and the gradients
@@ -51,15 +51,15 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
     ``accumulate_grad_batches``, by which Lightning divides.
 
     Args:
-        student: see :class:`DistilledLM`; put into training mode.
-        teacher: see :class:`DistilledLM`; moved with the module, not in its checkpoints.
+        student: see :class:`StudentTeacherLoss`; put into training mode.
+        teacher: see :class:`StudentTeacherLoss`; moved with the module, not in its checkpoints.
         loss: KDLoss or LinearKDLoss with ``reduction="mean"``; None: ``KDLoss()``.
         optimizer: called with the student's parameters that require grad; its result is returned
             by ``configure_optimizers``.
-        shift: see :class:`DistilledLM`.
+        shift: see :class:`StudentTeacherLoss`.
 
     Raises:
-        TypeError, ValueError: As DistilledLM; or the loss has another reduction.
+        TypeError, ValueError: As StudentTeacherLoss; or the loss has another reduction.
     """
 
     def __init__(

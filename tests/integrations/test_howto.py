@@ -67,7 +67,7 @@ def test_accelerate(names: dict[str, Any]) -> None:
 @pytest.mark.parametrize("wrap", ["ddp = Dist", "fully_shard(block)", "auto_wrap_policy"])
 def test_distributed(names: dict[str, Any], wrap: str) -> None:
     page = "distributed.md"
-    exec(_block(page, "model = DistilledLM"), names)
+    exec(_block(page, "model = StudentTeacherLoss"), names)
     loop = _block(page, "ddp = Dist")
     if wrap not in loop:  # "the loop is the same"
         exec(_block(page, wrap), names)

@@ -21,8 +21,8 @@ need("accelerate")
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
 from fused_kd.integrations.loop import shifted  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import (  # noqa: E402
     DistillationLoss,
     KDTrainer,
@@ -287,11 +287,11 @@ def test_a_router_whose_loss_would_be_lost_is_refused() -> None:
     build = partial(tiny.build, MixtralForCausalLM, MixtralConfig, 0, num_local_experts=4)
     teacher = build(output_router_logits=True)
     student = build(output_router_logits=True, router_aux_loss_coef=0.1)
-    for kind in (DistillationLoss, DistilledLM):
+    for kind in (DistillationLoss, StudentTeacherLoss):
         with pytest.raises(ValueError, match=r"aux_loss, times 0\.1.*output_router_logits=False"):
             kind(student, teacher)
     student.config.output_router_logits = False
-    DistilledLM(student, teacher)
+    StudentTeacherLoss(student, teacher)
     DistillationLoss(build(output_router_logits=True, router_aux_loss_coef=0.0), teacher)
 
 
@@ -302,7 +302,7 @@ def test_a_student_whose_head_another_loss_has_left_out() -> None:
         with pytest.raises(ValueError, match=r"already bypassed.*loss\.remove\(\)"):
             DistillationLoss(student, tiny.llama(2), loss)
         with pytest.raises(ValueError, match="already bypassed"):
-            DistilledLM(student, tiny.llama(2), loss)
+            StudentTeacherLoss(student, tiny.llama(2), loss)
     first.remove()
     DistillationLoss(student, tiny.llama(2), linear).remove()
     assert student.train()(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.shape[-1] == 97

@@ -1,4 +1,4 @@
-"""DistilledLM: student, teacher and loss in one module, whose forward returns the loss.
+"""StudentTeacherLoss: student, teacher and loss in one module, whose forward returns the loss.
 
 It is for wrappers that act before and after a module's forward: DistributedDataParallel, FSDP2's
 ``fully_shard``, accelerate's ``prepare``, Lightning. A loss that takes the lm_head's weight must
@@ -21,12 +21,12 @@ from ._common.outputs import logits_of
 from ._common.parts import check_loss, parts_of
 
 
-class DistilledLM(nn.Module):
+class StudentTeacherLoss(nn.Module):
     """Two language models and the loss between them; call it with a batch.
 
     ::
 
-        model = DistilledLM(student, teacher, LinearKDLoss(temperature=2.0))
+        model = StudentTeacherLoss(student, teacher, LinearKDLoss(temperature=2.0))
         loss = model(**batch)  # input_ids, attention_mask, labels
 
     With a :class:`fused_kd.LinearKDLoss` neither model makes logits. The teacher is frozen, runs
@@ -96,7 +96,7 @@ class DistilledLM(nn.Module):
         heads = head_of(self.student), head_of(self.teacher)
         return parts_of(self.loss, student, teacher, targets, num_items, heads)
 
-    def train(self, mode: bool = True) -> DistilledLM:
+    def train(self, mode: bool = True) -> StudentTeacherLoss:
         """Set the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
@@ -113,7 +113,7 @@ class DistilledLM(nn.Module):
 def _check(
     student: nn.Module, teacher: nn.Module, loss: KDLoss | LinearKDLoss, shift: bool
 ) -> None:
-    """Refuse models or a loss that do not fit together; raises as :class:`DistilledLM`."""
+    """Refuse models or a loss that do not fit together; raises as :class:`StudentTeacherLoss`."""
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(model).__name__}")
