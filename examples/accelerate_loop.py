@@ -1,7 +1,7 @@
 """``python -m examples.accelerate_loop``: a plain loop with Accelerate.
 
-Its own way: the student is prepared, the loss is torch's. Ours: a DistilledLM is prepared, which
-gives the loss, with the exact mean over two micro-batches.
+Its own way: the student is prepared, the loss is torch's. Ours: a StudentTeacherLoss is prepared,
+which returns the loss, with the exact mean over two micro-batches.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from examples import common
 from fused_kd import KDLoss, LinearKDLoss
-from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.distributed import divide_gradients, global_num_items
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
 from fused_kd.testing import eager_kd_loss
 
 TEMPERATURE, MICRO_BATCHES = 2.0, 2
@@ -54,7 +53,7 @@ def train_ours(
 ) -> list[float]:
     """Sums, divided by the number of kept tokens where the gradients are complete."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
-    distilled = DistilledLM(student.train(), teacher, loss)
+    distilled = StudentTeacherLoss(student.train(), teacher, loss)
     optimizer = torch.optim.SGD(student.parameters(), lr=common.RATE)
     model, optimizer, data = accelerator.prepare(distilled, optimizer, loader(ids))
     losses, seen = [], []

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.measuring import process_peak
 from demo import corpus, models, train
 from fused_kd.env import report
-from fused_kd.integrations.frameworks import FRAMEWORKS
+from fused_kd.integrations._common.frameworks import FRAMEWORKS
 from fused_kd.options import MIB
 
 STEPS, ROWS, LENGTH = 20, 2, 128

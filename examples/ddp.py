@@ -20,9 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from examples import common
 from examples.ranks import run_rank
 from fused_kd import LinearKDLoss
-from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.distributed import global_num_items
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import global_num_items, shifted
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
 Batch = dict[str, Tensor]
 
@@ -49,7 +48,7 @@ def mean_over_ranks(loss: Tensor) -> float:
     return loss.item()
 
 
-def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
+def compare(name: str, wrap: Callable[[StudentTeacherLoss], nn.Module]) -> None:
     """Train `wrap(model)` on all ranks, then the model on one, and print how they differ."""
     options = common.arguments(None)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -60,7 +59,7 @@ def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
         common.student_and_teacher(source)  # keeps the teacher for the others
     dist.barrier()
     student, teacher = common.student_and_teacher(source)
-    model = DistilledLM(student.train(), teacher, LinearKDLoss(temperature=2.0))
+    model = StudentTeacherLoss(student.train(), teacher, LinearKDLoss(temperature=2.0))
     alone = deepcopy(model)
     whole = [with_prompts(ids) for ids in common.batches(source, options.steps, 2 * ranks)]
     own = [{key: x.chunk(ranks)[rank] for key, x in batch.items()} for batch in whole]
@@ -83,7 +82,7 @@ def compare(name: str, wrap: Callable[[DistilledLM], nn.Module]) -> None:
 
 
 def train_in_parallel(
-    model: DistilledLM, wrap: Callable[[DistilledLM], nn.Module], batches: list[Batch]
+    model: StudentTeacherLoss, wrap: Callable[[StudentTeacherLoss], nn.Module], batches: list[Batch]
 ) -> tuple[list[float], list[Tensor]]:
     """Train `wrap(model)`; return the losses and the student's weights.
 

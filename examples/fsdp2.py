@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 
 from examples.ddp import compare
 from examples.ranks import run_rank
-from fused_kd.integrations.distilled import DistilledLM
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
 
-def shard(model: DistilledLM) -> nn.Module:
+def shard(model: StudentTeacherLoss) -> nn.Module:
     """In place."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [*model.student.model.layers, *model.teacher.model.layers]:

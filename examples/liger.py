@@ -13,8 +13,8 @@ from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss as LigersOwn
 from torch import Tensor
 
 from examples import common
-from fused_kd.integrations.heads import shifted
 from fused_kd.integrations.liger import LigerFusedLinearJSDLoss
+from fused_kd.integrations.loop import shifted
 
 OPTIONS: dict[str, Any] = {"beta": 0.5, "temperature": 2.0, "chunk_size": 64}
 

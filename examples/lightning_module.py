@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from examples import common
 from fused_kd import KDLoss, LinearKDLoss
-from fused_kd.integrations.heads import shifted
 from fused_kd.integrations.lightning import KDModule
+from fused_kd.integrations.loop import shifted
 from fused_kd.testing import eager_kd_loss
 
 TEMPERATURE = 2.0

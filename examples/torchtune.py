@@ -18,7 +18,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from examples import common
 from fused_kd.integrations import torchtune as ours_by_name
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import shifted
 
 KD_RATIO = 0.5
 

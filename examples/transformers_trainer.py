@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from examples import common
 from fused_kd import KDLoss, LinearKDLoss
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import shifted
 from fused_kd.integrations.transformers import KDTrainer
 from fused_kd.testing import eager_kd_loss
 

@@ -93,7 +93,7 @@ def _backends() -> dict[str, str]:
 
 
 def _frameworks() -> dict[str, str]:
-    found = importlib.import_module("fused_kd.integrations.frameworks").FRAMEWORKS
+    found = importlib.import_module("fused_kd.integrations._common.frameworks").FRAMEWORKS
     return {framework.distribution: framework.status for framework in found.values()}
 
 

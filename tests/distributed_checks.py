@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import KDLoss, LinearKDLoss
-from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.distributed import divide_gradients, global_num_items
-from fused_kd.integrations.heads import shifted
+from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
 STEPS, ROWS, LENGTH = 3, 2, 7
 CPU = torch.device("cpu")
@@ -56,9 +55,9 @@ class Case:
                 mine = whole(student_of(parallel).get_parameter(name))
                 torch.testing.assert_close(mine, weight, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
-    def distilled(self) -> DistilledLM:
+    def distilled(self) -> StudentTeacherLoss:
         loss = (LinearKDLoss if self.linear else KDLoss)(temperature=2.0)
-        return DistilledLM(SmallLM(0, **self.model), SmallLM(1, hidden=24), loss)
+        return StudentTeacherLoss(SmallLM(0, **self.model), SmallLM(1, hidden=24), loss)
 
     def train(self, model: nn.Module, rank: int | None) -> Tensor:
         """The loss of every step, (STEPS,); of a rank: its share, times the number of ranks."""
@@ -125,7 +124,7 @@ def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def shard(model: DistilledLM, teacher_apart: bool = False, **options: Any) -> nn.Module:
+def shard(model: StudentTeacherLoss, teacher_apart: bool = False, **options: Any) -> nn.Module:
     """FSDP2: every block for itself; embeddings, norms and heads belong to the outermost."""
     options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [*model.student.blocks, *model.teacher.blocks]:
@@ -135,7 +134,7 @@ def shard(model: DistilledLM, teacher_apart: bool = False, **options: Any) -> nn
     return fully_shard(model, **options)
 
 
-def shard_flat(model: DistilledLM) -> nn.Module:
+def shard_flat(model: StudentTeacherLoss) -> nn.Module:
     """Shard by FSDP1. Frozen weights share a flat parameter with others: views have a graph."""
     policy = ModuleWrapPolicy({Block})
     return FSDP1(model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)

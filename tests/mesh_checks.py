@@ -7,7 +7,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from fused_kd import KDLoss, KDLossParts
-from fused_kd.integrations.distributed import global_num_items
+from fused_kd.integrations.loop import global_num_items
 
 ROWS, V = 12, 11
 

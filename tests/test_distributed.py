@@ -10,7 +10,7 @@ from distributed_checks import DDP_CHECKS, FSDP_CHECKS
 from processes import failures
 from torch import distributed as dist
 
-from fused_kd.integrations.distributed import divide_gradients, global_num_items
+from fused_kd.integrations.loop import divide_gradients, global_num_items
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd import env
-from fused_kd.integrations import frameworks
-from fused_kd.integrations.frameworks import FRAMEWORKS, Framework
+from fused_kd import env, integrations
+from fused_kd.integrations._common import frameworks
+from fused_kd.integrations._common.frameworks import FRAMEWORKS, Framework
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
@@ -59,6 +60,14 @@ def test_every_integration_has_its_modules_example_and_page() -> None:
     page = (ROOT / "docs" / "integrations.md").read_text()
     for link in re.findall(r"\]\((howto/[\w.]+)\)", page):
         assert (ROOT / "docs" / link).is_file(), link
+
+
+def test_there_is_one_module_a_framework_and_the_pages_import_nothing_private() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(integrations.__path__)}
+    of_frameworks = {framework.module for framework in FRAMEWORKS.values() if framework.module}
+    assert modules == of_frameworks | {"_common", "loop", "student_teacher"}
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        assert "_common" not in page.read_text(), page
 
 
 def test_the_table_of_runs_is_that_of_the_committed_results() -> None:

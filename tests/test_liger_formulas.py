@@ -311,7 +311,11 @@ def test_a_target_of_probabilities_is_checked_by_its_name() -> None:
     refused(ValueError, r"^target must not require grad", target.clone().requires_grad_())
     negative = target.clone()
     negative[0, 3] = -0.25
-    refused(ValueError, r"^target must hold probabilities, .*; got -0\.25: of logits", negative)
+    refused(
+        ValueError,
+        r"^target must hold probabilities, .*; got -0\.25: if these are logits",
+        negative,
+    )
     loss(*heads[:2], negative, heads.labels)  # that row does not count
     log_q = torch.randn(12, 67).log_softmax(-1)
     for log_target in (False, True):
@@ -339,6 +343,13 @@ def test_options_are_refused_by_ligers_names() -> None:
         liger.LigerFusedLinearKLDivLoss(accum_dtype=torch.bfloat16)(
             *heads[:2], probabilities(12, 67)
         )
+
+
+@pytest.mark.parametrize("kind", [liger.LigerFusedLinearJSD, liger.LigerFusedLinearKLDivLoss])
+def test_accum_dtype_is_that_of_the_sum_of_weight_gradients(kind: Any) -> None:
+    """What is summed in which dtype is tested with the loss itself."""
+    for given, used in ((None, torch.float32), *((x, x) for x in (torch.float32, torch.bfloat16))):
+        assert kind(accum_dtype=given)._loss().grad_accum_dtype == used
 
 
 def test_refusals() -> None:

@@ -15,8 +15,8 @@ from small_models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
 from fused_kd import KDLoss, LinearKDLoss
-from fused_kd.integrations.distilled import DistilledLM
-from fused_kd.integrations.heads import check_head, leave_out_head
+from fused_kd.integrations._common.heads import check_head, leave_out_head
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
 IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(IDS % 3 == 0, -100, IDS)
@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }
 
 
-def _outcome(model: DistilledLM) -> tuple[Tensor, ...]:
+def _outcome(model: StudentTeacherLoss) -> tuple[Tensor, ...]:
     model.train()
     loss = model(input_ids=IDS, labels=LABELS)
     assert isinstance(loss, Tensor)
@@ -103,12 +103,12 @@ def _outcome(model: DistilledLM) -> tuple[Tensor, ...]:
     )
 
 
-def _changed(loss: Any, which: str, change: Change) -> DistilledLM:
+def _changed(loss: Any, which: str, change: Change) -> StudentTeacherLoss:
     torch.manual_seed(0)
     student, teacher = SmallLM(0), SmallLM(1, hidden=16)
     if which != "student, late":
         change({"student": student, "teacher": teacher}[which].lm_head)
-    model = DistilledLM(student, teacher, loss)
+    model = StudentTeacherLoss(student, teacher, loss)
     if which == "student, late":
         change(student.lm_head)
     return model
@@ -148,7 +148,7 @@ def test_an_adapter_of_a_tied_embedding_is_not_the_heads_N_26() -> None:
         torch.manual_seed(0)
         student = SmallLM(0, tied=True)
         nn.utils.parametrize.register_parametrization(student.embed, "weight", _LowRank())
-        outcomes.append(_outcome(DistilledLM(student, SmallLM(1), loss)))
+        outcomes.append(_outcome(StudentTeacherLoss(student, SmallLM(1), loss)))
     for theirs, mine in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     up = next(gradient for gradient in outcomes[1] if gradient.shape == (VOCABULARY, 2))

@@ -1,4 +1,4 @@
-"""NeMo Automodel's ``KDLoss`` by its signature: change ``kd_loss_fn`` of a recipe's configuration.
+"""NeMo Automodel's ``KDLoss`` by its signature, for ``kd_loss_fn`` of a recipe's configuration.
 
 ``_target_: fused_kd.integrations.automodel.KDLoss``. Written from its source (July 2026) and tested
 against its formula; Automodel's own tests were run alongside and agree.
@@ -13,7 +13,8 @@ from torch import distributed as dist
 
 from .. import KDLoss as _KDLoss
 from ..checks import check_dense
-from .arguments import count_of_tokens, counted, named
+from ._common.arguments import allow_zero, named
+from ._common.labels import in_rows_of, mask_labels
 
 
 class KDLoss(nn.Module):
@@ -24,14 +25,14 @@ class KDLoss(nn.Module):
 
     Args:
         ignore_index: rows with this label do not count.
-        temperature: of both sides.
+        temperature: softens both sides.
         fp32_upcast: no effect: all arithmetic is float32.
         tp_group: None, or a group of one rank; logits must be whole.
-        chunk_size: no effect: nothing is materialised that chunks would cut.
+        chunk_size: no effect: nothing is materialised that would need chunks.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range, or a `tp_group` of several ranks.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range, or `tp_group` has several ranks.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class KDLoss(nn.Module):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> _KDLoss:
+        """Return the loss of the attributes as they are now."""
         _check_group(self.tp_group)
         return _KDLoss.like(
             "automodel", ignore_index=self.ignore_index, temperature=self.temperature
@@ -61,7 +63,7 @@ class KDLoss(nn.Module):
         self,
         student_logits: Tensor,  # (..., V)
         teacher_logits: Tensor,  # (..., V)
-        labels: Tensor,  # as many as there are rows; only says which rows count
+        labels: Tensor,  # one for each row; only says which rows count
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
         """Return the mean over the rows that count, or their sum over `num_batch_labels`.
@@ -69,22 +71,25 @@ class KDLoss(nn.Module):
         A `num_batch_labels` of 0 gives a loss of 0.
 
         Raises:
-            TypeError: no tensor, one of the wrong dtype, or a DTensor.
-            ValueError: shapes or values that do not fit; as :func:`fused_kd.kd_loss`.
+            TypeError: An argument is no tensor, has the wrong dtype, or is a DTensor.
+            ValueError: Shapes or values do not fit; as :func:`fused_kd.kd_loss`.
         """
         check_dense("student_logits", student_logits)
         check_dense("teacher_logits", teacher_logits)
-        labels, rows = counted(labels, self.ignore_index), student_logits.shape[:-1]
-        if labels.numel() == rows.numel():
-            labels = labels.reshape(rows)
+        labels = in_rows_of(student_logits, mask_labels(labels, self.ignore_index))
         loss: Tensor = self._loss()(
-            student_logits, teacher_logits, labels, num_items=count_of_tokens(num_batch_labels)
+            student_logits, teacher_logits, labels, num_items=allow_zero(num_batch_labels)
         )
         return loss
 
 
 def _check_group(group: Any) -> None:
-    """Refuse a group over which the vocabulary is sharded."""
+    """Refuse a group over which the vocabulary is sharded.
+
+    Raises:
+        TypeError: It is no process group.
+        ValueError: It has several ranks.
+    """
     if group is None:
         return
     if not isinstance(group, dist.ProcessGroup):
@@ -94,5 +99,5 @@ def _check_group(group: Any) -> None:
     if group.size() > 1:
         raise ValueError(
             "tp_group must be None or of one rank, since the loss needs whole rows of logits, not "
-            f"a shard of the vocabulary; got {group.size()} ranks: keep Automodel's own KDLoss"
+            f"a shard of the vocabulary; got {group.size()} ranks: use Automodel's own KDLoss"
         )

@@ -1,9 +1,10 @@
 """axolotl's loss of a top-k teacher by its signature (``axolotl.integrations.kd``).
 
-To be imported in place of those of ``axolotl.integrations.kd.topk_logprob.forward_kl``.
+Import them in place of those of ``axolotl.integrations.kd.topk_logprob.forward_kl``.
 Written from its source (2025 and 2026) and tested against its formula; never run inside axolotl.
-The top k log-probabilities are laid into float32 logits of the whole vocabulary, -inf elsewhere:
-as much memory as the student's logits in float32. ChunkedTopKKDLoss needs that of a chunk.
+The top k log-probabilities are scattered into float32 logits of the whole vocabulary, -inf
+elsewhere: as much memory as the student's logits in float32. ChunkedTopKKDLoss needs that for one
+chunk only.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from .. import KDLoss
 from ..checks import check_dense, may_look_at_values
-from .arguments import named
-from .probabilities import kl_of_mass
+from ._common.arguments import named
+from ._common.probabilities import kl_of_mass
 
 #: Our names → axolotl's.
 _NAMES = {
@@ -40,22 +41,22 @@ def loss(
 ) -> Tensor:
     """Return Σ q (log q - log p) over the entries of the mask; p is the student's, of all V, at T.
 
-    q is taken as it is given: not softened, and not made to sum to 1. There is no factor T². A
-    token that has several entries is learnt with the sum of their probabilities.
+    q is not changed: not softened, and not made to sum to 1. There is no factor T². A token with
+    several entries is learnt with the sum of their probabilities.
 
     Returns:
         0-d: the sum, divided by `num_items_in_batch`, or if that is not positive by the number of
         entries (not of tokens), as axolotl does. 0 if there is none, where axolotl's is NaN.
 
     Raises:
-        TypeError: not a tensor, or one of the wrong dtype.
-        ValueError: shapes or numbers that do not fit.
+        TypeError: An argument is no tensor, or has the wrong dtype.
+        ValueError: Shapes or numbers do not fit.
     """
     _check(student_logits, target_token_ids, target_logprobs, target_mask)
     kept = target_mask.to(torch.bool)
     shape = (*target_token_ids.shape[:2], student_logits.shape[-1])
     q = target_logprobs.float().masked_fill(~kept, -torch.inf).exp()
-    tokens = target_token_ids.where(kept, 0)  # those of the mask's rest may be any number
+    tokens = target_token_ids.where(kept, 0)  # outside the mask they may be any number
     _check_tokens(tokens, shape[-1])
     dense = q.new_zeros(shape).scatter_add_(-1, tokens, q)
     of_tokens = dense.gather(-1, tokens)
@@ -68,10 +69,10 @@ def loss(
 
 
 class ChunkedTopKKDLoss(nn.Module):
-    """:func:`loss`, over parts of the sequence one after the other.
+    """:func:`loss`, computed over chunks of the sequence one after the other.
 
     Args:
-        num_output_chunks: how many, at most.
+        num_output_chunks: the largest number of chunks.
         kd_temperature: of the student.
     """
 
@@ -103,6 +104,7 @@ class ChunkedTopKKDLoss(nn.Module):
 
 
 def _forward_kl(temperature: float) -> KDLoss:
+    """Return the loss without the factor T²."""
     return KDLoss(hard_weight=0.0, soft_weight=1.0, soft_scale="none", temperature=temperature)
 
 
@@ -116,7 +118,12 @@ def _divisor(mask: Tensor, num_items: float | Tensor) -> float | Tensor:
 
 
 def _check_count(num_items: float | Tensor) -> None:
-    """Refuse what is not a finite number, or not one number."""
+    """Refuse a denominator that is not one finite number.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor.
+        ValueError: It is a tensor of more dimensions, or not finite.
+    """
     if not isinstance(num_items, (Real, Tensor)):
         raise TypeError(f"num_items_in_batch must be a number; got {type(num_items).__name__}")
     if isinstance(num_items, Tensor):
@@ -132,18 +139,23 @@ def _check_count(num_items: float | Tensor) -> None:
 
 
 def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Refuse tokens beyond the vocabulary; by value, so on the CPU only."""
+    """Refuse tokens outside the vocabulary; by value, so on the CPU only.
+
+    Raises:
+        ValueError: There is one.
+    """
     if tokens.numel() == 0 or not may_look_at_values(tokens):
         return
     low, high = (int(bound) for bound in torch.aminmax(tokens))
     if low < 0 or high >= vocabulary:
         raise ValueError(
             f"target_token_ids must be in [0, {vocabulary}), the student's vocabulary; got "
-            f"{low if low < 0 else high}: mask an entry that is padding with 0 in target_mask"
+            f"{low if low < 0 else high}: set target_mask to 0 for an entry that is padding"
         )
 
 
 def _check(student_logits: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:
+    """Refuse tensors whose shapes or dtypes do not fit together; raises as :func:`loss`."""
     check_dense("student_logits", student_logits)
     if student_logits.dim() != 3:
         raise ValueError(f"student_logits must be (B, S, V); got {tuple(student_logits.shape)}")

@@ -1,6 +1,6 @@
 """DistillKit's losses for dense teachers, by their signature.
 
-In place of its own, before the trainer is made::
+Put them in front of its own before the trainer is made::
 
     from distillkit import lossfuncs
     from fused_kd.integrations import distillkit
@@ -8,8 +8,8 @@ In place of its own, before the trainer is made::
     lossfuncs.ALL_LOSS_CLASSES[:0] = distillkit.DENSE_LOSSES  # the first of a name is taken
 
 Written from its source (2025 and 2026) and tested against its formulas; DistillKit's own trainer
-was run alongside and agrees. A sparse teacher, top-k values of a dataset or a server, is refused:
-keep theirs.
+was run alongside and agrees. A sparse teacher (top-k values of a dataset or a server) is refused:
+use DistillKit's loss for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .. import KDLoss
-from .arguments import count_of_tokens, named
+from ._common.arguments import allow_zero, named
 
 
 class _DenseLoss:
@@ -28,13 +28,13 @@ class _DenseLoss:
     The loss is float32; DistillKit's has the logits' dtype.
 
     Args:
-        temperature: of both sides.
-        missing_probability_handling: no effect: a dense teacher misses nothing.
+        temperature: softens both sides.
+        missing_probability_handling: no effect: a dense teacher has every probability.
         sparse_chunk_length: no effect.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range.
     """
 
     NAME: ClassVar[str]
@@ -50,11 +50,11 @@ class _DenseLoss:
 
     @classmethod
     def name(cls) -> str:
-        """Return what a configuration calls it."""
+        """Return the loss's name in a configuration."""
         return cls.NAME
 
     def requires_hidden_states(self) -> bool:
-        """Return False: logits are enough."""
+        """Return False: the loss needs logits only."""
         return False
 
     @named(
@@ -76,13 +76,13 @@ class _DenseLoss:
         A `num_items_in_batch` of 0 gives a loss of 0.
 
         Raises:
-            TypeError: a teacher without logits; a tensor of the wrong dtype.
-            ValueError: shapes or values that do not fit; as :func:`fused_kd.kd_loss`.
+            TypeError: The teacher has no logits, or a tensor has the wrong dtype.
+            ValueError: Shapes or values do not fit; as :func:`fused_kd.kd_loss`.
         """
         if getattr(signal, "logits", None) is None:
             raise TypeError(
                 "signal.logits must be the teacher's logits (B, S, V); got a "
-                f"{type(signal).__name__} without: keep DistillKit's loss for a sparse one"
+                f"{type(signal).__name__} without: use DistillKit's loss for a sparse teacher"
             )
         if mask is not None and mask.dim() == 3:
             mask = mask.squeeze(-1)
@@ -90,7 +90,7 @@ class _DenseLoss:
             student_outputs.logits,
             signal.logits,
             token_weight=mask,
-            num_items=count_of_tokens(num_items_in_batch),
+            num_items=allow_zero(num_items_in_batch),
         )
         return loss
 
@@ -102,7 +102,7 @@ class KLDLoss(_DenseLoss):
 
 
 class JSDLoss(_DenseLoss):
-    """The Jensen-Shannon divergence, both sides weighing the same."""
+    """The Jensen-Shannon divergence, with equal weights of both sides."""
 
     NAME, DIVERGENCE = "jsd", "jsd"
 

@@ -1,4 +1,4 @@
-"""Lightning: a LightningModule that distils, and a callback that runs the teacher for yours.
+"""Lightning: a LightningModule that distils, and a callback that runs the teacher for your own.
 
 ::
 
@@ -6,7 +6,7 @@
                       optimizer=partial(torch.optim.AdamW, lr=1e-4))
     Trainer(accumulate_grad_batches=4).fit(module, loader)  # batches: input_ids, labels, ...
 
-The package is ``lightning``, or ``pytorch_lightning`` where only that is installed.
+The package is ``lightning``, or ``pytorch_lightning`` if only that is installed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
-from .distilled import DistilledLM, logits_of
-from .distributed import divide_gradients
-from .frameworks import need
-from .heads import IGNORED, aligned, check_head, head_of, headless
-from .models import check_inputs
-from .parts import check_loss
+from ._common.frameworks import need
+from ._common.heads import check_head, head_of, headless
+from ._common.labels import IGNORE_INDEX, aligned
+from ._common.models import check_inputs
+from ._common.outputs import logits_of
+from ._common.parts import check_loss
+from .loop import divide_gradients
+from .student_teacher import StudentTeacherLoss
 
 if find_spec("lightning") is None and find_spec("pytorch_lightning") is not None:
     import pytorch_lightning as pl
@@ -34,30 +36,30 @@ else:
     import lightning.pytorch as pl
 
 
-class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
-    """A LightningModule that trains the student of a :class:`DistilledLM`.
+class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
+    """A LightningModule that trains the student of a :class:`StudentTeacherLoss`.
 
-    An update is the gradient of the mean over all tokens it kept, in however many micro-batches
-    (``accumulate_grad_batches``) and on however many devices: the losses are sums, and the
-    gradients are divided by the count once, before they are clipped. That also makes
-    ``train_loss``, ``train_hard`` and ``train_soft`` exact means of the update; they are logged as
-    tensors, and nothing waits for a device. ``val_...`` and ``test_...`` are means over all kept
-    tokens of the evaluation; of several loaders ``val_loss/dataloader_idx_0`` and so on, as
-    Lightning names them. Automatic optimisation only.
+    An update is the gradient of the mean over all tokens that it kept, regardless of the number of
+    micro-batches (``accumulate_grad_batches``) and devices. The losses are sums, and the gradients
+    are divided by the count once, before they are clipped. So ``train_loss``, ``train_hard`` and
+    ``train_soft`` are exact means of the update too. They are logged as tensors, without waiting
+    for a device. ``val_...`` and ``test_...`` are means over all kept tokens of the evaluation.
+    With several loaders they are named ``val_loss/dataloader_idx_0`` and so on, as Lightning names
+    them. Automatic optimisation only.
 
-    What Lightning itself calls the loss of a step (``outputs["loss"]`` in a callback) is
-    the sum, times ``accumulate_grad_batches``, which Lightning divides by.
+    The loss of a step as Lightning reports it (``outputs["loss"]`` in a callback) is the sum, times
+    ``accumulate_grad_batches``, by which Lightning divides.
 
     Args:
-        student: see :class:`DistilledLM`; put into training mode.
-        teacher: see :class:`DistilledLM`; moved with the module, not in its checkpoints.
+        student: see :class:`StudentTeacherLoss`; put into training mode.
+        teacher: see :class:`StudentTeacherLoss`; moved with the module, not in its checkpoints.
         loss: KDLoss or LinearKDLoss with ``reduction="mean"``; None: ``KDLoss()``.
-        optimizer: called with the student's parameters that require grad; returns what
-            ``configure_optimizers`` may return.
-        shift: see :class:`DistilledLM`.
+        optimizer: called with the student's parameters that require grad; its result is returned
+            by ``configure_optimizers``.
+        shift: see :class:`StudentTeacherLoss`.
 
     Raises:
-        TypeError, ValueError: as DistilledLM; another reduction.
+        TypeError, ValueError: As StudentTeacherLoss; or the loss has another reduction.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         self._sums: dict[tuple[str, int], Tensor] = {}  # by stage and loader
 
     def configure_optimizers(self) -> Any:
-        """Return what `optimizer` makes."""
+        """Return the result of `optimizer`."""
         return self.make_optimizer([p for p in self.student.parameters() if p.requires_grad])
 
     def on_train_start(self) -> None:
@@ -92,20 +94,20 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         self._discard("test")
 
     def training_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the sum over the batch's kept tokens, times what Lightning divides by."""
+        """Return the sum over the batch's kept tokens, times Lightning's divisor."""
         divisor: int = self._lightning.accumulate_grad_batches
         return self._step("train", batch).loss * divisor
 
     def validation_step(
         self, batch: MutableMapping[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add to the sums of a loader."""
+        """Add a batch to the sums of its loader."""
         self._step("val", batch, dataloader_idx)
 
     def test_step(
         self, batch: MutableMapping[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add to the sums of a loader."""
+        """Add a batch to the sums of its loader."""
         self._step("test", batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -122,27 +124,29 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         self._log_means_of_loaders("test", self._lightning.num_test_batches)
 
     def _discard(self, stage: str) -> None:
+        """Drop the sums of a stage."""
         self._sums = {key: sums for key, sums in self._sums.items() if key[0] != stage}
 
     @property
     def _lightning(self) -> Any:
-        """Return the Trainer: to nn.Module, any attribute may be a parameter or a module."""
+        """Return the Trainer as Any: nn.Module declares attributes as parameters or modules."""
         return self.trainer
 
     def _step(self, stage: str, batch: MutableMapping[str, Any], loader: int = 0) -> KDLossParts:
+        """Return the sums of a batch, added to those of its stage and loader."""
         _check_batch(batch)
         parts = self.parts(**batch, num_items=1)
-        kept = (aligned(batch["labels"], self.shift) != IGNORED).sum()
+        kept = (aligned(batch["labels"], self.shift) != IGNORE_INDEX).sum()
         sums = torch.stack([kept.double(), *(part.detach().double() for part in parts)])
         key = (stage, loader)
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums
         return parts
 
     def _log_means_of_loaders(self, stage: str, batches: Sequence[float]) -> None:
-        """Log the means of every loader, named as Lightning names those of one of several.
+        """Log the means of every loader, with Lightning's suffix if there are several.
 
-        Nothing is logged of a loader without batches. One whose length is not known may yield none,
-        in one process or in all: its sums are 0 there, since all processes reduce together.
+        A loader without batches logs nothing. A loader of unknown length may yield no batch, in one
+        process or in all: its sums are 0 there, since all processes reduce together.
         """
         for loader, count in enumerate(batches):
             if count > 0:
@@ -157,27 +161,27 @@ class KDModule(DistilledLM, pl.LightningModule):  # type: ignore[misc]
         loss, hard, soft = (sums[1:] / sums[0].clamp(min=1)).float()
         means = {"loss": loss, "hard": hard, "soft": soft}
         log: Any = self.log_dict
-        named = {f"{stage}_{name}{suffix}": mean for name, mean in means.items()}
-        log(named, add_dataloader_idx=False)  # the suffix says it
+        logs = {f"{stage}_{name}{suffix}": mean for name, mean in means.items()}
+        log(logs, add_dataloader_idx=False)  # the suffix has it
         kept: Tensor = sums[0]
         return kept
 
 
 class TeacherCallback(pl.Callback):  # type: ignore[misc]
-    """Runs a teacher on every batch, and leaves in the batch what it gives.
+    """A callback that runs a teacher on every batch, and stores its output in the batch.
 
-    For a LightningModule of your own, whose steps then read ``batch["teacher_logits"]``, or with
-    ``linear=True`` ``batch["teacher_hidden"]``, ``batch["teacher_weight"]`` and
-    ``batch["teacher_bias"]`` (where it has one). The teacher belongs to no module: it is in no
+    It is for a LightningModule of your own, whose steps then read ``batch["teacher_logits"]``, or
+    with ``linear=True`` ``batch["teacher_hidden"]``, ``batch["teacher_weight"]`` and
+    ``batch["teacher_bias"]`` (if the head has one). The teacher belongs to no module: it is in no
     checkpoint, no optimizer and no gradient synchronisation. It is frozen, in evaluation mode, and
     runs without gradient in the Trainer's precision.
 
     Args:
         teacher: called with everything in the batch but the labels.
-        linear: whether the lm_head is left out, for a LinearKDLoss.
+        linear: whether the lm_head is bypassed, for a LinearKDLoss.
 
     Raises:
-        TypeError, ValueError: with ``linear``, an lm_head that cannot be left out.
+        TypeError, ValueError: With ``linear``, the lm_head cannot be bypassed.
     """
 
     def __init__(self, teacher: nn.Module, *, linear: bool = False) -> None:
@@ -190,18 +194,7 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
         self.teacher.to(trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher before every training step."""
-        self._teach(trainer, batch)
-
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher before every validation step."""
-        self._teach(trainer, batch)
-
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher before every test step."""
-        self._teach(trainer, batch)
-
-    def _teach(self, trainer: Any, batch: MutableMapping[str, Any]) -> None:
+        """Run the teacher on a batch before every step, and store its output there."""
         _check_batch(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         check_inputs(self.teacher, inputs)
@@ -216,13 +209,20 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
         if head.bias is not None:
             batch["teacher_bias"] = head.bias
 
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
 
 def _check_batch(batch: object) -> None:
+    """Refuse a batch that is not a dict with labels.
+
+    Raises:
+        TypeError: It is something else, or has no labels.
+    """
     if not isinstance(batch, MutableMapping) or not isinstance(batch.get("labels"), Tensor):
-        found = type(batch).__name__
+        kind = type(batch).__name__
         if isinstance(batch, MutableMapping):
-            found = f"one with {', '.join(map(repr, batch))}"
+            kind = f"one with {', '.join(map(repr, batch))}"
         raise TypeError(
-            "a batch must be a dict with labels, -100 where a token does not count, and what the "
-            f"models are called with; got {found}"
+            "a batch must be a dict with labels, -100 where a token does not count, and the inputs "
+            f"of the models; got {kind}"
         )

@@ -6,13 +6,12 @@
     config = {"teacher_model": teacher, "criterion": {("lm_head", "lm_head"): loss}}
     model = mtd.convert(student, mode=[("kd_loss", config)])
 
-Names, keywords and numbers are modelopt's; it takes any ``_Loss``, and is itself not needed here.
+Names, keywords and numbers are modelopt's. It accepts any ``_Loss``, and need not be installed.
 The losses are float32 whatever the dtype of the logits. The teacher gets no gradient.
 """
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 import torch
@@ -20,16 +19,16 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from ..checks import check_dense, check_label_range, check_labels, check_logits
-from ..functional import KDLossParts
 from ..modules import KDLoss
 from ..reduction import arithmetic_dtype, wide_labels
-from .arguments import named
-from .heads import IGNORED
-from .probabilities import blocks, check_reduction, denominator
+from ._common.arguments import named
+from ._common.labels import IGNORE_INDEX, in_rows_of
+from ._common.parts import as_tensor
+from ._common.probabilities import blocks, check_reduction, denominator
 
 #: Our names → modelopt's.
 _NAMES = {"student_logits": "logits_s", "teacher_logits": "logits_t"}
-#: What modelopt adds to a denominator of MFTLoss.
+#: Added by modelopt to a denominator of MFTLoss.
 TINY = 1e-7
 
 
@@ -39,13 +38,13 @@ class LogitsDistillationLoss(_Loss):
     Args:
         temperature: T.
         reduction: "mean" divides the sum by N·V, "batchmean" by the first dimension, "sum" by
-            nothing; "none" gives the loss of every row.
+            nothing; "none" returns the loss of every row.
         inplace: write the gradient over the student's logits, see :func:`fused_kd.kd_loss`.
         backend: as there.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range.
     """
 
     def __init__(
@@ -63,6 +62,7 @@ class LogitsDistillationLoss(_Loss):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> KDLoss:
+        """Return the loss of the attributes as they are now."""
         if self.reduction != "none":
             check_reduction(self.reduction)
         return KDLoss.like(
@@ -86,7 +86,7 @@ class LogitsDistillationLoss(_Loss):
             first, vocabulary = logits_s.shape[0], logits_s.shape[-1]
             rows = first if self.reduction == "batchmean" else logits_s[..., 0].numel()
             num_items = denominator(self.reduction, rows, None, vocabulary)
-        return _as_tensor(self._loss()(logits_s, logits_t, num_items=num_items))
+        return as_tensor(self._loss()(logits_s, logits_t, num_items=num_items))
 
     def extra_repr(self) -> str:
         """Return the attributes."""
@@ -98,8 +98,8 @@ class MFTLoss(_Loss):
     """T²·KL(corrected teacher ‖ student): minifinetuning, which moves the teacher to the label.
 
     The target is (1-m)·q + m·[label], with the m that puts the label `threshold` above its rivals.
-    All entries but the label's keep their ratios, so it is a softmax again, of logits that differ
-    in one entry of each row. A float32 copy of the teacher's logits holds them.
+    All entries but the label's keep their ratios, so the target is a softmax of logits that differ
+    from the teacher's in one entry of each row. They are stored in a float32 copy.
 
     Args:
         temperature: T.
@@ -110,8 +110,8 @@ class MFTLoss(_Loss):
         backend: as there.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range.
     """
 
     def __init__(
@@ -147,26 +147,25 @@ class MFTLoss(_Loss):
     ) -> Tensor:
         """Return the loss, 0-d; -100 labels a row to ignore. Raises as :func:`fused_kd.kd_loss`."""
         logits_t = _checked(logits_s, logits_t)
-        *leading, vocabulary = logits_s.shape
+        vocabulary = logits_s.shape[-1]
         check_dense("labels", labels)
-        if labels.numel() == math.prod(leading):
-            labels = labels.reshape(leading)
+        labels = in_rows_of(logits_s, labels)
         check_labels(labels, logits_s, hard_weight=1.0)
         targets = wide_labels(labels)
         assert targets is not None
-        kept = targets != IGNORED
-        check_label_range(targets, kept, vocabulary, IGNORED)
-        taught = self._corrected(logits_t, torch.where(kept, targets, 0))
+        kept = targets != IGNORE_INDEX
+        check_label_range(targets, kept, vocabulary, IGNORE_INDEX)
+        corrected = self._corrected(logits_t, torch.where(kept, targets, 0))
         num_items = denominator(self.reduction, 0, kept, vocabulary)
-        return _as_tensor(self.loss(logits_s, taught, targets, num_items=num_items))
+        return as_tensor(self.loss(logits_s, corrected, targets, num_items=num_items))
 
     @torch.no_grad()
     def _corrected(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the logits whose softmax at T is the target; `labels` (...) in [0, V)."""
         temperature = self.loss.options.temperature
         corrected = logits.new_empty(logits.shape, dtype=arithmetic_dtype(logits)).copy_(logits)
-        every, labels = corrected.view(-1, logits.shape[-1]), labels.reshape(-1, 1)
-        for rows, label in blocks(every, labels):
+        all_rows, labels = corrected.view(-1, logits.shape[-1]), labels.reshape(-1, 1)
+        for rows, label in blocks(all_rows, labels):
             softened = rows / temperature
             log_sum = softened.logsumexp(-1, keepdim=True)
             top, which = softened.max(-1, keepdim=True)
@@ -177,13 +176,13 @@ class MFTLoss(_Loss):
         return corrected
 
     def _odds(self, p_top: Tensor, p_label: Tensor, is_right: Tensor) -> Tensor:
-        """Return m/(1-m), modelopt's m solved for it, so that m near 1 is not rounded."""
+        """Return m/(1-m) from modelopt's formula of m, so that m near 1 is not rounded."""
         wrong = (p_top - p_label + self.threshold) / (1 - self.threshold + TINY)
         capped = torch.where(p_label > 1 - self.threshold, 1, p_label + self.threshold)
         return torch.where(is_right, (capped - p_top) / (1 - capped + TINY), wrong)
 
     def extra_repr(self) -> str:
-        """Return what the loss inside does not show."""
+        """Return the attributes that the inner loss does not have."""
         return f"threshold={self.threshold!r}, reduction={self.reduction!r}"
 
 
@@ -194,8 +193,3 @@ def _checked(logits_s: Tensor, logits_t: Tensor) -> Tensor:
     logits_t = logits_t.detach()
     check_logits(logits_s, logits_t, soft_weight=1.0)
     return logits_t
-
-
-def _as_tensor(loss: Tensor | KDLossParts) -> Tensor:
-    assert isinstance(loss, Tensor)
-    return loss

@@ -1,9 +1,9 @@
-"""torchtune's distillation losses under their names and signatures: change ``kd_loss`` of a recipe.
+"""torchtune's distillation losses under their names and signatures, for ``kd_loss`` of a recipe.
 
-``_component_: fused_kd.integrations.torchtune.ForwardKLWithChunkedOutputLoss``; torchtune itself is
-not needed. The numbers are torchtune's: temperature 1, and the soft cross-entropy −Σ q log p for
+``_component_: fused_kd.integrations.torchtune.ForwardKLWithChunkedOutputLoss``; torchtune need not
+be installed. The numbers are torchtune's: temperature 1, and the soft cross-entropy −Σ q log p for
 the forward KL, which is the divergence plus the teacher's entropy and has the same gradient.
-What differs, on purpose:
+Intended differences:
 
 * with no row that counts, the loss is 0 and attached to the graph, with zero gradients; torchtune
   returns a constant, or 0/0;
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from .. import kd_loss
 from ..checks import check_dense
-from .arguments import counted
+from ._common.labels import in_rows_of, mask_labels
+from ._common.parts import as_tensor
 
 
 class _KLLoss(nn.Module):
-    """What the losses on whole logits share."""
+    """Base class of the losses on whole logits."""
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()
@@ -36,21 +37,21 @@ class _KLLoss(nn.Module):
         self,
         student_logits: Tensor,  # (..., V)
         teacher_logits: Tensor,  # (..., V)
-        labels: Tensor,  # as many as there are rows; only says which rows count
+        labels: Tensor,  # one for each row; only says which rows count
         normalize: bool = True,
     ) -> Tensor:
-        """The mean over the rows whose label is not `ignore_index`; their sum without `normalize`.
+        """Return the mean over the rows that count, or their sum without `normalize`.
+
+        Rows with the label `ignore_index` do not count.
 
         Raises:
-            TypeError: no tensor, or one of the wrong dtype.
-            ValueError: shapes that do not fit, as :func:`fused_kd.kd_loss`.
+            TypeError: An argument is no tensor, or has the wrong dtype.
+            ValueError: Shapes do not fit, as :func:`fused_kd.kd_loss`.
         """
         check_dense("student_logits", student_logits)
         check_dense("teacher_logits", teacher_logits)
-        labels, rows = counted(labels, self.ignore_index), student_logits.shape[:-1]
-        if labels.numel() == rows.numel():
-            labels = labels.reshape(rows)
-        divisor = kept_rows(labels, self.ignore_index) if normalize else 1
+        labels = in_rows_of(student_logits, mask_labels(labels, self.ignore_index))
+        divisor = count_rows(labels, self.ignore_index) if normalize else 1
         return self.divided(student_logits, teacher_logits, labels, divisor)
 
     def divided(
@@ -60,7 +61,7 @@ class _KLLoss(nn.Module):
         labels: Tensor,  # (...)
         divisor: float | Tensor,
     ) -> Tensor:
-        """The sum over the rows that count, divided before the gradient is rounded."""
+        """Return the sum over the rows that count, divided before the gradient is rounded."""
         raise NotImplementedError
 
     def _divergence(
@@ -71,18 +72,19 @@ class _KLLoss(nn.Module):
         labels: Tensor,
         divisor: float | Tensor,
     ) -> Tensor:
-        loss = kd_loss(
-            student,
-            teacher,
-            labels,
-            hard_weight=0.0,
-            soft_weight=1.0,
-            divergence=name,
-            ignore_index=self.ignore_index,
-            num_items=divisor,
+        """Return a divergence, summed over the rows that count and divided."""
+        return as_tensor(
+            kd_loss(
+                student,
+                teacher,
+                labels,
+                hard_weight=0.0,
+                soft_weight=1.0,
+                divergence=name,
+                ignore_index=self.ignore_index,
+                num_items=divisor,
+            )
         )
-        assert isinstance(loss, Tensor)
-        return loss
 
 
 class ForwardKLLoss(_KLLoss):
@@ -98,14 +100,15 @@ class ForwardKLLoss(_KLLoss):
     def divided(
         self, student: Tensor, teacher: Tensor, labels: Tensor, divisor: float | Tensor
     ) -> Tensor:
+        """Return the soft cross-entropy, as :meth:`_KLLoss.divided`."""
         divergence = self._divergence("forward_kl", student, teacher, labels, divisor)
         return divergence + self._entropy(teacher, labels) / divisor
 
     @torch.no_grad()
     def _entropy(self, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Of the rows that count, together: log V − KL(q ‖ uniform) each.
+        """Return the sum of the entropies of the rows that count: log V − KL(q ‖ uniform) each.
 
-        The uniform distribution is one row of equal logits that every row reads.
+        The uniform distribution is one row of equal logits, expanded to all rows.
         """
         uniform = teacher.new_zeros(teacher.shape[-1]).expand_as(teacher)
         below = self._divergence("forward_kl", uniform, teacher, labels, 1)
@@ -123,20 +126,21 @@ class ReverseKLLoss(_KLLoss):
     def divided(
         self, student: Tensor, teacher: Tensor, labels: Tensor, divisor: float | Tensor
     ) -> Tensor:
+        """Return the reverse KL, as :meth:`_KLLoss.divided`."""
         return self._divergence("reverse_kl", student, teacher, labels, divisor)
 
 
 class SymmetricKLLoss(_KLLoss):
     """``sym_kd_ratio`` · forward + (1 − ``sym_kd_ratio``) · reverse, which is not a JSD.
 
-    The two are computed apart, each with a gradient of the size of the logits.
+    The two are computed separately, each with a gradient of the size of the logits.
 
     Args:
         sym_kd_ratio: in [0, 1]; a term of weight 0 is not computed.
         ignore_index: rows with this label do not count.
 
     Raises:
-        ValueError: a ratio outside [0, 1].
+        ValueError: The ratio is outside [0, 1].
     """
 
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
@@ -150,6 +154,7 @@ class SymmetricKLLoss(_KLLoss):
     def divided(
         self, student: Tensor, teacher: Tensor, labels: Tensor, divisor: float | Tensor
     ) -> Tensor:
+        """Return the weighted sum of both, as :meth:`_KLLoss.divided`."""
         ratios = ((self.fkl, self.sym_kd_ratio), (self.rkl, 1.0 - self.sym_kd_ratio))
         terms = [
             loss.divided(student, teacher, labels, divisor / ratio)
@@ -160,7 +165,7 @@ class SymmetricKLLoss(_KLLoss):
 
 
 class _ChunkedOutputLoss(nn.Module):
-    """A loss on logits that come in chunks along the sequence; they are never put together."""
+    """Base class of the losses on logits in chunks along the sequence, which are never joined."""
 
     def __init__(self, num_output_chunks: int, loss: _KLLoss) -> None:
         super().__init__()
@@ -174,17 +179,18 @@ class _ChunkedOutputLoss(nn.Module):
         teacher_logits: Sequence[Tensor],  # the same
         labels: Tensor,  # (B, Σ S_i); only says which rows count
     ) -> Tensor:
-        """The mean over the rows whose label is not `ignore_index`.
+        """Return the mean over the rows whose label is not `ignore_index`.
 
-        The logits say where they are cut: `num_output_chunks` is for the model.
+        The lengths of the chunks are those of the logits: `num_output_chunks` is for the model.
 
         Raises:
-            TypeError: not a list of chunks, or a tensor of the wrong dtype.
-            ValueError: chunks of other lengths; or as :func:`fused_kd.kd_loss`.
+            TypeError: An argument is not a list of chunks, or a tensor has the wrong dtype.
+            ValueError: The chunks have other lengths than the labels; or as
+                :func:`fused_kd.kd_loss`.
         """
         _check_chunks("student_logits", student_logits)
         _check_chunks("teacher_logits", teacher_logits)
-        labels = counted(labels, self.ignore_index)
+        labels = mask_labels(labels, self.ignore_index)
         if labels.dim() != 2:
             raise ValueError(f"labels must have shape (B, S); got {tuple(labels.shape)}")
         batch = max(len(labels), 1)
@@ -193,11 +199,12 @@ class _ChunkedOutputLoss(nn.Module):
         fit = sum(rows) == labels.numel() and not any(count % batch for count in rows)
         if len(teacher_logits) != len(lengths) or not fit:
             raise ValueError(
-                "student_logits and teacher_logits must be as many chunks, as long together as the "
-                f"labels; got {lengths} for the student, {len(teacher_logits)} chunks for the "
-                f"teacher and labels of shape {tuple(labels.shape)}"
+                "student_logits and teacher_logits must have the same number of chunks, and the "
+                f"length of the labels together; got {lengths} for the student, "
+                f"{len(teacher_logits)} chunks for the teacher and labels of shape "
+                f"{tuple(labels.shape)}"
             )
-        divisor = kept_rows(labels, self.ignore_index)
+        divisor = count_rows(labels, self.ignore_index)
         losses = [
             self.loss.divided(student, teacher, part.reshape(student.shape[:-1]), divisor)
             for student, teacher, part in zip(
@@ -211,7 +218,7 @@ class ForwardKLWithChunkedOutputLoss(_ChunkedOutputLoss):
     """:class:`ForwardKLLoss` of chunks.
 
     Args:
-        num_output_chunks: what the recipe hands to the models.
+        num_output_chunks: the number that the recipe passes to the models.
         ignore_index: rows with this label do not count.
     """
 
@@ -237,13 +244,18 @@ class SymmetricKLWithChunkedOutputLoss(_ChunkedOutputLoss):
 
 
 def _check_chunks(name: str, chunks: Sequence[Tensor]) -> None:
-    """A list of at least one tensor with rows."""
+    """Refuse anything but a list of at least one tensor with rows.
+
+    Raises:
+        TypeError: It is no list, or empty; or a chunk is no tensor.
+        ValueError: A chunk has fewer than two dimensions.
+    """
     is_list = isinstance(chunks, (list, tuple))
     if not is_list or not chunks:
-        got = "none" if is_list else f"a {type(chunks).__name__}"
+        kind = "none" if is_list else f"a {type(chunks).__name__}"
         raise TypeError(
-            f"{name} must be a list of chunks, at least one; got {got}: for whole logits there is "
-            "the class without chunks"
+            f"{name} must be a list of chunks, at least one; got {kind}: for whole logits use the "
+            "class without chunks"
         )
     for i, chunk in enumerate(chunks):
         check_dense(f"{name}[{i}]", chunk)
@@ -253,6 +265,6 @@ def _check_chunks(name: str, chunks: Sequence[Tensor]) -> None:
             )
 
 
-def kept_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """How many rows count, at least 1: none of them sums to 0."""
+def count_rows(labels: Tensor, ignore_index: int) -> Tensor:
+    """Return the number of rows that count; at least 1, so that no row gives 0."""
     return (labels != ignore_index).sum().clamp(min=1)

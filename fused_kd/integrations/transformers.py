@@ -6,8 +6,8 @@
                       compute_loss_func=DistillationLoss(student, teacher, KDLoss(temperature=2.0)))
 
 or ``KDTrainer(student, args, teacher=teacher, loss=LinearKDLoss(temperature=2.0), ...)``, which
-logs the hard and the soft part too. `KDLoss` takes the logits of both models; `LinearKDLoss` their
-hidden states, and neither model makes logits while it trains.
+also logs the hard and the soft part. `KDLoss` takes the logits of both models. `LinearKDLoss` takes
+their hidden states, and neither model makes logits during training.
 """
 
 from __future__ import annotations
@@ -21,42 +21,45 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss, LinearKDLoss
-from .calls import Call, Calls, logits_in
-from .frameworks import need
-from .heads import aligned, check_head, head_of, headless, is_left_out, leave_out_head
-from .models import PaddingCheck, check_inputs, check_models
-from .parts import check_loss, parts_of
+from ._common.calls import Call, Calls
+from ._common.frameworks import need
+from ._common.heads import check_head, head_of, headless, is_left_out, leave_out_head
+from ._common.labels import aligned
+from ._common.models import PaddingCheck, check_inputs, check_models
+from ._common.outputs import logits_in
+from ._common.parts import check_loss, parts_of
 
 need("transformers")
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
-#: What a batch has for the loss; everything else goes to the teacher as it went to the student.
+#: Entries of a batch that are for the loss; the teacher gets all others, as the student does.
 NOT_FOR_THE_TEACHER = ("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict")
 
 
 @dataclass
 class _Parts:
-    """Sums since they were logged last; on the device, so that nothing waits for them."""
+    """Sums since the last log; kept on the device, so that the host does not wait."""
 
     sums: Tensor | None = None  # (2,): hard, soft
     count: int = 0
 
     def add(self, parts: Tensor) -> None:  # (..., 2)
+        """Add rows of hard and soft loss."""
         rows = parts.reshape(-1, 2)
         self.sums = rows.sum(0) + (0 if self.sums is None else self.sums)
         self.count += len(rows)
 
 
 class DistillationLoss:
-    """For ``Trainer(compute_loss_func=...)``: hard and soft loss of a language model.
+    """Hard and soft loss of a language model, for ``Trainer(compute_loss_func=...)``.
 
-    The labels are those of the batch, not shifted: it is done here. The sum over the kept tokens is
-    divided by the Trainer's ``num_items_in_batch``, so an update does not depend on how its batch
-    is cut into micro-batches or spread over processes. The teacher is called with what the student
-    was called with, without gradient, under the same autocast.
+    The labels are those of the batch, not shifted: they are shifted here. The sum over the kept
+    tokens is divided by the Trainer's ``num_items_in_batch``, so an update does not depend on how
+    its batch is cut into micro-batches or spread over processes. The teacher is called with the
+    student's inputs, without gradient, under the same autocast.
 
-    With a :class:`fused_kd.LinearKDLoss` the student's lm_head passes its input on while the
-    student is in training mode; in evaluation the logits are made, and returned to the Trainer.
+    With a :class:`fused_kd.LinearKDLoss` the student's lm_head returns its input while the student
+    is in training mode; in evaluation the logits are made, and returned to the Trainer.
 
     Args:
         student: the model that the Trainer trains, before it is wrapped.
@@ -68,12 +71,12 @@ class DistillationLoss:
             language models, classifiers, encoder-decoders).
 
     Raises:
-        TypeError: student, teacher or loss of another kind; with a LinearKDLoss an lm_head that is
+        TypeError: Student, teacher or loss are of another kind; with a LinearKDLoss an lm_head is
             not a plain nn.Linear.
-        ValueError: a model that is not causal, if labels are shifted; another vocabulary; a
-            parameter that both models have; a router whose aux_loss would be lost; a teacher in
-            training mode; with a LinearKDLoss logits that are soft-capped or otherwise changed
-            after the lm_head, or a student of another such loss.
+        ValueError: A model is not causal, if labels are shifted; the vocabularies differ; both
+            models have the same parameter; a router's aux_loss would be lost; the teacher is in
+            training mode; with a LinearKDLoss logits are soft-capped or otherwise changed after
+            the lm_head, or the student has another such loss.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class DistillationLoss:
     def __call__(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the loss, as Trainer.compute_loss asks for it.
+        """Return the loss, with the arguments of Trainer's ``compute_loss_func``.
 
         Args:
             outputs: of the student, with logits (B, S, V).
@@ -110,19 +113,19 @@ class DistillationLoss:
             num_items_in_batch: kept tokens of the whole update; None: of this batch.
 
         Raises:
-            RuntimeError: outputs that cannot be assigned to a call of the student.
-            ValueError: labels that are absent, in training also if there are ``shift_labels`` but
-                no `num_items_in_batch`; inputs that are one model's own; a teacher in training
-                mode; a student whose lm_head another loss bypasses.
+            RuntimeError: The outputs cannot be assigned to a call of the student.
+            ValueError: Labels are absent, in training also if there are ``shift_labels`` but no
+                `num_items_in_batch`; inputs belong to one model; the teacher is in training mode;
+                another loss bypasses the student's lm_head.
         """
         self.has_num_items = num_items_in_batch is not None
-        given = logits_in(outputs)
-        call = self._calls.take(given)
+        logits = logits_in(outputs)
+        call = self._calls.take(logits)
         inputs = call.named(self.student)
         targets = self._targets(labels, inputs)
         self._check_padding(labels, inputs)
-        with call.again(given.device):
-            parts = self._parts(given, call, inputs, targets, num_items_in_batch)
+        with call.again(logits.device):
+            parts = self._parts(logits, call, inputs, targets, num_items_in_batch)
         both = torch.stack([parts.hard, parts.soft])
         if self.student.training:
             self.training_parts.add(both)
@@ -131,7 +134,7 @@ class DistillationLoss:
         return parts.loss
 
     def remove(self) -> None:
-        """Gives the student back as it was: for whoever goes on training it with another loss."""
+        """Restore the student, so that it can be trained with another loss."""
         while self._undo:
             self._undo.pop()()
 
@@ -139,29 +142,29 @@ class DistillationLoss:
 
     def _parts(
         self,
-        given: Tensor,  # (B, S, V) logits, or (B, S, H) if the call was headless
+        student: Tensor,  # (B, S, V) logits, or (B, S, H) if the call was headless
         call: Call,
         inputs: dict[str, Any],
         labels: Tensor,
         num_items: Tensor | int | None,
     ) -> KDLossParts:
+        """Return the loss and its parts; call the teacher as the student was called."""
         is_linear = isinstance(self.loss, LinearKDLoss)
         if not is_linear and call.is_headless and is_left_out(self.student):
             raise ValueError(
-                "student's lm_head is bypassed by another DistillationLoss, of a LinearKDLoss, so "
-                "it returned hidden states: call remove() on that loss first (loss.remove())"
+                "student's lm_head is bypassed by another DistillationLoss, with a LinearKDLoss, "
+                "so it returned hidden states: call remove() on that loss first (loss.remove())"
             )
         if not (is_linear and call.is_headless):
-            return parts_of(self.loss, given, self._teach(inputs), labels, num_items)
+            return parts_of(self.loss, student, self._run_teacher(inputs), labels, num_items)
         with headless(self.teacher):
-            taught = self._teach(inputs)
+            teacher = self._run_teacher(inputs)
         heads = head_of(self.student), head_of(self.teacher)
-        return parts_of(self.loss, given, taught, labels, num_items, heads)
+        return parts_of(self.loss, student, teacher, labels, num_items, heads)
 
-    def _teach(self, inputs: dict[str, Any]) -> Tensor:
+    def _run_teacher(self, inputs: dict[str, Any]) -> Tensor:
         """Return the teacher's logits for the student's inputs; its hidden states if headless."""
-        if self.teacher.training:
-            raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
+        self._check_mode_of_teacher()
         check_inputs(self.student, inputs)
         keywords = {k: v for k, v in inputs.items() if k not in NOT_FOR_THE_TEACHER}
         with torch.no_grad():
@@ -169,20 +172,22 @@ class DistillationLoss:
         return logits
 
     def _targets(self, labels: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        """Return the labels that belong to the logits: ``shift_labels`` if there are any."""
         ready = inputs.get("shift_labels")
         if not isinstance(ready, Tensor):
             return aligned(labels, self.shift)
         if labels is None and self.student.training and not self.has_num_items:
             raise ValueError(
-                "labels are absent from the batch, which has shift_labels alone: Trainer counts "
-                "tokens by labels, and without a count it does not divide by "
-                "gradient_accumulation_steps: keep labels in the batch, or give num_items_in_batch"
+                "labels must be in the batch next to shift_labels, since Trainer counts tokens by "
+                "labels, and without a count does not divide by gradient_accumulation_steps; got "
+                "none: keep labels in the batch, or pass num_items_in_batch"
             )
         return ready
 
     # ----------------------------------------------------------------------------- at the start
 
     def _check(self) -> None:
+        """Refuse models or a loss that do not fit together; raises as the class."""
         for name in ("student", "teacher"):
             model = getattr(self, name)
             if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
@@ -192,22 +197,30 @@ class DistillationLoss:
                 )
         check_loss(self.loss, is_mean=True)
         check_models(self.student, self.teacher, shift=self.shift)
+        self._check_mode_of_teacher()
+
+    def _check_mode_of_teacher(self) -> None:
+        """Refuse a teacher with dropout."""
         if self.teacher.training:
-            raise ValueError("teacher is in training mode, with dropout: call teacher.eval()")
+            raise ValueError(
+                "teacher must be in evaluation mode, without dropout; it is in training mode: call "
+                "teacher.eval()"
+            )
 
 
 class KDTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that distils, and logs ``hard_loss`` and ``soft_loss`` beside ``loss``.
+    """A Trainer that distils, and logs ``hard_loss`` and ``soft_loss`` next to ``loss``.
 
     Args:
+        arguments: those of transformers.Trainer, except ``compute_loss_func``.
         teacher: see :class:`DistillationLoss`; moved to the student's device.
         loss: KDLoss or LinearKDLoss.
         shift: see :class:`DistillationLoss`.
-        everything else: as transformers.Trainer; ``compute_loss_func`` is taken.
+        keywords: those of transformers.Trainer, as above.
 
     Raises:
-        TypeError, ValueError: as DistillationLoss; ``compute_loss_func``, ``model_init`` or
-            ``label_smoothing_factor`` are given; several GPUs in one process.
+        TypeError, ValueError: As DistillationLoss; or ``compute_loss_func``, ``model_init`` or
+            ``label_smoothing_factor`` is set, or one process has several GPUs.
     """
 
     def __init__(
@@ -219,23 +232,28 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         **keywords: Any,
     ) -> None:
         if keywords.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func is what KDTrainer itself sets; got one")
+            raise ValueError(
+                "compute_loss_func must be None, since KDTrainer sets it; got one: pass loss, or "
+                "use transformers.Trainer"
+            )
         super().__init__(*arguments, **keywords)
         if self.model_init is not None:
             raise ValueError(
-                "model_init makes another student in train() than the one whose head and inputs "
-                "the loss knows: give model, and make a KDTrainer for each trial of a search"
+                "model_init must be None, since train() would make another student than the one "
+                "that the loss is attached to; got one: pass model, and make a KDTrainer for each "
+                "trial of a search"
             )
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
-                "label_smoothing_factor is what Trainer's own loss smooths by, which is not used "
-                f"here; got {self.args.label_smoothing_factor}: give "
-                "loss=KDLoss(label_smoothing=...), or LinearKDLoss"
+                "label_smoothing_factor must be 0, since Trainer's own loss is not used here; got "
+                f"{self.args.label_smoothing_factor}: pass loss=KDLoss(label_smoothing=...), or "
+                "LinearKDLoss"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
-                "KDTrainer: one process with several GPUs is torch's DataParallel, which splits "
-                "outputs; start a process for each GPU with torchrun, or set CUDA_VISIBLE_DEVICES"
+                "KDTrainer must have one GPU in a process, since torch's DataParallel splits the "
+                f"outputs; got {self.args.n_gpu}: start a process for each GPU with torchrun, or "
+                "set CUDA_VISIBLE_DEVICES"
             )
         if isinstance(teacher, nn.Module) and self.place_model_on_device:
             teacher.to(self.args.device)
@@ -245,13 +263,13 @@ class KDTrainer(Trainer):  # type: ignore[misc]
 
 
 def log_parts(trainer: Trainer) -> None:
-    """Adds hard_loss and soft_loss to whatever a trainer with a DistillationLoss logs.
+    """Add hard_loss and soft_loss to the logs of a trainer with a DistillationLoss.
 
-    They are means as ``loss`` is, over the steps since the last log; ``eval_hard_loss`` and
-    ``eval_soft_loss`` over an evaluation. They are read from the device when the loss is.
+    They are means like ``loss``, over the steps since the last log; ``eval_hard_loss`` and
+    ``eval_soft_loss`` are means over an evaluation. They are read from the device when the loss is.
 
     Raises:
-        TypeError: the trainer's compute_loss_func is no DistillationLoss.
+        TypeError: The trainer's compute_loss_func is no DistillationLoss.
     """
     loss = trainer.compute_loss_func
     if not isinstance(loss, DistillationLoss):
@@ -262,7 +280,7 @@ def log_parts(trainer: Trainer) -> None:
 
 
 class _PartsLogger(TrainerCallback):  # type: ignore[misc]
-    """Stands between a trainer and its log."""
+    """A callback that replaces a trainer's log by one that adds the parts."""
 
     def __init__(self, trainer: Trainer, loss: DistillationLoss) -> None:
         self._trainer, self._loss, self._log, self._last = trainer, loss, trainer.log, 0
@@ -270,22 +288,23 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
         trainer.log = self._log_with_parts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Counts from here: a resumed training does not begin with step 0."""
+        """Begin counting at the current step: a resumed training does not begin with step 0."""
         self._last, self._loss.training_parts = state.global_step, _Parts()
         self._evaluation = _Parts()
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Adds a batch of all processes, each row once, as Trainer.evaluation_loop does."""
+        """Add a batch of all processes, each row once, as Trainer.evaluation_loop does."""
         parts, self._loss.evaluated = self._loss.evaluated, None
         if parts is not None:
             rows = self._scale() * parts.repeat(args.eval_batch_size, 1)
             self._evaluation.add(self._trainer.accelerator.gather_for_metrics(rows))
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **unused: Any) -> None:
-        """Trainer.predict logs nothing, and is no part of the next evaluation."""
+        """Drop the sums: Trainer.predict logs nothing, and is no part of the next evaluation."""
         self._evaluation = _Parts()
 
     def _log_with_parts(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        """Log with the parts of the training or of the evaluation."""
         if "loss" in logs:
             step = self._trainer.state.global_step
             logs.update(self._training_means(step - self._last))
@@ -293,31 +312,34 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
         elif prefix := _prefix_of_evaluation(logs):
             parts, self._evaluation = self._evaluation, _Parts()
             if parts.sums is not None:  # None: the train_loss of a whole training
-                logs.update(_named(parts.sums / parts.count, prefix))
+                logs.update(_log_entries(parts.sums / parts.count, prefix))
         self._log(logs, *arguments, **keywords)
 
     def _training_means(self, steps: int) -> dict[str, float]:
-        """Over the steps and all processes."""
+        """Return the means over the steps and all processes; the sums begin again at 0."""
         parts, self._loss.training_parts = self._loss.training_parts, _Parts()
         if steps <= 0 or parts.sums is None:
             return {}
         means = self._trainer.accelerator.reduce(parts.sums / steps, "mean")
-        return _named(self._scale() * means, "")
+        return _log_entries(self._scale() * means, "")
 
     def _scale(self) -> int:
-        """What Trainer.compute_loss multiplies a loss by that was divided by a count of tokens."""
+        """Return the factor by which Trainer.compute_loss multiplies a loss per counted token."""
         accelerator, args = self._trainer.accelerator, self._trainer.args
         is_scaled = args.average_tokens_across_devices and self._loss.has_num_items
         return int(accelerator.num_processes) if is_scaled else 1
 
 
 def _prefix_of_evaluation(logs: dict[str, float]) -> str | None:
-    """Of its loss and runtime: eval_, for one of several sets eval_name_; None: another log."""
+    """Return the prefix of an evaluation's loss and runtime; None: the log is another one.
+
+    It is ``eval_``, or ``eval_name_`` for one of several sets.
+    """
     prefixes = (key.removesuffix("runtime") for key in logs if key.endswith("_runtime"))
     return next((prefix for prefix in prefixes if f"{prefix}loss" in logs), None)
 
 
-def _named(parts: Tensor, prefix: str) -> dict[str, float]:
-    """For a log."""
+def _log_entries(parts: Tensor, prefix: str) -> dict[str, float]:
+    """Return the hard and the soft loss as entries of a log."""
     hard, soft = parts.tolist()
     return {f"{prefix}hard_loss": hard, f"{prefix}soft_loss": soft}

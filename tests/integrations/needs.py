@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from fused_kd.integrations import frameworks
+from fused_kd.integrations._common import frameworks
 
 
 def need(package: str) -> ModuleType:

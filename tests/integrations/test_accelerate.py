@@ -19,25 +19,28 @@ Accelerator = need("accelerate").Accelerator
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.distributed import divide_gradients, global_num_items  # noqa: E402
-from fused_kd.integrations.heads import shifted  # noqa: E402
+from fused_kd.integrations.loop import (  # noqa: E402
+    divide_gradients,
+    global_num_items,
+    shifted,
+)
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.testing.memory import cpu_peak  # noqa: E402
 
 RATE = 0.1
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def _distilled(linear: bool = True) -> DistilledLM:
+def _distilled(linear: bool = True) -> StudentTeacherLoss:
     loss = (LinearKDLoss if linear else KDLoss)(temperature=2.0)
-    return DistilledLM(tiny.llama(0).train(), tiny.llama(1), loss)
+    return StudentTeacherLoss(tiny.llama(0).train(), tiny.llama(1), loss)
 
 
 def _loader(rows: int) -> DataLoader[Any]:
     return DataLoader(tiny.ragged(18), batch_size=rows, collate_fn=tiny.padded)
 
 
-def _plain_loop(model: DistilledLM, rows: int) -> nn.Module:
+def _plain_loop(model: StudentTeacherLoss, rows: int) -> nn.Module:
     optimizer = torch.optim.SGD(model.student.parameters(), lr=RATE)
     for batch in _loader(rows):
         loss = model(**batch)

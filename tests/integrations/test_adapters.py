@@ -30,7 +30,7 @@ from fused_kd.integrations import (  # noqa: E402
     model_optimizer,
     torchtune,
 )
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 from fused_kd.integrations.trl import generalized_jsd_loss  # noqa: E402
 
@@ -208,7 +208,7 @@ def hugging_face(student: nn.Module, teacher: nn.Module, loss: Any, batch: Any) 
     labels = batch.pop("labels")
     found = with_trainer(student(**batch), labels)
     with_trainer.remove()
-    return [found, DistilledLM(student, teacher, loss)(labels=labels, **batch)]
+    return [found, StudentTeacherLoss(student, teacher, loss)(labels=labels, **batch)]
 
 
 @pytest.mark.parametrize("loss", [KDLoss(), LinearKDLoss()], ids=["logits", "linear"])
@@ -244,7 +244,7 @@ def test_a_soft_cap_is_never_dropped_P04() -> None:
     for a, b in zip(hugging_face(*made[2:], LinearKDLoss(), batch), free, strict=True):
         torch.testing.assert_close(a, b)
     for student, teacher in ((made[0], made[3]), (made[2], made[1])):
-        for kind in (DistillationLoss, DistilledLM):
+        for kind in (DistillationLoss, StudentTeacherLoss):
             with pytest.raises(ValueError, match="soft-capping"):
                 kind(student, teacher, LinearKDLoss())
 

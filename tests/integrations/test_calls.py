@@ -18,7 +18,7 @@ transformers = need("transformers")
 need("accelerate")
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss, KDTrainer  # noqa: E402
 
 LOSSES = [KDLoss(), LinearKDLoss()]
@@ -126,7 +126,7 @@ def test_embeddings_of_the_student_are_refused(loss: Any) -> None:
     student, teacher = tiny.llama(0), tiny.llama(1)
     states = student.get_input_embeddings()(IDS).detach()
     with pytest.raises(ValueError, match=r"inputs_embeds must not.*pass input_ids"):
-        DistilledLM(student, teacher, loss)(inputs_embeds=states, labels=IDS)
+        StudentTeacherLoss(student, teacher, loss)(inputs_embeds=states, labels=IDS)
     attached = DistillationLoss(student, teacher, loss)
     for outputs in (
         lambda: student(inputs_embeds=states),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 transformers = need("transformers")
 
-from fused_kd.integrations import heads  # noqa: E402
-from fused_kd.integrations.models import check_models  # noqa: E402
+from fused_kd.integrations._common import heads  # noqa: E402
+from fused_kd.integrations._common.labels import shifted  # noqa: E402
+from fused_kd.integrations._common.models import check_models  # noqa: E402
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
 
@@ -169,4 +170,4 @@ def test_a_deep_copy_leaves_out_its_own_head_in_its_own_mode() -> None:
 
 def test_labels_are_shifted_and_the_last_position_is_ignored() -> None:
     labels = torch.tensor([[5, 6, 7], [8, -100, 9]])
-    assert heads.shifted(labels).tolist() == [[6, 7, -100], [-100, 9, -100]]
+    assert shifted(labels).tolist() == [[6, 7, -100], [-100, 9, -100]]

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 need("transformers")
 Accelerator = need("accelerate").Accelerator
 
-from fused_kd.integrations.distributed import global_num_items  # noqa: E402
+from fused_kd.integrations.loop import global_num_items  # noqa: E402
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 
@@ -67,7 +67,7 @@ def test_accelerate(names: dict[str, Any]) -> None:
 @pytest.mark.parametrize("wrap", ["ddp = Dist", "fully_shard(block)", "auto_wrap_policy"])
 def test_distributed(names: dict[str, Any], wrap: str) -> None:
     page = "distributed.md"
-    exec(_block(page, "model = DistilledLM"), names)
+    exec(_block(page, "model = StudentTeacherLoss"), names)
     loop = _block(page, "ddp = Dist")
     if wrap not in loop:  # "the loop is the same"
         exec(_block(page, wrap), names)

@@ -21,9 +21,9 @@ from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from lightning.pytorch.strategies.launchers import multiprocessing as launchers  # noqa: E402
 
 from fused_kd import KDLoss, KDLossParts, LinearKDLoss  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.heads import head_of, headless, shifted  # noqa: E402
 from fused_kd.integrations.lightning import KDModule, TeacherCallback  # noqa: E402
+from fused_kd.integrations.loop import head_of, headless, shifted  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 
 RATE = 0.1
 SGD = partial(torch.optim.SGD, lr=RATE)
@@ -68,7 +68,7 @@ class _Seen(pl.Callback):
 
 def _plain_loop(loss: nn.Module, rows: int, epochs: int = 1) -> tuple[nn.Module, list[float]]:
     """No framework, whole batches."""
-    model = DistilledLM(tiny.llama(0).train(), tiny.llama(1), loss)
+    model = StudentTeacherLoss(tiny.llama(0).train(), tiny.llama(1), loss)
     optimizer = SGD(model.student.parameters())
     losses = []
     for batch in [*_loader(rows)] * epochs:

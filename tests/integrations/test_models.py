@@ -22,14 +22,14 @@ need("accelerate")
 need("lightning")
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations import models  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
+from fused_kd.integrations._common import models  # noqa: E402
 from fused_kd.integrations.lightning import KDModule  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 
 ADAPTERS = {
     "Trainer": DistillationLoss,
-    "DistilledLM": DistilledLM,
+    "StudentTeacherLoss": StudentTeacherLoss,
     "Lightning": partial(KDModule, optimizer=torch.optim.SGD),
 }
 ALL = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
@@ -94,7 +94,7 @@ def test_shift_false_takes_labels_as_they_are(kind: str) -> None:
     for loss in (KDLoss(), LinearKDLoss()):
         if isinstance(loss, LinearKDLoss) and "LM" not in kind:
             continue
-        model = DistilledLM(student, teacher, loss, shift=False)
+        model = StudentTeacherLoss(student, teacher, loss, shift=False)
         torch.testing.assert_close(model(**batch, labels=labels), want)
     attached = DistillationLoss(student, teacher, shift=False)
     torch.testing.assert_close(attached(student(**batch), labels), want)
@@ -106,8 +106,10 @@ def test_an_encoder_decoder_needs_what_its_decoder_reads(kind: str) -> None:
     student, teacher = (_build(kind, seed) for seed in (0, 1))
     batch = _batch(kind)
     del batch["decoder_input_ids"]
-    with pytest.raises(ValueError, match=r"decoder_input_ids are absent.*DataCollatorForSeq2Seq"):
-        DistilledLM(student, teacher, shift=False)(**batch)
+    with pytest.raises(
+        ValueError, match=r"decoder_input_ids must be in the batch.*DataCollatorForSeq2Seq"
+    ):
+        StudentTeacherLoss(student, teacher, shift=False)(**batch)
 
 
 @pytest.mark.parametrize("kind", ["T5ForSequenceClassification", "BartForSequenceClassification"])
@@ -118,7 +120,7 @@ def test_a_classifier_with_a_decoder_needs_no_ids_for_it(kind: str) -> None:
     labels = torch.tensor([0, 1])
     with torch.no_grad():
         want = KDLoss()(student(**batch).logits, teacher(**batch).logits, labels)
-    found = DistilledLM(student, teacher, shift=False)(**batch, labels=labels)
+    found = StudentTeacherLoss(student, teacher, shift=False)(**batch, labels=labels)
     torch.testing.assert_close(found, want)
     attached = DistillationLoss(student, teacher, shift=False)
     torch.testing.assert_close(attached(student(**batch), labels), want)
@@ -128,13 +130,13 @@ def test_states_of_one_model_are_refused() -> None:
     student, teacher = (_build("T5ForConditionalGeneration", seed) for seed in (0, 1))
     batch = _batch("T5ForConditionalGeneration")
     states = torch.zeros(3, 5, 16)
-    model = DistilledLM(student, teacher, shift=False)
+    model = StudentTeacherLoss(student, teacher, shift=False)
     for name, value in (("encoder_outputs", (states,)), ("decoder_inputs_embeds", states)):
         with pytest.raises(ValueError, match=f"^{name} must not be in the batch"):
             model(**batch, **{name: value})
     cache = transformers.DynamicCache(config=tiny.llama(0).config)
     with pytest.raises(ValueError, match=r"^past_key_values must not .*pass whole sequences"):
-        DistilledLM(tiny.llama(0), tiny.llama(1))(
+        StudentTeacherLoss(tiny.llama(0), tiny.llama(1))(
             **tiny.padded(tiny.ragged(3)), past_key_values=cache
         )
     assert cache.get_seq_length() == 0
@@ -159,9 +161,9 @@ def test_generating_models_that_see_what_they_predict(kind: str) -> None:
         return made
 
     with pytest.raises(ValueError, match=f"student must be .*{kind}, which attends to the token"):
-        DistilledLM(build(), tiny.llama(1))
+        StudentTeacherLoss(build(), tiny.llama(1))
     if kind != "XLNetLMHeadModel":
-        DistilledLM(build(is_decoder=True, causal=True), tiny.llama(1))
+        StudentTeacherLoss(build(is_decoder=True, causal=True), tiny.llama(1))
 
 
 def test_a_causal_model_that_does_not_generate_is_told_how_to() -> None:
@@ -172,10 +174,10 @@ def test_a_causal_model_that_does_not_generate_is_told_how_to() -> None:
 
     student = Own(tiny.llama(0).config)
     with pytest.raises(ValueError, match=r"GenerationMixin.*of a causal model: if you have shif"):
-        DistilledLM(student, tiny.llama(1))
+        StudentTeacherLoss(student, tiny.llama(1))
 
 
-@pytest.mark.parametrize("adapter", [DistilledLM, DistillationLoss])
+@pytest.mark.parametrize("adapter", [StudentTeacherLoss, DistillationLoss])
 def test_labels_of_padding_are_warned_of_once_N_20(adapter: Any) -> None:
     student = tiny.llama(0)
     attached = adapter(student, tiny.llama(1))
@@ -183,7 +185,7 @@ def test_labels_of_padding_are_warned_of_once_N_20(adapter: Any) -> None:
 
     def call(labels: Tensor, model: Any) -> None:
         inputs = {name: x for name, x in batch.items() if name != "labels"}
-        if isinstance(model, DistilledLM):
+        if isinstance(model, StudentTeacherLoss):
             model(**inputs, labels=labels)
         else:
             model(student(**inputs), labels)
@@ -195,7 +197,7 @@ def test_labels_of_padding_are_warned_of_once_N_20(adapter: Any) -> None:
         call(batch["input_ids"], attached)
         call(
             batch["labels"],
-            adapter(tiny.llama(2) if adapter is DistilledLM else student, tiny.llama(1)),
+            adapter(tiny.llama(2) if adapter is StudentTeacherLoss else student, tiny.llama(1)),
         )
 
 
@@ -205,10 +207,10 @@ def test_padding_is_looked_for_until_there_is_some() -> None:
     ids = torch.full((2, 5), 3)
     mask = torch.ones_like(ids)
     mask[:, 4:] = 0
-    model = DistilledLM(tiny.llama(0), tiny.llama(1))
+    model = StudentTeacherLoss(tiny.llama(0), tiny.llama(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        DistilledLM(*seq2seq, shift=False)(
+        StudentTeacherLoss(*seq2seq, shift=False)(
             input_ids=ids, attention_mask=mask, decoder_input_ids=ids, labels=ids
         )
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
@@ -230,10 +232,10 @@ def test_modules_without_mode_or_state_may_be_shared() -> None:
     """Activations of transformers are made once for all models."""
     student, teacher = tiny.llama(0), tiny.llama(1)
     student.shared = teacher.shared = nn.Sequential(nn.GELU(), nn.Identity())
-    DistilledLM(student, teacher)
+    StudentTeacherLoss(student, teacher)
     student.noise = teacher.noise = nn.Sequential(nn.RReLU())
     with pytest.raises(ValueError, match="got 1 that are also the student's"):
-        DistilledLM(student, teacher)
+        StudentTeacherLoss(student, teacher)
 
 
 class _Plain(nn.Module):
@@ -244,8 +246,8 @@ class _Plain(nn.Module):
 
 
 def test_plain_modules_and_causal_models_are_welcome() -> None:
-    DistilledLM(_Plain(), _Plain())
-    DistilledLM(tiny.llama(0), tiny.llama(1))
+    StudentTeacherLoss(_Plain(), _Plain())
+    StudentTeacherLoss(tiny.llama(0), tiny.llama(1))
 
 
 def _peft(model: nn.Module, **changes: Any) -> nn.Module:
@@ -282,8 +284,8 @@ WRAPPERS = {
 def test_wrapped_models_are_looked_into(wrap: Any) -> None:
     inner = _build("BertForSequenceClassification", 0)
     with pytest.raises(ValueError, match=r"student must be .* BertForSequenceClassification"):
-        DistilledLM(wrap(inner), tiny.llama(1))
-    DistilledLM(wrap(tiny.llama(0)), tiny.llama(1))
+        StudentTeacherLoss(wrap(inner), tiny.llama(1))
+    StudentTeacherLoss(wrap(tiny.llama(0)), tiny.llama(1))
 
 
 def test_vocabularies_are_compared_by_size() -> None:

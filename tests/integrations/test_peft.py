@@ -15,8 +15,8 @@ transformers = need("transformers")
 peft = need("peft")
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.heads import head_of  # noqa: E402
+from fused_kd.integrations.loop import head_of  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 
 LEVELS = [KDLoss(), LinearKDLoss()]
@@ -43,11 +43,11 @@ def test_both_levels_train_the_same_weights(saved: list[str] | None) -> None:
     batch = tiny.padded(tiny.ragged(4))
     found = []
     for loss in LEVELS:
-        for adapter in (DistilledLM, DistillationLoss):
+        for adapter in (StudentTeacherLoss, DistillationLoss):
             mine = deepcopy(student).train()
             attached = adapter(mine, deepcopy(teacher).eval(), loss)
             given = dict(batch)
-            if isinstance(attached, DistilledLM):
+            if isinstance(attached, StudentTeacherLoss):
                 value = attached(**given)
             else:
                 labels = given.pop("labels")
@@ -77,20 +77,22 @@ def test_virtual_tokens_before_the_inputs_are_named(loss: Any) -> None:
             rf"student's logits .*\({rows[0]}, {rows[1]}\); got rows \(2, {rows[1] + 3}\): PEFT"
         )
         with pytest.raises(ValueError, match=message):
-            DistilledLM(tuned(kind), tiny.llama(1), loss)(**batch)
-    assert torch.isfinite(DistilledLM(tuned(peft.PrefixTuningConfig), tiny.llama(1), loss)(**batch))
+            StudentTeacherLoss(tuned(kind), tiny.llama(1), loss)(**batch)
+    assert torch.isfinite(
+        StudentTeacherLoss(tuned(peft.PrefixTuningConfig), tiny.llama(1), loss)(**batch)
+    )
 
 
 def test_only_rows_beyond_the_labels_are_blamed_on_peft() -> None:
     batch = tiny.padded(tiny.ragged(2))
     batch["labels"] = nn.functional.pad(batch["labels"], (0, 1), value=-100)
     with pytest.raises(ValueError, match=r"must have a row for each label.*got rows \(2, \d+\)$"):
-        DistilledLM(tiny.llama(0), tiny.llama(1))(**batch)
+        StudentTeacherLoss(tiny.llama(0), tiny.llama(1))(**batch)
 
 
 def test_a_teachers_adapter_is_neither_trained_nor_random_N_28() -> None:
     teacher = _adapted(1, lora_dropout=0.5)
-    model = DistilledLM(_adapted(0), teacher).train()
+    model = StudentTeacherLoss(_adapted(0), teacher).train()
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     batch = tiny.padded(tiny.ragged(4))
@@ -126,13 +128,13 @@ def test_the_head_is_that_of_the_active_adapter() -> None:
 )
 def test_a_head_that_is_adapted_itself_is_refused(changes: dict[str, Any], kind: str) -> None:
     with pytest.raises(TypeError, match=rf"plain nn\.Linear; found a peft\..*{kind}.*KDLoss"):
-        DistilledLM(_adapted(0, **changes), tiny.llama(1), LinearKDLoss())
-    DistilledLM(_adapted(0, **changes), tiny.llama(1), KDLoss())
+        StudentTeacherLoss(_adapted(0, **changes), tiny.llama(1), LinearKDLoss())
+    StudentTeacherLoss(_adapted(0, **changes), tiny.llama(1), KDLoss())
 
 
 def test_a_hook_on_peft_s_wrapper_is_refused() -> None:
     student = _adapted(0, modules_to_save=["lm_head"])
-    model = DistilledLM(student, tiny.llama(1), LinearKDLoss())
+    model = StudentTeacherLoss(student, tiny.llama(1), LinearKDLoss())
     student.get_output_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(TypeError, match="found register_forward_hook on it"):
         model(**tiny.padded(tiny.ragged(2)))

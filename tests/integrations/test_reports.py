@@ -20,8 +20,8 @@ from trl import DistillationConfig, DistillationTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.heads import shifted  # noqa: E402
+from fused_kd.integrations.loop import shifted  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 from fused_kd.integrations.trl import generalized_jsd_loss, use_fused_kd  # noqa: E402
 
@@ -115,7 +115,7 @@ def of_trainer(loss: Any, folder: Path, *models: nn.Module) -> float:
 
 
 def of_module(loss: Any, folder: Path, *models: nn.Module) -> float:
-    return DistilledLM(*models, loss).parts(**tiny.padded(tiny.ragged(3))).soft.item()
+    return StudentTeacherLoss(*models, loss).parts(**tiny.padded(tiny.ragged(3))).soft.item()
 
 
 def of_gkd(loss: Any, folder: Path, *models: nn.Module) -> float:
@@ -137,7 +137,7 @@ def of_distillation(loss: Any, folder: Path, *models: nn.Module) -> float:
 
 
 def of_lightning(loss: Any, folder: Path, *models: nn.Module) -> float:
-    """Return the loss by the callback; KDModule is a DistilledLM."""
+    """Return the loss by the callback; KDModule is a StudentTeacherLoss."""
     pl = need("lightning").pytorch
     from fused_kd.integrations.lightning import TeacherCallback
 

@@ -21,8 +21,8 @@ need("accelerate")
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
-from fused_kd.integrations.distilled import DistilledLM  # noqa: E402
-from fused_kd.integrations.heads import shifted  # noqa: E402
+from fused_kd.integrations.loop import shifted  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import (  # noqa: E402
     DistillationLoss,
     KDTrainer,
@@ -287,11 +287,11 @@ def test_a_router_whose_loss_would_be_lost_is_refused() -> None:
     build = partial(tiny.build, MixtralForCausalLM, MixtralConfig, 0, num_local_experts=4)
     teacher = build(output_router_logits=True)
     student = build(output_router_logits=True, router_aux_loss_coef=0.1)
-    for kind in (DistillationLoss, DistilledLM):
+    for kind in (DistillationLoss, StudentTeacherLoss):
         with pytest.raises(ValueError, match=r"aux_loss, times 0\.1.*output_router_logits=False"):
             kind(student, teacher)
     student.config.output_router_logits = False
-    DistilledLM(student, teacher)
+    StudentTeacherLoss(student, teacher)
     DistillationLoss(build(output_router_logits=True, router_aux_loss_coef=0.0), teacher)
 
 
@@ -302,7 +302,7 @@ def test_a_student_whose_head_another_loss_has_left_out() -> None:
         with pytest.raises(ValueError, match=r"already bypassed.*loss\.remove\(\)"):
             DistillationLoss(student, tiny.llama(2), loss)
         with pytest.raises(ValueError, match="already bypassed"):
-            DistilledLM(student, tiny.llama(2), loss)
+            StudentTeacherLoss(student, tiny.llama(2), loss)
     first.remove()
     DistillationLoss(student, tiny.llama(2), linear).remove()
     assert student.train()(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.shape[-1] == 97
@@ -311,9 +311,9 @@ def test_a_student_whose_head_another_loss_has_left_out() -> None:
 def test_arguments_of_trainer_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
     kept = {"teacher": tiny.llama(1), "loss": KDLoss()}
     settings = _settings(tmp_path, label_smoothing_factor=0.2)
-    with pytest.raises(ValueError, match=r"got 0\.2: give loss=KDLoss\(label_smoothing="):
+    with pytest.raises(ValueError, match=r"got 0\.2: pass loss=KDLoss\(label_smoothing="):
         KDTrainer(tiny.llama(0), settings, **kept)
-    with pytest.raises(ValueError, match="model_init makes another student"):
+    with pytest.raises(ValueError, match="model_init must be None"):
         KDTrainer(args=_settings(tmp_path), model_init=lambda: tiny.llama(0), **kept)
 
 
@@ -326,7 +326,7 @@ def test_bad_models_and_losses_are_refused_at_once() -> None:
         ((student, student), ValueError, "teacher must be another model"),
         ((student, base), ValueError, "got 9 that are also the student's: copy.deepcopy"),
         ((student, tiny.llama(1, vocab_size=99)), ValueError, "97 in the student and 99"),
-        ((student, tiny.llama(1).train()), ValueError, "teacher is in training mode"),
+        ((student, tiny.llama(1).train()), ValueError, "teacher must be in evaluation mode"),
         ((student, teacher, "kl"), TypeError, "loss must be KDLoss or LinearKDLoss; got str"),
         ((student, teacher, KDLoss(reduction="sum")), ValueError, "reduction='mean'.*got 'sum'"),
         ((student, teacher, KDLoss(ignore_index=0)), ValueError, "ignore_index=-100.*got 0"),
@@ -341,16 +341,16 @@ def test_absent_labels_and_a_teacher_that_trains_are_named(tmp_path: Path) -> No
     student, teacher = tiny.llama(0), tiny.llama(1)
     loss, batch = DistillationLoss(student, teacher), tiny.padded(tiny.ragged(2))
     labels = batch.pop("labels")
-    with pytest.raises(ValueError, match="labels are absent"):
+    with pytest.raises(ValueError, match="labels must be in the batch"):
         loss(student(**batch), None)
     with pytest.raises(RuntimeError, match="has not been called"):
         loss(tiny.llama(0)(**batch), labels)
     teacher.train()
-    with pytest.raises(ValueError, match="teacher is in training mode"):
+    with pytest.raises(ValueError, match="teacher must be in evaluation mode"):
         loss(student(**batch), labels)
     with pytest.raises(TypeError, match="must be a DistillationLoss; got NoneType"):
         log_parts(Trainer(tiny.llama(0), _settings(tmp_path)))
-    with pytest.raises(ValueError, match="compute_loss_func is what KDTrainer"):
+    with pytest.raises(ValueError, match="compute_loss_func must be None"):
         KDTrainer(tiny.llama(0), teacher=teacher, compute_loss_func=loss)
 
 
@@ -399,7 +399,9 @@ def test_labels_that_are_shifted_already_are_taken_as_they_are() -> None:
     ready = loss(student(**batch, shift_labels=shifted(labels)), torch.zeros_like(labels))
     assert ready.item() == expected.item()
     outputs = student.train()(**batch, shift_labels=shifted(labels))
-    with pytest.raises(ValueError, match=r"labels are absent .* gradient_accumulation_steps"):
+    with pytest.raises(
+        ValueError, match=r"labels must be in the batch .* gradient_accumulation_steps"
+    ):
         loss(outputs, None)
     outputs = student(**batch, shift_labels=shifted(labels))
     assert torch.isfinite(loss(outputs, None, num_items_in_batch=5))

@@ -9,27 +9,28 @@ from torch import Tensor, nn
 
 from ... import KDLoss
 from ...checks import check_dense
-from ..arguments import check_target, named
-from ..probabilities import check_reduction, denominator, kl_from, kl_of_mass, mass_of
+from .._common.arguments import check_target, named
+from .._common.parts import as_tensor
+from .._common.probabilities import check_reduction, denominator, kl_from, kl_of_mass, mass_of
 from .options import FORWARD_KL, SOFT_ALONE, Shown, check_beta, mask
 
 
 class LigerJSD(Shown):
     """JSD(β) of log-probabilities; `beta` = 0 and 1 are forward and reverse KL.
 
-    The log-softmax of log-probabilities is they themselves, so they are taken as logits. The
-    gradient by `log_q` is the one by logits. Liger's takes `log_q` for a free variable and differs
-    by a multiple of softmax in each row, which the backward of the log_softmax in front removes:
-    behind that, both are the same. Log-probabilities of either side that do not sum to 1 are
-    normalised, since they are taken as logits.
+    The log-softmax of log-probabilities is the identity, so they are used as logits. The gradient
+    by `log_q` is the one by logits. Liger's gradient, in which `log_q` is a free variable, differs
+    by a multiple of softmax in each row. The backward of the log_softmax that made `log_q` removes
+    that multiple, so both agree there. Log-probabilities of either side whose exponentials do not
+    sum to 1 are normalised, since they are used as logits.
 
     Args:
         beta: the teacher's weight, in [0, 1].
         ignore_index: rows with this label do not count.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range.
     """
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
@@ -39,6 +40,7 @@ class LigerJSD(Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> KDLoss:
+        """Return the loss of the attributes as they are now."""
         check_beta(self.beta)
         return KDLoss.like("liger", **SOFT_ALONE, beta=self.beta, ignore_index=self.ignore_index)
 
@@ -56,10 +58,10 @@ class LigerJSD(Shown):
 
 
 class LigerKLDIVLoss(nn.KLDivLoss):
-    """KL(y_true ‖ exp(y_pred)) of log-probabilities `y_pred`; of its gradient see LigerJSD.
+    """KL(y_true ‖ exp(y_pred)) of log-probabilities `y_pred`; for its gradient see LigerJSD.
 
     Rows of `y_true` need not sum to 1; `y_pred` must be normalised. Probabilities
-    (``log_target=False``) cost a float32 tensor of their logarithms.
+    (``log_target=False``) need a float32 tensor for their logarithms.
 
     Args:
         eps: no effect.
@@ -67,7 +69,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         kwargs: the same by name.
 
     Raises:
-        ValueError: a reduction other than "mean" (by N·V), "batchmean" (by N) and "sum".
+        ValueError: The reduction is not "mean" (divides by N·V), "batchmean" (by N) or "sum".
     """
 
     def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:
@@ -90,14 +92,14 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 class LigerFusedCETVDLoss(Shown):
     """Cross-entropy and total variation distance of every row, from logits.
 
-    Each of the two has its own pass and its own gradient: who weighs them by constants saves one
-    with ``KDLoss(divergence="tvd", reduction="none", hard_weight=..., soft_weight=...)``.
+    Each of the two has its own pass and its own gradient. If their weights are constants, save one
+    of each with ``KDLoss(divergence="tvd", reduction="none", hard_weight=..., soft_weight=...)``.
 
     Args:
         ignore_index: rows with this label are 0 in both.
 
     Raises:
-        TypeError: a value of the wrong type.
+        TypeError: A value has the wrong type.
     """
 
     def __init__(self, ignore_index: int = -100) -> None:
@@ -106,6 +108,7 @@ class LigerFusedCETVDLoss(Shown):
         self._loss(1.0)  # refuses what is out of range
 
     def _loss(self, hard_weight: float) -> KDLoss:
+        """Return the loss of every row: of weight 1 the cross-entropy, of 0 the distance."""
         return KDLoss(
             hard_weight=hard_weight,
             soft_weight=1.0 - hard_weight,
@@ -124,7 +127,5 @@ class LigerFusedCETVDLoss(Shown):
         """Return both terms, (...) each; raises as :func:`fused_kd.kd_loss`."""
         check_dense("teacher_logits", teacher_logits)
         tensors = student_logits, teacher_logits, target
-        ce, tvd = (self._loss(hard_weight)(*tensors) for hard_weight in (1.0, 0.0))
-        assert isinstance(ce, Tensor)
-        assert isinstance(tvd, Tensor)
+        ce, tvd = (as_tensor(self._loss(hard_weight)(*tensors)) for hard_weight in (1.0, 0.0))
         return ce, tvd

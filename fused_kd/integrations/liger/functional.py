@@ -1,7 +1,7 @@
-"""``liger_kernel.transformers.functional``: its distillation losses as functions.
+"""The distillation losses of ``liger_kernel.transformers.functional``.
 
-Each is the class of :mod:`fused_kd.integrations.liger` of that name, with the order of arguments
-and the defaults that Liger's function has.
+Each calls the class of :mod:`fused_kd.integrations.liger` of that name, and has the order of
+arguments and the defaults of Liger's function.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import named
+from .._common.arguments import named
 from .dense import LigerJSD, LigerKLDIVLoss
 from .linear import LigerFusedLinearJSD, LigerFusedLinearKLDivLoss
 

@@ -1,4 +1,4 @@
-"""Liger's losses from hidden states and heads; the logits are made a chunk at a time."""
+"""Liger's losses from hidden states and heads; logits are computed chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ... import LinearKDLoss
 from ...checks import check_dense
-from ..arguments import check_target, named
-from ..probabilities import check_reduction, kl_from
+from .._common.arguments import check_target, named
+from .._common.probabilities import check_reduction, kl_from
 from .options import FORWARD_KL, SOFT_ALONE, Shown, check_beta, mask
 
-#: Our names → Liger's, class by class.
+#: Our names → Liger's, for each class.
 _INPUTS = {"student_hidden": "student_input", "teacher_hidden": "teacher_input"}
 _JSD_AND_CE = {
     **_INPUTS,
@@ -28,7 +28,7 @@ _KL = {**_INPUTS, "labels": "shift_labels"}
 class LigerFusedLinearJSDLoss(Shown):
     """``weight_hard_loss`` · cross-entropy + ``weight_soft_loss`` · JSD(β), from hidden states.
 
-    The numbers of ``LinearKDLoss.like("liger", ...)``; `beta` = 0 and 1 are forward and reverse KL.
+    It computes ``LinearKDLoss.like("liger", ...)``; `beta` = 0 and 1 are forward and reverse KL.
 
     Args:
         weight_hard_loss: of the cross-entropy, at temperature 1.
@@ -37,13 +37,13 @@ class LigerFusedLinearJSDLoss(Shown):
         ignore_index: rows with this label do not count.
         temperature: of the divergence.
         compiled: no effect.
-        chunk_size: the most rows of a chunk.
-        return_soft_hard_loss: return (loss, soft, hard); the last two without gradient. One whose
-            weight is 0 costs a second forward pass.
+        chunk_size: the largest number of rows of a chunk.
+        return_soft_hard_loss: return (loss, soft, hard), the last two without gradient. A part
+            whose weight is 0 needs a second forward pass.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range.
     """
 
     @named(**_JSD_AND_CE)
@@ -70,6 +70,7 @@ class LigerFusedLinearJSDLoss(Shown):
         self._loss(weight_hard_loss, weight_soft_loss)  # refuses what is out of range
 
     def _loss(self, hard_weight: float, soft_weight: float) -> LinearKDLoss:
+        """Return the loss of the attributes as they are now, with these weights."""
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be an int of at least 1; got {self.chunk_size!r}")
         check_beta(self.beta)
@@ -124,12 +125,12 @@ class LigerFusedLinearJSD(Shown):
     Args:
         jsd_beta: the teacher's weight, in [0, 1].
         ignore_index: rows with this label do not count.
-        temperature: of both sides; nothing is multiplied by T².
-        accum_dtype: of the weight gradient while chunks are added: None is float32 here.
+        temperature: softens both sides; nothing is multiplied by T².
+        accum_dtype: dtype in which the chunks' weight gradients are added; None: float32.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range.
     """
 
     @named(**_JSD)
@@ -148,7 +149,7 @@ class LigerFusedLinearJSD(Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> LinearKDLoss:
-        _check_accumulation(self.accum_dtype)
+        """Return the loss of the attributes as they are now."""
         check_beta(self.jsd_beta)
         return LinearKDLoss.like(
             "liger",
@@ -156,7 +157,7 @@ class LigerFusedLinearJSD(Shown):
             beta=self.jsd_beta,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
-            grad_accum_dtype=self.accum_dtype or torch.float32,
+            grad_accum_dtype=_accumulation(self.accum_dtype),
         )
 
     @named(**_JSD)
@@ -172,7 +173,7 @@ class LigerFusedLinearJSD(Shown):
         check_dense("student_weight", student_weight)
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
-        _check_accumulation(self.accum_dtype, student_weight)
+        _accumulation(self.accum_dtype, student_weight)  # refuses one that does not fit
         tensors = (student_input, student_weight, teacher_input, teacher_weight)
         loss: Tensor = self._loss()(*tensors, mask(shift_labels, self.ignore_index))
         return loss
@@ -181,21 +182,21 @@ class LigerFusedLinearJSD(Shown):
 class LigerFusedLinearKLDivLoss(Shown):
     """KL(target ‖ softmax(student / T)) from hidden states, against explicit probabilities.
 
-    Rows of the target need not sum to 1. Their logarithm is the one tensor (N, V) that this makes,
-    in float32: who has the teacher's logits or log-probabilities saves it with
+    Rows of the target need not sum to 1. Their logarithm is the only tensor (N, V) allocated, in
+    float32. If you have the teacher's logits or log-probabilities, save it with
     ``LinearKDLoss(...)(hidden, weight, teacher_logits=...)``.
 
     Args:
         reduction: "batchmean" divides by the number of rows that count, "mean" by V times that,
             "sum" by nothing.
         ignore_index: rows with this label do not count.
-        temperature: of the student alone.
+        temperature: softens the student only.
         eps: no effect.
-        accum_dtype: of the weight gradient while chunks are added: None is float32 here.
+        accum_dtype: dtype in which the chunks' weight gradients are added; None: float32.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value outside its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range.
     """
 
     @named(**_KL)
@@ -217,12 +218,12 @@ class LigerFusedLinearKLDivLoss(Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> LinearKDLoss:
-        _check_accumulation(self.accum_dtype)
+        """Return the loss of the attributes as they are now."""
         return LinearKDLoss(
             **FORWARD_KL,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
-            grad_accum_dtype=self.accum_dtype or torch.float32,
+            grad_accum_dtype=_accumulation(self.accum_dtype),
         )
 
     @named(**_KL)
@@ -236,11 +237,12 @@ class LigerFusedLinearKLDivLoss(Shown):
         """Return the reduced divergence; raises as :func:`fused_kd.linear_kd_loss`."""
         check_dense("student_input", student_input)
         check_dense("student_weight", student_weight)
-        _check_accumulation(self.accum_dtype, student_weight)
+        _accumulation(self.accum_dtype, student_weight)  # refuses one that does not fit
         check_target("target", target, (*student_input.shape[:-1], student_weight.shape[0]))
         labels = mask(shift_labels, self.ignore_index)
 
         def loss(logs: Tensor, **weights: Any) -> Tensor:
+            """Return the loss of a teacher's log-probabilities, in place."""
             logs = logs.mul_(self.temperature)  # the target is not softened: the loss divides again
             student = (student_input, student_weight)
             divergence: Tensor = self._loss()(
@@ -252,8 +254,13 @@ class LigerFusedLinearKLDivLoss(Shown):
         return kl_from(target, kept, self.reduction, loss, "target")
 
 
-def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
-    """Refuse an `accum_dtype` of another type, or with `weight` given one that no sum has."""
+def _accumulation(dtype: object, weight: Tensor | None = None) -> torch.dtype:
+    """Return the dtype in which weight gradients are added; check it against that of `weight`.
+
+    Raises:
+        TypeError: It is neither None nor a torch.dtype.
+        ValueError: With `weight`, it is neither float32 nor its dtype.
+    """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"accum_dtype must be None or a torch.dtype; got {dtype!r}")
     if weight is not None and dtype not in (None, torch.float32, weight.dtype):
@@ -261,3 +268,4 @@ def _check_accumulation(dtype: object, weight: Tensor | None = None) -> None:
             "accum_dtype must be None, torch.float32 or the dtype of student_weight, "
             f"{weight.dtype}; got {dtype}"
         )
+    return dtype or torch.float32

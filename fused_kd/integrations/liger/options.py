@@ -1,4 +1,4 @@
-"""What Liger's classes share: their options as attributes, and labels that only mask."""
+"""Options of Liger's classes as attributes, and labels that only mask."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..arguments import counted
+from .._common.labels import mask_labels
 
 SOFT_ALONE: dict[str, Any] = {"hard_weight": 0.0, "soft_weight": 1.0}
 FORWARD_KL: dict[str, Any] = {**SOFT_ALONE, "divergence": "forward_kl", "soft_scale": "none"}
 
 
 def mask(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """Return labels that only say which rows count; None: all."""
-    return None if labels is None else counted(labels, ignore_index)
+    """Return labels that only say which rows count; None if all do."""
+    return None if labels is None else mask_labels(labels, ignore_index)
 
 
 def check_beta(beta: float) -> None:
-    """Refuse a β outside [0, 1]; its type is checked with the other options."""
+    """Refuse a β outside [0, 1]; its type is checked with the other options.
+
+    Raises:
+        ValueError: It is outside.
+    """
     if isinstance(beta, Real) and not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1]; got {beta}")
 
 
 class Shown(nn.Module):
-    """Keeps the constructor's arguments as attributes, which may be changed, and shows them."""
+    """A module whose constructor's arguments are attributes, which may be changed and are shown."""
 
     def extra_repr(self) -> str:
         """Return the attributes."""

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from ...linear import linear_kd_loss
 from ...modules import LinearKDLoss
-from ..heads import IGNORED, TOLERANCE, scale_of
+from .._common.heads import TOLERANCE, scale_of
+from .._common.labels import IGNORE_INDEX
+from .._common.parts import as_tensor
 from .trainers import (
-    as_tensor,
     check_arguments,
     check_inherited,
     class_of,
@@ -25,7 +26,7 @@ from .trainers import (
 )
 
 KIND = "DistillationTrainer"
-#: The function of its module that is its loss, and the arguments of the versions known.
+#: The function of its module that computes its loss, and the arguments in the known versions.
 LOSS = "_chunked_divergence_loss"
 _MODELS, _TENSORS = ("student", "teacher"), ("hidden_states", "lm_head_weight", "lm_head_bias")
 _REQUIRED = {f"{model}_{name}" for model in _MODELS for name in _TENSORS}
@@ -37,16 +38,16 @@ _RENAMED = {
     "teacher_hidden": "teacher_hidden_states",
     "mask": "completion_mask",
 }
-#: What TRL takes for the factor of the logits: the first that a configuration has.
+#: Names of the factor of the logits; TRL uses the first that a configuration has.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def attributes(trainer: Any, level: str, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """What to set in a DistillationTrainer.
+    """Return the attributes to set in a DistillationTrainer.
 
-    Its _compute_loss calls a function of its module, which belongs to everybody. So the trainer
-    gets a copy of the method that finds ours under that name: a function looks its names up in the
-    dictionary it is made with.
+    Its _compute_loss calls a function of its module, which all trainers share. So the trainer gets
+    a copy of the method that finds our function under that name: a function looks up its global
+    names in the dictionary that it was created with.
     """
     check_inherited(trainer, KIND, "_compute_loss")
     own = class_of(trainer, KIND)._compute_loss
@@ -74,13 +75,13 @@ def called(
     *arguments: Any,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's function: versions order its arguments differently, so they are taken by name.
+    """Compute TRL's function; its arguments are bound by name, since their order varies.
 
     Args:
-        signature: of the installed one.
-        entropy: whether to compute it; NaN otherwise; the trainer logs None where all are.
+        signature: that of the installed function.
+        entropy: whether to compute it; otherwise it is NaN. The trainer logs None if all are NaN.
         options: of :class:`fused_kd.LinearKDLoss`.
-        arguments: as `signature` has them.
+        arguments: those of `signature`.
         keywords: the same.
 
     Returns:
@@ -88,17 +89,17 @@ def called(
     """
     bound = signature.bind(*arguments, **keywords)
     bound.apply_defaults()
-    given = {_RENAMED.get(name, name): value for name, value in bound.arguments.items()}
-    student = _head("student", given)
+    inputs = {_RENAMED.get(name, name): value for name, value in bound.arguments.items()}
+    student = _head("student", inputs)
     with torch.no_grad():
-        teacher = _head("teacher", given)
-    kept = given["completion_mask"].reshape(student.hidden.shape[:-1]) != 0
-    labels = torch.where(kept, 0, IGNORED)  # which tokens count: there is no hard term
-    temperature = given.get("temperature", 1.0)
-    num_items = given["num_items_in_batch"]
+        teacher = _head("teacher", inputs)
+    kept = inputs["completion_mask"].reshape(student.hidden.shape[:-1]) != 0
+    labels = torch.where(kept, 0, IGNORE_INDEX)  # which tokens count: there is no hard term
+    temperature = inputs.get("temperature", 1.0)
+    num_items = inputs["num_items_in_batch"]
     if isinstance(num_items, Tensor):
         num_items = num_items.to(kept.device)
-    loss = LinearKDLoss.like("trl", beta=given["beta"], temperature=temperature, **options)(
+    loss = LinearKDLoss.like("trl", beta=inputs["beta"], temperature=temperature, **options)(
         student.hidden, student.weight, teacher.hidden, teacher.weight, labels,
         student_bias=student.bias, teacher_bias=teacher.bias, num_items=num_items,
     )  # fmt: skip
@@ -109,7 +110,7 @@ def called(
 
 
 class Head(NamedTuple):
-    """What gives a model's logits."""
+    """Hidden states and lm_head of a model."""
 
     hidden: Tensor  # (B, S, H)
     weight: Tensor  # (V, H)
@@ -118,10 +119,10 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def entropies(student: Head, labels: Tensor, temperature: float, options: dict[str, Any]) -> Tensor:
-    """(B, S): of the student's softmax at that temperature, where the labels count.
+    """Return the entropies (B, S) of the student's softmax at that temperature, for kept tokens.
 
-    With u uniform over V entries, Σ p log(p/u) = log V - entropy of p: a reverse KL whose teacher
-    has zeros for logits, one row of which serves for all.
+    With u uniform over V entries, Σ p log(p/u) = log V - entropy of p: a reverse KL whose teacher's
+    logits are zeros, one row expanded to all.
     """
     vocabulary = student.weight.shape[0]
     uniform = student.hidden.new_zeros(vocabulary).expand(*labels.shape, vocabulary)
@@ -133,18 +134,22 @@ def entropies(student: Head, labels: Tensor, temperature: float, options: dict[s
     return math.log(vocabulary) - as_tensor(lacking)
 
 
-def _head(model: str, given: dict[str, Any]) -> Head:
-    """One model's part of the arguments, as ours takes them."""
-    hidden, weight, bias = (given[f"{model}_{name}"] for name in _TENSORS)
-    if given.get(f"{model}_final_logit_softcapping") is not None:
-        raise ValueError(_capped(model, given[f"{model}_final_logit_softcapping"]))
-    # A teacher's shards are gathered once. Of a student they are refused below: the backward of
-    # full_tensor() takes the gradient to be the same on all ranks, which it is not.
+def _head(model: str, inputs: dict[str, Any]) -> Head:
+    """Return the hidden states and the head of one model, with its scale multiplied in.
+
+    Raises:
+        ValueError: Its logits are soft-capped.
+    """
+    hidden, weight, bias = (inputs[f"{model}_{name}"] for name in _TENSORS)
+    if inputs.get(f"{model}_final_logit_softcapping") is not None:
+        raise ValueError(_capped(model, inputs[f"{model}_final_logit_softcapping"]))
+    # A teacher's shards are gathered once. A student's are refused below: the backward of
+    # full_tensor() assumes that the gradient is the same on all ranks, which it is not.
     if not torch.is_grad_enabled():
         weight, bias = _whole(weight), _whole(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
-    scale = given.get(f"{model}_logit_scale", 1.0)
+    scale = inputs.get(f"{model}_logit_scale", 1.0)
     if scale != 1.0:  # c·(h·W + b) = (c·h)·W + c·b
         hidden, bias = hidden * scale, None if bias is None else bias * scale
     return Head(hidden, weight, bias)
@@ -158,9 +163,14 @@ def _whole(x: Any) -> Any:
 
 
 def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
-    """Refuses what would be dropped of a model's head.
+    """Refuse a model whose head has a scale or soft-cap that would be dropped.
 
-    Measured, not only read: configurations have several names for a scale and for a soft-cap.
+    The scale is measured, not only read: configurations have several names for it and for a
+    soft-cap.
+
+    Raises:
+        TypeError: Its lm_head is not a plain nn.Linear.
+        ValueError: It soft-caps its logits, or scales them by another factor than TRL uses.
     """
     config: Any = model.config
     config = config.get_text_config()
@@ -173,17 +183,17 @@ def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
         raise type(error)(
             f"the {which}: {error}; of TRL's trainers that is GKDTrainer's level 'logits'"
         ) from None
-    taken = _scale_in(config) if is_scaled else 1.0
-    if abs(measured - taken) > TOLERANCE * abs(measured):
+    used = _scale_in(config) if is_scaled else 1.0
+    if abs(measured - used) > TOLERANCE * abs(measured):
         raise ValueError(
             f"the {which} scales its logits by {measured:.4g}, and this version of TRL ({KIND}) "
-            f"by {taken:.4g}: upgrade trl, or train with a GKDTrainer, whose level 'logits' takes "
-            "the logits as the model made them"
+            f"by {used:.4g}: upgrade trl, or train with a GKDTrainer, whose level 'logits' uses "
+            "the model's own logits"
         )
 
 
 def _scale_in(config: Any) -> float:
-    """As TRL reads it."""
+    """Return the scale that TRL reads in a configuration."""
     for name in _SCALES:
         scale = getattr(config, name, None)
         if scale is not None:
@@ -193,8 +203,9 @@ def _scale_in(config: Any) -> float:
 
 
 def _capped(which: str, cap: float) -> str:
+    """Return the message for a soft-cap."""
     return (
         f"the {which} soft-caps its logits (final_logit_softcapping={cap}), which fused_kd does "
-        f"not do at the level 'linear': leave this {KIND} to TRL's own loss, which does, or train "
-        "with a GKDTrainer, whose level 'logits' takes the logits as the model made them"
+        f"not do at the level 'linear': use TRL's own loss in this {KIND}, or train with a "
+        "GKDTrainer, whose level 'logits' uses the model's own logits"
     )

@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...modules import KDLoss, LinearKDLoss
-from ..arguments import named
-from ..heads import IGNORED, check_head, head_of, headless
+from .._common.arguments import named
+from .._common.heads import check_head, head_of, headless
+from .._common.labels import IGNORE_INDEX
+from .._common.parts import as_tensor, parts_of
+from .._common.probabilities import denominator
 from ..liger import LigerFusedLinearJSDLoss
-from ..parts import parts_of
-from ..probabilities import denominator
-from .trainers import as_tensor, check_arguments, check_inherited, class_of, models_of
+from .trainers import check_arguments, check_inherited, class_of, models_of
 
 KIND = "GKDTrainer"
-#: What decides the number that Liger's loss is.
+#: Attributes of Liger's loss that determine its value.
 _LIGERS = ("weight_hard_loss", "weight_soft_loss", "beta", "ignore_index", "temperature")
 
 
@@ -33,26 +34,26 @@ def generalized_jsd_loss(
     num_items_in_batch: float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """``GKDTrainer.generalized_jsd_loss``, in float32 whatever the dtype of the logits.
+    """Compute ``GKDTrainer.generalized_jsd_loss``, in float32 for logits of any dtype.
 
     Args:
-        student_logits: (B, S, V). Where they are a slice of logits along S, as in GKDTrainer, the
+        student_logits: (B, S, V). If they are a slice of logits along S, as in GKDTrainer, the
             slice costs nothing.
         teacher_logits: (B, S, V), without grad.
         labels: (B, S), aligned with the logits; -100 where a token does not count.
         beta: the teacher's weight; 0 and 1 are forward and reverse KL.
-        temperature: of both softmaxes.
+        temperature: softens both sides.
         reduction: "batchmean" divides by the tokens that count, or by B without labels; "mean" by V
             times the tokens; "sum" by nothing.
-        num_items_in_batch: the denominator, whatever the reduction.
+        num_items_in_batch: the denominator, regardless of the reduction.
         options: of :class:`fused_kd.KDLoss`: `inplace`, `backend`.
 
     Returns:
         The loss, 0-d float32; 0 if no token counts.
 
     Raises:
-        TypeError: as :func:`fused_kd.kd_loss`.
-        ValueError: the same; and for reduction="none", which would be (B, S, V).
+        TypeError: As :func:`fused_kd.kd_loss`.
+        ValueError: The same; or reduction="none", which would be (B, S, V).
     """
     vocabulary = student_logits.shape[-1]
     num_items = _num_items(student_logits, labels, vocabulary, reduction, num_items_in_batch)
@@ -61,7 +62,7 @@ def generalized_jsd_loss(
 
 
 def attributes(trainer: Any, level: str, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """What to set in a GKDTrainer."""
+    """Return the attributes to set in a GKDTrainer."""
     check_inherited(trainer, KIND, "generalized_jsd_loss")
     installed = inspect.signature(class_of(trainer, KIND).generalized_jsd_loss)
     known = set(inspect.signature(generalized_jsd_loss).parameters) - {"options"}
@@ -76,7 +77,7 @@ def attributes(trainer: Any, level: str, entropy: bool, options: dict[str, Any])
 
 
 class _Linear:
-    """GKDTrainer's own compute_loss, with hidden states where it has logits."""
+    """GKDTrainer's own compute_loss, with hidden states instead of logits."""
 
     def __init__(self, trainer: Any, options: dict[str, Any]) -> None:
         self.trainer, self.options, self.is_headless = trainer, options, False
@@ -88,7 +89,7 @@ class _Linear:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **keywords: Any
     ) -> Any:
-        """As GKDTrainer's. Outputs that are asked for, for metrics, have their logits."""
+        """Compute GKDTrainer's loss; outputs returned for metrics have their logits."""
         if return_outputs:
             return self.own(self.trainer, model, inputs, return_outputs=True, **keywords)
         student, teacher = models_of(self.trainer)
@@ -109,7 +110,7 @@ class _Linear:
         reduction: str = "batchmean",
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        """As generalized_jsd_loss."""
+        """Compute generalized_jsd_loss, from hidden states while the models are headless."""
         if not self.is_headless:
             return generalized_jsd_loss(
                 student_logits, teacher_logits, labels, beta, temperature, reduction,
@@ -131,10 +132,10 @@ def _num_items(
     reduction: str,
     num_items: float | Tensor | None,
 ) -> float | Tensor:
-    """What TRL divides the sum over the tokens by."""
+    """Return TRL's divisor of the sum over the tokens."""
     if num_items is not None:
         return num_items.to(rows.device) if isinstance(num_items, Tensor) else num_items
-    kept = None if labels is None else labels != IGNORED
+    kept = None if labels is None else labels != IGNORE_INDEX
     count = rows.shape[0] if reduction == "batchmean" else math.prod(rows.shape[:-1])
     return denominator(reduction, count, kept, vocabulary)
 
@@ -142,27 +143,27 @@ def _num_items(
 def _unsliced(
     student: Tensor, teacher: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``logits[:, a:b]`` of both models as the whole logits, with labels that ignore the rest.
+    """Return the whole logits for slices ``logits[:, a:b]``, with labels that ignore the rest.
 
-    Autograd's backward of a slice makes a second gradient of the size of the logits. The view knows
-    what it is a slice of, so the loss is taken from there, and the slice never gets a gradient.
+    Autograd's backward of a slice makes a second gradient of the size of the logits. A view has its
+    base, so the loss is computed from that, and the slice never gets a gradient.
     """
     sliced = student, teacher, labels
-    whole, taught = student._base, teacher._base
-    if labels is None or whole is None or taught is None or not student.requires_grad:
+    student_base, teacher_base = student._base, teacher._base
+    if labels is None or student_base is None or teacher_base is None or not student.requires_grad:
         return sliced
-    if (whole.requires_grad, whole.shape[:2]) != (True, taught.shape[:2]):
+    if not student_base.requires_grad or student_base.shape[:2] != teacher_base.shape[:2]:
         return sliced
-    begins = {_begin(student, whole), _begin(teacher, taught)}
+    begins = {_begin(student, student_base), _begin(teacher, teacher_base)}
     begin = begins.pop()
     if begins or begin is None:
         return sliced
-    around = (begin, whole.shape[1] - begin - student.shape[1])
-    return whole, taught, nn.functional.pad(labels, around, value=IGNORED)
+    around = (begin, student_base.shape[1] - begin - student.shape[1])
+    return student_base, teacher_base, nn.functional.pad(labels, around, value=IGNORE_INDEX)
 
 
 def _begin(view: Tensor, base: Tensor) -> int | None:
-    """The a with view = base[:, a:b], three-dimensional; None: it is another view."""
+    """Return the a with view = base[:, a:b], three-dimensional; None: it is another view."""
     if not view.dim() == base.dim() == 3 or view.stride() != base.stride() or view.numel() == 0:
         return None
     if view.shape[0] != base.shape[0] or view.shape[2] != base.shape[2]:
@@ -171,7 +172,11 @@ def _begin(view: Tensor, base: Tensor) -> int | None:
 
 
 def _liger_loss(trainer: Any) -> dict[str, Any]:
-    """Versions of TRL before 1.16 can be told to call Liger's loss: ours, with its settings."""
+    """Return our form of the trainer's Liger loss, which TRL before 1.16 calls on request.
+
+    Raises:
+        TypeError: The trainer has a loss of another class there.
+    """
     before = getattr(trainer, "liger_loss", None)
     if before is None:
         return {}

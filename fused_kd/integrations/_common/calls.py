@@ -1,4 +1,4 @@
-"""What a student was called with, recorded by hooks and found again by the logits it returned."""
+"""The arguments of a student's calls, recorded by hooks and looked up by the logits returned."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .heads import output_of, passes_on
 from .models import CACHES, names_of_arguments
+from .outputs import logits_in
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Call:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     autocast: torch.dtype | None = None  # in force when the lm_head was reached
-    is_headless: bool = False  # whether an lm_head that is left out passed its input on
-    logits: Callable[[], Tensor | None] = lambda: None  # a weak reference to what it returned
+    is_headless: bool = False  # whether a bypassed lm_head returned its input
+    logits: Callable[[], Tensor | None] = lambda: None  # a weak reference to those returned
 
     def again(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Enter the same autocast: Trainer's mixed precision ends with the student's forward."""
@@ -32,34 +33,34 @@ class Call:
         return torch.autocast(device.type, self.autocast)
 
     def named(self, student: nn.Module) -> dict[str, Any]:
-        """Return what the student was given, by the names that its forward gives them.
+        """Return the arguments of the call by the names that the student's forward has for them.
 
         Raises:
-            TypeError: More positional arguments than its forward names.
+            TypeError: There are more positional arguments than its forward names.
         """
         names = names_of_arguments(student)
         if len(self.arguments) > len(names):
             raise TypeError(
-                f"the student was called with {len(self.arguments)} positional arguments, of which "
-                f"its forward names {len(names)}: call it with keywords, by which the teacher is "
-                "called too"
+                "the student must be called with arguments that its forward names, since the "
+                f"teacher is called with them by name; it was called with {len(self.arguments)} "
+                f"positional arguments, and its forward names {len(names)}: call it with keywords"
             )
-        given = {**dict(zip(names, self.arguments, strict=False)), **self.keywords}
-        return {name: value for name, value in given.items() if value is not None}
+        inputs = {**dict(zip(names, self.arguments, strict=False)), **self.keywords}
+        return {name: value for name, value in inputs.items() if value is not None}
 
 
 @dataclass
 class _Last:
     """Calls since the last loss, in one gradient mode."""
 
-    count: int = 0  # of all
+    count: int = 0  # of all calls
     call: Call | None = None  # the last without a cache
 
 
 class Calls:
     """The student's last call with gradients enabled and its last one without.
 
-    Copies of the student, deep or unpickled, have these hooks too: their recorder records nothing.
+    Copies of the student, deep or unpickled, have these hooks too; their recorder records nothing.
     """
 
     def __init__(self, is_recording: bool = True) -> None:
@@ -69,10 +70,11 @@ class Calls:
         self._taken: Callable[[], Tensor | None] = lambda: None  # the logits of the last loss
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make a copy, which records nothing."""
         return Calls, (False,)
 
     def listen(self, student: nn.Module) -> list[Callable[[], None]]:
-        """Register the hooks; return what removes them."""
+        """Register the hooks; return functions that remove them."""
         hooks = [
             student.register_forward_pre_hook(self.before_student, with_kwargs=True),
             student.register_forward_hook(self.after_student),
@@ -90,7 +92,7 @@ class Calls:
             self._current = Call(arguments, keywords)
 
     def before_head(self, module: nn.Module, arguments: Any) -> None:
-        """Record the autocast, and whether the head will pass its input on."""
+        """Record the autocast, and whether the head will return its input."""
         if self._current is None:
             return
         kind = arguments[0].device.type
@@ -111,14 +113,14 @@ class Calls:
             last.call, self._current = self._current, None
 
     def take(self, logits: Tensor) -> Call:
-        """Return the call that gave these logits, and forget all.
+        """Return the call that returned these logits, and drop all calls.
 
-        Wrappers may replace what the student returned (DistributedDataParallel does), so logits
-        that are not known by identity are those of the only call since the last loss.
+        Wrappers may replace the student's output (DistributedDataParallel does), so logits that
+        are not known by identity are taken to be those of the only call since the last loss.
 
         Raises:
-            RuntimeError: The student was not called, more than once, or with a cache; the loss of
-                these logits was taken already; this is a copy.
+            RuntimeError: The student was called not at all, more than once, or with a cache; the
+                loss of these logits was already computed; or this is a copy.
         """
         seen, self._last = self._last, {}
         taken, self._taken = self._taken, weakref.ref(logits)
@@ -131,39 +133,29 @@ class Calls:
         raise RuntimeError(self._why_not(last, taken() is logits))
 
     def _why_not(self, last: _Last, is_taken: bool) -> str:
-        """Return why no call can be said to have given the logits."""
+        """Return the message for logits that cannot be assigned to a call."""
         if not self._is_recording:
             return (
-                "this DistillationLoss is a copy, which does not hear the student: make another "
-                "DistillationLoss of the student and the teacher"
+                "this DistillationLoss is a copy, which does not record the student's calls: make "
+                "another DistillationLoss of the student and the teacher"
             )
         if is_taken:
             return (
-                "the loss of these outputs was computed already, and what the student was called "
-                "with is not kept: call the student again for another loss"
+                "the loss of these outputs was computed already, and the student's inputs are not "
+                "kept: call the student again for another loss"
             )
         if last.count == 0:
             return (
-                "the student that this DistillationLoss was given has not been called since the "
-                "last loss: give it the model that the Trainer trains"
+                "the student of this DistillationLoss has not been called since the last loss: "
+                "create it with the model that the Trainer trains"
             )
         if last.call is None:
             return (
-                f"the student was called with a cache ({' or '.join(CACHES)}), as generate() does, "
-                "whose keys and values are not the teacher's: call it with whole sequences"
+                f"the student was called with a cache ({' or '.join(CACHES)}), as generate() does; "
+                "its keys and values are not the teacher's: call the student with whole sequences"
             )
         return (
-            f"the student was called {last.count} times since the last loss, and these outputs "
-            "are not those of its last call: the teacher would be called with other inputs; "
-            "compute the loss of each call before the next one"
+            f"the student was called {last.count} times since the last loss, and these outputs are "
+            "not those of its last call, so the teacher would be called with other inputs: compute "
+            "the loss of each call before the next one"
         )
-
-
-def logits_in(output: Any) -> Any:
-    """Return a model's logits; None if its output has none.
-
-    In a tuple they are the first tensor with rows: before them there may be a loss.
-    """
-    if isinstance(output, dict):
-        return output.get("logits")
-    return next((x for x in output if isinstance(x, Tensor) and x.dim() >= 2), None)

@@ -1,18 +1,17 @@
-"""Checks of what a framework's classes are given, by the names that the framework has for it."""
+"""Checks of a framework's arguments, under the names that the framework has for them."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..checks import check_dense, check_floating, may_look_at_values
-from ..reduction import wide_labels
+from ...checks import check_floating, may_look_at_values
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,8 +20,8 @@ R = TypeVar("R")
 def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that renames arguments in the messages of errors that a function raises.
 
-    An error of the call itself, such as a keyword that the function does not have, is Python's own
-    and has the names that the caller wrote: it stays as it is.
+    An error of the call itself, such as a keyword that the function does not have, is raised by
+    Python with the names that the caller wrote. It is left unchanged.
 
     Args:
         names: our name of an argument → the name that the framework's users know.
@@ -37,7 +36,7 @@ def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             except (TypeError, ValueError) as error:
                 # a graph sets no attribute of an error; without fullgraph it is raised again here
                 if not torch.compiler.is_compiling() and _is_raised_inside(error):
-                    error.args = (ours.sub(lambda found: names[found[0]], str(error)),)
+                    error.args = (ours.sub(lambda match: names[match[0]], str(error)),)
                 raise
 
         return call
@@ -46,42 +45,22 @@ def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _is_raised_inside(error: Exception) -> bool:
-    """Return whether the function ran that was called where `error` is caught."""
+    """Return whether the called function had begun when `error` was raised."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
-def count_of_tokens(given: float | Tensor | None) -> float | Tensor | None:
-    """Return a denominator that may be 0: as a tensor, for which the loss is 0."""
-    is_zero = isinstance(given, Real) and not isinstance(given, bool) and given == 0
-    return torch.zeros(()) if is_zero else given
-
-
-def counted(labels: Tensor, ignore_index: int) -> Tensor:
-    """Return labels that only say which rows count: the ignored ones, and one class of all others.
-
-    So -1, an entry beyond the vocabulary, a mask of bools are labels like any other, as they are
-    to the frameworks.
-
-    Args:
-        labels: (...), of any dtype.
-        ignore_index: of the rows that do not count.
-
-    Raises:
-        TypeError: not a tensor, or an `ignore_index` that is not an int.
-    """
-    check_dense("labels", labels)
-    if not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
-    wide = wide_labels(labels)
-    return torch.where(wide != ignore_index, int(ignore_index == 0), ignore_index)
+def allow_zero(num_items: float | Tensor | None) -> float | Tensor | None:
+    """Return `num_items`, with a Python 0 as a tensor, for which the loss is 0."""
+    is_zero = isinstance(num_items, Real) and not isinstance(num_items, bool) and num_items == 0
+    return torch.zeros(()) if is_zero else num_items
 
 
 def check_target(name: str, target: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse a target that is not one number for every entry of the vocabulary.
 
     Raises:
-        TypeError: not a dense floating tensor.
-        ValueError: of another shape, or one that requires grad.
+        TypeError: It is not a dense floating tensor.
+        ValueError: It has another shape, or requires grad.
     """
     check_floating(name, target)
     if target.shape != shape:
@@ -104,7 +83,7 @@ def check_not_negative(
     """Refuse an entry below 0 in a row that counts; by value, so on the CPU only.
 
     Raises:
-        ValueError: logits or log-probabilities.
+        ValueError: There is one, as in logits or log-probabilities.
     """
     if probabilities.numel() == 0 or not may_look_at_values(probabilities):
         return
@@ -112,6 +91,6 @@ def check_not_negative(
     low = (lowest if kept is None else torch.where(kept, lowest, 0)).min().item()
     if low < 0:
         raise ValueError(
-            f"{name} must hold probabilities, which are at least 0; got {low:g}: of logits pass "
-            "the softmax"
+            f"{name} must hold probabilities, which are at least 0; got {low:g}: if these are "
+            "logits, pass logits.softmax(-1)"
         )

@@ -13,15 +13,15 @@ from small_models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
 from fused_kd import KDLoss, KDLossParts, LinearKDLoss
-from fused_kd.integrations.distilled import DistilledLM
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
 LOSSES = [KDLoss(temperature=2.0), LinearKDLoss(temperature=2.0)]
 IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(IDS % 3 == 0, -100, IDS)
 
 
-def _distilled(loss: Any = None) -> DistilledLM:
-    return DistilledLM(SmallLM(0), SmallLM(1, hidden=24), loss)
+def _distilled(loss: Any = None) -> StudentTeacherLoss:
+    return StudentTeacherLoss(SmallLM(0), SmallLM(1, hidden=24), loss)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
@@ -50,7 +50,7 @@ def test_parts_if_the_loss_gives_them() -> None:
 
 def test_the_teacher_stays_in_evaluation_mode_and_frozen() -> None:
     teacher = SmallLM(1).train()
-    model = DistilledLM(SmallLM(0), teacher).train()
+    model = StudentTeacherLoss(SmallLM(0), teacher).train()
     assert model.student.norm.training
     assert not teacher.norm.training
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -60,7 +60,7 @@ def test_the_teacher_stays_in_evaluation_mode_and_frozen() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "wrapped."])
 def test_the_teacher_is_in_no_state_dict_and_not_missed(prefix: str) -> None:
-    first, second = _distilled(), DistilledLM(SmallLM(2), SmallLM(3, hidden=24))
+    first, second = _distilled(), StudentTeacherLoss(SmallLM(2), SmallLM(3, hidden=24))
     outer = [nn.ModuleDict({"wrapped": m}) if prefix else m for m in (first, second)]
     kept = outer[0].state_dict()
     assert kept.keys() == {f"{prefix}student.{name}" for name in first.student.state_dict()}
@@ -94,25 +94,25 @@ class _Plain(nn.Module):
 
 
 def test_a_plain_module_at_the_logits_level() -> None:
-    got = DistilledLM(_Plain(0), _Plain(1))(input_ids=IDS, labels=LABELS)
-    want = DistilledLM(SmallLM(0), SmallLM(1))(input_ids=IDS, labels=LABELS)
+    got = StudentTeacherLoss(_Plain(0), _Plain(1))(input_ids=IDS, labels=LABELS)
+    want = StudentTeacherLoss(SmallLM(0), SmallLM(1))(input_ids=IDS, labels=LABELS)
     assert torch.equal(got, want)
     with pytest.raises(TypeError, match=r"an lm_head that is a plain nn.Linear; found none"):
-        DistilledLM(_Plain(0), _Plain(1), LinearKDLoss())
+        StudentTeacherLoss(_Plain(0), _Plain(1), LinearKDLoss())
 
 
 def test_bad_input() -> None:
     student, teacher = SmallLM(0), SmallLM(1)
     with pytest.raises(TypeError, match=r"teacher must be a torch\.nn\.Module; got NoneType"):
-        DistilledLM(student, None)  # type: ignore[arg-type]
+        StudentTeacherLoss(student, None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="loss must be KDLoss or LinearKDLoss; got KLDivLoss"):
-        DistilledLM(student, teacher, nn.KLDivLoss())  # type: ignore[arg-type]
+        StudentTeacherLoss(student, teacher, nn.KLDivLoss())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ignore_index=-100.*got 0"):
-        DistilledLM(student, teacher, KDLoss(ignore_index=0))
+        StudentTeacherLoss(student, teacher, KDLoss(ignore_index=0))
     with pytest.raises(ValueError, match=r"also the student's: copy\.deepcopy the teacher"):
-        DistilledLM(student, student)
-    model = DistilledLM(student, teacher)
-    with pytest.raises(ValueError, match=r"labels are absent from the batch: they say"):
+        StudentTeacherLoss(student, student)
+    model = StudentTeacherLoss(student, teacher)
+    with pytest.raises(ValueError, match=r"labels must be in the batch, since they say"):
         model(input_ids=IDS, labels=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"rounded to 16 bits; got torch\.bfloat16: FSDP2"):
         model(input_ids=IDS, labels=LABELS, num_items=torch.tensor(257.0).bfloat16())

@@ -1,4 +1,4 @@
-"""The frameworks that fused_kd plugs into: which versions were tested, which are installed."""
+"""The supported frameworks: which versions were tested, which are installed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ class Framework:
     package: str  # as imported
     distribution: str  # as installed
     module: str  # of fused_kd.integrations; "" if a page of the docs is all it needs
-    tested: (
-        str  # the version that the tests and the example ran with; "" if none could be installed
-    )
+    tested: str  # the version that the tests and the example ran with; "" if none installs
 
     @property
     def installed(self) -> str | None:
-        """Its version, without importing it."""
+        """Return the installed version, without importing the package; None: not installed."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:
@@ -29,15 +27,15 @@ class Framework:
 
     @property
     def status(self) -> str:
-        """For people."""
-        found = self.installed
+        """Return the installed and the tested version, as text for users."""
+        installed = self.installed
         if not self.tested:
             tested = "by signature only, never run with it"
-        elif found == self.tested:
+        elif installed == self.tested:
             tested = "tested with this version"
         else:
             tested = f"tested with {self.tested}"
-        return f"{found or 'not installed'}; {tested}"
+        return f"{installed or 'not installed'}; {tested}"
 
 
 FRAMEWORKS = {
@@ -58,10 +56,10 @@ FRAMEWORKS = {
 
 
 def need(package: str) -> ModuleType:
-    """The framework, imported.
+    """Import and return a framework.
 
     Raises:
-        ImportError: it is not installed or cannot be imported; the message says what to install.
+        ImportError: It is not installed or cannot be imported; the message says what to install.
     """
     framework = FRAMEWORKS[package]
     try:

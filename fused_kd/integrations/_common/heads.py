@@ -1,10 +1,10 @@
-"""The lm_heads of Hugging Face language models: left out and probed.
+"""The lm_heads of Hugging Face language models: found, bypassed and probed.
 
 A model's ``forward`` ends with ``logits = f(lm_head(hidden))``. At the linear level the loss
-multiplies by the head itself, chunk by chunk, so the model is asked for ``f(hidden)``: its head
-passes on what it is given. For a plain head ``f`` is the identity; for a scaled one (Cohere,
-Granite) it is a factor c, and c·h·W = c·(h·W), so the scale is kept. Anything else, a soft-cap
-(Gemma-2) above all, does not commute with the product, and :func:`check_head` refuses it.
+multiplies by the head itself, chunk by chunk, so the model has to return ``f(hidden)``: its head
+returns its input. For a plain head ``f`` is the identity. For a scaled one (Cohere, Granite) it is
+a factor c, and c·h·W = c·(h·W), so the scale is kept. Any other ``f``, above all a soft-cap
+(Gemma-2), does not commute with the product, and :func:`check_head` refuses it.
 """
 
 from __future__ import annotations
@@ -17,49 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The head's output in the probe reaches from minus to plus this: far beyond any soft-cap.
+#: The probe's logits range from minus to plus this: far beyond any soft-cap.
 PROBE = 1e4
-#: Largest relative deviation from a pure factor; beyond what bfloat16 rounds twice.
+#: Largest relative deviation from a pure factor: more than two roundings to bfloat16 cause.
 TOLERANCE = 0.01
-#: Of a label that does not count.
-IGNORED = -100
-
-
-def shifted(labels: Tensor | None) -> Tensor:  # (B, S) -> (B, S)
-    """Return labels as a causal language model is trained on: the next token's, none for the last.
-
-    The labels are shifted, never the logits: a slice of the logits costs a second gradient.
-
-    Raises:
-        ValueError: The batch has no labels.
-    """
-    return nn.functional.pad(_present(labels)[..., 1:], (0, 1), value=IGNORED)
-
-
-def aligned(labels: Tensor | None, shift: bool) -> Tensor:
-    """Return labels that belong to the logits at the same place: shifted, or as they are.
-
-    Raises:
-        ValueError: The batch has no labels.
-    """
-    return shifted(labels) if shift else _present(labels)
-
-
-def _present(labels: Tensor | None) -> Tensor:
-    if labels is None:
-        raise ValueError(
-            "labels are absent from the batch: they say which tokens count, also where only the "
-            "teacher is learned from; a collator such as "
-            "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them"
-        )
-    return labels
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    """The model's lm_head.
+    """Return the model's lm_head.
 
     Raises:
-        TypeError: it has none, or one that does more than multiply by its weight and add its bias
+        TypeError: It has none, or one that does more than multiply by its weight and add its bias
             (an adapter, a quantised layer).
     """
     head = output_of(model)
@@ -78,7 +46,8 @@ def head_of(model: nn.Module) -> nn.Linear:
 def output_of(model: nn.Module) -> Any:
     """Return the module that makes the model's logits, of any kind; None if it names none.
 
-    PEFT's modules_to_save keeps a trained copy of a module for each adapter: the active one's.
+    PEFT's modules_to_save keeps a trained copy of a module for each adapter: the copy of the active
+    adapter is returned.
     """
     find = getattr(model, "get_output_embeddings", None)
     output: Any = find() if find is not None else None
@@ -89,18 +58,19 @@ def output_of(model: nn.Module) -> Any:
 
 
 def is_left_out(model: nn.Module) -> bool:
-    """Return whether leave_out_head() is in force in the model, or in what it is a copy of."""
+    """Return whether leave_out_head() is in force in the model, or was in the one copied."""
     forward = getattr(output_of(model), "forward", None)
     return getattr(forward, "func", None) is _pass_or_forward
 
 
 def leave_out_head(model: nn.Module) -> Callable[[], None]:
-    """Make the lm_head pass its input on while it trains; return what undoes it.
+    """Make the lm_head return its input while it trains; return a function that undoes this.
 
-    The head's weight stays in the graph, without gradient from here: or DistributedDataParallel,
-    looking for unused parameters from the model's outputs, would not wait for the loss's. A deep
-    copy of the model does the same with the copy's head. Not to be called twice, which
-    :func:`.models.check_models` sees to: the two could be undone in one order only.
+    The head's weight stays in the graph, without gradient from here. Otherwise
+    DistributedDataParallel, which looks for unused parameters from the model's outputs, would not
+    wait for the gradient that the loss gives it. A deep copy of the model does the same with the
+    copy's head. Must not be called twice, since the two could be undone in one order only:
+    :func:`.models.check_models` refuses the second.
     """
     head = head_of(model)
     # Not a closure, which a deep copy of the model would share with it.
@@ -108,7 +78,7 @@ def leave_out_head(model: nn.Module) -> Callable[[], None]:
 
 
 def passes_on(head: nn.Module) -> bool:
-    """Return whether a head changed by leave_out_head() passes its input on: while it trains.
+    """Return whether a head changed by leave_out_head() returns its input now: while it trains.
 
     In training mode without gradients it does not, since generate() needs logits.
     """
@@ -118,16 +88,21 @@ def passes_on(head: nn.Module) -> bool:
 def _pass_or_forward(
     head: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor
 ) -> Tensor:
+    """Return the head's input while it trains, else what its forward returns."""
     return _passed(head, hidden) if passes_on(head) else forward(hidden)
 
 
 def _passed(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Return the head's input, with the head's parameters in its graph."""
     passed: Tensor = _Pass.apply(hidden, head.weight, head.bias)
     return passed
 
 
 def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Returns what puts back what was there: the class's, or that of a hook (as accelerate's)."""
+    """Replace a module's forward; return a function that restores the one before.
+
+    That may be its class's, or an instance attribute set by a hook (such as accelerate's).
+    """
     before = vars(head).get("forward")
     vars(head)["forward"] = forward
 
@@ -142,7 +117,7 @@ def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callab
 
 @contextmanager
 def headless(model: nn.Module) -> Iterator[None]:
-    """Within, ``model(...).logits`` are the hidden states that its head is to be applied to."""
+    """Make ``model(...).logits`` the hidden states that its head would be applied to."""
     head = head_of(model)
     undo = _set_forward(head, lambda hidden: _passed(head, hidden))  # a new partial would recompile
     try:
@@ -152,10 +127,10 @@ def headless(model: nn.Module) -> Iterator[None]:
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuses a model whose logits are not a multiple of its head's output.
+    """Refuse a model whose logits are not a multiple of its head's output.
 
     Raises:
-        TypeError, ValueError: as :func:`scale_of`; it scales the sum of product and bias.
+        TypeError, ValueError: As :func:`scale_of`; or the model scales the sum of product and bias.
     """
     scale = scale_of(model)
     if head_of(model).bias is not None and abs(scale - 1.0) > TOLERANCE:
@@ -166,15 +141,15 @@ def check_head(model: nn.Module) -> None:
 
 
 def scale_of(model: nn.Module) -> float:
-    """What a model multiplies its head's output by, measured by one tiny forward.
+    """Return the factor between a model's logits and its head's output, measured by one forward.
 
     Raises:
-        TypeError: as :func:`head_of`.
-        ValueError: the model caps, cuts or otherwise changes its logits.
+        TypeError: As :func:`head_of`.
+        ValueError: The model caps, cuts or otherwise changes its logits.
     """
     head = head_of(model)
     modes = [(module, module.training) for module in model.modules()]
-    # float32 whatever the head's dtype: a scaled float16 would overflow.
+    # float32 regardless of the head's dtype: a scaled float16 would overflow.
     ramp = torch.linspace(-PROBE, PROBE, head.out_features, device=head.weight.device)
     ramp = torch.stack([torch.zeros_like(ramp), ramp])[None]  # (1, 2, V)
     undo = _set_forward(head, lambda hidden: ramp)
@@ -182,20 +157,24 @@ def scale_of(model: nn.Module) -> float:
         model.eval()
         ids = torch.zeros(1, 2, dtype=torch.int64, device=ramp.device)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            given = model(input_ids=ids).logits
+            logits = model(input_ids=ids).logits
     finally:
         for module, was_training in modes:
             module.training = was_training
         undo()
-    return _scale(type(model).__name__, ramp.double(), given.double())
+    return _scale(type(model).__name__, ramp.double(), logits.double())
 
 
-def _scale(name: str, ramp: Tensor, given: Tensor) -> float:
-    """The factor between two tensors, if there is one."""
-    if ramp.shape == given.shape:
-        scale = (given * ramp).sum() / ramp.square().sum()
-        deviation = (given - scale * ramp).norm(dim=-1)  # nothing may be added to the zeros
-        if (deviation <= TOLERANCE * given.norm(dim=-1)).all():
+def _scale(name: str, ramp: Tensor, logits: Tensor) -> float:
+    """Return the factor between two tensors.
+
+    Raises:
+        ValueError: They differ by more than a factor.
+    """
+    if ramp.shape == logits.shape:
+        scale = (logits * ramp).sum() / ramp.square().sum()
+        deviation = (logits - scale * ramp).norm(dim=-1)  # nothing may be added to the zeros
+        if (deviation <= TOLERANCE * logits.norm(dim=-1)).all():
             return scale.item()
     raise ValueError(
         f"{name} changes its logits after the lm_head by more than a factor (soft-capping, as "
@@ -204,11 +183,14 @@ def _scale(name: str, ramp: Tensor, given: Tensor) -> float:
 
 
 def _check_untouched(head: nn.Module, name: str) -> None:
-    """Refuse a head whose output something outside it reads or changes.
+    """Refuse a head whose output is read or changed from outside.
 
-    The head of a training model gives hidden states here, so that would work on those. The probe
-    of :func:`scale_of` does not see what comes later, or only in training. Hooks before the
-    forward, and parametrizations of the weight, act as always.
+    The head of a training model returns hidden states here, so a hook would act on those. The probe
+    of :func:`scale_of` does not detect hooks that are added later or act in training only. Hooks
+    before the forward, and parametrizations of the weight, act as always.
+
+    Raises:
+        TypeError: The head has a hook on its output or gradient, or a forward of its own.
     """
     forward = vars(head).get("forward")
     source = getattr(forward, "func", forward)
@@ -231,8 +213,10 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a view of the hidden states."""
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the hidden states alone."""
         return gradient, None, None

@@ -1,4 +1,4 @@
-"""Checks of a student and a teacher before they train, and of what they are called with."""
+"""Checks of a student and a teacher before training, and of the inputs of both."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checks import may_look_at_values
-from .heads import IGNORED, is_left_out, output_of
+from ...checks import may_look_at_values
+from .heads import is_left_out, output_of
+from .labels import IGNORE_INDEX
 
-#: What models call the weight of their router's aux_loss.
+#: Names of the weight of a router's aux_loss.
 ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
-#: Children under which torch.compile and FSDP1 keep the module that they wrap.
+#: Names of the child that torch.compile and FSDP1 wrap.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module")
-#: What a model that generates is called with, under its names in versions of transformers.
+#: Names of the cache argument of generate(), in different versions of transformers.
 CACHES = ("past_key_values", "cache", "cache_params")
-#: Endings of the arguments that carry one model's own embeddings or encoder states; not
-#: encoder_hidden_states, which a decoder without an encoder has from a third model.
+#: Endings of the arguments that carry one model's own embeddings or encoder states. Not
+#: encoder_hidden_states, which a decoder without an encoder gets from a third model.
 _STATES = ("inputs_embeds", "encoder_outputs")
-#: Model types with BERT's is_decoder, beside those that are called so; with XLM's causal.
+#: Model types with BERT's is_decoder, in addition to those named bert; with XLM's causal.
 _LIKE_BERT = ("big_bird", "data2vec-text", "electra", "ernie", "roformer", "xmod")
 _LIKE_XLM = ("xlm", "flaubert")
-#: For a loop or adapter that has the argument shift.
+#: End of the message of an adapter that has the argument shift.
 SHIFT_FALSE = (
     "if labels[i] belongs to logits[i] (of a causal model: if you have shifted them), pass "
     "shift=False, or call KDLoss in a training loop of your own"
@@ -39,7 +40,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    """Return what a wrapper holds; None of what is none."""
+    """Return the module inside one wrapper; None if the model is not wrapped."""
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
         inner: nn.Module = model.module
         return inner
@@ -52,9 +53,9 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def names_of_arguments(model: nn.Module) -> list[str]:
-    """Return how the model's positional arguments are called, in their order.
+    """Return the names of the model's positional arguments, in order.
 
-    A wrapper whose forward has ``*args`` passes them on. PEFT's, for a task, has names of its own.
+    A wrapper whose forward has ``*args`` passes them on. A PEFT model for a task has its own names.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     inner = _inside(model)
@@ -65,7 +66,7 @@ def names_of_arguments(model: nn.Module) -> list[str]:
 
 
 def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None:
-    """Refuse two models between which the loss would not be what it seems.
+    """Refuse two models between which the loss would not be the intended one.
 
     Args:
         student: the model to train, wrapped or not.
@@ -73,9 +74,9 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
         shift: whether labels are shifted to the next token, which only causal models predict.
 
     Raises:
-        ValueError: A parameter or a module that both models have; a model that is not causal, if
-            labels are shifted; vocabularies that differ in size; a student whose lm_head is
-            bypassed already, or whose own loss has a term that would be lost.
+        ValueError: Both models have the same parameter or module; a model is not causal, if labels
+            are shifted; the vocabularies differ in size; the student's lm_head is already
+            bypassed, or its own loss has a term that would be lost.
     """
     _check_shared("parameters", student.parameters(), teacher.parameters())
     _check_shared("modules", *(filter(_has_mode_or_state, x.modules()) for x in (student, teacher)))
@@ -97,13 +98,13 @@ def check_causal(student: nn.Module, teacher: nn.Module, way_out: str) -> None:
 
     Args:
         student: a model, wrapped or not; one without can_generate(), such as a plain module, is
-            taken to be causal.
+            assumed to be causal.
         teacher: the same.
         way_out: what to do instead, for the message.
 
     Raises:
-        ValueError: A masked language model, a classifier, an encoder-decoder, or a model that
-            sees the next token.
+        ValueError: One is a masked language model, a classifier, an encoder-decoder, or a model
+            that attends to the next token.
     """
     for name, model in (("student", unwrapped(student)), ("teacher", unwrapped(teacher))):
         reason = _why_not_causal(model)
@@ -122,8 +123,8 @@ def _why_not_causal(model: nn.Module) -> str | None:
         return "an encoder-decoder, whose labels are aligned with its decoder's logits"
     if callable(can_generate) and not can_generate():
         return (
-            "which does not predict the next token (can_generate() is False; if it is causal "
-            "nevertheless, derive its class from transformers.GenerationMixin too)"
+            "which does not predict the next token (can_generate() is False; if the model is "
+            "causal, derive its class from transformers.GenerationMixin too)"
         )
     if _attends_to_later_tokens(config):
         return (
@@ -134,7 +135,7 @@ def _why_not_causal(model: nn.Module) -> str | None:
 
 
 def _attends_to_later_tokens(config: Any) -> bool:
-    """Return whether a model of transformers that generates is not causal all the same."""
+    """Return whether a model of transformers is not causal, although it can generate."""
     kind = str(getattr(config, "model_type", ""))
     if kind in _LIKE_XLM:
         return not config.causal
@@ -144,6 +145,7 @@ def _attends_to_later_tokens(config: Any) -> bool:
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether the model's config says that it is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -151,32 +153,32 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse inputs of the student that mean something else to the teacher.
 
     Args:
-        model: the student, or whatever is called with them; wrapped or not.
+        model: the model that is called with them, usually the student; wrapped or not.
         inputs: its arguments, by name.
 
     Raises:
-        ValueError: Embeddings, encoder states or a cache, which are one model's own; an
-            encoder-decoder that makes tokens, without decoder_input_ids.
+        ValueError: They include embeddings, encoder states or a cache, which belong to one model;
+            or an encoder-decoder that makes tokens gets no decoder_input_ids.
     """
     for name, value in inputs.items():
         if value is not None and name.endswith(_STATES):
             raise ValueError(
-                f"{name} must not be in the batch: the teacher is called with what the student is "
-                "called with, and has embeddings of its own; pass input_ids"
+                f"{name} must not be in the batch, since the teacher is called with the student's "
+                "inputs and has embeddings of its own; got it: pass input_ids"
             )
         if value is not None and name in CACHES:
             raise ValueError(
-                f"{name} must not be in the batch: the teacher is called with what the student is "
-                "called with, and would read and extend a cache of the student's keys; pass whole "
-                "sequences"
+                f"{name} must not be in the batch, since the teacher is called with the student's "
+                "inputs and would read and extend a cache of the student's keys; got it: pass "
+                "whole sequences"
             )
     model = unwrapped(model)
     needs_ids = _is_encoder_decoder(model) and output_of(model) is not None  # a classifier: None
     if needs_ids and inputs.get("decoder_input_ids") is None:
         raise ValueError(
-            "decoder_input_ids are absent from the batch: an encoder-decoder is called without "
-            "labels here, so it cannot make them; DataCollatorForSeq2Seq(tokenizer, model=student) "
-            "makes them from the labels"
+            "decoder_input_ids must be in the batch, since an encoder-decoder is called without "
+            "labels here and cannot make them; got none: make them from the labels with "
+            "DataCollatorForSeq2Seq(tokenizer, model=student)"
         )
 
 
@@ -184,28 +186,33 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
     """Refuse two models whose logits cannot be compared.
 
     Raises:
+        TypeError: A model has neither an lm_head nor a config.
         ValueError: Their vocabularies differ in size.
     """
-    of_student, of_teacher = vocabulary_of(student), vocabulary_of(teacher)
-    if of_student != of_teacher:
-        larger = "student" if of_student > of_teacher else "teacher"
+    student_size, teacher_size = vocabulary_of(student), vocabulary_of(teacher)
+    if student_size != teacher_size:
+        larger = "student" if student_size > teacher_size else "teacher"
         raise ValueError(  # enlarging the other one would give probability to no token
-            f"student and teacher must share a vocabulary: vocab_size is {of_student} in the "
-            f"student and {of_teacher} in the teacher. If they have one tokenizer and only their "
-            f"padding differs, {larger}.resize_token_embeddings({min(of_student, of_teacher)}) "
+            f"student and teacher must share a vocabulary: vocab_size is {student_size} in the "
+            f"student and {teacher_size} in the teacher. If they have one tokenizer and only their "
+            f"padding differs, {larger}.resize_token_embeddings({min(student_size, teacher_size)}) "
             "makes them equal"
         )
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Return the number of the model's logits: by its head if it has one, else by its config."""
+    """Return the number of the model's logits: by its head if it has one, else by its config.
+
+    Raises:
+        TypeError: It has neither.
+    """
     weight = getattr(output_of(model), "weight", None)
     if weight is not None and weight.dim() == 2:
         return int(weight.shape[0])
     config: Any = getattr(model, "config", None)
     if config is None:
         raise TypeError(
-            f"a Hugging Face model is expected, with config; got {type(model).__name__}"
+            f"a model must be a Hugging Face model, with config; got {type(model).__name__}"
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(text.vocab_size)
@@ -218,7 +225,7 @@ class PaddingCheck:
         self._is_done = False
 
     def __call__(self, labels: Tensor | None, inputs: Mapping[str, Any]) -> None:
-        """Look at the values of a batch: labels (B, S) as they came, and what the models read."""
+        """Check a batch: its labels (B, S), not shifted, and the inputs of the models."""
         mask: Tensor | None = inputs.get("attention_mask")
         if self._is_done or labels is None or mask is None or not may_look_at_values(labels):
             return
@@ -226,18 +233,22 @@ class PaddingCheck:
             return  # the mask is not that of the labels
         is_padding = mask == 0
         self._is_done = bool(is_padding.any())
-        if ((labels != IGNORED) & is_padding).any():
+        if ((labels != IGNORE_INDEX) & is_padding).any():
             warnings.warn(
-                "labels count tokens whose attention_mask is 0: padding is trained on; labels "
-                "should be -100 there, labels.masked_fill(attention_mask == 0, -100)",
+                "labels should be -100 where attention_mask is 0; got others there, so padding is "
+                "trained on: use labels.masked_fill(attention_mask == 0, -100)",
                 UserWarning,
                 stacklevel=2,
             )
 
 
-def _check_shared(kind: str, of_student: Iterable[Any], of_teacher: Iterable[Any]) -> None:
-    """Refuse what both models have, which a step or a mode of the one would change in the other."""
-    shared = {id(x) for x in of_student} & {id(x) for x in of_teacher}
+def _check_shared(kind: str, student_parts: Iterable[Any], teacher_parts: Iterable[Any]) -> None:
+    """Refuse parts that both models have: a step or mode of one would change the other.
+
+    Raises:
+        ValueError: There are any.
+    """
+    shared = {id(x) for x in student_parts} & {id(x) for x in teacher_parts}
     if shared:
         raise ValueError(
             f"teacher must be another model than the student, with {kind} of its own; got "
@@ -247,9 +258,10 @@ def _check_shared(kind: str, of_student: Iterable[Any], of_teacher: Iterable[Any
 
 
 def _has_mode_or_state(module: nn.Module) -> bool:
-    """Return whether a module shared by two models would matter: transformers shares activations.
+    """Return whether two models must not share a module; transformers shares activations.
 
-    eval() of the one would switch the dropout of the other off; a norm counts what both see.
+    Shared dropout would be switched off by eval() of one model. A shared norm would average over
+    the inputs of both.
     """
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     code = getattr(inspect.unwrap(module.forward), "__code__", None)
@@ -257,21 +269,25 @@ def _has_mode_or_state(module: nn.Module) -> bool:
 
 
 def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool:
-    """Return whether both models say how many logits they make, as a classifier does not."""
+    """Return whether the number of both models' logits is known; a classifier's is not."""
     if not shift:
         return all(output_of(model) is not None for model in (student, teacher))
     return all(hasattr(model, "get_output_embeddings") for model in (student, teacher))
 
 
 def _check_router(student: nn.Module) -> None:
-    """Refuse a mixture of experts that adds a term to its loss only if it is given labels."""
+    """Refuse a mixture of experts that adds a term to its loss only if it is called with labels.
+
+    Raises:
+        ValueError: It has output_router_logits=True and a weight for that term.
+    """
     config: Any = getattr(student, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(x, n, None) for n in ROUTER_WEIGHTS for x in (student, text, config)]
     weight = next((x for x in found if x is not None), 0.0)
     if weight and any(getattr(x, "output_router_logits", False) for x in (text, config)):
         raise ValueError(
-            f"student has output_router_logits=True: {type(student).__name__} would add its "
-            f"router's aux_loss, times {weight}, to a loss of its own, which is not used here; set "
-            "output_router_logits=False in its config to train without aux_loss"
+            f"student must not have output_router_logits=True: {type(student).__name__} would add "
+            f"its router's aux_loss, times {weight}, to a loss of its own, which is not used here; "
+            "set output_router_logits=False in its config to train without aux_loss"
         )

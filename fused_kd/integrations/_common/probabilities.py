@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..functional import KDLossParts
-from ..reduction import arithmetic_dtype
+from ...functional import KDLossParts
+from ...reduction import arithmetic_dtype
 from .arguments import check_not_negative
+from .parts import as_tensor
 
-#: Rows whose exponentials are made at a time.
+#: Number of rows whose exponentials are made at a time.
 ROWS = 64
 
 
@@ -38,10 +39,10 @@ def kl_from(
         name: what messages call the probabilities.
 
     Raises:
-        ValueError: a reduction that does not exist, `kept` of another shape, or a negative entry.
+        ValueError: The reduction does not exist, `kept` has another shape, or an entry is negative.
     """
-    wide = arithmetic_dtype(probabilities)
-    mass = probabilities.sum(-1, dtype=wide)
+    dtype = arithmetic_dtype(probabilities)
+    mass = probabilities.sum(-1, dtype=dtype)
     if kept is not None:
         if kept.shape != mass.shape:
             raise ValueError(
@@ -51,7 +52,7 @@ def kl_from(
         mass = torch.where(kept, mass, 0.0)
     check_not_negative(name, probabilities, kept)
     divisor = denominator(reduction, mass.numel(), kept, probabilities.shape[-1])
-    logs = probabilities.to(wide, copy=True).log_()
+    logs = probabilities.to(dtype, copy=True).log_()
     return kl_of_mass(logs, mass, divisor, loss)
 
 
@@ -61,9 +62,8 @@ def kl_of_mass(
     divisor: float | Tensor,
     loss: Callable[..., Tensor | KDLossParts],
 ) -> Tensor:
-    """Return Σ a·q̂ log(a·q̂ / p) / divisor, of masses a and logits of q̂; `loss` as above."""
-    divergence = loss(logs, token_weight=mass, num_items=divisor)
-    assert isinstance(divergence, Tensor)
+    """Return Σ a·q̂ log(a·q̂ / p) / divisor, of masses a and logits of q̂; `loss` as in kl_from."""
+    divergence = as_tensor(loss(logs, token_weight=mass, num_items=divisor))
     return divergence + torch.xlogy(mass, mass).sum() / divisor
 
 
@@ -75,20 +75,25 @@ def mass_of(logs: Tensor) -> Tensor:
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield a few rows of each tensor at a time; all of them to a compiler.
+    """Yield a few rows of each tensor at a time; while compiling, all rows at once.
 
-    A compiler fuses what it sees whole, and a loop would be compiled for every length.
+    A compiler fuses whole tensors, and a loop would be compiled for every length.
     """
     size = max(len(tensors[0]), 1) if torch.compiler.is_compiling() else ROWS
     yield from zip(*(torch.split(x, size) for x in tensors), strict=True)
 
 
 def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int) -> int | Tensor:
-    """Return what the sum over the rows is divided by; at least 1, so that no row gives 0.
+    """Return the divisor of the sum over the rows; at least 1, so that no row gives 0.
+
+    Args:
+        reduction: "batchmean" (the rows that count), "mean" (V times them) or "sum" (1).
+        rows: number of rows, used without `kept`.
+        kept: which rows count; None: all.
+        vocabulary: V.
 
     Raises:
-        ValueError: a reduction other than "batchmean" (by the rows that count), "mean" (by V times
-            them) and "sum".
+        ValueError: Another reduction.
     """
     check_reduction(reduction)
     count = max(rows, 1) if kept is None else kept.sum().clamp(min=1)
@@ -96,7 +101,7 @@ def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int)
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuse a reduction that is not one of those three."""
+    """Refuse a reduction that is not one of "batchmean", "mean" and "sum"."""
     if reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(
             f"reduction must be one of 'batchmean', 'mean', 'sum'; got {reduction!r}: for the loss "

@@ -1,0 +1,1 @@
+"""Helpers that the modules of the frameworks share; private."""

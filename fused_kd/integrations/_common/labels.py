@@ -1,0 +1,78 @@
+"""Labels of a batch: shifted to the next token, or reduced to which rows count."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import check_dense
+from ...reduction import wide_labels
+
+#: Label of a token that does not count.
+IGNORE_INDEX = -100
+
+
+def shifted(labels: Tensor | None) -> Tensor:  # (B, S) -> (B, S)
+    """Return labels as a causal language model is trained on: the next token's, none for the last.
+
+    The labels are shifted, never the logits: a slice of the logits costs a second gradient.
+
+    Raises:
+        ValueError: The batch has no labels.
+    """
+    return nn.functional.pad(_present(labels)[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def aligned(labels: Tensor | None, shift: bool) -> Tensor:
+    """Return labels that belong to the logits at the same position: shifted, or unchanged.
+
+    Raises:
+        ValueError: The batch has no labels.
+    """
+    return shifted(labels) if shift else _present(labels)
+
+
+def mask_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """Return labels that only say which rows count: `ignore_index`, and one class for the others.
+
+    Frameworks accept -1, an entry beyond the vocabulary or a mask of bools as labels. They count
+    here like any other label.
+
+    Args:
+        labels: (...), of any dtype.
+        ignore_index: label of the rows that do not count.
+
+    Raises:
+        TypeError: `labels` is not a tensor, or `ignore_index` is not an int.
+    """
+    check_dense("labels", labels)
+    if not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
+    wide = wide_labels(labels)
+    return torch.where(wide != ignore_index, int(ignore_index == 0), ignore_index)
+
+
+def in_rows_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return labels in the leading shape of the logits.
+
+    Labels of another number of rows are returned unchanged: the loss reports their shape.
+    """
+    rows = logits.shape[:-1]
+    return labels.reshape(rows) if labels.numel() == rows.numel() else labels
+
+
+def _present(labels: Tensor | None) -> Tensor:
+    """Return the labels of a batch.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if labels is None:
+        raise ValueError(
+            "labels must be in the batch, since they say which tokens count, even if only the "
+            "teacher is learned from; got none: use a collator that makes them, such as "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+        )
+    return labels
