@@ -299,10 +299,12 @@ class Formula(NamedTuple):
 def temperature_tensor(options: KDOptions) -> Tensor:
     """Return T as :class:`Formula` has it.
 
-    By multiplication: ``torch.full`` and ``torch.as_tensor`` compile once for each value, and fail
-    under ``fullgraph=True`` at the ninth.
+    In a trace by multiplication: other ways to make a tensor of a number compile once for each
+    value, and fail under ``fullgraph=True`` at the ninth.
     """
-    return torch.ones((), dtype=torch.float64) * options.temperature
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64) * options.temperature
+    return torch.scalar_tensor(options.temperature, dtype=torch.float64)
 
 
 # ------------------------------------------------------------------- signature and documentation
