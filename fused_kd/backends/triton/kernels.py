@@ -302,6 +302,8 @@ def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
 
 
 # --------------------------------------------------------------------------------- the kernels
+# What a launch hands over is flat: `do_not_specialize` does not reach into a tuple (triton 3.6 and
+# 3.9), so that in a tuple N = 1, or an N that 16 divides, would make another binary.
 
 
 @triton.jit
