@@ -106,7 +106,7 @@ def has_two_passes(divergence: str | None) -> bool:
 
 
 def compile_rows(variant: Variant, target: int | str) -> Resources:
-    """Compiles _kd_rows_kernel as a launch would."""
+    """Compile _kd_rows_kernel as a launch would."""
     kernels = load_kernels()
     chosen = configuration(variant.vocabulary, variant.student, variant.teacher, _kind(target))
     step, gradient = MODES[variant.mode]
@@ -220,7 +220,7 @@ def _resources(compiled: Any, is_amd: bool) -> Resources:
 
 
 def nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
-    """What a tool of triton's own wheel prints about a cubin."""
+    """Return what a tool of triton's own wheel prints about a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -233,7 +233,7 @@ def nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
 
 
 def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
-    """Compiles _kd_scale_kernel as a launch would."""
+    """Compile _kd_scale_kernel as a launch would."""
     kernel = load_kernels()._kd_scale_kernel
     types = {"g_ptr": "*" + NAMES[dtype]}
     types.update(dict.fromkeys(("N", "S", "V"), "i32"))
@@ -272,7 +272,7 @@ def _count(task: tuple[Variant, str]) -> list[str]:
 
 
 def executed_table() -> str:
-    """The instructions that are executed per element, in Markdown."""
+    """Return the instructions that are executed per element, in Markdown."""
     import triton
 
     tasks = [(replace(v, vocabulary=n), t) for _, v, t in COUNTED for n in VOCABULARIES]
@@ -310,7 +310,7 @@ def _cell(task: tuple[Variant | torch.dtype, int | str]) -> str:
 
 
 def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
-    """What the compiler reports, in Markdown."""
+    """Return what the compiler reports, in Markdown."""
     import triton
 
     rows: list[tuple[str, str, str, Variant | torch.dtype]] = [
@@ -343,7 +343,7 @@ def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables, or writes them; returns the exit status."""
+    """Print the tables, or write them; return the exit status."""
     parser = Parser(prog="python -m benchmarks.triton_resources", description=__doc__)
     add = parser.add_argument
     add("targets", nargs="*", help="75 80 90 100 120 gfx942 gfx90a; default: all")

@@ -1,7 +1,7 @@
 """How the Triton kernels cut a row: a rule by V, the dtypes and the kind of GPU, not a search.
 
 The bits of a row depend on its configuration and on nothing else but the row: not on N, not on the
-other rows, and on where it lies in memory only if V is a multiple of 16 and its address isn't one
+other rows, and on its place in memory only if V is a multiple of 16 and its address isn't one
 of 16 bytes.
 """
 

@@ -62,7 +62,10 @@ _NUMBERS = 5
 def _numbers_of(
     divergence: int, temperature: float, beta: float, soft_factor: float, label_smoothing: float
 ) -> _Numbers:
-    """Return the numbers of an operator's schema: what comes of a schema in another form."""
+    """Return an operator's numbers, as its schema gives them, in the kernels' form.
+
+    The schema's form is known here alone.
+    """
     return _Numbers(divergence, temperature, beta, soft_factor, label_smoothing)
 
 
@@ -114,19 +117,19 @@ class _Call:
 
 def _configuration(call: _Call) -> Configuration:
     student, teacher = call.student, call.teacher
-    rule = configuration(student.shape[2], student.dtype, teacher.dtype, kind(student.device))
+    default = configuration(student.shape[2], student.dtype, teacher.dtype, kind(student.device))
     if os.environ.get("FUSED_KD_AUTOTUNE") != "1" or student.device.type == "cpu":
-        return rule
-    key = (rule, student.shape[2], student.dtype, teacher.dtype, call.code, student.device)
+        return default
+    key = (default, student.shape[2], student.dtype, teacher.dtype, call.code, student.device)
     if key not in _tuned:
-        _tuned[key] = _fastest(call.first_rows(1024), rule)
+        _tuned[key] = _fastest(call.first_rows(1024), default)
     return _tuned[key]
 
 
 _tuned: dict[tuple[object, ...], Configuration] = {}
 
 
-def _fastest(call: _Call, rule: Configuration) -> Configuration:
+def _fastest(call: _Call, default: Configuration) -> Configuration:
     """Return the fastest candidate, by the time of forward_backward with its own gradient."""
     import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
@@ -139,7 +142,7 @@ def _fastest(call: _Call, rule: Configuration) -> Configuration:
         run = lambda: _launch(call, chosen, gradient, losses, steps)  # noqa: E731
         return float(triton.testing.do_bench(run, rep=20))
 
-    times = {chosen: milliseconds(chosen) for chosen in candidates(rule)}
+    times = {chosen: milliseconds(chosen) for chosen in candidates(default)}
     return min(times, key=times.__getitem__)
 
 

@@ -55,7 +55,7 @@ class Again(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Entries of the row. Without softmaxes b and Q are not set, else difference is not."""
+    """Entries of the row. b and Q are set with softmaxes alone, `difference` without alone."""
 
     a: tl.tensor
     b: tl.tensor
