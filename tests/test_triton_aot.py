@@ -44,7 +44,7 @@ def _check(found: Resources, target: int | str, vectors: bool) -> None:
     assert not re.search(r"^\s*(?!\.param|ld\.param|mov|cvt\.rn\.f32)\S*f64", code, re.MULTILINE)
 
 
-def _modes(target: int | str, divergence: str) -> list[str]:
+def _modes(target: int | str, divergence: str | None) -> list[str]:
     """What a launch of V = 128256 can be: programs wait for each other on NVIDIA's GPUs alone."""
     if isinstance(target, int) and target != 90:
         return ["forward_backward", "forward", "backward"]
@@ -169,7 +169,7 @@ def test_every_kernel_unaligned(target: int | str, divergence: str, vocabulary: 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_hard_term_alone(target: int | str, dtype: torch.dtype) -> None:
     for smoothing in (False, True):
-        for mode in _modes(target, "none"):
+        for mode in _modes(target, None):
             variant = Variant(mode, None, smoothing=smoothing, student=dtype, teacher=dtype)
             _check(compile_rows(variant, target), target, vectors=True)
 
