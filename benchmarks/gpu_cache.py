@@ -103,6 +103,7 @@ def filling(folder: Path, capability: str = "9.0", multiprocessors: int = 132) -
     from triton.runtime.jit import JITFunction
 
     from fused_kd.backends import triton as backend
+    from fused_kd.backends.triton import launch
 
     run = JITFunction.run
 
@@ -110,16 +111,15 @@ def filling(folder: Path, capability: str = "9.0", multiprocessors: int = 132) -
         return run(self, *arguments, grid=grid, warmup=True, **keywords)
 
     of_the_gpu = {
-        "why_not": lambda *_: None,
         "can_wait": lambda _, parts: parts <= multiprocessors,
         "capability": lambda _: int(capability.replace(".", "")),
         "multiprocessors": lambda _: multiprocessors,
     }
     driver.set_active(_Driver(capability))
-    present = {name: x for name, x in of_the_gpu.items() if hasattr(backend, name)}
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.multiple(backend, **present),
+        mock.patch.object(backend, "why_not", return_value=None),
+        mock.patch.multiple(launch, why_not=backend.why_not, **of_the_gpu),
     ):
         yield
     for path in folder.glob("*/*.source"):  # twice as large as all else, and never read

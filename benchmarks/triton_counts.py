@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fused_kd.backends.triton_configuration import Configuration
+from fused_kd.backends.triton.configuration import Configuration
 
 from .sass import Code, Instruction, disassemble
 
@@ -49,15 +49,15 @@ class _Loop:
 
 
 def executed(
-    cubin: bytes, vocabulary: int, chosen: Configuration, visits: int, two: bool = True
+    cubin: bytes, vocabulary: int, chosen: Configuration, passes: int, two: bool = True
 ) -> Executed:
-    """Return the counts of a kernel that visits each row `visits` times.
+    """Return the counts of a kernel that passes over each row `passes` times.
 
     Args:
         cubin: The compiled kernel, of a launch that does everything.
         vocabulary: V.
         chosen: The configuration that it is compiled for.
-        visits: Those for statistics, and the gradient's.
+        passes: Those for statistics, and the gradient's.
         two: Whether T = 2, else a temperature that is neither 1 nor 2.
 
     Raises:
@@ -67,17 +67,17 @@ def executed(
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         (code,) = disassemble(file).values()
-    return count(code, vocabulary, chosen, visits, two)
+    return count(code, vocabulary, chosen, passes, two)
 
 
 def count(
-    code: Code, vocabulary: int, chosen: Configuration, visits: int, two: bool = True
+    code: Code, vocabulary: int, chosen: Configuration, passes: int, two: bool = True
 ) -> Executed:
     """Return the same of a disassembled kernel."""
     graph = _Graph(code)
     loops = [loop for loop in graph.loops() if loop.loads]
-    if len(loops) != 2 * visits:
-        raise LookupError(f"expected two loops for each of {visits} visits; found {loops}")
+    if len(loops) != 2 * passes:
+        raise LookupError(f"expected two loops for each of {passes} passes; found {loops}")
     whole, rest, entries = trips(vocabulary, chosen)
     most = max(loop.loads for loop in loops)
     instructions = special = inside = 0.0
@@ -88,11 +88,11 @@ def count(
         instructions += share * len(way)
         special += share * _special(code, way)
     for loop in loops:
-        passes = whole if loop.loads == most else rest
+        rounds = whole if loop.loads == most else rest
         body = graph.way(loop.head, loop.last, 0, two)
-        inside += passes * len(body)
-        instructions += (passes - 1) * len(body)
-        special += (passes - 1) * _special(code, body)
+        inside += rounds * len(body)
+        instructions += (rounds - 1) * len(body)
+        special += (rounds - 1) * _special(code, body)
     return Executed(instructions / entries, special / entries, (instructions - inside) / entries)
 
 
@@ -101,7 +101,7 @@ def _special(code: Code, way: set[int]) -> int:
 
 
 def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
-    """Return the passes through the loop over tiles and that over the rest; a lane's entries."""
+    """Return the rounds of the loop over tiles and of that over the rest; a lane's entries."""
     block = chosen.lanes * chosen.vector
     tile, step = block * chosen.unroll, 8 * chosen.vector
     length = -(-vocabulary // chosen.parts)

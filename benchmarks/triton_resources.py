@@ -24,14 +24,15 @@ from typing import Any
 
 import torch
 
-from fused_kd.backends import triton as backend
-from fused_kd.backends.triton_configuration import (
+from fused_kd.backends.triton import launch
+from fused_kd.backends.triton.configuration import (
     AMD,
     BLACKWELL,
     NVIDIA,
     Kind,
     configuration,
 )
+from fused_kd.backends.triton.device import load_kernels
 from fused_kd.options import DIVERGENCES
 
 #: CUDA compute capabilities and AMD architectures.
@@ -53,9 +54,9 @@ DTYPES = (
 MODES = {
     "forward_backward": ("ALL", True),
     "forward": ("ALL", False),
-    "first visit": ("FIRST", False),
-    "second visit": ("SECOND", False),
-    "last visit": ("LAST", True),
+    "first pass": ("FIRST", False),
+    "second pass": ("SECOND", False),
+    "last pass": ("LAST", True),
     "backward": ("BACKWARD", True),
     "rescale": ("BACKWARD", True),
 }
@@ -95,13 +96,22 @@ def _kind(target: int | str) -> Kind:
     return AMD if _is_amd(target) else BLACKWELL if target == 100 else NVIDIA
 
 
+def _code(divergence: str | None) -> int:
+    return load_kernels().NONE if divergence is None else DIVERGENCES.index(divergence)
+
+
+def has_two_passes(divergence: str | None) -> bool:
+    """Return whether a divergence takes two statistics passes."""
+    return bool(load_kernels().rule_of(_code(divergence)).two_passes)
+
+
 def compile_rows(variant: Variant, target: int | str) -> Resources:
-    """Compiles _kd_rows_kernel as a launch would."""
-    kernels = backend.kernels()
+    """Compile _kd_rows_kernel as a launch would."""
+    kernels = load_kernels()
     chosen = configuration(variant.vocabulary, variant.student, variant.teacher, _kind(target))
     step, gradient = MODES[variant.mode]
     constants: dict[str, Any] = {
-        "D": backend.NONE if variant.divergence is None else DIVERGENCES.index(variant.divergence),
+        "D": _code(variant.divergence),
         "HAS_HARD": variant.hard,
         "SMOOTHING": variant.smoothing,
         "STEP": getattr(kernels, step).value,
@@ -110,7 +120,7 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         "LANES": chosen.lanes,
         "VECTOR": chosen.vector,
         "UNROLL": chosen.unroll,
-        "RING": backend.RING_PARTS // chosen.parts,
+        "RING": launch.RING_PARTS // chosen.parts,
         "CUDA": 0 if isinstance(target, str) else target,
     }
     absent = {
@@ -145,7 +155,13 @@ def compile_rows(variant: Variant, target: int | str) -> Resources:
         specialized,
         variant.aligned,
         target,
-        backend._options(chosen, _kind(target), constants["D"], variant.smoothing, variant.aligned),
+        launch._options(
+            chosen,
+            _kind(target),
+            kernels.rule_of(constants["D"]),
+            variant.smoothing,
+            variant.aligned,
+        ),
     )
 
 
@@ -204,7 +220,7 @@ def _resources(compiled: Any, is_amd: bool) -> Resources:
 
 
 def nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
-    """What a tool of triton's own wheel prints about a cubin."""
+    """Return what a tool of triton's own wheel prints about a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -217,8 +233,8 @@ def nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
 
 
 def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
-    """Compiles _kd_scale_kernel as a launch would."""
-    kernel = backend.kernels()._kd_scale_kernel
+    """Compile _kd_scale_kernel as a launch would."""
+    kernel = load_kernels()._kd_scale_kernel
     types = {"g_ptr": "*" + NAMES[dtype]}
     types.update(dict.fromkeys(("N", "S", "V"), "i32"))
     types.update(dict.fromkeys(("stride_b", "stride_s"), "i64"))
@@ -230,7 +246,7 @@ def compile_scale(dtype: torch.dtype, target: int | str) -> Resources:
         ["V", "stride_b", "stride_s"],
         True,
         target,
-        {**backend._EXACT, "num_warps": 8},
+        {**launch._EXACT, "num_warps": 8},
     )
 
 
@@ -248,15 +264,15 @@ VOCABULARIES = (128256, 151936)
 def _count(task: tuple[Variant, str]) -> list[str]:
     variant, temperature = task
     chosen = configuration(variant.vocabulary, variant.student, variant.teacher)
-    visits = 1 + (variant.divergence in ("jsd", "tvd")) + MODES[variant.mode][1]
+    passes = 1 + has_two_passes(variant.divergence) + MODES[variant.mode][1]
     found = executed(
-        compile_rows(variant, 90).cubin, variant.vocabulary, chosen, visits, temperature == "2"
+        compile_rows(variant, 90).cubin, variant.vocabulary, chosen, passes, temperature == "2"
     )
     return [f"{x:.1f}" for x in (found.instructions, found.around, found.special)]
 
 
 def executed_table() -> str:
-    """The instructions that are executed per element, in Markdown."""
+    """Return the instructions that are executed per element, in Markdown."""
     import triton
 
     tasks = [(replace(v, vocabulary=n), t) for _, v, t in COUNTED for n in VOCABULARIES]
@@ -289,12 +305,12 @@ def _cell(task: tuple[Variant | torch.dtype, int | str]) -> str:
     else:
         # where programs do not wait for each other, the last of several launches
         split = _is_amd(target) and what.mode == "forward_backward"
-        found = compile_rows(replace(what, mode="last visit") if split else what, target)
+        found = compile_rows(replace(what, mode="last pass") if split else what, target)
     return f"{found.registers} / {found.spills} / {found.shared}"
 
 
 def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
-    """What the compiler reports, in Markdown."""
+    """Return what the compiler reports, in Markdown."""
     import triton
 
     rows: list[tuple[str, str, str, Variant | torch.dtype]] = [
@@ -306,7 +322,7 @@ def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
         )
         for mode in modes
         for divergence in DIVERGENCES
-        if mode != "second visit" or divergence in ("jsd", "tvd")
+        if mode != "second pass" or has_two_passes(divergence)
         for s, t in DTYPES
     ]
     rows += [("scale", "", name, dtype) for dtype, name in NAMES.items()]
@@ -327,7 +343,7 @@ def report(targets: Sequence[int | str], modes: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables, or writes them; returns the exit status."""
+    """Print the tables, or write them; return the exit status."""
     parser = Parser(prog="python -m benchmarks.triton_resources", description=__doc__)
     add = parser.add_argument
     add("targets", nargs="*", help="75 80 90 100 120 gfx942 gfx90a; default: all")

@@ -6,9 +6,6 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fused_kd"
-#: Paths below fused_kd, by their beginning, that are still to be converted. To be emptied, as are
-#: the ignored D rules of pyproject.toml.
-UNCONVERTED = ("backends/triton",)
 #: A new verb is added here; "Returns" and "Memory" are no imperatives.
 # fmt: off
 VERBS = {
@@ -32,8 +29,6 @@ def test_docstrings_of_functions_begin_with_a_verb() -> None:
     seen, wrong = 0, []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
-        if name.startswith(UNCONVERTED):
-            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             if is_function and (text := ast.get_docstring(node)) is not None:

@@ -19,15 +19,16 @@ from benchmarks.triton_resources import (
     Variant,
     compile_rows,
     compile_scale,
+    has_two_passes,
 )
-from fused_kd.backends import triton_configuration
+from fused_kd.backends.triton import configuration as cut
 from fused_kd.options import DIVERGENCES
 
 TARGETS = [75, 80, 90, 100, 120, "gfx942"]
 #: Bytes. A fold of four sums over a program's warps takes 128; a tensor that changes its layout a
 #: whole sub-block, 4096 and more.
 SHARED_LIMIT = 128
-SOURCE = Path(triton_configuration.__file__).parent
+SOURCE = Path(cut.__file__).parent
 
 B16, F32 = torch.bfloat16, torch.float32
 
@@ -43,16 +44,16 @@ def _check(found: Resources, target: int | str, vectors: bool) -> None:
     assert not re.search(r"^\s*(?!\.param|ld\.param|mov|cvt\.rn\.f32)\S*f64", code, re.MULTILINE)
 
 
-def _modes(target: int | str, divergence: str) -> list[str]:
+def _modes(target: int | str, divergence: str | None) -> list[str]:
     """What a launch of V = 128256 can be: programs wait for each other on NVIDIA's GPUs alone."""
     if isinstance(target, int) and target != 90:
         return ["forward_backward", "forward", "backward"]
-    modes = list(MODES) if target == 90 else ["first visit", "second visit", "last visit"]
-    return [m for m in modes if m != "second visit" or divergence in ("jsd", "tvd")]
+    modes = list(MODES) if target == 90 else ["first pass", "second pass", "last pass"]
+    return [m for m in modes if m != "second pass" or has_two_passes(divergence)]
 
 
 # one of each: the oldest and the newest that all is tuned for, another vendor; two statistics
-# visits; a teacher of another dtype; rows that vectors can't read; float64 scalars
+# passes; a teacher of another dtype; rows that vectors can't read; float64 scalars
 @pytest.mark.parametrize(
     ("target", "variant"),
     [
@@ -61,7 +62,7 @@ def _modes(target: int | str, divergence: str) -> list[str]:
         (90, Variant(divergence="jsd", teacher=F32)),
         (90, Variant(vocabulary=50257, aligned=False)),
         (100, Variant("forward", "mse", student=F32, teacher=F32, scalars="fp64")),
-        ("gfx942", Variant("last visit", "reverse_kl")),
+        ("gfx942", Variant("last pass", "reverse_kl")),
     ],
     ids=str,
 )
@@ -80,7 +81,7 @@ def test_barriers_around_the_label() -> None:
 def test_the_memory_order_of_programs_that_wait(divergence: str, waits: int) -> None:
     """Nothing here runs them: what is stored is released, and read from L2 after an acquire.
 
-    They wait for the row before in the ring, then for each statistics visit of their own row, and
+    They wait for the row before in the ring, then for each statistics pass of their own row, and
     say so of their own row as often.
     """
     code = compile_rows(Variant(divergence=divergence), 90).code["ptx"]
@@ -107,7 +108,7 @@ def test_the_memory_order_of_programs_that_wait(divergence: str, waits: int) -> 
     assert re.search(r"sums(?: barrier)+ release(?: barrier)+$", text)
 
 
-# the last loads; the second visit of jsd needs the first visit's sums in every program
+# the last loads; the second pass of jsd needs the first pass's sums in every program
 @pytest.mark.parametrize(("divergence", "loads_of_reports"), [("forward_kl", 6), ("jsd", 2)])
 def test_programs_that_report_nothing_read_no_sums(divergence: str, loads_of_reports: int) -> None:
     """Forward only: what another program may not have stored yet is read after waiting for it."""
@@ -168,7 +169,7 @@ def test_every_kernel_unaligned(target: int | str, divergence: str, vocabulary: 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_hard_term_alone(target: int | str, dtype: torch.dtype) -> None:
     for smoothing in (False, True):
-        for mode in _modes(target, "none"):
+        for mode in _modes(target, None):
             variant = Variant(mode, None, smoothing=smoothing, student=dtype, teacher=dtype)
             _check(compile_rows(variant, target), target, vectors=True)
 
@@ -191,34 +192,34 @@ def test_the_scale_kernel(target: int | str, dtype: torch.dtype) -> None:
     + [(50257, 8, 1, 4), (128256, 8, 8, 8), (151936, 8, 8, 8), (262144, 8, 8, 16)],
 )
 def test_configurations(vocabulary: int, warps: int, vector: int, parts: int) -> None:
-    chosen = triton_configuration.configuration(vocabulary, B16, B16)
+    chosen = cut.configuration(vocabulary, B16, B16)
     assert (chosen.warps, chosen.vector, chosen.parts) == (warps, vector, parts)
-    assert chosen.vector * chosen.unroll == triton_configuration.ENTRIES
-    for other in triton_configuration.candidates(chosen):
+    assert chosen.vector * chosen.unroll == cut.ENTRIES
+    for other in cut.candidates(chosen):
         assert other.parts == chosen.parts
 
 
 @pytest.mark.parametrize(("given", "parts"), [("49152", 16), ("160000", 4)])
 def test_slices_of_another_size(given: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
-    triton_configuration._slice_bytes.cache_clear()
+    cut._slice_bytes.cache_clear()
     try:
-        assert triton_configuration.configuration(128256, B16, B16).parts == parts
+        assert cut.configuration(128256, B16, B16).parts == parts
     finally:
-        triton_configuration._slice_bytes.cache_clear()
+        cut._slice_bytes.cache_clear()
 
 
 @pytest.mark.parametrize("given", ["0", "-5", "48K", ""])
 def test_slices_of_no_size(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
-    triton_configuration._slice_bytes.cache_clear()
+    cut._slice_bytes.cache_clear()
     with pytest.raises(ValueError, match="FUSED_KD_SLICE_BYTES must be a positive number of bytes"):
-        triton_configuration.configuration(128256, B16, B16)
+        cut.configuration(128256, B16, B16)
 
 
 #: Pointers to what is float32 or an integer already.
-PLAIN = {"label_ptr", "w_ptr", "scale_ptr", "stats", "ptr", "all_parts"}
-#: Pointers of `_tile`, whose tensors `s` and `t` are widened where they are used.
+PLAIN = {"row.label", "w_ptr", "scale_ptr", "row.stats", "ptr", "all_parts"}
+#: Pointers of `_tile`, whose tensors are widened where they are used.
 RAW = {"s_from", "t_from"}
 
 
@@ -237,7 +238,7 @@ def _loads(tree: ast.AST) -> list[tuple[ast.Call, bool]]:
 
 
 def _uses(tree: ast.AST) -> list[tuple[ast.Subscript, str]]:
-    """Every s[...] and t[...], and the function that is called with it."""
+    """Every tile.s[...] and tile.t[...], and the function that is called with it."""
     callers = {
         id(argument): ast.unparse(call.func)
         for call in ast.walk(tree)
@@ -247,13 +248,13 @@ def _uses(tree: ast.AST) -> list[tuple[ast.Subscript, str]]:
     return [
         (node, callers.get(id(node), ""))
         for node in ast.walk(tree)
-        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("s", "t")
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("tile.s", "tile.t")
     ]
 
 
 def test_logits_are_float32_before_they_are_used() -> None:
     """Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU."""
-    tree = ast.parse((SOURCE / "triton_kernels.py").read_text(encoding="utf-8"))
+    tree = ast.parse((SOURCE / "kernels.py").read_text(encoding="utf-8"))
     loads, uses = _loads(tree), _uses(tree)
     assert len(loads) > 10
     for call, is_cast in loads:
@@ -262,12 +263,13 @@ def test_logits_are_float32_before_they_are_used() -> None:
     assert len(uses) == 6
     for node, caller in uses:
         assert caller == "widened", ast.unparse(node)
-    assert "tl.load" not in (SOURCE / "triton_rules.py").read_text(encoding="utf-8")
+    for name in ("elements.py", "formulas.py", "rules.py"):
+        assert "tl.load" not in (SOURCE / name).read_text(encoding="utf-8")
 
 
 def test_the_check_of_loads_finds_one_without_a_cast() -> None:
     (bad, is_cast), *_ = _loads(ast.parse("x = tl.load(s_ptr + i, i < end, 0.0)"))
     assert not is_cast
     assert ast.unparse(bad.args[0]).split(" ")[0] not in PLAIN | RAW
-    (_, caller), *_ = _uses(ast.parse("g = gradient(s[u], widened(t[u]))"))
+    (_, caller), *_ = _uses(ast.parse("g = gradient(tile.s[u], widened(tile.t[u]))"))
     assert caller == "gradient"

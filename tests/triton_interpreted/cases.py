@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.triton_configuration import overridden
+from fused_kd.backends.triton.configuration import overridden
 
 #: With V = 45: 2 whole tiles of 16 entries and a tail of two sub-blocks, the last one masked.
 #: In two parts: slices of 32 and 13; the second has no whole tile. In four: the last is empty.

@@ -11,13 +11,15 @@ import torch
 from cases import CONFIGURATIONS, V, configured, numbers, rows
 from torch import Tensor
 
-from fused_kd.backends import triton as backend
+from fused_kd.backends.triton import launch
+from fused_kd.backends.triton.device import load_kernels
+from fused_kd.options import DIVERGENCES
 from fused_kd.testing import guarded
 
 ops = torch.ops.fused_kd
 INF, NAN = math.inf, math.nan
 TWO_PARTS = CONFIGURATIONS["two parts"]
-SOFT = [0, 1, 2, 3, 4]  # every divergence by its number
+SOFT = range(len(DIVERGENCES))  # every divergence by its number
 
 
 def forward_backward(*arguments: object, **changes: object) -> tuple[Tensor, ...]:
@@ -28,7 +30,7 @@ def forward_backward(*arguments: object, **changes: object) -> tuple[Tensor, ...
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("divergence", [0, 2])  # one visit before the gradient, and two
+@pytest.mark.parametrize("divergence", [0, 2])  # one pass before the gradient, and two
 def test_no_access_beyond_guard_pages(divergence: int, name: str) -> None:
     """A row that ends at one: a read behind it is a segmentation fault."""
     student, teacher = (guarded(V, torch.bfloat16).view(1, 1, V) for _ in range(2))
@@ -236,7 +238,7 @@ def test_rescale(dtype: torch.dtype, scale: float) -> None:
 def test_few_programs_where_the_scale_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch that mostly has nothing to do is not one of a program for each part of each row."""
     grids: dict[str, list[int]] = {"_kd_rows_kernel": [], "_kd_scale_kernel": []}
-    loaded = backend.kernels()
+    loaded = load_kernels()
 
     class Recorded:
         def __init__(self, name: str) -> None:
@@ -247,7 +249,7 @@ def test_few_programs_where_the_scale_decides(monkeypatch: pytest.MonkeyPatch) -
             return getattr(loaded, self.name)[grid]
 
     recording = SimpleNamespace(**{**vars(loaded), **{name: Recorded(name) for name in grids}})
-    monkeypatch.setattr(backend, "kernels", lambda: recording)
+    monkeypatch.setattr(launch, "load_kernels", lambda: recording)
     student, teacher, *rest = rows(7, dtype=torch.bfloat16)
     with configured(**TWO_PARTS):
         *_, stats, grad = forward_backward(student, teacher, *rest)

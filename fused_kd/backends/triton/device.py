@@ -11,13 +11,13 @@ from types import ModuleType
 import numpy
 import torch
 
-from .triton_configuration import AMD, BLACKWELL, NVIDIA, OTHER, Kind, may_wait
+from .configuration import AMD, BLACKWELL, NVIDIA, OTHER, Kind, may_wait
 
 OLDEST = (3, 6)
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """None if this backend can run (on that device), else the reason."""
+    """Return None if this backend can run (on that device), else the reason."""
     return _why_not(device_type, _interpreted())
 
 
@@ -47,7 +47,7 @@ def _why_not(device_type: str | None, interpreted: bool) -> str | None:
     if version < OLDEST:
         return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
     try:
-        loaded = kernels()
+        loaded = load_kernels()
     except Exception as error:  # whatever a version that came later may raise
         return f"its kernels cannot be imported: {error}"
     if interpreted == isinstance(loaded._kd_rows_kernel, triton.JITFunction):
@@ -56,14 +56,16 @@ def _why_not(device_type: str | None, interpreted: bool) -> str | None:
 
 
 @cache
-def kernels() -> ModuleType:
-    from . import triton_kernels
+def load_kernels() -> ModuleType:
+    """Import triton and the kernels."""
+    from . import kernels
 
-    return triton_kernels
+    return kernels
 
 
 @cache
 def kind(device: torch.device) -> Kind:
+    """Return the kind of GPU that a row is cut for."""
     if device.type != "cuda":  # the CPU: interpreted
         return NVIDIA if device.type == "cpu" else OTHER
     if torch.version.hip:
@@ -74,7 +76,7 @@ def kind(device: torch.device) -> Kind:
 
 @cache
 def capability(device: torch.device) -> int:
-    """Returns ten times the compute capability of an NVIDIA GPU; 0 elsewhere and interpreted."""
+    """Return ten times the compute capability of an NVIDIA GPU; 0 elsewhere and interpreted."""
     if device.type != "cuda" or torch.version.hip or _interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -83,7 +85,7 @@ def capability(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns the number of multiprocessors or their like; 1 in the interpreter."""
+    """Return the number of multiprocessors or their like; 1 in the interpreter."""
     if device.type == "cpu":
         return 1
     properties = getattr(torch, device.type).get_device_properties(device)
@@ -94,7 +96,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def can_wait(device: torch.device, parts: int) -> bool:
-    """Programs may wait for each other: where the parts of a row have room, on an NVIDIA GPU.
+    """Return whether programs may wait for each other: on an NVIDIA GPU that has room for a row's.
 
     Elsewhere the memory order that waiting relies on is untried.
     """

@@ -1,8 +1,6 @@
-"""Triton kernels for CUDA, ROCm and XPU devices: the operators ``triton_*`` and their launches.
+"""The operators ``triton_*`` and the launches of their kernels.
 
-The kernels are in :mod:`fused_kd.backends.triton_kernels`, imported with triton when they are
-first needed. With ``TRITON_INTERPRET=1`` in the environment before that, they run on CPU tensors,
-through Triton's interpreter: slowly, to look at and to test.
+The kernels are in :mod:`.kernels`, imported with triton when they are first needed.
 
 With ``FUSED_KD_AUTOTUNE=1`` the first call of a kind (V, dtypes, divergence, device) times a few
 configurations on some of its rows and the process keeps the fastest; the bits may then differ from
@@ -11,20 +9,19 @@ one process to the next, which is why it is not the default.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_kd import ops
-from fused_kd.divergences import DIVERGENCES
 
-from .registered import registered
-from .triton_configuration import (
+from .configuration import (
     LONGEST,
     MAX_PARTS,
     Configuration,
@@ -33,12 +30,8 @@ from .triton_configuration import (
     configuration,
     registers,
 )
-from .triton_device import can_wait, capability, kernels, kind, multiprocessors, why_not
+from .device import can_wait, capability, kind, load_kernels, multiprocessors, why_not
 
-LOG2E = 1.4426950408889634
-JSD, TVD, MSE = (DIVERGENCES.index(name) for name in ("jsd", "tvd", "mse"))
-NONE = len(DIVERGENCES)  # the soft term is off
-TWO_VISITS = (JSD, TVD)
 #: Parts of rows whose sums are kept while programs wait for each other: 256 KiB, ten times those
 #: that an H100 runs at once.
 RING_PARTS = 4096
@@ -48,38 +41,68 @@ PROGRAMS = 4
 #: Entries that a program scales at a time.
 SCALE_BLOCK = 4096
 
-forward, forward_backward, backward, rescale, multiply = registered(prefix="triton_")
-
 
 # ------------------------------------------------------------------------------------- launches
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One operator's arguments, and how its rows are cut."""
+class _Numbers(NamedTuple):
+    """An operator's numbers, in the form that the kernels take."""
 
-    student: Tensor  # (B, S, V)
-    teacher: Tensor  # (B, S, V)
-    labels: Tensor | None  # (N,)
-    w_hard: Tensor | None  # (N,)
-    w_soft: Tensor | None  # (N,)
     divergence: int
     temperature: float
     beta: float
     soft_factor: float
     label_smoothing: float
 
+
+#: How many of an operator's arguments they are.
+_NUMBERS = 5
+
+
+def _numbers_of(
+    divergence: int, temperature: Tensor, beta: float, scale_t2: bool, label_smoothing: float
+) -> _Numbers:
+    """Return an operator's numbers, as its schema gives them, in the kernels' form."""
+    t = temperature.item()
+    return _Numbers(divergence, t, beta, t * t if scale_t2 else 1.0, label_smoothing)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One operator's arguments."""
+
+    student: Tensor  # (B, S, V)
+    teacher: Tensor  # (B, S, V)
+    labels: Tensor | None  # (N,)
+    w_hard: Tensor | None  # (N,)
+    w_soft: Tensor | None  # (N,)
+    numbers: _Numbers
+
     @property
     def rows(self) -> int:
         return self.student.shape[0] * self.student.shape[1]
 
     @property
-    def soft(self) -> int:
-        """The divergence, or that it is off."""
-        return NONE if self.w_soft is None else self.divergence
+    def code(self) -> int:
+        """The code of the soft term's rule."""
+        return load_kernels().NONE if self.w_soft is None else self.numbers.divergence
+
+    @property
+    def rule(self) -> Any:
+        """The soft term's rule."""
+        return load_kernels().rule_of(self.code)
+
+    @property
+    def has_hard(self) -> bool:
+        return self.w_hard is not None
+
+    @property
+    def smoothing(self) -> bool:
+        """Whether labels are smoothed."""
+        return self.has_hard and self.numbers.label_smoothing > 0
 
     def first_rows(self, count: int) -> _Call:
-        """The same of the first rows of the first batch."""
+        """Return the call for the first rows of the first batch."""
         labels, w_hard, w_soft = (
             None if x is None else x[: min(count, self.student.shape[1])]
             for x in (self.labels, self.w_hard, self.w_soft)
@@ -92,20 +115,20 @@ class _Call:
 
 def _configuration(call: _Call) -> Configuration:
     student, teacher = call.student, call.teacher
-    rule = configuration(student.shape[2], student.dtype, teacher.dtype, kind(student.device))
+    default = configuration(student.shape[2], student.dtype, teacher.dtype, kind(student.device))
     if os.environ.get("FUSED_KD_AUTOTUNE") != "1" or student.device.type == "cpu":
-        return rule
-    key = (rule, student.shape[2], student.dtype, teacher.dtype, call.soft, student.device)
+        return default
+    key = (default, student.shape[2], student.dtype, teacher.dtype, call.code, student.device)
     if key not in _tuned:
-        _tuned[key] = _fastest(call.first_rows(1024), rule)
+        _tuned[key] = _fastest(call.first_rows(1024), default)
     return _tuned[key]
 
 
 _tuned: dict[tuple[object, ...], Configuration] = {}
 
 
-def _fastest(call: _Call, rule: Configuration) -> Configuration:
-    """By the time of forward_backward with a gradient of its own."""
+def _fastest(call: _Call, default: Configuration) -> Configuration:
+    """Return the fastest candidate, by the time of forward_backward with its own gradient."""
     import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     gradient = torch.empty_like(call.student, memory_format=torch.contiguous_format)
@@ -117,15 +140,15 @@ def _fastest(call: _Call, rule: Configuration) -> Configuration:
         run = lambda: _launch(call, chosen, gradient, losses, steps)  # noqa: E731
         return float(triton.testing.do_bench(run, rep=20))
 
-    times = {chosen: milliseconds(chosen) for chosen in candidates(rule)}
+    times = {chosen: milliseconds(chosen) for chosen in candidates(default)}
     return min(times, key=times.__getitem__)
 
 
 def _steps(call: _Call, chosen: Configuration) -> tuple[str, ...]:
-    """The launches that make losses, and the gradient."""
+    """Return the launches that make losses, and the gradient."""
     if chosen.parts == 1 or can_wait(call.student.device, chosen.parts):
         return ("ALL",)
-    return ("FIRST", "SECOND", "LAST") if call.soft in TWO_VISITS else ("FIRST", "LAST")
+    return ("FIRST", "SECOND", "LAST") if call.rule.two_passes else ("FIRST", "LAST")
 
 
 def _launch(
@@ -136,9 +159,9 @@ def _launch(
     steps: tuple[str, ...],
     scale: Tensor | None = None,  # 0-d
 ) -> None:
-    """The steps, each one launch; ("ALL",) is one launch whose programs wait for each other."""
-    loaded, student, teacher = kernels(), call.student, call.teacher
-    n, vocabulary = call.rows, student.shape[2]
+    """Launch the steps, one after the other; ("ALL",): programs wait for each other instead."""
+    loaded, student, teacher = load_kernels(), call.student, call.teacher
+    n, vocabulary, numbers = call.rows, student.shape[2], call.numbers
     wait = steps == ("ALL",) and chosen.parts > 1
     partial = counters = None
     ring = RING_PARTS // chosen.parts
@@ -147,10 +170,8 @@ def _launch(
         partial = student.new_empty(shape, dtype=torch.float32)
         if wait:
             counters = student.new_zeros((1 + 2 * n,), dtype=torch.int32)
-    has_hard = call.w_hard is not None
-    smoothing = has_hard and call.label_smoothing > 0
     # in units of log2; the hard term's exponential is the soft one's to this power
-    power = call.temperature if call.soft < MSE else 1.0
+    power = numbers.temperature if call.rule.softmax else 1.0
     tensors = [x for x in (student, teacher, gradient) if x is not None]
     strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
     programs = n * chosen.parts
@@ -160,14 +181,14 @@ def _launch(
         loaded._kd_rows_kernel[(programs,)](
             *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
             *(*losses, partial, counters, n, _rows_per_batch(tensors), vocabulary, *strides),
-            LOG2E / power,
+            math.log2(math.e) / power,
             power,
-            *(call.temperature, call.beta, call.soft_factor),
-            call.soft_factor / call.temperature,
-            call.label_smoothing,
-            D=call.soft,
-            HAS_HARD=has_hard,
-            SMOOTHING=smoothing,
+            *(numbers.temperature, numbers.beta, numbers.soft_factor),
+            numbers.soft_factor / numbers.temperature,
+            numbers.label_smoothing,
+            D=call.code,
+            HAS_HARD=call.has_hard,
+            SMOOTHING=call.smoothing,
             STEP=getattr(loaded, step).value,
             WAIT=wait,
             PARTS=chosen.parts,
@@ -176,7 +197,7 @@ def _launch(
             VECTOR=chosen.vector,
             UNROLL=chosen.unroll,
             CUDA=capability(student.device),
-            **_options(chosen, kind(student.device), call.soft, smoothing, _aligned(tensors)),
+            **_options(chosen, kind(student.device), call.rule, call.smoothing, _aligned(tensors)),
         )
 
 
@@ -185,16 +206,16 @@ _EXACT = {"enable_fp_fusion": False}
 
 
 def _options(
-    chosen: Configuration, kind: Kind, soft: int, smoothing: bool, aligned: bool
+    chosen: Configuration, kind: Kind, rule: Any, smoothing: bool, aligned: bool
 ) -> dict[str, Any]:
-    """Of the compiler, for `_kd_rows_kernel`."""
-    most = registers(kind, chosen.vector, soft == JSD, smoothing, aligned)
+    """Return the compiler's options for `_kd_rows_kernel`."""
+    most = registers(kind, chosen.vector, bool(rule.logarithms), smoothing, aligned)
     options = {"num_warps": chosen.warps, **_EXACT}
     return options if most is None else {**options, "maxnreg": most}
 
 
 def _aligned(tensors: list[Tensor]) -> bool:
-    """Whether Triton knows that every row begins at a multiple of 16 bytes."""
+    """Return whether Triton knows that every row begins at a multiple of 16 bytes."""
     return all(
         x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:2])
         for x in tensors
@@ -206,7 +227,7 @@ def _row_strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def _rows_per_batch(tensors: list[Tensor]) -> int:
-    """Returns S for the kernels: all rows if one stride leads from each to the next.
+    """Return S for the kernels: all rows if one stride leads from each to the next.
 
     A kernel then need not divide.
     """
@@ -217,7 +238,7 @@ def _rows_per_batch(tensors: list[Tensor]) -> int:
 
 
 def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
-    """What would make a kernel read or write elsewhere."""
+    """Refuse what would make a kernel read or write elsewhere."""
     student, teacher, n = call.student, call.teacher, call.rows
     reason = why_not(student.device.type)
     if reason is not None:
@@ -251,14 +272,14 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
 
 
 def _guard(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels run on the current device: make it the tensor's."""
+    """Make the tensor's device the current one, on which kernels run."""
     if x.device.type == "cpu":
         return nullcontext()
     return getattr(torch, x.device.type).device_of(x)  # type: ignore[no-any-return]
 
 
 def _losses_of(call: _Call, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """hard, soft and stats; fills in the gradient."""
+    """Return hard, soft and stats; fill in the gradient."""
     n, student = call.rows, call.student
     hard = student.new_empty((n,), dtype=torch.float32)
     losses = (hard, torch.empty_like(hard), hard.new_empty((n, ops.STATS)))
@@ -285,8 +306,9 @@ def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
     if gradient.numel() == 0:
         return
     with _guard(gradient):
-        programs = b * s * -(-vocabulary // SCALE_BLOCK)
-        kernels()._kd_scale_kernel[(min(programs, PROGRAMS * multiprocessors(gradient.device)),)](
+        blocks = b * s * -(-vocabulary // SCALE_BLOCK)
+        programs = min(blocks, PROGRAMS * multiprocessors(gradient.device))
+        load_kernels()._kd_scale_kernel[(programs,)](
             *(gradient, scale, b * s, _rows_per_batch([gradient]), vocabulary),
             *_row_strides(gradient),
             ANY=any_number,
@@ -305,19 +327,14 @@ def _call(
     labels: Tensor | None,
     w_hard: Tensor | None,
     w_soft: Tensor | None,
-    divergence: int,
-    temperature: Tensor,
-    beta: float,
-    scale_t2: bool,
-    label_smoothing: float,
+    *numbers: Any,
 ) -> _Call:
+    """Return the call of an operator's arguments."""
     labels, w_hard, w_soft = (
         None if x is None else x.contiguous() for x in (labels, w_hard, w_soft)
     )
     labels = None if w_hard is None else labels
-    t = temperature.item()
-    numbers = (divergence, t, beta, t * t if scale_t2 else 1.0, label_smoothing)
-    return _Call(student, teacher, labels, w_hard, w_soft, *numbers)
+    return _Call(student, teacher, labels, w_hard, w_soft, _numbers_of(*numbers))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,9 +356,9 @@ def _forward_backward_(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[_Call, Tensor, tuple[Any, ...]]:
-    """The call, its stats, and what follows the numbers."""
-    rows, stats, numbers, rest = arguments[:5], arguments[5], arguments[6:11], arguments[11:]
-    return _call(*rows, *numbers), stats, rest
+    """Return the call, its stats, and what follows the numbers."""
+    rows, stats, rest = arguments[:5], arguments[5], arguments[6:]
+    return _call(*rows, *rest[:_NUMBERS]), stats, rest[_NUMBERS:]
 
 
 def _backward(*arguments: Any) -> Tensor:
@@ -355,7 +372,10 @@ def _backward_(*arguments: Any) -> None:
 
 
 def _rescale_(*arguments: Any) -> None:
-    """Two launches, of which the scale lets one work: no number goes to the host."""
+    """Launch both kernels; each reads the scale on the device and only one does the work.
+
+    So the host never synchronizes.
+    """
     call, stats, (scale, gradient) = _split(arguments)
     _check(call, gradient, stats)
     _scale(gradient, scale, any_number=gradient.dtype == torch.float32)

@@ -1,7 +1,7 @@
 """How the Triton kernels cut a row: a rule by V, the dtypes and the kind of GPU, not a search.
 
 The bits of a row depend on its configuration and on nothing else but the row: not on N, not on the
-other rows, and on where it lies in memory only if V is a multiple of 16 and its address isn't one
+other rows, and on its place in memory only if V is a multiple of 16 and its address isn't one
 of 16 bytes.
 """
 
@@ -44,15 +44,16 @@ BLACKWELL = Kind(32, 128, 96)
 AMD = Kind(64, 256)
 OTHER = Kind(32, 256)
 #: What spills at these takes more, and two programs of 256 threads share an SM: rows that vectors
-#: cannot read, jsd (bound by arithmetic anyway); and at the most, label smoothing, with two more
-#: sums and a test of every entry, and tiles of vectors whose entries are loaded one by one.
+#: cannot read, divergences with a logarithm of every entry (jsd, bound by arithmetic anyway); and
+#: at the most, label smoothing, with two more sums and a test of every entry, and tiles of vectors
+#: whose entries are loaded one by one.
 MORE_REGISTERS, MOST_REGISTERS = 16, 128
 
 #: Entries of a lane per tile: 16 of each side fill 32 registers at most. 32 would save 4 % of the
 #: instructions and take 128 registers, which leaves two programs on an SM instead of three.
 ENTRIES = 16
 #: Bytes of a slice, both sides. Three programs on each of an H100's 132 SMs keep 32 MB of its 50 MB
-#: of L2, so that the later visits of a row find it there: 8 parts for a bfloat16 row of 128256 or
+#: of L2, so that the later passes over a row find it there: 8 parts for a bfloat16 row of 128256 or
 #: 151936, 16 for 262144, 1 up to 20480. FUSED_KD_SLICE_BYTES in the environment overrides it, for
 #: trials: other parts, other bits.
 SLICE_BYTES = 80 * 1024
@@ -67,7 +68,7 @@ _override: dict[str, int] = {}
 def configuration(
     vocabulary: int, student: torch.dtype, teacher: torch.dtype, kind: Kind = NVIDIA
 ) -> Configuration:
-    """The configuration of rows of `vocabulary` entries."""
+    """Return the configuration of rows of `vocabulary` entries."""
     # Triton loads vectors only where it knows that rows lie a multiple of 16 entries apart; else
     # one entry, so that the threads of a warp read neighbours.
     widest = max(student.itemsize, teacher.itemsize)
@@ -92,21 +93,26 @@ def _slice_bytes() -> int:
 
 
 def registers(
-    kind: Kind, vector: int, two_logarithms: bool, smoothing: bool, aligned: bool
+    kind: Kind, vector: int, logarithms: bool, smoothing: bool, aligned: bool
 ) -> int | None:
-    """The most of a thread of `_kd_rows_kernel`; None: the compiler's choice.
+    """Return the most registers of a thread of `_kd_rows_kernel`; None: the compiler's choice.
 
-    aligned: every row begins at a multiple of 16 bytes.
+    Args:
+        kind: The kind of GPU.
+        vector: Entries of a lane that are loaded at once.
+        logarithms: The divergence takes a logarithm of every entry.
+        smoothing: Labels are smoothed.
+        aligned: Every row begins at a multiple of 16 bytes.
     """
     if kind.registers is None:
         return None
     if smoothing or (vector > 1 and not aligned):
         return MOST_REGISTERS
-    return kind.registers + (MORE_REGISTERS if vector == 1 or two_logarithms else 0)
+    return kind.registers + (MORE_REGISTERS if vector == 1 or logarithms else 0)
 
 
 def candidates(rule: Configuration) -> list[Configuration]:
-    """What FUSED_KD_AUTOTUNE=1 tries: also half of the threads, half of the tile; never parts."""
+    """Return what FUSED_KD_AUTOTUNE=1 tries: half of the threads, half of the tile; never parts."""
     warp_size = rule.lanes // rule.warps
     return [
         replace(rule, warps=warps, lanes=warps * warp_size, unroll=unroll)
@@ -116,13 +122,13 @@ def candidates(rule: Configuration) -> list[Configuration]:
 
 
 def may_wait() -> bool:
-    """False in ``overridden(wait=0)``."""
+    """Return False in ``overridden(wait=0)``."""
     return bool(_override.get("wait", 1))
 
 
 @contextmanager
 def overridden(**fields: int) -> Iterator[None]:
-    """Other fields in every configuration, and wait=0 for one launch per step: for tests."""
+    """Set fields of every configuration, and wait=0 for one launch per step: for tests."""
     before = dict(_override)
     _override.update(fields)
     try:

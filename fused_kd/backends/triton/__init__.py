@@ -1,0 +1,18 @@
+"""Triton kernels for CUDA, ROCm and XPU devices.
+
+With ``TRITON_INTERPRET=1`` in the environment before their first use, they run on CPU tensors,
+through Triton's interpreter: slowly, to look at and to test.
+
+A backend like any other of :mod:`fused_kd.backends`; importing it needs no triton. :mod:`.launch`
+implements the operators, :mod:`.device` says where they run, :mod:`.configuration` how a row is
+cut. What follows is imported with triton: :mod:`.kernels`, which read and write; :mod:`.formulas`,
+which all divergences share; :mod:`.rules`, one class for each divergence.
+"""
+
+from __future__ import annotations
+
+from ..registered import registered
+from . import launch as launch  # registers the operators' implementations
+from .device import why_not as why_not
+
+forward, forward_backward, backward, rescale, multiply = registered(prefix="triton_")

@@ -1,0 +1,449 @@
+"""The Triton kernels: launched by :mod:`.launch`; the formulas are in :mod:`.formulas`.
+
+Traffic: the first pass reads a pair of rows from memory, a second statistics pass (of divergences
+with two) and the gradient pass, which goes backwards, find it in L2; the gradient is written once.
+Everything is float32 from the load to the one rounding at the store.
+
+A row is cut into a slice for each of PARTS programs; a slice is read in tiles of UNROLL x LANES x
+VECTOR entries, and every lane (a thread of the GPU) keeps references and sums of its own: a tile
+costs no barrier and no shuffle. Lanes, then parts, are folded once, both by `fold`. What is beyond
+the end of a row is loaded as -inf on both sides, which is absent and adds nothing.
+
+With WAIT the programs of a row wait for each other. Row and part then come from a ticket that a
+program takes when it starts, so that programs start in the order of the rows: only those of the
+row that started last can be waiting for one that has not started; all others run to their end and
+make room. What it takes is room for PARTS programs at once, not for the whole grid. Sums of parts
+are stored in a ring of rows: a row takes the place of one long before it, once that has been read.
+Without WAIT the same bodies run as one launch per STEP, and the ring holds all rows.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: SIM102
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd import ops
+
+from .elements import entries_of, is_power_of_two, largest, rounded, widened
+from .formulas import (
+    INF,
+    LOWEST,
+    add_tile,
+    add_tile_again,
+    fold,
+    gradient,
+    hard_sum,
+    hard_value,
+    references,
+    soft_constants,
+    soft_value,
+    unusable,
+)
+from .parameters import Launch, Layout, Numbers, Part, Pointers, Row, Shape, Terms, Tile, Weights
+from .rules import NONE, Again, Constants, Sums, rule_of  # noqa: F401  NONE: for launches
+
+# what a launch does
+ALL = tl.constexpr(0)  # losses, and the gradient if there is a pointer to it
+FIRST = tl.constexpr(1)  # the first pass's sums of every part
+SECOND = tl.constexpr(2)  # the second statistics pass's
+LAST = tl.constexpr(3)  # what ALL does, from the sums of the parts
+BACKWARD = tl.constexpr(4)  # the gradient, from the statistics of an earlier forward
+
+SUMS = tl.constexpr(len(Sums._fields))
+STATS = tl.constexpr(ops.STATS)  # floats per row: the first pass's sums, the second's, one to spare
+PARTIAL = tl.constexpr(16)  # floats per part, the same: 64 bytes
+
+
+@triton.jit
+def _store_sums(ptr, sums):
+    for i in tl.static_range(SUMS):
+        tl.store(ptr + i, sums[i])
+
+
+@triton.jit
+def _load_sums(ptr):
+    sums = ()
+    for i in tl.static_range(SUMS):
+        sums = sums + (tl.load(ptr + i, cache_modifier=".cg"),)  # from L2: others have written it
+    M_s, M_t, d_s, d_t, d_1, w, differences, count = sums
+    return Sums(M_s, M_t, d_s, d_t, d_1, w, differences, count)
+
+
+@triton.jit
+def _arrive(counter_ptr):
+    """Release this program's stores, and signal to a later row that its reads are complete."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _wait(counter_ptr, expected):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < expected:
+        pass
+
+
+@triton.jit
+def _tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.constexpr):
+    """Load a tile of both sides from entry o on; the student twice if no term reads the teacher.
+
+    WHOLE: all of it is in the slice. Else one sub-block, which may not be.
+    """
+    BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
+    s, t = (), ()
+    s_from, t_from = s_at + o, t_at + o
+    for u in tl.static_range(layout.UNROLL if WHOLE else 1):
+        inside, beyond = (None, None) if WHOLE else (o + u * BLOCK + part.entries < part.end, -INF)
+        x = tl.load(s_from + u * BLOCK, inside, beyond, eviction_policy=POLICY)
+        s = s + (x,)
+        if terms.rule.soft or terms.SMOOTHING:
+            t = t + (tl.load(t_from + u * BLOCK, inside, beyond, eviction_policy=POLICY),)
+        else:
+            t = t + (x,)
+    return Tile(s, t)
+
+
+@triton.jit
+def _add(sums, tile, refs, numbers, terms, layout, UNROLL: tl.constexpr):
+    """Add a tile to the sums of the lanes, the first pass's or, with refs, the second's."""
+    COUNT: tl.constexpr = UNROLL * layout.VECTOR
+    s, t = (), ()
+    for u in tl.static_range(UNROLL):
+        s = s + entries_of(widened(tile.s[u], layout), layout)
+        t = t + entries_of(widened(tile.t[u], layout), layout)
+    if refs is not None:
+        return add_tile_again(sums, s, t, refs, numbers, terms, COUNT)
+    else:
+        top_s = largest(tile.s, s, UNROLL, layout)
+        top_t = largest(tile.t, t, UNROLL, layout) if terms.rule.soft else top_s
+        return add_tile(sums, s, t, (top_s, top_t), numbers, terms, COUNT, layout.VECTOR)
+
+
+# -------------------------------------------------------------------------- passes over one slice
+
+
+@triton.jit
+def _whole_tiles(length, TILE: tl.constexpr):
+    """Return the entries of a slice that fill tiles, whose size is a power of two."""
+    return (tl.maximum(length, 0).to(tl.uint32) // TILE * TILE).to(tl.int32)
+
+
+@triton.jit
+def _statistics_pass(sums, row, part, refs, numbers, terms, layout, POLICY: tl.constexpr):
+    """Add a slice to the sums of the lanes, the first pass's or, with refs, the second's."""
+    BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
+    TILE: tl.constexpr = layout.UNROLL * BLOCK
+    s_at, t_at = row.s + part.entries, row.t + part.entries
+    whole = part.begin + _whole_tiles(part.end - part.begin, TILE)
+    for o in range(part.begin, whole, TILE):
+        tile = _tile(s_at, t_at, o, part, terms, layout, True, POLICY)
+        sums = _add(sums, tile, refs, numbers, terms, layout, layout.UNROLL)
+    for o in range(whole, part.end, BLOCK):
+        tile = _tile(s_at, t_at, o, part, terms, layout, False, POLICY)
+        sums = _add(sums, tile, refs, numbers, terms, layout, 1)
+    return sums
+
+
+@triton.jit
+def _gradient_pass(row, part, constants, on_soft, numbers, terms, layout):
+    """Store the gradient of a slice, backwards: what the pass before has read last is nearest."""
+    BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
+    TILE: tl.constexpr = layout.UNROLL * BLOCK
+    s_at, t_at, g_at = row.s + part.entries, row.t + part.entries, row.g + part.entries
+    refs, soft, hard = constants
+    whole = part.begin + _whole_tiles(part.end - part.begin, TILE)
+    for o in range(whole, part.end, BLOCK):
+        tile = _tile(s_at, t_at, o, part, terms, layout, False, "evict_first")
+        s, t = widened(tile.s[0], layout), widened(tile.t[0], layout)
+        g = gradient(s, t, refs, soft, hard, on_soft, numbers, terms)
+        inside = o + part.entries < part.end
+        tl.store(g_at + o, rounded(g, row.g), inside, eviction_policy="evict_first")
+    for forwards in range(part.begin, whole, TILE):
+        o = part.begin + whole - TILE - forwards
+        tile = _tile(s_at, t_at, o, part, terms, layout, True, "evict_first")
+        for u in tl.static_range(layout.UNROLL):
+            s, t = widened(tile.s[u], layout), widened(tile.t[u], layout)
+            g = gradient(s, t, refs, soft, hard, on_soft, numbers, terms)
+            tl.store(g_at + o + u * BLOCK, rounded(g, row.g), eviction_policy="evict_first")
+
+
+# -------------------------------------------------------------------------------------- one row
+
+
+@triton.jit
+def _owns(row, part, V, HAS_HARD: tl.constexpr):
+    """Return whether this program reports the losses and sets the label's entry.
+
+    It does if the label is in its slice. Also return whether the label is in the row, and where.
+    Loaded when needed: registers are scarce in a pass.
+    """
+    if HAS_HARD:
+        label = tl.load(row.label)
+        in_row = (label >= 0) & (label < V)
+        y = label.to(tl.int32)
+        owns = tl.where(in_row, (y >= part.begin) & (y < part.end), part.index == 0)
+        return owns, in_row, y
+    else:
+        return part.index == 0, True, 0
+
+
+@triton.jit
+def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
+    """Return the sums of the whole row and those of its second pass, as far as STEP goes."""
+    x, y = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    if launch.STEP == BACKWARD:
+        again = Again(tl.load(row.stats + SUMS), tl.load(row.stats + SUMS + 1))
+        return _load_sums(row.stats), again
+    TWO_PASSES: tl.constexpr = terms.rule.two_passes
+    GRADIENT: tl.constexpr = row.g is not None
+    # read again soon: stays in L2 longer than what is read for the last time. A policy of its own
+    # ("evict_last") would take six instructions a tile.
+    POLICY: tl.constexpr = "" if GRADIENT or TWO_PASSES else "evict_first"
+    mine = part.partials + part.index * PARTIAL
+    all_parts = part.partials + tl.arange(0, launch.PARTS) * PARTIAL
+    zero = tl.full((layout.LANES,), 0.0, tl.float32)
+    sums = Sums(x, x, x, x, x, x, x, x)
+    if launch.STEP == ALL or launch.STEP == FIRST:
+        nothing = tl.full((layout.LANES,), LOWEST, tl.float32)
+        lanes = Sums(nothing, nothing, zero, zero, zero, zero, zero, zero)
+        lanes = _statistics_pass(lanes, row, part, None, numbers, terms, layout, POLICY)
+        sums = fold(lanes, numbers.power, terms)
+        if launch.PARTS > 1:
+            _store_sums(mine, sums)
+    # forward only, the owner alone goes on, and reads what the others have stored
+    goes_on = True
+    if not GRADIENT:
+        goes_on, _, _ = _owns(row, part, V, terms.HAS_HARD)
+    if launch.WAIT:
+        _arrive(part.arrived)
+    if launch.PARTS > 1 and launch.STEP != FIRST:
+        if goes_on | TWO_PASSES:
+            if launch.WAIT:
+                _wait(part.arrived, launch.PARTS)
+            sums = fold(_load_sums(all_parts), numbers.power, terms)
+    if TWO_PASSES and launch.STEP != FIRST:
+        if launch.STEP == ALL or launch.STEP == SECOND:
+            refs = references(sums, on_soft, terms)
+            lanes = _statistics_pass(
+                Again(zero, zero), row, part, refs, numbers, terms, layout, POLICY
+            )
+            x, y = tl.sum(lanes.x, 0), tl.sum(lanes.y, 0)
+            if launch.PARTS > 1:
+                tl.store(mine + SUMS, x)
+                tl.store(mine + SUMS + 1, y)
+        if launch.WAIT:
+            _arrive(part.arrived)
+        if launch.PARTS > 1 and launch.STEP != SECOND:
+            if goes_on:
+                if launch.WAIT:
+                    _wait(part.arrived, 2 * launch.PARTS)
+                x = tl.sum(tl.load(all_parts + SUMS, cache_modifier=".cg"), 0)
+                y = tl.sum(tl.load(all_parts + SUMS + 1, cache_modifier=".cg"), 0)
+    if launch.WAIT:
+        _arrive(part.arrived + 1)
+    return sums, Again(x, y)
+
+
+@triton.jit
+def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
+    """Store the row's losses and statistics."""
+    hard_at, soft_at = row.hard + row.n, row.soft + row.n
+    hard, soft = 0.0, 0.0
+    if terms.HAS_HARD:
+        hard = hard_value(sums, s_y, numbers, terms)
+        hard = tl.where(weights.hard != 0.0, tl.where(hard_nan, float("nan"), hard), 0.0)
+    if terms.rule.soft:
+        soft = soft_value(sums, again, numbers, terms.rule)
+        soft = tl.where(weights.soft != 0.0, soft, 0.0)
+    tl.store(hard_at, hard)
+    tl.store(soft_at, soft)
+    _store_sums(row.stats, sums)
+    tl.store(row.stats + SUMS, again.x)
+    tl.store(row.stats + SUMS + 1, again.y)
+    tl.store(row.stats + SUMS + 2, 0.0)
+
+
+@triton.jit
+def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
+    """Do one program's part of a row that counts."""
+    on_soft = weights.soft != 0.0
+    sums, again = _row_sums(row, part, V, on_soft, numbers, terms, launch, layout)
+    owns, in_row, y = _owns(row, part, V, terms.HAS_HARD)
+    hard_nan, s_y, t_y = False, 0.0, 0.0
+    if terms.HAS_HARD:
+        # read only inside of the row
+        s_y = tl.load(row.s + y, in_row & owns, 0.0).to(tl.float32)
+        if terms.rule.soft or terms.SMOOTHING:
+            t_y = tl.load(row.t + y, in_row & owns, 0.0).to(tl.float32)
+        d_1 = hard_sum(sums, numbers.power, terms)
+        hard_nan = unusable(sums.M_s) | (d_1 != d_1) | ~in_row
+        tl.debug_barrier()  # by every warp, before one may store the gradient there
+    if launch.STEP == ALL or launch.STEP == LAST:
+        if owns:
+            _report(row, sums, again, s_y, hard_nan, weights, numbers, terms)
+    if row.g is not None and launch.STEP != FIRST and launch.STEP != SECOND:
+        refs = references(sums, on_soft, terms)
+        soft, hard = Constants(0.0, 0.0), Constants(0.0, 0.0)
+        if terms.rule.soft:
+            weight = weights.soft * numbers.soft_slope
+            soft = soft_constants(sums, again, on_soft, weight, numbers, terms.rule)
+        if terms.HAS_HARD:
+            nan = hard_nan & (weights.hard != 0.0)
+            scale = tl.where(nan, float("nan"), tl.div_rn(weights.hard, d_1))
+            hard = Constants(scale, -weights.hard * tl.div_rn(numbers.smoothing, sums.count))
+        _gradient_pass(row, part, (refs, soft, hard), on_soft, numbers, terms, layout)
+        if terms.HAS_HARD:
+            # made in float32 from the logits: what was rounded above would lose 1 - π_y
+            g = gradient(s_y, t_y, refs, soft, hard, on_soft, numbers, terms)
+            g -= weights.hard * (1.0 - numbers.smoothing)
+            tl.debug_barrier()
+            tl.store(row.g + y, rounded(g, row.g), in_row & owns & (weights.hard != 0.0))
+
+
+# --------------------------------------------------------------------------------- the kernels
+# What a launch hands over is flat: `do_not_specialize` does not reach into a tuple (triton 3.6 and
+# 3.9), so that in a tuple N = 1, or an N that 16 divides, would make another binary.
+
+
+@triton.jit
+def _row_offset(row, S, stride_b, stride_s):
+    """Return where row (row // S, row % S) begins: anywhere in 64 bits."""
+    offset = row.to(tl.int64) * stride_s
+    if row >= S:
+        offset = (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+    return offset
+
+
+@triton.jit
+def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
+    """Return a term's weight in this row's gradient; 0 if it is off, whatever the scale."""
+    if GIVEN:
+        w = tl.load(w_ptr + row)
+        return tl.where(w != 0.0, w * scale, 0.0)
+    else:
+        return tl.full((), 0.0, tl.float32)
+
+
+@triton.jit
+def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
+    """Do one program's share of the work: part index % PARTS of row index // PARTS."""
+    PARTS: tl.constexpr = launch.PARTS
+    index = tl.cast(index, tl.uint32)  # shifts, not divisions
+    n, p = (index // PARTS).to(tl.int32), (index % PARTS).to(tl.int32)
+    # slices begin at multiples of 8 vectors, whole cache lines where rows do
+    STEP: tl.constexpr = 8 * layout.VECTOR
+    SLICE = tl.cdiv(tl.cdiv(shape.V, PARTS), STEP) * STEP if PARTS > 1 else shape.V
+    begin, end = p * SLICE, tl.minimum(p * SLICE + SLICE, shape.V)
+    entries = tl.arange(0, layout.LANES)[:, None] * layout.VECTOR
+    entries = entries + tl.arange(0, layout.VECTOR)[None, :]
+    w_hard = _weight(pointers.w_hard, n, scale, terms.HAS_HARD)
+    w_soft = _weight(pointers.w_soft, n, scale, terms.rule.soft)
+    s = pointers.s + _row_offset(n, shape.S, shape.s_stride_b, shape.s_stride_s)
+    t = pointers.t + _row_offset(n, shape.S, shape.t_stride_b, shape.t_stride_s)
+    if terms.STANDS_IN:
+        t = tl.where(w_soft != 0.0, t, s)
+    g = None
+    if pointers.g is not None:
+        g = pointers.g + _row_offset(n, shape.S, shape.g_stride_b, shape.g_stride_s)
+    stats = pointers.stats + n.to(tl.int64) * STATS
+    partials = stats
+    if pointers.partial is not None:
+        place = n % launch.RING if launch.WAIT else n
+        partials = pointers.partial + place.to(tl.int64) * (PARTS * PARTIAL)
+    arrived = pointers.counters + 1 + 2 * n if launch.WAIT else n
+    label = pointers.labels + n if terms.HAS_HARD else n
+    row = Row(n, s, t, g, label, pointers.hard, pointers.soft, stats)
+    part = Part(p, begin, end, entries, partials, arrived)
+    if launch.WAIT:  # the row before in this place of the ring has been read by all its programs
+        if n >= launch.RING:
+            _wait(arrived + 1 - 2 * launch.RING, PARTS)
+    if (w_hard != 0.0) | (w_soft != 0.0):
+        weights = Weights(w_hard, w_soft)
+        _kept_row(row, part, shape.V, weights, numbers, terms, launch, layout)
+    elif launch.STEP == ALL or launch.STEP == LAST or launch.STEP == BACKWARD:
+        if launch.WAIT:
+            _arrive(arrived + 1)
+        if g is not None:
+            for o in range(begin, end, layout.LANES * layout.VECTOR):
+                tl.store(g + o + entries, entries * 0.0, o + entries < end)
+        if launch.STEP != BACKWARD:
+            if p == 0:
+                tl.store(pointers.hard + n, 0.0)
+                tl.store(pointers.soft + n, 0.0)
+                tl.store(stats + tl.arange(0, 16), 0.0, tl.arange(0, 16) < STATS)
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def _kd_rows_kernel(
+    s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
+    labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None where a term is off
+    scale_ptr,  # 0-d, BACKWARD only: times the weights, unless it is a power of two; or None
+    hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
+    partial_ptr,  # (RING or N, PARTS, PARTIAL), PARTS > 1
+    counters_ptr,  # (1 + 2 N,) of zeros, WAIT: tickets; of each row, programs arrived, finished
+    N, S, V,
+    s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
+    k, power, temperature, beta, soft_factor, soft_slope, smoothing,
+    D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STEP: tl.constexpr,
+    WAIT: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CUDA: tl.constexpr,
+):  # fmt: skip
+    """Compute losses, statistics and gradient of N rows, with N·PARTS programs.
+
+    With a scale, any number of programs will do; they end at once where it is a power of two.
+    """
+    # a caller that is compiled may hand over float64
+    numbers = Numbers(
+        tl.cast(k, tl.float32), tl.cast(power, tl.float32), tl.cast(temperature, tl.float32),
+        tl.cast(beta, tl.float32), tl.cast(soft_factor, tl.float32),
+        tl.cast(soft_slope, tl.float32), tl.cast(smoothing, tl.float32),
+    )  # fmt: skip
+    pointers = Pointers(
+        s_ptr, t_ptr, g_ptr, labels_ptr, w_hard_ptr, w_soft_ptr, hard_ptr, soft_ptr, stats_ptr,
+        partial_ptr, counters_ptr,
+    )  # fmt: skip
+    shape = Shape(S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s)
+    rule: tl.constexpr = rule_of(D)
+    # the teacher of a row whose soft term is off has no part in it
+    STANDS_IN: tl.constexpr = rule.soft and not SMOOTHING and s_ptr.dtype == t_ptr.dtype
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+        if ~is_power_of_two(scale):  # else _kd_scale_kernel has done it
+            for index in range(tl.program_id(0), N * PARTS, tl.num_programs(0)):
+                _row_part(
+                    index, scale, pointers, shape, numbers,
+                    Terms(rule, HAS_HARD, SMOOTHING, STANDS_IN),
+                    Launch(STEP, WAIT, PARTS, RING), Layout(LANES, VECTOR, UNROLL, CUDA),
+                )  # fmt: skip
+    else:
+        index = tl.program_id(0)
+        if WAIT:
+            index = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        _row_part(
+            index, tl.full((), 1.0, tl.float32), pointers, shape, numbers,
+            Terms(rule, HAS_HARD, SMOOTHING, STANDS_IN),
+            Launch(STEP, WAIT, PARTS, RING), Layout(LANES, VECTOR, UNROLL, CUDA),
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def _kd_scale_kernel(
+    g_ptr, scale_ptr, N, S, V, stride_b, stride_s,
+    ANY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Multiply a gradient (N rows of V) by the scalar at scale_ptr, with any number of programs.
+
+    ANY: for any scalar, else only where it is a power of two, and so exact. Programs end at once
+    where there is nothing to do.
+    """
+    scale = tl.load(scale_ptr)
+    if (scale != 1.0) & (ANY | is_power_of_two(scale)):
+        blocks = tl.cdiv(V, BLOCK)
+        for index in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
+            g_row = g_ptr + _row_offset(index // blocks, S, stride_b, stride_s)
+            i = index % blocks * BLOCK + tl.arange(0, BLOCK)
+            g = tl.load(g_row + i, i < V, 0.0).to(tl.float32)
+            # an ignored row stays 0 if the scale is infinite
+            g = tl.where(g == 0.0, g, g * scale)
+            tl.store(g_row + i, rounded(g, g_ptr), i < V)

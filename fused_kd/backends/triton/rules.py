@@ -1,0 +1,393 @@
+"""The divergences of the Triton kernels: one class each, and nothing else asks which one it is.
+
+For one row, with s, t the logits and k = log2(e)/T, in units of log2:
+
+    a = s·k - M_s    P = 2^a    p = P / d_s    d_s = Σ P    e1 = P^T    π = e1 / d_1    d_1 = Σ e1
+    b = t·k - M_t    Q = 2^b    q = Q / d_t    d_t = Σ Q
+
+Each of a and b is one fused multiply-add, rounded once. The references M_s, M_t are the rounded
+products of k and the largest logits; any number near them would do, since only a, b and sums
+relative to the same references enter a result. A maximum's own a is therefore not exactly 0, but
+the rounding of its M, and every formula uses it as it is. Equal rows have exactly equal a and b.
+
+All tensors are float32. The only contractions are those that are written as `fma`.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from fused_kd.divergences import DIVERGENCES
+
+LN2 = tl.constexpr(math.log(2.0))
+#: Beyond what an entry's log(p/q) may be: what a probability of exactly 0 is multiplied by.
+BIG = tl.constexpr(1e30)
+YES, NO = tl.constexpr(True), tl.constexpr(False)
+
+
+# --------------------------------------------------------------------- what the formulas work with
+
+
+class Sums(NamedTuple):
+    """Sums of the first pass: of every lane, a part or a row. What is not needed stays 0."""
+
+    M_s: tl.tensor
+    M_t: tl.tensor
+    d_s: tl.tensor  # without softmaxes the largest |s - t|
+    d_t: tl.tensor
+    d_1: tl.tensor  # at T = 1 not needed next to d_s
+    w: tl.tensor  # the divergence's own
+    differences: tl.tensor  # Σ a
+    count: tl.tensor  # of the present entries
+
+
+class Again(NamedTuple):
+    """Sums of the second pass."""
+
+    x: tl.tensor
+    y: tl.tensor
+
+
+class Entry(NamedTuple):
+    """Entries of the row. b and Q are set with softmaxes alone, `difference` without alone."""
+
+    a: tl.tensor
+    b: tl.tensor
+    P: tl.tensor
+    Q: tl.tensor
+    difference: tl.tensor  # s - t, 0 where an entry is absent
+
+
+class Shift(NamedTuple):
+    """One side of sums that get a larger reference M."""
+
+    by: tl.tensor  # old M - new M
+    factor: tl.tensor  # 2^by
+    d: tl.tensor  # relative to the new M
+
+
+class References(NamedTuple):
+    """What the row's entries are relative to."""
+
+    M_s: tl.tensor
+    M_t: tl.tensor
+    ratio: tl.tensor  # d_s/d_t, exactly 1 for equal rows
+    log_ratio: tl.tensor  # log2(d_t/d_s), exactly 0 for equal rows; 0 unless `logarithms`
+
+
+class Constants(NamedTuple):
+    """What a term's gradient needs of the row; both 0 where the row's term is off."""
+
+    scale: tl.tensor
+    offset: tl.tensor
+
+
+@triton.jit
+def _above(x):
+    """Return x, but a finite number for -inf and NaN: what a P or Q of exactly 0 multiplies."""
+    return tl.where(x > -BIG, x, -BIG)
+
+
+@triton.jit
+def _by_sign(x, positive, negative, zero):
+    return tl.where(x > 0.0, positive, tl.where(x < 0.0, negative, zero))
+
+
+@triton.jit
+def _log2(x):
+    """Return log2 of a positive normal number, to 2 ulp; exactly 0 at 1.
+
+    Half of what libdevice spends.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # of x/√½, so that the rest is in [√½, √2)
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    # log2(1 + f)/f, least relative error
+    y = tl.fma(f, 0.12583644688129425, -0.20726945996284485)
+    y = tl.fma(f, y, 0.215715691447258)
+    y = tl.fma(f, y, -0.238944873213768)
+    y = tl.fma(f, y, 0.28791624307632446)
+    y = tl.fma(f, y, -0.3607036769390106)
+    y = tl.fma(f, y, 0.48091062903404236)
+    y = tl.fma(f, y, -0.7213473320007324)
+    y = tl.fma(f, y, 1.4426950216293335)
+    return tl.fma(f, y, exponent.to(tl.float32))
+
+
+@triton.jit
+def _log_mixture(a, b, log_ratio, beta):
+    """Return log2(m/p), log2(m/q) of m = β·q + (1-β)·p. Exactly 0 where the rows are equal."""
+    # log2(p/q), made finite where P or Q is exactly 0
+    r = (a - b) + log_ratio
+    r = tl.where(r < BIG, _above(r), BIG)
+    # m over the larger of p and q, a mixture of 1 and 2^-|r|: one logarithm, of a normal number
+    c = tl.where(r <= 0.0, beta, 1.0 - beta)
+    log_m = _log2(tl.fma(1.0 - c, tl.exp2(-tl.abs(r)), c))
+    return log_m - tl.minimum(r, 0.0), log_m + tl.maximum(r, 0.0)
+
+
+# ---------------------------------------------------------------------------------- the divergences
+
+
+class Rule:
+    """What a soft term is: traits, known to the compiler, and formulas, inlined where called.
+
+    A formula of a trait that is off is never called, and need not be there.
+    """
+
+    name: str  # in DIVERGENCES
+
+    soft = YES  # there is a soft term: the teacher is read
+    softmax = YES  # of two softmaxes, else of differences of logits
+    own_sum = NO  # `add`, and `rebase` if there are softmaxes
+    two_passes = NO  # `add_again`
+    logarithms = NO  # one of every entry: log_ratio is set, and threads get more registers
+    #: It may be infinite: `w` then is no number below infinity; without softmaxes a difference.
+    infinite = NO
+    finite_gradient = YES  # where it is infinite; else NaN
+
+    @property
+    def differences(self):
+        """A soft term of differences of logits, and of the number of present entries."""
+        return tl.constexpr(bool(self.soft) and not self.softmax)
+
+    @triton.jit
+    def add(w, e):
+        """Return the own sum with more entries.
+
+        Where one side alone is absent, an infinity or NaN has to survive and so marks the row.
+        """
+
+    @triton.jit
+    def rebase(w, s, t):
+        """Return the own sum relative to larger references."""
+
+    @triton.jit
+    def add_again(x, y, e, refs, beta):
+        """Return the sums of the second pass with more entries."""
+
+    @triton.jit
+    def loss(sums, again, temperature, beta):
+        """Return D where it is finite."""
+
+    @triton.jit
+    def constants(sums, again, weight, temperature, beta):
+        """Return what `gradient` needs: scale, and what times -scale is its offset.
+
+        The weight is w_soft·c(T)/T.
+        """
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        """Return x, y of w_soft·c(T)·∂D/∂s = P·x + y; without softmaxes y alone counts.
+
+        No negations, of which triton 3.6 makes instructions.
+        """
+
+    @triton.jit
+    def gradient_alone(e, refs, constants, x, y):
+        """Return the gradient without a hard term, from x, y; exactly 0 for equal rows."""
+        return x * e.P
+
+    def __repr__(self) -> str:
+        """Return the name and a digest of traits and formulas.
+
+        Triton's keys of compiled kernels contain this of every rule, so that a change of any of
+        them compiles again.
+        """
+        return f"{self.name}_{self._digest()}"
+
+    def _digest(self) -> str:
+        members = {name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
+        text = str({name: getattr(x, "cache_key", x) for name, x in members.items()})
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __deepcopy__(self, memo: object) -> Rule:
+        """Return the rule itself: Triton copies the globals of a kernel, a rule never changes."""
+        return self
+
+
+class ForwardKL(Rule):
+    """Σ q·log(q/p), gradient p - q; w = Σ Q·(b - a)."""
+
+    name = "forward_kl"
+    own_sum = YES
+    infinite = YES
+
+    @triton.jit
+    def add(w, e):
+        return tl.fma(e.Q, _above(e.b - e.a), w)
+
+    @triton.jit
+    def rebase(w, s, t):
+        # d_t has shrunk before it meets the shift: a finite mask times a count would overflow
+        return tl.fma(t.by - s.by, t.d, w * t.factor)
+
+    @triton.jit
+    def loss(sums, again, temperature, beta):
+        return LN2 * tl.div_rn(sums.w, sums.d_t) + tl.log(tl.div_rn(sums.d_s, sums.d_t))
+
+    @triton.jit
+    def constants(sums, again, weight, temperature, beta):
+        return tl.div_rn(weight, sums.d_s), tl.div_rn(sums.d_s, sums.d_t)
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        return constants.scale, constants.offset * e.Q
+
+    @triton.jit
+    def gradient_alone(e, refs, constants, x, y):
+        return constants.scale * tl.fma(-refs.ratio, e.Q, e.P)
+
+
+class ReverseKL(Rule):
+    """Σ p·log(p/q), gradient p·(log(p/q) - D): the normalisers cancel; w = Σ P·(a - b)."""
+
+    name = "reverse_kl"
+    own_sum = YES
+    infinite = YES
+    finite_gradient = NO
+
+    @triton.jit
+    def add(w, e):
+        return tl.fma(e.P, _above(e.a - e.b), w)
+
+    @triton.jit
+    def rebase(w, s, t):
+        # d_s has shrunk before it meets the shift: a finite mask times a count would overflow
+        return tl.fma(s.by - t.by, s.d, w * s.factor)
+
+    @triton.jit
+    def loss(sums, again, temperature, beta):
+        return LN2 * tl.div_rn(sums.w, sums.d_s) + tl.log(tl.div_rn(sums.d_t, sums.d_s))
+
+    @triton.jit
+    def constants(sums, again, weight, temperature, beta):
+        return tl.div_rn(weight * LN2, sums.d_s), tl.div_rn(sums.w, sums.d_s)
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        return tl.fma(constants.scale, _above(e.a - e.b), constants.offset), 0.0
+
+
+class JSD(Rule):
+    """β·KL(q‖m) + (1-β)·KL(p‖m) of m = β·q + (1-β)·p, gradient (1-β)·p·(log(p/m) - KL(p‖m)).
+
+    x = Σ P·log2(m/p), y = Σ Q·log2(m/q).
+    """
+
+    name = "jsd"
+    two_passes = YES
+    logarithms = YES
+
+    @triton.jit
+    def add_again(x, y, e, refs, beta):
+        m_over_p, m_over_q = _log_mixture(e.a, e.b, refs.log_ratio, beta)
+        return tl.fma(e.P, m_over_p, x), tl.fma(e.Q, m_over_q, y)
+
+    @triton.jit
+    def loss(sums, again, temperature, beta):
+        x, y = tl.div_rn(again.x, sums.d_s), tl.div_rn(again.y, sums.d_t)
+        return 0.0 - LN2 * (beta * y + (1.0 - beta) * x)
+
+    @triton.jit
+    def constants(sums, again, weight, temperature, beta):
+        scale = tl.div_rn(-(1.0 - beta) * LN2 * weight, sums.d_s)
+        return scale, tl.div_rn(again.x, sums.d_s)
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        m_over_p, _ = _log_mixture(e.a, e.b, refs.log_ratio, beta)
+        return tl.fma(constants.scale, m_over_p, constants.offset), 0.0
+
+
+class TVD(Rule):
+    """½ Σ |p - q|, gradient ½·p·(sgn(p - q) - Σ p·sgn(p - q)).
+
+    x = Σ |p - q|·d_s, y = Σ P·sgn(p - q).
+    """
+
+    name = "tvd"
+    two_passes = YES
+
+    @triton.jit
+    def add_again(x, y, e, refs, beta):
+        d = tl.fma(-refs.ratio, e.Q, e.P)  # (p - q)·d_s; exactly 0 for equal rows: ratio is 1
+        return x + tl.abs(d), y + _by_sign(d, e.P, -e.P, 0.0)
+
+    @triton.jit
+    def loss(sums, again, temperature, beta):
+        return 0.5 * tl.div_rn(again.x, sums.d_s)
+
+    @triton.jit
+    def constants(sums, again, weight, temperature, beta):
+        return tl.div_rn(0.5 * weight, sums.d_s), tl.div_rn(again.y, sums.d_s)
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        scale, offset = constants
+        d = tl.fma(-refs.ratio, e.Q, e.P)
+        return _by_sign(d, scale + offset, offset - scale, offset), 0.0
+
+
+class MSE(Rule):
+    """Σ (s - t)²/(V·T²), gradient times T: 2·(s - t)/(V·T); w = Σ (s - t)²."""
+
+    name = "mse"
+    softmax = NO
+    own_sum = YES
+    infinite = YES
+    finite_gradient = NO
+
+    @triton.jit
+    def add(w, e):
+        return tl.fma(e.difference, e.difference, w)
+
+    @triton.jit
+    def loss(sums, again, temperature, beta):
+        return tl.div_rn(tl.div_rn(sums.w, sums.count), temperature * temperature)
+
+    @triton.jit
+    def constants(sums, again, weight, temperature, beta):
+        return tl.div_rn(2.0 * weight, temperature * sums.count), 0.0
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        return 0.0, constants.scale * e.difference
+
+    @triton.jit
+    def gradient_alone(e, refs, constants, x, y):
+        return y
+
+
+class NoSoftTerm(Rule):
+    """The hard term alone."""
+
+    name = "none"
+    soft = NO
+    softmax = NO
+
+
+def _in_order() -> tuple[Rule, ...]:
+    """Return the rules at their divergences' codes, then the one without a soft term."""
+    rules = {rule.name: rule() for rule in Rule.__subclasses__()}
+    missing = [name for name in DIVERGENCES if name not in rules]
+    if missing:
+        raise ImportError(f"the triton kernels have no rule for {', '.join(missing)}")
+    return *(rules[name] for name in DIVERGENCES), rules["none"]
+
+
+RULES = tl.constexpr(_in_order())
+NONE = len(DIVERGENCES)  # the code of no soft term
+
+
+@triton.constexpr_function
+def rule_of(code):
+    """Return the rule of a divergence's code, or of NONE."""
+    return RULES.value[code]

@@ -1,0 +1,92 @@
+"""The Triton kernels' divergences: one class each, and nothing else knows which one it is."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fused_kd.backends.triton import elements, formulas, kernels, launch, rules
+from fused_kd.options import DIVERGENCES
+
+MODULES = (elements, formulas, kernels, launch, rules)
+#: What a function takes at most. The two kernels take what a launch hands over, one by one.
+MOST_PARAMETERS = 8
+
+
+def _tree(module: ModuleType) -> ast.Module:
+    assert module.__file__ is not None
+    return ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+
+
+def _functions() -> Iterator[Any]:
+    """Yield the functions that Triton compiles."""
+    for module in MODULES:
+        for node in ast.walk(_tree(module)):
+            decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+            if any("triton.jit" in ast.unparse(one) for one in decorators):
+                yield node
+
+
+def test_every_divergence_has_its_rule() -> None:
+    assert [rules.rule_of(code).name for code in range(len(DIVERGENCES))] == list(DIVERGENCES)
+    assert not rules.rule_of(rules.NONE).soft
+
+
+def test_a_divergence_without_a_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "DIVERGENCES", (*DIVERGENCES, "toy"))
+    with pytest.raises(ImportError, match="have no rule for toy"):
+        rules._in_order()
+
+
+@pytest.mark.parametrize("module", [elements, formulas, kernels, launch])
+def test_only_rules_know_divergences_by_name(module: ModuleType) -> None:
+    classes = [type(rules.rule_of(code)).__name__ for code in range(rules.NONE + 1)]
+    known = {*DIVERGENCES, *classes, "DIVERGENCES"}
+    for node in ast.walk(_tree(module)):
+        names = [node.id] if isinstance(node, ast.Name) else []
+        names += [node.value] if isinstance(node, ast.Constant) else []
+        names += [one.name for one in node.names] if isinstance(node, ast.ImportFrom) else []
+        assert not known & {name for name in names if isinstance(name, str)}, ast.unparse(node)
+        is_rule = isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("rule")
+        assert not (is_rule and node.attr == "name"), ast.unparse(node)
+
+
+def test_functions_take_few_parameters() -> None:
+    functions = list(_functions())
+    assert len(functions) > 50
+    many = {f.name for f in functions if len(f.args.args) > MOST_PARAMETERS}
+    assert many == {"_kd_rows_kernel", "_kd_scale_kernel"}
+
+
+# ------------------------------------------------------------- what is compiled is found by its key
+
+
+def _key() -> str:
+    """Return the key of the kernel's source, by which Triton finds its binary, made again."""
+    for module in MODULES:
+        for one in vars(module).values():
+            if hasattr(one, "hash") and hasattr(one, "cache_key"):
+                one.hash = None
+    return str(kernels._kd_rows_kernel.cache_key)
+
+
+@pytest.mark.parametrize(
+    ("member", "other"),
+    [("add", rules.ReverseKL.add), ("gradient", rules.TVD.gradient), ("infinite", rules.NO)],
+)
+def test_a_changed_rule_is_compiled_again(
+    member: str, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton sees formulas as values: what it hashes of them is the rule's own text."""
+    before = _key()
+    with monkeypatch.context() as patch:
+        patch.setattr(rules.ForwardKL, member, other)
+        assert _key() != before
+    assert _key() == before
