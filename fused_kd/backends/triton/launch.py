@@ -84,12 +84,12 @@ class _Call:
 
     @property
     def code(self) -> int:
-        """The code of the soft term's rule."""
+        """Return the code of the soft term's rule."""
         return load_kernels().NONE if self.w_soft is None else self.numbers.divergence
 
     @property
     def rule(self) -> Any:
-        """The soft term's rule."""
+        """Return the soft term's rule."""
         return load_kernels().rule_of(self.code)
 
     @property
@@ -98,7 +98,7 @@ class _Call:
 
     @property
     def smoothing(self) -> bool:
-        """Whether labels are smoothed."""
+        """Return True if labels are smoothed."""
         return self.has_hard and self.numbers.label_smoothing > 0
 
     def first_rows(self, count: int) -> _Call:

@@ -154,7 +154,7 @@ class Rule:
 
     @property
     def differences(self):
-        """A soft term of differences of logits, and of the number of present entries."""
+        """Return True for a soft term of differences of logits, which counts the present entries."""
         return tl.constexpr(bool(self.soft) and not self.softmax)
 
     @triton.jit
