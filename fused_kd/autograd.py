@@ -174,10 +174,13 @@ def _times(w: Tensor | None, upstream: Tensor) -> Tensor | None:
 
 def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
     """Save for the backward, and hold tensors made under inference_mode, which autograd refuses."""
-    ctx.held = {}
+    ctx.held = held = {}
     if not torch.compiler.is_compiling():
-        ctx.held = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.held else t for i, t in enumerate(tensors)))
+        held = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    if held:
+        ctx.held = held
+        tensors = tuple(None if i in held else t for i, t in enumerate(tensors))
+    ctx.save_for_backward(*tensors)
 
 
 def _saved(ctx: Any) -> tuple[list[Any], Any, tuple[Any, ...]]:
@@ -187,7 +190,7 @@ def _saved(ctx: Any) -> tuple[list[Any], Any, tuple[Any, ...]]:
         RuntimeError: One of them was written to; the message names `inplace` if that may be why.
     """
     try:
-        saved = [ctx.held.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
+        saved = list(ctx.saved_tensors)
     except RuntimeError as error:
         if not ctx.settings.inplace or "modified by an inplace operation" not in str(error):
             raise
@@ -197,6 +200,8 @@ def _saved(ctx: Any) -> tuple[list[Any], Any, tuple[Any, ...]]:
             "slice of the same tensor does this; pass inplace=False, or call the loss once on the "
             f"whole tensor ({error})"
         ) from error
+    for i, tensor in ctx.held.items():
+        saved[i] = tensor
     count = _INPUTS - 2
     return saved[:count], saved[count], tuple(saved[count + 1 :])
 

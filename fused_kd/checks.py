@@ -191,12 +191,11 @@ def _check_chunk_options(
     options: KDOptions, kept_rows: int | None, student: Side, teacher: Side | None
 ) -> None:
     has_head = isinstance(student, Head) or isinstance(teacher, Head)
-    given = {
-        "memory_budget": options.memory_budget,
-        "chunk_rows": options.chunk_rows,
-        "kept_rows": kept_rows,
-    }
-    for name, value in given.items():
+    for name, value in (
+        ("memory_budget", options.memory_budget),
+        ("chunk_rows", options.chunk_rows),
+        ("kept_rows", kept_rows),
+    ):
         if value is not None and not has_head:
             raise ValueError(
                 f"{name} is for a student or teacher given as a Head, whose logits are computed "
@@ -436,7 +435,9 @@ def _check_row_shape(name: str, tensor: Tensor, student: Side) -> None:
 
 
 def _check_on_device_of(name: str, tensor: Tensor, student: Side) -> None:
-    _check_device(name, tensor, _rows_name("student", student), rows_tensor(student))
+    other = rows_tensor(student)
+    if tensor.device != other.device:
+        _check_device(name, tensor, _rows_name("student", student), other)
 
 
 def _check_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:

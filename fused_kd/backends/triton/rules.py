@@ -154,7 +154,7 @@ class Rule:
 
     @property
     def differences(self):
-        """Return True for a soft term of differences of logits, which counts the present entries."""
+        """Return True for a soft term of differences of logits, which needs the count too."""
         return tl.constexpr(bool(self.soft) and not self.softmax)
 
     @triton.jit
