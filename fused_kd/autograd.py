@@ -78,6 +78,8 @@ class Loss(torch.autograd.Function):
             return (None,) * _INPUTS
         made = _take_made(ctx, scale)
         tensors, stats, saved = _saved(ctx)
+        student = tensors[:_STUDENT]
+        tensors[:_STUDENT] = (None if x is None else x.detach() for x in student)
         inputs, engine = Inputs.of(tensors), engine_of(settings)
         if made is None:
             made = saved
@@ -91,7 +93,6 @@ class Loss(torch.autograd.Function):
                 gradients = engine.gradients(settings, inputs, stats, ctx.wanted)
             if settings.inplace:
                 increment_version(tensors[0])
-        student = tensors[:_STUDENT]
         refused = (None if g is None else refuse_double_backward(g, *student) for g in gradients)
         return (*refused, *(None,) * (_INPUTS - _STUDENT))
 

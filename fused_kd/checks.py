@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .options import LARGEST, SMALLEST, KDOptions, check_count
-from .rows import LABEL_DTYPES, are_rows, kept_rows_of, writes_in_place
+from .rows import LABEL_DTYPES, are_rows, writes_in_place
 from .sides import Head, Side, autocast_dtype, row_count, row_shape, rows_tensor, vocabulary
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,7 +41,8 @@ def check_call(
     options: KDOptions,
     student: Side,
     teacher: Side | None,
-    labels: Tensor | None,  # (...)
+    labels: Tensor | None,  # (...), int64
+    kept: Tensor | None,  # (...), bool: labels that are not ignore_index
     token_weight: Tensor | None,  # (...)
     num_items: float | Tensor | None,
     kept_rows: int | None,
@@ -59,10 +60,10 @@ def check_call(
     _check_labels(labels, student, options.hard_weight)
     _check_token_weight(token_weight, student)
     check_num_items(num_items, options.reduction, student)
-    if labels is not None:
-        _check_label_range(labels, vocabulary(student), options.ignore_index)
+    if labels is not None and kept is not None:
+        _check_label_range(labels, kept, vocabulary(student), options.ignore_index)
     _check_chunk_options(options, kept_rows, student, teacher)
-    _check_kept_rows(kept_rows, student, labels, options)
+    _check_kept_rows(kept_rows, student, kept)
     if options.inplace and isinstance(student, Head):
         raise ValueError(
             "inplace=True writes the gradient over the student's logits; got student as a Head, "
@@ -221,14 +222,11 @@ def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
         )
 
 
-def _check_kept_rows(
-    kept_rows: int | None, student: Side, labels: Tensor | None, options: KDOptions
-) -> None:
+def _check_kept_rows(kept_rows: int | None, student: Side, kept: Tensor | None) -> None:
     """Check the bound; on the CPU (by value) against the number of rows that are not ignored."""
     check_count("kept_rows", kept_rows, least=0)
     if kept_rows is None:
         return
-    kept = kept_rows_of(labels, options)
     if kept is None:
         number = row_count(row_shape(student))
     elif may_read_values(kept):
@@ -278,11 +276,10 @@ def _check_labels(labels: Tensor | None, student: Side, hard_weight: float) -> N
     _check_on_device_of("labels", labels, student)
 
 
-def _check_label_range(labels: Tensor, size: int, ignore_index: int) -> None:
+def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: int) -> None:
     """Check that every kept label is in [0, size); by value, so on the CPU only."""
     if labels.numel() == 0 or not may_read_values(labels):
         return
-    kept = labels != ignore_index
     low, high = torch.aminmax(torch.where(kept, labels, 0))
     if low.item() >= 0 and high.item() < size:
         return

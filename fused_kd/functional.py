@@ -13,7 +13,7 @@ from .backends import choose_name
 from .checks import check_call
 from .engines import settings_of
 from .options import KDOptions, Keywords, options_of, shows_keywords, temperature_tensor
-from .rows import int64_labels, label_rows, logit_rows, row_weights, writes_in_place
+from .rows import label_rows, labels_and_kept, logit_rows, row_weights, writes_in_place
 from .sides import Head, Side, Tensors, arithmetic_dtype, row_shape, rows_tensor, tensors_of
 
 
@@ -162,8 +162,8 @@ def kd_loss_with(
     kept_rows: int | None = None,
 ) -> Tensor | KDLossParts:
     """Compute :func:`kd_loss` with options that were built and checked before."""
-    labels = int64_labels(labels)
-    check_call(options, student, teacher, labels, token_weight, num_items, kept_rows)
+    labels, kept = labels_and_kept(labels, options)
+    check_call(options, student, teacher, labels, kept, token_weight, num_items, kept_rows)
     shape = row_shape(student)
     if options.soft_weight == 0.0:
         teacher = None  # its dtype and its -inf entries decide nothing
@@ -173,7 +173,7 @@ def kd_loss_with(
     settings = settings_of(options, backend, student, teacher, dtype, inplace, kept_rows)
     if isinstance(student, Tensor) and not isinstance(teacher, Head):
         student, teacher = logit_rows(student, teacher)
-    weights = row_weights(student, dtype, labels, token_weight, options, num_items, kept_rows)
+    weights = row_weights(student, dtype, kept, token_weight, options, num_items, kept_rows)
     loss, hard, soft = differentiable_loss(
         settings,
         tensors_of(student),
@@ -191,6 +191,8 @@ def _arithmetic_dtype(student: Side, teacher: Side | None) -> torch.dtype:
 
 def _detached(teacher: Tensors) -> Tensors:
     """Return the tensors without grad, which parameters of a teacher's head may have."""
+    if not any(x is not None and x.requires_grad for x in teacher):
+        return teacher
     states, weight, bias = (None if x is None else x.detach() for x in teacher)
     return states, weight, bias
 

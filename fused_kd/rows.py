@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +25,16 @@ class Weights(NamedTuple):
 # ------------------------------------------------------------------------------ labels, weights
 
 
-def int64_labels(labels: Tensor | None) -> Tensor | None:
-    """Return the labels as int64: ignore_index may not fit a narrower type."""
-    if isinstance(labels, Tensor) and labels.dtype in LABEL_DTYPES:
-        return labels.to(torch.int64)
-    return labels
+def labels_and_kept(labels: Any, options: KDOptions) -> tuple[Any, Tensor | None]:
+    """Return the labels as int64, and a mask (...) of the rows that count; None: all do.
 
-
-def kept_rows_of(labels: Tensor | None, options: KDOptions) -> Tensor | None:
-    """Return a mask (...) of the rows that count; None: all do."""
-    return None if labels is None else labels != options.ignore_index
+    int64 before the comparison: ignore_index may not fit a narrower type. What is no tensor of
+    integers is returned as it is, for the checks to refuse.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
+        return labels, None
+    labels = labels.to(torch.int64)
+    return labels, labels != options.ignore_index
 
 
 def label_rows(labels: Tensor | None, options: KDOptions) -> Tensor | None:
@@ -47,7 +47,7 @@ def label_rows(labels: Tensor | None, options: KDOptions) -> Tensor | None:
 def row_weights(
     student: Side,
     dtype: torch.dtype,
-    labels: Tensor | None,  # (...), int64
+    kept: Tensor | None,  # (...), bool
     token_weight: Tensor | None,  # (...)
     options: KDOptions,
     num_items: float | Tensor | None,
@@ -58,13 +58,12 @@ def row_weights(
     Args:
         student: the side whose leading shape the rows have.
         dtype: of the weights.
-        labels: those equal to ignore_index do not count.
+        kept: the rows that count; None: all.
         token_weight: None for 1.
         options: reduction and the weights of the terms.
         num_items: the denominator of "mean", None for the sum of the weights.
         kept_rows: an upper bound of the rows that count; if there are more, all weights are NaN.
     """
-    kept = kept_rows_of(labels, options)
     if token_weight is not None:
         w = token_weight.to(dtype)
         w = w if kept is None else torch.where(kept, w, 0.0)

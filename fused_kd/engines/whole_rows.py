@@ -73,6 +73,6 @@ def _rows(
     inputs: Inputs,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return student, teacher, labels and weights; the student stands in for no teacher."""
-    student = _student(inputs).detach()
+    student = _student(inputs)
     teacher = student if inputs.teacher[0] is None else inputs.teacher[0]
     return student, teacher, inputs.labels, inputs.w_hard, inputs.w_soft
