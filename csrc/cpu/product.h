@@ -8,7 +8,8 @@
 #include <stdint.h>
 
 #include "../problem.h"
-#include "rows.h"
+#include "kernels.h"
+#include "parallel.h"
 
 namespace fused_kd {
 

@@ -24,9 +24,9 @@ constexpr int ROWS = 4, COLUMNS = 8;
 #endif
 constexpr int VECTORS = COLUMNS / LANES;
 
-// A panel of B (STEPS x COLUMNS) stays in the first-level cache while A's block passes, A's block
-// (LARGE x STEPS) in the second-level one while SMALL columns of B after the other are packed and
-// multiplied, and the part of C (LARGE x at most WIDE) in the third between two blocks of K.
+// A panel of B (STEPS x COLUMNS) stays in the L1 cache while A's block passes, A's block
+// (LARGE x STEPS) in L2 while SMALL columns of B after the other are packed and
+// multiplied, and the part of C (LARGE x at most WIDE) in L3 between two blocks of K.
 constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
 static_assert(LARGE % ROWS == 0, "a block is whole panels");
 
@@ -140,7 +140,7 @@ class Ahead {
   int64_t stride_, left_, bytes_, at_ = 0, each_ = 0;
 };
 
-// All tiles of a block of C; B's panel stays in the first-level cache while A's pass.
+// All tiles of a block of C; B's panel stays in the L1 cache while A's pass.
 template <class Step>
 inline void multiply_block(int64_t steps, const float* a, const float* b, Place<const float> from,
                            Place<float> to, int64_t rows, int64_t columns, Ahead& ahead) {
