@@ -35,8 +35,8 @@
 
 namespace fused_kd {
 
-// Every divergence, in the order of the codes that operators take: the order of
-// fused_kd.options.DIVERGENCES.
+// Every divergence, in the order of the codes that the operators take, which is the order of the
+// Python table.
 #define FUSED_KD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(jsd) X(tvd) X(mse)
 
 enum class Divergence : int {
@@ -144,11 +144,11 @@ struct Traits {
   static constexpr Divergence DIVERGENCE = D;
   // reads the teacher's logits: every divergence, but not `none`
   static constexpr bool READS_TEACHER = true;
-  // the gradient's formula is finite where the value is infinite; else the row's gradient is NaN
+  // the gradient's formula is finite when the value is infinite; else the row's gradient is NaN
   static constexpr bool FINITE_GRADIENT = false;
   // the formulas use RowSums::count
   static constexpr bool USES_COUNT = false;
-  // the gradient multiplies P by a - b, which may be infinite where P is 0
+  // the gradient multiplies P by a - b, which may be infinite when P is 0
   static constexpr bool GRADIENT_HAS_DIFFERENCE = false;
   // bound by arithmetic: on a GPU more registers are worth more than more blocks
   static constexpr bool BOUND_BY_ARITHMETIC = false;

@@ -42,8 +42,8 @@ struct Cpu {
     });
   }
 
-  // Page faults of a fresh large gradient cost more than the kernel that fills it: ask for huge
-  // pages where the system leaves it to us.
+  // Page faults of a fresh large gradient cost more than the kernel that fills it: advise huge
+  // pages, if the system leaves the choice to programs.
   static void made(const Tensor& grad, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 2 << 20;

@@ -91,7 +91,7 @@ pybind11::dict build_info() {
   return info;
 }
 
-// What the kernels are told of a device, which must be the current one.
+// The properties of a device that the launchers use; it must be the current one.
 pybind11::dict device(int index) {
   Device found;
   const int error = describe_device(index, &found);

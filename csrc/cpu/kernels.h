@@ -77,7 +77,7 @@ struct Candidate {
   bool runs;
 };
 const Candidate* candidates(int* count);
-// Chooses by name for the rest of the process (tests); an empty name asks the environment again.
+// Chooses by name for the rest of the process (tests); an empty name reads the environment again.
 void choose_kernels(const char* name);
 
 }  // namespace fused_kd

@@ -1,9 +1,9 @@
 // The product of a region of C for the instruction set that this translation unit is compiled for.
 //
-// Two operands' blocks are packed (product_pack.h); a tile of C of ROWS x COLUMNS stays in registers
-// over the depth of a block, each step of which costs COLUMNS / LANES loads of B's panel and ROWS
-// broadcasts of A's. A block's sum starts at zero and is then added to what C holds: the order in
-// which an element is summed is that of K alone.
+// Two operands' blocks are packed (product_pack.h); a tile of C of ROWS x COLUMNS stays in
+// registers over the depth of a block, each step of which costs COLUMNS / LANES loads of B's panel
+// and ROWS broadcasts of A's. A block's sum starts at zero and is then added to what C holds: the
+// order in which an element is summed is that of K alone.
 #pragma once
 
 #include "product.h"
@@ -12,7 +12,7 @@
 namespace fused_kd {
 namespace FUSED_KD_ISA {
 
-// As many accumulators as the registers hold, with those of B's step and a broadcast beside them.
+// As many accumulators as the registers hold, with those of B's step and a broadcast.
 #if FUSED_KD_LANES == 16
 constexpr int ROWS = 12, COLUMNS = 32;
 #elif FUSED_KD_LANES == 8

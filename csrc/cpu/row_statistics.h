@@ -69,10 +69,10 @@ inline State initial_state(const Row& row, Scratch& scratch) {
   return state;
 }
 
-// A reference may stay this far below the largest logit. It is the largest logit of some leading
-// part of the row: so in a row with an entry of probability above e^4/(1 + e^4) = 0.982 it is that
-// entry's logit, and the cross-entropy of a confident row is the logarithm of a sum that is exactly
-// 1 or more.
+// A reference may stay this far below the row's largest logit. It is itself a logit of the row, the
+// largest of the blocks that set it: so in a row with an entry of probability above
+// e^4/(1 + e^4) = 0.982 it is that entry's logit, and the cross-entropy of a confident row is the
+// logarithm of a sum that is exactly 1 or more.
 constexpr float SLACK = 4.0f;
 // The same in powers of two, for low temperatures: exponentials must stay far from overflow.
 constexpr float SLACK_EXPONENT = 32.0f;
