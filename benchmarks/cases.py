@@ -44,7 +44,7 @@ class Case:
 
     @property
     def expected_bytes(self) -> dict[str, int]:
-        """What the least possible traffic with far memory is."""
+        """Return the least possible traffic with main memory."""
         return {"forward_backward": 3 * self.matrix_bytes, "forward": 2 * self.matrix_bytes}
 
     @property

@@ -33,9 +33,9 @@ V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
 #: the 228 KiB of one.
 DEVICE = (132, 228 * 1024 // 3 - 1024, 228 * 1024 // 2 - 1024)
 TEMPERATURES = {"T = 1": 1.0, "T = 2": 2.0, "another T": 3.0}
-#: Phase of a row: the function that makes it. What is in none of them is "around", and so are the
-#: scalars that a visit begins with.
-PHASES = {"first": "first_visit", "second": "second_visit", "gradient": "gradient_visit"}
+#: Phase of a row: the function that computes it. Code in none of them is "around", and so are the
+#: scalars that a pass begins with.
+PHASES = {"first": "first_pass", "second": "second_pass", "gradient": "gradient_pass"}
 SCALARS = {"Gradient", "constants"}
 REBASE = "rebase"
 
@@ -78,7 +78,7 @@ class Executed:
         default_factory=Counter
     )  # phase, innermost function
     opcodes: Counter[str] = field(default_factory=Counter)
-    rebases: tuple[float, float] | None = None  # of a thread, of a warp: in the first visit
+    rebases: tuple[float, float] | None = None  # of a thread, of a warp: in the first pass
 
     @property
     def instructions(self) -> float:
@@ -312,7 +312,7 @@ def execute(divergence: str, number: int, label: str, code: Code, planner: Plann
 
 
 def _rebases(code: Code, warps: Array, lanes: Array, launch: Launch) -> tuple[float, float] | None:
-    """Return how often a thread and a warp took a new reference in the first visit.
+    """Return how often a thread and a warp took a new reference in the first pass.
 
     A rebase is a run of a block that has its exponentials; of several source lines that have any,
     the one that is run most.

@@ -20,7 +20,7 @@ def executed_table(found: Iterable[Executed]) -> str:
             f"{one.instructions:.1f}", f"{one.special:.1f}", thread, warp,
             *("yes" if one.within(card) else "**no**" for card in CARDS),
         ])  # fmt: skip
-    head = ["divergence", "hard term at", "around", "first visit", "second", "gradient", "together",
+    head = ["divergence", "hard term at", "around", "first pass", "second", "gradient", "together",
             "special", "rebases per thread", "per warp",
             *(f"{x.name} ({x.instructions():.1f}, {x.special():.1f})" for x in CARDS)]  # fmt: skip
     return markdown_table(head, rows, left=2)
@@ -53,7 +53,7 @@ def executed_text() -> str:
         f"sm_90a, V = {V}, forward and backward in one read, with the hard term. Its machine code "
         f"is run on {ROWS} rows of logits ({SPREAD:g} times standard normal) and everything "
         "counts: prologue, rebases, merges, exchange, ends. Rebases: new references in the first "
-        "visit, per thread, and per warp, which executes one if any of its threads does. "
+        "pass, per thread, and per warp, which executes one if any of its threads does. "
         "Special functions: exponentials, reciprocals, logarithms. Yes: not more than a card can "
         "issue in the time that its memory takes, 128 lanes × multiprocessors × clock / "
         "(bandwidth / 6 bytes) instructions and an eighth of that special functions; two thirds "

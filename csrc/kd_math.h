@@ -8,14 +8,17 @@
 //     b = (t - m_t) unit/T     Q = e^(b/unit)     q = Q / d_t      d_t = sum Q
 // so nothing depends on how large the logits are, and equal rows give exactly equal P and Q.
 //
-// A divergence is one struct `Rule<D>`:
-//     accumulate    one element into the first visit's sum `w`
-//     rebase        what `w` becomes when the references grow: a and b move by shift_s and
-//                   shift_t <= 0, P and Q shrink by the factors
-//     accumulate2   one element into the sums of a second visit (TWO_VISITS only; needs the
+// A divergence is one struct `Rule<D>` and its name in FUSED_KD_DIVERGENCES, both in this file. The
+// rest of the code never compares a Divergence with a name: it reads the rule's traits (see
+// `Traits`) and calls its functions:
+//     accumulate    one element into the first pass's sum `w` (OWN_SUM only)
+//     weight        of P and Q, the one that multiplies a - b there (OWN_SUM and SOFTMAX only)
+//     rebase        `w` relative to larger references: a and b move by shift_s and shift_t <= 0, P
+//                   and Q shrink by the factors (OWN_SUM and SOFTMAX only)
+//     accumulate2   one element into the sums of a second pass (TWO_PASSES only; needs the
 //                   normalisers); k: log2(e)/unit
 //     value         the row's divergence D from its sums
-//     constants     what `gradient` needs, scaled by `weight` = upstream * c(T) / T
+//     constants     the scalars of `gradient`, scaled by `weight` = upstream * c(T) / T
 //     gradient      weight * T * dD/ds_v of one element, plus `offset`; k: log2(e)/unit
 // F is the element type (a vector, float); R the type of a row's scalars (double on the CPU, float
 // on a GPU).
@@ -32,19 +35,37 @@
 
 namespace fused_kd {
 
-enum class Divergence : int { forward_kl = 0, reverse_kl = 1, jsd = 2, tvd = 3, mse = 4, none = 5 };
+// Every divergence, in the order of the codes that the operators take, which is the order of the
+// Python table.
+#define FUSED_KD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(jsd) X(tvd) X(mse)
 
-// What one row's visits have summed up; `count` is the number of entries that are present.
+enum class Divergence : int {
+#define FUSED_KD_ENUMERATOR(name) name,
+  FUSED_KD_DIVERGENCES(FUSED_KD_ENUMERATOR)
+#undef FUSED_KD_ENUMERATOR
+      none  // the soft term is off
+};
+constexpr int NUMBER_OF_DIVERGENCES = static_cast<int>(Divergence::none);
+
+constexpr double LOG2E = 1.4426950408889634074;
+constexpr double LN2 = 0.69314718055994530942;
+constexpr float LOWEST = -3.4028234663852886e38f;  // of the finite floats
+constexpr float INF = INFINITY;
+
+// The sums of one row; `count` is the number of entries that are present.
 template <class R>
 struct RowSums {
   R m_s, m_t;     // references
   R d_s, d_t;     // sum P, sum Q
   R d_1;          // sum e^(s - m_s): the hard term's normaliser
-  R w;            // the divergence's own first-visit sum
-  R x, y;         // the divergence's second-visit sums
+  R w;            // the divergence's own first-pass sum
+  R x, y;         // the divergence's second-pass sums
   R differences;  // sum (s - m_s), label smoothing only
   R count;
 };
+
+// Floats of row statistics that the forward leaves for the backward: RowSums in order, then flags.
+constexpr int STATS = sizeof(RowSums<float>) / sizeof(float) + 1;
 
 // Scalars that elements need. For equal rows `ratio` is exactly 1 (jsd: its logarithm, exactly 0),
 // which makes their gradient exactly 0.
@@ -53,8 +74,8 @@ struct Constants {
   F scale, ratio, offset, beta;
 };
 
-// What the formulas ask of an element type, for one number; vectors bring their own (and have them
-// declared before this file).
+// The functions of an element that the formulas call, for one number; vectors have their own,
+// declared before this file.
 FUSED_KD_HD double max(double a, double b) { return a > b ? a : b; }
 FUSED_KD_HD double min(double a, double b) { return a < b ? a : b; }
 FUSED_KD_HD double magnitude(double x) { return fabs(x); }
@@ -99,38 +120,89 @@ using ::exp2;
 using ::fma;
 using ::log;
 
+// The options that a rule's scalars depend on.
 template <class R>
-FUSED_KD_HD constexpr R ln2() {
-  return R(0.69314718055994530942);
-}
-
-// The options that a row's scalars depend on.
-template <class R>
-struct Shape {
+struct RuleOptions {
   R unit, beta;
+};
+
+// A divergence is infinite by an entry that is -inf ...
+enum class Infinite {
+  never,
+  student_absent,  // for the student alone
+  teacher_absent,  // for the teacher alone
+  either           // for one of them alone
+};
+
+// Traits that a rule may leave as they are. Each rule states the others:
+//     SOFTMAX     compares probabilities; else the logits themselves, and a, b are s, t
+//     OWN_SUM     sums `w` in the first pass
+//     TWO_PASSES  needs a second pass over the row, for `x` and `y`, before its value and gradient
+//     INFINITE    an enum Infinite
+template <Divergence D>
+struct Traits {
+  static constexpr Divergence DIVERGENCE = D;
+  // reads the teacher's logits: every divergence, but not `none`
+  static constexpr bool READS_TEACHER = true;
+  // the gradient's formula is finite when the value is infinite; else the row's gradient is NaN
+  static constexpr bool FINITE_GRADIENT = false;
+  // the formulas use RowSums::count
+  static constexpr bool USES_COUNT = false;
+  // the gradient multiplies P by a - b, which may be infinite when P is 0
+  static constexpr bool GRADIENT_HAS_DIFFERENCE = false;
+  // bound by arithmetic: on a GPU more registers are worth more than more blocks
+  static constexpr bool BOUND_BY_ARITHMETIC = false;
+  // largest |exponent| of 2 of P and Q that the formulas take
+  static constexpr float MAX_EXPONENT = -LOWEST;
 };
 
 template <Divergence D>
 struct Rule;
 
+// The rule of a term that is off.
+template <>
+struct Rule<Divergence::none> : Traits<Divergence::none> {
+  static constexpr bool SOFTMAX = false, OWN_SUM = false, TWO_PASSES = false;
+  static constexpr bool READS_TEACHER = false;
+  static constexpr Infinite INFINITE = Infinite::never;
+  template <class R>
+  FUSED_KD_HD static R value(const RowSums<R>&, const RuleOptions<R>&) {
+    return R(0);
+  }
+  template <class R>
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>&, R, const RuleOptions<R>&) {
+    return {};
+  }
+  template <class F>
+  FUSED_KD_HD static F gradient(F, F, F, F, F, const Constants<F>&, F offset) {
+    return offset;
+  }
+};
+
 // D = sum q log(q/p) = sum q (b - a)/T + log d_s - log d_t;  T dD/ds = p - q
 template <>
-struct Rule<Divergence::forward_kl> {
-  static constexpr bool SOFTMAX = true, TWO_VISITS = false;
+struct Rule<Divergence::forward_kl> : Traits<Divergence::forward_kl> {
+  static constexpr bool SOFTMAX = true, OWN_SUM = true, TWO_PASSES = false;
+  static constexpr Infinite INFINITE = Infinite::student_absent;
+  static constexpr bool FINITE_GRADIENT = true;  // P = 0 there
   template <class F>
   FUSED_KD_HD static F accumulate(F a, F b, F, F Q, F w) {
     return fma(Q, b - a, w);
+  }
+  template <class F>
+  FUSED_KD_HD static F weight(F, F Q) {
+    return Q;
   }
   template <class R>
   FUSED_KD_HD static R rebase(const RowSums<R>& r, R shift_s, R shift_t, R, R factor_t) {
     return factor_t * (r.w + (shift_t - shift_s) * r.d_t);
   }
   template <class R>
-  FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
+  FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>& o) {
     return r.w / (o.unit * r.d_t) + log(r.d_s / r.d_t);
   }
   template <class R>
-  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>&) {
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
     return {weight / r.d_s, r.d_s / r.d_t, R(0), R(0)};
   }
   // p - q = (P - Q d_s/d_t) / d_s
@@ -142,22 +214,29 @@ struct Rule<Divergence::forward_kl> {
 
 // D = sum p log(p/q);  T dD/ds = p (log(p/q) - D) = p ((a - b) - w/d_s) / T: the normalisers cancel
 template <>
-struct Rule<Divergence::reverse_kl> {
-  static constexpr bool SOFTMAX = true, TWO_VISITS = false;
+struct Rule<Divergence::reverse_kl> : Traits<Divergence::reverse_kl> {
+  static constexpr bool SOFTMAX = true, OWN_SUM = true, TWO_PASSES = false;
+  static constexpr Infinite INFINITE = Infinite::teacher_absent;
+  static constexpr bool GRADIENT_HAS_DIFFERENCE = true;
   template <class F>
   FUSED_KD_HD static F accumulate(F a, F b, F P, F, F w) {
     return fma(P, a - b, w);
+  }
+  template <class F>
+  FUSED_KD_HD static F weight(F P, F) {
+    return P;
   }
   template <class R>
   FUSED_KD_HD static R rebase(const RowSums<R>& r, R shift_s, R shift_t, R factor_s, R) {
     return factor_s * (r.w + (shift_s - shift_t) * r.d_s);
   }
   template <class R>
-  FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
+  FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>& o) {
     return r.w / (o.unit * r.d_s) + log(r.d_t / r.d_s);
   }
   template <class R>
-  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
+                                            const RuleOptions<R>& o) {
     return {weight / (o.unit * r.d_s), R(0), r.w / r.d_s, R(0)};
   }
   template <class F>
@@ -169,8 +248,12 @@ struct Rule<Divergence::reverse_kl> {
 // m = beta q + (1-beta) p;  D = beta KL(q|m) + (1-beta) KL(p|m);  T dD/ds = (1-beta) p (log(p/m) -
 // KL(p|m)).  The normalisers are left out of the sums and come in at the end.
 template <>
-struct Rule<Divergence::jsd> {
-  static constexpr bool SOFTMAX = true, TWO_VISITS = true;
+struct Rule<Divergence::jsd> : Traits<Divergence::jsd> {
+  static constexpr bool SOFTMAX = true, OWN_SUM = false, TWO_PASSES = true;
+  static constexpr Infinite INFINITE = Infinite::never;
+  static constexpr bool BOUND_BY_ARITHMETIC = true;
+  // of p/m it takes the logarithm: p = P/d_s and the ratio must both be normal numbers
+  static constexpr float MAX_EXPONENT = 100.0f;
   template <class F>
   struct Logarithms {
     F p_over_m, q_over_m;
@@ -187,26 +270,19 @@ struct Rule<Divergence::jsd> {
     return {min(r, F{}) - log_m, -max(r, F{}) - log_m};
   }
   template <class F>
-  FUSED_KD_HD static F accumulate(F, F, F, F, F w) {
-    return w;
-  }
-  template <class R>
-  FUSED_KD_HD static R rebase(const RowSums<R>& r, R, R, R, R) {
-    return r.w;
-  }
-  template <class F>
   FUSED_KD_HD static void accumulate2(F a, F b, F P, F Q, F k, const Constants<F>& c, F& x, F& y) {
     const Logarithms<F> log = over_mixture(a, b, k, c);
     x = fma(P, log.p_over_m, x);
     y = fma(Q, log.q_over_m, y);
   }
   template <class R>
-  FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
-    return ln2<R>() * (o.beta * (r.y / r.d_t) + (R(1) - o.beta) * (r.x / r.d_s));
+  FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>& o) {
+    return R(LN2) * (o.beta * (r.y / r.d_t) + (R(1) - o.beta) * (r.x / r.d_s));
   }
   template <class R>
-  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {
-    return {weight * (R(1) - o.beta) * ln2<R>() / r.d_s, log2(r.d_t / r.d_s), r.x / r.d_s, o.beta};
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
+                                            const RuleOptions<R>& o) {
+    return {weight * (R(1) - o.beta) * R(LN2) / r.d_s, log2(r.d_t / r.d_s), r.x / r.d_s, o.beta};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F a, F b, F P, F, F k, const Constants<F>& c, F offset) {
@@ -216,16 +292,9 @@ struct Rule<Divergence::jsd> {
 
 // D = 1/2 sum |p - q|;  T dD/ds = 1/2 p (sgn(p-q) - sum p sgn(p-q)).  Sums are d_s times theirs.
 template <>
-struct Rule<Divergence::tvd> {
-  static constexpr bool SOFTMAX = true, TWO_VISITS = true;
-  template <class F>
-  FUSED_KD_HD static F accumulate(F, F, F, F, F w) {
-    return w;
-  }
-  template <class R>
-  FUSED_KD_HD static R rebase(const RowSums<R>& r, R, R, R, R) {
-    return r.w;
-  }
+struct Rule<Divergence::tvd> : Traits<Divergence::tvd> {
+  static constexpr bool SOFTMAX = true, OWN_SUM = false, TWO_PASSES = true;
+  static constexpr Infinite INFINITE = Infinite::never;
   template <class F>
   FUSED_KD_HD static void accumulate2(F, F, F P, F Q, F, const Constants<F>& c, F& x, F& y) {
     const F d = fma(-c.ratio, Q, P);
@@ -233,11 +302,11 @@ struct Rule<Divergence::tvd> {
     y = y + signed_like(P, d);
   }
   template <class R>
-  FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>&) {
+  FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>&) {
     return R(0.5) * r.x / r.d_s;
   }
   template <class R>
-  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>&) {
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
     return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, r.y / r.d_s, R(0)};
   }
   template <class F>
@@ -248,23 +317,22 @@ struct Rule<Divergence::tvd> {
 
 // D = 1/V sum (s-t)^2 / T^2;  T dD/ds = 2 (s-t) / (V T).  Here a, b are the logits themselves.
 template <>
-struct Rule<Divergence::mse> {
-  static constexpr bool SOFTMAX = false, TWO_VISITS = false;
+struct Rule<Divergence::mse> : Traits<Divergence::mse> {
+  static constexpr bool SOFTMAX = false, OWN_SUM = true, TWO_PASSES = false;
+  static constexpr Infinite INFINITE = Infinite::either;
+  static constexpr bool USES_COUNT = true;
   template <class F>
   FUSED_KD_HD static F accumulate(F a, F b, F, F, F w) {
     const F d = a - b;
     return fma(d, d, w);
   }
   template <class R>
-  FUSED_KD_HD static R rebase(const RowSums<R>& r, R, R, R, R) {
-    return r.w;
-  }
-  template <class R>
-  FUSED_KD_HD static R value(const RowSums<R>& r, const Shape<R>& o) {
+  FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>& o) {
     return r.w / (o.unit * o.unit * r.count);
   }
   template <class R>
-  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const Shape<R>& o) {
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
+                                            const RuleOptions<R>& o) {
     return {R(2) * weight / (o.unit * r.count), R(0), R(0), R(0)};
   }
   template <class F>
@@ -272,5 +340,27 @@ struct Rule<Divergence::mse> {
     return fma(c.scale, a - b, offset);
   }
 };
+
+// Whether an entry that is -inf for one side alone makes this divergence infinite.
+template <class AnyRule>
+FUSED_KD_HD constexpr bool is_infinite(bool student_alone, bool teacher_alone) {
+  return AnyRule::INFINITE == Infinite::student_absent   ? student_alone
+         : AnyRule::INFINITE == Infinite::teacher_absent ? teacher_alone
+         : AnyRule::INFINITE == Infinite::either         ? student_alone || teacher_alone
+                                                         : false;
+}
+
+// Calls call(Rule<d>{}): from a divergence of run time to one of compile time.
+template <class Call>
+inline __attribute__((always_inline)) auto with_rule(Divergence d, Call call) {
+  switch (d) {
+#define FUSED_KD_CASE(name) \
+  case Divergence::name: return call(Rule<Divergence::name>{});
+    FUSED_KD_DIVERGENCES(FUSED_KD_CASE)
+#undef FUSED_KD_CASE
+    case Divergence::none: break;
+  }
+  return call(Rule<Divergence::none>{});
+}
 
 }  // namespace fused_kd

@@ -1,5 +1,5 @@
-// What a backend is asked to compute: rows of logits, options, and where the results go. The same
-// for CPU and GPU; torch-free.
+// The arguments of a row kernel: rows of logits, options, and memory for the results. The same for
+// CPU and GPU; torch-free.
 #pragma once
 
 #include <stdint.h>
@@ -13,7 +13,7 @@ enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 // Bytes of an element.
 FUSED_KD_HD constexpr int width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// N rows of V elements, last stride 1. Row n lies at (n / inner) * outer_stride + (n % inner) *
+// N rows of V elements, last stride 1. Row n begins at (n / inner) * outer_stride + (n % inner) *
 // inner_stride, in elements.
 struct Rows {
   void* data;
@@ -22,14 +22,11 @@ struct Rows {
   int64_t outer_stride, inner_stride;
 };
 
-// Floats of row statistics that the forward leaves for the backward: RowSums in order, then flags.
-constexpr int STATS = 11;
-
 struct Problem {
   int64_t N, V;
   Rows student, teacher;
-  // data == nullptr: no gradient. The student's own rows, or memory apart from both sides'; there a
-  // float32 student may have a 16-bit gradient.
+  // data == nullptr: no gradient. The student's own rows, or memory that overlaps neither side; in
+  // the latter a float32 student may have a 16-bit gradient.
   Rows grad;
   const int64_t* labels;  // (N), null without a hard term
   const float* w_hard;    // (N), weight of the hard term in the gradient; null: the term is off; 0:

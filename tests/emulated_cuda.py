@@ -142,7 +142,7 @@ class EmulatedCUDA:
             self._run(RESCALE, _problem((*rows, options), grad, stats=stats, scale=scale))
 
     def workspace(self, *rows: Any) -> int:
-        """Bytes of far memory in which the blocks of these rows meet: none for a cluster."""
+        """Return the bytes of global memory in which these rows' blocks exchange records."""
         problem = _problem(rows, rows[0])
         return int(self._library.workspace(ctypes.byref(problem), ctypes.byref(self._device)))
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fused_kd import extension, ops
+from fused_kd.divergences import DIVERGENCES
 
 ROOT = Path(__file__).resolve().parent.parent
 _module = extension.cpu.load()
@@ -67,11 +68,12 @@ def test_the_module_exports_only_its_entry() -> None:
 
 
 @compiled
-def test_both_languages_have_the_same_row_statistics() -> None:
-    """Python's copy shapes the tensors that a compiler's trace sees."""
+def test_both_languages_have_the_same_row_statistics_and_divergences() -> None:
+    """Python's copies shape the tensors that a compiler's trace sees, and are the kernels' codes."""
     info = extension.cpu.build_info()
     assert info is not None
     assert info["row_statistics"] == ops.STATS
+    assert info["divergences"] == list(DIVERGENCES)
 
 
 def _functions(listing: str) -> dict[str, str]:

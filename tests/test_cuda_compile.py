@@ -68,7 +68,7 @@ def _check(kernels: Kernels, instances: list[Instance]) -> None:
             assert _missing(VECTORS[kernel], code) == [], mangled
 
 
-# every divergence that reads both sides; the general kernel with one statistics visit and with two,
+# every divergence that reads both sides; the general kernel with one statistics pass and with two,
 # with types known at compile time and not
 SOME = [
     *(("rows_cluster", f"Divergence::{d}", "Dtype::bf16", "true") for d in DIVERGENCES[:-1]),

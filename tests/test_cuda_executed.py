@@ -439,7 +439,7 @@ def test_other_code_is_seen(forward_kl: Code) -> None:
     assert same_code(Code([replace(x, places=()) for x in forward_kl.instructions]), forward_kl)
 
 
-def test_a_visit_that_was_renamed_is_missed(
+def test_a_pass_that_was_renamed_is_missed(
     forward_kl: Code, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(cuda_executed.PHASES, "first", "first_look")

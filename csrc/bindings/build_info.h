@@ -14,7 +14,12 @@ namespace fused_kd {
 inline pybind11::dict common_build_info() {
   pybind11::dict info;
   info["built_with_torch"] = FUSED_KD_TORCH_VERSION;
-  info["row_statistics"] = STATS;  // must be the Python side's
+  info["row_statistics"] = STATS;  // as the Python side has it, and the same divergences
+  pybind11::list divergences;
+#define FUSED_KD_APPEND(name) divergences.append(#name);
+  FUSED_KD_DIVERGENCES(FUSED_KD_APPEND)
+#undef FUSED_KD_APPEND
+  info["divergences"] = divergences;
   return info;
 }
 

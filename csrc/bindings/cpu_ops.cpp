@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "../cpu/rows.h"
 #include "operators.h"
 #include "parallel.h"
 

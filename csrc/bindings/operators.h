@@ -125,8 +125,8 @@ struct Operators {
     p.w_hard = vector_of<float>(w_hard, p.N, ScalarType::Float, "w_hard");
     p.w_soft = vector_of<float>(w_soft, p.N, ScalarType::Float, "w_soft");
     STD_TORCH_CHECK(!p.w_hard || p.labels, "a hard term needs labels");
-    STD_TORCH_CHECK(numbers.divergence >= 0 && numbers.divergence < 5, "unknown divergence ",
-                    numbers.divergence);
+    STD_TORCH_CHECK(numbers.divergence >= 0 && numbers.divergence < NUMBER_OF_DIVERGENCES,
+                    "unknown divergence ", numbers.divergence);
     const Tensor& t = numbers.temperature;
     STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
                     "temperature must be one CPU float64");

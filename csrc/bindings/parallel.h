@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../cpu/rows.h"
+#include "../cpu/parallel.h"
 
 namespace fused_kd {
 

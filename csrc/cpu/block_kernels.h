@@ -1,22 +1,20 @@
 // The block kernels as templates; each rows_<isa>.cpp instantiates them once and exports a table.
 //
-// Per element: forward visit 2 loads, 1 to 3 exponentials, 1 to 4 sums; gradient visit the same
-// loads and exponentials again and one store. All arithmetic is float32 after the load; sums run in
+// Per element: first pass 2 loads, 1 to 3 exponentials, 1 to 4 sums; gradient pass the same loads
+// and exponentials again and one store. All arithmetic is float32 after the load; sums run in
 // two independent chains of LANES partial sums.
 #pragma once
 
 #include "vec.h"
 
 namespace fused_kd {
-using namespace FUSED_KD_ISA;  // the formulas below find this instruction set's fma, log2, max
+using namespace FUSED_KD_ISA;  // the formulas below call this instruction set's fma, log2, max
 }
 
 #include "kernels.h"
 
 namespace fused_kd {
 namespace FUSED_KD_ISA {
-
-constexpr float LOWEST = -3.4028234663852886e38f;
 
 template <Load L>
 struct Element {
@@ -41,16 +39,9 @@ FUSED_KD_INLINE Floats power(Floats a, Floats k) {
     return exponential<DEGREE>(a, k);
 }
 
-template <Divergence D>
-constexpr bool softmax() {
-  if constexpr (D == Divergence::none)
-    return false;
-  else
-    return Rule<D>::SOFTMAX;
-}
 template <Divergence D, Hard H>
 constexpr bool needs_P() {
-  return softmax<D>() || (D == Divergence::none && H == Hard::power1);
+  return Rule<D>::SOFTMAX || H == Hard::power1;
 }
 
 template <Load L>
@@ -75,11 +66,11 @@ void range(const void* s_, const void* t_, int size, Range* out) {
           largest(max_t), -largest(-min_t), sum(sum_t)};
 }
 
-// Sums are folded every CHUNK entries: where one large term meets many small ones (a confident
-// row), a long chain of additions to it would round each of them.
+// Sums are folded every CHUNK entries: in a confident row, one large term and many small ones, a
+// long chain of additions to the large one would round each of the small ones.
 constexpr int CHUNK = 256;
 
-// total += x, where x already has what earlier additions lost taken from it (Kahan).
+// total += x; the rounding errors of earlier additions are already subtracted from x (Kahan).
 FUSED_KD_INLINE void add_exactly(Floats x, Floats& total, Floats& lost) {
   const Floats next = total + x;
   lost = (next - total) - x;
@@ -89,10 +80,9 @@ FUSED_KD_INLINE void add_exactly(Floats x, Floats& total, Floats& lost) {
 template <Load L, Divergence D, Hard H>
 void sums(const Block& block, BlockSums* out) {
   using E = typename Element<L>::type;
-  constexpr bool TEACHER = D != Divergence::none;
-  // the divergences without a sum of their own in the first visit still need to notice what isn't
-  // finite
-  constexpr bool CANARY = D == Divergence::jsd || D == Divergence::tvd || D == Divergence::none;
+  constexpr bool TEACHER = Rule<D>::READS_TEACHER, SOFTMAX = Rule<D>::SOFTMAX;
+  // without a sum of its own a divergence still needs one that shows whether all entries are finite
+  constexpr bool CANARY = !Rule<D>::OWN_SUM;
   const E* s = static_cast<const E*>(block.s);
   const E* t = static_cast<const E*>(block.t);
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k),
@@ -116,13 +106,13 @@ void sums(const Block& block, BlockSums* out) {
           d_s += P;
         }
         if constexpr (TEACHER) b = relative<L>(tv[j], m_t);
-        if constexpr (softmax<D>()) {
+        if constexpr (SOFTMAX) {
           Q = power<L>(b, k);
           d_t += Q;
         }
         if constexpr (CANARY)
           w += a + b;
-        else if constexpr (softmax<D>())
+        else if constexpr (SOFTMAX)
           w = Rule<D>::accumulate(a, b, P, Q, w);
         else {
           w = Rule<D>::accumulate(sv[j], tv[j], P, Q, w);
@@ -131,11 +121,11 @@ void sums(const Block& block, BlockSums* out) {
         if constexpr (H == Hard::power2) d_1 = fma(P, P, d_1);
         if constexpr (H == Hard::power4) d_1 = fma(P * P, P * P, d_1);
         if constexpr (H == Hard::separate) d_1 += power<L>(a, k_1);
-        if constexpr (softmax<D>() || H != Hard::off) {
+        if constexpr (SOFTMAX || H != Hard::off) {
           max_a = max(max_a, a);
           min_a = min(min_a, a);
         }
-        if constexpr (softmax<D>()) {
+        if constexpr (SOFTMAX) {
           max_b = max(max_b, b);
           min_b = min(min_b, b);
         }
@@ -151,7 +141,7 @@ void sums(const Block& block, BlockSums* out) {
   out->d_1 = H == Hard::power1 ? out->d_s : sum(all_d_1);
   out->canary = sum(all_w);
   out->w = CANARY ? 0.0f : out->canary;
-  if constexpr (TEACHER && !softmax<D>())  // an infinite sum has no compensation
+  if constexpr (TEACHER && !SOFTMAX)  // an infinite sum has no compensation
     if (__builtin_isfinite(out->canary)) out->w = sum(squares[0] + squares[1]);
   out->max_a = largest(max_a);
   out->min_a = -largest(-min_a);
@@ -191,7 +181,7 @@ void sums2(const Block& block, const Constants<float>& constants, float* x, floa
   *y = sum(all_y);
 }
 
-// e^(s - m_s), from P = e^((s - m_s)/T) where T is 1, 2 or 4
+// e^(s - m_s), from P = e^((s - m_s)/T) if T is 1, 2 or 4
 template <Load L, Hard H, int DEGREE>
 FUSED_KD_INLINE Floats hard_power(Floats a, Floats k_1, Floats P) {
   if constexpr (H == Hard::power1) return P;
@@ -204,7 +194,7 @@ template <Load L, Divergence D, Hard H>
 void gradient(const Block& block, const Constants<float>& constants, float hard_scale,
               float hard_offset, void* grad) {
   using E = typename Element<L>::type;
-  constexpr bool TEACHER = D != Divergence::none;
+  constexpr bool TEACHER = Rule<D>::READS_TEACHER;
   constexpr int DEGREE =
       L == Load::bf16 ? 4 : 5;  // 1/700 of the half unit that rounding to bfloat16 loses
   const E* s = static_cast<const E*>(block.s);
@@ -227,7 +217,7 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
       const Floats a = relative<L>(sv[j], m_s);
       Floats b{}, P{}, Q{};
       if constexpr (needs_P<D, H>()) P = power<L, DEGREE>(a, k);
-      if constexpr (softmax<D>()) {
+      if constexpr (Rule<D>::SOFTMAX) {
         b = relative<L>(tv[j], m_t);
         Q = power<L, DEGREE>(b, k);
         gv[j] = Rule<D>::gradient(a, b, P, Q, k, c, offset);
@@ -242,15 +232,12 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
   }
 }
 
-// From run-time choices to an instantiation. Only combinations that the driver asks for exist.
-template <Load L, class Call>
-FUSED_KD_INLINE void with_hard(Divergence d, Hard h, Call call);
-
+// From run-time choices to an instantiation. Only combinations that the driver uses exist.
 template <Load L, Divergence D, class Call>
 FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
-  if constexpr (D == Divergence::none) {
+  if constexpr (!Rule<D>::READS_TEACHER) {
     call.template run<L, D, Hard::power1>();
-  } else if constexpr (!softmax<D>()) {
+  } else if constexpr (!Rule<D>::SOFTMAX) {
     h == Hard::off ? call.template run<L, D, Hard::off>()
                    : call.template run<L, D, Hard::separate>();
   } else {
@@ -265,14 +252,7 @@ FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
 }
 template <Load L, class Call>
 FUSED_KD_INLINE void choose_divergence(Divergence d, Hard h, Call& call) {
-  switch (d) {
-    case Divergence::forward_kl: return choose_hard<L, Divergence::forward_kl>(h, call);
-    case Divergence::reverse_kl: return choose_hard<L, Divergence::reverse_kl>(h, call);
-    case Divergence::jsd: return choose_hard<L, Divergence::jsd>(h, call);
-    case Divergence::tvd: return choose_hard<L, Divergence::tvd>(h, call);
-    case Divergence::mse: return choose_hard<L, Divergence::mse>(h, call);
-    case Divergence::none: return choose_hard<L, Divergence::none>(h, call);
-  }
+  with_rule(d, [&](auto rule) { choose_hard<L, rule.DIVERGENCE>(h, call); });
 }
 template <class Call>
 FUSED_KD_INLINE void choose(Load l, Divergence d, Hard h, Call& call) {
@@ -297,7 +277,7 @@ struct Sums2Call {
   float *x, *y;
   template <Load L, Divergence D, Hard H>
   void run() {
-    if constexpr (D == Divergence::jsd || D == Divergence::tvd) sums2<L, D>(block, c, x, y);
+    if constexpr (Rule<D>::TWO_PASSES) sums2<L, D>(block, c, x, y);
   }
 };
 struct GradientCall {
@@ -386,14 +366,13 @@ inline void narrow(Dtype dtype, const float* from, void* to, int size) {
   }
 }
 
-// Multiplies a gradient by a factor that is exact for its type (a power of two), or in float32
-// where one more rounding is allowed. Zeros stay, whatever the factor: an ignored row is not NaN.
+// Multiplies a gradient by a factor: exactly for its type (a power of two), or in float32, with one
+// more rounding. Zeros stay, regardless of the factor: an ignored row is not NaN.
 inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
   float buffer[BLOCK];
-  const int width = dtype == Dtype::f32 ? 4 : 2;
   for (int64_t i = 0; i < size; i += BLOCK) {
     const int count = int(size - i < BLOCK ? size - i : BLOCK);
-    char* p = static_cast<char*>(values) + i * width;
+    char* p = static_cast<char*>(values) + i * width(dtype);
     float* work = dtype == Dtype::f32 ? reinterpret_cast<float*>(p) : buffer;
     if (dtype != Dtype::f32) widen(dtype, p, work, count);
     for (int j = 0; j < count; ++j) work[j] = work[j] != 0 ? work[j] * factor : work[j];

@@ -1,5 +1,4 @@
-// The table of block kernels that each instruction set fills in, and what passes between it and the
-// row driver.
+// The table of block kernels that each instruction set fills in, and its arguments.
 //
 // A block is at most BLOCK consecutive entries of one row, student and teacher in the same element
 // type, a whole number of vector pairs. Everything of a row that is not per element (maxima,
@@ -13,20 +12,20 @@
 
 namespace fused_kd {
 
-// 2048 entries of two rows are 8 KiB (bfloat16) or 16 KiB (float): in the first-level cache between
-// the visits of one block.
+// 2048 entries of two rows are 8 KiB (bfloat16) or 16 KiB (float): in the L1 cache between the
+// passes over one block.
 constexpr int BLOCK = 2048;
 constexpr int MAX_PAIR = 32;  // elements in the largest vector pair; BLOCK is a multiple
 
-// How a block's elements lie, and whether exponentials must look after arguments that underflow.
+// How a block's elements are stored, and whether exponentials must handle arguments that underflow.
 enum class Load : int { f32 = 0, bf16 = 1, f32_any = 2 };
 
-// How the hard term's e^(s - m_s) is made: not at all, as a power of P (T = 1, 2, 4), by an
-// exponential of its own.
+// How the hard term's e^(s - m_s) is computed: not at all, as a power of P (T = 1, 2, 4), by a
+// separate exponential.
 enum class Hard : int { off = 0, power1 = 1, power2 = 2, power4 = 3, separate = 4 };
 
 struct Range {
-  float max_s, min_s, sum_s;  // the sum is only asked whether it is finite: then so is every entry
+  float max_s, min_s, sum_s;  // only for a check: if the sum is finite, so is every entry
   float max_t, min_t, sum_t;
 };
 
@@ -36,7 +35,7 @@ struct Block {
   int size;        // elements, a multiple of MAX_PAIR
   float m_s, m_t;  // the references that exponents are relative to
   float k, k_1;    // log2(e)/T and log2(e)
-  // Where the next row's block lies, to be prefetched by `gradient`; null: nowhere.
+  // The next row's block, which `gradient` prefetches; null: none.
   const void* next_s = nullptr;
   const void* next_t = nullptr;
 };
@@ -78,7 +77,7 @@ struct Candidate {
   bool runs;
 };
 const Candidate* candidates(int* count);
-// Chooses by name for the rest of the process (tests); an empty name asks the environment again.
+// Chooses by name for the rest of the process (tests); an empty name reads the environment again.
 void choose_kernels(const char* name);
 
 }  // namespace fused_kd

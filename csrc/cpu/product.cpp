@@ -9,7 +9,7 @@ namespace fused_kd {
 namespace {
 
 constexpr int64_t LINE = 64;
-// Packing an element costs as much time as so many multiply-adds.
+// Packing an element takes as much time as this number of multiply-adds.
 constexpr int64_t PACKING = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,14 +1,15 @@
 // C (M, N) float32 = or += A (M, K) · B (K, N), from any mixture of element types and layouts.
 //
 // Operands are converted while they are packed into blocks, so neither is ever copied whole. An
-// element of C is the sum over K in blocks whose length is the instruction set's: the same bits
-// whatever M, N, the position in C and the number of threads. Torch-free.
+// element of C is the sum over K in blocks whose length is the instruction set's: the same bits for
+// any M, N, position in C and number of threads. Torch-free.
 #pragma once
 
 #include <stdint.h>
 
 #include "../problem.h"
-#include "rows.h"
+#include "kernels.h"
+#include "parallel.h"
 
 namespace fused_kd {
 
@@ -22,12 +23,12 @@ struct Operand {
 struct Product {
   int64_t M, N, K;
   Operand a, b;
-  // What B's values are rounded to before they are multiplied, and A's too if `round_a`; f32: no
-  // rounding. With bf16, an instruction set that multiplies bfloat16 pairs rounds A always.
+  // The type that B's values are rounded to before they are multiplied, and A's too if `round_a`;
+  // f32: no rounding. With bf16, an instruction set that multiplies bfloat16 pairs rounds A always.
   Dtype round_to;
   bool round_a;
   const float* bias;  // (N), added once; null: none
-  bool accumulate;    // onto what is in C; no bias then
+  bool accumulate;    // onto the values in C; no bias then
   float* c;
   int64_t c_stride;  // of rows; columns have stride 1
 };
@@ -41,7 +42,7 @@ struct Region {
   int64_t row, rows, column, columns;
 };
 
-// What an instruction set offers.
+// The product of an instruction set.
 struct ProductKernels {
   int64_t rows, columns;  // of a tile: regions begin at multiples
   int64_t bytes;          // of the packed blocks

@@ -1,9 +1,9 @@
 // The product of a region of C for the instruction set that this translation unit is compiled for.
 //
-// Two operands' blocks are packed (product_pack.h); a tile of C of ROWS x COLUMNS stays in registers
-// over the depth of a block, each step of which costs COLUMNS / LANES loads of B's panel and ROWS
-// broadcasts of A's. A block's sum starts at zero and is then added to what C holds: the order in
-// which an element is summed is that of K alone.
+// Two operands' blocks are packed (product_pack.h); a tile of C of ROWS x COLUMNS stays in
+// registers over the depth of a block, each step of which costs COLUMNS / LANES loads of B's panel
+// and ROWS broadcasts of A's. A block's sum starts at zero and is then added to what C holds: the
+// order in which an element is summed is that of K alone.
 #pragma once
 
 #include "product.h"
@@ -12,7 +12,7 @@
 namespace fused_kd {
 namespace FUSED_KD_ISA {
 
-// As many accumulators as the registers hold, with those of B's step and a broadcast beside them.
+// As many accumulators as the registers hold, with those of B's step and a broadcast.
 #if FUSED_KD_LANES == 16
 constexpr int ROWS = 12, COLUMNS = 32;
 #elif FUSED_KD_LANES == 8
@@ -24,9 +24,9 @@ constexpr int ROWS = 4, COLUMNS = 8;
 #endif
 constexpr int VECTORS = COLUMNS / LANES;
 
-// A panel of B (STEPS x COLUMNS) stays in the first-level cache while A's block passes, A's block
-// (LARGE x STEPS) in the second-level one while SMALL columns of B after the other are packed and
-// multiplied, and the part of C (LARGE x at most WIDE) in the third between two blocks of K.
+// A panel of B (STEPS x COLUMNS) stays in the L1 cache while A's block passes, A's block
+// (LARGE x STEPS) in L2 while SMALL columns of B after the other are packed and
+// multiplied, and the part of C (LARGE x at most WIDE) in L3 between two blocks of K.
 constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
 static_assert(LARGE % ROWS == 0, "a block is whole panels");
 
@@ -140,7 +140,7 @@ class Ahead {
   int64_t stride_, left_, bytes_, at_ = 0, each_ = 0;
 };
 
-// All tiles of a block of C; B's panel stays in the first-level cache while A's pass.
+// All tiles of a block of C; B's panel stays in the L1 cache while A's pass.
 template <class Step>
 inline void multiply_block(int64_t steps, const float* a, const float* b, Place<const float> from,
                            Place<float> to, int64_t rows, int64_t columns, Ahead& ahead) {

@@ -65,7 +65,8 @@ FUSED_KD_INLINE Floats rounded(Floats x) {
   }
 }
 
-// Where SIZE elements can be read: at p, or, if only `count` are there, in a copy with zeros behind.
+// Where SIZE elements can be read: at p, or, if only `count` are there, in a copy with zeros
+// behind.
 template <int SIZE, class T>
 FUSED_KD_INLINE const T* complete(const T* p, int64_t count, T* copy) {
   if (count >= SIZE) return p;
@@ -82,7 +83,7 @@ struct Singles {
   using Element = T;
   static constexpr int DEPTH = 1;
 
-  // LANES steps that lie one behind the other, of which `count` elements are there.
+  // LANES consecutive steps, of which the first `count` elements exist.
   static FUSED_KD_INLINE Words along(const T* p, int64_t count) {
     T copy[LANES];
     return bits(rounded<ROUND>(widened(complete<LANES>(p, count, copy))));
@@ -122,7 +123,7 @@ struct Pairs {
     if constexpr (std::is_same_v<T, Bf16>) return loaded<Words>(q);
     return (Words)_mm512_cvtne2ps_pbh((__m512)widened(q + LANES), (__m512)widened(q));
   }
-  // `stride` away lies the second of the pair, if `depth` has it.
+  // The second of the pair is `stride` away, if `depth` has it.
   static FUSED_KD_INLINE Words across(const T* p, int64_t stride, int64_t depth, int64_t count) {
     T copy[LANES];
     const T* q = complete<LANES>(p, count, copy);

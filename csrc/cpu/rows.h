@@ -1,17 +1,12 @@
-// The row kernels of the CPU: what a backend calls. Torch-free.
+// The row kernels of the CPU: the interface for a backend. Torch-free.
 #pragma once
 
 #include <stdint.h>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace fused_kd {
-
-// Splits [0, n) over threads and calls body(context, begin, end) for each part.
-struct Parallel {
-  void (*split)(int64_t n, void (*body)(void* context, int64_t begin, int64_t end), void* context);
-  int threads;
-};
 
 // Losses and statistics; also the gradient if the problem has one.
 void rows_forward(const Problem&, const Parallel&);

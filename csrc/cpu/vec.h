@@ -5,8 +5,8 @@
 // an intrinsic. Everything sits in a namespace named after the instruction set: the linker must
 // never merge an AVX copy of an inline function with a plain one.
 //
-// A "pair" is 2 * LANES consecutive elements in two vectors. Which element lies in which lane is
-// the loader's business and the same for loading and storing; sums don't care.
+// A "pair" is 2 * LANES consecutive elements in two vectors. The loader decides which
+// element is in which lane, the same for loading and storing; sums do not depend on it.
 #pragma once
 
 #include <stdint.h>

@@ -1,7 +1,7 @@
 // A row's elements in groups of eight: how they are read at any alignment, and widened.
 //
-// Groups begin at multiples of eight from the row's first element whatever its address, so that the
-// same row gives the same bits wherever it lies.
+// Groups begin at multiples of eight from the row's first element, regardless of its address, so
+// that the same row gives the same bits at any address.
 #pragma once
 
 #include "../problem.h"
@@ -19,7 +19,7 @@ namespace fused_kd {
 constexpr int GROUP = 8;
 #define FUSED_KD_DEVICE __device__ __forceinline__
 
-// Eight elements as they lie in memory; `high` only for float.
+// Eight elements as stored in memory; `high` only for float.
 struct Raw {
   Bits16 low, high;
 };
@@ -34,15 +34,15 @@ FUSED_KD_DEVICE To same_bits(From x) {
   return u.to;
 }
 
-template <Dtype D>
+template <Dtype TYPE>
 FUSED_KD_DEVICE void widen(const Raw& raw, float (&x)[GROUP]) {
   const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
                                  raw.high.x, raw.high.y, raw.high.z, raw.high.w};
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
-    if constexpr (D == Dtype::f32)
+    if constexpr (TYPE == Dtype::f32)
       x[e] = same_bits<float>(words[e]);
-    else if constexpr (D == Dtype::bf16)
+    else if constexpr (TYPE == Dtype::bf16)
       x[e] =
           e % 2 ? same_bits<float>(words[e / 2] & 0xffff0000u) : from_bf16(words[e / 2] & 0xffffu);
     else
@@ -50,11 +50,12 @@ FUSED_KD_DEVICE void widen(const Raw& raw, float (&x)[GROUP]) {
   }
 }
 
-// Which row of N: rows are addressed by two strides. Made once for a row, for its division.
+// The index of a row as two indices, for its two strides. Computed once for a row, because it
+// divides.
 struct RowIndex {
   uint32_t outer = 0, inner;
 
-  // 32 bits suffice for rows (launch.cu sees to it), and their division is an eighth of the price
+  // 32 bits suffice for rows (launch.cu checks), and their division takes an eighth of the time
   FUSED_KD_DEVICE RowIndex(int64_t n, int64_t rows) : inner(static_cast<uint32_t>(n)) {
     if (n < rows) return;  // always so for a matrix
     outer = inner / static_cast<uint32_t>(rows);
@@ -69,7 +70,7 @@ struct RowView {
   int entries;     // V
   int misaligned;  // the address modulo 16
 
-  // dtype: of the rows; a constant where the caller knows it
+  // dtype: of the rows; a constant if the caller has it as one
   FUSED_KD_DEVICE RowView(const Rows& rows, Dtype dtype, RowIndex at, int entries)
       : dtype(dtype), entries(entries) {
     const int64_t offset = at.outer * rows.outer_stride + at.inner * rows.inner_stride;
@@ -77,7 +78,7 @@ struct RowView {
     misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) & 15);
   }
 
-  // Every group is whole and lies at a multiple of 16 bytes.
+  // Every group is whole and at a multiple of 16 bytes.
   FUSED_KD_DEVICE bool is_plain() const { return misaligned == 0 && entries % GROUP == 0; }
 
   FUSED_KD_DEVICE float element(int v) const {
@@ -148,7 +149,7 @@ FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
   return raw;
 }
 
-// Teacher groups may have another type than the student's: then it is asked at run time.
+// Teacher groups may have another type than the student's: it is then chosen at run time.
 template <Dtype S, bool SAME>
 FUSED_KD_DEVICE void widen_teacher(const Raw& raw, Dtype dtype, float (&x)[GROUP]) {
   if (SAME)

@@ -1,4 +1,4 @@
-// The kernels of one student type, which have a translation unit of their own each.
+// The kernels of one student type; each type has its own translation unit.
 #pragma once
 
 #include "rows.cuh"
@@ -12,7 +12,8 @@ int launch_f32(Kernel, Divergence, const LaunchShape&, void* stream, const Param
 int launch_bf16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
 int launch_f16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
 
-// Whether the device can run clusters of so many blocks with so much shared memory each.
+// Returns whether the device can run clusters of this number of blocks, of which each has
+// `shared_bytes` of shared memory.
 bool can_run_clusters(int blocks, int shared_bytes);
 // 0, or the error that there are no kernels for the device.
 int kernels_are_there();
@@ -28,20 +29,9 @@ int launch_typed(Kernel kernel, const LaunchShape& shape, void* stream, const Pa
 template <Dtype S, bool SAME>
 int launch_divergence(Kernel kernel, Divergence divergence, const LaunchShape& shape, void* stream,
                       const Params& params) {
-  switch (divergence) {
-    case Divergence::forward_kl:
-      return launch_typed<Divergence::forward_kl, S, SAME>(kernel, shape, stream, params);
-    case Divergence::reverse_kl:
-      return launch_typed<Divergence::reverse_kl, S, SAME>(kernel, shape, stream, params);
-    case Divergence::jsd:
-      return launch_typed<Divergence::jsd, S, SAME>(kernel, shape, stream, params);
-    case Divergence::tvd:
-      return launch_typed<Divergence::tvd, S, SAME>(kernel, shape, stream, params);
-    case Divergence::mse:
-      return launch_typed<Divergence::mse, S, SAME>(kernel, shape, stream, params);
-    case Divergence::none: break;
-  }
-  return launch_typed<Divergence::none, S, SAME>(kernel, shape, stream, params);
+  return with_rule(divergence, [&](auto rule) {
+    return launch_typed<rule.DIVERGENCE, S, SAME>(kernel, shape, stream, params);
+  });
 }
 
 #define FUSED_KD_JOIN_(a, b) a##b

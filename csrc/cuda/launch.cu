@@ -37,12 +37,13 @@ struct Plan {
 
 Plan plan_general(const Problem& p) {
   const int groups = groups_of(p.V);
-  const int64_t parts = (int64_t(groups) * bytes_of_group(p) + FAR_BYTES - 1) / FAR_BYTES;
+  const int64_t parts =
+      (int64_t(groups) * bytes_of_group(p) + GLOBAL_SLICE_BYTES - 1) / GLOBAL_SLICE_BYTES;
   return Plan(Kernel::general, groups, parts < MAX_PARTS ? static_cast<int>(parts) : MAX_PARTS);
 }
 
 // The smallest cluster of whose blocks three share a multiprocessor, else the largest if two do: a
-// block that is alone there has nothing else to do while its row arrives and its gradient leaves.
+// multiprocessor with one block is idle while its row arrives and its gradient leaves.
 Plan plan_rows(const Problem& p, const Device& device) {
   const int group_bytes = bytes_of_group(p);
   for (int blocks = 1; blocks <= device.cluster; blocks *= 2) {
@@ -54,9 +55,7 @@ Plan plan_rows(const Problem& p, const Device& device) {
 }
 
 Params params_of(const Problem& p, const Plan& plan) {
-  constexpr double LOG2E = 1.4426950408889634074;
-  const Divergence divergence = divergence_of(p);
-  const bool softened = divergence != Divergence::none && divergence != Divergence::mse;
+  const bool softened = with_rule(divergence_of(p), [](auto rule) { return rule.SOFTMAX; });
   Params q = {};
   q.entries = static_cast<int>(p.V);
   q.student = p.student;
@@ -68,7 +67,7 @@ Params params_of(const Problem& p, const Plan& plan) {
   q.scale = p.scale;
   Options& o = q.options;
   // softmaxes work with exponents of 2, mse with the logits
-  o.shape = {static_cast<float>(softened ? LOG2E : p.temperature), static_cast<float>(p.beta)};
+  o.rule = {static_cast<float>(softened ? LOG2E : p.temperature), static_cast<float>(p.beta)};
   o.k_1 = static_cast<float>(LOG2E);
   o.k = softened ? static_cast<float>(LOG2E / p.temperature) : o.k_1;
   // a reference's rounding is then below 1/16; a row without a whole group gains nothing
@@ -95,10 +94,11 @@ Params params_of(const Problem& p, const Plan& plan) {
 // How many blocks: one for each part of a row, or fewer that stride over them.
 struct Blocks {
   int64_t most = MAX_GRID;
-  bool wait = false;  // for each other, those of a row
+  bool wait = false;  // those of a row wait for each other
 };
 
-// All rows, in as many launches as the grid's limit asks for (one, but for billions of blocks).
+// Launches all rows, in as many launches as the grid's limit requires (one, unless there are
+// billions of blocks).
 int launch(const Plan& plan, Divergence divergence, int group_bytes, Blocks blocks, int64_t N,
            void* stream, Params q) {
   const auto typed = q.student.dtype == Dtype::f32    ? launch_f32
@@ -128,7 +128,7 @@ int launch_from_statistics(const Problem& p, const Device& device, bool unless_e
   return launch(plan, divergence_of(p), bytes_of_group(p), blocks, p.N, stream, q);
 }
 
-// The gradient times *p.scale, or only where that is exact.
+// The gradient times *p.scale; unless_exact: only if that is exact.
 int launch_multiply(const Problem& p, const Device& device, bool unless_exact, void* stream) {
   const Plan plan(Kernel::scale, groups_of(p.V), plan_general(p).parts);
   Params q = params_of(p, plan);
@@ -138,12 +138,12 @@ int launch_multiply(const Problem& p, const Device& device, bool unless_exact, v
   return launch(plan, Divergence::none, 0, blocks, p.N, stream, q);
 }
 
-// How device memory is divided where the blocks of a row meet.
-struct Meeting {
+// How the device memory is divided in which the blocks of a row exchange records.
+struct WorkspaceLayout {
   int ring;
   int64_t counters, bytes;  // of the zeroed part, and of all
 
-  Meeting(int64_t N, const Plan& plan) {
+  WorkspaceLayout(int64_t N, const Plan& plan) {
     const int64_t rows = plan.parts < RING_RECORDS ? RING_RECORDS / plan.parts : 1;
     ring = static_cast<int>(N < rows ? N : rows);
     counters = ((1 + 2 * N) * 4 + 15) / 16 * 16;
@@ -155,21 +155,21 @@ struct Meeting {
 }  // namespace
 
 int64_t workspace_bytes(const Problem& p, const Device& device) {
-  return Meeting(p.N, plan_rows(p, device)).bytes;
+  return WorkspaceLayout(p.N, plan_rows(p, device)).bytes;
 }
 
 int launch_rows(const Problem& p, const Device& device, void* workspace, void* stream) {
   const Plan plan = plan_rows(p, device);
-  const Meeting meeting(p.N, plan);
+  const WorkspaceLayout layout(p.N, plan);
   Params q = params_of(p, plan);
-  if (meeting.bytes > 0) {
+  if (layout.bytes > 0) {
     if (plan.parts > device.multiprocessors * GENERAL_BLOCKS) return TOO_FEW_MULTIPROCESSORS;
     q.tickets = static_cast<uint32_t*>(workspace);
     q.arrived = q.tickets + 1;
     q.finished = q.arrived + p.N;
-    q.partials = reinterpret_cast<Record*>(static_cast<char*>(workspace) + meeting.counters);
-    q.ring = meeting.ring;
-    const int error = clear_memory(workspace, meeting.counters, stream);
+    q.partials = reinterpret_cast<Record*>(static_cast<char*>(workspace) + layout.counters);
+    q.ring = layout.ring;
+    const int error = clear_memory(workspace, layout.counters, stream);
     if (error) return error;
   }
   return launch(plan, divergence_of(p), bytes_of_group(p), {MAX_GRID, true}, p.N, stream, q);

@@ -1,4 +1,4 @@
-// What a binding calls to run a problem on a GPU. Torch-free.
+// The functions by which a binding runs a problem on a GPU. Torch-free.
 //
 // All pointers of a problem, `scale` too, are to device memory. Nothing waits for the device; every
 // function returns 0 or a CUDA error.
@@ -19,16 +19,16 @@ struct Device {
 
 // Device memory that launch_rows needs besides the problem's, in bytes.
 int64_t workspace_bytes(const Problem&, const Device&);
-// Returned where the blocks of a row, which wait for each other, may have no room at once.
+// Returned if the blocks of a row, which wait for each other, may not all be resident at once.
 constexpr int TOO_FEW_MULTIPROCESSORS = -1;
 // Losses and statistics; also the gradient if the problem has one.
 int launch_rows(const Problem&, const Device&, void* workspace, void* stream);
 // The gradient from the statistics of an earlier launch.
 int launch_gradient(const Problem&, const Device&, void* stream);
-// A gradient that was made with these weights becomes `scale` times it, rounded once: by
-// multiplication where that is exact or as good, else from the logits. The device decides.
+// Replaces a gradient that was computed with these weights by `scale` times it, rounded once: by
+// multiplication if that is exact or as accurate, else from the logits. The device decides.
 int launch_rescale(const Problem&, const Device&, void* stream);
-// By multiplication alone: for a gradient whose logits are gone.
+// The same by multiplication alone: for a gradient whose logits are freed.
 int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, const Device&,
                  void* stream);
 

@@ -16,16 +16,16 @@ struct LaunchShape {
   int block;
   int shared_bytes;
   int cluster;
-  int waits_for;  // blocks that wait for each other through wait_until; 1: none
+  int waits_for;  // number of blocks that wait for each other through wait_until; 1: none do
 };
 
-// An error that is returned is not left for the next one who asks.
+// Returns the error, and clears the runtime's copy so that no later call reports it again.
 inline int taken(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
 
-// A shape in the runtime's words.
+// A shape as the runtime's structs.
 struct Launch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
@@ -44,8 +44,8 @@ struct Launch {
   Launch(const Launch&) = delete;  // config points into it
 };
 
-// Allows a kernel, on the current device, everything that any launch of it may ask for: all of the
-// shared memory that a block can have, in the place of the first-level cache, and clusters of 16
+// Allows a kernel, on the current device, everything that any launch of it may use: all of the
+// shared memory that a block can have, in the place of the L1 cache, and clusters of 16
 // blocks. Once for each device: these are the kernel's, and a limit set for one launch would be
 // lowered by another thread between that and the launch.
 inline int allow_everything(const void* kernel) {
@@ -72,7 +72,7 @@ template <class Params>
 int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream,
                   const Params& params) {
   const void* address = reinterpret_cast<const void*>(kernel);
-  // a launch without either works on devices that know of no clusters
+  // a launch without either works on devices that have no clusters
   if (shape.shared_bytes > 48 * 1024 || shape.cluster > 1)
     if (const int error = allow_everything(address)) return error;
   const Launch launch(shape, stream);

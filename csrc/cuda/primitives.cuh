@@ -1,6 +1,6 @@
-// What the row kernels ask of a GPU besides arithmetic: memory, waiting, clusters. Tests replace
-// this file by tests/cuda_on_cpu/cuda_on_cpu.h, which has the same names, and run the kernels on
-// the CPU.
+// The primitives of a GPU that the row kernels use besides arithmetic: memory, waiting, clusters.
+// Tests replace this file by tests/cuda_on_cpu/cuda_on_cpu.h, which has the same names, and run the
+// kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +27,7 @@ __device__ __forceinline__ Bits16 load16(const void* p) {
 // The same, of which the caller uses a part: in place, others may be writing the rest.
 __device__ __forceinline__ Bits16 load16_in_part(const void* p) { return load16(p); }
 
-// A gradient is not read again: it must not push rows out of the second-level cache.
+// A gradient is not read again: it must not push rows out of the L2 cache.
 __device__ __forceinline__ void store16(void* p, Bits16 v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.x, v.y, v.z, v.w));
 }
@@ -108,7 +108,8 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   return atomicAdd(counter, 1u);
 }
 
-// What this thread, and those it has met at a barrier, wrote before is seen by who waited for it.
+// Release: writes made before this call, by this thread or by threads that it has synchronised
+// with, are visible to any thread that has waited for the counter.
 __device__ __forceinline__ void arrive(uint32_t* counter) {
   __threadfence();
   atomicAdd(counter, 1u);
@@ -139,8 +140,8 @@ __device__ __forceinline__ uint32_t cluster_blocks() {
   return y;
 }
 
-// All threads of a cluster, each once; who waits knows the barriers that were initialised before, and
-// nothing else.
+// Called by all threads of a cluster, once each. Relaxed: after the wait only the barriers that
+// were initialised before are visible, no other writes.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -190,8 +191,8 @@ __device__ __forceinline__ uint32_t peer_address(const void* shared, uint32_t ra
   return y;
 }
 
-// To the same place in block `rank` of this cluster, whose barrier counts the bytes. The barrier must
-// be there, and the block must wait for it.
+// To the same place in block `rank` of this cluster, whose barrier counts the bytes. The barrier
+// must be there, and the block must wait for it.
 __device__ __forceinline__ void push(void* shared, Bits16 v, uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"

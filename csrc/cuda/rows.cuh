@@ -1,8 +1,8 @@
-// The two kernels that visit rows: losses, statistics and gradients of every divergence.
+// The two kernels of a row: losses, statistics and gradients of every divergence.
 //
 // Read and written, per element, for loss and gradient together:
-//     rows_general   each logit twice from memory (the second time mostly from the second-level
-//                    cache, by several blocks a row), each gradient once; any alignment; sm_75 on
+//     rows_general   each logit twice from memory (the second time mostly from L2,
+//                    by several blocks a row), each gradient once; any alignment; sm_75 on
 //     rows_cluster   each logit once, into the shared memory of a cluster of blocks; sm_90 on
 // Accumulated in float; see sums.cuh. A block whose row is off (both weights 0) reads nothing of
 // it.
@@ -14,8 +14,8 @@ namespace fused_kd {
 
 constexpr int WARPS = THREADS / 32;
 
-// What warps and the blocks of a cluster hand over in shared memory: a record of the first visit,
-// without the second's sums, or these.
+// What warps and the blocks of a cluster exchange in shared memory: a record of the first pass
+// without the second's sums, or those sums.
 struct alignas(16) First {
   float m_s, m_t, d_s, d_t, d_1, w, differences;
   int count_and_flags;  // eight times the one, and the other
@@ -37,14 +37,14 @@ FUSED_KD_DEVICE Record unpack(const First& first) {
           static_cast<float>(flags)};
 }
 
-// The head of a block's shared memory. In a cluster the block's slices of a row lie behind it, and then
-// what each of the blocks hands over, in the first round and in the second.
+// The head of a block's shared memory. In a cluster it is followed by the block's slices of a row,
+// and those by what each of the blocks hands over, in the first round and in the second.
 struct Shared {
   union {  // of the block's warps
     First first[WARPS];
     Sums second[WARPS];
   };
-  float told[16];                 // what the first thread tells the others
+  float broadcast[16];            // scalars that the first thread computes for the others
   float s_label;                  // the first thread's
   uint64_t barriers[MAX_CHUNKS];  // of the slices
   uint64_t handed[2];             // barriers: what the blocks hand over in either round is there
@@ -53,16 +53,16 @@ struct Shared {
 static_assert(sizeof(Shared) % 16 == 0, "slices are not aligned");
 constexpr int HANDED_BYTES = sizeof(First) + sizeof(Sums);  // of each block of a cluster
 
-// What the first thread makes of a row's record, for all: divisions are done once. Between two
-// calls the block meets.
+// Returns, to all threads, the scalars that the first thread computes from a row's record:
+// divisions are done once. Between two calls the block synchronises.
 template <class T>
-FUSED_KD_DEVICE T told_by_first(const Params& p, const Row& row, const Record& record,
-                                Shared& shared) {
-  static_assert(sizeof(T) <= sizeof shared.told, "no room for what is told");
-  T* told = reinterpret_cast<T*>(shared.told);
-  if (threadIdx.x == 0) *told = T(p, row, record);
+FUSED_KD_DEVICE T broadcast_from_first(const Params& p, const Row& row, const Record& record,
+                                       Shared& shared) {
+  static_assert(sizeof(T) <= sizeof shared.broadcast, "the scalars do not fit");
+  T* scalars = reinterpret_cast<T*>(shared.broadcast);
+  if (threadIdx.x == 0) *scalars = T(p, row, record);
   block_sync();
-  return *told;
+  return *scalars;
 }
 
 // The block's record, in every lane of warp 0.
@@ -84,7 +84,7 @@ FUSED_KD_DEVICE void set_second(Record& record, const Sums& sums) {
   record.r.y = sums.y;
 }
 
-// Sums of a second visit, over the lanes of a warp.
+// Sums of a second pass, over the lanes of a warp.
 FUSED_KD_DEVICE void merge_second_warp(Record& record) {
   record.r.x = warp_sum(record.r.x);
   record.r.y = warp_sum(record.r.y);
@@ -101,8 +101,8 @@ FUSED_KD_DEVICE Record merge_second_block(Record record, Shared& shared) {
   return record;
 }
 
-// Written by another block: not to be taken from this multiprocessor's first-level cache.
-FUSED_KD_DEVICE Record read_far(const Record& record) {
+// Reads a record that another block wrote: past this multiprocessor's L1 cache.
+FUSED_KD_DEVICE Record read_uncached(const Record& record) {
   Record copy;
   const volatile float* from = reinterpret_cast<const volatile float*>(&record);
 #pragma unroll
@@ -115,14 +115,14 @@ FUSED_KD_DEVICE bool all_go_on(const Params& p, int round, int rounds) {
   return round < rounds || p.grad.data != nullptr;
 }
 
-// Blocks of one row that meet in far memory. Rows are numbered in the order in which their blocks
-// really started (tickets), and a block only waits for blocks of its own row or of earlier ones:
-// those that wait for a block that has not started all belong to the row that started last;
-// everything else runs to its end and makes room. So there must be room for the blocks of one row
-// (launch.cu sees to it), not for the grid; of launches that run at once, for one row of each.
-// Records lie in a ring: a row takes the place of the row `ring` before it, once that has been
-// read.
-struct FarExchange {
+// Blocks of one row exchange records in global memory. Rows are numbered in the order in which
+// their blocks really started (tickets), and a block only waits for blocks of its own row or of
+// earlier ones: those that wait for a block that has not started all belong to the row that started
+// last; all others run to their end and free their multiprocessors. So the blocks of one row must
+// be resident at once (launch.cu checks), not the grid; of launches that run at once, one row of
+// each. Records are stored in a ring: a row takes the place of the row `ring` before it, once that
+// has been read.
+struct GlobalExchange {
   const Params& p;
   int64_t n;
   int part;
@@ -156,7 +156,7 @@ struct FarExchange {
       if (threadIdx.x < 32) {
         warp_sync();  // thread 0 has waited
         const int lane = threadIdx.x;
-        record = lane < p.parts ? read_far(records(round)[lane]) : empty_record();
+        record = lane < p.parts ? read_uncached(records(round)[lane]) : empty_record();
         merge(record);
         warp_sync();  // all have read
         if (round == rounds && lane == 0) finish();
@@ -168,9 +168,9 @@ struct FarExchange {
 
 #ifdef FUSED_KD_HAS_CLUSTERS
 
-// Blocks of one cluster, which write into one another's shared memory, and wait for what comes into
-// their own: one trip. A block may end when all has come that it waits for.
-struct NearExchange {
+// Blocks of one cluster write into one another's shared memory, and wait for the writes into their
+// own: one trip. A block may end when all writes that it waits for have arrived.
+struct ClusterExchange {
   const Params& p;
   int rounds;
   Shared& shared;
@@ -178,7 +178,7 @@ struct NearExchange {
   First* first;  // of the blocks
   Sums* second;
 
-  FUSED_KD_DEVICE NearExchange(const Params& p, int rounds, unsigned char* memory)
+  FUSED_KD_DEVICE ClusterExchange(const Params& p, int rounds, unsigned char* memory)
       : p(p),
         rounds(rounds),
         shared(*reinterpret_cast<Shared*>(memory)),
@@ -191,7 +191,7 @@ struct NearExchange {
     return rank == 0 || all_go_on(p, round, rounds);
   }
 
-  // By the first thread, before it arrives.
+  // Called by the first thread, before it arrives.
   FUSED_KD_DEVICE void prepare() const {
     if (blocks == 1) return;
     for (int round = 1; round <= rounds; ++round) barrier_init(&shared.handed[round - 1]);
@@ -202,7 +202,7 @@ struct NearExchange {
     }
   }
 
-  // All threads; the barriers of this block are there.
+  // Called by all threads; the barriers of this block are initialised.
   FUSED_KD_DEVICE void arrive() const {
     if (blocks > 1) cluster_arrive();
   }
@@ -210,7 +210,7 @@ struct NearExchange {
   template <class Merge>
   FUSED_KD_DEVICE bool operator()(Record& record, int round, Merge merge) const {
     if (blocks == 1) return true;
-    if (round == 1) cluster_wait();  // the barriers of all blocks are there
+    if (round == 1) cluster_wait();  // the barriers of all blocks are initialised
     if (threadIdx.x < 32) {
       const uint32_t lane = threadIdx.x;
       if (lane < blocks && goes_on(lane, round)) hand_over(record, round, lane);
@@ -247,24 +247,24 @@ struct NearExchange {
 
 // Losses and statistics of a row, and its gradient if there is one.
 template <Divergence D, Dtype S, class Source, class Exchange>
-FUSED_KD_DEVICE void visit_row(const Params& p, const Row& row, const Source& source, int part,
-                               Shared& shared, Exchange exchange) {
+FUSED_KD_DEVICE void process_row(const Params& p, const Row& row, const Source& source, int part,
+                                 Shared& shared, Exchange exchange) {
   const Options& o = p.options;
-  Record record = first_visit<D>(source, o);
+  Record record = first_pass<D>(source, o);
   // by then it has been read: in place, another block may soon be writing there
   if (threadIdx.x == 0) shared.s_label = row.s_label;
   record = merge_block<D>(record, o, shared);
   const auto merge = [&](Record& r) { merge_warp<D>(r, o); };
   if (!exchange(record, 1, merge)) return;
-  if constexpr (RuleOf<D>::TWO_VISITS) {
-    const Second<D> second = told_by_first<Second<D>>(p, row, record, shared);
-    second_visit<D>(source, o, second, record.r.x, record.r.y);
+  if constexpr (Rule<D>::TWO_PASSES) {
+    const Second<D> second = broadcast_from_first<Second<D>>(p, row, record, shared);
+    second_pass<D>(source, o, second, record.r.x, record.r.y);
     record = merge_second_block(record, shared);
     if (!exchange(record, 2, merge_second_warp)) return;
   }
   if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, shared.s_label, record);
   if (p.grad.data != nullptr)
-    gradient_visit<D, S>(p, row, source, told_by_first<Gradient<D>>(p, row, record, shared));
+    gradient_pass<D, S>(p, row, source, broadcast_from_first<Gradient<D>>(p, row, record, shared));
 }
 
 // A row that is off: nothing is read.
@@ -276,27 +276,27 @@ FUSED_KD_DEVICE void skip_row(const Params& p, const Row& row, const Source& sou
   reinterpret_cast<Record*>(p.stats)[row.n] = empty_record();
 }
 
-// The gradient from an earlier launch's statistics: blocks need not meet, so a few stride over all
-// rows. Those with nothing to do leave at once.
+// The gradient from an earlier launch's statistics: blocks do not wait for each other, so a few
+// stride over all rows. If there is nothing to do they return at once.
 template <Divergence D, Dtype S, bool SAME>
 FUSED_KD_DEVICE void gradients_from_statistics(const Params& p) {
   if (p.unless_exact && is_exact(*p.scale)) return;
   for (uint32_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
     const int part = static_cast<int>(unit % p.parts);
     Row row(p, p.first_row + unit / p.parts);
-    const FarRow<D, S, SAME> source(p, row, part);
+    const GlobalRow<D, S, SAME> source(p, row, part);
     if (!row.hard && !row.soft) {
       zero_gradient<S>(p, row, source);
       continue;
     }
     row.read_label(p, false);
     const Record& record = reinterpret_cast<const Record*>(p.stats)[row.n];
-    gradient_visit<D, S>(p, row, source, Gradient<D>(p, row, record));
+    gradient_pass<D, S>(p, row, source, Gradient<D>(p, row, record));
   }
 }
 
-// Any number of blocks a row; they meet in far memory. Grid: p.units, or less from statistics.
-// Budget: 128 registers, the head of shared memory.
+// Any number of blocks a row; they exchange records in global memory. Grid: p.units, or less from
+// statistics. Budget: 128 registers, the head of shared memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     rows_general(const __grid_constant__ Params p) {
@@ -311,8 +311,8 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
   const int64_t n = p.first_row + number / p.parts;
   const int part = static_cast<int>(number % p.parts);
   Row row(p, n);
-  const FarRow<D, S, SAME> source(p, row, part);
-  const FarExchange exchange{p, n, part, RuleOf<D>::TWO_VISITS ? 2 : 1, shared};
+  const GlobalRow<D, S, SAME> source(p, row, part);
+  const GlobalExchange exchange{p, n, part, Rule<D>::TWO_PASSES ? 2 : 1, shared};
   if (!row.hard && !row.soft) {
     if (p.parts > 1 && threadIdx.x == 0) {
       exchange.wait_for_place();
@@ -321,14 +321,13 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     return skip_row<S>(p, row, source, part);
   }
   if (threadIdx.x == 0) row.read_label(p, part == 0);
-  visit_row<D, S>(p, row, source, part, shared, exchange);
+  process_row<D, S>(p, row, source, part, shared, exchange);
 }
 
 // A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory. Budget:
-// 80 registers (128 for jsd, which is bound by arithmetic), a third of a multiprocessor's shared
-// memory.
+// 80 registers (128 if BOUND_BY_ARITHMETIC: jsd), a third of a multiprocessor's shared memory.
 template <Divergence D, Dtype S, bool SAME>
-__global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
+__global__ void __launch_bounds__(THREADS, Rule<D>::BOUND_BY_ARITHMETIC ? 2 : 3)
     rows_cluster(const __grid_constant__ Params p) {
 #ifdef FUSED_KD_HAS_CLUSTERS
   unsigned char* memory = dynamic_shared();
@@ -336,24 +335,24 @@ __global__ void __launch_bounds__(THREADS, D == Divergence::jsd ? 2 : 3)
   const int64_t n = p.first_row + (blockIdx.x >> p.parts_log2);
   const int part = static_cast<int>(cluster_rank());
   Row row(p, n);
-  const NearRow<D, S, SAME> source(p, row, part, memory + sizeof(Shared), shared.barriers);
+  const SharedRow<D, S, SAME> source(p, row, part, memory + sizeof(Shared), shared.barriers);
   if (!row.hard && !row.soft) return skip_row<S>(p, row, source, part);
   source.load();
-  const NearExchange exchange(p, RuleOf<D>::TWO_VISITS ? 2 : 1, memory);
+  const ClusterExchange exchange(p, Rule<D>::TWO_PASSES ? 2 : 1, memory);
   if (threadIdx.x == 0) {
     exchange.prepare();
     row.read_label(p, part == 0);
   }
   block_sync();
   exchange.arrive();
-  visit_row<D, S>(p, row, source, part, shared, exchange);
+  process_row<D, S>(p, row, source, part, shared, exchange);
 #elif defined(__CUDA_ARCH__)
   __trap();  // launch.cu does not choose it here
 #endif
 }
 
-// A gradient times p.scale; entries of 0 stay 0 whatever it is. Any grid: blocks stride over
-// p.units, and leave at once where there is nothing to do. Budget: 40 registers.
+// A gradient times p.scale; entries of 0 stay 0 regardless of it. Any grid: blocks stride over
+// p.units, and return at once if there is nothing to do. Budget: 40 registers.
 template <Dtype S>
 __global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)
     scale_rows(const __grid_constant__ Params p) {

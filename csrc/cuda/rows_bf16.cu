@@ -1,4 +1,4 @@
-// The row kernels for a student in this type; one of them answers what the device can do with all.
+// The row kernels for a student in this type; one of them stands for all in queries to the device.
 #define FUSED_KD_STUDENT bf16
 #include "instances.h"
 
@@ -8,7 +8,7 @@ namespace fused_kd {
 
 bool can_run_clusters(int blocks, int shared_bytes) {
   const LaunchShape shape = {blocks, THREADS, shared_bytes, blocks, 1};
-  return can_run_cluster(rows_cluster<Divergence::forward_kl, Dtype::bf16, true>, shape);
+  return can_run_cluster(rows_cluster<Divergence{}, Dtype::bf16, true>, shape);
 }
 
 int kernels_are_there() {

@@ -15,7 +15,7 @@ int attribute(cudaDeviceAttr which, int index, int* value) {
 }
 
 // For the current device, whose index this is.
-int ask(int index, Device* device) {
+int query(int index, Device* device) {
   int error = kernels_are_there(), shared = 0;
   if (!error) error = attribute(cudaDevAttrMultiProcessorCount, index, &device->multiprocessors);
   if (!error) error = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, &shared);
@@ -35,12 +35,12 @@ int ask(int index, Device* device) {
 int describe_device(int index, Device* device) {
   constexpr int MAX_DEVICES = 64;
   static std::mutex mutex;
-  static Device known[MAX_DEVICES];  // without multiprocessors: not asked yet
+  static Device known[MAX_DEVICES];  // without multiprocessors: not queried yet
   if (index < 0 || index >= MAX_DEVICES) return cudaErrorInvalidDevice;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known[index].multiprocessors == 0) {
     Device found = {};
-    const int error = ask(index, &found);
+    const int error = query(index, &found);
     if (error) return error;
     known[index] = found;
   }

@@ -6,16 +6,16 @@ namespace fused_kd {
 
 #ifdef FUSED_KD_SMALL_SIZES
 constexpr int THREADS = 64;
-constexpr int FAR_BYTES = 2048;
+constexpr int GLOBAL_SLICE_BYTES = 2048;
 constexpr int RING_RECORDS = 8;
 constexpr int SCALE_BLOCKS = 1;
 #else
 constexpr int THREADS = 256;
-// A block's slice of both sides in far memory, until MAX_PARTS is reached: the rows in flight (2 or
-// 3 blocks on each of a hundred multiprocessors) then stay in a second-level cache of 40 MB between
-// visits.
-constexpr int FAR_BYTES = 48 * 1024;
-// Records of blocks that meet in far memory: ten times what is in flight at once.
+// A block's slice of both sides in global memory, until MAX_PARTS is reached: the rows in flight (2
+// or 3 blocks on each of a hundred multiprocessors) then stay in an L2 cache of 40 MB between
+// passes.
+constexpr int GLOBAL_SLICE_BYTES = 48 * 1024;
+// Records that blocks exchange in global memory: ten times what is in flight at once.
 constexpr int RING_RECORDS = 4096;
 constexpr int SCALE_BLOCKS = 6;  // of scale_rows on a multiprocessor
 #endif

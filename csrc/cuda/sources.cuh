@@ -1,17 +1,17 @@
-// Where the groups of a row's slice come from: far memory (each visit reads it again), or this
-// block's shared memory (a cluster of blocks holds the whole row pair, so that far memory is read
-// once).
+// The sources of the groups of a row's slice: global memory (each pass reads it again), or this
+// block's shared memory (a cluster of blocks holds the whole row pair, so that global memory is
+// read once).
 //
-// Both offer, for the groups of this thread:
-//     first(visit), again(visit)   visit(group, s, t) for each
-//     peek(visit)                  the same for the first group, if there is one
-//     visit_group(group, visit)    the same for one
-//     indices(visit)               visit(group) for each; nothing is read
-//     STAYS                        whether groups can be read again whatever is written meanwhile
+// Both have, for the groups of this thread:
+//     first(body), again(body)   body(group, s, t) for each
+//     peek(body)                 the same for the first group, if there is one
+//     for_group(group, body)     the same for one
+//     indices(body)              body(group) for each; nothing is read
+//     STAYS                      whether groups can be read again after others were overwritten
 #pragma once
 
 #include "sizes.h"
-#include "visits.cuh"
+#include "passes.cuh"
 
 namespace fused_kd {
 
@@ -25,15 +25,16 @@ struct Slice {
     end = begin + p.slice < groups ? begin + p.slice : groups;
   }
 
-  // Whether all lanes of the warp have a group where this thread has this one.
+  // Whether all lanes of the warp have a group in the step in which this thread has this one.
   FUSED_KD_DEVICE bool together(int group) const { return begin + ((group - begin) | 31) < end; }
 };
 
-// Both sides of a row. Where the soft term is off, the student stands in for the teacher: the soft
-// gradient is then 0 times a number, and the teacher is only asked what is absent (`true_teacher`).
+// Both sides of a row. If the row's soft term is off, the student stands in for the teacher: the
+// soft gradient is then 0 times a number, and the teacher is only read to see which entries are
+// absent (`true_teacher`).
 template <Divergence D, Dtype S, bool SAME>
 struct Pair {
-  static constexpr bool READS_TEACHER = D != Divergence::none;
+  static constexpr bool READS_TEACHER = Rule<D>::READS_TEACHER;
   const Params& p;
   RowIndex at;
   Slice slice;
@@ -52,27 +53,27 @@ struct Pair {
     stands_in = false;
   }
 
-  // Whether this thread visits it.
+  // Whether the group is one of this thread's.
   FUSED_KD_DEVICE bool is_mine(int group) const {
     return group >= first_group() && group < slice.end && (group - first_group()) % THREADS == 0;
   }
   FUSED_KD_DEVICE int first_group() const { return slice.begin + static_cast<int>(threadIdx.x); }
   FUSED_KD_DEVICE bool has_group() const { return first_group() < slice.end; }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void indices(Visit visit) const {
-    for (int g = first_group(); g < slice.end; g += THREADS) visit(g);
+  template <class Body>
+  FUSED_KD_DEVICE void indices(Body body) const {
+    for (int g = first_group(); g < slice.end; g += THREADS) body(g);
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void give(int group, const Raw& raw_s, const Raw& raw_t, Visit visit) const {
+  template <class Body>
+  FUSED_KD_DEVICE void widen_group(int group, const Raw& raw_s, const Raw& raw_t, Body body) const {
     float s[GROUP], t[GROUP];
     widen<S>(raw_s, s);
     if (READS_TEACHER)
       widen_teacher<S, SAME>(raw_t, teacher.dtype, t);
     else
       widen<S>(raw_s, t);
-    visit(group, s, t);
+    body(group, s, t);
   }
 
   // For the label smoothing of a group with absent entries, whose number depends on both sides: a
@@ -87,12 +88,12 @@ struct Pair {
 };
 
 template <Divergence D, Dtype S, bool SAME>
-struct FarRow : Pair<D, S, SAME> {
+struct GlobalRow : Pair<D, S, SAME> {
   static constexpr bool STAYS = false;
   using Base = Pair<D, S, SAME>;
   using Base::slice;
 
-  FUSED_KD_DEVICE FarRow(const Params& p, const Row& row, int part) : Base(p, row, part) {}
+  FUSED_KD_DEVICE GlobalRow(const Params& p, const Row& row, int part) : Base(p, row, part) {}
 
   struct Loaded {
     Raw student, teacher;
@@ -103,12 +104,12 @@ struct FarRow : Pair<D, S, SAME> {
     return raw;
   }
 
-  // Groups `group`, `group + step`, ...: `count` for all lanes of a warp, which stay together because
-  // neighbours exchange what they store; those behind the slice are left out. In 16 bits a group is
-  // asked for before the one before it is used: 64 bytes a thread are under way, as in float32
-  // with one group.
-  template <class Visit>
-  FUSED_KD_DEVICE void visit_groups(int group, int step, int count, Visit visit) const {
+  // Groups `group`, `group + step`, ...: `count` for all lanes of a warp, which stay together
+  // because neighbours exchange what they store; those behind the slice are left out. In 16 bits a
+  // group's load is issued before its predecessor is used: 64 bytes a thread are in flight, as in
+  // float32 with one group.
+  template <class Body>
+  FUSED_KD_DEVICE void for_groups(int group, int step, int count, Body body) const {
     constexpr bool AHEAD = S != Dtype::f32;
     if (count <= 0) return;
     Loaded next = {};
@@ -118,73 +119,75 @@ struct FarRow : Pair<D, S, SAME> {
       if (AHEAD && count > 1 && group + step < slice.end) next = load(group + step);
       if (group >= slice.end) continue;
       if (!AHEAD) raw = load(group);
-      this->give(group, raw.student, raw.teacher, visit);
+      this->widen_group(group, raw.student, raw.teacher, body);
     }
   }
 
-  // Of the first lane of this warp: no other has more.
+  // Groups of the first lane of this warp: no other has more.
   FUSED_KD_DEVICE int count() const {
     const int lane = threadIdx.x % 32, left = slice.end - (this->first_group() - lane);
     return left > 0 ? (left - 1) / THREADS + 1 : 0;
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void peek(Visit visit) const {
-    if (this->has_group()) visit_group(this->first_group(), visit);
+  template <class Body>
+  FUSED_KD_DEVICE void peek(Body body) const {
+    if (this->has_group()) for_group(this->first_group(), body);
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void first(Visit visit) const {
-    visit_groups(this->first_group(), THREADS, count(), visit);
+  template <class Body>
+  FUSED_KD_DEVICE void first(Body body) const {
+    for_groups(this->first_group(), THREADS, count(), body);
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
-    visit_groups(group, 0, 1, visit);
+  template <class Body>
+  FUSED_KD_DEVICE void for_group(int group, Body body) const {
+    for_groups(group, 0, 1, body);
   }
 
-  // Backwards: what was read last is still near.
-  template <class Visit>
-  FUSED_KD_DEVICE void again(Visit visit) const {
-    visit_groups(this->first_group() + (count() - 1) * THREADS, -THREADS, count(), visit);
+  // Backwards: the groups that were read last are still in a cache.
+  template <class Body>
+  FUSED_KD_DEVICE void again(Body body) const {
+    for_groups(this->first_group() + (count() - 1) * THREADS, -THREADS, count(), body);
   }
 };
 
-// ------------------------------------------------------------------------------------ on chip
+// ------------------------------------------------------------------------------- shared memory
 
 #ifdef FUSED_KD_HAS_CLUSTERS
 
 template <Divergence D, Dtype S, bool SAME>
-struct NearRow : Pair<D, S, SAME> {
+struct SharedRow : Pair<D, S, SAME> {
   static constexpr bool STAYS = true;
   using Base = Pair<D, S, SAME>;
   using Base::slice;
-  unsigned char *near_s, *near_t;  // shared memory
-  uint64_t* barriers;              // (MAX_CHUNKS)
+  unsigned char *shared_s, *shared_t;  // shared memory
+  uint64_t* barriers;                  // (MAX_CHUNKS)
   bool bulk;
 
-  FUSED_KD_DEVICE NearRow(const Params& p, const Row& row, int part, unsigned char* memory,
-                          uint64_t* barriers)
-      : Base(p, row, part), near_s(memory), barriers(barriers) {
-    // a stand-in has no memory of its own: what is there is for the teacher's type
-    near_t = this->stands_in ? near_s : near_s + static_cast<int64_t>(p.slice) * GROUP * width(S);
+  FUSED_KD_DEVICE SharedRow(const Params& p, const Row& row, int part, unsigned char* memory,
+                            uint64_t* barriers)
+      : Base(p, row, part), shared_s(memory), barriers(barriers) {
+    // a stand-in uses the student's memory: the second slice has the size of the teacher's type
+    shared_t =
+        this->stands_in ? shared_s : shared_s + static_cast<int64_t>(p.slice) * GROUP * width(S);
     bulk = this->student.is_plain() && this->teacher.is_plain();
   }
 
   FUSED_KD_DEVICE bool copies_teacher() const { return Base::READS_TEACHER && !this->stands_in; }
 
-  // One thread orders everything; the others wait for the chunk that they come to. Rows that bulk
-  // copies cannot take are loaded by the threads, which then meet: their barriers wait for nothing.
+  // One thread issues all copies; the others wait for each chunk before they read it. Rows that
+  // bulk copies cannot take are loaded by the threads, which then synchronise: their barriers wait
+  // for no bytes.
   FUSED_KD_DEVICE void load() const {
-    if (threadIdx.x == 0) order();
+    if (threadIdx.x == 0) issue_copies();
     if (bulk) return;
     this->indices([&](int g) {
-      put(near_s, S, g, load_group(this->student, g));
-      if (copies_teacher()) put(near_t, this->teacher.dtype, g, load_group(this->teacher, g));
+      put(shared_s, S, g, load_group(this->student, g));
+      if (copies_teacher()) put(shared_t, this->teacher.dtype, g, load_group(this->teacher, g));
     });
   }
 
-  FUSED_KD_DEVICE void order() const {
+  FUSED_KD_DEVICE void issue_copies() const {
     for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) barrier_init(&barriers[c]);
     barrier_init_fence();
     for (int c = 0; slice.begin + c * CHUNK < slice.end; ++c) {
@@ -193,59 +196,59 @@ struct NearRow : Pair<D, S, SAME> {
       const int bytes_s = groups * GROUP * width(S);
       const int bytes_t = copies_teacher() ? groups * GROUP * width(this->teacher.dtype) : 0;
       barrier_expect(&barriers[c], bytes_s + bytes_t);
-      if (bytes_s > 0) copy(near_s, this->student, begin, bytes_s, c);
-      if (bytes_t > 0) copy(near_t, this->teacher, begin, bytes_t, c);
+      if (bytes_s > 0) copy(shared_s, this->student, begin, bytes_s, c);
+      if (bytes_t > 0) copy(shared_t, this->teacher, begin, bytes_t, c);
     }
   }
 
-  FUSED_KD_DEVICE void copy(unsigned char* near, const RowView& row, int group, int bytes,
+  FUSED_KD_DEVICE void copy(unsigned char* shared, const RowView& row, int group, int bytes,
                             int chunk) const {
     const int size = GROUP * width(row.dtype);
-    bulk_copy(near + static_cast<int64_t>(group - slice.begin) * size,
+    bulk_copy(shared + static_cast<int64_t>(group - slice.begin) * size,
               row.data + static_cast<int64_t>(group) * size, bytes, &barriers[chunk]);
   }
 
-  FUSED_KD_DEVICE void put(unsigned char* near, Dtype dtype, int group, const Raw& raw) const {
-    Bits16* to = reinterpret_cast<Bits16*>(near + (group - slice.begin) * GROUP * width(dtype));
+  FUSED_KD_DEVICE void put(unsigned char* shared, Dtype dtype, int group, const Raw& raw) const {
+    Bits16* to = reinterpret_cast<Bits16*>(shared + (group - slice.begin) * GROUP * width(dtype));
     to[0] = raw.low;
     if (dtype == Dtype::f32) to[1] = raw.high;
   }
 
-  FUSED_KD_DEVICE Raw get(const unsigned char* near, Dtype dtype, int group) const {
-    const unsigned char* from = near + (group - slice.begin) * GROUP * width(dtype);
+  FUSED_KD_DEVICE Raw get(const unsigned char* shared, Dtype dtype, int group) const {
+    const unsigned char* from = shared + (group - slice.begin) * GROUP * width(dtype);
     Raw raw = {load16(from), {}};
     if (dtype == Dtype::f32) raw.high = load16(from + 16);
     return raw;
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void visit_group(int group, Visit visit) const {
+  template <class Body>
+  FUSED_KD_DEVICE void for_group(int group, Body body) const {
     Raw raw_t = {};
-    if (Base::READS_TEACHER) raw_t = get(near_t, this->teacher.dtype, group);
-    this->give(group, get(near_s, S, group), raw_t, visit);
+    if (Base::READS_TEACHER) raw_t = get(shared_t, this->teacher.dtype, group);
+    this->widen_group(group, get(shared_s, S, group), raw_t, body);
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void peek(Visit visit) const {
+  template <class Body>
+  FUSED_KD_DEVICE void peek(Body body) const {
     if (slice.begin < slice.end) barrier_wait(&barriers[0], 0);
-    if (this->has_group()) visit_group(this->first_group(), visit);
+    if (this->has_group()) for_group(this->first_group(), body);
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void first(Visit visit) const {
+  template <class Body>
+  FUSED_KD_DEVICE void first(Body body) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < slice.end - slice.begin; i += THREADS) {
       // a thread's first group of a chunk
       if (i / THREADS % CHUNK_GROUPS == 0) barrier_wait(&barriers[i / CHUNK], 0);
-      visit_group(slice.begin + i, visit);
+      for_group(slice.begin + i, body);
     }
   }
 
-  template <class Visit>
-  FUSED_KD_DEVICE void again(Visit visit) const {
+  template <class Body>
+  FUSED_KD_DEVICE void again(Body body) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < slice.end - slice.begin; i += THREADS)
-      visit_group(slice.begin + i, visit);
+      for_group(slice.begin + i, body);
   }
 };
 

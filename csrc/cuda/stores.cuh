@@ -1,61 +1,62 @@
-// How groups of a gradient are narrowed and written: in whole aligned vectors of 16 bytes wherever a
-// row begins, and in float32 such that a warp's stores fill whole sectors of 32 bytes. Neighbours
-// in a warp exchange what that takes, where all of its lanes are there.
+// How groups of a gradient are narrowed and written: in whole aligned vectors of 16 bytes at any
+// alignment of the row, and in float32 such that a warp's stores fill whole sectors of 32 bytes.
+// For that, neighbours in a warp exchange parts of their groups, if all of its lanes are active.
 #pragma once
 
 #include "elements.cuh"
 
 namespace fused_kd {
 
-template <Dtype D>
+template <Dtype TYPE>
 FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
   uint32_t words[GROUP] = {};
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
-    if constexpr (D == Dtype::f32)
+    if constexpr (TYPE == Dtype::f32)
       words[e] = same_bits<uint32_t>(x[e]);
     else if (e % 2 == 0)
-      words[e / 2] = D == Dtype::bf16 ? pack_bf16(x[e], x[e + 1]) : pack_f16(x[e], x[e + 1]);
+      words[e / 2] = TYPE == Dtype::bf16 ? pack_bf16(x[e], x[e + 1]) : pack_f16(x[e], x[e + 1]);
   }
   return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
 }
 
 // Bytes [begin, end) of a group, two or four at a time: the rest of a misaligned row, and the last,
 // partial group.
-template <Dtype D>
+template <Dtype TYPE>
 FUSED_KD_DEVICE void store_bytes(char* p, const Raw& raw, int begin, int end) {
   const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
                                  raw.high.x, raw.high.y, raw.high.z, raw.high.w};
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
-    if (e * width(D) < begin || e * width(D) >= end) continue;
-    if constexpr (D == Dtype::f32)
+    if (e * width(TYPE) < begin || e * width(TYPE) >= end) continue;
+    if constexpr (TYPE == Dtype::f32)
       reinterpret_cast<uint32_t*>(p)[e] = words[e];
     else
       reinterpret_cast<uint16_t*>(p)[e] = static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16));
   }
 }
 
-// Another lane's. Its memory may be written then: in place, everyone has read what is there.
+// Returns another lane's vector. Afterwards that lane's memory may be written: in place, all lanes
+// have read theirs.
 FUSED_KD_DEVICE Bits16 from_lane(Bits16 v, int lane) {
   warp_sync();
   return {shuffle(v.x, lane), shuffle(v.y, lane), shuffle(v.z, lane), shuffle(v.w, lane)};
 }
 
 // Groups of a warp's lanes, one after another, in a row that is not aligned. Each lane writes the
-// aligned vectors that end in its group; what the first lacks of a neighbour, and the last has
-// left, goes in pieces.
-template <Dtype D>
+// aligned vectors that end in its group; the first lane's leading bytes and the last lane's
+// trailing bytes are written in pieces.
+template <Dtype TYPE>
 FUSED_KD_DEVICE void store_shifted(char* p, int misaligned, const Raw& raw) {
-  constexpr int BYTES = GROUP * width(D);
+  constexpr int BYTES = GROUP * width(TYPE);
   const int lane = threadIdx.x % 32, begin = 16 - misaligned;
-  const Bits16 before = from_lane(D == Dtype::f32 ? raw.high : raw.low, lane > 0 ? lane - 1 : 0);
+  const Bits16 before = from_lane(TYPE == Dtype::f32 ? raw.high : raw.low, lane > 0 ? lane - 1 : 0);
   if (lane > 0)
     store16(p - misaligned, part_of(before, raw.low, begin));
   else
-    store_bytes<D>(p, raw, 0, begin);
-  if constexpr (D == Dtype::f32) store16(p + begin, part_of(raw.low, raw.high, begin));
-  if (lane == 31) store_bytes<D>(p, raw, BYTES - misaligned, BYTES);
+    store_bytes<TYPE>(p, raw, 0, begin);
+  if constexpr (TYPE == Dtype::f32) store16(p + begin, part_of(raw.low, raw.high, begin));
+  if (lane == 31) store_bytes<TYPE>(p, raw, BYTES - misaligned, BYTES);
 }
 
 // Two lanes' groups in float32: each writes a half of either, so that both stores fill sectors.
@@ -69,38 +70,38 @@ FUSED_KD_DEVICE void store_pair(char* p, const Raw& raw) {
 }
 
 // A whole group at a multiple of 16 bytes. together: so it is for all lanes of the warp.
-template <Dtype D>
+template <Dtype TYPE>
 FUSED_KD_DEVICE void store_aligned(char* p, bool together, const Raw& raw) {
-  if (D == Dtype::f32 && together) return store_pair(p, raw);
+  if (TYPE == Dtype::f32 && together) return store_pair(p, raw);
   store16(p, raw.low);
-  if constexpr (D == Dtype::f32) store16(p + 16, raw.high);
+  if constexpr (TYPE == Dtype::f32) store16(p + 16, raw.high);
 }
 
 // together: the warp's lanes all call this, for groups one after another.
-template <Dtype D>
+template <Dtype TYPE>
 FUSED_KD_DEVICE void store_group(const RowView& row, int group, bool together,
                                  const float (&x)[GROUP]) {
-  const Raw raw = narrow<D>(x);
-  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(D));
+  const Raw raw = narrow<TYPE>(x);
+  char* p = row.data + static_cast<int64_t>(group) * (GROUP * width(TYPE));
   const int lane = threadIdx.x % 32, left = row.entries - group * GROUP;
   const bool all_whole = together && (group - lane + 32) * GROUP <= row.entries;
-  if (row.misaligned && all_whole) return store_shifted<D>(p, row.misaligned, raw);
+  if (row.misaligned && all_whole) return store_shifted<TYPE>(p, row.misaligned, raw);
   if (row.misaligned || left < GROUP)
-    return store_bytes<D>(p, raw, 0, (left < GROUP ? left : GROUP) * width(D));
-  store_aligned<D>(p, all_whole, raw);
+    return store_bytes<TYPE>(p, raw, 0, (left < GROUP ? left : GROUP) * width(TYPE));
+  store_aligned<TYPE>(p, all_whole, raw);
 }
 
 // The same for a row of which every group is plain.
-template <Dtype D>
+template <Dtype TYPE>
 FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, bool together,
                                        const float (&x)[GROUP]) {
-  store_aligned<D>(row.data + static_cast<int64_t>(group) * (GROUP * width(D)), together,
-                   narrow<D>(x));
+  store_aligned<TYPE>(row.data + static_cast<int64_t>(group) * (GROUP * width(TYPE)), together,
+                      narrow<TYPE>(x));
 }
 
-template <Dtype D>
+template <Dtype TYPE>
 struct Constant {
-  static constexpr Dtype value = D;
+  static constexpr Dtype value = TYPE;
 };
 
 // In the student's type, or in 16 bits for a student in float32.
@@ -108,8 +109,9 @@ template <Dtype S, bool PLAIN>
 FUSED_KD_DEVICE void store_gradient(const RowView& row, int group, bool together,
                                     const float (&x)[GROUP]) {
   const auto store = [&](auto constant) {
-    constexpr Dtype D = decltype(constant)::value;
-    PLAIN ? store_plain_group<D>(row, group, together, x) : store_group<D>(row, group, together, x);
+    constexpr Dtype TYPE = decltype(constant)::value;
+    PLAIN ? store_plain_group<TYPE>(row, group, together, x)
+          : store_group<TYPE>(row, group, together, x);
   };
   if (S != Dtype::f32 || row.dtype == Dtype::f32)
     store(Constant<S>{});

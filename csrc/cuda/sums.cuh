@@ -1,61 +1,52 @@
-// The statistics of a row: what a thread sums up, and how threads, warps and blocks merge.
+// The statistics of a row: the sums of a thread, and how threads, warps and blocks merge theirs.
 //
 // Read: each element once. Accumulated in float: eight elements by a tree or a chain, groups one
 // after another, threads and blocks by trees of fixed shape, so that the bits depend on V and the
 // dtypes alone.
 //
 // Exponents are of 2, relative to a reference m that is a logit of the row: a = fma(s, k, -M) with
-// M = m k, rounded. M is exact as a reference (what its rounding adds is the same in all exponents),
-// so a is rounded once. A reference need not be the maximum: a warp takes the largest logit of its
-// first groups, and keeps it until a sum passes LIMIT, which ordinary rows never do. Where M is so
-// large that its rounding is a number of powers of 2 (masks of -1e30), m is subtracted instead.
+// M = m k, rounded. M is exact as a reference (what its rounding adds is the same in all
+// exponents), so a is rounded once. A reference need not be the maximum: a warp takes the largest
+// logit of its first groups, and keeps it until a sum passes LIMIT, which ordinary rows never do.
+// If M is so large that its rounding amounts to powers of 2 (masks of -1e30), m is subtracted
+// instead.
 #pragma once
 
 #include "stores.cuh"
 
 namespace fused_kd {
 
-constexpr float INF = INFINITY;
-constexpr float LOWEST = -3.4028235e38f;
-// Of a group's sums of exponentials (of the softened ones where T = 1 or 2: the hard term's are at
-// most their squares). Beyond, the reference moves up to the group's maximum. Sums of a row stay far
-// from the largest float, and what divides by them from the smallest.
+// Limit of a group's sums of exponentials (of the softened ones if T = 1 or 2: the hard term's are
+// at most their squares). Beyond, the reference moves up to the group's maximum. Sums of a row stay
+// far from the largest float, and what divides by them from the smallest.
 constexpr float LIMIT = 16777216.0f;
 
 enum Flag : int {
   ALONE_S = 1,  // an entry is -inf for the student alone
   ALONE_T = 2,  // ... for the teacher alone
-  BAD = 4,      // a NaN or +inf logit (only looked for where the sums would not show it)
+  BAD = 4,      // a NaN or +inf logit (only looked for if the sums would not show it)
 };
 
-// How the hard term's e^(s - m_s) is made: not at all, P itself (T = 1), P squared (T = 2), by an
-// exponential of its own.
+// How the hard term's e^(s - m_s) is computed: not at all, P itself (T = 1), P squared (T = 2), by
+// a separate exponential.
 enum class Hard : int { off, power1, power2, separate };
 
 // The same for every row of a launch.
 struct Options {
-  Shape<float> shape;
+  RuleOptions<float> rule;
   float k, k_1;    // log2(e)/T and log2(e)
   float moderate;  // references below it are folded
   Hard hard;
   bool smoothing;
 };
 
-// Everything that is known of a row or a part of it. `flags` is a set of Flag, as a number;
+// The statistics of a row or a part of it. `flags` is a set of Flag, as a number;
 // `differences` sums the exponents a.
 struct Record {
   RowSums<float> r;
   float flags;
 };
 static_assert(sizeof(Record) == STATS * sizeof(float), "a record is a row of stats");
-
-template <Divergence D>
-struct RuleOf : Rule<D> {};
-// Only the hard term: the teacher is not read.
-template <>
-struct RuleOf<Divergence::none> {
-  static constexpr bool SOFTMAX = false, TWO_VISITS = false;
-};
 
 FUSED_KD_DEVICE Record empty_record() {
   Record record = {};
@@ -73,7 +64,7 @@ struct Folded {
 
   FUSED_KD_DEVICE Folded(float m_s, float m_t, const Options& o)
       : s(m_s * o.k), t(m_t * o.k), s_1(m_s * o.k_1) {}
-  // Of references that may not be moderate: then no exponent is a number, and a group's sums tell.
+  // Of references that may not be moderate: then every exponent is NaN, and so are a group's sums.
   FUSED_KD_DEVICE static Folded if_moderate(float m_s, float m_t, const Options& o) {
     return {moderate(m_s, o) ? m_s : NAN, moderate(m_t, o) ? m_t : NAN, o};
   }
@@ -120,13 +111,14 @@ template <Divergence D>
 FUSED_KD_DEVICE void rebase(Record& record, float m_s, float m_t, const Options& o) {
   RowSums<float>& r = record.r;
   const float shift_s = shift_of(r.m_s, m_s, o.k, o);
-  if constexpr (RuleOf<D>::SOFTMAX) {
+  if constexpr (Rule<D>::SOFTMAX) {
     const float shift_t = shift_of(r.m_t, m_t, o.k, o);
     const float factor_s = exp2_fast(shift_s), factor_t = exp2_fast(shift_t);
-    // what vanishes must not meet a shift so large that its product overflows
-    const float factor = D == Divergence::forward_kl ? factor_t : factor_s;
-    const bool vanishes = factor * (D == Divergence::forward_kl ? r.d_t : r.d_s) == 0.0f;
-    r.w = vanishes ? 0.0f : RuleOf<D>::rebase(r, shift_s, shift_t, factor_s, factor_t);
+    if constexpr (Rule<D>::OWN_SUM) {
+      // a sum that vanishes must not be multiplied by a shift so large that the product overflows
+      const float weight = Rule<D>::weight(factor_s, factor_t) * Rule<D>::weight(r.d_s, r.d_t);
+      r.w = weight == 0.0f ? 0.0f : Rule<D>::rebase(r, shift_s, shift_t, factor_s, factor_t);
+    }
     r.d_s *= factor_s;
     r.d_t *= factor_t;
   }
@@ -151,18 +143,18 @@ FUSED_KD_DEVICE void set_references(Record& record, float m_s, float m_t) {
   record.r.m_t = warp_max(m_t);
 }
 
-// What a group adds to a record. `canary` is finite if every summand is, `exponentials` tells of the
-// largest.
+// The sums of a group, to be added to a record. `canary` is finite if every summand is,
+// `exponentials` is at least the largest exponential.
 struct GroupSums {
   float d_s = 0.0f, d_t = 0.0f, d_1 = 0.0f, w = 0.0f, differences = 0.0f;
   float canary = 0.0f, exponentials = 0.0f;
 };
 
-// As if every entry were finite and no exponential too large: else the sums tell (`usable`).
+// Assumes that every entry is finite and no exponential too large: else the sums are not `usable`.
 template <Divergence D, bool SMOOTHING>
 FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t)[GROUP],
                                         const Folded& m, const Options& o) {
-  constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
+  constexpr bool OWN_SUM = Rule<D>::OWN_SUM, SOFTMAX = Rule<D>::SOFTMAX;
   GroupSums sums;
   float a[GROUP], P[GROUP], Q[GROUP];
 #pragma unroll
@@ -171,9 +163,9 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
     P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a[e]) : 0.0f;
     const float b = SOFTMAX ? m.teacher(t[e], o) : 0.0f;
     Q[e] = SOFTMAX ? exp2_fast(b) : 0.0f;
-    if constexpr (SOFTMAX)
+    if constexpr (OWN_SUM && SOFTMAX)
       sums.w = Rule<D>::accumulate(a[e], b, P[e], Q[e], sums.w);
-    else if constexpr (SOFT)
+    else if constexpr (OWN_SUM)
       sums.w = Rule<D>::accumulate(s[e], t[e], 0.0f, 0.0f, sums.w);
   }
   sums.canary = sums.w;
@@ -201,21 +193,23 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
   return sums;
 }
 
-// mse has no exponentials that would tell of a side without a reference.
+// A divergence of the logits themselves has no exponentials that would show a side without a
+// reference.
 template <Divergence D>
 FUSED_KD_DEVICE bool usable(const GroupSums& sums, const Folded& m) {
-  const bool all_have_one = D != Divergence::mse || (m.s == m.s && m.t == m.t);
+  constexpr bool LOGITS = Rule<D>::READS_TEACHER && !Rule<D>::SOFTMAX;
+  const bool all_have_one = !LOGITS || (m.s == m.s && m.t == m.t);
   // the largest float counts as nothing here, infinity and NaN do not
   return fmaf(fabsf(sums.canary), 1e-35f, sums.exponentials) < LIMIT && all_have_one;
 }
 
-// Entry by entry, for a group with an entry that is not finite or above the reference by far:
+// Entry by entry, for a group with an entry that is not finite or far above the reference:
 // moves the references, decides infinity on the logits; an entry that is -inf on both sides is
 // absent.
 template <Divergence D>
 FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
                                         const float (&t)[GROUP], const Options& o) {
-  constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
+  constexpr bool SOFT = Rule<D>::READS_TEACHER, SOFTMAX = Rule<D>::SOFTMAX;
   RowSums<float>& r = record.r;
   rebase<D>(record, fmaxf(r.m_s, max_of(s)), SOFT ? fmaxf(r.m_t, max_of(t)) : r.m_t, o);
   const Subtracted m(r.m_s, r.m_t, o);
@@ -239,18 +233,17 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
     if (o.hard != Hard::off && !no_s) sums.d_1 += exp2_fast(m.hard(s_e, o));
     if (o.smoothing && !no_s) sums.differences += a;
     if (no_s || no_t) continue;
-    if constexpr (D == Divergence::mse)
+    if constexpr (Rule<D>::OWN_SUM && !SOFTMAX)
       sums.w = Rule<D>::accumulate(s_e, t_e, 0.0f, 0.0f, sums.w);
-    else if constexpr (D == Divergence::forward_kl || D == Divergence::reverse_kl)
-      if ((D == Divergence::forward_kl ? Q : P) != 0.0f)
-        sums.w = Rule<D>::accumulate(a, b, P, Q, sums.w);
+    else if constexpr (Rule<D>::OWN_SUM)
+      if (Rule<D>::weight(P, Q) != 0.0f) sums.w = Rule<D>::accumulate(a, b, P, Q, sums.w);
   }
   record.flags = static_cast<float>(flags);
   return sums;
 }
 
-// One group into a thread's record. `true_teacher` mends t for a look at what is absent. SMOOTHING:
-// that of the options.
+// Adds one group to a thread's record. `true_teacher` replaces t by logits that show which entries
+// are absent. SMOOTHING: that of the options.
 template <Divergence D, bool SMOOTHING, class TrueTeacher>
 FUSED_KD_DEVICE void add_group(Record& record, Folded& m, const float (&s)[GROUP],
                                float (&t)[GROUP], const Options& o, TrueTeacher true_teacher) {
@@ -266,7 +259,7 @@ FUSED_KD_DEVICE void add_group(Record& record, Folded& m, const float (&s)[GROUP
   r.d_1 += sums.d_1;
   r.w += sums.w;
   if (SMOOTHING) r.differences += sums.differences;
-  if (SMOOTHING || D == Divergence::mse) r.count += GROUP;
+  if (SMOOTHING || Rule<D>::USES_COUNT) r.count += GROUP;
 }
 
 // ------------------------------------------------------------------------------------- merging
@@ -277,7 +270,7 @@ FUSED_KD_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// Four sums over a warp for about the price of two: lanes divide them, then each adds up one.
+// Four sums over a warp in about the time of two: lanes divide them, then each adds up one.
 FUSED_KD_DEVICE void warp_sums(float& a, float& b, float& c, float& d) {
   const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
   const float first = (upper ? c : a) + shuffle_xor(upper ? a : c, 16);
@@ -310,7 +303,7 @@ FUSED_KD_DEVICE void merge_warp(Record& record, const Options& o) {
   if (warp_any(m_s != r.m_s || m_t != r.m_t)) rebase<D>(record, m_s, m_t, o);
   warp_sums(r.d_s, r.d_t, r.d_1, r.w);
   if (o.smoothing) r.differences = warp_sum(r.differences);
-  if (o.smoothing || D == Divergence::mse) r.count = warp_sum(r.count);
+  if (o.smoothing || Rule<D>::USES_COUNT) r.count = warp_sum(r.count);
   record.flags = union_of_flags(record.flags);
 }
 

@@ -6,7 +6,7 @@
 // some. Buffers have their exact size; gaps between strided rows hold NaN and stay untouched.
 //
 // -DONLY_TVD leaves one instance of either kernel, so that a changed copy compiles in seconds. It has
-// every barrier: two visits for statistics.
+// every barrier: two passes for statistics.
 #include <cuda_on_cpu.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -233,9 +233,8 @@ static std::vector<Case> cases(int capability) {
   const std::vector<std::pair<Dtype, Dtype>> dtypes = {{Dtype::bf16, Dtype::bf16}};
 #else
   const int64_t V = 1200;
-  const std::vector<Divergence> divergences = {Divergence::forward_kl, Divergence::reverse_kl,
-                                               Divergence::jsd,        Divergence::tvd,
-                                               Divergence::mse,        Divergence::none};
+  std::vector<Divergence> divergences;
+  for (int d = 0; d <= NUMBER_OF_DIVERGENCES; ++d) divergences.push_back(Divergence(d));
   const std::vector<std::pair<Dtype, Dtype>> dtypes = {
       {Dtype::f32, Dtype::f32}, {Dtype::bf16, Dtype::bf16}, {Dtype::bf16, Dtype::f32}};
 #endif

@@ -68,24 +68,6 @@ class Buffer {
   std::unique_ptr<char[]> bytes_;
 };
 
-template <class Call>
-void with_rule(fused_kd::Divergence d, Call call) {
-  switch (d) {
-    case fused_kd::Divergence::forward_kl:
-      return call(fused_kd::Rule<fused_kd::Divergence::forward_kl>{});
-    case fused_kd::Divergence::reverse_kl:
-      return call(fused_kd::Rule<fused_kd::Divergence::reverse_kl>{});
-    case fused_kd::Divergence::jsd: return call(fused_kd::Rule<fused_kd::Divergence::jsd>{});
-    case fused_kd::Divergence::tvd: return call(fused_kd::Rule<fused_kd::Divergence::tvd>{});
-    case fused_kd::Divergence::mse: return call(fused_kd::Rule<fused_kd::Divergence::mse>{});
-    case fused_kd::Divergence::none: return;
-  }
-}
-
-inline bool has_softmax(fused_kd::Divergence d) {
-  return d != fused_kd::Divergence::none && d != fused_kd::Divergence::mse;
-}
-
 // Rounding of an exponential, plus that of LANES chains of additions: half a unit each, at most.
 // Without a fused multiply-add the exponent is rounded too.
 inline double tolerance(const fused_kd::Kernels& table, int size) {

@@ -19,7 +19,6 @@
 
 using namespace fused_kd;
 
-static constexpr float INF = std::numeric_limits<float>::infinity();
 static constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
 // Rows of V elements in two leading dimensions; `gap` elements lie between rows, `outer_gap` more
 // between groups of `inner` rows, none behind the last row.
@@ -218,8 +217,9 @@ static void check_all(const std::vector<const char*>& tables, int64_t N, bool cr
     for (Dtype student : dtypes)
       for (Dtype teacher : dtypes)
         for (int regime = 0; regime < REGIMES; ++regime)
-          for (int d = 0; d < (crossed ? 5 : 1); ++d) {
-            const Divergence divergence = Divergence(crossed ? d : turn % 5);
+          for (int d = 0; d < (crossed ? NUMBER_OF_DIVERGENCES : 1); ++d) {
+            const Divergence divergence =
+                Divergence(crossed ? d : int(turn % NUMBER_OF_DIVERGENCES));
             const int terms = turn / 3 % 7;  // mostly both
             const Setting c{N,
                             V,

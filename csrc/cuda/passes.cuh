@@ -1,10 +1,9 @@
-// The visits of a row, the same for rows that stay in far memory and for rows held on chip: a
-// `Source` hands out groups of elements, an `Exchange` merges what threads and blocks have summed
-// up.
+// The passes over a row, the same for rows in global memory and for rows held in shared memory: a
+// `Source` yields groups of elements, an `Exchange` merges the sums of threads and blocks.
 //
-//     first visit     statistics of both sides, the divergence's first sum
-//     second visit    jsd and tvd only: sums that need the normalisers
-//     gradient visit  every element's gradient, rounded once
+//     first pass     statistics of both sides, the divergence's first sum
+//     second pass    TWO_PASSES only: sums that need the normalisers
+//     gradient pass  every element's gradient, rounded once
 #pragma once
 
 #include "sums.cuh"
@@ -22,13 +21,13 @@ struct Params {
   Options options;
   float temperature, soft_factor, label_smoothing;
   float *hard, *soft, *stats;
-  bool from_stats;    // no first visit: the statistics of an earlier launch
-  bool unless_exact;  // nothing to do where `scale` is a power of two: multiplying was enough
+  bool from_stats;    // no first pass: the statistics of an earlier launch
+  bool unless_exact;  // return if `scale` is a power of two: the multiplication was exact
   int parts;          // blocks of a row
   int parts_log2;     // for a cluster
   int slice;          // groups of a row in one block
   int slices_end;     // ... and where they end in its shared memory
-  // Where the blocks of a row meet in far memory: counters, zeroed, and a ring of records.
+  // The blocks of a row exchange records in global memory: counters, zeroed, and a ring of records.
   uint32_t *tickets, *arrived, *finished;  // (1), (N), (N)
   Record* partials;                        // (2, ring, parts)
   int ring;                                // rows
@@ -59,8 +58,9 @@ struct Row {
     w_soft = w_s * scale;
   }
 
-  // For the thread that makes the row's scalars, when its logits are on their way. The label's own is
-  // read before the blocks of a row meet: in place, another may then be writing there.
+  // Called by the thread that computes the row's scalars, while its logits are loading. The label's
+  // logit is read before the blocks of a row exchange records: afterwards, in place, another block
+  // may overwrite it.
   FUSED_KD_DEVICE void read_label(const Params& p, bool with_logit) {
     if (!hard) return;
     const int64_t y = p.labels[n];
@@ -70,7 +70,7 @@ struct Row {
   }
 };
 
-// ---------------------------------------------------------------------------------- what it is
+// -------------------------------------------------------------------------------------- losses
 
 // Neither term is a number, in its value and its gradient.
 FUSED_KD_DEVICE bool hard_is_nan(const Row& row, const Record& record) {
@@ -81,17 +81,15 @@ template <Divergence D>
 FUSED_KD_DEVICE bool soft_is_nan(const Record& record) {
   const RowSums<float>& r = record.r;
   if (!isfinite(r.m_s) || !isfinite(r.m_t)) return true;
-  if (RuleOf<D>::SOFTMAX && !(isfinite(r.d_s) && isfinite(r.d_t))) return true;
+  if (Rule<D>::SOFTMAX && !(isfinite(r.d_s) && isfinite(r.d_t))) return true;
   return static_cast<int>(record.flags) & BAD;
 }
 
-// The soft term is infinite though its row is sound, by a logit of one side alone.
+// The soft term of a valid row is infinite, by an entry that is -inf for one side alone.
 template <Divergence D>
 FUSED_KD_DEVICE bool soft_is_infinite(const Record& record) {
   const int flags = static_cast<int>(record.flags);
-  if (D == Divergence::forward_kl) return flags & ALONE_S;
-  if (D == Divergence::reverse_kl) return flags & ALONE_T;
-  return D == Divergence::mse && flags & (ALONE_S | ALONE_T);
+  return is_infinite<Rule<D>>(flags & ALONE_S, flags & ALONE_T);
 }
 
 template <Divergence D>
@@ -110,13 +108,13 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, float s_label
       const float mean = (r.differences / r.count - m.added_s) * (o.k_1 / o.k);
       hard += eps * (log_sum - (mean + m.added_1));
     }
-    hard *= ln2<float>();
+    hard *= static_cast<float>(LN2);
     if (s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
     if (hard_is_nan(row, record)) hard = NAN;
   }
-  if constexpr (D != Divergence::none) {
+  if constexpr (Rule<D>::READS_TEACHER) {
     if (row.soft) {
-      soft = p.soft_factor * Rule<D>::value(r, p.options.shape);
+      soft = p.soft_factor * Rule<D>::value(r, p.options.rule);
       if (soft_is_infinite<D>(record)) soft = INF;
       if (soft_is_nan<D>(record)) soft = NAN;
     }
@@ -126,10 +124,10 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, float s_label
   reinterpret_cast<Record*>(p.stats)[row.n] = record;
 }
 
-// ------------------------------------------------------------------------------------- visits
+// ------------------------------------------------------------------------------------- passes
 
-// s, t: a group; ragged ends are absent entries. Without label smoothing nothing in the loop asks
-// for it.
+// s, t: a group; ragged ends are absent entries. SMOOTHING is known at compile time, so that the
+// loop does not test for it.
 template <Divergence D, bool SMOOTHING, class Source>
 FUSED_KD_DEVICE void add_groups(const Source& source, const Options& o, Record& record) {
   Folded m = Folded::if_moderate(record.r.m_s, record.r.m_t, o);
@@ -141,7 +139,7 @@ FUSED_KD_DEVICE void add_groups(const Source& source, const Options& o, Record& 
 }
 
 template <Divergence D, class Source>
-FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
+FUSED_KD_DEVICE Record first_pass(const Source& source, const Options& o) {
   Record record = empty_record();
   float m_s = -INF, m_t = -INF;
   source.peek([&](int, const float (&s)[GROUP], const float (&t)[GROUP]) {
@@ -156,13 +154,13 @@ FUSED_KD_DEVICE Record first_visit(const Source& source, const Options& o) {
   return record;
 }
 
-// How the visits after the first make exponents: folded, or by subtraction.
+// Whether the passes after the first may fold the references; else they subtract them.
 template <Divergence D>
 FUSED_KD_DEVICE bool can_fold(const Record& record, const Options& o) {
-  return moderate(record.r.m_s, o) && (!RuleOf<D>::SOFTMAX || moderate(record.r.m_t, o));
+  return moderate(record.r.m_s, o) && (!Rule<D>::SOFTMAX || moderate(record.r.m_t, o));
 }
 
-// The second visit's scalars.
+// The second pass's scalars.
 template <Divergence D>
 struct Second {
   Constants<float> c;
@@ -170,17 +168,17 @@ struct Second {
   bool fold;
 
   FUSED_KD_DEVICE Second(const Params& p, const Row&, const Record& record)
-      : c(Rule<D>::constants(record.r, 1.0f, p.options.shape)),
+      : c(Rule<D>::constants(record.r, 1.0f, p.options.rule)),
         m_s(record.r.m_s),
         m_t(record.r.m_t),
         fold(can_fold<D>(record, p.options)) {}
 };
 
 template <Divergence D, class Source>
-FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, const Second<D>& second,
-                                  float& x, float& y) {
+FUSED_KD_DEVICE void second_pass(const Source& source, const Options& o, const Second<D>& second,
+                                 float& x, float& y) {
   x = y = 0.0f;
-  const auto visit = [&](const auto& exponents) {
+  const auto pass = [&](const auto& exponents) {
     source.again([&](int, const float (&s)[GROUP], float (&t)[GROUP]) {
       float group_x = 0.0f, group_y = 0.0f;
 #pragma unroll
@@ -193,12 +191,12 @@ FUSED_KD_DEVICE void second_visit(const Source& source, const Options& o, const 
     });
   };
   if (second.fold)
-    visit(Folded(second.m_s, second.m_t, o));
+    pass(Folded(second.m_s, second.m_t, o));
   else
-    visit(Subtracted(second.m_s, second.m_t, o));
+    pass(Subtracted(second.m_s, second.m_t, o));
 }
 
-// The gradient visit's scalars.
+// The gradient pass's scalars.
 template <Divergence D>
 struct Gradient {
   Constants<float> soft = {};
@@ -212,10 +210,10 @@ struct Gradient {
     const bool hard = row.hard;
     label = row.label;
     nan = hard && hard_is_nan(row, record);
-    if constexpr (D != Divergence::none) {
+    if constexpr (Rule<D>::READS_TEACHER) {
       nan |= row.soft && soft_is_nan<D>(record);
-      nan |= row.soft && D != Divergence::forward_kl && soft_is_infinite<D>(record);
-      soft = Rule<D>::constants(r, row.w_soft * p.soft_factor / p.temperature, p.options.shape);
+      nan |= row.soft && !Rule<D>::FINITE_GRADIENT && soft_is_infinite<D>(record);
+      soft = Rule<D>::constants(r, row.w_soft * p.soft_factor / p.temperature, p.options.rule);
     }
     hard_scale = hard ? row.w_hard / r.d_1 : 0.0f;
     label_term = hard ? -(1.0f - p.label_smoothing) * row.w_hard : 0.0f;
@@ -227,7 +225,7 @@ struct Gradient {
   // One number to compare the elements of a group with, rather than one for each.
   FUSED_KD_DEVICE int label_in(int group) const { return label - group * GROUP; }
 
-  // Smoothing spreads nothing over entries that are absent.
+  // Label smoothing adds nothing to absent entries.
   FUSED_KD_DEVICE void nothing_for_absent(int group, const float (&s)[GROUP],
                                           const float (&t)[GROUP], float (&g)[GROUP]) const {
     const int label_here = label_in(group);
@@ -241,7 +239,7 @@ struct Gradient {
   FUSED_KD_DEVICE void add_hard(const float (&s)[GROUP], const float (&P)[GROUP],
                                 const Exponents& exponents, const Options& o,
                                 float (&g)[GROUP]) const {
-    if (o.hard == Hard::power2) {  // asked for first: the most usual
+    if (o.hard == Hard::power2) {  // tested first: the most frequent
 #pragma unroll
       for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale * P[e], P[e], g[e]);
     } else if (o.hard == Hard::separate) {
@@ -254,12 +252,12 @@ struct Gradient {
     }
   }
 
-  // Eight gradients, but for what the label's entry has more.
+  // Eight gradients, without the label's own term.
   template <class Exponents>
   FUSED_KD_DEVICE void of_group(const float (&s)[GROUP], const float (&t)[GROUP],
                                 const Exponents& exponents, const Options& o,
                                 float (&g)[GROUP]) const {
-    constexpr bool SOFT = D != Divergence::none, SOFTMAX = RuleOf<D>::SOFTMAX;
+    constexpr bool SOFT = Rule<D>::READS_TEACHER, SOFTMAX = Rule<D>::SOFTMAX;
     float P[GROUP];
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
@@ -272,13 +270,13 @@ struct Gradient {
       else if constexpr (SOFT)  // absent on both sides is no difference
         g[e] = Rule<D>::gradient(fmaxf(s[e], LOWEST), fmaxf(t[e], LOWEST), 0.0f, 0.0f, 1.0f, soft,
                                  smoothing_term);
-      // P (a - b) with P = 0 may have met an infinity
-      if (D == Divergence::reverse_kl && P[e] == 0.0f) g[e] = smoothing_term;
+      // P (a - b) with P = 0 is NaN if a - b is infinite
+      if (Rule<D>::GRADIENT_HAS_DIFFERENCE && P[e] == 0.0f) g[e] = smoothing_term;
     }
     add_hard(s, P, exponents, o, g);
   }
 
-  // To a group's gradients before they are rounded.
+  // Adds the label's own term to a group's gradients, before they are rounded.
   FUSED_KD_DEVICE void add_label(int group, float (&g)[GROUP]) const {
     const int label_here = label_in(group);
 #pragma unroll
@@ -288,8 +286,8 @@ struct Gradient {
 };
 
 template <Divergence D, Dtype S, class Source>
-FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Source& source,
-                                    const Gradient<D>& gradient) {
+FUSED_KD_DEVICE void gradient_pass(const Params& p, const Row& row, const Source& source,
+                                   const Gradient<D>& gradient) {
   const RowView grad(p.grad, S == Dtype::f32 ? p.grad.dtype : S, row.at, p.entries);
   float g[GROUP];
   if (gradient.nan) {
@@ -322,14 +320,14 @@ FUSED_KD_DEVICE void gradient_visit(const Params& p, const Row& row, const Sourc
     gradient.of_group(s, t, folded, o, g);
     store_gradient<S, true>(grad, group, source.slice.together(group), g);
   });
-  // the label's group once more, rather than a question in the loop; after a neighbour that may have
+  // the label's group once more, instead of a test in the loop; after a neighbour that may have
   // written a half of it
   warp_sync();
   if (gradient.label >= 0 && source.is_mine(gradient.label_group()))
-    source.visit_group(gradient.label_group(),
-                       [&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
-                         any(folded, group, false, s, t);
-                       });
+    source.for_group(gradient.label_group(),
+                     [&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
+                       any(folded, group, false, s, t);
+                     });
 }
 
 template <Dtype S, class Source>

@@ -1,0 +1,80 @@
+// One row of a problem: its pointers, the terms that are on, and how its exponentials are computed.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace fused_kd {
+namespace cpu {
+
+// Entries of a row that one thread sums at a time, where there are fewer rows than threads.
+constexpr int64_t SEGMENT = 16 * BLOCK;
+
+inline char* row_pointer(const Rows& rows, int64_t n) {
+  const int64_t element =
+      (n / rows.inner) * rows.outer_stride + (n % rows.inner) * rows.inner_stride;
+  return static_cast<char*>(rows.data) + element * width(rows.dtype);
+}
+
+inline float read(const char* row, Dtype dtype, int64_t v, const Kernels& table) {
+  float x;
+  table.widen(dtype, row + v * width(dtype), &x, 1);
+  return x;
+}
+
+struct Row {
+  const Problem& problem;
+  const Kernels& table;
+  int64_t n;
+  const char *s, *t;
+  Dtype s_dtype, t_dtype;
+  bool hard, soft;
+  Divergence divergence;  // none without a soft term
+  bool two_passes;        // the divergence's
+  Hard hard_mode;
+  float k, k_1, k_max;
+  float exponent_range;  // largest |exponent| that the plain kernels take for this divergence
+
+  Row(const Problem& p, const Kernels& table, int64_t n) : problem(p), table(table), n(n) {
+    hard = p.w_hard && p.w_hard[n] != 0;
+    soft = p.w_soft && p.w_soft[n] != 0;
+    s = row_pointer(p.student, n);
+    s_dtype = p.student.dtype;
+    // without a divergence the student takes the teacher's place: the teacher's memory isn't read
+    t = soft ? row_pointer(p.teacher, n) : s;
+    t_dtype = soft ? p.teacher.dtype : s_dtype;
+    divergence = soft ? p.divergence : Divergence::none;
+    k_1 = float(LOG2E);
+    k = soft ? float(LOG2E / p.temperature) : k_1;
+    k_max = std::max(k, k_1);
+    with_rule(divergence, [&](auto rule) {
+      two_passes = rule.TWO_PASSES;
+      exponent_range = std::min(table.exponent_range, rule.MAX_EXPONENT);
+      hard_mode = hard_mode_for(rule.SOFTMAX);
+    });
+  }
+  bool skipped() const { return !hard && !soft; }
+  int64_t segments() const { return (problem.V + SEGMENT - 1) / SEGMENT; }
+
+ private:
+  // The hard term's exponential is a power of P if the divergence has a P and T is 1, 2 or 4.
+  Hard hard_mode_for(bool softmax) const {
+    if (!hard) return Hard::off;
+    if (!soft) return Hard::power1;
+    if (!softmax) return Hard::separate;
+    if (problem.temperature == 1) return Hard::power1;
+    if (problem.temperature == 2) return Hard::power2;
+    if (problem.temperature == 4) return Hard::power4;
+    return Hard::separate;
+  }
+};
+
+template <class Body>
+void for_blocks(const Row& row, int64_t segment, Body body) {
+  const int64_t end = std::min(row.problem.V, (segment + 1) * SEGMENT);
+  for (int64_t begin = segment * SEGMENT; begin < end; begin += BLOCK) body(begin, end);
+}
+
+}  // namespace cpu
+}  // namespace fused_kd

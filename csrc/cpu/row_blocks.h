@@ -1,0 +1,138 @@
+// A row's blocks made ready for the kernels: in place if the element type allows it, else as
+// float32 copies with infinities replaced.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "row.h"
+#include "row_state.h"
+
+namespace fused_kd {
+namespace cpu {
+
+struct Prepared {
+  Load load;
+  const void *s, *t;
+  int size, padded;
+  Range range;
+  int flags = 0;
+  int absent = 0;
+  bool copied;
+};
+
+struct Scratch {
+  alignas(64) float s[BLOCK];
+  alignas(64) float t[BLOCK];
+  alignas(64) float g[BLOCK];
+};
+
+// Replaces infinities and NaN, entry by entry, in a block that has some. -inf becomes the lowest
+// float, whose exponential is exactly 0, and finite values stay above it, so an absent entry
+// contributes nothing to any sum.
+inline void replace_infinities(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
+  const bool read_teacher = !row.soft && row.problem.label_smoothing > 0;
+  const char* teacher = read_teacher ? row_pointer(row.problem.teacher, row.n) : nullptr;
+  Range r{LOWEST, -LOWEST, 0, LOWEST, -LOWEST, 0};
+  for (int i = 0; i < block.size; ++i) {
+    float &s = scratch.s[i], &t = scratch.t[i];
+    const bool none_s = s == -INF;
+    bool none_t = t == -INF;
+    if (read_teacher && none_s)
+      none_t = read(teacher, row.problem.teacher.dtype, begin + i, row.table) == -INF;
+    if (none_s && none_t)
+      ++block.absent;
+    else if (none_s)
+      block.flags |= ALONE_S;
+    else if (none_t)
+      block.flags |= ALONE_T;
+    if (!(s < INF)) block.flags |= BAD_S;
+    if (!(t < INF)) block.flags |= BAD_T;
+    s = none_s ? LOWEST : std::max(s, -3e38f);
+    t = none_t ? LOWEST : std::max(t, -3e38f);
+    r.max_s = std::max(r.max_s, s);
+    r.max_t = std::max(r.max_t, t);
+  }
+  r.min_s = r.min_t = LOWEST;
+  block.range = r;
+  block.flags |= IRREGULAR;
+}
+
+inline void copy_block(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
+  row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
+  row.table.widen(row.t_dtype, row.t + begin * width(row.t_dtype), scratch.t, block.size);
+  block.padded = (block.size + MAX_PAIR - 1) / MAX_PAIR * MAX_PAIR;
+  for (int i = block.size; i < block.padded; ++i) scratch.s[i] = scratch.t[i] = LOWEST;
+  block.s = scratch.s;
+  block.t = scratch.t;
+  block.load = Load::f32;
+  block.copied = true;
+}
+
+// The block as stored if the kernels can read it so, else a float32 copy.
+inline Prepared view(const Row& row, int64_t begin, int64_t end, Scratch& scratch) {
+  Prepared block;
+  block.size = block.padded = int(std::min<int64_t>(BLOCK, end - begin));
+  block.copied = false;
+  if (row.s_dtype != row.t_dtype || row.s_dtype == Dtype::f16 || block.size % MAX_PAIR != 0) {
+    copy_block(row, begin, scratch, block);
+    return block;
+  }
+  block.load = row.s_dtype == Dtype::bf16 ? Load::bf16 : Load::f32;
+  block.s = row.s + begin * width(row.s_dtype);
+  block.t = row.t + begin * width(row.t_dtype);
+  return block;
+}
+
+inline void measure(const Row& row, const Scratch& scratch, Prepared& block) {
+  Range& r = block.range;
+  const int whole = block.size / MAX_PAIR * MAX_PAIR;
+  row.table.range(block.load, block.s, block.t, whole, &r);
+  for (int i = whole; i < block.size; ++i) {  // such a block was copied
+    r.max_s = std::max(r.max_s, scratch.s[i]);
+    r.min_s = std::min(r.min_s, scratch.s[i]);
+    r.max_t = std::max(r.max_t, scratch.t[i]);
+    r.min_t = std::min(r.min_t, scratch.t[i]);
+    r.sum_s += scratch.s[i];
+    r.sum_t += scratch.t[i];
+  }
+}
+
+// Without a finite logit so far any reference will do: every exponential is 0.
+inline float reference(double m) { return m == LOWEST ? 0.0f : float(m); }
+
+// A view that the kernels can take, regardless of its entries. `m_s`, `m_t`: the references so far;
+// the exponents' range is judged against them and the block's own maxima.
+inline Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double m_t,
+                        Scratch& scratch) {
+  Prepared block = view(row, begin, end, scratch);
+  measure(row, scratch, block);
+  if (!std::isfinite(block.range.sum_s) || !std::isfinite(block.range.sum_t)) {
+    if (!block.copied) copy_block(row, begin, scratch, block);
+    replace_infinities(row, begin, scratch, block);
+  }
+  const Range& r = block.range;
+  const double spread = std::max<double>(reference(std::max<double>(m_s, r.max_s)) - r.min_s,
+                                         reference(std::max<double>(m_t, r.max_t)) - r.min_t);
+  if (block.padded != block.size || !(spread * row.k_max <= row.exponent_range)) {
+    if (!block.copied) copy_block(row, begin, scratch, block);
+    block.load = Load::f32_any;
+  }
+  return block;
+}
+
+// A block of a row whose references are final: it is inspected again only if the row is irregular.
+inline Prepared prepare_again(const Row& row, const State& state, int64_t begin, int64_t end,
+                              Scratch& scratch) {
+  const bool irregular =
+      (state.flags & IRREGULAR) || (std::min<int64_t>(BLOCK, end - begin) % MAX_PAIR);
+  return irregular ? prepare(row, begin, end, state.r.m_s, state.r.m_t, scratch)
+                   : view(row, begin, end, scratch);
+}
+
+inline Block kernel_block(const Row& row, const Prepared& block, double m_s, double m_t) {
+  return {block.s, block.t, block.padded, reference(m_s), reference(m_t), row.k, row.k_1};
+}
+
+}  // namespace cpu
+}  // namespace fused_kd

@@ -1,0 +1,139 @@
+// The gradient of a row, from its statistics.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "row_losses.h"
+
+namespace fused_kd {
+namespace cpu {
+
+inline bool gradient_is_nan(const Row& row, const State& state) {
+  if (state.flags & BAD_S) return true;
+  if (row.hard && !label_in_range(row)) return true;
+  if (!row.soft) return false;
+  if (state.flags & BAD_T) return true;
+  const bool finite = with_rule(row.divergence, [](auto rule) { return rule.FINITE_GRADIENT; });
+  return !finite && soft_is_infinite(row, state);
+}
+
+// A row's gradient: its scalars in the constructor, then `segment` for each in any order, then
+// `label`.
+struct Gradient {
+  const Row& row;
+  const State& state;
+  char* out;
+  Dtype dtype;
+  bool nan;
+  double w_hard = 0, w_soft = 0;
+  Constants<float> soft{};
+  float hard_scale = 0, hard_offset = 0, label_value = 0;
+
+  Gradient(const Row& row, const State& state) : row(row), state(state) {
+    const Problem& p = row.problem;
+    out = row_pointer(p.grad, row.n);
+    dtype = p.grad.dtype;
+    nan = gradient_is_nan(row, state);
+    if (nan) return;
+    const double scale = p.scale ? *p.scale : 1.0;
+    if (row.hard) w_hard = scale * p.w_hard[row.n];
+    if (row.soft) w_soft = scale * p.w_soft[row.n];
+    if (row.soft) soft = soft_constants(row, state, w_soft);
+    if (row.hard) {
+      hard_scale = float(w_hard / state.r.d_1);
+      if (p.label_smoothing > 0) hard_offset = float(-w_hard * p.label_smoothing / state.r.count);
+      label_value = float(label_gradient());
+    }
+    if (std::isnan(w_hard + w_soft)) nan = true;
+  }
+
+  // The label's entry in full precision from its logits, before they may be overwritten: adding -w
+  // to the stored, rounded value would lose all digits if pi_y is close to 1.
+  double label_gradient() const {
+    const Problem& p = row.problem;
+    const int64_t y = p.labels[row.n];
+    const float s = read(row.s, row.s_dtype, y, row.table);
+    const float t = row.soft || p.label_smoothing > 0
+                        ? read(row_pointer(p.teacher, row.n), p.teacher.dtype, y, row.table)
+                        : s;
+    const bool absent = s == -INF && t == -INF;
+    double g = w_hard * (exp2(std::max<double>((s - state.r.m_s) * row.k_1, LOWEST)) / state.r.d_1 -
+                         (1 - p.label_smoothing));
+    if (p.label_smoothing > 0 && !absent) g -= w_hard * p.label_smoothing / state.r.count;
+    if (!row.soft || absent) return g;
+    return g + with_rule(row.divergence, [&](auto rule) {
+             const Constants<double> c =
+                 rule.constants(state.r, w_soft * p.soft_factor / p.temperature, rule_options(p));
+             if (!rule.SOFTMAX)
+               return rule.gradient(double(s), double(t), 0.0, 0.0, double(row.k), c, 0.0);
+             const double a = std::max<double>(s - state.r.m_s, LOWEST),
+                          b = std::max<double>(t - state.r.m_t, LOWEST);
+             return rule.gradient(a, b, exp2(a * row.k), exp2(b * row.k), double(row.k), c, 0.0);
+           });
+  }
+
+  void segment(int64_t index, Scratch& scratch) const {
+    for_blocks(row, index, [&](int64_t begin, int64_t end) {
+      const int size = int(std::min<int64_t>(BLOCK, end - begin));
+      char* to = out + begin * width(dtype);
+      if (nan) {
+        std::fill(scratch.g, scratch.g + size, NAN);
+        row.table.narrow(dtype, scratch.g, to, size);
+        return;
+      }
+      const Prepared block = prepare_again(row, state, begin, end, scratch);
+      const bool direct = !block.copied && dtype == row.s_dtype;  // the kernel stores that type
+      Block work = kernel_block(row, block, state.r.m_s, state.r.m_t);
+      if (!block.copied && row.n + 1 < row.problem.N) prefetch_next_row(begin, work);
+      void* to_kernel = direct ? static_cast<void*>(to) : scratch.g;
+      row.table.gradient(block.load, row.divergence, row.hard_mode, work, soft, hard_scale,
+                         hard_offset, to_kernel);
+      if (direct) return;
+      if (block.absent) clear_absent(begin, size, scratch);
+      row.table.narrow(dtype, scratch.g, to, size);
+    });
+  }
+
+  // This pass reads the row from the cache: meanwhile main memory can deliver the entries that the
+  // next row's first pass will read.
+  void prefetch_next_row(int64_t begin, Block& work) const {
+    const Problem& p = row.problem;
+    work.next_s = row_pointer(p.student, row.n + 1) + begin * width(row.s_dtype);
+    if (row.soft) work.next_t = row_pointer(p.teacher, row.n + 1) + begin * width(row.t_dtype);
+  }
+
+  // Label smoothing adds nothing to an absent entry.
+  void clear_absent(int64_t begin, int size, Scratch& scratch) const {
+    for (int i = 0; i < size; ++i) {
+      if (scratch.s[i] != LOWEST) continue;
+      const bool alone = row.soft
+                             ? scratch.t[i] != LOWEST
+                             : row.problem.label_smoothing > 0 &&
+                                   read(row_pointer(row.problem.teacher, row.n),
+                                        row.problem.teacher.dtype, begin + i, row.table) != -INF;
+      if (!alone) scratch.g[i] = 0;
+    }
+  }
+
+  void label() const {
+    if (row.hard && !nan)
+      row.table.narrow(dtype, &label_value, out + row.problem.labels[row.n] * width(dtype), 1);
+  }
+};
+
+inline void zero_gradient(const Row& row) {
+  const Rows& grad = row.problem.grad;
+  std::memset(row_pointer(grad, row.n), 0, row.problem.V * width(grad.dtype));
+}
+
+inline void whole_row_gradient(const Row& row, const State& state, Scratch& scratch) {
+  const Gradient gradient(row, state);
+  for (int64_t i = row.segments(); i-- > 0;)
+    gradient.segment(i, scratch);  // backwards: the end of the row is still in cache
+  gradient.label();
+}
+
+}  // namespace cpu
+}  // namespace fused_kd

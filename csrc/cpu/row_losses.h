@@ -1,0 +1,57 @@
+// The losses of a row, from its statistics.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "row_statistics.h"
+
+namespace fused_kd {
+namespace cpu {
+
+inline bool label_in_range(const Row& row) {
+  return uint64_t(row.problem.labels[row.n]) < uint64_t(row.problem.V);
+}
+
+inline double hard_loss(const Row& row, const State& state) {
+  if ((state.flags & BAD_S) || !label_in_range(row)) return NAN;
+  const double eps = row.problem.label_smoothing;
+  const float s_y = read(row.s, row.s_dtype, row.problem.labels[row.n], row.table);
+  if (s_y == -INF || (eps > 0 && (state.flags & ALONE_S))) return INF;
+  double loss = log(state.r.d_1) - (1 - eps) * (double(s_y) - state.r.m_s);
+  if (eps > 0) loss -= eps / state.r.count * state.r.differences;
+  return loss;
+}
+
+// The divergence is infinite by an entry that is -inf for one side alone.
+inline bool soft_is_infinite(const Row& row, const State& state) {
+  return with_rule(row.divergence, [&](auto rule) {
+    return is_infinite<decltype(rule)>(state.flags & ALONE_S, state.flags & ALONE_T);
+  });
+}
+
+inline double soft_loss(const Row& row, const State& state) {
+  if (state.flags & (BAD_S | BAD_T)) return NAN;
+  if (soft_is_infinite(row, state)) return INF;
+  const Problem& p = row.problem;
+  return p.soft_factor *
+         with_rule(row.divergence, [&](auto rule) { return rule.value(state.r, rule_options(p)); });
+}
+
+inline void write_losses(const Row& row, State& state) {
+  const Problem& p = row.problem;
+  p.hard[row.n] = row.hard ? float(hard_loss(row, state)) : 0.0f;
+  p.soft[row.n] = row.soft ? float(soft_loss(row, state)) : 0.0f;
+  float* stats = p.stats + row.n * STATS;
+  save(state, stats);
+  // rounded, so that a gradient computed now has the bits of one from the saved statistics
+  state = restore(stats);
+}
+
+inline void write_skipped(const Row& row) {
+  row.problem.hard[row.n] = row.problem.soft[row.n] = 0.0f;
+  std::fill_n(row.problem.stats + row.n * STATS, STATS, 0.0f);
+}
+
+}  // namespace cpu
+}  // namespace fused_kd

@@ -1,0 +1,43 @@
+// The statistics of a row or of a part of it, and their form in memory between forward and
+// backward.
+#pragma once
+
+#include "../problem.h"
+
+namespace fused_kd {
+namespace cpu {
+
+enum Flag : int {
+  BAD_S = 1,       // NaN or +inf in the student, or nothing finite
+  BAD_T = 2,       // the same of the teacher
+  ALONE_S = 4,     // an entry is -inf for the student alone
+  ALONE_T = 8,     // an entry is -inf for the teacher alone
+  IRREGULAR = 16,  // some block needs more than the plain kernels: infinities, or exponents beyond
+                   // their range
+};
+
+struct State {  // of a segment, then of a row
+  RowSums<double> r{LOWEST, LOWEST, 0, 0, 0, 0, 0, 0, 0, 0};
+  float min_s = -LOWEST, min_t = -LOWEST;
+  int flags = 0;
+};
+
+static_assert(sizeof(RowSums<double>) == (STATS - 1) * sizeof(double),
+              "the statistics are RowSums and the flags");
+
+inline void save(const State& state, float* stats) {
+  const double* values = &state.r.m_s;
+  for (int i = 0; i < STATS - 1; ++i) stats[i] = float(values[i]);
+  stats[STATS - 1] = float(state.flags);
+}
+
+inline State restore(const float* stats) {
+  State state;
+  double* values = &state.r.m_s;
+  for (int i = 0; i < STATS - 1; ++i) values[i] = stats[i];
+  state.flags = int(stats[STATS - 1]);
+  return state;
+}
+
+}  // namespace cpu
+}  // namespace fused_kd

@@ -1,0 +1,159 @@
+// The statistics of a row: its passes over the blocks, and how blocks and segments are merged.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "row_blocks.h"
+
+namespace fused_kd {
+namespace cpu {
+
+inline RuleOptions<double> rule_options(const Problem& p) { return {p.temperature, p.beta}; }
+
+// Expresses a state's sums relative to larger references.
+inline void rebase(const Row& row, State& state, double m_s, double m_t) {
+  RowSums<double>& r = state.r;
+  if (m_s == r.m_s && m_t == r.m_t) return;
+  const double shift_s = r.m_s - m_s, shift_t = r.m_t - m_t;
+  const double factor_s = exp2(shift_s * row.k), factor_t = exp2(shift_t * row.k);
+  with_rule(row.divergence, [&](auto rule) {
+    if constexpr (rule.OWN_SUM && rule.SOFTMAX)
+      r.w = rule.rebase(r, shift_s, shift_t, factor_s, factor_t);
+  });
+  r.d_s *= factor_s;
+  r.d_t *= factor_t;
+  r.d_1 *= exp2(shift_s * row.k_1);
+  if (r.count > 0) r.differences += r.count * shift_s;
+  r.m_s = m_s;
+  r.m_t = m_t;
+}
+
+inline void add(RowSums<double>& to, const RowSums<double>& from) {
+  to.d_s += from.d_s;
+  to.d_t += from.d_t;
+  to.d_1 += from.d_1;
+  to.w += from.w;
+  to.differences += from.differences;
+  to.count += from.count;
+}
+
+inline void merge(const Row& row, State& to, State from) {
+  const double m_s = std::max(to.r.m_s, from.r.m_s), m_t = std::max(to.r.m_t, from.r.m_t);
+  rebase(row, to, m_s, m_t);
+  rebase(row, from, m_s, m_t);
+  add(to.r, from.r);
+  to.min_s = std::min(to.min_s, from.min_s);
+  to.min_t = std::min(to.min_t, from.min_t);
+  to.flags |= from.flags;
+}
+
+// The sum of s - m over the present entries of a block.
+inline double differences(const Row& row, int64_t begin, const Prepared& block, float m,
+                          Scratch& scratch) {
+  if (!block.copied)
+    row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
+  if (!block.absent) return row.table.differences(scratch.s, block.size, m);
+  double total = 0;
+  for (int i = 0; i < block.size; ++i)
+    if (scratch.s[i] != LOWEST) total += scratch.s[i] - m;
+  return total;
+}
+
+// The references that every segment of a row starts from: the maxima of the row's first block.
+inline State initial_state(const Row& row, Scratch& scratch) {
+  const Prepared block = prepare(row, 0, row.problem.V, LOWEST, LOWEST, scratch);
+  State state;
+  state.r.m_s = block.range.max_s;
+  state.r.m_t = block.range.max_t;
+  return state;
+}
+
+// A reference may stay this far below the row's largest logit. It is itself a logit of the row, the
+// largest of the blocks that set it: so in a row with an entry of probability above
+// e^4/(1 + e^4) = 0.982 it is that entry's logit, and the cross-entropy of a confident row is the
+// logarithm of a sum that is exactly 1 or more.
+constexpr float SLACK = 4.0f;
+// The same in powers of two, for low temperatures: exponentials must stay far from overflow.
+constexpr float SLACK_EXPONENT = 32.0f;
+
+// Sums the block by the plain kernels, as if its entries were finite and near the references.
+// Returns false if they are not: the caller then discards `sums`.
+inline bool add_plain(const Row& row, const Prepared& block, State& state, BlockSums& sums) {
+  if (block.padded != block.size || state.r.m_s == LOWEST || state.r.m_t == LOWEST) return false;
+  row.table.sums(block.load, row.divergence, row.hard_mode,
+                 kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
+  const float lowest = std::min(sums.min_a, sums.min_b), highest = std::max(sums.max_a, sums.max_b);
+  return std::isfinite(sums.canary) && highest <= SLACK && highest * row.k_max <= SLACK_EXPONENT &&
+         -lowest * row.k_max <= row.exponent_range;
+}
+
+// Sums any block: inspects it first, raises the references to its maxima, replaces infinities, and
+// lets exponentials underflow.
+inline Prepared add_any(const Row& row, int64_t begin, int64_t end, State& state, BlockSums& sums,
+                        Scratch& scratch) {
+  const Prepared block = prepare(row, begin, end, state.r.m_s, state.r.m_t, scratch);
+  rebase(row, state, std::max<double>(state.r.m_s, block.range.max_s),
+         std::max<double>(state.r.m_t, block.range.max_t));
+  row.table.sums(block.load, row.divergence, row.hard_mode,
+                 kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
+  sums.min_a = block.range.min_s - reference(state.r.m_s);
+  sums.min_b = block.range.min_t - reference(state.r.m_t);
+  return block;
+}
+
+inline State first_pass(const Row& row, int64_t segment, State state, Scratch& scratch) {
+  for_blocks(row, segment, [&](int64_t begin, int64_t end) {
+    BlockSums sums;
+    Prepared block = view(row, begin, end, scratch);
+    if (!add_plain(row, block, state, sums)) block = add_any(row, begin, end, state, sums, scratch);
+    RowSums<double> more{};
+    more.d_s = sums.d_s;
+    more.d_t = sums.d_t;
+    more.d_1 = sums.d_1;
+    more.w = sums.w;
+    more.count = block.size - block.absent;
+    if (row.hard && row.problem.label_smoothing > 0)
+      more.differences = differences(row, begin, block, reference(state.r.m_s), scratch);
+    add(state.r, more);
+    state.min_s = std::min(state.min_s, sums.min_a + reference(state.r.m_s));
+    state.min_t = std::min(state.min_t, sums.min_b + reference(state.r.m_t));
+    state.flags |= block.flags;
+  });
+  return state;
+}
+
+inline Constants<float> soft_constants(const Row& row, const State& state, double weight) {
+  const Problem& p = row.problem;
+  const Constants<double> c = with_rule(row.divergence, [&](auto rule) {
+    return rule.constants(state.r, weight * p.soft_factor / p.temperature, rule_options(p));
+  });
+  return {float(c.scale), float(c.ratio), float(c.offset), float(c.beta)};
+}
+
+inline void second_pass(const Row& row, const State& state, int64_t segment, Scratch& scratch,
+                        double* x, double* y) {
+  const Constants<float> c = soft_constants(row, state, 1.0);
+  *x = *y = 0;
+  for_blocks(row, segment, [&](int64_t begin, int64_t end) {
+    const Prepared block = prepare_again(row, state, begin, end, scratch);
+    float bx = 0, by = 0;
+    row.table.sums2(block.load, row.divergence, kernel_block(row, block, state.r.m_s, state.r.m_t),
+                    c, &bx, &by);
+    *x += bx;
+    *y += by;
+  });
+}
+
+// Sets the flags that depend on the whole row.
+inline void finish_statistics(const Row& row, State& state) {
+  if (state.r.m_s == LOWEST && (state.flags & IRREGULAR) && state.min_s == LOWEST)
+    state.flags |= BAD_S;
+  if (state.r.m_t == LOWEST && (state.flags & IRREGULAR) && state.min_t == LOWEST)
+    state.flags |= BAD_T;
+  const double spread = std::max(state.r.m_s - state.min_s, state.r.m_t - state.min_t);
+  if (!(spread * row.k_max <= row.exponent_range)) state.flags |= IRREGULAR;
+}
+
+}  // namespace cpu
+}  // namespace fused_kd
