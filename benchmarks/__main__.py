@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from fused_kd.backends import why_not
-from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.options import KDOptions
 from fused_kd.plan.models import MODELS
 
 from . import compare, device, page, pictures, records, runner, tables
@@ -90,7 +91,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add("--seconds-each", type=positive_float, default=8.0, metavar="S",
         help="that the repeats of one loss may take together (default: %(default)g)")  # fmt: skip
     add("--limit-seconds", type=positive_float, default=30.0, metavar="S",
-        help="of a call; who is slower has no time (default: %(default)g)")  # fmt: skip
+        help="of a call; slower methods get no time (default: %(default)g)")  # fmt: skip
     add("--seconds", type=positive_float, help="for everything; nothing is begun after that")
     add("--threads", type=positive_int, help="default: torch's choice")
     add("--in-process", action="store_true",
@@ -107,7 +108,7 @@ def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> i
         torch.set_num_threads(options.threads)
     tasks, here = _tasks(options), device.environment(options.device)
     if not tasks:
-        parser.error("--peers, --skip: nobody is left to be measured")
+        parser.error("--peers, --skip: no method left to measure")
     report = _earlier(parser, options, here)
     waiting = [_together(report, task) for task in tasks if not _is_there(report, task)]
     if len(waiting) < len(tasks):

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from . import device
-from .cases import LINEAR, LOGITS, Case
+from .cases import HEADS, LOGITS, Case
 from .entrants.base import Entrant
 from .entrants.ours import FORWARD
 from .measuring import Timing
-from .problems import LinearProblem, LogitsProblem, Problem
+from .problems import HeadsProblem, LogitsProblem, Problem
 
 NAME = "floor"
 #: The 16-bit products are slow if they take so many times as long as those of float32; others take
@@ -49,14 +49,14 @@ class Floor:
 
     def seconds_of(self, entrant: str, case: Case) -> float:
         """The least that this entrant can take."""
-        if case.level == LINEAR:
+        if case.level == HEADS:
             return self.seconds
         reads_only = entrant.startswith(FORWARD)
         return self.seconds if reads_only else 1.5 * self.seconds  # a copy moves two matrices
 
     def as_dict(self, case: Case) -> dict[str, Any]:
         """For a line of results."""
-        done = case.flops if case.level == LINEAR else 2 * case.matrix_bytes
+        done = case.flops if case.level == HEADS else 2 * case.matrix_bytes
         return {"name": self.name, "why": self.why, "seconds": self.seconds_of("", case),
                 "rate": done / self.seconds,
                 "time": None if self.timing is None else self.timing.as_dict()}  # fmt: skip
@@ -68,7 +68,7 @@ def floor(problem: Problem, limit_seconds: float) -> Floor | None:
     if isinstance(problem, LogitsProblem):
         seconds = fastest(problem.floor(), 0.0, case.device)
         return Floor("copy", problem.floor(), seconds, EAGER_COPIES * seconds > limit_seconds)
-    if not isinstance(problem, LinearProblem):
+    if not isinstance(problem, HeadsProblem):
         return None
     dtype, why, is_slow = None, "", False
     if case.dtype != "fp32" and case.device == "cpu":
@@ -103,7 +103,7 @@ def work(case: Case, entrant: Entrant) -> dict[str, int]:
     if case.level == LOGITS:
         kind = "forward" if entrant.key.startswith(FORWARD) else "forward_backward"
         return {"bytes": case.expected_bytes[kind]}
-    if case.level != LINEAR:
+    if case.level != HEADS:
         return {}
     has_teacher = entrant.keywords(case).get("soft_weight") != 0
     return {"flops": case.flops - (0 if has_teacher else case.teacher_flops)}

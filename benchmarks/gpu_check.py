@@ -10,11 +10,11 @@ first, 4 minutes, the CUDA kernels:
   operators         each operator by itself, over a copy's time
   ncu               occupancy, memory, issue slots of three kernels
   cuda-tests        the tests marked gpu
-  linear-times      the linear level by rows of a chunk, over its four products
+  heads-times       the loss of heads by rows of a chunk, over its four products
 second, 5 minutes:
   triton            the smoke of the Triton kernels, whose programs wait for each other; 30 s
   triton-operators, triton-tests
-  logits, linear    those suites of `python -m benchmarks run`, beside eager torch
+  logits, heads     those suites of `python -m benchmarks run`, beside eager torch
   peers             the same at one size beside torch.compile and Liger
   memory            small shapes under compute-sanitizer, the CUDA kernels alone
 

@@ -15,9 +15,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from . import pictures, reading, records, tables
-from .cases import LINEAR, LOGITS, Case
+from .cases import HEADS, LOGITS, Case
 from .cells import MISSING, Table, figure, mebibytes, unit_of
-from .entrants.ours import IN_PLACE, KDLOSS, LINEARKDLOSS
+from .entrants.ours import IN_PLACE, KDLOSS, WITH_HEADS
 from .reading import COMPILE, COMPOSITIONS, EAGER
 from .records import Line, Report
 from .report import Parser, between_markers, markers
@@ -29,7 +29,7 @@ README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.
 #: The case of README's table, and its columns.
 ROWS, VOCABULARY = 512, 128256
 #: Its rows by suite, but for the fastest peer and the floor.
-SHOWN = {LOGITS: (IN_PLACE, KDLOSS, COMPILE, EAGER), LINEAR: (LINEARKDLOSS, COMPILE)}
+SHOWN = {LOGITS: (IN_PLACE, KDLOSS, COMPILE, EAGER), HEADS: (WITH_HEADS, COMPILE)}
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -141,13 +141,13 @@ def readme_table(report: Report) -> str:
     lost = [line for suite in SHOWN for line in _lost(report, suite)]
     return "\n".join([
         f"{reading.machine(report.environment)}; {_what(report)}:", "", cells.markdown(), "",
-        f"Faster than ours here: {'; '.join(lost) or 'nobody who computes the same'}.",
+        f"Faster than ours here: {'; '.join(lost) or 'no method that computes the same'}.",
     ])  # fmt: skip
 
 
 def _what(report: Report) -> str:
     """The sizes of the table, in words."""
-    hidden = next((case for dtype in DTYPES if (case := _case(report, LINEAR, dtype))), None)
+    hidden = next((case for dtype in DTYPES if (case := _case(report, HEADS, dtype))), None)
     states = "" if hidden is None else (f", hidden states of {hidden.student_hidden} (student) "
                                         f"and {hidden.teacher_hidden} (teacher)")  # fmt: skip
     return (f"N = {ROWS}, V = {VOCABULARY}, T = 2, `forward_kl` + cross-entropy, forward + "
@@ -171,7 +171,7 @@ def _rows(report: Report, suite: str) -> Iterator[list[str]]:
                  for case in cases]  # fmt: skip
         title = next((line["title"] for line in lines if line is not None), None)
         if title is not None:
-            where = "" if key in (KDLOSS, IN_PLACE, LINEARKDLOSS) else level
+            where = "" if key in (KDLOSS, IN_PLACE, WITH_HEADS) else level
             yield [title + where, *(cell for line in lines for cell in _cells(line))]
     floors = [None if case is None else reading.floor(report, suite, case) for case in cases]
     title = reading.floor_titles(report, suite, [case for case in cases if case is not None])

@@ -12,9 +12,8 @@ Every line has "schema" (:data:`SCHEMA`) and "kind":
   computes where it cannot compute the same), "error" ("loss" and "gradients", relative to float64,
   None: not compared), "time", "memory" ("allocator_bytes", "process_bytes": peaks beyond the
   inputs; None: unknown), "bytes" (the least traffic; logits) or "flops" (of the products;
-  linear), "floor_share" (the least time over its own; None without a floor, or with a
-  "nearest").
-* ``done``: a case is complete, nobody was cut by the clock. "suite", "case", "case_name",
+  heads), "floor_share" (the least time over its own; None without a floor, or with a "nearest").
+* ``done``: a case is complete: no method was cut off by the clock. "suite", "case", "case_name",
   "seconds", "threads".
 
 "time" is None, or has "median_s", "quartiles_s" (two), "fastest_s", "repeats", "undisturbed". A
@@ -35,7 +34,15 @@ from typing import Any, TextIO
 
 from .cases import Case
 
-SCHEMA = 2
+SCHEMA = 3
+#: Fields of a line of schema 2, how its names began, and how they begin now.
+_RENAMED = (
+    ("suite", "linear", "heads"),
+    ("case_name", "linear", "heads"),
+    ("entrant", "linearkdloss", "kdloss-heads"),
+    ("title", "LinearKDLoss", "KDLoss, heads"),
+    ("title", "torch.compile of it", "torch.compile(eager)"),
+)
 #: What became of an entrant: its numbers are right, and it was timed; its numbers are wrong; it
 #: raised or crashed; too large; too slow; cannot take part.
 STATUSES = ("measured", "wrong", "failed", "no memory", "no time", "skipped")
@@ -189,6 +196,19 @@ def read(paths: Sequence[Path]) -> Report:
     return report
 
 
+def _renamed(line: Line) -> Line:
+    """Return a line of schema 2 with the present names of suites, levels and methods."""
+    found = dict(line)
+    for name, old, new in _RENAMED:
+        text = found.get(name)
+        if isinstance(text, str) and text.startswith(old):
+            found[name] = new + text.removeprefix(old)
+    case = found.get("case")
+    if isinstance(case, dict) and case.get("level") == "linear":
+        found["case"] = {**case, "level": "heads"}
+    return found
+
+
 def cut_off(path: Path) -> bool:
     """Drops a last line that does not end, so that lines can be appended; whether there was one."""
     content = path.read_bytes()
@@ -206,7 +226,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
     for number, text in enumerate(texts, 1):
         try:
             line = loads(text)
-            if line["schema"] != SCHEMA:
+            if line["schema"] == 2:
+                line = _renamed(line)
+            elif line["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {line['schema']!r}, not {SCHEMA}")
         except (ValueError, TypeError, KeyError) as error:
             if number == len(texts) and not text.endswith("\n"):
