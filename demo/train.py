@@ -83,7 +83,9 @@ class Student:
     def __post_init__(self) -> None:
         self.optimizer = optimizer_of(self.model, STUDENT_RATE)
 
-    def forward(self, teacher: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor | Head, ...]:
+    def forward(
+        self, teacher: LlamaForCausalLM, ids: Tensor
+    ) -> tuple[Tensor | Head, Tensor | Head]:
         """Return both sides of the loss, the student's first."""
         with torch.no_grad():
             teacher_side = self.method.side(teacher, ids)
