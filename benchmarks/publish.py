@@ -10,6 +10,7 @@ cpu_avx512 before gpu; docs/benchmarks.md has all of them, the last one first.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -23,6 +24,7 @@ from .records import Line, Report
 from .report import Parser, between_markers, markers
 from .suites import DTYPES
 
+WIDTH = 120  # of a line of text
 ROOT = Path(__file__).resolve().parents[1]
 NAME, HEADLINE = "benchmarks", "headline"  # of its markers
 README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.svg"
@@ -126,11 +128,15 @@ def headline(report: Report) -> str:
     if case.device == "cpu":
         device = str(found_on["device"]).removeprefix("CPU: ")
         where = f"{found_on['threads']} threads of {device} ({found_on['instruction_set']}; "
-    return (
+    return _filled(
         f"On {where}{ROWS} × {VOCABULARY} logits, {case.dtype}, forward + backward): "
-        f"**{_time(time)}** in place{beside[0]};\n"
+        f"**{_time(time)}** in place{beside[0]}; "
         f"memory beyond the logits: {_cells(ours)[1]}{beside[1]}."
     )
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def readme_table(report: Report) -> str:
@@ -139,10 +145,11 @@ def readme_table(report: Report) -> str:
     head = ["", *(text for dtype in DTYPES for text in (dtype, "memory"))]
     cells = Table(head, rows)
     lost = [line for suite in SHOWN for line in _lost(report, suite)]
-    return "\n".join([
-        f"{reading.machine(report.environment)}; {_what(report)}:", "", cells.markdown(), "",
-        f"Faster than ours here: {'; '.join(lost) or 'no method that computes the same'}.",
-    ])  # fmt: skip
+    where = _filled(f"{reading.machine(report.environment)}; {_what(report)}:")
+    faster = "; ".join(lost) or "no method that computes the same"
+    return "\n".join(
+        [where, "", cells.markdown(), "", _filled(f"Faster than ours here: {faster}.")]
+    )
 
 
 def _what(report: Report) -> str:
