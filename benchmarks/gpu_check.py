@@ -39,8 +39,8 @@ from typing import Any
 from . import gpu_process, triton_cache
 from .gpu_parts import MINUTES, PARTS, minutes, names
 from .gpu_process import Part, Run
-from .records import SCHEMA
 from .report import Parser, positive_float, table
+from .schema import SCHEMA
 
 #: Seconds kept for the report.
 RESERVE = 4.0

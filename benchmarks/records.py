@@ -1,6 +1,6 @@
 """The file of results: JSON lines, one object each, written and flushed as they come.
 
-Every line has "schema" (:data:`SCHEMA`) and "kind":
+Every line has "schema" (:data:`.schema.SCHEMA`) and "kind":
 
 * ``run``: begins the file, and is added by every ``--resume``. "environment" (processor, card,
   versions, commit, ...), "packages" (version of each peer that is installed), "command".
@@ -33,16 +33,8 @@ from types import NoneType
 from typing import Any, TextIO
 
 from .cases import Case
+from .schema import SCHEMA, renamed
 
-SCHEMA = 3
-#: Fields of a line of schema 2, how its names began, and how they begin now.
-_RENAMED = (
-    ("suite", "linear", "heads"),
-    ("case_name", "linear", "heads"),
-    ("entrant", "linearkdloss", "kdloss-heads"),
-    ("title", "LinearKDLoss", "KDLoss, heads"),
-    ("title", "torch.compile of it", "torch.compile(eager)"),
-)
 #: What became of an entrant: its numbers are right, and it was timed; its numbers are wrong; it
 #: raised or crashed; too large; too slow; cannot take part.
 STATUSES = ("measured", "wrong", "failed", "no memory", "no time", "skipped")
@@ -196,19 +188,6 @@ def read(paths: Sequence[Path]) -> Report:
     return report
 
 
-def _renamed(line: Line) -> Line:
-    """Return a line of schema 2 with the present names of suites, levels and methods."""
-    found = dict(line)
-    for name, old, new in _RENAMED:
-        text = found.get(name)
-        if isinstance(text, str) and text.startswith(old):
-            found[name] = new + text.removeprefix(old)
-    case = found.get("case")
-    if isinstance(case, dict) and case.get("level") == "linear":
-        found["case"] = {**case, "level": "heads"}
-    return found
-
-
 def cut_off(path: Path) -> bool:
     """Drops a last line that does not end, so that lines can be appended; whether there was one."""
     content = path.read_bytes()
@@ -227,7 +206,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
         try:
             line = loads(text)
             if line["schema"] == 2:
-                line = _renamed(line)
+                line = renamed(line)
             elif line["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {line['schema']!r}, not {SCHEMA}")
         except (ValueError, TypeError, KeyError) as error:

@@ -23,6 +23,7 @@ from benchmarks import floors, measuring, one_case, records, runner
 from benchmarks.cases import HEADS, LOGITS, STEP, Case
 from benchmarks.entrants import ENTRANTS
 from benchmarks.one_case import Task
+from benchmarks.schema import SCHEMA
 
 pytestmark = NEEDS_CPU
 
@@ -85,7 +86,7 @@ def test_lines_of_results_have_what_the_schema_says(tmp_path: Path) -> None:
     assert _run(file, "heads", "--dtype", "fp32") == 0
     lines = _lines(file)
     assert [line["kind"] for line in lines] == ["run", "floor", *["result"] * 3, "done"]
-    assert {line["schema"] for line in lines} == {records.SCHEMA}
+    assert {line["schema"] for line in lines} == {SCHEMA}
     text = " ".join((records.__doc__ or "").split())
     for line in lines:
         for key in {*line, *(line.get("time") or {})} - {"schema", "kind"}:
@@ -120,7 +121,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_is_resumed(
     assert f"--resume --output {file}" in capsys.readouterr().out
     kept = _lines(file)
     with file.open("a") as stream:
-        stream.write('{"schema": 2, "kind": "res')  # the line it was about to write
+        stream.write('{"schema": 3, "kind": "res')  # the line it was about to write
     assert _run(file, "logits", "--resume") == 0
     assert begun == ["bf16", "fp32", "fp32"]
     assert "1 of 2 cases are there already" in capsys.readouterr().out
