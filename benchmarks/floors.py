@@ -1,9 +1,9 @@
-"""The least that a case can take on this machine, measured among the entrants of the case.
+"""The lower bound of a case's time on this machine, measured among the methods of the case.
 
 Logits: reading both (N, V) matrices once and writing one, at the bandwidth of a copy. Hidden
 states: the four matrix products, whole, in the dtype of the case, or in float32 where that is
-faster (a processor without 16-bit products emulates them). Who computes something else than the
-case asks for is held to neither.
+faster (a processor without 16-bit products emulates them). Methods that compute a different loss
+have no lower bound.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .measuring import Timing
 from .problems import HeadsProblem, LogitsProblem, Problem
 
 NAME = "floor"
-#: The 16-bit products are slow if they take so many times as long as those of float32; others take
-#: so many times as long as the products, or as the copy, at most: who knows that a limit will be
-#: exceeded tries a few rows first.
+#: The 16-bit products are slow if they take more than SLOW times as long as those of float32. Other
+#: methods take at most SLOW times as long as the products, or EAGER_COPIES times as long as the
+#: copy: if that exceeds the limit of a call, a few rows are tried first.
 SLOW, EAGER_COPIES = 4.0, 200.0
 #: Rows on which that is tried, and the seconds and calls for which a short call is repeated.
 TRIED_ROWS, SHORT, MOST_CALLS = 8, 1.0, 1000

@@ -227,7 +227,7 @@ def _allowance(line: Line, case: Case, environment: dict[str, Any]) -> int | Non
 
 
 def _errors(report: Report, suite: str, case: Case) -> Iterator[Check]:
-    """Ours beside eager's; where that has none (an exact value of 0), nothing is said."""
+    """Yield our errors over eager's, unless eager has none (an exact value of 0)."""
     ours = reference(report, suite, case) or next(
         (x for x in report.of(suite, case) if x["entrant"] in (KDLOSS, WITH_HEADS)), None
     )

@@ -14,8 +14,8 @@ first, 4 minutes, the CUDA kernels:
 second, 5 minutes:
   triton            the smoke of the Triton kernels, whose programs wait for each other; 30 s
   triton-operators, triton-tests
-  logits, heads     those suites of `python -m benchmarks run`, beside eager torch
-  peers             the same at one size beside torch.compile and Liger
+  logits, heads     those suites of `python -m benchmarks run`, with eager torch
+  peers             the same at one size with torch.compile and Liger
   memory            small shapes under compute-sanitizer, the CUDA kernels alone
 
 Needs what it measures, uses what it finds, and goes on without the rest. Left in --output:

@@ -48,7 +48,7 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
 
 #: Relative errors beyond which an entrant computes something else: by float32 and by 16-bit inputs.
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
-#: Weight-shaped float32 buffers that an entrant may hold beside its matrices.
+#: Weight-shaped float32 buffers that an entrant may hold besides its matrices.
 WEIGHTS = 3
 #: Rows that are tried first where a call on all may take too long, and how many times as many next.
 FIRST_ROWS, MORE_ROWS = 8, 4

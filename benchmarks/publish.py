@@ -110,7 +110,7 @@ def _said(line: str | None) -> str:
 
 
 def headline(report: Report) -> str:
-    """A sentence: ours in place, beside plain torch, in the first dtype of the table."""
+    """Return a sentence: ours in place against plain torch, in the first dtype of the table."""
     case = _case(report, LOGITS, DTYPES[0])
     ours, *others = (None if case is None else reading.entrant(report, LOGITS, case, key)
                      for key in (IN_PLACE, COMPILE, EAGER))  # fmt: skip
@@ -122,7 +122,7 @@ def headline(report: Report) -> str:
              if line is not None and (seconds := reading.seconds(line)) is not None]  # fmt: skip
     times = " and ".join(f"{_time(seconds)} for {name}" for name, _, seconds in found)
     peaks = " and ".join(_cells(line)[1] for _, line, _ in found)
-    beside = (f" against {times}", f" against {peaks}") if found else ("", "")
+    against = (f" against {times}", f" against {peaks}") if found else ("", "")
     found_on = report.environment
     where = f"{found_on['device']} ("
     if case.device == "cpu":
@@ -130,8 +130,8 @@ def headline(report: Report) -> str:
         where = f"{found_on['threads']} threads of {device} ({found_on['instruction_set']}; "
     return _filled(
         f"On {where}{ROWS} × {VOCABULARY} logits, {case.dtype}, forward + backward): "
-        f"**{_time(time)}** in place{beside[0]}; "
-        f"memory beyond the logits: {_cells(ours)[1]}{beside[1]}."
+        f"**{_time(time)}** in place{against[0]}; "
+        f"memory beyond the logits: {_cells(ours)[1]}{against[1]}."
     )
 
 
@@ -140,7 +140,7 @@ def _filled(text: str) -> str:
 
 
 def readme_table(report: Report) -> str:
-    """A few rows: ours, plain torch, the fastest peer and the floor, with the memory of each."""
+    """Return a few rows: ours, plain torch, the fastest peer and the lower bound."""
     rows = [row for suite in SHOWN for row in _rows(report, suite)]
     head = ["", *(text for dtype in DTYPES for text in (dtype, "memory"))]
     cells = Table(head, rows)
@@ -241,7 +241,7 @@ def _times(report: Report, suite: str, cases: Sequence[Case]) -> int:
 
 
 def document(report: Report) -> str:
-    """The results of a machine: every suite at a glance, goals, who was faster or left out."""
+    """Return the results of a machine: every suite, goals, faster methods and those left out."""
     parts = [f"### {reading.machine(report.environment)}"]
     for suite in report.suites:
         parts.append(f"#### {suite}")

@@ -114,7 +114,7 @@ def sweeps(report: Report, suite: str, size: str) -> list[list[Case]]:
 
 
 def faster(report: Report, suite: str) -> Iterator[tuple[Case, Line, float]]:
-    """Who takes less time than ours, and which share of it."""
+    """Yield the methods that take less time than ours, and their share of it."""
     for case in report.cases(suite):
         ours = seconds(reference(report, suite, case))
         for line in taking_part(report, suite, case):

@@ -1,4 +1,4 @@
-"""The suites: which cases each measures, and who takes part in them."""
+"""The suites: their cases, and the methods that each measures."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _has_times(report: Report, suite: str) -> bool:
 def overview(report: Report, suite: str, cases: Sequence[Case], size: str) -> Table:
     """Entrants against the cases of a sweep: times, memory, the worst errors.
 
-    The floor's share is of the last case, the largest, for everyone.
+    The lower bound's share is of the last case, the largest.
     """
     found = {case: reading.taking_part(report, suite, case) for case in cases}
     order = list(dict.fromkeys(x["entrant"] for case in cases[::-1] for x in found[case]))
@@ -217,7 +217,7 @@ def faster_lines(report: Report, suite: str) -> list[str]:
 
 
 def conclusion(report: Report, suite: str) -> str:
-    """What stands below the tables of a suite: errors at a glance, who is faster, who left out."""
+    """Return the text below the tables of a suite: errors, faster methods, those left out."""
     glances = [] if _has_times(report, suite) else [
         f"{suite}: {title}\n{cells.text()}\n" for title, cells in overviews(report, suite)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How pictures look: one colour for each entrant wherever it appears, names beside the lines."""
+"""How pictures look: one colour for each method in all of them, names next to the lines."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def name_ends(axis: Any, names: Iterable[Name], size: float = 8.0) -> None:
 
 
 def short(text: str) -> str:
-    """A name that has room beside a panel; what tells members of a family apart ends it."""
+    """Return a name that fits next to a panel; its end distinguishes a family's members."""
     if len(text) <= NAME_WIDTH:
         return text
     end = NAME_WIDTH // 3
