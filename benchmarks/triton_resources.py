@@ -32,7 +32,7 @@ from fused_kd.backends.triton_configuration import (
     Kind,
     configuration,
 )
-from fused_kd.divergences import DIVERGENCES
+from fused_kd.options import DIVERGENCES
 
 #: CUDA compute capabilities and AMD architectures.
 from .report import Parser, markdown_table, show, writable_file

@@ -67,7 +67,7 @@ class Model(torch.nn.Module):
         return SimpleNamespace(logits=self.lm_head(self.states))
 
 
-def test_the_loss_of_heads_equals_that_of_logits() -> None:
+def test_heads_give_the_loss_of_logits() -> None:
     student, teacher = Model(8), Model(12)
     leaves = student.states, student.lm_head.weight
     names: dict[str, Any] = {"batch": batch(), "teacher": teacher, "student": student}
