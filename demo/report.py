@@ -189,6 +189,6 @@ def draw_bars(axes: "Axes", rows: list[Summary], name: str, quantity: str) -> No
     for height, (row, value) in enumerate(zip(rows, values, strict=True)):
         remark = f"{times(values[0], value)} less" if height else ""
         if row.name == HEADS and quantity == "loss_ms":
-            remark = "with lm_head products"
+            remark = "with lm_heads"
         number = f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
         axes.text(value, height, f" {number}   {remark}", va="center")
