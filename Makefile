@@ -29,12 +29,12 @@ test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
 	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
 
-# A training run for each framework, its own loss beside ours: about 20 minutes on two cores.
+# A training run for each framework, with its own loss and with ours: about 20 minutes on two cores.
 # make examples ARGS="trl_gkd --steps 5"
 examples: $(VENV)/.peers
 	$(BIN)/python -m examples $(ARGS)
 
-# Every suite on this CPU beside every peer that installs, then pictures and a page: about two hours on
+# Every suite on this CPU with every peer that installs, then pictures and a page: about two hours on
 # two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume
 bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks run --output out/benchmarks/cpu.jsonl $(ARGS); status=$$?; \

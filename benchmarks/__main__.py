@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from fused_kd.backends import why_not
-from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.options import KDOptions
 from fused_kd.plan.models import MODELS
 
 from . import compare, device, page, pictures, records, runner, tables
@@ -30,7 +31,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
+    """Run a command; return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
     options = parser.parse_args(given)
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     _run_options(commands.add_parser("run", help="measure suites, into a file of results"))
@@ -90,7 +91,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add("--seconds-each", type=positive_float, default=8.0, metavar="S",
         help="that the repeats of one loss may take together (default: %(default)g)")  # fmt: skip
     add("--limit-seconds", type=positive_float, default=30.0, metavar="S",
-        help="of a call; who is slower has no time (default: %(default)g)")  # fmt: skip
+        help="of a call; slower methods get no time (default: %(default)g)")  # fmt: skip
     add("--seconds", type=positive_float, help="for everything; nothing is begun after that")
     add("--threads", type=positive_int, help="default: torch's choice")
     add("--in-process", action="store_true",
@@ -98,7 +99,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("out/benchmarks.jsonl"), metavar="FILE",
         help="default: %(default)s")  # fmt: skip
     add("--resume", action="store_true", help="measure what the output does not have yet")
-    add("--overwrite", action="store_true", help="whatever is in the output")
+    add("--overwrite", action="store_true", help="replace the contents of the output")
 
 
 def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -107,7 +108,7 @@ def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> i
         torch.set_num_threads(options.threads)
     tasks, here = _tasks(options), device.environment(options.device)
     if not tasks:
-        parser.error("--peers, --skip: nobody is left to be measured")
+        parser.error("--peers, --skip: no method left to measure")
     report = _earlier(parser, options, here)
     waiting = [_together(report, task) for task in tasks if not _is_there(report, task)]
     if len(waiting) < len(tasks):
@@ -134,21 +135,21 @@ def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> i
 
 
 def _is_there(report: records.Report, task: Task) -> bool:
-    """Whether a file has the whole case, with everyone who is wanted now."""
+    """Return True if a file has the complete case, with all methods of the task."""
     key = task.suite, task.case.name
     keys = (ENTRANTS[name].key for name in task.entrants)
     return key in report.done and all((*key, one) in report.results for one in keys)
 
 
 def _together(report: records.Report, task: Task) -> Task:
-    """With everyone whom the file has in this case: times of two runs make no comparison."""
+    """Add the methods that the file has in this case: times of two runs cannot be compared."""
     keys = {line["entrant"] for line in report.of(task.suite, task.case)}
     keys.update(ENTRANTS[name].key for name in task.entrants)
     return replace(task, entrants=tuple(SUITES[task.suite].takes(task.case, keys, ())))
 
 
 def _ours_failed(report: records.Report, tasks: Sequence[Task]) -> bool:
-    """Says it of each of ours that is wrong, or raised."""
+    """Print each of ours that is wrong or raised; return True if there is one."""
     lines = [line for task in tasks for line in report.of(task.suite, task.case)
              if line["is_ours"] and line["status"] in ("wrong", "failed")]  # fmt: skip
     for line in lines:
@@ -157,7 +158,7 @@ def _ours_failed(report: records.Report, tasks: Sequence[Task]) -> bool:
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
-    """Everything that can be wrong, before anything is measured."""
+    """Check all options before anything is measured."""
     for name in options.suites:
         if name not in SUITES:
             parser.error(f"unknown suite {name!r}; there are {' '.join(SUITES)}")
@@ -193,7 +194,7 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
 
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
-    """The wanted suites' cases."""
+    """Return the tasks of the chosen suites."""
     found = []
     for name in options.suites or SUITES:
         suite = SUITES[name]
@@ -210,7 +211,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
 def _earlier(
     parser: Parser, options: argparse.Namespace, here: dict[str, object]
 ) -> records.Report:
-    """What the output has already; refuses what would be lost or mixed, and what cannot be made."""
+    """Return the report in the output; refuse to lose or mix results, and an unusable output."""
     path, report = options.output, records.Report()
     try:
         if path.exists() and not path.is_file():

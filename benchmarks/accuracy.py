@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fused_kd import KDLossParts, kd_loss
 from fused_kd.backends import why_not
-from fused_kd.options import BACKENDS, DIVERGENCES, KDOptions
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.options import BACKENDS, KDOptions
 from fused_kd.testing import REGIMES, Inputs, Result, conditioning, make_inputs, truth_and_eager
 
 from .cases import DTYPES

@@ -9,9 +9,9 @@ from fused_kd.testing import DTYPES
 
 #: States of a token, of its hidden size each, that the layers of a training step hold, about.
 LAYER_STATES = 16
-#: What a loss is given, and what the suites measure: logits, hidden states and heads, a training
-#: step.
-LOGITS, LINEAR, STEP = "logits", "linear", "step"
+#: What the suites measure: a loss of logits, a loss of heads (hidden states and lm_heads), a
+#: training step.
+LOGITS, HEADS, STEP = "logits", "heads", "step"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Case:
     temperature: float = 2.0
     divergence: str = "forward_kl"
     level: str = LOGITS
-    student_hidden: int = 0  # of the linear level and of a training step
+    student_hidden: int = 0  # with heads, and of a training step
     teacher_hidden: int = 0
     device: str = "cpu"
     regime: str = "randn"  # of the logits, by fused_kd.testing.make_inputs; only for accuracy
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the four products of the linear level."""
+        """Return the operations of the four products with the heads."""
         return 2 * self.n * self.v * (3 * self.student_hidden + self.teacher_hidden)
 
     @property
@@ -63,14 +63,14 @@ class Case:
         rows, hidden = self.n + self.v, self.student_hidden + self.teacher_hidden
         if self.level == LOGITS:
             return 3 * self.matrix_bytes  # the student's twice, to bring them back
-        if self.level == LINEAR:  # in float32 too, where the floor of 16 bits needs it
+        if self.level == HEADS:  # in float32 too, where the floor of 16 bits needs it
             return rows * hidden * (self.itemsize if self.itemsize == 4 else self.itemsize + 4)
         weights = 2 * self.v * (4 * self.student_hidden + self.teacher_hidden)
         return (weights + LAYER_STATES * self.n * hidden) * self.itemsize
 
     @property
     def gradient_bytes(self) -> int:
-        """By the logits; at the linear level by hidden states and weight."""
+        """Return the bytes of the gradients: of logits, or of hidden states and weight."""
         if self.level == LOGITS:
             return self.matrix_bytes
         return (self.n + self.v) * self.student_hidden * self.itemsize

@@ -80,7 +80,7 @@ def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> tupl
 
     Times are compared as multiples of that of ours in the same case and file; ours as multiples of
     the floor, or of eager where there is none. They agree if no such ratio differs by more than
-    the tolerance, nobody who had a time lost it, or the other way round, and no error became more
+    the tolerance, no method lost or gained a time, and no error became more
     than twice as large, or not finite. What is in one file alone is said, and no disagreement, but
     there must be something to compare. Memory is shown.
     """

@@ -1,9 +1,9 @@
-"""The least that a case can take on this machine, measured among the entrants of the case.
+"""The lower bound of a case's time on this machine, measured among the methods of the case.
 
 Logits: reading both (N, V) matrices once and writing one, at the bandwidth of a copy. Hidden
 states: the four matrix products, whole, in the dtype of the case, or in float32 where that is
-faster (a processor without 16-bit products emulates them). Who computes something else than the
-case asks for is held to neither.
+faster (a processor without 16-bit products emulates them). Methods that compute a different loss
+have no lower bound.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from . import device
-from .cases import LINEAR, LOGITS, Case
+from .cases import HEADS, LOGITS, Case
 from .entrants.base import Entrant
 from .entrants.ours import FORWARD
 from .measuring import Timing
-from .problems import LinearProblem, LogitsProblem, Problem
+from .problems import HeadsProblem, LogitsProblem, Problem
 
 NAME = "floor"
-#: The 16-bit products are slow if they take so many times as long as those of float32; others take
-#: so many times as long as the products, or as the copy, at most: who knows that a limit will be
-#: exceeded tries a few rows first.
+#: The 16-bit products are slow if they take more than SLOW times as long as those of float32. Other
+#: methods take at most SLOW times as long as the products, or EAGER_COPIES times as long as the
+#: copy: if that exceeds the limit of a call, a few rows are tried first.
 SLOW, EAGER_COPIES = 4.0, 200.0
 #: Rows on which that is tried, and the seconds and calls for which a short call is repeated.
 TRIED_ROWS, SHORT, MOST_CALLS = 8, 1.0, 1000
@@ -49,14 +49,14 @@ class Floor:
 
     def seconds_of(self, entrant: str, case: Case) -> float:
         """The least that this entrant can take."""
-        if case.level == LINEAR:
+        if case.level == HEADS:
             return self.seconds
         reads_only = entrant.startswith(FORWARD)
         return self.seconds if reads_only else 1.5 * self.seconds  # a copy moves two matrices
 
     def as_dict(self, case: Case) -> dict[str, Any]:
         """For a line of results."""
-        done = case.flops if case.level == LINEAR else 2 * case.matrix_bytes
+        done = case.flops if case.level == HEADS else 2 * case.matrix_bytes
         return {"name": self.name, "why": self.why, "seconds": self.seconds_of("", case),
                 "rate": done / self.seconds,
                 "time": None if self.timing is None else self.timing.as_dict()}  # fmt: skip
@@ -68,7 +68,7 @@ def floor(problem: Problem, limit_seconds: float) -> Floor | None:
     if isinstance(problem, LogitsProblem):
         seconds = fastest(problem.floor(), 0.0, case.device)
         return Floor("copy", problem.floor(), seconds, EAGER_COPIES * seconds > limit_seconds)
-    if not isinstance(problem, LinearProblem):
+    if not isinstance(problem, HeadsProblem):
         return None
     dtype, why, is_slow = None, "", False
     if case.dtype != "fp32" and case.device == "cpu":
@@ -103,7 +103,7 @@ def work(case: Case, entrant: Entrant) -> dict[str, int]:
     if case.level == LOGITS:
         kind = "forward" if entrant.key.startswith(FORWARD) else "forward_backward"
         return {"bytes": case.expected_bytes[kind]}
-    if case.level != LINEAR:
+    if case.level != HEADS:
         return {}
     has_teacher = entrant.keywords(case).get("soft_weight") != 0
     return {"flops": case.flops - (0 if has_teacher else case.teacher_flops)}

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fused_kd.linear.memory import CPU_BUDGET, GPU_ROWS, GPU_SHARE
+from fused_kd.engines.memory import CPU_BUDGET, GPU_ROWS, GPU_SHARE
 from fused_kd.options import MIB
 from fused_kd.plan import plan
 
-from .cases import DTYPES, LINEAR, LOGITS, Case
-from .entrants.ours import BUDGETED, FORWARD, IN_PLACE, KDLOSS, LINEARKDLOSS
+from .cases import DTYPES, HEADS, LOGITS, Case
+from .entrants.ours import BUDGETED, FORWARD, IN_PLACE, KDLOSS, WITH_HEADS
 from .reading import (
     COMPILE,
     EAGER,
@@ -47,13 +47,13 @@ SPEEDUPS = {
 OVER_FLOOR = {
     (CPU, IN_PLACE): _by_dtype(1.6, 1.2),
     (CPU, FORWARD): _by_dtype(1.3, 1.3),
-    (CPU, LINEARKDLOSS): _by_dtype(1.15, 1.15),
+    (CPU, WITH_HEADS): _by_dtype(1.15, 1.15),
     (CUDA, KDLOSS): _by_dtype(1.15, 1.15),
     (CUDA, IN_PLACE): _by_dtype(1.15, 1.15),
     (CUDA, KDLOSS + TRITON): _by_dtype(1.5, 1.5),
     (CUDA, IN_PLACE + TRITON): _by_dtype(1.5, 1.5),
-    (CUDA, LINEARKDLOSS): _by_dtype(1.1, 1.1),
-    (CUDA, LINEARKDLOSS + TRITON): _by_dtype(1.1, 1.1),
+    (CUDA, WITH_HEADS): _by_dtype(1.1, 1.1),
+    (CUDA, WITH_HEADS + TRITON): _by_dtype(1.1, 1.1),
 }
 #: Smaller matrices stay in the caches, where a copy is no floor; a GPU is to be filled.
 LEAST_BYTES = 16 * MIB
@@ -64,7 +64,7 @@ DIVERGENCES = {"forward_kl": 2.0, "reverse_kl": 2.0, "mse": 2.0, "jsd": 3.0, "tv
 DOUBLED, DOUBLED_TOLERANCE = 2.0, 0.1
 DOUBLED_FROM = {"n": 256, "v": 64128}
 #: Bytes beyond gradients, accumulator and budget: logits, hidden states.
-MEMORY_SLACK = {LOGITS: MIB, LINEAR: 8 * MIB}
+MEMORY_SLACK = {LOGITS: MIB, HEADS: 8 * MIB}
 #: Our error over eager's, at most, and what rounding alone may cost.
 ERROR_FACTOR, ERROR_SLACK = 1.1, 2 * torch.finfo(torch.float32).eps
 ERROR_GOAL = f"≤ {ERROR_FACTOR} × eager's + 2 eps"
@@ -110,7 +110,7 @@ def checks(report: Report) -> list[Check]:
                 found += _growth(report, case)
                 continue
             found += _errors(report, suite, case)
-            if case.level in (LOGITS, LINEAR):
+            if case.level in (LOGITS, HEADS):
                 found += _memory(report, suite, case)
             if _is_large(case):
                 found += _over_floor(report, suite, case)
@@ -135,12 +135,12 @@ def summary(every: Sequence[Check]) -> list[list[str]]:
 
 
 def _is_large(case: Case) -> bool:
-    if case.level not in (LOGITS, LINEAR):
+    if case.level not in (LOGITS, HEADS):
         return False
     if case.device == CPU:
         return case.matrix_bytes >= LEAST_BYTES
     return case.n >= GPU_LEAST_ROWS and (
-        case.level == LINEAR or case.v >= GPU_LEAST_VOCABULARY
+        case.level == HEADS or case.v >= GPU_LEAST_VOCABULARY
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def _over_floor(report: Report, suite: str, case: Case) -> Iterator[Check]:
     for (device, key), limits in OVER_FLOOR.items():
         line = entrant(report, suite, case, key)
         if device == case.device and line is not None and line["floor_share"]:
-            what = f"{_title(line)} / its floor"
+            what = f"{_title(line)} / its lower bound"
             yield Check.at_most(what, 1 / line["floor_share"], limits[case.dtype], case)
 
 
@@ -199,14 +199,14 @@ def _memory(report: Report, suite: str, case: Case) -> Iterator[Check]:
             continue
         due = _due(line, case, allowed)
         rest, limit = peak - due, allowed + MEMORY_SLACK[case.level]
-        beyond = {LOGITS: "gradient", LINEAR: "gradients and accumulator"}[case.level]
+        beyond = {LOGITS: "gradient", HEADS: "gradients and accumulator"}[case.level]
         what = f"{line['title']}: memory beyond inputs" + ("" if due == 0 else f", {beyond}")
         yield Check(what, f"≤ {limit / MIB:g} MiB", f"{rest / MIB:.2f} MiB", rest / limit, case)
 
 
 def _due(line: Line, case: Case, budget: int) -> int:
     """Bytes of gradients, and of the float32 sum of a 16-bit one where there are several chunks."""
-    if case.level == LINEAR:
+    if case.level == HEADS:
         sizes = case.n, case.v, case.student_hidden, case.teacher_hidden, DTYPES[case.dtype]
         is_sum = case.dtype != "fp32" and plan(*sizes, memory_budget=budget).chunks > 1
         return case.gradient_bytes + (4 * case.v * case.student_hidden if is_sum else 0)
@@ -227,9 +227,9 @@ def _allowance(line: Line, case: Case, environment: dict[str, Any]) -> int | Non
 
 
 def _errors(report: Report, suite: str, case: Case) -> Iterator[Check]:
-    """Ours beside eager's; where that has none (an exact value of 0), nothing is said."""
+    """Yield our errors over eager's, unless eager has none (an exact value of 0)."""
     ours = reference(report, suite, case) or next(
-        (x for x in report.of(suite, case) if x["entrant"] in (KDLOSS, LINEARKDLOSS)), None
+        (x for x in report.of(suite, case) if x["entrant"] in (KDLOSS, WITH_HEADS)), None
     )
     eager = entrant(report, suite, case, EAGER)
     if ours is None or eager is None:

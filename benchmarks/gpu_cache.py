@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 from . import gpu_smoke
 from .cases import Case

@@ -10,12 +10,12 @@ first, 4 minutes, the CUDA kernels:
   operators         each operator by itself, over a copy's time
   ncu               occupancy, memory, issue slots of three kernels
   cuda-tests        the tests marked gpu
-  linear-times      the linear level by rows of a chunk, over its four products
+  heads-times       the loss of heads by rows of a chunk, over its four products
 second, 5 minutes:
   triton            the smoke of the Triton kernels, whose programs wait for each other; 30 s
   triton-operators, triton-tests
-  logits, linear    those suites of `python -m benchmarks run`, beside eager torch
-  peers             the same at one size beside torch.compile and Liger
+  logits, heads     those suites of `python -m benchmarks run`, with eager torch
+  peers             the same at one size with torch.compile and Liger
   memory            small shapes under compute-sanitizer, the CUDA kernels alone
 
 Needs what it measures, uses what it finds, and goes on without the rest. Left in --output:
@@ -39,8 +39,8 @@ from typing import Any
 from . import gpu_process, triton_cache
 from .gpu_parts import MINUTES, PARTS, minutes, names
 from .gpu_process import Part, Run
-from .records import SCHEMA
 from .report import Parser, positive_float, table
+from .schema import SCHEMA
 
 #: Seconds kept for the report.
 RESERVE = 4.0

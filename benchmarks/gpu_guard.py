@@ -77,7 +77,7 @@ class Guard:
     def _synchronize(self) -> None:
         """Wait for the device: an error of a kernel shows then."""
         if self.device == "cuda":
-            import torch  # takes seconds, and who only reads the names above needs none
+            import torch  # takes seconds, and the names above need none
 
             torch.cuda.synchronize()
 

@@ -3,7 +3,7 @@
 Meant to run under compute-sanitizer (``benchmarks.gpu_sanitizer`` does that), and right without it:
 logits lie between NaN margins at an offset, every gradient must be finite and close to the CPU
 reference's. For each case: the forward alone; loss and gradient at once, handed over, scaled by a
-power of two and by another number, made anew for a second backward, in place; and the backward of
+power of two and by another number, recomputed for a second backward, in place; and the backward of
 per-row losses.
 """
 
@@ -61,7 +61,7 @@ def cases(backend: str, device: str) -> list[Small]:
     """Mixed, so that leaving out the last ones leaves out something of everything."""
     ladder = LADDER if device == "cuda" else (7, 300)
     pairs = [(s, t) for s in DTYPES for t in DTYPES]
-    if backend == "triton":  # each pair is compiled anew
+    if backend == "triton":  # each pair is compiled separately
         pairs = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")]
     found = []
     for i, divergence in enumerate(DIVERGENCES):

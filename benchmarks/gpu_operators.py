@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fused_kd import KDLoss
-from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.divergences import CODES, DIVERGENCES
+from fused_kd.options import KDOptions, temperature_tensor
 
 from .cases import Case
 from .device import Budget, release, room
@@ -124,8 +125,8 @@ class Operators:
         weight = torch.full(labels.shape, 0.5 / len(labels), device=student.device)
         self._rows = (student[None], teacher[None], labels, weight, weight)
         options = KDOptions(divergence=divergence, temperature=2.0)
-        self._numbers = (options.divergence_code, options.temperature, options.beta,
-                         options.soft_factor, options.label_smoothing)  # fmt: skip
+        self._numbers = (CODES[divergence], temperature_tensor(options), options.beta,
+                         options.soft_scale == "t2", options.label_smoothing)  # fmt: skip
         self._made: tuple[Tensor, Tensor] | None = None
         self._factors = {x: torch.tensor(x, device=student.device) for x in (1.0, 0.3)}
 

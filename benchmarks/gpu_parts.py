@@ -22,9 +22,9 @@ TESTS = ("test_gpu.py", "test_gpu_running.py", "test_gpu_machine.py", "test_gpu_
 WORKERS, TEST_SECONDS = 12, 45
 #: Options of `python -m benchmarks run`, on a GPU and to try them. torch.compile and Liger compile
 #: for longer than all others take, so they are measured last, at one size.
-OURS = ("kdloss", "kdloss-inplace", "kdloss-forward", "kdloss-triton", "linearkdloss",
-        "linearkdloss-triton", "eager")  # fmt: skip
-COMPILED = ("kdloss", "linearkdloss", "compile", "liger", "liger-fused-kl")
+OURS = ("kdloss", "kdloss-inplace", "kdloss-forward", "kdloss-triton", "kdloss-heads",
+        "kdloss-heads-triton", "eager")  # fmt: skip
+COMPILED = ("kdloss", "kdloss-heads", "compile", "liger", "liger-fused-kl")
 REPEATS = ("--repeats", "10", "--seconds-each", "2")
 SUITES: dict[str, tuple[str, str]] = {
     "logits": (
@@ -32,14 +32,14 @@ SUITES: dict[str, tuple[str, str]] = {
         f"--peers {' '.join(OURS)}",
         f"logits --dtype bf16 --v 33 --n 5 --peers {' '.join(OURS)}",
     ),
-    "linear": (
-        f"linear --dtype bf16 --v 151936 --n 8192 --hidden 2048 4096 --peers {' '.join(OURS)}",
-        f"linear --dtype bf16 --v 33 --n 5 --hidden 8 12 --peers {' '.join(OURS)}",
+    "heads": (
+        f"heads --dtype bf16 --v 151936 --n 8192 --hidden 2048 4096 --peers {' '.join(OURS)}",
+        f"heads --dtype bf16 --v 33 --n 5 --hidden 8 12 --peers {' '.join(OURS)}",
     ),
     "peers": (
-        "logits linear --dtype bf16 --v 151936 --n 8192 --hidden 2048 4096 "
+        "logits heads --dtype bf16 --v 151936 --n 8192 --hidden 2048 4096 "
         f"--peers {' '.join(COMPILED)}",
-        "logits linear --dtype bf16 --v 33 --n 5 --hidden 8 12 --peers kdloss linearkdloss eager",
+        "logits heads --dtype bf16 --v 33 --n 5 --hidden 8 12 --peers kdloss kdloss-heads eager",
     ),
 }
 
@@ -153,12 +153,12 @@ PARTS: dict[str, Plan] = {
     "operators": Plan(FIRST, 35, _module("gpu_operators", *CUDA)),
     "ncu": Plan(FIRST, 30, _module("gpu_counters", *CUDA)),
     "cuda-tests": Plan(FIRST, 55, _tests("cuda")),
-    "linear-times": Plan(FIRST, 20, _module("gpu_linear", *CUDA)),
+    "heads-times": Plan(FIRST, 20, _module("gpu_heads", *CUDA)),
     "triton": Plan(SECOND, 30, _triton_smoke, most=30 + GRACE),
     "triton-operators": Plan(SECOND, 25, _module("gpu_operators", *TRITON)),
     "triton-tests": Plan(SECOND, 90, _tests("triton")),
     "logits": Plan(SECOND, 35, _suite),
-    "linear": Plan(SECOND, 20, _suite),
+    "heads": Plan(SECOND, 20, _suite),
     "peers": Plan(SECOND, 50, _suite),
     "memory": Plan(SECOND, 50, _module("gpu_sanitizer", *CUDA, writes=False)),
 }

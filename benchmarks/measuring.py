@@ -143,7 +143,7 @@ def interleave(
     rounds = max((t.wanted for t in timings.values()), default=0)
     for turn in range(rounds):
         for one in contestants:
-            # who has fewer repeats takes part in rounds from the first to the last
+            # fewer repeats are spread over all rounds
             before, after = (int(t * timings[one.name].wanted / rounds + 0.5)
                              for t in (turn, turn + 1))  # fmt: skip
             if after > before:
@@ -190,7 +190,7 @@ def process_peak(call: Callable[[], object]) -> int | None:
     if trim is not None:
         trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _resident("VmRSS")
     except OSError:
         call()

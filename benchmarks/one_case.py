@@ -26,7 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 import torch
 
 from . import device, errors, floors, records
-from .cases import LINEAR, LOGITS, STEP, Case
+from .cases import HEADS, LOGITS, STEP, Case
 from .entrants import ENTRANTS, Entrant, Loss
 from .measuring import (
     PATIENCE,
@@ -36,19 +36,19 @@ from .measuring import (
     interleave,
     process_peak,
 )
-from .problems import LinearProblem, LogitsProblem, Problem
+from .problems import HeadsProblem, LogitsProblem, Problem
 from .training_step import StepProblem, after_heads
 
 Emit = Callable[..., None]
 PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     LOGITS: LogitsProblem,
-    LINEAR: LinearProblem,
+    HEADS: HeadsProblem,
     STEP: StepProblem,
 }
 
 #: Relative errors beyond which an entrant computes something else: by float32 and by 16-bit inputs.
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
-#: Weight-shaped float32 buffers that an entrant may hold beside its matrices.
+#: Weight-shaped float32 buffers that an entrant may hold besides its matrices.
 WEIGHTS = 3
 #: Rows that are tried first where a call on all may take too long, and how many times as many next.
 FIRST_ROWS, MORE_ROWS = 8, 4
@@ -354,8 +354,8 @@ def _said(error: Exception) -> str:
 def _ends_with(parent: int) -> bool:
     """Has the system end this process when its parent ends; False if that has happened already.
 
-    Who kills a run wants the machine back, and the next run is not to be disturbed. Where there is
-    no such call, the first line that nobody reads ends the process.
+    A run that is killed must release the machine, and must not disturb the next one. If there is
+    no such call, the first line that has no reader ends the process.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux's
     if prctl is not None:

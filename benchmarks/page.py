@@ -15,15 +15,15 @@ from .records import Report
 
 TITLE = "fused_kd: benchmarks"
 METHOD = (
-    "Everyone who takes part in a case is called in turns, A B C A B C …, after a warm-up, so that "
-    "drift of the machine hits all alike.",
+    "The methods of a case are called in turns, A B C A B C …, after a warm-up, so that "
+    "drift of the machine affects all of them equally.",
     "A time is the median of forward and backward of the whole public call, with quartiles; "
-    "repetitions during which our threads waited for a processor are made again or marked.",
+    "repetitions during which our threads waited for a processor are repeated or marked.",
     "Inputs are restored and gradients dropped outside the timed region, the same for all; each "
-    "case runs in a process of its own.",
-    "Memory is the peak of what torch's allocator handed out beyond the inputs, beside that of the "
+    "case runs in its own process.",
+    "Memory is the peak of torch's allocator beyond the inputs, next to that of the "
     "process; errors are relative to float64, and taken before anything is timed.",
-    "The floor is what the machine itself can do, a copy of the logits or the bare matrix "
+    "The lower bound is the time of a copy of the logits or of the bare matrix "
     "products, measured in the same turns.",
 )
 #: Colours of the two modes; those of the pictures are replaced by them.
@@ -75,7 +75,7 @@ def page(report: Report) -> str:
 
 
 def _suite(report: Report, suite: str, drawn: list[Picture]) -> Iterator[str]:
-    """Pictures, tables at a glance, where we lose, every case, who was left out."""
+    """Return pictures, overviews, where we lose, every case, and the methods left out."""
     yield f'<h2 id="{escape(suite)}">{escape(suite)}</h2>'
     for number, picture in enumerate(drawn):
         if picture.suite == suite:

@@ -19,8 +19,8 @@ from fused_kd.testing import make_inputs
 from .cases import DTYPES, LOGITS, Case
 from .entrants.base import Loss
 
-#: Rows on which an entrant is compared with float64, and at the linear level, where that
-#: multiplies whole heads, entries of the vocabulary at most.
+#: Rows on which a method is compared with float64; with heads, where that multiplies whole
+#: weights, also the largest number of vocabulary entries.
 CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
 
 
@@ -134,7 +134,7 @@ class LogitsProblem(Problem):
         return lambda: self._student.copy_(self._teacher)
 
 
-class LinearProblem(Problem):
+class HeadsProblem(Problem):
     """Hidden states and heads of both models; logits of standard deviation 2."""
 
     def __init__(self, case: Case, seed: int = 0) -> None:

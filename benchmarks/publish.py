@@ -10,26 +10,28 @@ cpu_avx512 before gpu; docs/benchmarks.md has all of them, the last one first.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 from . import pictures, reading, records, tables
-from .cases import LINEAR, LOGITS, Case
+from .cases import HEADS, LOGITS, Case
 from .cells import MISSING, Table, figure, mebibytes, unit_of
-from .entrants.ours import IN_PLACE, KDLOSS, LINEARKDLOSS
+from .entrants.ours import IN_PLACE, KDLOSS, WITH_HEADS
 from .reading import COMPILE, COMPOSITIONS, EAGER
 from .records import Line, Report
 from .report import Parser, between_markers, markers
 from .suites import DTYPES
 
+WIDTH = 120  # of a line of text
 ROOT = Path(__file__).resolve().parents[1]
 NAME, HEADLINE = "benchmarks", "headline"  # of its markers
 README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.svg"
 #: The case of README's table, and its columns.
 ROWS, VOCABULARY = 512, 128256
 #: Its rows by suite, but for the fastest peer and the floor.
-SHOWN = {LOGITS: (IN_PLACE, KDLOSS, COMPILE, EAGER), LINEAR: (LINEARKDLOSS, COMPILE)}
+SHOWN = {LOGITS: (IN_PLACE, KDLOSS, COMPILE, EAGER), HEADS: (WITH_HEADS, COMPILE)}
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -108,7 +110,7 @@ def _said(line: str | None) -> str:
 
 
 def headline(report: Report) -> str:
-    """A sentence: ours in place, beside plain torch, in the first dtype of the table."""
+    """Return a sentence: ours in place against plain torch, in the first dtype of the table."""
     case = _case(report, LOGITS, DTYPES[0])
     ours, *others = (None if case is None else reading.entrant(report, LOGITS, case, key)
                      for key in (IN_PLACE, COMPILE, EAGER))  # fmt: skip
@@ -120,34 +122,39 @@ def headline(report: Report) -> str:
              if line is not None and (seconds := reading.seconds(line)) is not None]  # fmt: skip
     times = " and ".join(f"{_time(seconds)} for {name}" for name, _, seconds in found)
     peaks = " and ".join(_cells(line)[1] for _, line, _ in found)
-    beside = (f" against {times}", f" against {peaks}") if found else ("", "")
+    against = (f" against {times}", f" against {peaks}") if found else ("", "")
     found_on = report.environment
     where = f"{found_on['device']} ("
     if case.device == "cpu":
         device = str(found_on["device"]).removeprefix("CPU: ")
         where = f"{found_on['threads']} threads of {device} ({found_on['instruction_set']}; "
-    return (
+    return _filled(
         f"On {where}{ROWS} × {VOCABULARY} logits, {case.dtype}, forward + backward): "
-        f"**{_time(time)}** in place{beside[0]};\n"
-        f"memory beyond the logits: {_cells(ours)[1]}{beside[1]}."
+        f"**{_time(time)}** in place{against[0]}; "
+        f"memory beyond the logits: {_cells(ours)[1]}{against[1]}."
     )
 
 
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
 def readme_table(report: Report) -> str:
-    """A few rows: ours, plain torch, the fastest peer and the floor, with the memory of each."""
+    """Return a few rows: ours, plain torch, the fastest peer and the lower bound."""
     rows = [row for suite in SHOWN for row in _rows(report, suite)]
     head = ["", *(text for dtype in DTYPES for text in (dtype, "memory"))]
     cells = Table(head, rows)
     lost = [line for suite in SHOWN for line in _lost(report, suite)]
-    return "\n".join([
-        f"{reading.machine(report.environment)}; {_what(report)}:", "", cells.markdown(), "",
-        f"Faster than ours here: {'; '.join(lost) or 'nobody who computes the same'}.",
-    ])  # fmt: skip
+    where = _filled(f"{reading.machine(report.environment)}; {_what(report)}:")
+    faster = "; ".join(lost) or "no method that computes the same"
+    return "\n".join(
+        [where, "", cells.markdown(), "", _filled(f"Faster than ours here: {faster}.")]
+    )
 
 
 def _what(report: Report) -> str:
     """The sizes of the table, in words."""
-    hidden = next((case for dtype in DTYPES if (case := _case(report, LINEAR, dtype))), None)
+    hidden = next((case for dtype in DTYPES if (case := _case(report, HEADS, dtype))), None)
     states = "" if hidden is None else (f", hidden states of {hidden.student_hidden} (student) "
                                         f"and {hidden.teacher_hidden} (teacher)")  # fmt: skip
     return (f"N = {ROWS}, V = {VOCABULARY}, T = 2, `forward_kl` + cross-entropy, forward + "
@@ -171,7 +178,7 @@ def _rows(report: Report, suite: str) -> Iterator[list[str]]:
                  for case in cases]  # fmt: skip
         title = next((line["title"] for line in lines if line is not None), None)
         if title is not None:
-            where = "" if key in (KDLOSS, IN_PLACE, LINEARKDLOSS) else level
+            where = "" if key in (KDLOSS, IN_PLACE, WITH_HEADS) else level
             yield [title + where, *(cell for line in lines for cell in _cells(line))]
     floors = [None if case is None else reading.floor(report, suite, case) for case in cases]
     title = reading.floor_titles(report, suite, [case for case in cases if case is not None])
@@ -234,7 +241,7 @@ def _times(report: Report, suite: str, cases: Sequence[Case]) -> int:
 
 
 def document(report: Report) -> str:
-    """The results of a machine: every suite at a glance, goals, who was faster or left out."""
+    """Return the results of a machine: every suite, goals, faster methods and those left out."""
     parts = [f"### {reading.machine(report.environment)}"]
     for suite in report.suites:
         parts.append(f"#### {suite}")

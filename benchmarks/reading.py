@@ -8,7 +8,7 @@ from typing import Any
 
 from fused_kd.options import MIB
 
-from .cases import LINEAR, LOGITS, Case
+from .cases import HEADS, LOGITS, Case
 from .entrants.ours import KDLOSS, OURS
 from .records import Line, Report
 
@@ -20,7 +20,7 @@ EAGER, COMPILE = "eager", "compile"
 COMPOSITIONS = (EAGER, COMPILE, "checkpoint")
 #: The suite whose cases differ in two ways, and is looked at along both.
 GROWTH = "growth"
-#: What the floors are, for people.
+#: Lower bounds of the time, as shown.
 FLOORS = {"copy": "1.5 copies", "products": "the four products"}
 
 
@@ -86,7 +86,7 @@ def floor(report: Report, suite: str, case: Case) -> float | None:
 
 def floor_title(report: Report, suite: str, case: Case) -> str:
     line = report.floors.get((suite, case.name))
-    return "" if line is None else f"floor: {FLOORS.get(line['name'], line['name'])}"
+    return "" if line is None else f"lower bound: {FLOORS.get(line['name'], line['name'])}"
 
 
 def floor_share(line: Line) -> float | None:
@@ -114,7 +114,7 @@ def sweeps(report: Report, suite: str, size: str) -> list[list[Case]]:
 
 
 def faster(report: Report, suite: str) -> Iterator[tuple[Case, Line, float]]:
-    """Who takes less time than ours, and which share of it."""
+    """Yield the methods that take less time than ours, and their share of it."""
     for case in report.cases(suite):
         ours = seconds(reference(report, suite, case))
         for line in taking_part(report, suite, case):
@@ -126,7 +126,7 @@ def faster(report: Report, suite: str) -> Iterator[tuple[Case, Line, float]]:
 def setting(case: Case, *without: str) -> str:
     """A case in words, without some of its sizes."""
     words = {
-        "level": {LOGITS: "logits", LINEAR: "hidden states"}.get(case.level, "training step"),
+        "level": {LOGITS: "logits", HEADS: "hidden states"}.get(case.level, "training step"),
         "dtype": case.dtype,
         "n": f"N = {case.n}",
         "v": f"V = {case.v}",

@@ -1,6 +1,6 @@
 """The file of results: JSON lines, one object each, written and flushed as they come.
 
-Every line has "schema" (:data:`SCHEMA`) and "kind":
+Every line has "schema" (:data:`.schema.SCHEMA`) and "kind":
 
 * ``run``: begins the file, and is added by every ``--resume``. "environment" (processor, card,
   versions, commit, ...), "packages" (version of each peer that is installed), "command".
@@ -12,9 +12,8 @@ Every line has "schema" (:data:`SCHEMA`) and "kind":
   computes where it cannot compute the same), "error" ("loss" and "gradients", relative to float64,
   None: not compared), "time", "memory" ("allocator_bytes", "process_bytes": peaks beyond the
   inputs; None: unknown), "bytes" (the least traffic; logits) or "flops" (of the products;
-  linear), "floor_share" (the least time over its own; None without a floor, or with a
-  "nearest").
-* ``done``: a case is complete, nobody was cut by the clock. "suite", "case", "case_name",
+  heads), "floor_share" (the least time over its own; None without a floor, or with a "nearest").
+* ``done``: a case is complete: no method was cut off by the clock. "suite", "case", "case_name",
   "seconds", "threads".
 
 "time" is None, or has "median_s", "quartiles_s" (two), "fastest_s", "repeats", "undisturbed". A
@@ -34,8 +33,8 @@ from types import NoneType
 from typing import Any, TextIO
 
 from .cases import Case
+from .schema import SCHEMA, renamed
 
-SCHEMA = 2
 #: What became of an entrant: its numbers are right, and it was timed; its numbers are wrong; it
 #: raised or crashed; too large; too slow; cannot take part.
 STATUSES = ("measured", "wrong", "failed", "no memory", "no time", "skipped")
@@ -206,7 +205,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
     for number, text in enumerate(texts, 1):
         try:
             line = loads(text)
-            if line["schema"] != SCHEMA:
+            if line["schema"] == 2:
+                line = renamed(line)
+            elif line["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {line['schema']!r}, not {SCHEMA}")
         except (ValueError, TypeError, KeyError) as error:
             if number == len(texts) and not text.endswith("\n"):

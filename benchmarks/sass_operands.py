@@ -51,7 +51,7 @@ class Registers:
         """Return a number of the constant bank.
 
         Raises:
-            NotImplementedError: nobody knows what the driver puts there.
+            NotImplementedError: what the driver stores there is unknown.
         """
         found = re.fullmatch(r"c\[0x0\]\[(?:RZ|URZ|(0x[0-9a-f]+))\]", text)
         offset = int(found[1] or "0", 16) if found else -1

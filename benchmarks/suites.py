@@ -1,4 +1,4 @@
-"""The suites: which cases each measures, and who takes part in them."""
+"""The suites: their cases, and the methods that each measures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import product
 
 from fused_kd.testing import REGIMES
 
-from .cases import LINEAR, LOGITS, STEP, Case
+from .cases import HEADS, LOGITS, STEP, Case
 from .entrants import ENTRANTS, Entrant
-from .entrants.ours import BUDGETED, IN_PLACE, KDLOSS, LINEARKDLOSS
+from .entrants.ours import BUDGETED, IN_PLACE, KDLOSS, WITH_HEADS
 from .training_step import whole_sequences
 
 #: Sizes where the options say nothing: those of real vocabularies, and heads of small models.
@@ -37,23 +37,23 @@ class Suite:
 
     def takes(self, case: Case, chosen: Collection[str], skipped: Collection[str]) -> list[str]:
         """Keys of ENTRANTS of those that are measured in a case."""
-        levels = (LOGITS, LINEAR) if case.level == STEP else (case.level,)
+        levels = (LOGITS, HEADS) if case.level == STEP else (case.level,)
         wanted = chosen or self.entrants or [e.key for e in ENTRANTS.values() if self._is_usual(e)]
         found = {  # by key: of two levels of one loss the second one
             entrant.key: name
-            for name, entrant in sorted(ENTRANTS.items(), key=lambda e: e[1].level == LINEAR)
+            for name, entrant in sorted(ENTRANTS.items(), key=lambda e: e[1].level == HEADS)
             if entrant.level in levels and entrant.key in wanted and entrant.key not in skipped
         }
         return list(found.values())
 
     def _is_usual(self, entrant: Entrant) -> bool:
-        """Budgets of the linear level are compared in its own suite alone.
+        """Return True if a method is measured without being named in the options.
 
-        Errors are looked at on so many inputs that compiling for each would take longer than all
-        the rest.
+        Memory budgets are compared in one suite only. Errors are measured on so many inputs that
+        compiling for each would take longer than all the rest.
         """
         if entrant.key in BUDGETED:
-            return self.name == LINEAR
+            return self.name == HEADS
         return self.times or not entrant.compiles
 
 
@@ -79,8 +79,8 @@ def _logits(options: argparse.Namespace) -> Iterator[Case]:
     return _grid(_defaults(options, dtype=DTYPES, v=VOCABULARIES, n=[ROWS]), LOGITS)
 
 
-def _linear(options: argparse.Namespace) -> Iterator[Case]:
-    return _grid(_defaults(options, dtype=DTYPES, v=VOCABULARIES, n=[ROWS], hidden=HIDDEN), LINEAR)
+def _heads(options: argparse.Namespace) -> Iterator[Case]:
+    return _grid(_defaults(options, dtype=DTYPES, v=VOCABULARIES, n=[ROWS], hidden=HIDDEN), HEADS)
 
 
 def _step(options: argparse.Namespace) -> Iterator[Case]:
@@ -98,7 +98,7 @@ def _growth(options: argparse.Namespace) -> Iterator[Case]:
     every_n, every_v = _doubled(*_ends(options.n)), _doubled(*_ends(options.v))
     middle = every_n[len(every_n) // 2], every_v[len(every_v) // 2]
     sizes = [(n, middle[1]) for n in every_n] + [(middle[0], v) for v in every_v]
-    for level in (LOGITS, LINEAR):
+    for level in (LOGITS, HEADS):
         for n, v in dict.fromkeys(sizes):
             one = argparse.Namespace(**{**vars(options), "n": [n], "v": [v]})
             yield from _grid(one, level)
@@ -125,12 +125,12 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite("logits", "time, memory and error of losses on logits", _logits),
-        Suite("linear", "the same from hidden states and lm_heads, and by memory budget", _linear),
+        Suite("heads", "the same of hidden states and lm_heads, and by memory budget", _heads),
         Suite("training-step", "a whole step of a small model with each loss", _step,
-              ("eager", "compile", "checkpoint", KDLOSS, IN_PLACE, LINEARKDLOSS, "liger-chunked",
+              ("eager", "compile", "checkpoint", KDLOSS, IN_PLACE, WITH_HEADS, "liger-chunked",
                "liger-chunked-compiled")),
         Suite("growth", "time and memory as N and V double", _growth,
-              (KDLOSS, IN_PLACE, LINEARKDLOSS, "eager", "compile")),
+              (KDLOSS, IN_PLACE, WITH_HEADS, "eager", "compile")),
         Suite("accuracy", "errors on inputs that have broken some implementation", _accuracy,
               times=False),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from . import errors, goals, reading
-from .cases import LINEAR, Case
+from .cases import HEADS, Case
 from .cells import Table, figure, mebibytes, scientific, unit_of
 from .reading import GRADIENTS, LOSS
 from .records import Line, Report
@@ -39,9 +39,9 @@ def _notes(line: Line, brief: bool) -> list[str]:
 
 
 def case_table(report: Report, suite: str, case: Case) -> str:
-    """Everyone who takes part in a case, for a terminal."""
+    """Return all results of a case, for a terminal."""
     cells = case_cells(report, suite, case)
-    shown = cells.text() if cells.rows else "nobody takes part"
+    shown = cells.text() if cells.rows else "no method takes part"
     return "\n".join([reading.name(suite, case), shown, *_floor(report, suite, case)])
 
 
@@ -55,7 +55,7 @@ def case_cells(report: Report, suite: str, case: Case) -> Table:
         unit: lambda line: time_cell(line, scale),
         "[quartiles]": lambda line: _quartiles(line, scale),
         f"{ours['title'] if ours else 'ours'} / it": lambda line: _ratio(ours, line),
-        "floor / it": lambda line: _share(line),
+        "bound / it": lambda line: _share(line),
         "peak MiB": lambda line: mebibytes(reading.memory(line)),
         "process MiB": lambda line: mebibytes(reading.memory(line, "process_bytes")),
         "loss error": lambda line: scientific(reading.error(line, LOSS)),
@@ -90,7 +90,7 @@ def _floor(report: Report, suite: str, case: Case) -> list[str]:
         return []
     _, scale = unit_of([line["seconds"]])
     unit = "s" if scale == 1 else "ms"
-    rate = f"{line['rate'] / 1e9:.1f} {'GFLOP/s' if case.level == LINEAR else 'GB/s'}"
+    rate = f"{line['rate'] / 1e9:.1f} {'GFLOP/s' if case.level == HEADS else 'GB/s'}"
     why = f" ({line['why']})" if line.get("why") else ""
     title = reading.floor_title(report, suite, case)
     return [f"{title}, {figure(line['seconds'] / scale)} {unit} at {rate}{why}"]
@@ -124,7 +124,7 @@ def _has_times(report: Report, suite: str) -> bool:
 def overview(report: Report, suite: str, cases: Sequence[Case], size: str) -> Table:
     """Entrants against the cases of a sweep: times, memory, the worst errors.
 
-    The floor's share is of the last case, the largest, for everyone.
+    The lower bound's share is of the last case, the largest.
     """
     found = {case: reading.taking_part(report, suite, case) for case in cases}
     order = list(dict.fromkeys(x["entrant"] for case in cases[::-1] for x in found[case]))
@@ -139,7 +139,7 @@ def overview(report: Report, suite: str, cases: Sequence[Case], size: str) -> Ta
         shown = ["" if time is None else figure(time / scale) for time in times]
         rows.append([title, *shown, *[""] * (len(cases) + 4)])
     head = ["", *(f"{label}: {unit}" for label in labels), *(f"{label}: MiB" for label in labels),
-            f"{labels[-1]}: floor / it", "loss error", "gradient error", "note"]  # fmt: skip
+            f"{labels[-1]}: bound / it", "loss error", "gradient error", "note"]  # fmt: skip
     return Table(head, rows, note=True).without_empty()
 
 
@@ -217,12 +217,12 @@ def faster_lines(report: Report, suite: str) -> list[str]:
 
 
 def conclusion(report: Report, suite: str) -> str:
-    """What stands below the tables of a suite: errors at a glance, who is faster, who left out."""
+    """Return the text below the tables of a suite: errors, faster methods, those left out."""
     glances = [] if _has_times(report, suite) else [
         f"{suite}: {title}\n{cells.text()}\n" for title, cells in overviews(report, suite)
     ]  # fmt: skip
     lines = faster_lines(report, suite) + left_out_lines(report, suite)
-    return "\n".join([*glances, *(lines or [f"{suite}: nobody was left out"])])
+    return "\n".join([*glances, *(lines or [f"{suite}: no method was left out"])])
 
 
 def left_out_lines(report: Report, suite: str) -> list[str]:

@@ -56,8 +56,8 @@ def _heads(hidden: int) -> int:
 class StepProblem(Problem):
     """Student, frozen teacher, one batch, and AdamW.
 
-    A loss is called as at the linear level; :func:`after_heads` makes such a one of a loss on
-    logits.
+    A loss is called with hidden states and weights; :func:`after_heads` converts a loss of
+    logits to that.
     """
 
     def __init__(self, case: Case, seed: int = 0) -> None:
@@ -82,10 +82,10 @@ class StepProblem(Problem):
     def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
-                taught = self._teacher(self._ids)
+                teacher_hidden = self._teacher(self._ids)
             hidden = self._student(self._ids)
             heads = self._student.head.weight, self._teacher.head.weight
-            value = loss(hidden, heads[0], taught, heads[1], self._labels)
+            value = loss(hidden, heads[0], teacher_hidden, heads[1], self._labels)
             value.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -107,7 +107,7 @@ class StepProblem(Problem):
 
 
 def after_heads(loss: Loss, level: str) -> Loss:
-    """A loss on logits as one on hidden states and heads; others as they are."""
+    """Return a loss of logits as one of hidden states and weights; others unchanged."""
     if level != LOGITS:
         return loss
 

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STEPS = 50
 TRAIN_TOKENS, HELD_OUT_TOKENS = 1_000_000, 100_000
@@ -26,8 +26,9 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m demo",
         description="Train a small teacher on the text of Python's standard library with a real "
-        "131,072-entry vocabulary; distil three students from it, with the eager loss, KDLoss and "
-        "LinearKDLoss, from the same weights and batches; compare curves, time and memory.",
+        "131,072-entry vocabulary; distil three students from it, with the eager loss, KDLoss on "
+        "logits and KDLoss on heads, from the same weights and batches; compare curves, time and "
+        "memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from demo import corpus, models, report, train
-    from fused_kd import KDLoss, LinearKDLoss
+    from fused_kd import KDLoss
     from fused_kd.backends import why_not
     from fused_kd.testing import eager_kd_loss
 
@@ -87,12 +88,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     teacher = train.train_teacher(text, train.TEACHER_STEPS * chosen.steps, chosen.seed)
 
-    weights = {"temperature": train.TEMPERATURE, "hard_weight": 0.5, "soft_weight": 0.5}
-    linear = LinearKDLoss(**weights, memory_budget=train.MEMORY_BUDGET)
+    weights: dict[str, Any] = {
+        "temperature": train.TEMPERATURE,
+        "hard_weight": 0.5,
+        "soft_weight": 0.5,
+    }
+    by_chunks = KDLoss(**weights, memory_budget=train.MEMORY_BUDGET)
     methods = {
         "eager": train.Method(train.logits, partial(eager_kd_loss, **weights)),
         "KDLoss": train.Method(train.logits, KDLoss(**weights, inplace=chosen.inplace)),
-        "LinearKDLoss": train.Method(train.hidden_and_head, linear),
+        report.HEADS: train.Method(train.head, by_chunks),
     }
     start = models.student_of(teacher)
     students = train.distil(teacher, start, methods, text, chosen.steps, chosen.seed)

@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class Progress:
-    """Use as a context; call `advance` once per step. What comes after `note` is shown beside."""
+    """A context; call `advance` once per step. Its `note` is shown next to the bar."""
 
     WIDTH = 24  # of the bar
     PLAIN_LINES = 8  # per phase, where the output is no terminal

@@ -13,11 +13,15 @@ from fused_kd.options import MIB
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#E69F00", "#0072B2", "#009E73")  # eager, logits, linear: told apart by any eye
+COLOURS = (
+    "#E69F00",
+    "#0072B2",
+    "#009E73",
+)  # eager, logits, heads: distinct for colour-blind readers
 DOTS = {"ls": "none", "marker": "o", "ms": 5, "mec": "white", "mew": 0.9}
 CURVES: tuple[dict[str, Any], ...] = ({"lw": 6}, {"lw": 1.8}, DOTS)
-LINEAR = "LinearKDLoss"
-LABELS = {"eager": "eager PyTorch", "KDLoss": "KDLoss", LINEAR: LINEAR}
+HEADS = "KDLoss, heads"
+LABELS = {"eager": "eager PyTorch", "KDLoss": "KDLoss, logits", HEADS: HEADS}
 INK, PALE_INK = "#222B35", "#5A6570"
 STYLE = {
     "font.size": 11,
@@ -53,14 +57,14 @@ class Summary:
 
     def needs(self) -> tuple[str, ...]:
         """Its cells; a star where the loss contains products that other losses leave outside."""
-        star = "*" if self.name == LINEAR else " "
+        star = "*" if self.name == HEADS else " "
         loss_ms, loss_mib = f"{self.loss_ms:.1f}{star}", f"{self.loss_mib:.1f}{star}"
         return loss_ms, f"{self.step_ms:.0f} ", loss_mib, f"{self.step_mib:.1f} "
 
     def ratios(self, eager: "Summary") -> tuple[str, ...]:
         """How many times less it needs, where the two do the same."""
         step_ms, step_mib = times(eager.step_ms, self.step_ms), times(eager.step_mib, self.step_mib)
-        if self.name == LINEAR:
+        if self.name == HEADS:
             return "", step_ms, "", step_mib
         loss_ms, loss_mib = times(eager.loss_ms, self.loss_ms), times(eager.loss_mib, self.loss_mib)
         return loss_ms, step_ms, loss_mib, step_mib
@@ -84,7 +88,7 @@ def table(students: list[Student], scores: dict[str, Scores]) -> str:
     cells += [(f"eager / {row.name}", *row.ratios(eager), "", "", "") for row in fused]
     others = [name for name in scores if name not in {row.name for row in rows}]
     cells += [(name, "", "", "", "", *shown(scores[name])) for name in others]
-    layout = "{:<20}{:>8}{:>7}{:>9}{:>8}{:>8}{:>8}{:>12}"
+    layout = "{:<22}{:>8}{:>7}{:>9}{:>8}{:>8}{:>8}{:>12}"
     lines = [layout.format(*line) for line in cells]
     return "\n".join([*lines[:2], "─" * len(lines[0]), *lines[2:]])
 
@@ -95,8 +99,8 @@ def notes(students: list[Student], budget: int) -> str:
 Times are medians over {len(students[0].losses)} steps. Memory is the peak: of a loss,
 beyond what it is given; of a step, beyond weights and optimizer; gradients
 are counted. hard, soft and perplexity are those of held-out text.
-* {LINEAR} is given hidden states. Its loss contains the products with
-  both lm_heads and the gradients of the student's, which the others leave to
+* {HEADS} takes hidden states. Its loss contains the products with
+  both lm_heads and the gradient of the student's, which the others leave to
   the rest of the step: compare the steps, not the losses. It holds at most
   {budget // MIB} MiB of logits at a time; the rest is the gradient of the lm_head."""
 
@@ -146,11 +150,11 @@ def picture(students: list[Student], vocab_size: int, path: Path) -> None:
     plt.close(figure)
 
 
-def title(eager: Summary, fused: Summary, linear: Summary) -> str:
+def title(eager: Summary, fused: Summary, heads: Summary) -> str:
     """What the picture shows, in one line."""
     if fused.loss_ms >= eager.loss_ms:
         return "The same training, on the slow reference backend of fused_kd"
-    faster, smaller = times(eager.loss_ms, fused.loss_ms), times(eager.step_mib, linear.step_mib)
+    faster, smaller = times(eager.loss_ms, fused.loss_ms), times(eager.step_mib, heads.step_mib)
     return f"The same training: a {faster} faster loss, or steps in {smaller} less memory"
 
 
@@ -184,7 +188,7 @@ def draw_bars(axes: "Axes", rows: list[Summary], name: str, quantity: str) -> No
     axes.spines[["left", "bottom"]].set_visible(False)
     for height, (row, value) in enumerate(zip(rows, values, strict=True)):
         remark = f"{times(values[0], value)} less" if height else ""
-        if row.name == LINEAR and quantity == "loss_ms":
-            remark = "with lm_head products"
+        if row.name == HEADS and quantity == "loss_ms":
+            remark = "with lm_heads"
         number = f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
         axes.text(value, height, f" {number}   {remark}", va="center")

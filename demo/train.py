@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from demo.corpus import Corpus
 from demo.models import FrequentVocabulary
 from demo.progress import Progress
-from fused_kd import kd_loss
+from fused_kd import Head, kd_loss
 from fused_kd.options import MIB
 from fused_kd.testing import cpu_peak
 
@@ -23,29 +23,35 @@ WINDOW = 64  # tokens in a sequence
 TEACHER_ROWS, TEACHER_RATE, TEACHER_STEPS = 8, 2e-3, 8  # steps for each step of the students
 STUDENT_ROWS, STUDENT_RATE = 4, 1e-3
 HELD_OUT_TOKENS = 4096
-MEMORY_BUDGET = 64 * MIB  # of LinearKDLoss: a quarter of the step's logits
+MEMORY_BUDGET = 64 * MIB  # of KDLoss with heads: a quarter of the step's logits
 
 
-def logits(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:
-    """What a loss at the logits level takes of a model: (B, S, V)."""
-    return (model(input_ids=ids).logits,)
+def logits(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """Return the logits of a model, (B, S, V)."""
+    result: Tensor = model(input_ids=ids).logits
+    return result
 
 
-def hidden_and_head(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:
-    """What a loss at the linear level takes of a model: (B, S, H) and the lm_head's (V, H).
+def head(model: LlamaForCausalLM, ids: Tensor) -> Head:
+    """Return the hidden states of a model, (B, S, H), with its lm_head, (V, H).
 
-    The head is a view of the weight: a gradient by the weight itself would be one by the tied
-    embedding too, whose part is the model's backward, not the loss's.
+    The weight is a view of the parameter: the parameter is also the tied embedding, and its
+    gradient would contain the embedding's part, which the model's backward computes.
     """
-    head = model.lm_head.weight
-    return model.model(input_ids=ids).last_hidden_state, head.view_as(head)
+    weight = model.lm_head.weight
+    return Head(model.model(input_ids=ids).last_hidden_state, weight.view_as(weight))
+
+
+def tensors(side: Tensor | Head) -> tuple[Tensor, ...]:
+    """Return the tensors of a student's side that get a gradient from the loss."""
+    return (side.hidden, side.weight) if isinstance(side, Head) else (side,)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A loss, and what it takes of either model: ``loss(*student's, *teacher's, labels)``."""
+    """A loss, and the side of it that a model is: ``loss(student's, teacher's, labels)``."""
 
-    outputs: Callable[[LlamaForCausalLM, Tensor], tuple[Tensor, ...]]
+    side: Callable[[LlamaForCausalLM, Tensor], Tensor | Head]
     loss: Callable[..., Tensor]
 
 
@@ -77,32 +83,34 @@ class Student:
     def __post_init__(self) -> None:
         self.optimizer = optimizer_of(self.model, STUDENT_RATE)
 
-    def forward(self, teacher: LlamaForCausalLM, ids: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        """What the loss takes: of the student, and of the teacher."""
+    def forward(
+        self, teacher: LlamaForCausalLM, ids: Tensor
+    ) -> tuple[Tensor | Head, Tensor | Head]:
+        """Return both sides of the loss, the student's first."""
         with torch.no_grad():
-            taught = self.method.outputs(teacher, ids)
-        return self.method.outputs(self.model, ids), taught
+            teacher_side = self.method.side(teacher, ids)
+        return self.method.side(self.model, ids), teacher_side
 
     def loss_and_gradients(
-        self, outputs: tuple[Tensor, ...], taught: tuple[Tensor, ...], labels: Tensor
+        self, student: Tensor | Head, teacher: Tensor | Head, labels: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and its gradients by the outputs: the graph behind them is not entered."""
-        loss = self.method.loss(*outputs, *taught, labels)
-        return loss.detach(), torch.autograd.grad(loss, outputs)
+        """Return the loss and its gradients by `tensors(student)`, without the model's backward."""
+        loss = self.method.loss(student, teacher, labels)
+        return loss.detach(), torch.autograd.grad(loss, tensors(student))
 
     def forward_and_backward(
         self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor
     ) -> tuple[float, float]:
-        """A step without its update: the loss, and the milliseconds spent in it."""
-        outputs, taught = self.forward(teacher, ids)
+        """Run a step without its update; return the loss and the milliseconds spent in it."""
+        student, teacher_side = self.forward(teacher, ids)
         start = time.perf_counter()
-        loss, gradients = self.loss_and_gradients(outputs, taught, labels)
+        loss, gradients = self.loss_and_gradients(student, teacher_side, labels)
         end = time.perf_counter()
-        torch.autograd.backward(outputs, gradients)
+        torch.autograd.backward(tensors(student), gradients)
         return loss.item(), 1e3 * (end - start)
 
     def measure_memory(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
-        """Peaks: of the loss beyond what it takes, of a step beyond weights and optimizer."""
+        """Measure peaks: of the loss beyond its inputs, of a step beyond weights and optimizer."""
         inputs = self.forward(teacher, ids)
         self.loss_bytes = cpu_peak(partial(self.loss_and_gradients, *inputs, labels)).highest
         del inputs
@@ -184,13 +192,11 @@ def evaluate(models: dict[str, LlamaForCausalLM], corpus: Corpus) -> dict[str, S
     sums = torch.zeros(len(models), 2, dtype=torch.float64)
     with Progress("held-out", len(batches)) as progress:
         for ids, labels in batches:
-            teacher_logits = None
+            target = None  # the teacher's logits
             for total, model in zip(sums, models.values(), strict=True):
                 logits = model(input_ids=ids).logits
-                teacher_logits = logits if teacher_logits is None else teacher_logits
-                parts = kd_loss(
-                    logits, teacher_logits, labels, temperature=TEMPERATURE, return_parts=True
-                )
+                target = logits if target is None else target
+                parts = kd_loss(logits, target, labels, temperature=TEMPERATURE, return_parts=True)
                 total += torch.stack([parts.hard, parts.soft])
             progress.advance()
     means = (sums / len(batches)).tolist()

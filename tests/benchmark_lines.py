@@ -9,21 +9,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks.cases import LINEAR, LOGITS, STEP, Case
+from benchmarks.cases import HEADS, LOGITS, STEP, Case
 from benchmarks.records import Line, Report, Writer
 from fused_kd.options import MIB
 
 LOGITS_CASE = Case(512, 128256, "bf16")
-LINEAR_CASE = Case(512, 128256, "bf16", level=LINEAR, student_hidden=1024, teacher_hidden=2048)
+HEADS_CASE = Case(512, 128256, "bf16", level=HEADS, student_hidden=1024, teacher_hidden=2048)
 TITLES = {
     "kdloss": "KDLoss",
     "kdloss-inplace": "KDLoss, in place",
     "kdloss-forward": "KDLoss, forward only",
-    "linearkdloss": "LinearKDLoss",
-    "linearkdloss-64": "LinearKDLoss, 64 MiB",
-    "linearkdloss-256": "LinearKDLoss, 256 MiB",
+    "kdloss-heads": "KDLoss, heads",
+    "kdloss-heads-64": "KDLoss, heads, 64 MiB",
+    "kdloss-heads-256": "KDLoss, heads, 256 MiB",
     "eager": "eager torch",
-    "compile": "torch.compile of it",
+    "compile": "torch.compile(eager)",
     "liger-chunked": "Liger chunked JSD",
     "trl": "TRL generalized_jsd_loss",
 }
@@ -40,8 +40,8 @@ ENVIRONMENT = {
 #: Seconds over those of the floor, and (N, V) float32 matrices at the peak, by entrant.
 LOGITS_ENTRANTS = {"kdloss-inplace": (1.4, 0.0), "kdloss": (1.8, 1.0), "kdloss-forward": (0.8, 0.0),
                    "compile": (20.0, 3.0), "eager": (90.0, 7.0), "trl": (120.0, 8.0)}  # fmt: skip
-LINEAR_ENTRANTS = {"linearkdloss": (1.1, 0.1), "linearkdloss-64": (1.3, 0.05),
-                   "linearkdloss-256": (1.1, 0.1), "eager": (1.8, 9.0), "compile": (1.4, 4.0),
+HEADS_ENTRANTS = {"kdloss-heads": (1.1, 0.1), "kdloss-heads-64": (1.3, 0.05),
+                   "kdloss-heads-256": (1.1, 0.1), "eager": (1.8, 9.0), "compile": (1.4, 4.0),
                    "liger-chunked": (1.9, 2.0)}  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def result_line(suite: str, case: Case, entrant: str, seconds: float | None, **m
     return {
         "kind": "result", "suite": suite, "case": case.sizes, "case_name": case.name,
         "entrant": entrant, "title": TITLES.get(entrant, entrant),
-        "is_ours": entrant.startswith(("kdloss", "linearkdloss")), "status": "measured", "why": "",
+        "is_ours": entrant.startswith("kdloss"), "status": "measured", "why": "",
         "nearest": "", "error": {"loss": 1e-7, "gradients": 2e-7}, "time": time,
         "memory": {"allocator_bytes": MIB, "process_bytes": MIB}, "floor_share": None, **more,
     }  # fmt: skip
@@ -71,7 +71,7 @@ def skipped_line(suite: str, case: Case, entrant: str, why: str) -> Line:
 
 
 def floor_line(suite: str, case: Case, seconds: float) -> Line:
-    name = "products" if case.level == LINEAR else "copy"
+    name = "products" if case.level == HEADS else "copy"
     return {"kind": "floor", "suite": suite, "case": case.sizes, "name": name, "why": "",
             "seconds": seconds, "rate": 24e9, "time": None}  # fmt: skip
 
@@ -81,10 +81,10 @@ def case_lines(suite: str, case: Case, **changes: float) -> Iterator[Line]:
     floor = 1e-10 * case.n * case.v * (1 + 0.02 * case.student_hidden)
     if case.level != STEP:
         yield floor_line(suite, case, floor)
-    entrants = LINEAR_ENTRANTS if case.level == LINEAR else LOGITS_ENTRANTS
+    entrants = HEADS_ENTRANTS if case.level == HEADS else LOGITS_ENTRANTS
     for i, (key, (over, matrices)) in enumerate(entrants.items()):
         seconds = over * floor * changes.get(key.replace("-", "_"), 1.0)
-        beyond = case.gradient_bytes if case.level == LINEAR else 0
+        beyond = case.gradient_bytes if case.level == HEADS else 0
         peak = int(beyond + matrices * case.matrix_bytes)
         yield result_line(
             suite, case, key, seconds, floor_share=None if case.level == STEP else floor / seconds,
@@ -102,8 +102,8 @@ def every_suite(**changes: float) -> list[Line]:
     for dtype in ("bf16", "fp32"):
         for v in (32000, 128256):
             logits = Case(512, v, dtype)
-            hidden = Case(512, v, dtype, level=LINEAR, student_hidden=1024, teacher_hidden=2048)
-            lines += [*case_lines(LOGITS, logits, **changes), *case_lines(LINEAR, hidden)]
+            hidden = Case(512, v, dtype, level=HEADS, student_hidden=1024, teacher_hidden=2048)
+            lines += [*case_lines(LOGITS, logits, **changes), *case_lines(HEADS, hidden)]
     step = Case(512, 32000, "fp32", level=STEP, student_hidden=512, teacher_hidden=1024)
     lines += case_lines("training-step", step)
     for n, v in ((256, 128256), (512, 128256), (512, 64128)):

@@ -21,7 +21,7 @@ NEEDS_CPU = pytest.mark.skipif(
     why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
 )
 #: Who is quick enough for a test.
-QUICK = ["--peers", "kdloss", "kdloss-inplace", "linearkdloss", "eager", "checkpoint"]
+QUICK = ["--peers", "kdloss", "kdloss-inplace", "kdloss-heads", "eager", "checkpoint"]
 TINY = ["--n", "4", "--v", "60", "--hidden", "8", "12", "--repeats", "2", "--in-process", *QUICK]
 
 

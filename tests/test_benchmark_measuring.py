@@ -14,10 +14,10 @@ from benchmark_runs import NEEDS_CPU, quickly
 from torch import Tensor
 
 from benchmarks import accuracy, errors, floors, guard, measuring, one_case, report
-from benchmarks.cases import LINEAR, LOGITS, STEP, Case
+from benchmarks.cases import HEADS, LOGITS, STEP, Case
 from benchmarks.entrants import ENTRANTS
 from benchmarks.entrants.compositions import eager
-from benchmarks.problems import LinearProblem, LogitsProblem
+from benchmarks.problems import HeadsProblem, LogitsProblem
 
 pytestmark = NEEDS_CPU
 BEGIN, END = report.markers(accuracy.NAME)
@@ -73,12 +73,12 @@ def test_in_place_is_really_in_place_and_restored() -> None:
     assert torch.equal(student, before)
 
 
-@pytest.mark.parametrize("level", [LOGITS, LINEAR, STEP])
+@pytest.mark.parametrize("level", [LOGITS, HEADS, STEP])
 def test_errors_are_those_against_float64(level: str) -> None:
     hidden = (0, 0) if level == LOGITS else (64, 64)
     case = Case(6, 50, "fp32", 2.0, "forward_kl", level, *hidden)
     problem = one_case.PROBLEMS[level](case)
-    entrant = ENTRANTS[f"{LOGITS if level == LOGITS else LINEAR}/eager"]
+    entrant = ENTRANTS[f"{LOGITS if level == LOGITS else HEADS}/eager"]
     right = eager(case.with_(level=entrant.level))
     found = errors.of(problem, entrant, right)
     assert all(x is not None and x < 1e-6 for x in found.values())
@@ -100,10 +100,10 @@ def test_errors_are_those_against_float64(level: str) -> None:
     assert off["gradients"] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_floor_of_the_linear_level_is_float32_where_that_is_faster(
+def test_the_floor_of_heads_is_float32_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    problem = LinearProblem(Case(8, 40, "bf16", level=LINEAR, student_hidden=8, teacher_hidden=12))
+    problem = HeadsProblem(Case(8, 40, "bf16", level=HEADS, student_hidden=8, teacher_hidden=12))
     monkeypatch.setattr(floors, "fastest", lambda call, seconds, where="cpu": 1.0)
     found = floors.floor(problem, 60.0)
     assert found is not None
@@ -144,12 +144,12 @@ def test_repeated_calls_end_with_the_wall_clock(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_computes_something_else_is_held_to_no_floor() -> None:
-    case = Case(4, 40, "fp32", level=LINEAR, student_hidden=8, teacher_hidden=12)
-    assert floors.work(case, ENTRANTS["linear/eager"]) == {"flops": 2 * 4 * 40 * (3 * 8 + 12)}
-    alone = ENTRANTS["linear/torch-linear-ce"]  # it has no teacher
+    case = Case(4, 40, "fp32", level=HEADS, student_hidden=8, teacher_hidden=12)
+    assert floors.work(case, ENTRANTS["heads/eager"]) == {"flops": 2 * 4 * 40 * (3 * 8 + 12)}
+    alone = ENTRANTS["heads/torch-linear-ce"]  # it has no teacher
     assert floors.work(case, alone) == {"flops": 2 * 4 * 40 * 3 * 8}
     lines: list[dict[str, Any]] = []
-    task = one_case.Task("linear", case, ("linear/eager", "linear/torch-linear-ce"), repeats=1)
+    task = one_case.Task("heads", case, ("heads/eager", "heads/torch-linear-ce"), repeats=1)
     one_case.run_task(task, lambda kind, **more: lines.append({"kind": kind, **more}))
     shares = {x["entrant"]: x["floor_share"] for x in lines if x["kind"] == "result"}
     assert shares["eager"] > 0

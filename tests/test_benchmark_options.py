@@ -26,7 +26,7 @@ BAD: list[tuple[list[str], str]] = [
     (["run", "--temperature", "nan"], "--temperature: must be a finite number above 0"),
     (["run", "--temperature", "1e-30"], "--temperature: temperature must be positive and finite"),
     (["run", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-    (["run", "speed"], "unknown suite 'speed'; there are logits linear training-step growth"),
+    (["run", "speed"], "unknown suite 'speed'; there are logits heads training-step growth"),
     (["run", "--peers", "kdloss", "ligre"], "--peers: unknown loss 'ligre'; there are kdloss"),
     (["run", "--skip", "nobody"], "--skip: unknown loss 'nobody'"),
     (["run", "--model", "gpt-9"], "--model: unknown model 'gpt-9'"),
@@ -43,7 +43,7 @@ BAD: list[tuple[list[str], str]] = [
     (["run", "--output", "setup.py"], "setup.py is not empty; --resume, --overwrite, or another"),
     (["run", "--output", "setup.py", "--resume"], "setup.py:1: no line of results"),
     (["run", "--output", "setup.py", "--overwrite"], "setup.py:1: no line of results"),
-    (["run", "logits", "--peers", "linearkdloss"], "nobody is left to be measured"),
+    (["run", "logits", "--peers", "kdloss-heads"], "no method left to measure"),
     (["plot", "no-such-file"], "no-such-file: cannot be read"),
     (["compare", "README.md", "setup.py"], "README.md:1: no line of results"),
     (["compare", "a"], "the following arguments are required: FILE"),
@@ -125,7 +125,7 @@ def test_sizes_by_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.Monkey
     seen: list[Task] = []
     monkeypatch.setattr(runner, "run_task", lambda task, emit: seen.append(task))
     names = ["--model", "qwen3-0.6b", "--teacher-model", "qwen3-4b"]
-    arguments = ["run", "linear", *names, "--in-process", "--output", str(tmp_path / "r.jsonl")]
+    arguments = ["run", "heads", *names, "--in-process", "--output", str(tmp_path / "r.jsonl")]
     cli.main(arguments)
     assert len(seen) == 2  # dtypes
     for task in seen:

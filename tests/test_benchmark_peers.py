@@ -14,10 +14,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks.cases import LINEAR, LOGITS, Case  # noqa: E402
+from benchmarks.cases import HEADS, LOGITS, Case  # noqa: E402
 from benchmarks.entrants.base import Entrant  # noqa: E402
 from benchmarks.errors import distance  # noqa: E402
-from benchmarks.problems import LinearProblem, LogitsProblem  # noqa: E402
+from benchmarks.problems import HeadsProblem, LogitsProblem  # noqa: E402
 from fused_kd.options import DIVERGENCES  # noqa: E402
 
 MODULES = ("liger", "trl", "torchtune", "model_optimizer", "flash_linear_attention",
@@ -58,8 +58,8 @@ def _cases(entrant: Entrant, **changes: object) -> list[Case]:
     return found
 
 
-def _problem(case: Case) -> LogitsProblem | LinearProblem:
-    return (LogitsProblem if case.level == LOGITS else LinearProblem)(case)
+def _problem(case: Case) -> LogitsProblem | HeadsProblem:
+    return (LogitsProblem if case.level == LOGITS else HeadsProblem)(case)
 
 
 # 2: a factor T² that is left out or there twice; 1: where some skip the division
@@ -105,7 +105,7 @@ def test_repeats_see_the_same_tensors(entrant: Entrant) -> None:
 def test_keys_are_unique() -> None:
     names = [(one.level, one.key) for one in PEERS]
     assert len(names) == len(set(names))
-    assert {one.level for one in PEERS} == {LOGITS, LINEAR}
+    assert {one.level for one in PEERS} == {LOGITS, HEADS}
 
 
 @pytest.mark.parametrize("entrant", [pytest.param(one, id=one.key) for one in PEERS])

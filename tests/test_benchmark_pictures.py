@@ -37,9 +37,10 @@ def drawn(report: Report) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("logits-fp32", [TITLES["kdloss-inplace"], TITLES["eager"], "floor: 1.5 copies", "KDLoss",
-                         "vocabulary, V", "peak memory, MiB", "relative error of the loss"]),
-        ("linear-fp32", ["LinearKDLoss", "Liger chunked JSD", "floor: the four products",
+        ("logits-fp32", [TITLES["kdloss-inplace"], TITLES["eager"], "lower bound: 1.5 copies",
+                         "KDLoss", "vocabulary, V", "peak memory, MiB",
+                         "relative error of the loss"]),
+        ("heads-fp32", ["KDLoss, heads", "Liger chunked JSD", "lower bound: the four products",
                          "memory budget, MiB", "the gradients themselves"]),
         ("training-step-fp32", [" eager torch<", " KDLoss, in place<", "time, ms"]),
         ("growth-fp32", ["twice the size, twice the time", "rows, N", "vocabulary, V"]),
@@ -49,7 +50,7 @@ def drawn(report: Report) -> dict[str, str]:
 def test_pictures_name_everything(drawn: dict[str, str], name: str, words: list[str]) -> None:
     for word in [*words, "CPU: Example 9000, 2 threads, avx2"]:
         assert word in drawn[name], word
-    assert "LinearKDLoss, 64 MiB" not in drawn[name]
+    assert "KDLoss, heads, 64 MiB" not in drawn[name]
 
 
 def test_pictures_are_files_and_always_the_same(
@@ -60,7 +61,7 @@ def test_pictures_are_files_and_always_the_same(
     assert [path.name for path in paths] == ["accuracy-fp32.svg", "accuracy-fp32.png"]
     assert paths[0].read_text() == drawn["accuracy-fp32"]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
-    assert list(drawn) == ["logits-fp32", "linear-fp32", "training-step-fp32", "growth-fp32",
+    assert list(drawn) == ["logits-fp32", "heads-fp32", "training-step-fp32", "growth-fp32",
                            "accuracy-fp32"]  # fmt: skip
 
 

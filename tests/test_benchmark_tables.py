@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from benchmark_lines import (
-    LINEAR_CASE,
+    HEADS_CASE,
     LOGITS_CASE,
     TITLES,
     case_lines,
@@ -16,7 +16,7 @@ from benchmark_lines import (
 )
 
 from benchmarks import goals, tables
-from benchmarks.cases import LINEAR, LOGITS, Case
+from benchmarks.cases import HEADS, LOGITS, Case
 from benchmarks.cells import figure, mebibytes
 from benchmarks.records import Line, Report
 from fused_kd.options import MIB
@@ -55,7 +55,7 @@ def test_a_table_of_a_case() -> None:
     assert _row(text, "other").endswith("computes: the hard term alone; disturbed")
     assert _row(text, "bad").endswith("wrong: an error of 2")
     assert "cce" not in text
-    assert text.endswith("floor: 1.5 copies, 6.57 ms at 24.0 GB/s")
+    assert text.endswith("lower bound: 1.5 copies, 6.57 ms at 24.0 GB/s")
 
 
 def test_a_suite_says_who_was_left_out_once_and_where_we_lose() -> None:
@@ -71,7 +71,7 @@ def test_a_suite_says_who_was_left_out_once_and_where_we_lose() -> None:
     assert text.count("faster than ours: ") == 1
     said = f"fast takes 0.03 of its time in {other.name}, less than it in 2 cases\n"
     assert f"faster than ours: {said}" in text
-    assert tables.conclusion(one_run(fast), LOGITS) == "logits: nobody was left out"
+    assert tables.conclusion(one_run(fast), LOGITS) == "logits: no method was left out"
 
 
 def test_long_times_are_in_seconds_and_a_case_without_entrants_says_so() -> None:
@@ -79,8 +79,8 @@ def test_long_times_are_in_seconds_and_a_case_without_entrants_says_so() -> None
                              LOGITS_CASE)  # fmt: skip
     assert "      s  " in text.split("\n")[1]
     assert _row(text, "eager torch").split()[2] == "2.50"
-    nobody = one_run(skipped_line(LOGITS, LOGITS_CASE, "cce", "no"))
-    assert tables.case_table(nobody, LOGITS, LOGITS_CASE).endswith("nobody takes part")
+    none = one_run(skipped_line(LOGITS, LOGITS_CASE, "cce", "no"))
+    assert tables.case_table(none, LOGITS, LOGITS_CASE).endswith("no method takes part")
 
 
 def test_errors_alone_are_shown_by_their_worst() -> None:
@@ -100,7 +100,7 @@ def test_a_suite_at_a_glance(report: Report) -> None:
     assert cells.head[1:3] == ["V = 32000: ms", "V = 128256: ms"]
     by_title = {row[0]: row for row in cells.rows}
     assert by_title["KDLoss"][1:5] == ["2.95", "11.8", "31.2", "125"]
-    assert by_title["floor: 1.5 copies"][1:3] == ["1.64", "6.57"]
+    assert by_title["lower bound: 1.5 copies"][1:3] == ["1.64", "6.57"]
     growth = tables.overviews(report, "growth")
     assert [cells.head[1] for _, cells in growth] == ["N = 256: ms", "V = 64128: ms"]
     assert "| KDLoss | 2.95 |" in cells.markdown()
@@ -108,31 +108,31 @@ def test_a_suite_at_a_glance(report: Report) -> None:
 
 def _rows_of(*lines: Line) -> dict[str, list[str]]:
     """Of the one table of a suite, by title, with the head at ""."""
-    ((_, cells),) = tables.overviews(one_run(*lines), LINEAR)
+    ((_, cells),) = tables.overviews(one_run(*lines), HEADS)
     return {"": cells.head, **{row[0]: row for row in cells.rows}}
 
 
 def test_shares_of_the_floor_at_a_glance_are_of_one_size() -> None:
-    small = LINEAR_CASE.with_(v=32000)
-    lines = [result_line(LINEAR, case, key, 1.0, floor_share=share)
-             for case, key, share in ((small, "eager", 0.5), (LINEAR_CASE, "eager", 0.4),
+    small = HEADS_CASE.with_(v=32000)
+    lines = [result_line(HEADS, case, key, 1.0, floor_share=share)
+             for case, key, share in ((small, "eager", 0.5), (HEADS_CASE, "eager", 0.4),
                                       (small, "trl", 0.9))]  # fmt: skip
-    other = result_line(LINEAR, LINEAR_CASE, "alone", 1.0, floor_share=1.4, nearest="half of it")
-    slow = result_line(LINEAR, LINEAR_CASE, "trl", None, status="no time", why="8 rows")
+    other = result_line(HEADS, HEADS_CASE, "alone", 1.0, floor_share=1.4, nearest="half of it")
+    slow = result_line(HEADS, HEADS_CASE, "trl", None, status="no time", why="8 rows")
     rows = _rows_of(*lines, other, slow)
-    place = rows[""].index("V = 128256: floor / it")
+    place = rows[""].index("V = 128256: bound / it")
     assert [rows[title][place] for title in ("eager torch", TITLES["trl"], "alone")] == [
         "40 %", "", "",
     ]  # fmt: skip
 
 
 def test_notes_at_a_glance_say_of_which_size_they_are() -> None:
-    small = LINEAR_CASE.with_(v=32000)
+    small = HEADS_CASE.with_(v=32000)
     more = {"status": "no time", "nearest": "half of it"}
     rows = _rows_of(
-        result_line(LINEAR, small, "trl", None, why="8 rows", **more),
-        result_line(LINEAR, LINEAR_CASE, "trl", None, why="32 rows", **more),
-        result_line(LINEAR, LINEAR_CASE, "eager", 1.0),
+        result_line(HEADS, small, "trl", None, why="8 rows", **more),
+        result_line(HEADS, HEADS_CASE, "trl", None, why="32 rows", **more),
+        result_line(HEADS, HEADS_CASE, "eager", 1.0),
     )
     assert rows[TITLES["trl"]][-1] == (
         "computes: half of it; V = 32000: no time: 8 rows; V = 128256: no time: 32 rows"
@@ -140,9 +140,9 @@ def test_notes_at_a_glance_say_of_which_size_they_are() -> None:
 
 
 def test_the_floor_says_where_it_is_of_another_dtype() -> None:
-    lines = [*case_lines(LINEAR, LINEAR_CASE)]
+    lines = [*case_lines(HEADS, HEADS_CASE)]
     lines[0]["why"] = "in float32; in bf16 they take 9 times as long"
-    assert f"floor: the four products ({lines[0]['why']})" in _rows_of(*lines)
+    assert f"lower bound: the four products ({lines[0]['why']})" in _rows_of(*lines)
 
 
 # figures below and above the digits, and none
@@ -169,22 +169,25 @@ def _verdicts(*lines: Line) -> dict[str, bool]:
 def test_goals_are_reached_and_not() -> None:
     good = {"compile": 1.3, "eager": 1.3}
     found = _verdicts(*case_lines(LOGITS, LOGITS_CASE, **good))
-    assert found["torch.compile of it / KDLoss, in place"]  # 18.6
-    assert found["torch.compile of it / KDLoss"]
+    assert found["torch.compile(eager) / KDLoss, in place"]  # 18.6
+    assert found["torch.compile(eager) / KDLoss"]
     assert found["eager torch / KDLoss, in place"]
-    assert found["KDLoss, in place / its floor"]  # 1.4
-    assert found["KDLoss, forward only / its floor"]
+    assert found["KDLoss, in place / its lower bound"]  # 1.4
+    assert found["KDLoss, forward only / its lower bound"]
     assert found["KDLoss, in place: memory beyond inputs"]
     assert found["KDLoss: memory beyond inputs, gradient"]
     slow = _verdicts(*case_lines(LOGITS, LOGITS_CASE, kdloss_inplace=1.2, kdloss_forward=2.0))
-    for what in ("torch.compile of it / KDLoss, in place", "eager torch / KDLoss, in place",
-                 "KDLoss, in place / its floor", "KDLoss, forward only / its floor"):  # fmt: skip
+    for what in ("torch.compile(eager) / KDLoss, in place", "eager torch / KDLoss, in place",
+                 "KDLoss, in place / its lower bound",
+                 "KDLoss, forward only / its lower bound"):  # fmt: skip
         assert not slow[what]
 
 
 def test_goals_depend_on_dtype_size_and_what_is_there() -> None:
     fp32 = LOGITS_CASE.with_(dtype="fp32")
-    assert not _verdicts(*case_lines(LOGITS, fp32))["KDLoss, in place / its floor"]  # 1.4 > 1.2
+    assert not _verdicts(*case_lines(LOGITS, fp32))[
+        "KDLoss, in place / its lower bound"
+    ]  # 1.4 > 1.2
     small = _verdicts(*case_lines(LOGITS, LOGITS_CASE.with_(n=4, v=60)))
     assert not any("floor" in what or "torch" in what for what in small)
     assert goals.checks(one_run(skipped_line(LOGITS, LOGITS_CASE, "kdloss", "no"))) == []
@@ -194,26 +197,26 @@ def test_goals_depend_on_dtype_size_and_what_is_there() -> None:
 def test_goals_of_a_gpu_are_for_large_cases() -> None:
     case = Case(8192, 128256, "bf16", device="cuda")
     line = result_line(LOGITS, case, "kdloss", 3e-3, floor_share=1 / 1.2, title="KDLoss")
-    assert _verdicts(line) == {"KDLoss / its floor": False,
+    assert _verdicts(line) == {"KDLoss / its lower bound": False,
                                "KDLoss: memory beyond inputs, gradient": True}  # fmt: skip
     triton = {**line, "entrant": "kdloss-triton"}
-    assert _verdicts(triton)["KDLoss / its floor"]
+    assert _verdicts(triton)["KDLoss / its lower bound"]
     few = case.with_(n=512)
-    assert "KDLoss / its floor" not in _verdicts({**line, "case": few.sizes})
+    assert "KDLoss / its lower bound" not in _verdicts({**line, "case": few.sizes})
 
 
 # the budgets of the CPU and of an entrant, with an accumulator for 16-bit heads
 @pytest.mark.parametrize(
     ("entrant", "dtype", "budget"),
-    [("linearkdloss", "bf16", 256), ("linearkdloss-64", "fp32", 64)],
+    [("kdloss-heads", "bf16", 256), ("kdloss-heads-64", "fp32", 64)],
 )
-def test_the_linear_level_keeps_its_budget(entrant: str, dtype: str, budget: int) -> None:
-    case = LINEAR_CASE.with_(dtype=dtype)
+def test_the_loss_of_heads_keeps_its_budget(entrant: str, dtype: str, budget: int) -> None:
+    case = HEADS_CASE.with_(dtype=dtype)
     accumulator = 0 if dtype == "fp32" else 4 * case.v * case.student_hidden
     most = case.gradient_bytes + accumulator + (budget + 8) * MIB
     for peak, reached in ((most, True), (most + MIB, False)):
         memory = {"allocator_bytes": peak, "process_bytes": None}
-        line = result_line(LINEAR, case, entrant, 1.0, memory=memory)
+        line = result_line(HEADS, case, entrant, 1.0, memory=memory)
         (check,) = goals.checks(one_run(line))
         assert check.reached is reached
         assert check.goal == f"≤ {budget + 8} MiB"
@@ -243,6 +246,6 @@ def test_errors_are_held_to_those_of_eager() -> None:
 
 def test_goals_are_summed_up_by_their_worst(report: Report) -> None:
     rows = {row[0]: row for row in tables.goals_cells(report).rows if row[1] == "≤ 1.2"}
-    row = rows["KDLoss, in place / its floor"]
+    row = rows["KDLoss, in place / its lower bound"]
     assert row[2:] == ["1.40", "logits fp32 N=512 V=32000 T=2 forward_kl", "0 of 2", "NOT reached"]
     assert "NOT reached" in tables.goals_table(report)

@@ -20,9 +20,10 @@ from benchmark_runs import NEEDS_CPU, ROOT, TINY, quickly
 
 from benchmarks import __main__ as cli
 from benchmarks import floors, measuring, one_case, records, runner
-from benchmarks.cases import LINEAR, LOGITS, STEP, Case
+from benchmarks.cases import HEADS, LOGITS, STEP, Case
 from benchmarks.entrants import ENTRANTS
 from benchmarks.one_case import Task
+from benchmarks.schema import SCHEMA
 
 pytestmark = NEEDS_CPU
 
@@ -49,7 +50,7 @@ def test_every_suite_measures_its_cases(tmp_path: Path, capsys: pytest.CaptureFi
     assert _run(file, "--dtype", "fp32") == 0
     shown = capsys.readouterr().out
     found = records.read([file])
-    assert found.suites == ["logits", "linear", "training-step", "growth", "accuracy"]
+    assert found.suites == ["logits", "heads", "training-step", "growth", "accuracy"]
     for suite in found.suites:
         for case in found.cases(suite):
             assert (suite, case.name) in found.done
@@ -68,24 +69,24 @@ def test_every_suite_measures_its_cases(tmp_path: Path, capsys: pytest.CaptureFi
         assert line["floor_share"] == pytest.approx(floor["seconds"] / line["time"]["median_s"])
     environment = found.environment
     assert environment["torch"] == torch.__version__
-    for words in ("processor", "KDLoss, in place", "LinearKDLoss", f"written to {file}"):
+    for words in ("processor", "KDLoss, in place", "KDLoss, heads", f"written to {file}"):
         assert words in shown
 
 
 def test_both_dtypes_at_both_levels_by_default(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    assert _run(file, "logits", "linear") == 0
+    assert _run(file, "logits", "heads") == 0
     found = records.read([file])
-    for suite in ("logits", "linear"):
+    for suite in ("logits", "heads"):
         assert [case.dtype for case in found.cases(suite)] == ["bf16", "fp32"]
 
 
 def test_lines_of_results_have_what_the_schema_says(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    assert _run(file, "linear", "--dtype", "fp32") == 0
+    assert _run(file, "heads", "--dtype", "fp32") == 0
     lines = _lines(file)
     assert [line["kind"] for line in lines] == ["run", "floor", *["result"] * 3, "done"]
-    assert {line["schema"] for line in lines} == {records.SCHEMA}
+    assert {line["schema"] for line in lines} == {SCHEMA}
     text = " ".join((records.__doc__ or "").split())
     for line in lines:
         for key in {*line, *(line.get("time") or {})} - {"schema", "kind"}:
@@ -94,10 +95,10 @@ def test_lines_of_results_have_what_the_schema_says(tmp_path: Path) -> None:
 
 def test_the_growth_suite_doubles_one_size_at_a_time(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    arguments = ["run", "growth", *TINY, "--peers", "kdloss", "linearkdloss"]
+    arguments = ["run", "growth", *TINY, "--peers", "kdloss", "kdloss-heads"]
     assert cli.main([*arguments, "--n", "2", "8", "--v", "16", "64", "--output", str(file)]) == 0
     sizes = [(c.level, c.n, c.v) for c in records.read([file]).cases("growth")]
-    assert sizes == [(level, n, v) for level in (LOGITS, LINEAR)
+    assert sizes == [(level, n, v) for level in (LOGITS, HEADS)
                      for n, v in ((2, 32), (4, 32), (8, 32), (4, 16), (4, 64))]  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_is_resumed(
     assert f"--resume --output {file}" in capsys.readouterr().out
     kept = _lines(file)
     with file.open("a") as stream:
-        stream.write('{"schema": 2, "kind": "res')  # the line it was about to write
+        stream.write('{"schema": 3, "kind": "res')  # the line it was about to write
     assert _run(file, "logits", "--resume") == 0
     assert begun == ["bf16", "fp32", "fp32"]
     assert "1 of 2 cases are there already" in capsys.readouterr().out
@@ -249,7 +250,7 @@ class _Lost(torch.autograd.Function):
 
 
 # beside a good loss, and beside a good gradient that is compared before it
-@pytest.mark.parametrize(("level", "position"), [(LOGITS, 0), (LINEAR, 1)])
+@pytest.mark.parametrize(("level", "position"), [(LOGITS, 0), (HEADS, 1)])
 def test_a_gradient_that_is_no_number_is_wrong(
     monkeypatch: pytest.MonkeyPatch, level: str, position: int
 ) -> None:
@@ -431,10 +432,10 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_takes_too_long_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(64, 40, "bf16", level=LINEAR, student_hidden=8, teacher_hidden=12)
+    case = Case(64, 40, "bf16", level=HEADS, student_hidden=8, teacher_hidden=12)
     slow = floors.Floor("products", lambda: None, 1.0, is_slow=True)
     monkeypatch.setattr(floors, "floor", lambda problem, limit: slow)
-    task = Task("linear", case, ("linear/eager",))
+    task = Task("heads", case, ("heads/eager",))
     assert _results(task)["eager"]["status"] == "measured"  # it was tried, and is fast enough
     line = _results(replace(task, limit_seconds=1e-9))["eager"]
     assert (line["status"], line["time"]) == ("no time", None)
@@ -443,10 +444,10 @@ def test_what_takes_too_long_has_no_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_fewer_rows_are_held_to_the_limit_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(64, 40, "bf16", level=LINEAR, student_hidden=8, teacher_hidden=12)
+    case = Case(64, 40, "bf16", level=HEADS, student_hidden=8, teacher_hidden=12)
     slow = floors.Floor("products", lambda: None, 1.0, is_slow=True)
     monkeypatch.setattr(floors, "floor", lambda problem, limit: slow)
-    task = Task("linear", case, ("linear/eager",), limit_seconds=30.0, repeats=1)
+    task = Task("heads", case, ("heads/eager",), limit_seconds=30.0, repeats=1)
     times = iter([40.0, 29.0, 29.0])  # 8 rows: the first call, the second; 32 rows
     monkeypatch.setattr(floors, "fastest", lambda *given: next(times))
     assert _results(task)["eager"]["status"] == "measured"
@@ -456,13 +457,13 @@ def test_fewer_rows_are_held_to_the_limit_as_they_are(monkeypatch: pytest.Monkey
 
 
 # nobody tries fewer rows there
-@pytest.mark.parametrize(("level", "hidden"), [(LOGITS, (0, 0)), (LINEAR, (8, 12)), (STEP, (8, 8))])
+@pytest.mark.parametrize(("level", "hidden"), [(LOGITS, (0, 0)), (HEADS, (8, 12)), (STEP, (8, 8))])
 def test_a_whole_call_is_held_to_the_limit(
     monkeypatch: pytest.MonkeyPatch, level: str, hidden: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(one_case._Run, "_exceeds", lambda self, line: "")
     case = Case(6, 40, "fp32", 2.0, "forward_kl", level, *hidden)
-    task = Task(level, case, (f"{LOGITS if level == LOGITS else LINEAR}/eager",), repeats=1)
+    task = Task(level, case, (f"{LOGITS if level == LOGITS else HEADS}/eager",), repeats=1)
     assert _results(task)["eager"]["status"] == "measured"
     line = _results(replace(task, limit_seconds=1e-9))["eager"]
     assert (line["status"], line["time"]) == ("no time", None)
@@ -477,7 +478,7 @@ def test_a_training_step_is_of_whole_sequences(tmp_path: Path) -> None:
     assert (few.n, many.n) == (4, 256)
     with pytest.raises(ValueError, match="N must be up to 128 or a multiple of it; got 200"):
         one_case.PROBLEMS[STEP](many.with_(n=200))
-    line = _results(Task("training-step", many.with_(n=128 * 10**9), ("linear/eager",)))["eager"]
+    line = _results(Task("training-step", many.with_(n=128 * 10**9), ("heads/eager",)))["eager"]
     assert line["status"] == "no memory"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import KDLoss
 from fused_kd.options import MIB
 from fused_kd.testing import eager_kd_loss
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from demo import train
 
 ROOT = Path(__file__).parent.parent
+HEADS = "KDLoss, heads"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -46,13 +47,13 @@ def test_curves_coincide(tmp_path: Path, inplace: bool) -> None:
     assert float(difference[1]) < 2e-3
     assert str(picture) in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    # MiB of the loss (LinearKDLoss: 64 of logits, 64 of the lm_head's gradient), and of a step.
-    row = re.compile(r"^(\w+) +[\d.]+[ *] +\d+ +([\d.]+)[ *] +([\d.]+)  ", re.M)
+    # MiB of the loss (heads: 64 of logits, 64 of the lm_head's gradient), and of a step.
+    row = re.compile(r"^(\w+(?:, heads)?) +[\d.]+[ *] +\d+ +([\d.]+)[ *] +([\d.]+)  ", re.M)
     loss, step = ({row[0]: float(row[i]) for row in row.findall(done.stdout)} for i in (1, 2))
     assert loss["KDLoss"] < (1 if inplace else 129)
     assert loss["eager"] > 500
-    assert loss["LinearKDLoss"] < 64 + 64 + 8
-    assert step["LinearKDLoss"] < 0.5 * step["KDLoss"] < 0.5 * step["eager"]
+    assert loss[HEADS] < 64 + 64 + 8
+    assert step[HEADS] < 0.5 * step["KDLoss"] < 0.5 * step["eager"]
 
 
 VOCABULARY, STEPS = 61, 3
@@ -67,12 +68,12 @@ def students() -> list[train.Student]:
     tokens = torch.randint(VOCABULARY, (400,))
     text = corpus.Corpus(tokens[:300], tokens[300:], VOCABULARY, files=1, characters=400)
     teacher = models.build(VOCABULARY, models.TEACHER_LAYERS).requires_grad_(False)
-    # Of the linear level's rows a chunk takes some, the last chunk fewer.
-    linear = LinearKDLoss(temperature=2.0, chunk_rows=100)
+    # several chunks of rows, the last one smaller
+    by_chunks = KDLoss(temperature=2.0, chunk_rows=100)
     methods = {
         "eager": train.Method(train.logits, partial(eager_kd_loss, temperature=2.0)),
         "KDLoss": train.Method(train.logits, KDLoss(temperature=2.0)),
-        "LinearKDLoss": train.Method(train.hidden_and_head, linear),
+        HEADS: train.Method(train.head, by_chunks),
     }
     return train.distil(teacher, models.student_of(teacher), methods, text, STEPS, seed=0)
 
@@ -91,8 +92,7 @@ def test_step_is_an_ordinary_backward(students: list[train.Student]) -> None:
     ids, labels = corpus.with_labels(torch.randint(VOCABULARY, (2, 9)))
     teacher = models.build(VOCABULARY, models.TEACHER_LAYERS).requires_grad_(False)
     for student in students:
-        outputs, taught = student.forward(teacher, ids)
-        student.method.loss(*outputs, *taught, labels).backward()
+        student.method.loss(*student.forward(teacher, ids), labels).backward()
         wanted = [parameter.grad for parameter in student.model.parameters()]
         student.model.zero_grad()
         student.forward_and_backward(teacher, ids, labels)
@@ -117,9 +117,9 @@ def test_report(students: list[train.Student]) -> None:
     assert lines[3:] == [
         ["eager", "800.0", "1300", "8.0", "16.0", *scored],
         ["KDLoss", "40.0", "500", "8.0", "16.0", *scored],
-        ["LinearKDLoss", "300.0*", "520", "8.0*", "16.0", *scored],
+        ["KDLoss,", "heads", "300.0*", "520", "8.0*", "16.0", *scored],
         ["eager", "/", "KDLoss", "20×", "2.6×", "1.0×", "1.0×"],
-        ["eager", "/", "LinearKDLoss", "2.5×", "1.0×"],  # of its loss there is no like
+        ["eager", "/", "KDLoss,", "heads", "2.5×", "1.0×"],  # its loss contains more
         ["teacher", *scored],
     ]
     assert report.largest_difference(students) == 0.5

@@ -102,7 +102,7 @@ def test_every_part(which: str, tmp_path: Path) -> None:
     statuses = {part["name"]: part["status"] for part in found["parts"]}
     wanted = {name: "passed" for name in gpu_parts.names([which])}
     assert statuses == ({**wanted, "build": "skipped"} if which == FIRST else wanted)
-    for name in {"smoke", "operators", "linear-times", "triton", *gpu_parts.SUITES} & set(wanted):
+    for name in {"smoke", "operators", "heads-times", "triton", *gpu_parts.SUITES} & set(wanted):
         assert found[name], name
     for suite in set(gpu_parts.SUITES) & set(wanted):
         assert {line["kind"] for line in found[suite]} == {"run", "floor", "result", "done"}

@@ -20,7 +20,7 @@ from benchmarks import (  # noqa: E402
     cases,
     gpu_counters,
     gpu_guard,
-    gpu_linear,
+    gpu_heads,
     gpu_operators,
     gpu_smoke,
     one_case,
@@ -187,9 +187,9 @@ def test_an_operator_that_fails_is_a_line_and_the_next_is_timed(
 
 
 @needs_cpu
-def test_the_linear_level_is_timed_by_rows_of_a_chunk(tmp_path: Path) -> None:
-    output = tmp_path / "linear.jsonl"
-    assert gpu_linear.main(["--device", "cpu", "--output", str(output)]) == 0
+def test_the_loss_of_heads_is_timed_by_rows_of_a_chunk(tmp_path: Path) -> None:
+    output = tmp_path / "heads.jsonl"
+    assert gpu_heads.main(["--device", "cpu", "--output", str(output)]) == 0
     floor, *chunks = _lines(output)
     assert floor["what"] == "four products"
     assert [line["what"] for line in chunks] == ["cpu, 2 rows a chunk", "cpu, 5 rows a chunk"]

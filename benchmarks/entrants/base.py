@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..cases import Case
 
-#: At the logits level called with student (N, V), teacher (N, V), labels (N,); at the linear level
-#: with student hidden (N, H_s), weight (V, H_s), teacher hidden (N, H_t), weight (V, H_t), labels
-#: (N,). Gives the 0-d mean over the rows, attached to the graph.
+#: At level "logits" called with student (N, V), teacher (N, V), labels (N,); at level "heads" with
+#: student hidden (N, H_s), weight (V, H_s), teacher hidden (N, H_t), weight (V, H_t), labels (N,).
+#: Returns the 0-d mean over the rows, attached to the graph.
 Loss = Callable[..., Tensor]
 
 
@@ -25,7 +25,7 @@ class Entrant:
     Args:
         key: how options and results call it.
         title: how tables and pictures call it.
-        level: of its arguments: "logits" or "linear".
+        level: of its arguments: "logits" or "heads".
         build: makes the loss of a case; called only where `why_not` finds nothing.
         why_not: why it cannot take part in a case (not installed, no such divergence, no GPU).
         package: the distribution that it comes from; None: torch or ours.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cases import LINEAR, Case
+from ..cases import HEADS, Case
 from .base import Entrant, Loss, cannot_import
 from .torch_native import HARD_ALONE, hard_alone
 
@@ -31,7 +31,7 @@ def _why_not(case: Case) -> str | None:
 
 
 ENTRANTS = [
-    Entrant("cut-cross-entropy", "Cut Cross-Entropy", LINEAR, _build, _why_not,
+    Entrant("cut-cross-entropy", "Cut Cross-Entropy", HEADS, _build, _why_not,
             "cut-cross-entropy", computes=hard_alone, nearest=HARD_ALONE, compiles=True,
             matrices=1.5),
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cases import LINEAR, Case
+from ..cases import HEADS, Case
 from .base import Entrant, Loss, cannot_import, needs_gpu, only
 
 
@@ -30,6 +30,6 @@ def _why_not(case: Case) -> str | None:
 
 
 ENTRANTS = [
-    Entrant("fla", "Flash Linear Attention", LINEAR, _build, _why_not, "flash-linear-attention",
+    Entrant("fla", "Flash Linear Attention", HEADS, _build, _why_not, "flash-linear-attention",
             most_rows=2048, matrices=3),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cases import LINEAR, LOGITS, Case
+from ..cases import HEADS, LOGITS, Case
 from .base import Entrant, Loss, cannot_import, needs_gpu, only
 
 #: Its JSDs are the forward KL at beta 0 and the reverse one at beta 1.
@@ -96,15 +96,15 @@ def _fused_kl(case: Case) -> Loss:
 
     def soft(hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            taught = F.softmax(F.linear(teacher, head).float() / temperature, -1)
-        result: Tensor = divergence(hidden, weight, taught, y)
+            target = F.softmax(F.linear(teacher, head).float() / temperature, -1)
+        result: Tensor = divergence(hidden, weight, target, y)
         return result
 
     return _with_cross_entropy(soft, case)
 
 
 def _with_cross_entropy(soft: Loss, case: Case) -> Loss:
-    """At the linear level, in chunks as well."""
+    """Add its cross-entropy from hidden states, which also works in chunks."""
     from liger_kernel.transformers.fused_linear_cross_entropy import (
         LigerFusedLinearCrossEntropyLoss,
     )
@@ -137,13 +137,13 @@ ENTRANTS = [
     Entrant("liger-ce-tvd", "Liger fused CE + TVD", LOGITS, _fused_tvd,
             _triton("fused_ce_tvd", "tvd"), "liger-kernel", computes=_at_one,
             nearest="the same at temperature 1", matrices=1),
-    Entrant("liger-chunked", "Liger chunked", LINEAR, partial(_chunked, False), _chunked_why_not,
+    Entrant("liger-chunked", "Liger chunked", HEADS, partial(_chunked, False), _chunked_why_not,
             "liger-kernel", most_rows=2 * CHUNK_ROWS - 1, matrices=10),
-    Entrant("liger-chunked-compiled", "Liger chunked, compiled", LINEAR, partial(_chunked, True),
+    Entrant("liger-chunked-compiled", "Liger chunked, compiled", HEADS, partial(_chunked, True),
             _chunked_why_not, "liger-kernel", compiles=True, most_rows=2 * CHUNK_ROWS - 1,
             matrices=4.5),
-    Entrant("liger-fused-jsd", "Liger fused linear JSD", LINEAR, _fused_jsd,
+    Entrant("liger-fused-jsd", "Liger fused linear JSD", HEADS, _fused_jsd,
             _triton("fused_linear_jsd", *BETA), "liger-kernel", most_rows=2048, matrices=9),
-    Entrant("liger-fused-kl", "Liger fused linear KL", LINEAR, _fused_kl,
+    Entrant("liger-fused-kl", "Liger fused linear KL", HEADS, _fused_kl,
             _triton("fused_linear_kl_div", "forward_kl"), "liger-kernel", matrices=4),
 ]  # fmt: skip

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import Head, KDLoss
 from fused_kd.backends import why_not
 from fused_kd.options import MIB
 
-from ..cases import LINEAR, LOGITS, Case
+from ..cases import HEADS, LOGITS, Case
 from .base import Entrant, Loss
 
-#: The one that others are compared with, by level, and how it is called where it goes ahead of
-#: the backends of a GPU.
+#: Keys. On a GPU these are the automatic backend's; others append the backend's name.
 KDLOSS, IN_PLACE, FORWARD = "kdloss", "kdloss-inplace", "kdloss-forward"
-LINEARKDLOSS = "linearkdloss"
-OURS = {LOGITS: KDLOSS, LINEAR: LINEARKDLOSS}
-#: Memory budgets in MiB that the linear level is measured with, besides its automatic one.
+WITH_HEADS = "kdloss-heads"
+#: The method that others are compared with, by level.
+OURS = {LOGITS: KDLOSS, HEADS: WITH_HEADS}
+#: Memory budgets in MiB that the loss of heads is measured with, besides the automatic one.
 BUDGETS = (64, 256, 1024)
-BUDGETED = {f"{LINEARKDLOSS}-{budget}": budget for budget in BUDGETS}
+BUDGETED = {f"{WITH_HEADS}-{budget}": budget for budget in BUDGETS}
 
 
 def _kdloss(backend: str, inplace: bool) -> Callable[[Case], Loss]:
@@ -42,8 +43,18 @@ def _forward(backend: str) -> Callable[[Case], Loss]:
     return build
 
 
-def _linear(backend: str, **settings: Any) -> Callable[[Case], Loss]:
-    return lambda case: LinearKDLoss(backend=backend, **settings, **case.keywords)
+def with_heads(case: Case, **keywords: Any) -> Loss:
+    """Return KDLoss as a function of hidden states and weights, with more of its keywords."""
+    module = KDLoss(**keywords, **case.keywords)
+
+    def loss(
+        hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, labels: Tensor
+    ) -> Tensor:
+        value = module(Head(hidden, weight), Head(teacher, head), labels)
+        assert isinstance(value, Tensor)
+        return value
+
+    return loss
 
 
 def _available(backend: str) -> Callable[[Case], str | None]:
@@ -71,7 +82,8 @@ def _entrants(backend: str) -> list[Entrant]:
                 matrices=0, **ours),
         Entrant(FORWARD + key, "KDLoss, forward only" + title, LOGITS, _forward(backend),
                 compared=("loss",), matrices=0, **ours),
-        Entrant(LINEARKDLOSS + key, "LinearKDLoss" + title, LINEAR, _linear(backend),
+        Entrant(WITH_HEADS + key, "KDLoss, heads" + title, HEADS,
+                partial(with_heads, backend=backend),
                 matrices=2, most_rows=2048, **ours),
     ]  # fmt: skip
 
@@ -80,8 +92,8 @@ ENTRANTS = [
     *_entrants("auto"),
     *_entrants("triton"),
     *(
-        Entrant(key, f"LinearKDLoss, {budget} MiB", LINEAR,
-                _linear("auto", memory_budget=budget * MIB), _available("auto"), is_ours=True,
+        Entrant(key, f"KDLoss, heads, {budget} MiB", HEADS,
+                partial(with_heads, memory_budget=budget * MIB), _available("auto"), is_ours=True,
                 matrices=2, most_rows=budget)
         for key, budget in BUDGETED.items()
     ),

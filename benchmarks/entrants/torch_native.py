@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cases import LINEAR, Case
+from ..cases import HEADS, Case
 from .base import Entrant, Loss
 
 #: What a peer without a teacher is compared with and called.
@@ -53,6 +53,6 @@ def _why_not(case: Case) -> str | None:
 
 
 ENTRANTS = [
-    Entrant("torch-linear-ce", "F.linear_cross_entropy", LINEAR, _linear_cross_entropy, _why_not,
+    Entrant("torch-linear-ce", "F.linear_cross_entropy", HEADS, _linear_cross_entropy, _why_not,
             computes=hard_alone, nearest=HARD_ALONE, matrices=1.5),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cases import LINEAR, LOGITS, Case
+from ..cases import HEADS, LOGITS, Case
 from .base import Entrant, Loss, cannot_import, only
 from .torch_native import with_cross_entropy
 
@@ -31,7 +31,7 @@ def _logits(case: Case) -> Loss:
     return with_cross_entropy(soft)
 
 
-def _linear(case: Case) -> Loss:
+def _heads(case: Case) -> Loss:
     """The hard half is the tiled log-probability of its fine-tuning trainer."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -62,7 +62,7 @@ def _has(module: str, case: Case) -> str | None:
 ENTRANTS = [
     Entrant("trl-gkd", "TRL GKD", LOGITS, _logits,
             lambda case: _has("trl.experimental.gkd", case), "trl", matrices=9),
-    Entrant("trl-chunked", "TRL chunked", LINEAR, _linear,
+    Entrant("trl-chunked", "TRL chunked", HEADS, _heads,
             lambda case: _has("trl.kernels.chunked_divergence", case), "trl", most_rows=4096,
             matrices=4),
 ]  # fmt: skip

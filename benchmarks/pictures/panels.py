@@ -27,7 +27,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Guide:
-    """A dashed line that is nobody's."""
+    """A dashed line that belongs to no method."""
 
     title: str
     points: list[tuple[float, float]]
@@ -114,7 +114,7 @@ def budgets(axis: Any, curves: dict[str, list[tuple[float, float]]], look: Look)
     highest = max((y for points in curves.values() for _, y in points), default=1.0)
     axis.set_ylim(0, 1.15 * max(1.0, highest))
     if values:
-        names.append(Name(values[-1], 1.0, "floor: the four products", INK, "bold"))
+        names.append(Name(values[-1], 1.0, "lower bound: the four products", INK, "bold"))
     axis.set_xlabel("memory budget, MiB")
     axis.set_ylabel("time / time of the four products")
     name_ends(axis, names)

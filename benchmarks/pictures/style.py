@@ -1,4 +1,4 @@
-"""How pictures look: one colour for each entrant wherever it appears, names beside the lines."""
+"""How pictures look: one colour for each method in all of them, names next to the lines."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..records import Report
 #: Text and axes, what is faint, and the paper: a page puts its own colours in their place.
 INK, FAINT, PAPER = "#1b1f24", "#b7bec8", "#fdfdfc"
 #: Okabe and Ito's colours, told apart by colour-blind readers too; one for each family of
-#: entrants, by the first word of its key. Members of a family differ in marker and dashes. Ours
-#: are the blues.
+#: methods: the first name that begins the key. Members of a family differ in marker and dashes.
+#: Ours are the blues.
 FAMILIES = {
+    "kdloss-heads": "#56b4e9",
     "kdloss": "#0072b2",
-    "linearkdloss": "#56b4e9",
     "eager": "#d55e00",
     "compile": "#e69f00",
     "checkpoint": "#9c6b1e",
@@ -85,7 +85,7 @@ def looks(report: Report) -> dict[str, Look]:
     ours = {x["entrant"]: bool(x["is_ours"]) for x in report.results.values()}
     families: dict[str, list[str]] = {}
     for key in sorted(ours):
-        families.setdefault(key.split("-")[0], []).append(key)
+        families.setdefault(_family(key), []).append(key)
     spare = itertools.cycle(SPARE)
     found = {}
     for family, keys in families.items():
@@ -94,6 +94,11 @@ def looks(report: Report) -> dict[str, Look]:
             marker, dashes = MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
             found[key] = Look(colour, marker, dashes, ours[key])
     return found
+
+
+def _family(key: str) -> str:
+    known = (name for name in FAMILIES if f"{key}-".startswith(f"{name}-"))
+    return next(known, key.split("-")[0])
 
 
 def need_matplotlib() -> None:
@@ -148,7 +153,7 @@ def name_ends(axis: Any, names: Iterable[Name], size: float = 8.0) -> None:
 
 
 def short(text: str) -> str:
-    """A name that has room beside a panel; what tells members of a family apart ends it."""
+    """Return a name that fits next to a panel; its end distinguishes a family's members."""
     if len(text) <= NAME_WIDTH:
         return text
     end = NAME_WIDTH // 3

@@ -93,7 +93,7 @@ class SuitePictures:
             curves = self._budgets(cases)
             if curves:
                 look = self.looks[next(key for key in BUDGETED if key in self.looks)]
-                drawn["Time against the memory budget of LinearKDLoss"] = lambda axis: (
+                drawn["Time against the memory budget of KDLoss with heads"] = lambda axis: (
                     panels.budgets(axis, curves, look)
                 )
             else:
