@@ -98,7 +98,7 @@ def mse(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
     return spoil_rows(term, (no_student != no_teacher).any(1), math.inf)
 
 
-# ------------------------------------------------------- what a careful user composes from torch
+# ------------------------------------------------------- what a careful user composes
 # D of every row, (N,), from logits (N, V); none of the rules for -inf.
 
 
@@ -141,6 +141,7 @@ def _eager_mse(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
 class Divergence(NamedTuple):
     """What Python knows of one divergence."""
 
+    meaning: str  # D(q, p), for the documentation
     formula: Callable[[Tensor, Tensor, Tensor, float], Term]
     eager: Callable[[Tensor, Tensor, float, float], Tensor]
     softmax: bool = True  # compares probabilities, not logits
@@ -150,11 +151,17 @@ class Divergence(NamedTuple):
 
 #: The position of an entry is the code by which the kernels know it.
 TABLE = {
-    "forward_kl": Divergence(forward_kl, _eager_forward_kl),
-    "reverse_kl": Divergence(reverse_kl, _eager_reverse_kl),
-    "jsd": Divergence(jsd, _eager_jsd, needs_beta=True, two_passes=True),
-    "tvd": Divergence(tvd, _eager_tvd, two_passes=True),
-    "mse": Divergence(mse, _eager_mse, softmax=False),
+    "forward_kl": Divergence("Σ q log(q/p)", forward_kl, _eager_forward_kl),
+    "reverse_kl": Divergence("Σ p log(p/q)", reverse_kl, _eager_reverse_kl),
+    "jsd": Divergence(
+        "β KL(q‖m) + (1-β) KL(p‖m), m = βq + (1-β)p",
+        jsd,
+        _eager_jsd,
+        needs_beta=True,
+        two_passes=True,
+    ),
+    "tvd": Divergence("½ Σ |p-q|", tvd, _eager_tvd, two_passes=True),
+    "mse": Divergence("(1/V) Σ (s-t)²/T²", mse, _eager_mse, softmax=False),
 }
 DIVERGENCES = tuple(TABLE)
 CODES = {name: code for code, name in enumerate(DIVERGENCES)}

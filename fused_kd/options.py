@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from .divergences import DIVERGENCES, NEEDS_BETA
+from .divergences import DIVERGENCES, NEEDS_BETA, TABLE
 
 #: Bounds of a temperature or denominator: its square and its inverse stay normal in float32.
 SMALLEST, LARGEST = 2.0**-60, 2.0**60
@@ -153,8 +153,7 @@ class KDOptions:
     divergence: str = _keyword(
         "forward_kl",
         _one_of(*DIVERGENCES),
-        'D(q, p): "forward_kl" Σ q log(q/p); "reverse_kl" Σ p log(p/q); "jsd" β KL(q‖m) + (1-β) '
-        'KL(p‖m), m = βq + (1-β)p; "tvd" ½ Σ |p-q|; "mse" (1/V) Σ (s-t)²/T².',
+        "D(q, p): " + "; ".join(f'"{name}" {entry.meaning}' for name, entry in TABLE.items()) + ".",
     )
     beta: float = _keyword(0.5, _number, 'β of "jsd", the weight of the teacher, in (0, 1).')
     soft_scale: str = _keyword("t2", _one_of(*SOFT_SCALES), 'c(T): "t2" for T², "none" for 1.')

@@ -69,7 +69,7 @@ def test_the_module_exports_only_its_entry() -> None:
 
 @compiled
 def test_both_languages_have_the_same_row_statistics_and_divergences() -> None:
-    """Python's copies shape the tensors that a compiler's trace sees, and are the kernels' codes."""
+    """Python's copies shape the tensors in a compiler's trace, and are the kernels' codes."""
     info = extension.cpu.build_info()
     assert info is not None
     assert info["row_statistics"] == ops.STATS

@@ -1,0 +1,167 @@
+"""A divergence is one block per language: the steps of CONTRIBUTING.md, in a copy of the tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The toy is half of forward_kl. An edit: the file, what the text is inserted before, the text.
+PYTHON = (
+    "fused_kd/divergences.py",
+    "# ------------------------------------------------------- what a careful user composes",
+    '''def toy(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
+    """Return half of forward_kl."""
+    value, gradient = forward_kl(s, t, temperature, beta)
+    return Term(0.5 * value, 0.5 * gradient)
+
+
+def _eager_toy(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
+    return 0.5 * _eager_forward_kl(s, t, temperature, beta)
+
+
+''',
+)
+TABLE = (
+    "fused_kd/divergences.py",
+    "}\nDIVERGENCES = ",
+    '    "toy": Divergence("½ Σ q log(q/p)", toy, _eager_toy),\n',
+)
+LIST = ("csrc/kd_math.h", "\n\nenum class Divergence", " X(toy)")
+RULE = (
+    "csrc/kd_math.h",
+    "// D = 1/V sum (s-t)^2 / T^2;",
+    """// D = 1/2 sum q log(q/p);  T dD/ds = 1/2 (p - q)
+template <>
+struct Rule<Divergence::toy> : Traits<Divergence::toy> {
+  static constexpr bool SOFTMAX = true, OWN_SUM = true, TWO_PASSES = false;
+  static constexpr Infinite INFINITE = Infinite::student_absent;
+  static constexpr bool FINITE_GRADIENT = true;
+  template <class F>
+  FUSED_KD_HD static F accumulate(F a, F b, F, F Q, F w) {
+    return fma(Q, b - a, w);
+  }
+  template <class F>
+  FUSED_KD_HD static F weight(F, F Q) {
+    return Q;
+  }
+  template <class R>
+  FUSED_KD_HD static R rebase(const RowSums<R>& r, R shift_s, R shift_t, R, R factor_t) {
+    return factor_t * (r.w + (shift_t - shift_s) * r.d_t);
+  }
+  template <class R>
+  FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>& o) {
+    return R(0.5) * (r.w / (o.unit * r.d_t) + log(r.d_s / r.d_t));
+  }
+  template <class R>
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
+    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, R(0), R(0)};
+  }
+  template <class F>
+  FUSED_KD_HD static F gradient(F, F, F P, F Q, F, const Constants<F>& c, F offset) {
+    return fma(c.scale, fma(-c.ratio, Q, P), offset);
+  }
+};
+
+""",
+)
+TRITON = (
+    "fused_kd/backends/triton/rules.py",
+    "class NoSoftTerm(Rule):",
+    '''class Toy(Rule):
+    """½ Σ q·log(q/p), gradient ½ (p - q); w = Σ Q·(b - a)."""
+
+    name = "toy"
+    own_sum = YES
+    infinite = YES
+
+    @triton.jit
+    def add(w, e):
+        return tl.fma(e.Q, _above(e.b - e.a), w)
+
+    @triton.jit
+    def rebase(w, s, t):
+        return tl.fma(t.by - s.by, t.d, w * t.factor)
+
+    @triton.jit
+    def loss(sums, again, temperature, beta):
+        kl = LN2 * tl.div_rn(sums.w, sums.d_t) + tl.log(tl.div_rn(sums.d_s, sums.d_t))
+        return 0.5 * kl
+
+    @triton.jit
+    def constants(sums, again, weight, temperature, beta):
+        return tl.div_rn(0.5 * weight, sums.d_s), tl.div_rn(sums.d_s, sums.d_t)
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        return constants.scale, constants.offset * e.Q
+
+    @triton.jit
+    def gradient_alone(e, refs, constants, x, y):
+        return constants.scale * tl.fma(-refs.ratio, e.Q, e.P)
+
+
+''',
+)
+EDITS = (PYTHON, TABLE, LIST, RULE, TRITON)
+
+PARITY = """
+import math, sys, torch
+from fused_kd import KDLoss
+from fused_kd.testing import eager_kd_loss
+
+torch.manual_seed(0)
+s, t = 3 * torch.randn(2, 3, 1003)
+s[1, 5] = -math.inf  # infinite, with a finite gradient
+for backend in ("reference", "cpu", "triton"):
+    for dtype in (torch.float32, torch.bfloat16):
+        keywords = dict(temperature=2.0, divergence="toy", hard_weight=0.0, reduction="none")
+        student = s.to(dtype).clone().requires_grad_()
+        loss = KDLoss(backend=backend, **keywords)(student, t.to(dtype))
+        exact = s.to(dtype).double().requires_grad_()
+        truth = eager_kd_loss(exact, t.to(dtype).double(), None, **keywords)
+        assert loss[1] == truth[1] == math.inf, loss
+        torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=0.0)
+        (loss[0] + loss[2]).backward(retain_graph=True)
+        (truth[0] + truth[2]).backward()
+        rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (8e-3, 1e-5)
+        got = student.grad.double()[[0, 2]]
+        torch.testing.assert_close(got, exact.grad[[0, 2]], rtol=rtol, atol=atol)
+        loss[1].backward()
+        assert student.grad.isfinite().all()
+print("parity")
+"""
+
+
+@pytest.mark.slow
+def test_a_divergence_is_one_block_per_language(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("fused_kd", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    for file, before, text in EDITS:
+        path = tmp_path / file
+        source = path.read_text()
+        assert source.count(before) == 1, (file, before)
+        path.write_text(source.replace(before, text + before))
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"FUSED_KD_CUDA": "0", "FUSED_KD_BUILD": "1"}
+    subprocess.run(build, cwd=tmp_path, env=environment, check=True)
+    environment |= {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", PARITY],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "parity\n"
