@@ -191,8 +191,9 @@ def _arithmetic_dtype(student: Side, teacher: Side | None) -> torch.dtype:
 
 def _detached(teacher: Tensors) -> Tensors:
     """Return the tensors without grad, which parameters of a teacher's head may have."""
-    if not any(x is not None and x.requires_grad for x in teacher):
-        return teacher
+    states, weight, bias = teacher
+    if weight is None:
+        return teacher  # logits, which the checks refuse with grad
     states, weight, bias = (None if x is None else x.detach() for x in teacher)
     return states, weight, bias
 

@@ -41,7 +41,8 @@ def label_rows(labels: Tensor | None, options: KDOptions) -> Tensor | None:
     """Return the labels as (N,), contiguous; None without a hard term."""
     if labels is None or options.hard_weight == 0.0:
         return None
-    return labels.reshape(-1).contiguous()
+    is_row = labels.dim() == 1 and labels.is_contiguous()
+    return labels if is_row else labels.reshape(-1).contiguous()
 
 
 def row_weights(
@@ -71,7 +72,8 @@ def row_weights(
         w = kept.to(dtype)
     else:
         w = torch.ones(row_shape(student), dtype=dtype, device=rows_tensor(student).device)
-    w = w.reshape(-1)
+    if w.dim() != 1:
+        w = w.reshape(-1)
     if options.reduction == "mean":
         w = _over_denominator(w, token_weight is None, num_items)
     else:

@@ -139,9 +139,9 @@ def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
     if requested == "auto":
         requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         source = ENVIRONMENT_VARIABLE
-    tensors = [rows_tensor(side) for side in (student, teacher) if side is not None]
-    is_double = any(x.dtype == torch.float64 for x in tensors)
-    device = tensors[0].device
+    x = rows_tensor(student)
+    other = x if teacher is None else rows_tensor(teacher)
+    device, is_double = x.device, torch.float64 in (x.dtype, other.dtype)
     if requested == "auto":
         return "reference" if is_double else _automatic(device)
     if requested not in _MODULES:
