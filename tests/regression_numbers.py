@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.backends import cpu
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import Inputs, assert_obeys_error_rule, make_inputs
 
 INF, NAN = math.inf, math.nan
@@ -317,11 +317,11 @@ def odd_rows(backend: str) -> None:
 GUARDED = """
 import sys, torch
 from fused_kd.backends import cpu, reference
-from fused_kd.options import KDOptions
+from fused_kd.options import Formula, KDOptions, temperature_tensor
 from fused_kd.testing import guarded
 backend = cpu if sys.argv[1] == "cpu" else reference
 torch.set_num_threads(1)
-one = torch.ones(1)
+one, temperature = torch.ones(1), temperature_tensor(KDOptions(temperature=2.0))
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for vocabulary in (1, 7, 33, 2047, 2049):
         for side in ("after", "before"):
@@ -330,11 +330,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd", "mse"):
                 for x in rows:
                     x.normal_()
-                options = KDOptions(divergence=divergence, label_smoothing=0.1, temperature=2.0)
+                formula = Formula(divergence, temperature, 0.5, "t2", 0.1)
                 data = (*rows, labels, one, one)
-                stats = backend.forward(*data, options)[2]
-                backend.backward(*data, stats, options, False)
-                backend.forward_backward(*data, options, True)  # writes over the student
+                stats = backend.forward(*data, formula)[2]
+                backend.backward(*data, stats, formula, False)
+                backend.forward_backward(*data, formula, True)  # writes over the student
                 assert rows[0].isfinite().all()
 print("done")
 """

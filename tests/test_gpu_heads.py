@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks.cases import DTYPES
 from benchmarks.device import peak_bytes
 from fused_kd import linear_kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import eager_kd_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", BACKENDS)]

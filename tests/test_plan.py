@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_kd.linear import chunks as driver
+from fused_kd.linear import functional
+from fused_kd.linear.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
 from helpers import DTYPES, as_loss
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.linear import chunks as driver
-from fused_kd.linear import functional
-from fused_kd.linear.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
 from fused_kd.options import MIB
 from fused_kd.plan import Plan, levels, plan
 from fused_kd.plan.__main__ import byte_count, main
