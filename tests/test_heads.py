@@ -128,7 +128,7 @@ def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_teacher_logits_instead_of_a_head() -> None:
+def test_logits_of_a_teacher_instead_of_a_head() -> None:
     heads = make_heads()
     logits = F.linear(*heads.teacher)
     for dtype in DTYPES:
