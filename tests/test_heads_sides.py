@@ -159,7 +159,7 @@ def test_a_scale_that_would_take_rows_out_is_refused(scale: float) -> None:
     heads = make_heads(rows=3)
     for name, student, teacher in (("student", scale, 1.0), ("teacher", 1.0, scale)):
         sides = Head(*heads.student, scale=student), Head(*heads.teacher, scale=teacher)
-        with pytest.raises(ValueError, match=rf"{name}\.scale must be finite and not 0.*{scale}"):
+        with pytest.raises(ValueError, match=rf"{name}\.scale must be finite and not 0"):
             kd_loss(*sides, heads.labels)
 
 
