@@ -131,12 +131,8 @@ def _check_head(name: str, head: Head) -> None:
             f"{name}.scale must be a Python number; got {type(head.scale).__name__}: a tensor's "
             "value is x.item()"
         )
-    # the driver multiplies the weights of rows by it, and a weight of 0 takes a row out
-    if not SMALLEST <= abs(head.scale) <= LARGEST:
-        raise ValueError(
-            f"{name}.scale must be finite and not 0, its size in [{SMALLEST:.0e}, {LARGEST:.0e}]; "
-            f"got {head.scale}"
-        )
+    if not -LARGEST <= head.scale <= LARGEST:
+        raise ValueError(f"{name}.scale must be finite; got {head.scale}")
     if head.softcap is not None:
         raise ValueError(
             f"{name}.softcap must be None, since a soft-capped head is not supported; got "

@@ -20,7 +20,7 @@ from head_helpers import (
     ours,
     truth,
 )
-from helpers import DTYPES
+from helpers import DTYPES, as_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -281,6 +281,47 @@ def test_cuda_memory_of_a_chunk(
     taken = cpu_peak(step).highest - outputs
     predicted = height * row_bytes(sizes)
     assert 0.95 * predicted <= taken <= predicted + 64 * 1024
+
+
+@pytest.mark.parametrize("kept_rows", [None, 24, 30])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("as_on_cuda")
+def test_cuda_student_logits(dtype: torch.dtype, inplace: bool, kept_rows: int | None) -> None:
+    """Ignored rows, which are not numbers, are masked, or left out as far as kept_rows says."""
+    heads = make_heads(dtype=dtype)
+    heads.labels[::3] = -100
+    logits = F.linear(*heads.student).detach().requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    whole = F.linear(*(x.double() for x in heads.teacher))
+    want = as_loss(kd_loss(exact, whole, heads.labels, backend="reference"))
+    want.backward()
+    with torch.no_grad():
+        logits[::3] = torch.nan
+        heads.teacher_hidden[::3] = torch.inf
+    keywords: dict[str, Any] = {"chunk_rows": 10, "kept_rows": kept_rows, "inplace": inplace}
+    given = logits * 1 if inplace else logits
+    loss = as_loss(kd_loss(given, heads.teacher_side, heads.labels, **keywords))
+    (got,) = torch.autograd.grad(loss, logits)
+    assert got.dtype == dtype
+    assert not got[::3].any()
+    assert distance(loss.detach(), want.detach()) <= 1e-6
+    assert distance(got, exact.grad) <= 1e-6 + torch.finfo(dtype).eps  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = make_heads(dtype=dtype)
+    sides = Head(*heads.student, scale=-0.3), Head(*heads.teacher, heads.bias.detach(), 1.7)
+    student, teacher = (x.scale * F.linear(*x.to(torch.float64)[:3]) for x in sides)
+    want = as_loss(kd_loss(student, teacher, heads.labels, backend="reference"))
+    exact = torch.autograd.grad(want, heads.student)
+    multiply_as_on_cuda(monkeypatch)
+    loss = as_loss(kd_loss(*sides, heads.labels, chunk_rows=10))
+    assert distance(loss.detach(), want.detach()) < 1e-6
+    eps = torch.finfo(dtype).eps
+    for mine, theirs in zip(torch.autograd.grad(loss, heads.student), exact, strict=True):
+        assert distance(mine, theirs) <= 1e-6 + 2 * eps
 
 
 class _NothingWaits(TorchDispatchMode):
