@@ -17,7 +17,7 @@ FIRST, SECOND = "first", "second"
 #: Minutes of each run.
 MINUTES = {FIRST: 4.0, SECOND: 5.0}
 #: The device's tests, the most telling first.
-TESTS = ("test_gpu.py", "test_gpu_running.py", "test_gpu_machine.py", "test_gpu_linear.py")
+TESTS = ("test_gpu.py", "test_gpu_running.py", "test_gpu_machine.py", "test_gpu_heads.py")
 #: Tests that run at a time, and the seconds of one at most.
 WORKERS, TEST_SECONDS = 12, 45
 #: Options of `python -m benchmarks run`, on a GPU and to try them. torch.compile and Liger compile

@@ -20,8 +20,8 @@ class Head(NamedTuple):
         hidden: (..., H), the input of the lm_head; 1-D is a single row.
         weight: (V, H), the weight of the lm_head, or of a tied embedding.
         bias: (V,).
-        scale: a factor of the logits, bias included (Cohere's ``logit_scale``, the inverse of
-            Granite's ``logits_scaling``).
+        scale: a factor of the logits, bias included, not 0 (Cohere's ``logit_scale``, the inverse
+            of Granite's ``logits_scaling``).
         softcap: must be None; a soft-capped head is not supported yet.
     """
 

@@ -16,8 +16,9 @@ from native_build import COMPILER, ROOT, SANITIZE
 from torch import Tensor
 
 from fused_kd import backends
+from fused_kd.divergences import CODES
 from fused_kd.ops import STATS
-from fused_kd.options import KDOptions
+from fused_kd.options import Formula
 
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w"]
 FLAGS += ["-DFUSED_KD_CUDA_ON_CPU", "-DFUSED_KD_SMALL_SIZES", "-Itests/cuda_on_cpu"]
@@ -126,20 +127,21 @@ class EmulatedCUDA:
 
     def backward(self, *rows: Any, inplace: bool = False) -> Tensor:
         *rows, inplace = rows if len(rows) == 8 else (*rows, inplace)
-        *rows, stats, options = rows
+        *rows, stats, formula = rows
         grad = rows[0] if inplace else _garbage(rows[0].shape, rows[0].dtype)
-        self._run(GRADIENT, _problem((*rows, options), grad, stats=stats))
+        self._run(GRADIENT, _problem((*rows, formula), grad, stats=stats))
         return cast(Tensor, grad)
 
     def rescale(self, grad: Tensor, scale: Tensor, *rows: Any) -> None:
-        *rows, stats, options = rows
+        *rows, stats, formula = rows
         scale = scale.float().contiguous()
-        if rows[0] is None:
-            problem = _Problem(N=grad.shape[0] * grad.shape[1], V=grad.shape[2], grad=_view(grad))
-            problem.scale = scale.data_ptr()
-            self._run(SCALE, problem)
-        else:
-            self._run(RESCALE, _problem((*rows, options), grad, stats=stats, scale=scale))
+        self._run(RESCALE, _problem((*rows, formula), grad, stats=stats, scale=scale))
+
+    def multiply(self, grad: Tensor, scale: Tensor) -> None:
+        scale = scale.float().contiguous()
+        problem = _Problem(N=grad.shape[0] * grad.shape[1], V=grad.shape[2], grad=_view(grad))
+        problem.scale = scale.data_ptr()
+        self._run(SCALE, problem)
 
     def workspace(self, *rows: Any) -> int:
         """Return the bytes of global memory in which these rows' blocks exchange records."""
@@ -172,8 +174,11 @@ def _view(x: Tensor | None) -> _Rows:
 
 
 def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _Problem:
-    student, teacher, labels, w_hard, w_soft, options = rows
-    assert isinstance(options, KDOptions)
+    student, teacher, labels, w_hard, w_soft, formula = rows
+    assert isinstance(formula, Formula)
+    # as the operators demand (csrc/bindings)
+    temperature = formula.temperature
+    assert (temperature.shape, temperature.dtype) == ((), torch.float64)
     vectors |= {"labels": labels, "w_hard": w_hard, "w_soft": w_soft}
     return _Problem(
         N=student.shape[0] * student.shape[1],
@@ -181,11 +186,11 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
         student=_view(student),
         teacher=_view(teacher),
         grad=_view(grad),
-        divergence=options.divergence_code,
-        temperature=options.temperature,
-        beta=options.beta,
-        soft_factor=options.soft_factor,
-        label_smoothing=options.label_smoothing,
+        divergence=CODES[formula.divergence],
+        temperature=temperature.item(),
+        beta=formula.beta,
+        soft_factor=formula.soft_factor().item(),
+        label_smoothing=formula.label_smoothing,
         **{name: x.data_ptr() for name, x in vectors.items() if x is not None},
     )
 

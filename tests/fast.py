@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.backends import why_not
-from fused_kd.options import BACKENDS
+from fused_kd.options import BACKENDS, Formula, KDOptions, temperature_tensor
 
 
 def _parameter(name: str) -> Any:
@@ -32,6 +32,15 @@ HERE = ["reference", *FAST]
 needs_cpu = pytest.mark.skipif(
     why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}"
 )
+
+
+def formula_of(**keywords: Any) -> Formula:
+    """Return what a row kernel computes for keywords of kd_loss."""
+    options = KDOptions(**keywords)
+    temperature = temperature_tensor(options)
+    return Formula(
+        options.divergence, temperature, options.beta, options.soft_scale, options.label_smoothing
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Hidden states and heads for the tests of the linear level on a GPU, and what to do with them."""
+"""Hidden states and heads for the tests of heads on a GPU, and what to do with them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import DTYPES
-from fused_kd import LinearKDLoss
+from fused_kd import Head, KDLoss
 from fused_kd.testing import eager_kd_loss
 
 Loss = Callable[..., Tensor]
 TEMPERATURE = 2.0
 
 
-class LinearCase(NamedTuple):
+class HeadsCase(NamedTuple):
     """Sizes of both models."""
 
     n: int
@@ -47,6 +47,14 @@ class Heads(NamedTuple):
     teacher_weight: Tensor  # (V, H_t)
     labels: Tensor  # (N,)
 
+    @property
+    def student(self) -> Head:
+        return Head(self.hidden, self.weight)
+
+    @property
+    def teacher(self) -> Head:
+        return Head(self.teacher_hidden, self.teacher_weight)
+
     def first(self, rows: int) -> Heads:
         """The first rows, of the same weights."""
         hidden = self.hidden.detach()[:rows].requires_grad_()
@@ -60,7 +68,7 @@ class Heads(NamedTuple):
         return Heads(*leaves, teacher, head, self.labels)
 
 
-def make_heads(case: LinearCase, device: str = "cpu", seed: int = 0) -> Heads:
+def make_heads(case: HeadsCase, device: str = "cpu", seed: int = 0) -> Heads:
     """Logits of standard deviation 2 from normal hidden states and weights."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
@@ -82,12 +90,19 @@ def make_heads(case: LinearCase, device: str = "cpu", seed: int = 0) -> Heads:
     )
 
 
-def ours(case: LinearCase, **settings: Any) -> Loss:
-    """LinearKDLoss as a user calls it."""
-    return LinearKDLoss(**{"temperature": TEMPERATURE, **settings})
+def ours(case: HeadsCase, **settings: Any) -> Loss:
+    """KDLoss as a user calls it."""
+    of = KDLoss(**{"temperature": TEMPERATURE, **settings})
+
+    def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, y: Tensor) -> Tensor:
+        result = of(Head(hidden, weight), Head(teacher, head), y)
+        assert isinstance(result, Tensor)
+        return result
+
+    return loss
 
 
-def eager(case: LinearCase) -> Loss:
+def eager(case: HeadsCase) -> Loss:
     """The composition of whole logits and the baseline."""
 
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, y: Tensor) -> Tensor:
@@ -110,11 +125,6 @@ def outcome(loss: Loss, heads: Heads) -> Outcome:
     """Forward and backward."""
     value = loss(*heads)
     return Outcome(value.detach(), *torch.autograd.grad(value, (heads.hidden, heads.weight)))
-
-
-def step(loss: Loss, heads: Heads) -> Callable[[], object]:
-    """Forward and backward as a call to time; its gradients are dropped, not accumulated."""
-    return lambda: (outcome(loss, heads), None)[1]
 
 
 def distance(got: Tensor, exact: Tensor) -> float:

@@ -14,8 +14,8 @@ from regression_helpers import V, close, grad, loss_of, make, raises
 from regression_registry import case
 from torch import Tensor
 
-from fused_kd import linear_kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd import Head, kd_loss
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import eager_kd_loss
 
 
@@ -41,8 +41,8 @@ def smoothing_of_ignored_rows(backend: str) -> None:
 NO_READ_AT_THE_LABEL = """
 import sys, torch
 from fused_kd import kd_loss
-from fused_kd.backends import choose
-from fused_kd.options import KDOptions
+from fused_kd.backends import named
+from fused_kd.options import Formula, KDOptions, temperature_tensor
 from fused_kd.testing import guarded
 torch.set_num_threads(1)
 for dtype in (torch.float32, torch.bfloat16):
@@ -57,9 +57,9 @@ for dtype in (torch.float32, torch.bfloat16):
             assert loss.sum() == 0 and not gradient.any()
         # kept and out of range, as a trace or a GPU would find it
         student, one = student.detach()[None], torch.ones(1)
-        run = choose(sys.argv[1], student, student).forward_backward
-        options = KDOptions(label_smoothing=0.1)
-        assert run(student, rows[1].view(1, 1, 33), labels, one, one, options, False)[0].isnan()
+        run, temperature = named(sys.argv[1]).forward_backward, temperature_tensor(KDOptions())
+        formula = Formula("forward_kl", temperature, 0.5, "t2", 0.1)
+        assert run(student, rows[1].view(1, 1, 33), labels, one, one, formula, False)[0].isnan()
 print("done")
 """
 
@@ -123,9 +123,8 @@ def inputs_are_untouched(backend: str) -> None:
         ).backward()
         hidden, head = torch.randn(2, 4, 5, requires_grad=True), torch.randn(V, 5)
         before = hidden.detach().clone()
-        got = linear_kd_loss(
-            hidden, head, hidden.detach(), head, labels, token_weight=weight, backend=backend
-        )
+        sides = Head(hidden, head), Head(hidden.detach(), head)
+        got = kd_loss(*sides, labels, token_weight=weight, backend=backend)
         assert isinstance(got, Tensor)
         got.backward()
         assert torch.equal(hidden, before)
@@ -155,25 +154,22 @@ def teachers_get_no_gradient(backend: str) -> None:
     for taught in (teacher.clone().requires_grad_(), teacher.clone().requires_grad_() * 1):
         raises(
             ValueError,
-            "teacher_logits must not require grad",
+            "teacher must not require grad",
             lambda t=taught: loss_of(student, t, labels, backend=backend),  # type: ignore[misc]
         )
     hidden, head = torch.randn(6, 5, requires_grad=True), torch.randn(V, 5, requires_grad=True)
-    for name in ("teacher_hidden", "teacher_weight", "teacher_bias"):
-        heads = {
-            "teacher_hidden": torch.randn(6, 5),
-            "teacher_weight": torch.randn(V, 5),
-            "teacher_bias": torch.randn(V),
-        }
-        parameter = heads[name].requires_grad_()
-        heads[name] = parameter * 1
+    own = Head(hidden, head)
+    for name in ("hidden", "weight", "bias"):
+        frozen = Head(torch.randn(6, 5), torch.randn(V, 5), torch.randn(V))
+        parameter = getattr(frozen, name).requires_grad_()
+        attached = frozen._replace(**{name: parameter * 1})
         raises(
             ValueError,
-            f"{name} must not be attached to a graph",
-            lambda h=heads: linear_kd_loss(hidden, head, labels=labels, backend=backend, **h),  # type: ignore[misc]
+            f"teacher.{name} must not be attached to a graph",
+            lambda t=attached: kd_loss(own, t, labels, backend=backend),  # type: ignore[misc]
         )
-        heads[name] = parameter  # of a frozen model whose requires_grad was left on
-        loss = linear_kd_loss(hidden, head, labels=labels, backend=backend, **heads)  # type: ignore[arg-type]
+        # a parameter of a frozen model whose requires_grad was left on
+        loss = kd_loss(own, frozen, labels, backend=backend)
         assert isinstance(loss, Tensor)
         loss.backward()
         assert parameter.grad is None

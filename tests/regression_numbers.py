@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.backends import cpu
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import Inputs, assert_obeys_error_rule, make_inputs
 
 INF, NAN = math.inf, math.nan
@@ -243,7 +243,7 @@ def huge_views_of_stride_0(backend: str) -> None:
     assert gradient.shape == (70_000,)
     if backend == "cpu":  # the operator itself refuses, instead of reading 2^31 entries
         huge = torch.empty_strided((1, 1, 2**31 - 1), (0, 0, 0))
-        options = (0, 1.0, 0.5, 1.0, 0.0)
+        options = (0, torch.ones((), dtype=torch.float64), 0.5, True, 0.0)
         try:
             torch.ops.fused_kd.forward(huge, huge, None, None, torch.ones(1), *options)
         except RuntimeError as error:
@@ -317,11 +317,11 @@ def odd_rows(backend: str) -> None:
 GUARDED = """
 import sys, torch
 from fused_kd.backends import cpu, reference
-from fused_kd.options import KDOptions
+from fused_kd.options import Formula, KDOptions, temperature_tensor
 from fused_kd.testing import guarded
 backend = cpu if sys.argv[1] == "cpu" else reference
 torch.set_num_threads(1)
-one = torch.ones(1)
+one, temperature = torch.ones(1), temperature_tensor(KDOptions(temperature=2.0))
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for vocabulary in (1, 7, 33, 2047, 2049):
         for side in ("after", "before"):
@@ -330,11 +330,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd", "mse"):
                 for x in rows:
                     x.normal_()
-                options = KDOptions(divergence=divergence, label_smoothing=0.1, temperature=2.0)
+                formula = Formula(divergence, temperature, 0.5, "t2", 0.1)
                 data = (*rows, labels, one, one)
-                stats = backend.forward(*data, options)[2]
-                backend.backward(*data, stats, options, False)
-                backend.forward_backward(*data, options, True)  # writes over the student
+                stats = backend.forward(*data, formula)[2]
+                backend.backward(*data, stats, formula, False)
+                backend.forward_backward(*data, formula, True)  # writes over the student
                 assert rows[0].isfinite().all()
 print("done")
 """
@@ -362,7 +362,8 @@ def operators_check_their_shapes(backend: str) -> None:
         return
     ok, one = torch.zeros(1, 2, 9), torch.ones(2)
     labels = torch.zeros(2, dtype=torch.long)
-    options = (0, 1.0, 0.5, 1.0, 0.0)
+    temperature = torch.ones((), dtype=torch.float64)
+    options = (0, temperature, 0.5, True, 0.0)
     bad: list[tuple[Any, ...]] = [
         (ok, torch.zeros(1, 2, 8), labels, one, one),
         (ok, torch.zeros(1, 1, 9), labels, one, one),
@@ -374,12 +375,15 @@ def operators_check_their_shapes(backend: str) -> None:
         (ok[0], ok[0], labels, one, one),
     ]
     torch.ops.fused_kd.forward(ok, ok, labels, one, one, *options)
-    for arguments in bad:
+    calls = [(*arguments, *options) for arguments in bad]
+    for wrong in (temperature.float(), temperature.expand(2), 0 * temperature, -temperature):
+        calls.append((ok, ok, labels, one, one, 0, wrong, *options[2:]))
+    for call in calls:
         try:
-            torch.ops.fused_kd.forward(*arguments, *options)
+            torch.ops.fused_kd.forward(*call)
         except RuntimeError:
             continue
-        raise AssertionError([x if x is None else tuple(x.shape) for x in arguments])
+        raise AssertionError([tuple(x.shape) if isinstance(x, Tensor) else x for x in call])
 
 
 @case("R-65", "Liger#259: wrong beyond one block, behind a comparator that hid NaN")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fast import rows_and_gradient, scalar_and_gradient, truth
+from fast import formula_of, rows_and_gradient, scalar_and_gradient, truth
 from helpers import DTYPES
 from regression_helpers import V, close, grad, loss_of, make, raises
 from regression_registry import case
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_kd import KDLoss, kd_loss
-from fused_kd.backends import choose
-from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.backends import named
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import eager_kd_loss
 
 # ------------------------------------------------------- labels, masks, reductions, conventions
@@ -59,8 +59,8 @@ def labels_out_of_range_unseen(backend: str) -> None:
         student, teacher, labels = make()
         rows, one = (student.detach()[None], teacher[None]), torch.ones(6)
         labels[0], labels[3] = 0, bad
-        run = choose(backend, *rows).forward_backward
-        hard, _, _, gradient = run(*rows, labels, one, one, KDOptions(), False)
+        run = named(backend).forward_backward
+        hard, _, _, gradient = run(*rows, labels, one, one, formula_of(), False)
         assert hard.isnan().tolist() == [i == 3 for i in range(6)]
         assert torch.equal(gradient[0].isnan().any(1), hard.isnan())
         assert gradient[0, 3].isnan().all()

@@ -14,8 +14,8 @@ from regression_numbers import compare
 from regression_registry import case
 from torch import Tensor
 
-from fused_kd import linear_kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd import Head, kd_loss
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import Inputs, assert_obeys_error_rule, eager_kd_loss
 
 INF = math.inf
@@ -66,9 +66,8 @@ def common_offsets(backend: str) -> None:
         torch.testing.assert_close(gradient, torch.tensor([[p - 1, 1 - p]]), rtol=1e-5, atol=0)
         bias = torch.full((2,), offset).requires_grad_()
         hidden = torch.ones(1, 1)
-        loss = linear_kd_loss(
-            hidden, weight, hidden, weight, labels, student_bias=bias, teacher_bias=bias, **options
-        )
+        head = Head(hidden, weight, bias)
+        loss = kd_loss(head, head, labels, **options)
         assert isinstance(loss, Tensor)
         torch.testing.assert_close(loss.detach(), torch.tensor(-math.log(p)), rtol=1e-6, atol=0)
         torch.testing.assert_close(grad(loss, bias), gradient[0])

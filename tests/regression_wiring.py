@@ -16,7 +16,7 @@ from regression_registry import case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import cpu_peak, eager_kd_loss
 
 # ------------------------------------------------- gradient wiring, in-place writes, retain_graph

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.backends import why_not
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.extension import cpu
-from fused_kd.options import DIVERGENCES
 from fused_kd.testing import guarded
 
 _WHY_NOT = why_not("cpu", "cpu")
@@ -45,7 +45,8 @@ def _nothing_else_written(view: Tensor) -> bool:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_margins_of_nan_change_nothing(divergence: str, dtype: torch.dtype) -> None:
     op = torch.ops.fused_kd
-    numbers = (DIVERGENCES.index(divergence), 2.0, 0.3, 4.0, 0.1)
+    temperature = torch.tensor(2.0, dtype=torch.float64)
+    numbers = (DIVERGENCES.index(divergence), temperature, 0.3, True, 0.1)
     for vocabulary in VOCABULARIES:
         student = (3 * torch.randn(N, 1, vocabulary)).to(dtype)
         teacher = (3 * torch.randn(N, 1, vocabulary)).to(dtype)
@@ -95,7 +96,9 @@ def walk_along_guard_pages() -> None:
             for vocabulary in VOCABULARIES:
                 for dtypes in ((a, b) for a in DTYPES for b in DTYPES):
                     turn += 1
-                    numbers = (turn % 5, (1.0, 2.0, 3.0)[turn % 3], 0.3, 4.0, 0.1)
+                    number = torch.tensor([1.0, 2.0, 3.0][turn % 3], dtype=torch.float64)
+                    temperature = _guarded(number, side).view(())
+                    numbers = (turn % 5, temperature, 0.3, True, 0.1)
                     rows = [torch.randn(1, N, vocabulary).to(dtype) for dtype in dtypes]
                     if turn % 4 == 0:
                         rows[0][..., ::2] = -float("inf")

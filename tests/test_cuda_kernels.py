@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from emulated_cuda import EmulatedCUDA, build, installed
-from fast import one_thread, rows_and_gradient, scalar_and_gradient, truth
-from linear_helpers import make_heads, multiply_as_on_cuda
+from fast import formula_of, one_thread, rows_and_gradient, scalar_and_gradient, truth
+from head_helpers import make_heads, multiply_as_on_cuda
 from native_build import ROOT, need_compiler
 from torch import Tensor
 
-from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import Head, kd_loss
 from fused_kd.backends import reference
-from fused_kd.linear import chunks
-from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.engines import driver
 from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -101,7 +101,7 @@ def test_which_kernel_these_tests_run(
     cuda: EmulatedCUDA, vocabulary: int, in_a_cluster: bool
 ) -> None:
     student, teacher, labels = make(vocabulary, BRAIN)
-    rows = student[None], teacher[None], labels, torch.ones(3), torch.ones(3), KDOptions()
+    rows = student[None], teacher[None], labels, torch.ones(3), torch.ones(3), formula_of()
     assert (cuda.workspace(*rows) == 0) == (in_a_cluster and cuda.capability == 90)
 
 
@@ -230,15 +230,15 @@ def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) 
     """More rows than records in memory, some of them off; each as if it were alone."""
     student, teacher, labels = make(1203, SINGLE, rows=13)
     w = torch.tensor([0.5, 0.0, 0.25, 0.0, 0.0, 1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.0, 0.5])
-    options = KDOptions(divergence=divergence, temperature=2.0)
+    formula = formula_of(divergence=divergence, temperature=2.0)
     for seed in range(5):
         cuda.seed(seed)
-        rows = student[None], teacher[None], labels, w, w, options
+        rows = student[None], teacher[None], labels, w, w, formula
         hard, soft, stats, gradient = cuda.forward_backward(*rows)
         assert torch.equal(cuda.forward(*rows)[1], soft)
         for n in range(13):
             one = slice(n, n + 1)
-            alone = student[None, one], teacher[None, one], labels[one], w[one], w[one], options
+            alone = student[None, one], teacher[None, one], labels[one], w[one], w[one], formula
             got = cuda.forward_backward(*alone)
             for mine, its in zip((hard, soft, stats, gradient[0]), got, strict=True):
                 assert torch.equal(mine[one], its.view_as(mine[one])), n
@@ -288,7 +288,7 @@ def test_labels_outside_make_their_row_nan_R_34(cuda: EmulatedCUDA) -> None:
     student, teacher, _ = make(520, SINGLE, rows=5)
     labels = torch.tensor([0, 520, -1, 2**62, 519])
     weights = torch.full((5,), 0.5)
-    rows = student[None], teacher[None], labels, weights, weights, KDOptions()
+    rows = student[None], teacher[None], labels, weights, weights, formula_of()
     hard, soft, _, gradient = cuda.forward_backward(*rows)
     outside = torch.tensor([False, True, True, True, False])
     assert torch.equal(hard.isnan(), outside)
@@ -310,12 +310,10 @@ def test_terms_that_are_off_for_a_row_are_not_read(
     teacher = teacher.to(dtype)
     student[1, 5] = -INF  # present, if only the teacher's number says so
     student[1, 6] = teacher[1, 6] = -INF
-    options = KDOptions(
-        divergence=divergence, label_smoothing=smoothing, temperature=2.0, backend="cuda"
-    )
+    formula = formula_of(divergence=divergence, label_smoothing=smoothing, temperature=2.0)
     w_hard, w_soft = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.5, 0.0, 0.5, 0.0])
     labels[1] = 9
-    clean = student[None], teacher[None], labels, w_hard, w_soft, options
+    clean = student[None], teacher[None], labels, w_hard, w_soft, formula
     want = reference.forward_backward(*(x.double() if i < 2 else x for i, x in enumerate(clean)))
     student[3], teacher[3] = NAN, NAN
     labels[3] = -100
@@ -326,7 +324,7 @@ def test_terms_that_are_off_for_a_row_are_not_read(
     teacher[1] = torch.where(teacher[1] == -INF, teacher[1], NAN)
     again = cuda.forward_backward(*clean)
     assert torch.equal(again[3], gradient)
-    assert torch.equal(cuda.backward(*clean[:5], stats, options), gradient)
+    assert torch.equal(cuda.backward(*clean[:5], stats, formula), gradient)
 
 
 # exact by multiplication, made anew, nothing to do, not a number
@@ -336,19 +334,19 @@ def test_rescale(cuda: EmulatedCUDA, dtype: torch.dtype, scale: float) -> None:
     # so many rows that blocks take several
     student, teacher, labels = make(1203, dtype, rows=9)
     weights = torch.tensor([0.5, 0.0, 0.25] * 3)
-    options = KDOptions(temperature=2.0, backend="cuda")
+    formula = formula_of(temperature=2.0)
     rows = student[None], teacher[None], labels, weights, weights
-    *_, stats, gradient = cuda.forward_backward(*rows, options)
+    *_, stats, gradient = cuda.forward_backward(*rows, formula)
     scaled, multiplied = gradient.clone(), gradient.clone()
-    cuda.rescale(scaled, torch.tensor(scale), *rows, stats, options)
-    cuda.rescale(multiplied, torch.tensor(scale), None, *rows[1:], stats, options)
+    cuda.rescale(scaled, torch.tensor(scale), *rows, stats, formula)
+    cuda.multiply(multiplied, torch.tensor(scale))
     assert torch.equal(scaled[0, 1], torch.zeros(1203, dtype=dtype))
     assert torch.equal(multiplied[0, 1], torch.zeros(1203, dtype=dtype))
     if scale == INF:
         assert not scaled[0, weights != 0].isfinite().any()
         return
     exact = reference.forward_backward(
-        student[None].double(), teacher[None].double(), *rows[2:4], weights, options
+        student[None].double(), teacher[None].double(), *rows[2:4], weights, formula
     )[3]
     torch.testing.assert_close(scaled.double(), scale * exact, rtol=0.51 * torch.finfo(dtype).eps,
                                atol=1e-6)  # fmt: skip
@@ -379,13 +377,14 @@ def test_a_16_bit_gradient_of_float32_logits(
     cuda: EmulatedCUDA, divergence: str, vocabulary: int
 ) -> None:
     """The float32 one, rounded once, in rows of any stride; nothing else is written."""
-    options = KDOptions(temperature=2.0, beta=0.3, label_smoothing=0.1, divergence=divergence)
+    keywords = {"temperature": 2.0, "beta": 0.3, "label_smoothing": 0.1}
+    formula = formula_of(divergence=divergence, **keywords)
     student, teacher, labels = make(vocabulary, SINGLE, rows=5)
     student[1, ::3] = teacher[1, ::3] = -INF
     student[2, 0] = NAN
     w_hard, w_soft = torch.tensor([[0.5, 0.5, 0.5, 0.0, 0.0], [0.25, 0.5, 0.5, 0.5, 0.0]])
     for dtype, teacher_dtype in ((BRAIN, SINGLE), (HALF, SINGLE), (BRAIN, BRAIN)):
-        rows = (student[None], teacher[None].to(teacher_dtype), labels, w_hard, w_soft, options)
+        rows = (student[None], teacher[None].to(teacher_dtype), labels, w_hard, w_soft, formula)
         *want, gradient = cuda.forward_backward(*rows)
         for padding in (0, 3):
             # rows that are too long end in the memory of the next, and the last behind all rows
@@ -403,7 +402,7 @@ def test_a_16_bit_gradient_of_float32_logits(
 @pytest.mark.parametrize("dtype", [BRAIN, HALF])
 @pytest.mark.parametrize("vocabulary", [504, 1203])
 @pytest.mark.usefixtures("cuda")
-def test_linear_level_rounds_in_the_row_kernel(
+def test_heads_are_rounded_in_the_row_kernel(
     vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bits of a float32 gradient that a kernel of its own rounds."""
@@ -411,11 +410,12 @@ def test_linear_level_rounds_in_the_row_kernel(
     heads = make_heads(rows=21, vocabulary=vocabulary, dtype=dtype)
 
     def gradients() -> tuple[Tensor, ...]:
-        loss = linear_kd_loss(*heads.student[:2], *heads.teacher, heads.labels, backend="cuda")
+        student = Head(heads.hidden, heads.weight)
+        loss = kd_loss(student, heads.teacher_side, heads.labels, backend="cuda")
         return torch.autograd.grad(loss, heads.student[:2])
 
     got = gradients()
-    monkeypatch.setattr(chunks, "FIRST_VISIT", 1)  # all rows
+    monkeypatch.setattr(driver, "FIRST_PART", 1)  # all rows
     for mine, theirs in zip(got, gradients(), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -17,7 +17,7 @@ from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 INF, NAN = math.inf, math.nan
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}

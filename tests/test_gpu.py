@@ -27,10 +27,10 @@ from gpu_device import (
 )
 from torch import Tensor
 
-from fused_kd import options, testing
+from fused_kd import divergences, testing
 
 pytestmark = pytest.mark.gpu
-DIVERGENCES = few_here(options.DIVERGENCES)
+DIVERGENCES = few_here(divergences.DIVERGENCES)
 REGIMES = few_here(testing.REGIMES)
 Types = tuple[torch.dtype, torch.dtype]
 

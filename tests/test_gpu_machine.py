@@ -31,10 +31,10 @@ from gpu_device import (
 from torch import Tensor
 
 from benchmarks.device import peak_bytes
-from fused_kd import KDLoss, options
+from fused_kd import KDLoss, divergences
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", BACKENDS)]
-DIVERGENCES = few_here(options.DIVERGENCES)
+DIVERGENCES = few_here(divergences.DIVERGENCES)
 DTYPES = few_here([SINGLE, HALF, BRAIN])
 MIB = 2**20
 

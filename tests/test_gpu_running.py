@@ -26,10 +26,10 @@ from gpu_device import (
 )
 from torch import Tensor, nn
 
-from fused_kd import options
+from fused_kd import divergences
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", BACKENDS)]
-DIVERGENCES = few_here(options.DIVERGENCES)
+DIVERGENCES = few_here(divergences.DIVERGENCES)
 DTYPES = few_here([SINGLE, HALF, BRAIN])
 MIB = 2**20
 

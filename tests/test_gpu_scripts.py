@@ -25,7 +25,7 @@ from benchmarks import (  # noqa: E402
     gpu_smoke,
     one_case,
 )
-from fused_kd.options import DIVERGENCES  # noqa: E402
+from fused_kd.divergences import DIVERGENCES  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

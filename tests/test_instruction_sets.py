@@ -17,7 +17,7 @@ from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import extension, kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
 _module = extension.cpu.load()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_kd import kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 SOFT: dict[str, Any] = {"hard_weight": 0, "soft_weight": 1}
 few = settings(max_examples=12, derandomize=True, deadline=None, database=None)

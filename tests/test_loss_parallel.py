@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast import scalar_and_gradient
+from head_helpers import make_heads, ours
 from helpers import make_ignored
-from linear_helpers import make_heads, ours
 from torch import Tensor
 
-from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import Head, kd_loss
 
 distributed = pytest.importorskip("torch.distributed")
 if not distributed.is_available():
@@ -69,4 +69,4 @@ def test_dtensors_are_refused_N_37(backend: str, mesh: DeviceMesh) -> None:
         for i in range(4):
             arguments = (*given[:i], sharded(given[i]), *given[i + 1 :])
             with pytest.raises(TypeError, match="must be a local tensor; got a DTensor"):
-                linear_kd_loss(*arguments, heads.labels, backend=backend)
+                kd_loss(Head(*arguments[:2]), Head(*arguments[2:]), heads.labels, backend=backend)

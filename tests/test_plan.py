@@ -1,4 +1,4 @@
-"""plan() against what torch allocates, the linear level's memory contract, and the command line."""
+"""plan() against what torch allocates, the memory contract of heads, and the command line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from helpers import DTYPES, as_loss
 from torch import Tensor
 
-from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.linear import chunks as driver
-from fused_kd.linear import functional
-from fused_kd.linear.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
+from fused_kd import Head, kd_loss
+from fused_kd.engines import driver, memory
+from fused_kd.engines.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
 from fused_kd.options import MIB
 from fused_kd.plan import Plan, levels, plan
 from fused_kd.plan.__main__ import byte_count, main
@@ -33,14 +32,14 @@ SLACK = 256 * 1024
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The products of this machine, and those that it would have without the compiled module."""
     if request.param == "torch":
-        for module in (driver, functional, levels):
+        for module in (driver, levels):
             monkeypatch.setattr(module, "products_for", lambda *_: TorchProducts())
     return str(request.param)
 
 
 def unseen_bytes(products: str) -> int:
     """What the products allocate outside torch's allocator."""
-    chosen = products_for(torch.device("cpu"), torch.float32)
+    chosen = products_for("auto", torch.device("cpu"), torch.float32)
     if products == "torch" or not isinstance(chosen, CompiledProducts):
         return 0
     return chosen.fixed_bytes()
@@ -72,8 +71,11 @@ def logits(*tensors: Tensor, inplace: bool = False) -> Tensor:
     return as_loss(kd_loss(student, teacher, labels, temperature=2.0, inplace=inplace))
 
 
-def linear(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return as_loss(linear_kd_loss(*tensors, temperature=2.0, **keywords))
+def heads(*tensors: Tensor, bias: Tensor | None = None, **keywords: Any) -> Tensor:
+    hidden, weight, teacher_hidden, teacher_weight, labels = tensors
+    teacher = Head(teacher_hidden, teacher_weight, None if bias is None else bias.detach())
+    student = Head(hidden, weight, bias)
+    return as_loss(kd_loss(student, teacher, labels, temperature=2.0, **keywords))
 
 
 def step_peak(loss_of: Callable[..., Tensor], tensors: Tensors, **keywords: Any) -> int:
@@ -110,22 +112,22 @@ def test_whole_logits_peak_within_5_percent(
 # one chunk; several, the chunk the smaller part
 @pytest.mark.parametrize("budget", [None, 9 * MIB])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_peak_within_5_percent(
+def test_heads_peak_within_5_percent(
     shape: tuple[int, int, int, int], budget: int | None, dtype: torch.dtype, products: str
 ) -> None:
     found = plan(*shape, dtype, budget)
-    measured = step_peak(linear, make(*shape, dtype), memory_budget=budget)
-    unseen = unseen_bytes(products) if "products" in found.linear.memory else 0
-    assert_close(found.linear.memory, measured + unseen)
+    measured = step_peak(heads, make(*shape, dtype), memory_budget=budget)
+    unseen = unseen_bytes(products) if "products" in found.heads.memory else 0
+    assert_close(found.heads.memory, measured + unseen)
 
 
-def test_linear_peak_with_a_narrow_accumulator_within_5_percent(products: str) -> None:
+def test_heads_peak_with_a_narrow_accumulator_within_5_percent(products: str) -> None:
     narrow = {"grad_accum_dtype": torch.bfloat16}
     for shape in SHAPES:
         found = plan(*shape, torch.bfloat16, 9 * MIB, **narrow)
         tensors = make(*shape, torch.bfloat16)
-        measured = step_peak(linear, tensors, memory_budget=9 * MIB, **narrow)
-        assert_close(found.linear.memory, measured + unseen_bytes(products))
+        measured = step_peak(heads, tensors, memory_budget=9 * MIB, **narrow)
+        assert_close(found.heads.memory, measured + unseen_bytes(products))
 
 
 # automatic; budgets of a few rows and of nearly all; not a multiple of anything
@@ -143,17 +145,17 @@ def test_the_height_is_the_drivers(
         heights.append(levels.chunk_rows(*arguments))
         raise Stop
 
-    monkeypatch.setattr(driver, "chunk_rows", spy)
+    monkeypatch.setattr(memory, "chunk_rows", spy)
     shape = (301, 8192, 512, 768)
     with pytest.raises(Stop):
-        linear(*make(*shape, dtype), memory_budget=budget)
+        heads(*make(*shape, dtype), memory_budget=budget)
     found = plan(*shape, dtype, budget)
     assert heights == [found.chunk_rows]
     assert found.chunks == -(-301 // found.chunk_rows)
 
 
 def plain(tensors: Tensors, budget: int) -> Tensor:
-    return linear(*tensors, memory_budget=budget)
+    return heads(*tensors, memory_budget=budget)
 
 
 def ignored(tensors: Tensors, budget: int) -> Tensor:
@@ -163,21 +165,21 @@ def ignored(tensors: Tensors, budget: int) -> Tensor:
 
 def biases(tensors: Tensors, budget: int) -> Tensor:
     bias = torch.zeros(len(tensors[1]), dtype=tensors[1].dtype, requires_grad=True)
-    return linear(*tensors, student_bias=bias, teacher_bias=bias.detach(), memory_budget=budget)
+    return heads(*tensors, bias=bias, memory_budget=budget)
 
 
 def frozen(tensors: Tensors, budget: int) -> Tensor:
     hidden, weight, *rest = tensors
-    return linear(hidden, weight.detach(), *rest, memory_budget=budget)
+    return heads(hidden, weight.detach(), *rest, memory_budget=budget)
 
 
 def no_hidden(tensors: Tensors, budget: int) -> Tensor:
     hidden, *rest = tensors
-    return linear(hidden.detach(), *rest, memory_budget=budget)
+    return heads(hidden.detach(), *rest, memory_budget=budget)
 
 
 def rows_alone(tensors: Tensors, budget: int) -> Tensor:
-    return linear(*tensors, memory_budget=budget, reduction="none").sum()
+    return heads(*tensors, memory_budget=budget, reduction="none").sum()
 
 
 def slices(tensors: Tensors, budget: int) -> Tensor:
@@ -185,11 +187,11 @@ def slices(tensors: Tensors, budget: int) -> Tensor:
     hidden, weight, teacher_hidden, teacher_weight, labels = tensors
     parts = (x.unflatten(0, (4, -1))[:, 1:] for x in (hidden, teacher_hidden, labels))
     h, t, y = parts
-    return linear(h, weight, t, teacher_weight, y, memory_budget=budget)
+    return heads(h, weight, t, teacher_weight, y, memory_budget=budget)
 
 
 def narrow_sum(tensors: Tensors, budget: int) -> Tensor:
-    return linear(*tensors, memory_budget=budget, grad_accum_dtype=tensors[1].dtype)
+    return heads(*tensors, memory_budget=budget, grad_accum_dtype=tensors[1].dtype)
 
 
 def autocast(tensors: Tensors, budget: int) -> Tensor:
@@ -261,10 +263,10 @@ def test_the_budget_is_kept_with_teacher_logits(
         teacher = teacher.contiguous()
     if kind == "ignored":
         labels[::5] = -100
-    options = {"teacher_logits": teacher, "memory_budget": budget}
 
     def step() -> None:
-        as_loss(linear_kd_loss(hidden, weight, labels=labels, **options)).backward()
+        loss = kd_loss(Head(hidden, weight), teacher, labels, memory_budget=budget)
+        as_loss(loss).backward()
 
     assert cpu_peak(step).highest <= allowed(tensors, budget - unseen_bytes(products))
 
@@ -285,7 +287,7 @@ def test_work_is_that_of_four_products_and_float16_makes_the_logits_twice() -> N
         assert level.flop == 2 * 8192 * 128256 * (3 * 2048 + 4096)
     again = 2 * 8192 * 128256 * (2048 + 4096)
     half, full = llama(dtype=torch.float16), llama()
-    assert half.linear.flop == full.linear.flop + again
+    assert half.heads.flop == full.heads.flop + again
     assert half.logits.flop == full.logits.flop
 
 
@@ -301,7 +303,7 @@ def test_more_budget_means_fewer_chunks_and_less_traffic() -> None:
     plans = [llama(memory_budget=n * MIB) for n in (64, 256, 1024)]
     for tight, wide in itertools.pairwise(plans):
         assert tight.chunks > wide.chunks
-        assert tight.linear.traffic > wide.linear.traffic
+        assert tight.heads.traffic > wide.heads.traffic
         assert tight.weight_gradient_share > wide.weight_gradient_share
 
 
@@ -346,7 +348,7 @@ def test_the_command_prints_levels_parts_and_the_choice(capsys: pytest.CaptureFi
         assert all(part in text for part in level.memory)
     assert f"chunks of {found.chunk_rows} rows, what memory_budget=256 MiB allows" in text
     assert f"{found.chunks} in all" in text
-    assert "Least memory: linear" in text
+    assert "Least memory: heads" in text
 
 
 def test_numbers_override_models_and_padding_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +389,7 @@ def test_byte_counts() -> None:
 
 def test_every_model_has_a_plan() -> None:
     for vocab, hidden in MODELS.values():
-        assert plan(4096, vocab, hidden, hidden).linear.peak > 0
+        assert plan(4096, vocab, hidden, hidden).heads.peak > 0
 
 
 def test_python_m_helps(

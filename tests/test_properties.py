@@ -9,7 +9,7 @@ import torch
 from helpers import DTYPES, soft, value_and_gradient
 
 from fused_kd import KDLossParts, kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import REGIMES, assert_obeys_error_rule, make_inputs
 
 # ------------------------------------------------------------------------------------ properties

@@ -11,7 +11,7 @@ from helpers import DTYPES, N, V, check, make
 from torch import Tensor
 
 from fused_kd import KDLossParts, kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import eager_kd_loss
 
 

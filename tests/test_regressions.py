@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-import regression_linear  # noqa: F401  registers its cases
+import regression_heads  # noqa: F401  registers its cases
 import regression_masks  # noqa: F401
 import regression_numbers  # noqa: F401
 import regression_semantics  # noqa: F401
@@ -22,12 +22,12 @@ from regression_registry import CASES
 
 #: Cases of another kind, and the test in this folder that covers each.
 ELSEWHERE = {
-    "R-13": "test_linear.py::test_rows_at_an_offset_of_2_to_the_31_R_13",
+    "R-13": "test_heads.py::test_rows_at_an_offset_of_2_to_the_31_R_13",
     "R-15": "triton_interpreted/test_edges.py::test_a_row_beyond_2_31_elements",
-    "R-30": "test_linear_training.py::test_gradients_only_where_they_are_asked_for",
-    "R-37": "test_linear.py::test_same_as_the_logits_level",
-    "R-46": "test_linear_training.py::test_autocast_of_any_parameters_R_46",
-    "R-47": "test_linear.py::test_the_weight_gradient_is_as_exact_in_many_chunks_R_47",
+    "R-30": "test_heads_training.py::test_gradients_only_where_they_are_asked_for",
+    "R-37": "test_heads.py::test_same_as_logits",
+    "R-46": "test_heads_training.py::test_autocast_of_any_parameters_R_46",
+    "R-47": "test_heads.py::test_the_weight_gradient_is_as_exact_in_many_chunks_R_47",
     "R-50": "test_triton_aot.py::test_some_kernels",
     "R-55": "test_gpu_machine.py::test_a_device_that_is_not_the_current_one_R_55",
     "R-56": "test_gpu_machine.py::test_another_stream_R_56",

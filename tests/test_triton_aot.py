@@ -22,7 +22,7 @@ from benchmarks.triton_resources import (
     has_two_passes,
 )
 from fused_kd.backends.triton import configuration as cut
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 TARGETS = [75, 80, 90, 100, 120, "gfx942"]
 #: Bytes. A fold of four sums over a program's warps takes 128; a tensor that changes its layout a

@@ -67,6 +67,8 @@ def take(x: Tensor, rows: slice | Tensor) -> Tensor:
 
 def put(x: Tensor, rows: slice | Tensor, values: Tensor | float) -> None:
     """Write values (C, K), or a number, over these rows of x (..., K)."""
+    if not isinstance(values, Tensor):  # made on the device: nothing is copied from the host
+        values = x.new_full((), values)
     folded = _folded(x)
     if folded is not None:
         folded[rows] = values

@@ -24,14 +24,16 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.float32),
 ]
-#: The integers that name divergences to the operators.
-NUMBERS = {"divergence": 0, "temperature": 2.0, "beta": 0.3, "soft_factor": 4.0, "smoothing": 0.0}
+#: What the operators take after the rows; a divergence is an integer there.
+NUMBERS = {"divergence": 0, "temperature": 2.0, "beta": 0.3, "scale_t2": True, "smoothing": 0.0}
 
 configured = overridden
 
 
 def numbers(**changes: Any) -> tuple[Any, ...]:
-    return tuple({**NUMBERS, **changes}.values())
+    values: dict[str, Any] = {**NUMBERS, **changes}
+    values["temperature"] = torch.tensor(values["temperature"], dtype=torch.float64)
+    return tuple(values.values())
 
 
 def rows(n: int = 3, v: int = V, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

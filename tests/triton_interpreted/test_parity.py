@@ -10,7 +10,7 @@ import torch
 from cases import CONFIGURATIONS, DTYPES, V, configured
 
 from fused_kd import kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import REGIMES, assert_obeys_error_rule, make_inputs
 
 #: power of the softened exponential (1, 2) or an exponential of its own

@@ -10,7 +10,7 @@ import torch
 from cases import CONFIGURATIONS, configured, numbers
 from torch import Tensor
 
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import Inputs, assert_obeys_error_rule
 
 ops = torch.ops.fused_kd

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES
-from linear_helpers import (
+from fast import formula_of
+from head_helpers import (
     H_S,
     Heads,
     Outcome,
@@ -20,14 +20,14 @@ from linear_helpers import (
     ours,
     truth,
 )
+from helpers import DTYPES, as_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kd import checks, linear_kd_loss
-from fused_kd.backends import reference
-from fused_kd.linear import chunks, functional, operators, products
-from fused_kd.linear.memory import row_bytes
-from fused_kd.options import KDOptions
+from fused_kd import Head, checks, extension, kd_loss
+from fused_kd.backends import named, reference
+from fused_kd.engines import driver, operators, products
+from fused_kd.engines.memory import row_bytes
 from fused_kd.testing import cpu_peak
 
 
@@ -73,7 +73,7 @@ def test_cuda_too_few_kept_rows_are_not_a_number(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the host does not look, rows must not be left out silently."""
-    monkeypatch.setattr(functional, "check_kept_rows", lambda *arguments: None)
+    monkeypatch.setattr(checks, "_check_kept_rows", lambda *arguments: None)
     heads = make_heads()
     assert ours(heads, kept_rows=37).loss.isfinite()
     assert ours(heads, kept_rows=36).loss.isnan()
@@ -106,14 +106,8 @@ def test_cuda_float16_is_scaled_before_the_operand_is_rounded(
 def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any, ...]]) -> None:
     heads = make_heads(dtype=torch.bfloat16)
     logits = (heads.teacher_hidden.float() @ heads.teacher_weight.float().t()).requires_grad_(False)
-    arguments = {"labels": heads.labels, "student_bias": heads.bias, "chunk_rows": 16}
-    loss = linear_kd_loss(
-        heads.hidden,
-        heads.weight,
-        teacher_logits=logits,
-        grad_accum_dtype=torch.bfloat16,
-        **arguments,
-    )
+    student, accumulate = heads.student_side, torch.bfloat16
+    loss = kd_loss(student, logits, heads.labels, chunk_rows=16, grad_accum_dtype=accumulate)
     want = truth(heads)
     for mine, exact in zip(torch.autograd.grad(loss, heads.student), want[1:], strict=True):
         assert distance(mine, exact) < 2e-2
@@ -126,7 +120,7 @@ def _rounded_by_a_kernel_of_its_own(
     """The gradients by hidden states and weight, by way of a float32 gradient of the logits."""
     dtype, rows = heads.hidden.dtype, heads.hidden.shape[0]
     hidden, weight = heads.hidden.detach(), heads.weight.detach()
-    options = KDOptions(soft_weight=0.0 if teacher is None else 0.5)
+    formula = formula_of()
     w = torch.full((rows,), 0.5) / rows
     of_hidden, of_weight = torch.empty_like(hidden), torch.zeros(weight.shape)
     for begin in range(0, rows, chunk_rows):
@@ -138,13 +132,13 @@ def _rounded_by_a_kernel_of_its_own(
             t = s if teacher is None else teacher[here]
         w_soft = None if teacher is None else w[here]
         inputs = (s[None], t[None], heads.labels[here], w[here], w_soft)
-        gradient = reference.forward_backward(*inputs, options)[3][0].to(dtype).double()
+        gradient = reference.forward_backward(*inputs, formula)[3][0].to(dtype).double()
         of_hidden[here] = (gradient @ weight.double()).float().to(dtype)
         of_weight.add_(gradient.t() @ hidden[here].double())
     return of_hidden, of_weight.to(dtype)
 
 
-@pytest.mark.parametrize("first_visit", [16, 1])
+@pytest.mark.parametrize("first_part", [16, 1])
 @pytest.mark.parametrize("chunk_rows", [37, 10])
 @pytest.mark.parametrize("given", ["head", "logits", "copied logits", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -153,26 +147,23 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     dtype: torch.dtype,
     given: str,
     chunk_rows: int,
-    first_visit: int,
+    first_part: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, although the gradient may take the place of logits not visited yet."""
-    monkeypatch.setattr(chunks, "FIRST_VISIT", first_visit)
+    monkeypatch.setattr(driver, "FIRST_PART", first_part)
     heads = make_heads(dtype=dtype)
     logits = F.linear(*heads.teacher).float()
     copied = torch.stack([logits, logits], -1)[..., 0]
-    sides = {"head": heads.teacher, "logits": logits, "copied logits": copied}
+    sides = {"head": heads.teacher_side, "logits": logits, "copied logits": copied}
     teacher: Any = sides.get(given)
     keywords: dict[str, Any] = {"chunk_rows": chunk_rows, "backend": "reference"}
-    if given == "head":
-        keywords |= {"teacher_hidden": teacher[0], "teacher_weight": teacher[1]}
-    elif given == "none":
+    if given == "none":
         keywords["soft_weight"] = 0.0
-    else:
-        keywords["teacher_logits"] = teacher
-    loss = linear_kd_loss(heads.hidden, heads.weight, labels=heads.labels, **keywords)
+    loss = kd_loss(Head(heads.hidden, heads.weight), teacher, heads.labels, **keywords)
     got = torch.autograd.grad(loss, (heads.hidden, heads.weight))
-    want = _rounded_by_a_kernel_of_its_own(heads, teacher, chunk_rows)
+    plain = heads.teacher if given == "head" else teacher
+    want = _rounded_by_a_kernel_of_its_own(heads, plain, chunk_rows)
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -191,9 +182,9 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
 ) -> None:
     """The row kernel rounds the others; and no buffer but the logits' own with a teacher's head."""
     visits: list[tuple[int, bool, torch.dtype]] = []
-    buffers: list[chunks._Chunk] = []
+    buffers: list[driver._HeadChunk] = []
 
-    class Watched(chunks._Chunk):
+    class Watched(driver._HeadChunk):
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
             buffers.append(self)
@@ -204,17 +195,13 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
         visits.append((place.shape[1], inplace, place.dtype))
         return reference.forward_backward(*rows, inplace=inplace, out=out)
 
-    monkeypatch.setattr(chunks, "_Chunk", Watched)
+    monkeypatch.setattr(driver, "_HeadChunk", Watched)
     monkeypatch.setattr(operators, "named", lambda name: SimpleNamespace(forward_backward=watch))
     heads = make_heads(rows=37, dtype=dtype)
-    arguments = {"teacher_hidden": heads.teacher_hidden, "teacher_weight": heads.teacher_weight}
-    if given != "head":
-        logits = F.linear(*heads.teacher)
-        copied = torch.stack([logits, logits], -1)[..., 0]
-        arguments = {"teacher_logits": logits if given == "logits" else copied}
-    linear_kd_loss(
-        heads.hidden, heads.weight, labels=heads.labels, backend="reference", **arguments
-    )
+    given_logits = F.linear(*heads.teacher)
+    copied = torch.stack([given_logits, given_logits], -1)[..., 0]
+    sides = {"head": heads.teacher_side, "logits": given_logits, "copied logits": copied}
+    kd_loss(Head(heads.hidden, heads.weight), sides[given], heads.labels, backend="reference")
     wide = torch.float32
     if dtype == wide or given == "copied logits":
         assert visits == [(37, True, wide)]
@@ -228,10 +215,33 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
         assert given == "copied logits"
         return
     gradient = buffer.gradient.untyped_storage().data_ptr()
-    logits = [
-        x.untyped_storage().data_ptr() for x in (buffer.student, buffer.teacher) if x is not None
-    ]
+    buffers_of_logits = (buffer.logits, buffer.teacher.buffer)
+    logits = [x.untyped_storage().data_ptr() for x in buffers_of_logits if x is not None]
     assert (gradient in logits) == (given == "head" or dtype == wide)
+
+
+def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
+    """What sizes are computed from."""
+    given = teacher
+    if isinstance(teacher, Head):
+        given = products.Projection(*teacher[:3], torch.bfloat16)
+    return driver.Problem(
+        student=products.Projection(*student[:3], torch.bfloat16),
+        teacher=given,  # type: ignore[arg-type]
+        labels=None,
+        w_hard=None,
+        w_soft=None,
+        formula=formula_of(),
+        backend_name="reference",
+        backend=named("reference"),
+        accum_dtype=torch.float32,
+        chunk_rows=None,
+        memory_budget=None,
+        kept_rows=None,
+        grad_accum_dtype=torch.float32,
+        may_narrow=False,
+        inplace=False,
+    )
 
 
 @pytest.mark.parametrize("gathered", [True, False])
@@ -242,37 +252,76 @@ def test_cuda_memory_of_a_chunk(
 ) -> None:
     """What the height of a chunk is computed from is what a chunk takes."""
 
-    def mm(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:  # allocates nothing
+    def mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
+        """Allocate nothing."""
         torch.ops.fused_kd.product_(out, a, b, None, torch.bfloat16, False, add)
 
     monkeypatch.setattr(products, "_mm", mm)
     rows, vocabulary, height = 64, 8192, 32
     heads = make_heads(rows, vocabulary, torch.bfloat16)
-    student = products.Side(heads.hidden, heads.weight, None, torch.bfloat16)
-    teacher = logits = None
-    if given == "head":
-        teacher = products.Side(*heads.teacher, None, torch.bfloat16)
-    elif given == "logits":
-        logits = F.linear(*heads.teacher)
-    sizes = chunks.sizes_of(student, teacher, logits, torch.float32, gathered)
-    tensors = (*student[:2], *(heads.teacher if teacher else (None, None)), heads.labels)
+    student = Head(heads.hidden, heads.weight)
+    sides = {"head": heads.teacher_side, "logits": F.linear(*heads.teacher)}
+    teacher = sides.get(given)
+    sizes = driver.sizes_of(_problem(student, teacher), products.CudaProducts(), gathered)
     soft_weight = 0.0 if given == "none" else 0.5
 
     def step() -> None:
-        loss = linear_kd_loss(
-            *tensors,
-            teacher_logits=logits,
+        loss = kd_loss(
+            student,
+            teacher,
+            heads.labels,
             chunk_rows=height,
             kept_rows=rows if gathered else None,
             soft_weight=soft_weight,
         )
-        torch.autograd.grad(loss, student[:2])
+        torch.autograd.grad(loss, (heads.hidden, heads.weight))
 
     step()
     outputs = heads.hidden.nbytes + 4 * heads.weight.numel()  # and the sum, in float32
     taken = cpu_peak(step).highest - outputs
     predicted = height * row_bytes(sizes)
     assert 0.95 * predicted <= taken <= predicted + 64 * 1024
+
+
+@pytest.mark.parametrize("kept_rows", [None, 24, 30])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("as_on_cuda")
+def test_cuda_student_logits(dtype: torch.dtype, inplace: bool, kept_rows: int | None) -> None:
+    """Ignored rows, which are not numbers, are masked, or left out as far as kept_rows says."""
+    heads = make_heads(dtype=dtype)
+    heads.labels[::3] = -100
+    logits = F.linear(*heads.student).detach().requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    whole = F.linear(*(x.double() for x in heads.teacher))
+    want = as_loss(kd_loss(exact, whole, heads.labels, backend="reference"))
+    want.backward()
+    with torch.no_grad():
+        logits[::3] = torch.nan
+        heads.teacher_hidden[::3] = torch.inf
+    keywords: dict[str, Any] = {"chunk_rows": 10, "kept_rows": kept_rows, "inplace": inplace}
+    given = logits * 1 if inplace else logits
+    loss = as_loss(kd_loss(given, heads.teacher_side, heads.labels, **keywords))
+    (got,) = torch.autograd.grad(loss, logits)
+    assert got.dtype == dtype
+    assert not got[::3].any()
+    assert distance(loss.detach(), want.detach()) <= 1e-6
+    assert distance(got, exact.grad) <= 1e-6 + torch.finfo(dtype).eps  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = make_heads(dtype=dtype)
+    sides = Head(*heads.student, scale=-0.3), Head(*heads.teacher, heads.bias.detach(), 1.7)
+    student, teacher = (x.scale * F.linear(*x.to(torch.float64)[:3]) for x in sides)
+    want = as_loss(kd_loss(student, teacher, heads.labels, backend="reference"))
+    exact = torch.autograd.grad(want, heads.student)
+    multiply_as_on_cuda(monkeypatch)
+    loss = as_loss(kd_loss(*sides, heads.labels, chunk_rows=10))
+    assert distance(loss.detach(), want.detach()) < 1e-6
+    eps = torch.finfo(dtype).eps
+    for mine, theirs in zip(torch.autograd.grad(loss, heads.student), exact, strict=True):
+        assert distance(mine, theirs) <= 1e-6 + 2 * eps
 
 
 class _NothingWaits(TorchDispatchMode):
@@ -283,7 +332,7 @@ class _NothingWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket not in self.refused, f"{func}: the host waits for the device"
-        for name in ("linear_losses", "linear_gradients"):
+        for name in ("chunked_losses", "chunked_gradients"):
             if func is getattr(torch.ops.fused_kd, name).default:
                 with self:  # look into it
                     return getattr(operators, name)(*args)
@@ -314,26 +363,17 @@ def test_nothing_waits_for_the_device(
     as_on_cuda: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checks, "may_look_at_values", lambda *tensors: False)
+    monkeypatch.setattr(checks, "may_read_values", lambda *tensors: False)
     heads = make_heads(rows=36)
     heads.labels[::9] = -100
     lay_out = _LAYOUTS[layout]
-    student = [lay_out(heads.hidden), heads.weight, heads.bias]
-    teacher = {
-        "teacher_hidden": lay_out(heads.teacher_hidden),
-        "teacher_weight": heads.teacher_weight,
-    }
+    student = Head(lay_out(heads.hidden), heads.weight, heads.bias)
+    teacher: Any = Head(lay_out(heads.teacher_hidden), heads.teacher_weight)
     if given == "logits":
-        teacher = {"teacher_logits": lay_out(F.linear(*heads.teacher))}
+        teacher = lay_out(F.linear(*heads.teacher))
+    labels = heads.labels.view(student.hidden.shape[:-1])
     with _NothingWaits():
-        loss = linear_kd_loss(
-            *student[:2],
-            labels=heads.labels.view(student[0].shape[:-1]),
-            student_bias=heads.bias,
-            chunk_rows=10,
-            kept_rows=kept_rows,
-            **teacher,
-        )
+        loss = kd_loss(student, teacher, labels, chunk_rows=10, kept_rows=kept_rows)
         got = torch.autograd.grad(loss, heads.student)
     for mine, exact in zip((loss, *got), truth(heads), strict=True):
         assert distance(mine, exact) < 1e-6
@@ -344,10 +384,8 @@ def test_a_single_row_whose_entries_lie_apart() -> None:
     apart = torch.stack([heads.hidden[0], heads.hidden[0]], -1)[:, 0]
     assert apart.shape == (H_S,)
     assert apart.stride(0) == 2
-    loss = linear_kd_loss(
-        apart, heads.weight, heads.teacher_hidden[0], heads.teacher_weight, heads.labels[0],
-        student_bias=heads.bias,
-    )  # fmt: skip
+    student = Head(apart, heads.weight, heads.bias)
+    loss = kd_loss(student, heads.teacher_side.rows(0), heads.labels[0])
     got = torch.autograd.grad(loss, heads.student)
     for mine, exact in zip((loss, *got), truth(heads), strict=True):
         assert distance(mine, exact) < 1e-6
@@ -357,8 +395,7 @@ def test_a_single_row_whose_entries_lie_apart() -> None:
 def test_torch_products_tile_what_they_widen(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (chunks, functional):
-        monkeypatch.setattr(module, "products_for", lambda device, wide: products.TorchProducts())
+    monkeypatch.setattr(driver, "products_for", lambda *arguments: products.TorchProducts())
     monkeypatch.setattr(products.TorchProducts, "tile_bytes", 50 * 24 * 4)
     heads = make_heads(dtype=dtype)
     for accumulate in {torch.float32, dtype}:
@@ -368,11 +405,20 @@ def test_torch_products_tile_what_they_widen(
             assert distance(mine, exact) <= bound, (name, accumulate)
 
 
-def test_who_multiplies() -> None:
+def test_products_of_each_backend() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert isinstance(products.products_for(cpu, torch.float64), products.TorchProducts)
-    assert isinstance(products.products_for(cuda, torch.float64), products.TorchProducts)
-    assert isinstance(products.products_for(cuda, torch.float32), products.CudaProducts)
+    kinds = {
+        ("cpu", cpu, torch.float64): products.TorchProducts,
+        ("cuda", cuda, torch.float64): products.TorchProducts,
+        ("cuda", cuda, torch.float32): products.CudaProducts,
+        ("triton", cuda, torch.float32): products.CudaProducts,
+        ("reference", cpu, torch.float32): products.TorchProducts,
+        ("reference", cuda, torch.float32): products.TorchProducts,
+    }
+    if extension.cpu.why_not() is None:
+        kinds["cpu", cpu, torch.float32] = products.CompiledProducts
+    for asked, kind in kinds.items():
+        assert type(products.products_for(*asked)) is kind, asked
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch has no CUDA kernels")

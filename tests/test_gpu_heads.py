@@ -1,4 +1,4 @@
-"""The linear level on a GPU: numbers, ignored rows, what waits, memory, compilation."""
+"""Heads on a GPU: numbers, ignored rows, what waits, memory, compilation."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from gpu_device import (
     size,
 )
 from gpu_heads import (
+    TEMPERATURE,
     Heads,
-    LinearCase,
+    HeadsCase,
     Outcome,
     distance,
     eager,
     make_heads,
     ours,
     outcome,
-    step,
 )
 from torch import Tensor
 
 from benchmarks.cases import DTYPES
 from benchmarks.device import peak_bytes
-from fused_kd import linear_kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd import Head, KDLoss, kd_loss
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import eager_kd_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", BACKENDS)]
@@ -46,8 +46,8 @@ SINGLE_EPS = torch.finfo(SINGLE).eps
 MIB = 2**20
 
 
-def _case(dtype: torch.dtype, rows: int = 37) -> LinearCase:
-    return LinearCase(rows, size(8003, 67), size(256, 8), size(384, 12), KINDS[dtype])
+def _case(dtype: torch.dtype, rows: int = 37) -> HeadsCase:
+    return HeadsCase(rows, size(8003, 67), size(256, 8), size(384, 12), KINDS[dtype])
 
 
 def _with_ignored(heads: Heads) -> Heads:
@@ -121,7 +121,8 @@ def test_ignored_rows_are_not_looked_at(backend: str, dtype: torch.dtype, reduct
     keywords: dict[str, Any] = {"reduction": reduction, "backend": backend, "temperature": 2.0}
 
     def summed(*inputs: Tensor, **more: Any) -> Tensor:
-        value = linear_kd_loss(*inputs, **keywords, **more)  # type: ignore[arg-type]
+        hidden, weight, teacher, head, labels = inputs
+        value = kd_loss(Head(hidden, weight), Head(teacher, head), labels, **keywords, **more)
         assert isinstance(value, Tensor)
         return value.sum()
 
@@ -142,7 +143,7 @@ def test_more_rows_than_kept_rows_is_not_a_number(backend: str) -> None:
     heads = make_heads(_case(BRAIN), DEVICE)
     if not REAL:
         pytest.skip("the CPU refuses it by value")
-    loss = linear_kd_loss(*heads, kept_rows=36, backend=backend)
+    loss = kd_loss(heads.student, heads.teacher, heads.labels, kept_rows=36, backend=backend)
     assert isinstance(loss, Tensor)
     assert loss.isnan()
 
@@ -175,7 +176,8 @@ def test_nothing_waits_for_the_device(backend: str, layout: str, dtype: torch.dt
     ]
     for i, keywords in enumerate((*calls, *calls)):  # what is compiled may wait, once
         with no_synchronization() if i >= len(calls) else contextlib.nullcontext():
-            loss = linear_kd_loss(*heads, temperature=2.0, backend=backend, **keywords)
+            options = {"temperature": 2.0, "backend": backend, **keywords}
+            loss = kd_loss(heads.student, heads.teacher, heads.labels, **options)
             assert isinstance(loss, Tensor)
             for _ in range(2):  # handed over; made once more
                 torch.autograd.grad(loss, (heads.hidden, heads.weight), upstream, retain_graph=True)
@@ -186,18 +188,17 @@ def test_nothing_waits_for_the_device(backend: str, layout: str, dtype: torch.dt
 def test_peak_memory(backend: str, given: str) -> None:
     """Gradients, accumulator, the budget, and a few mebibytes."""
     n, v = size(2048, 9), size(128256, 90)
-    case = LinearCase(n, v, size(512, 8), size(512, 12), "bf16")
+    case = HeadsCase(n, v, size(512, 8), size(512, 12), "bf16")
     heads = make_heads(case, DEVICE)
     budget = size(256, 64) * MIB
-    loss = ours(case, memory_budget=budget, backend=backend)
-    call = step(loss, heads)
+    loss = KDLoss(temperature=TEMPERATURE, memory_budget=budget, backend=backend)
+    teacher: Head | Tensor = heads.teacher
     if given == "logits":
-        logits = heads.teacher_hidden @ heads.teacher_weight.t()
+        teacher = heads.teacher_hidden @ heads.teacher_weight.t()
 
-        def call() -> None:
-            value = loss(heads.hidden, heads.weight, None, None, heads.labels,
-                         teacher_logits=logits)  # fmt: skip
-            torch.autograd.grad(value, (heads.hidden, heads.weight))
+    def call() -> None:
+        value = loss(heads.student, teacher, heads.labels)
+        torch.autograd.grad(value, (heads.hidden, heads.weight))
 
     call()
     peak = peak_bytes(call, DEVICE) - case.gradient_bytes - case.accumulator_bytes

@@ -1,4 +1,4 @@
-"""The linear level against the float64 reference on whole logits: values, reductions, rows."""
+"""Heads against the float64 reference on whole logits: values, reductions, rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast import HERE
+from head_helpers import Heads, Outcome, distance, eager, make_heads, ours, truth
 from helpers import DTYPES, as_loss
-from linear_helpers import Heads, Outcome, distance, eager, make_heads, ours, truth
 
-from fused_kd import KDLossParts, LinearKDLoss, kd_loss, linear_kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd import Head, KDLoss, KDLossParts, kd_loss
+from fused_kd.divergences import DIVERGENCES
 
 
 def no_worse(got: Outcome, exact: Outcome, baseline: Outcome, heads: Heads) -> None:
@@ -58,7 +58,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("ignored", [0, 3, 37])
-def test_same_as_the_logits_level(case: dict[str, Any], ignored: int) -> None:
+def test_same_as_logits(case: dict[str, Any], ignored: int) -> None:
     heads = make_heads(dtype=torch.float64)
     heads.labels[:ignored] = -100
     got, want = ours(heads, chunk_rows=5, **case), truth(heads, **case)
@@ -112,9 +112,7 @@ def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
     )
     options: dict[str, Any] = {"soft_weight": 0, "label_smoothing": 0.1, "backend": backend}
     given = ours(masked, **options)
-    loss = linear_kd_loss(
-        masked.hidden, masked.weight, labels=masked.labels, student_bias=masked.bias, **options
-    )
+    loss = kd_loss(masked.student_side, None, masked.labels, **options)
     assert torch.equal(as_loss(loss), given.loss)
     double = masked._replace(teacher_hidden=masked.teacher_hidden.double())
     double = double._replace(teacher_weight=masked.teacher_weight.double())
@@ -130,7 +128,7 @@ def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_teacher_logits_instead_of_a_head() -> None:
+def test_logits_of_a_teacher_instead_of_a_head() -> None:
     heads = make_heads()
     logits = F.linear(*heads.teacher)
     for dtype in DTYPES:
@@ -140,9 +138,8 @@ def test_teacher_logits_instead_of_a_head() -> None:
             for ignored in (False, True):
                 labels = heads.labels.clone()
                 labels[::2] = -100 if ignored else 0
-                got = linear_kd_loss(
-                    heads.hidden, heads.weight, labels=labels, teacher_logits=teacher, chunk_rows=9
-                )
+                student = Head(heads.hidden, heads.weight)
+                got = kd_loss(student, teacher, labels, chunk_rows=9)
                 want = kd_loss(F.linear(heads.hidden, heads.weight), given, labels)
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
@@ -161,13 +158,8 @@ def test_each_model_has_its_own_dtype(dtypes: tuple[int, int]) -> None:
     for mine, exact in zip(got, want, strict=True):
         assert distance(mine, exact) <= 1e-6 + eps
     given = F.linear(*(x.double() for x in heads.teacher))
-    loss = linear_kd_loss(
-        heads.hidden,
-        heads.weight,
-        labels=heads.labels,
-        teacher_logits=given,
-        student_bias=heads.bias,
-    )
+    loss = kd_loss(heads.student_side, given, heads.labels)
+    assert isinstance(loss, torch.Tensor)
     assert distance(loss.detach(), want.loss) < 1e-6
 
 
@@ -189,10 +181,9 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     heads = make_heads(rows=rows)
     want = ours(heads, reduction="none")
     hidden = heads.hidden.detach().view(*shape, -1).requires_grad_()
-    rows_of = (hidden, heads.weight, heads.teacher_hidden.view(*shape, -1), heads.teacher_weight)
-    labels = heads.labels.view(shape)
-    keywords = {"student_bias": heads.bias, "reduction": "none", "chunk_rows": 3}
-    loss = linear_kd_loss(*rows_of, labels, **keywords)
+    student = Head(hidden, heads.weight, heads.bias)
+    teacher = Head(heads.teacher_hidden.view(*shape, -1), heads.teacher_weight)
+    loss = kd_loss(student, teacher, heads.labels.view(shape), reduction="none", chunk_rows=3)
     assert loss.shape == shape
     assert torch.equal(loss.flatten(), want.loss)
     loss.sum().backward()
@@ -205,13 +196,11 @@ def test_rows_that_lie_apart_are_not_copied_together() -> None:
     teacher = heads.teacher_hidden.view(4, 6, -1)[:, :-1]
     labels = heads.labels.view(4, 6)[:, :-1]
     logits = F.linear(heads.teacher_hidden, heads.teacher_weight).view(4, 6, -1)[:, :-1]
-    want = linear_kd_loss(
-        hidden.contiguous(), heads.weight, teacher.contiguous(), heads.teacher_weight, labels
-    )
+    student = Head(hidden.contiguous(), heads.weight)
+    want = kd_loss(student, Head(teacher.contiguous(), heads.teacher_weight), labels)
     (expected,) = torch.autograd.grad(want, hidden)
-    for given in ({"teacher_hidden": teacher, "teacher_weight": heads.teacher_weight},
-                  {"teacher_logits": logits}):  # fmt: skip
-        got = linear_kd_loss(hidden, heads.weight, labels=labels, chunk_rows=7, **given)
+    for given in (Head(teacher, heads.teacher_weight), logits):
+        got = kd_loss(Head(hidden, heads.weight), given, labels, chunk_rows=7)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], expected)
 
@@ -227,9 +216,7 @@ def test_rows_at_an_offset_of_2_to_the_31_R_13() -> None:
         return view.requires_grad_(x.requires_grad)
 
     placed = heads._replace(hidden=far(heads.hidden), teacher_hidden=far(heads.teacher_hidden))
-    loss = linear_kd_loss(
-        placed.hidden, heads.weight, *placed.teacher, heads.labels, student_bias=heads.bias
-    )
+    loss = kd_loss(placed.student_side, placed.teacher_side, heads.labels)
     assert torch.equal(loss.detach(), want.loss)
     student = (placed.hidden, heads.weight)
     for got, expected in zip(torch.autograd.grad(loss, student), want[1:3], strict=True):
@@ -283,14 +270,12 @@ def test_a_vocabulary_padded_with_minus_infinity_changes_nothing() -> None:
     clean = ours(heads, label_smoothing=0.1)
     padding = torch.full((9,), -torch.inf)
     bias = torch.cat([heads.bias.detach(), padding]).requires_grad_()
-    got = linear_kd_loss(
-        heads.hidden,
-        F.pad(heads.weight, (0, 0, 0, 9)),
-        heads.teacher_hidden,
-        F.pad(heads.teacher_weight, (0, 0, 0, 9)),
+    teacher_weight = F.pad(heads.teacher_weight, (0, 0, 0, 9))
+    teacher_bias = torch.cat([torch.zeros(131), padding])
+    got = kd_loss(
+        Head(heads.hidden, F.pad(heads.weight, (0, 0, 0, 9)), bias),
+        Head(heads.teacher_hidden, teacher_weight, teacher_bias),
         heads.labels,
-        student_bias=bias,
-        teacher_bias=torch.cat([torch.zeros(131), padding]),
         label_smoothing=0.1,
     )
     torch.testing.assert_close(got, clean.loss)
@@ -308,9 +293,8 @@ def test_no_rows() -> None:
 
 def test_parts() -> None:
     heads = make_heads()
-    tensors = (heads.hidden, heads.weight, *heads.teacher, heads.labels)
-    loss = LinearKDLoss(return_parts=True, hard_weight=0.25, soft_weight=2.0, temperature=2.0)
-    got = loss(*tensors)
+    loss = KDLoss(return_parts=True, hard_weight=0.25, soft_weight=2.0, temperature=2.0)
+    got = loss(Head(heads.hidden, heads.weight), heads.teacher_side, heads.labels)
     want = kd_loss(
         F.linear(heads.hidden, heads.weight),
         F.linear(*heads.teacher),

@@ -1,4 +1,4 @@
-"""tvd at the linear level, fuzzed against float64 with values up to the largest of each dtype.
+"""tvd of heads, fuzzed against float64 with values up to the largest of each dtype.
 
 A product of hidden states and weights in float32 carries an error that its length and the sizes of
 its terms bound. From it follow bounds for the loss and the gradients, in float64, without a second
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from helpers import DTYPES
 from torch import Tensor
 
-from fused_kd import linear_kd_loss
+from fused_kd import Head, kd_loss
 
 EPS = torch.finfo(torch.float32).eps
 LARGEST = torch.finfo(torch.float32).max
@@ -114,13 +114,10 @@ def _within(got: Tensor, exact: Tensor, error: Tensor, may_overflow: Tensor) -> 
 def _check(case: Drawn, backend: str) -> int:
     """Returns how many rows were compared by value."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in case.student]
-    hidden, weight, bias = leaves
-    losses = linear_kd_loss(
-        hidden,  # type: ignore[arg-type]
-        weight,  # type: ignore[arg-type]
-        *case.teacher[:2],
-        student_bias=bias,
-        teacher_bias=case.teacher[2],
+    _, weight, bias = leaves
+    losses = kd_loss(
+        Head(*leaves),  # type: ignore[arg-type]
+        Head(*case.teacher),  # type: ignore[arg-type]
         hard_weight=0.0,
         soft_weight=1.0,
         divergence="tvd",
@@ -188,7 +185,8 @@ def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str)
     taught = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, down]])
     head = torch.tensor([[0.25, 0.0], [0.125, up], [0.0, 0.5]])
     options = {"hard_weight": 0.0, "soft_weight": 1.0, "divergence": "tvd", "backend": backend}
-    loss = linear_kd_loss(hidden, weight, taught, head, reduction="none", chunk_rows=2, **options)  # type: ignore[arg-type]
+    sides = Head(hidden, weight), Head(taught, head)
+    loss = kd_loss(*sides, reduction="none", chunk_rows=2, **options)  # type: ignore[arg-type]
     assert isinstance(loss, Tensor)
     with torch.no_grad():
         logits, teacher = hidden @ weight.t(), taught @ head.t()
@@ -203,7 +201,7 @@ def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str)
     assert by_hidden.isnan().any(1).tolist() == [False, True, False, False]
     assert by_weight.isnan().all()  # a sum over the rows
     labels = torch.tensor([0, -100, 0, 0])
-    got = linear_kd_loss(hidden, weight, taught, head, labels, chunk_rows=2, **options)  # type: ignore[arg-type]
+    got = kd_loss(*sides, labels, chunk_rows=2, **options)  # type: ignore[arg-type]
     assert isinstance(got, Tensor)
     for gradient in (got.detach(), *torch.autograd.grad(got, (hidden, weight))):
         assert gradient.isfinite().all()  # an ignored row leaks nothing

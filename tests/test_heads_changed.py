@@ -1,4 +1,4 @@
-"""Heads that something else changes: at the linear level as the logits say, or refused (N-26).
+"""Heads that something else changes: the loss is that of the model's logits, or refused (N-26).
 
 Public reports (TRL#4612, unsloth#9331): an lm_head whose weight is read past what changes it gives
 a loss of another model, in silence.
@@ -14,8 +14,8 @@ import torch
 from small_models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
-from fused_kd import KDLoss, LinearKDLoss
-from fused_kd.integrations._common.heads import check_head, leave_out_head
+from fused_kd import KDLoss
+from fused_kd.integrations._common.heads import leave_out_head, scale_of
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
 IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -103,12 +103,12 @@ def _outcome(model: StudentTeacherLoss) -> tuple[Tensor, ...]:
     )
 
 
-def _changed(loss: Any, which: str, change: Change) -> StudentTeacherLoss:
+def _changed(heads: bool, which: str, change: Change) -> StudentTeacherLoss:
     torch.manual_seed(0)
     student, teacher = SmallLM(0), SmallLM(1, hidden=16)
     if which != "student, late":
         change({"student": student, "teacher": teacher}[which].lm_head)
-    model = StudentTeacherLoss(student, teacher, loss)
+    model = StudentTeacherLoss(student, teacher, KDLoss(), heads=heads)
     if which == "student, late":
         change(student.lm_head)
     return model
@@ -118,10 +118,8 @@ def _changed(loss: Any, which: str, change: Change) -> StudentTeacherLoss:
 @pytest.mark.parametrize("change", RIGHT)
 @pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
 def test_a_changed_weight_is_used_N_26(which: str, change: str) -> None:
-    want, got = (
-        _outcome(_changed(loss, which, RIGHT[change])) for loss in (KDLoss(), LinearKDLoss())
-    )
-    plain = _outcome(_changed(LinearKDLoss(), which, lambda head: None))
+    want, got = (_outcome(_changed(heads, which, RIGHT[change])) for heads in (False, True))
+    plain = _outcome(_changed(True, which, lambda head: None))
     assert (got[0] - plain[0]).abs() > 1e-4
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
@@ -130,8 +128,7 @@ def test_a_changed_weight_is_used_N_26(which: str, change: str) -> None:
 def test_a_parametrization_is_trained_N_26() -> None:
     """As an adapter of low rank is: its parameters get the gradients, the frozen weight none."""
     want, got = (
-        _outcome(_changed(loss, "student", _parametrized(_LowRank)))
-        for loss in (KDLoss(), LinearKDLoss())
+        _outcome(_changed(heads, "student", _parametrized(_LowRank))) for heads in (False, True)
     )
     adapter = [(mine, theirs) for mine, theirs in zip(got, want, strict=True) if mine.shape in
                ((VOCABULARY, 2), (2, 16))]  # fmt: skip
@@ -144,11 +141,12 @@ def test_a_parametrization_is_trained_N_26() -> None:
 def test_an_adapter_of_a_tied_embedding_is_not_the_heads_N_26() -> None:
     """As with PEFT: the embedding is adapted, the head multiplies by the shared weight alone."""
     outcomes = []
-    for loss in (KDLoss(), LinearKDLoss()):
+    for heads in (False, True):
         torch.manual_seed(0)
         student = SmallLM(0, tied=True)
         nn.utils.parametrize.register_parametrization(student.embed, "weight", _LowRank())
-        outcomes.append(_outcome(StudentTeacherLoss(student, SmallLM(1), loss)))
+        model = StudentTeacherLoss(student, SmallLM(1), KDLoss(), heads=heads)
+        outcomes.append(_outcome(model))
     for theirs, mine in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     up = next(gradient for gradient in outcomes[1] if gradient.shape == (VOCABULARY, 2))
@@ -159,15 +157,15 @@ def test_an_adapter_of_a_tied_embedding_is_not_the_heads_N_26() -> None:
 @pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
 def test_a_changed_output_is_refused_N_26(which: str, change: str) -> None:
     register, name = REFUSED[change]
-    with pytest.raises(TypeError, match=f"SmallLM: .* found {name} on it.*KDLoss"):
-        _outcome(_changed(LinearKDLoss(), which, register))
-    _outcome(_changed(KDLoss(), which, register))  # the logits are the model's own
+    with pytest.raises(TypeError, match=f"SmallLM: .* found {name} on it.*heads=False"):
+        _outcome(_changed(True, which, register))
+    _outcome(_changed(False, which, register))  # the logits are the model's own
 
 
 def test_what_leaves_a_head_out_is_no_change_N_26() -> None:
     model = SmallLM(0)
     undo = leave_out_head(model)
-    check_head(model)
+    assert scale_of(model) == 1.0
     undo()
     model.lm_head._hf_hook = object()  # accelerate's, which assigns a forward to move tensors
     _assigned_forward(model.lm_head)

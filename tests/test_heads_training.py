@@ -1,4 +1,4 @@
-"""The linear level in training: autograd's corners, autocast, compilation, checkpointing."""
+"""Heads in training: autograd's corners, autocast, compilation, checkpointing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from head_helpers import H_S, distance, eager, make_heads, ours, truth
 from helpers import DTYPES
-from linear_helpers import H_S, distance, eager, make_heads, ours, truth
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_kd import LinearKDLoss, kd_loss, linear_kd_loss
+from fused_kd import Head, KDLoss, kd_loss
+from fused_kd.engines import products
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -28,9 +29,7 @@ def test_gradients_only_where_they_are_asked_for(
         x.detach().requires_grad_(bool(w)) for x, w in zip(heads.student, wanted, strict=True)
     ]
     calls = _count_products(monkeypatch)
-    loss = linear_kd_loss(
-        *student[:2], *heads.teacher, heads.labels, student_bias=student[2], reduction=reduction
-    )
+    loss = kd_loss(Head(*student), heads.teacher_side, heads.labels, reduction=reduction)
     assert loss.requires_grad == any(wanted)
     if any(wanted):
         loss.sum().backward()
@@ -43,10 +42,8 @@ def test_gradients_only_where_they_are_asked_for(
 
 
 def _count_products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    from fused_kd.linear import chunks
-
     calls = {"hidden_gradient": 0, "weight_gradient": 0}
-    kind = type(chunks.products_for(torch.device("cpu"), torch.float32))
+    kind = type(products.products_for("auto", torch.device("cpu"), torch.float32))
 
     def counted(name: str) -> Any:
         original = getattr(kind, name)
@@ -65,7 +62,8 @@ def _count_products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_second_backward_gives_the_same(dtype: torch.dtype) -> None:
     heads = make_heads(dtype=dtype)
-    loss = linear_kd_loss(heads.hidden, heads.weight, *heads.teacher, heads.labels, chunk_rows=10)
+    student = Head(heads.hidden, heads.weight)
+    loss = kd_loss(student, heads.teacher_side, heads.labels, chunk_rows=10)
     upstream = torch.tensor(2.0)  # exact in every dtype
     first, second, third = (
         torch.autograd.grad(loss, (heads.hidden, heads.weight), upstream, retain_graph=True)
@@ -82,10 +80,7 @@ def test_gradients_accumulate(dtype: torch.dtype) -> None:
     for x in heads.student:
         x.grad = torch.ones_like(x)
     got = ours(heads)
-    loss = linear_kd_loss(
-        heads.hidden, heads.weight, *heads.teacher, heads.labels, student_bias=heads.bias
-    )
-    loss.backward()
+    kd_loss(heads.student_side, heads.teacher_side, heads.labels).backward()
     for x, gradient in zip(heads.student, got[1:], strict=True):
         assert torch.equal(x.grad, 1 + gradient)
 
@@ -93,9 +88,8 @@ def test_gradients_accumulate(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_double_backward_is_refused(reduction: str) -> None:
     heads = make_heads()
-    loss = linear_kd_loss(
-        heads.hidden, heads.weight, *heads.teacher, heads.labels, reduction=reduction
-    ).sum()
+    student = Head(heads.hidden, heads.weight)
+    loss = kd_loss(student, heads.teacher_side, heads.labels, reduction=reduction).sum()
     gradients = torch.autograd.grad(loss, (heads.hidden, heads.weight), create_graph=True)
     for gradient in gradients:
         for x in (heads.hidden, heads.weight):
@@ -129,16 +123,16 @@ def test_tied_embeddings_get_both_gradients() -> None:
     tokens = torch.randint(131, (37,))
     heads = make_heads()
 
-    def run(level: str) -> Tensor:
+    def run(given: str) -> Tensor:
         hidden = torch.tanh(embedding(tokens))
-        if level == "linear":
-            loss = linear_kd_loss(hidden, embedding.weight, *heads.teacher, heads.labels)
+        if given == "heads":
+            loss = kd_loss(Head(hidden, embedding.weight), heads.teacher_side, heads.labels)
         else:
             logits = F.linear(hidden, embedding.weight)
             loss = kd_loss(logits, F.linear(*heads.teacher), heads.labels)
         return torch.autograd.grad(loss, embedding.weight)[0]
 
-    torch.testing.assert_close(run("linear"), run("logits"))
+    torch.testing.assert_close(run("heads"), run("logits"))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -146,7 +140,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     heads = make_heads()
 
     def loss(hidden: Tensor) -> Any:
-        return linear_kd_loss(hidden, heads.weight, *heads.teacher, heads.labels)
+        return kd_loss(Head(hidden, heads.weight), heads.teacher_side, heads.labels)
 
     want = torch.autograd.grad(loss(heads.hidden), (heads.hidden, heads.weight))
     checkpoint(loss, heads.hidden, use_reentrant=use_reentrant).backward()
@@ -184,9 +178,7 @@ def test_autocast_of_any_parameters_R_46(
     heads, hidden = make_heads(dtype=parameters), make_heads().hidden
     student = [hidden, heads.weight, *([heads.bias] if bias else [])]
     with torch.autocast("cpu", enabled):
-        loss = linear_kd_loss(
-            *student[:2], *heads.teacher, heads.labels, student_bias=heads.bias if bias else None
-        )
+        loss = kd_loss(Head(*student), heads.teacher_side, heads.labels)
         logits = F.linear(*student).float(), F.linear(*heads.teacher).float()
     want = kd_loss(*logits, heads.labels)
     assert loss.dtype == torch.float32
@@ -200,10 +192,11 @@ def test_autocast_of_any_parameters_R_46(
 def test_autocast_takes_what_would_not_match_without_it() -> None:
     heads = make_heads()
     hidden = heads.hidden.detach().bfloat16().requires_grad_()
+    sides = Head(hidden, heads.weight), heads.teacher_side
     with pytest.raises(TypeError, match="outside autocast"):
-        linear_kd_loss(hidden, heads.weight, *heads.teacher, heads.labels)
+        kd_loss(*sides, heads.labels)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_kd_loss(hidden, heads.weight, *heads.teacher, heads.labels)
+        loss = kd_loss(*sides, heads.labels)
     loss.backward()  # outside: the backward has the forward's dtypes
     assert hidden.grad.dtype == torch.bfloat16
     assert heads.weight.grad.dtype == torch.float32
@@ -212,15 +205,15 @@ def test_autocast_takes_what_would_not_match_without_it() -> None:
 def test_parameters_of_a_teacher_are_detached() -> None:
     heads = make_heads()
     weight = heads.teacher_weight.clone().requires_grad_()
-    loss = linear_kd_loss(heads.hidden, heads.weight, heads.teacher_hidden, weight, heads.labels)
-    loss.backward()
+    teacher = Head(heads.teacher_hidden, weight)
+    kd_loss(Head(heads.hidden, heads.weight), teacher, heads.labels).backward()
     assert weight.grad is None
 
 
 def test_a_training_step_with_the_optimizer_between() -> None:
     """The weight changes after the backward; a backward after the change is refused by torch."""
     heads = make_heads()
-    loss = linear_kd_loss(heads.hidden, heads.weight, *heads.teacher, heads.labels)
+    loss = kd_loss(Head(heads.hidden, heads.weight), heads.teacher_side, heads.labels)
     with torch.no_grad():
         heads.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -228,13 +221,13 @@ def test_a_training_step_with_the_optimizer_between() -> None:
 
 
 def test_module_is_plain() -> None:
-    loss = LinearKDLoss(temperature=2.0, memory_budget=2**20, grad_accum_dtype=torch.bfloat16)
+    loss = KDLoss(temperature=2.0, memory_budget=2**20, grad_accum_dtype=torch.bfloat16)
     assert loss.state_dict() == {}
     assert "memory_budget=1048576" in repr(loss)
     assert "grad_accum_dtype=torch.bfloat16" in repr(loss)
     for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
         assert twin.options == loss.options
-        assert twin.chunks == loss.chunks
+        assert twin.options.memory_budget == 2**20
 
 
 # --------------------------------------------------------------------------------- torch.compile
@@ -254,7 +247,8 @@ def test_compiled(case: dict[str, Any], dtype: torch.dtype) -> None:
     heads = make_heads(dtype=dtype)
 
     def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
-        result = linear_kd_loss(hidden, weight, *heads.teacher, labels, chunk_rows=10, **case)
+        student = Head(hidden, weight)
+        result = kd_loss(student, heads.teacher_side, labels, chunk_rows=10, **case)
         return result if isinstance(result, Tensor) else result.loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -271,10 +265,11 @@ def test_compiled(case: dict[str, Any], dtype: torch.dtype) -> None:
 def test_a_dozen_sizes_compile_twice() -> None:
     heads = make_heads(rows=40)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    loss = LinearKDLoss(temperature=2.0)
+    loss = KDLoss(temperature=2.0)
 
     def step(hidden: Tensor, teacher: Tensor, labels: Tensor) -> Any:
-        return loss(hidden * 2, heads.weight, teacher, heads.teacher_weight, labels)
+        student = Head(hidden * 2, heads.weight)
+        return loss(student, Head(teacher, heads.teacher_weight), labels)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for n in range(29, 41):
@@ -292,7 +287,7 @@ def test_compiled_under_autocast() -> None:
 
     def step(hidden: Tensor, weight: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return linear_kd_loss(hidden, weight, *heads.teacher, heads.labels)
+            return kd_loss(Head(hidden, weight), heads.teacher_side, heads.labels)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     got, want = (f(heads.hidden, heads.weight) for f in (compiled, step))

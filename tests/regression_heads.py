@@ -1,4 +1,4 @@
-"""Regression cases of the linear level: chunks, biases, row weights, vocabularies that differ."""
+"""Regression cases of heads: chunks, biases, row weights, vocabularies that differ."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from linear_helpers import Heads, Outcome, eager, make_heads, ours
+from head_helpers import Heads, Outcome, eager, make_heads, ours
 from regression_helpers import close, grad, raises
 from regression_registry import case
 from torch import Tensor
 
-from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import Head, kd_loss
 from fused_kd.testing import eager_kd_loss
 
 
@@ -97,15 +97,14 @@ def vocabularies_are_not_aligned_silently(backend: str) -> None:
     heads = make_heads(rows=6)
     padded = torch.cat([heads.teacher_weight, torch.randn(5, heads.teacher_weight.shape[1])])
     before = padded.clone()
-    arguments = (heads.hidden, heads.weight, heads.teacher_hidden)
+    own, given = Head(heads.hidden, heads.weight), Head(heads.teacher_hidden, padded)
     options: dict[str, Any] = {"backend": backend}
     raises(
         ValueError,
         "V = 131 for the student and V = 136 for the teacher",
-        lambda: linear_kd_loss(*arguments, padded, heads.labels, **options),
+        lambda: kd_loss(own, given, heads.labels, **options),
     )
-    student, teacher = (F.linear(*pair) for pair in ((heads.hidden, heads.weight),
-                                                     (heads.teacher_hidden, padded)))  # fmt: skip
+    student, teacher = (F.linear(side.hidden, side.weight) for side in (own, given))
     raises(
         ValueError,
         "V = 131 for the student and V = 136 for the teacher",
@@ -113,7 +112,8 @@ def vocabularies_are_not_aligned_silently(backend: str) -> None:
     )
     # what the messages advise: a teacher without its padding, whose mass is renormalised
     want = eager_kd_loss(student, teacher[:, :131], heads.labels)
-    sliced = linear_kd_loss(*arguments, padded[:131], heads.labels, **options)
+    shorter = given._replace(weight=padded[:131])
+    sliced = kd_loss(own, shorter, heads.labels, **options)
     assert isinstance(sliced, Tensor)
     close(sliced, want)
     close(grad(sliced, heads.weight), grad(want, heads.weight))
