@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import KDLossParts, kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 from .cases import DTYPES
 from .device import Budget

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import kd_loss
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 from . import records
 from .cases import DTYPES

@@ -33,7 +33,7 @@ from fused_kd.backends.triton.configuration import (
     configuration,
 )
 from fused_kd.backends.triton.device import load_kernels
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 #: CUDA compute capabilities and AMD architectures.
 from .report import Parser, markdown_table, show, writable_file

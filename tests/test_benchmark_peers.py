@@ -18,7 +18,7 @@ from benchmarks.cases import HEADS, LOGITS, Case  # noqa: E402
 from benchmarks.entrants.base import Entrant  # noqa: E402
 from benchmarks.errors import distance  # noqa: E402
 from benchmarks.problems import HeadsProblem, LogitsProblem  # noqa: E402
-from fused_kd.options import DIVERGENCES  # noqa: E402
+from fused_kd.divergences import DIVERGENCES  # noqa: E402
 
 MODULES = ("liger", "trl", "torchtune", "model_optimizer", "flash_linear_attention",
            "cut_cross_entropy", "torch_native")  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.functional import _as_rows
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import eager_kd_loss
 
 

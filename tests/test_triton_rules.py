@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fused_kd.backends.triton import elements, formulas, kernels, launch, rules
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 
 MODULES = (elements, formulas, kernels, launch, rules)
 #: What a function takes at most. The two kernels take what a launch hands over, one by one.

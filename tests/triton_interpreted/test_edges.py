@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import launch
 from fused_kd.backends.triton.device import load_kernels
-from fused_kd.options import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import guarded
 
 ops = torch.ops.fused_kd
