@@ -388,8 +388,15 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
             f"collapse to two strides; got shape {tuple(student.shape)} with strides "
             f"{student.stride()}: pass inplace=False, or student.contiguous()"
         )
-    tensors = teacher[:3] if isinstance(teacher, Head) else (teacher,)
-    if any(x is not None and _share_memory(student, x) for x in tensors):
+    if isinstance(teacher, Head):  # whose weight every chunk reads
+        shares = any(x is not None and _share_memory(student, x) for x in teacher[:3])
+    else:
+        shares = (
+            teacher is not None
+            and _share_memory(student, teacher)
+            and not _is_same_memory(student, teacher)
+        )
+    if shares:
         raise ValueError(
             "inplace=True needs a teacher in memory of its own, or exactly that of the student's "
             "logits; got two that partly share it: clone one"
@@ -457,12 +464,15 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _share_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if bytes of both overlap, unless every entry has its counterpart's address."""
-    if not (_has_memory(student) and _has_memory(teacher)):
-        return False
+def _is_same_memory(student: Tensor, teacher: Tensor) -> bool:
+    """Return True if every entry has its counterpart's address, in tensors of one shape."""
     same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
-    if (student.data_ptr(), student.stride(), student.dtype) == same:
+    return (student.data_ptr(), student.stride(), student.dtype) == same
+
+
+def _share_memory(student: Tensor, teacher: Tensor) -> bool:
+    """Return True if bytes of both overlap."""
+    if not (_has_memory(student) and _has_memory(teacher)):
         return False
     (a, end_a), (b, end_b) = _span(student), _span(teacher)
     return a < end_b and b < end_a

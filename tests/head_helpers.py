@@ -1,4 +1,4 @@
-"""What the tests of the linear level share: inputs, the float64 truth, the eager composition."""
+"""What the tests of heads share: inputs, the float64 truth, the eager composition."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from helpers import as_loss
 from torch import Tensor
 
-from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.linear import chunks, functional, products
+from fused_kd import Head, kd_loss
+from fused_kd.engines import driver, products, selection
 from fused_kd.testing import eager_kd_loss
 
 H_S, H_T = 24, 40
@@ -34,6 +34,14 @@ class Heads(NamedTuple):
     @property
     def teacher(self) -> tuple[Tensor, Tensor]:
         return self.teacher_hidden, self.teacher_weight
+
+    @property
+    def student_side(self) -> Head:
+        return Head(*self.student)
+
+    @property
+    def teacher_side(self) -> Head:
+        return Head(*self.teacher)
 
 
 class Outcome(NamedTuple):
@@ -65,15 +73,8 @@ def make_heads(
 
 
 def ours(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """linear_kd_loss and its gradients."""
-    loss = linear_kd_loss(
-        heads.hidden,
-        heads.weight,
-        *heads.teacher,
-        heads.labels,
-        student_bias=heads.bias,
-        **keywords,
-    )
+    """kd_loss of two heads, and its gradients."""
+    loss = kd_loss(heads.student_side, heads.teacher_side, heads.labels, **keywords)
     return _differentiate(as_loss(loss), heads.student, upstream)
 
 
@@ -110,17 +111,16 @@ def multiply_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     """
     calls: list[tuple[Any, ...]] = []
 
-    def mm(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    def mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
         assert a.dtype == b.dtype
         assert out.dtype == a.dtype or (
             out.dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16)
         )
         calls.append((tuple(a.shape), tuple(b.shape), a.dtype, out.dtype, add))
-        exact = a.double() @ b.double()
+        exact = scale * (a.double() @ b.double())
         out.copy_(out + exact if add else exact)
 
     monkeypatch.setattr(products, "_mm", mm)
-    for module in (chunks, functional):
-        monkeypatch.setattr(module, "products_for", lambda device, wide: products.CudaProducts())
-    monkeypatch.setattr(chunks, "_host_knows", lambda x: False)
+    monkeypatch.setattr(driver, "products_for", lambda *arguments: products.CudaProducts())
+    monkeypatch.setattr(selection, "_host_can_read", lambda x: False)
     return calls
