@@ -54,7 +54,7 @@ def test_the_swap_in_equals_its_equivalent() -> None:
     assert torch.equal(gradient.abs().sum(-1) > 0, trained_on())
 
 
-def test_the_linear_level_equals_the_logits_level() -> None:
+def test_heads_give_the_loss_of_logits() -> None:
     def model(hidden: int) -> SimpleNamespace:
         states = torch.randn(ROWS, LENGTH, hidden, requires_grad=hidden == 8)
         return SimpleNamespace(
