@@ -131,8 +131,11 @@ def _check_head(name: str, head: Head) -> None:
             f"{name}.scale must be a Python number; got {type(head.scale).__name__}: a tensor's "
             "value is x.item()"
         )
-    if not -LARGEST <= head.scale <= LARGEST:
-        raise ValueError(f"{name}.scale must be finite; got {head.scale}")
+    if not SMALLEST <= abs(head.scale) <= LARGEST:
+        raise ValueError(
+            f"{name}.scale must not be 0 and must be finite, from {SMALLEST:.0e} to {LARGEST:.0e} "
+            f"in size; got {head.scale}"
+        )
     if head.softcap is not None:
         raise ValueError(
             f"{name}.softcap must be None, since a soft-capped head is not supported; got "
