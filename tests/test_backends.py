@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_kd import kd_loss
+from fused_kd import Head, kd_loss
 from fused_kd.backends import choose_name, why_not
 
 S, T, Y = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
@@ -92,3 +92,29 @@ def test_the_first_automatic_choice_of_the_reference_is_warned_about(first: str)
     assert "slower than eager torch" in line
     assert "cpu: the compiled module " in line
     assert "pip install --force-reinstall --no-deps ." in line
+
+
+@pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason="the cpu backend cannot run")
+@pytest.mark.parametrize("sides", ["heads", "a head and logits", "logits and a head"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_reference_multiplies_with_torch_and_cpu_with_its_own_product(
+    reduction: str, sides: str
+) -> None:
+    def compiled_operators(backend: str) -> set[str]:
+        head = Head(torch.randn(4, 3, requires_grad=True), torch.randn(5, 3))
+        logits = torch.randn(4, 5, requires_grad=True)
+        student = logits if sides == "logits and a head" else head
+        teacher = logits.detach() if sides == "a head and logits" else Head(*head[:2])
+        labels = torch.tensor([1, 2, 3, 4])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss = kd_loss(
+                student, teacher, labels, chunk_rows=3, reduction=reduction, backend=backend
+            )
+            assert isinstance(loss, torch.Tensor)
+            loss.sum().backward()
+        names = {event.name for event in profile.events() or ()}
+        of_ours = {name.removeprefix("fused_kd::") for name in names if "fused_kd::" in name}
+        return of_ours - {"chunked_losses", "chunked_gradients"}
+
+    assert compiled_operators("reference") == set()
+    assert {"product_"} < compiled_operators("cpu")
