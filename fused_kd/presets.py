@@ -51,7 +51,7 @@ def keywords(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         name: A key of CONVENTIONS.
-        given: The caller's keywords of KDLoss or LinearKDLoss.
+        given: The caller's keywords of KDLoss.
 
     Raises:
         ValueError: If no convention has this name.

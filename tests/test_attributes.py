@@ -84,7 +84,9 @@ def test_an_assignment_is_checked_and_a_refused_one_changes_nothing() -> None:
     ],
 )
 def test_a_misspelt_option_is_refused(name: str, meant: str) -> None:
-    with pytest.raises(AttributeError, match=f"KDLoss has no option {name!r}: did you mean {meant!r}"):
+    with pytest.raises(
+        AttributeError, match=f"KDLoss has no option {name!r}: did you mean {meant!r}"
+    ):
         setattr(KDLoss(), name, 1.0)
 
 

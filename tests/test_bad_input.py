@@ -79,7 +79,9 @@ def test_an_unknown_keyword_names_the_nearest_one_and_the_function(name: str, hi
 
 @pytest.mark.parametrize("name", ["token_weight", "num_items", "kept_rows"])
 def test_the_module_says_which_keywords_belong_to_its_call(name: str) -> None:
-    with pytest.raises(TypeError, match=f"KDLoss.. has no keyword '{name}': it belongs to the call"):
+    with pytest.raises(
+        TypeError, match=f"KDLoss.. has no keyword '{name}': it belongs to the call"
+    ):
         KDLoss(**{name: None})  # type: ignore[call-arg]
 
 
@@ -146,8 +148,8 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no teacher": (
         {"teacher": None},
         ValueError,
-        "teacher must be given when soft_weight is not 0; got teacher=None with soft_weight=0.5: pass "
-        "the teacher's logits or Head, or soft_weight=0",
+        "teacher must be given when soft_weight is not 0; got teacher=None with soft_weight=0.5: "
+        "pass the teacher's logits or Head, or soft_weight=0",
     ),
     "wrong rank": (
         {"teacher": T[0]},

@@ -110,7 +110,7 @@ def make_sides(pair: str, n: int) -> tuple[Side, Side, Tensor]:
     return sides[0], sides[1], torch.randint(V, (n,))
 
 
-def leaves(side: Side) -> tuple[Tensor, ...]:
+def trained(side: Side) -> tuple[Tensor, ...]:
     return (side.hidden, side.weight) if isinstance(side, Head) else (side,)
 
 
@@ -127,7 +127,7 @@ def compiles_twice_at_most(
         set_up(number)
         got, want = compiled(*arguments), function(*arguments)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        by = leaves(arguments[0])
+        by = trained(arguments[0])
         gradients = (torch.autograd.grad(x, by) for x in (got, want))
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert counter.frame_count <= 2
@@ -143,7 +143,11 @@ VARYING: dict[str, Callable[[int], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("compiler", "pair", "what"),
-    [("aot_eager", pair, what) for pair in PAIRS for what in ("temperature", "weights", "num_items")]
+    [
+        ("aot_eager", pair, what)
+        for pair in PAIRS
+        for what in ("temperature", "weights", "num_items")
+    ]
     + [("aot_eager", "a head and logits", "num_items that is a float")]
     + [pytest.param("inductor", p, "temperature", marks=pytest.mark.slow) for p in PAIRS],
 )
@@ -169,6 +173,23 @@ def test_a_scheduled_module_compiles_twice_at_most(pair: str) -> None:
         loss.temperature, loss.hard_weight = 1.5 + step / 4, (1 + step) / 14
 
     compiles_twice_at_most("aot_eager", loss, [make_sides(pair, 6)] * 12, set_up)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_16_bit_head_have_its_dtypes_in_a_trace() -> None:
+    """Eagerly a single chunk's weight gradient is made in 16 bits; no trace may expect that."""
+    student, teacher, labels = make_sides("heads", 6)
+    assert isinstance(student, Head)
+    brain = student.to(torch.bfloat16)
+    leaves = tuple(x.detach().requires_grad_() for x in brain[:2])
+
+    def loss(hidden: Tensor, weight: Tensor) -> Any:
+        return 0.3 * kd_loss(Head(hidden, weight), teacher, labels, backend=QUICK)
+
+    compiled = torch.compile(loss, fullgraph=True)  # inductor reads memory as the fake has it
+    ours, theirs = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
+    assert [x.dtype for x in ours] == [torch.bfloat16] * 2
+    torch.testing.assert_close(ours, theirs)
 
 
 class Distilled(nn.Module):

@@ -24,9 +24,7 @@ def from_logits(dtype: torch.dtype, **keywords: Any) -> Graph:
 
 def from_heads(dtype: torch.dtype, **keywords: Any) -> Graph:
     heads = make_heads(rows=12, dtype=dtype)
-    loss = kd_loss(
-        heads.student_side, heads.teacher_side, heads.labels, chunk_rows=5, **keywords
-    )
+    loss = kd_loss(heads.student_side, heads.teacher_side, heads.labels, chunk_rows=5, **keywords)
     return as_loss(loss), heads.student
 
 

@@ -10,8 +10,8 @@ from helpers import DTYPES, N, V, check, make
 from torch import Tensor
 
 from fused_kd import kd_loss
-from fused_kd.rows import logit_rows
 from fused_kd.divergences import DIVERGENCES
+from fused_kd.rows import logit_rows
 from fused_kd.testing import eager_kd_loss
 
 
