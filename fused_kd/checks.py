@@ -132,8 +132,11 @@ def _check_head(name: str, head: Head) -> None:
             f"{name}.scale must be a Python number; got {type(head.scale).__name__}: a tensor's "
             "value is x.item()"
         )
-    if not -LARGEST <= head.scale <= LARGEST:
-        raise ValueError(f"{name}.scale must be finite; got {head.scale}")
+    if not SMALLEST <= abs(head.scale) <= LARGEST:
+        raise ValueError(
+            f"{name}.scale must not be 0 and must be finite, from {SMALLEST:.0e} to {LARGEST:.0e} "
+            f"in size; got {head.scale}"
+        )
     if head.softcap is not None:
         raise ValueError(
             f"{name}.softcap must be None, since a soft-capped head is not supported; got "
@@ -384,8 +387,15 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
             f"collapse to two strides; got shape {tuple(student.shape)} with strides "
             f"{student.stride()}: pass inplace=False, or student.contiguous()"
         )
-    tensors = teacher[:3] if isinstance(teacher, Head) else (teacher,)
-    if any(x is not None and _share_memory(student, x) for x in tensors):
+    if isinstance(teacher, Head):  # whose weight every chunk reads
+        shares = any(x is not None and _share_memory(student, x) for x in teacher[:3])
+    else:
+        shares = (
+            teacher is not None
+            and _share_memory(student, teacher)
+            and not _is_same_memory(student, teacher)
+        )
+    if shares:
         raise ValueError(
             "inplace=True needs a teacher in memory of its own, or exactly that of the student's "
             "logits; got two that partly share it: clone one"
@@ -455,12 +465,15 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _share_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if bytes of both overlap, unless every entry has its counterpart's address."""
-    if not (_has_memory(student) and _has_memory(teacher)):
-        return False
+def _is_same_memory(student: Tensor, teacher: Tensor) -> bool:
+    """Return True if every entry has its counterpart's address, in tensors of one shape."""
     same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
-    if (student.data_ptr(), student.stride(), student.dtype) == same:
+    return (student.data_ptr(), student.stride(), student.dtype) == same
+
+
+def _share_memory(student: Tensor, teacher: Tensor) -> bool:
+    """Return True if bytes of both overlap."""
+    if not (_has_memory(student) and _has_memory(teacher)):
         return False
     (a, end_a), (b, end_b) = _span(student), _span(teacher)
     return a < end_b and b < end_a

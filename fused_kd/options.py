@@ -256,6 +256,8 @@ _FIELDS = {field.name: field for field in dataclasses.fields(KDOptions)}
 _CHECKS = {name: field.metadata["check"] for name, field in _FIELDS.items()}
 #: The names of all keywords, in the order of their declaration.
 NAMES = tuple(_FIELDS)
+#: Those of a call, which come with its tensors.
+OF_A_CALL = ("token_weight", "num_items", "kept_rows")
 
 
 def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
@@ -267,13 +269,16 @@ def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
     """
     for name in keywords:
         if name not in _CHECKS:
-            raise TypeError(f"{function}() has no keyword {name!r}{did_you_mean(name)}")
+            hint = did_you_mean(name, (*NAMES, *OF_A_CALL))
+            if name in OF_A_CALL:
+                hint = ": it belongs to the call, with the student and the teacher"
+            raise TypeError(f"{function}() has no keyword {name!r}{hint}")
     return KDOptions(**keywords)
 
 
-def did_you_mean(name: str, cutoff: float = 0.6) -> str:
-    """Return ": did you mean ...?" with the keyword nearest to `name`, or an empty string."""
-    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=cutoff)
+def did_you_mean(name: str, known: tuple[str, ...] = NAMES, cutoff: float = 0.6) -> str:
+    """Return ": did you mean ...?" with the name nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f": did you mean {near[0]!r}?" if near else ""
 
 

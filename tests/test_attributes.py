@@ -1,4 +1,4 @@
-"""Options are attributes of the modules: readable, checked when assigned, hard to misspell."""
+"""Options are attributes of the module: readable, checked when assigned, hard to misspell."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from head_helpers import make_heads
 from helpers import make
-from linear_helpers import make_heads
 from torch import nn
 
-from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss
+from fused_kd import KDLoss, kd_loss
 from fused_kd.options import KDOptions
 
 VALUES: dict[str, Any] = {
@@ -29,26 +29,20 @@ VALUES: dict[str, Any] = {
     "inplace": True,
     "return_parts": True,
     "backend": "reference",
-}
-CHUNKS: dict[str, Any] = {
     "chunk_rows": 3,
     "memory_budget": 2**28,
     "grad_accum_dtype": torch.bfloat16,
 }
-BOTH = pytest.mark.parametrize("kind", [KDLoss, LinearKDLoss])
 
 
 def test_every_option_is_an_attribute() -> None:
     assert VALUES.keys() == {field.name for field in dataclasses.fields(KDOptions)}
-    for kind, values in ((KDLoss, VALUES), (LinearKDLoss, {**VALUES, **CHUNKS})):
-        for name, value in values.items():
-            if kind is LinearKDLoss and name == "inplace":
-                continue
-            loss = kind()
-            assert getattr(loss, name) != value
-            setattr(loss, name, value)
-            assert getattr(loss, name) == value
-            assert repr(loss) == repr(kind(**{name: value}))
+    for name, value in VALUES.items():
+        loss = KDLoss()
+        assert getattr(loss, name) != value
+        setattr(loss, name, value)
+        assert getattr(loss, name) == value
+        assert repr(loss) == repr(KDLoss(**{name: value}))
 
 
 def test_an_assigned_option_is_the_one_that_counts() -> None:
@@ -59,49 +53,45 @@ def test_an_assigned_option_is_the_one_that_counts() -> None:
         loss(student, teacher, labels), kd_loss(student, teacher, labels, temperature=8.0)
     )
     heads = make_heads()
-    inputs = (heads.hidden, heads.weight, *heads.teacher, heads.labels)
-    linear = LinearKDLoss()
-    linear.temperature, linear.chunk_rows = 8.0, 5
-    assert torch.equal(linear(*inputs), linear_kd_loss(*inputs, temperature=8.0, chunk_rows=5))
+    inputs = (heads.student_side, heads.teacher_side, heads.labels)
+    loss.chunk_rows = 5
+    assert torch.equal(loss(*inputs), kd_loss(*inputs, temperature=8.0, chunk_rows=5))
+    with pytest.raises(ValueError, match="chunk_rows is for a student or teacher given as a Head"):
+        loss(student, teacher, labels)
 
 
 def test_an_assignment_is_checked_and_a_refused_one_changes_nothing() -> None:
-    loss = LinearKDLoss(chunk_rows=3)
+    loss = KDLoss(chunk_rows=3)
     before = repr(loss)
     with pytest.raises(ValueError, match="temperature must be positive and finite; got 0"):
         loss.temperature = 0
     with pytest.raises(TypeError, match="return_parts must be True or False"):
         loss.return_parts = 1
-    with pytest.raises(ValueError, match="chunk_rows and memory_budget both decide"):
+    with pytest.raises(ValueError, match="chunk_rows and memory_budget both set the number"):
         loss.memory_budget = 2**28
     with pytest.raises(TypeError, match="options must be a KDOptions; got dict"):
         loss.options = {"temperature": 2.0}  # type: ignore[assignment]
-    with pytest.raises(TypeError, match="chunks must be a ChunkOptions; got NoneType"):
-        loss.chunks = None
     assert repr(loss) == before
 
 
-@BOTH
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("temperatur", "temperature"), ("Temperature", "temperature"), ("soft_weigth", "soft_weight")],
+    [
+        ("temperatur", "temperature"),
+        ("Temperature", "temperature"),
+        ("soft_weigth", "soft_weight"),
+        ("chunk_row", "chunk_rows"),
+    ],
 )
-def test_a_misspelt_option_is_refused(kind: type[nn.Module], name: str, meant: str) -> None:
-    with pytest.raises(AttributeError, match=f"{name!r}: did you mean {meant!r}"):
-        setattr(kind(), name, 1.0)
+def test_a_misspelt_option_is_refused(name: str, meant: str) -> None:
+    with pytest.raises(
+        AttributeError, match=f"KDLoss has no option {name!r}: did you mean {meant!r}"
+    ):
+        setattr(KDLoss(), name, 1.0)
 
 
-def test_the_linear_loss_has_no_inplace() -> None:
-    with pytest.raises(AttributeError, match="no option 'inplace': it belongs to the other level"):
-        LinearKDLoss().inplace = True
-    assert not hasattr(LinearKDLoss(), "inplace")
-    with pytest.raises(AttributeError, match="KDLoss has no option 'chunk_rows': it belongs to"):
-        KDLoss().chunk_rows = 4
-
-
-@BOTH
-def test_all_else_is_as_in_any_module(kind: type[nn.Module]) -> None:
-    loss = kind()
+def test_all_else_is_as_in_any_module() -> None:
+    loss = KDLoss()
     for name in dir(nn.Module()):
         if not name.startswith("__"):
             setattr(loss, name, getattr(loss, name))  # none is taken for a misspelt option
@@ -110,7 +100,7 @@ def test_all_else_is_as_in_any_module(kind: type[nn.Module]) -> None:
     assert not loss.eval().training
     with pytest.raises(AttributeError, match="no attribute 'tau'"):
         _ = loss.tau
-    loss = kind()
+    loss = KDLoss()
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         twin.temperature = 3.0
         assert (twin.temperature, loss.temperature) == (3.0, 1.0)

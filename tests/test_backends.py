@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_kd import kd_loss
-from fused_kd.backends import choose, why_not
+from fused_kd import Head, kd_loss
+from fused_kd.backends import choose_name, why_not
 
 S, T, Y = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 
@@ -21,10 +21,10 @@ def test_a_backend_asked_for_by_name_that_cannot_run_raises(
 ) -> None:
     meta = S.to("meta")
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run: "):
-        choose("cpu", meta, meta)
+        choose_name("cpu", meta, meta)
     monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="FUSED_KD_BACKEND='cpu' cannot run: "):
-        choose("auto", meta, meta)
+        choose_name("auto", meta, meta)
 
 
 def test_float64_asked_of_a_float32_backend_raises() -> None:
@@ -42,9 +42,9 @@ def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_argument_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
-    assert choose("reference", S, T).__name__.endswith("reference")  # type: ignore[attr-defined]
+    assert choose_name("reference", S, T) == "reference"
     monkeypatch.setenv("FUSED_KD_BACKEND", "reference")
-    assert choose("auto", S, T).__name__.endswith("reference")  # type: ignore[attr-defined]
+    assert choose_name("auto", S, T) == "reference"
 
 
 def test_why_not_of_an_unknown_backend() -> None:
@@ -58,9 +58,9 @@ import sys, warnings
 for missing in ("fused_kd._C", "fused_kd._cuda", "triton"):
     sys.modules[missing] = None
 import torch
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import Head, KDLoss
 student, teacher = torch.randn(2, 5), torch.randn(2, 5)
-labels, hidden, weight = torch.tensor([1, 2]), torch.randn(2, 3), torch.randn(5, 3)
+labels, head = torch.tensor([1, 2]), Head(torch.randn(2, 3), torch.randn(5, 3))
 calls = {
     "float64": lambda: KDLoss()(student.double(), teacher.double(), labels),
     "named": lambda: KDLoss(backend="reference")(student, teacher, labels),
@@ -69,7 +69,7 @@ calls = {
     ),
     "eager": lambda: KDLoss()(student, teacher, labels),
     "again": lambda: KDLoss()(student, teacher, labels),
-    "linear": lambda: LinearKDLoss()(hidden, weight, hidden, weight, labels),
+    "heads": lambda: KDLoss()(head, head, labels),
 }
 for name in sys.argv[1:]:
     with warnings.catch_warnings(record=True) as caught:
@@ -81,7 +81,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("first", ["eager", "compiled", "linear"])
+@pytest.mark.parametrize("first", ["eager", "compiled", "heads"])
 def test_the_first_automatic_choice_of_the_reference_is_warned_about(first: str) -> None:
     command = [sys.executable, "-c", FIRST_CALLS, "float64", "named", first, "again", "compiled"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -92,3 +92,29 @@ def test_the_first_automatic_choice_of_the_reference_is_warned_about(first: str)
     assert "slower than eager torch" in line
     assert "cpu: the compiled module " in line
     assert "pip install --force-reinstall --no-deps ." in line
+
+
+@pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason="the cpu backend cannot run")
+@pytest.mark.parametrize("sides", ["heads", "a head and logits", "logits and a head"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_reference_multiplies_with_torch_and_cpu_with_its_own_product(
+    reduction: str, sides: str
+) -> None:
+    def compiled_operators(backend: str) -> set[str]:
+        head = Head(torch.randn(4, 3, requires_grad=True), torch.randn(5, 3))
+        logits = torch.randn(4, 5, requires_grad=True)
+        student = logits if sides == "logits and a head" else head
+        teacher = logits.detach() if sides == "a head and logits" else Head(*head[:2])
+        labels = torch.tensor([1, 2, 3, 4])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss = kd_loss(
+                student, teacher, labels, chunk_rows=3, reduction=reduction, backend=backend
+            )
+            assert isinstance(loss, torch.Tensor)
+            loss.sum().backward()
+        names = {event.name for event in profile.events() or ()}
+        of_ours = {name.removeprefix("fused_kd::") for name in names if "fused_kd::" in name}
+        return of_ours - {"chunked_losses", "chunked_gradients"}
+
+    assert compiled_operators("reference") == set()
+    assert {"product_"} < compiled_operators("cpu")

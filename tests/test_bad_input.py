@@ -61,6 +61,30 @@ def test_options(keywords: dict[str, Any], error: type[Exception], message: str)
         KDLoss(**keywords)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("temprature", ": did you mean 'temperature'?"),
+        ("token_weigth", ": did you mean 'token_weight'?"),
+        ("hard_wieght", ": did you mean 'hard_weight'?"),
+        ("nothing_like_it", ""),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest_one_and_the_function(name: str, hint: str) -> None:
+    for function, call in (("kd_loss", lambda **k: kd_loss(S, T, Y, **k)), ("KDLoss", KDLoss)):
+        with pytest.raises(TypeError) as error:
+            call(**{name: 2.0})
+        assert str(error.value) == f"{function}() has no keyword {name!r}{hint}"
+
+
+@pytest.mark.parametrize("name", ["token_weight", "num_items", "kept_rows"])
+def test_the_module_says_which_keywords_belong_to_its_call(name: str) -> None:
+    with pytest.raises(
+        TypeError, match=f"KDLoss.. has no keyword '{name}': it belongs to the call"
+    ):
+        KDLoss(**{name: None})  # type: ignore[call-arg]
+
+
 def changed(labels: Tensor, value: int) -> Tensor:
     other = labels.clone()
     other[1, 2] = value
@@ -70,71 +94,113 @@ def changed(labels: Tensor, value: int) -> Tensor:
 # arguments in place of S, T, Y, and keywords
 BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "not a tensor": (
-        {"student_logits": [1.0]},
+        {"student": 1.0},
         TypeError,
-        "student_logits must be a torch.Tensor; got list",
+        "student must be a torch.Tensor of logits or a fused_kd.Head; got float",
+    ),
+    "nothing": (
+        {"student": None},
+        TypeError,
+        "student must be a torch.Tensor of logits or a fused_kd.Head; got NoneType",
+    ),
+    "a teacher that is no side": (
+        {"teacher": "lm_head"},
+        TypeError,
+        "teacher must be a torch.Tensor of logits or a fused_kd.Head; got str",
+    ),
+    "a plain tuple": (
+        {"student": (S, T)},
+        TypeError,
+        "got a plain tuple: pass Head(hidden, weight, bias=None, scale=1.0)",
+    ),
+    "a plain list": (
+        {"teacher": [S, T]},
+        TypeError,
+        "teacher must be a torch.Tensor of logits or a fused_kd.Head; got a plain list: pass Head(",
+    ),
+    "memory_budget without a head": (
+        {"memory_budget": 2**20},
+        ValueError,
+        "memory_budget is for a student or teacher given as a Head, whose logits are computed in "
+        "chunks; got memory_budget=1048576 with logits on both sides: leave it out",
+    ),
+    "chunk_rows without a head": (
+        {"chunk_rows": 3},
+        ValueError,
+        "chunk_rows is for a student or teacher given as a Head",
+    ),
+    "kept_rows without a head": (
+        {"kept_rows": 6},
+        ValueError,
+        "kept_rows is for a student or teacher given as a Head",
+    ),
+    "grad_accum_dtype without a head": (
+        {"grad_accum_dtype": torch.float32},
+        ValueError,
+        "grad_accum_dtype is for the weight gradient of a student given as a Head; got "
+        "torch.float32 with the student's logits: leave it out",
     ),
     "0-d": (
-        {"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)},
+        {"student": torch.tensor(1.0), "teacher": torch.tensor(1.0)},
         ValueError,
-        "student_logits must have shape (..., V) with at least one dimension; got 0 dimensions",
+        "student must have shape (..., V) with at least one dimension; got 0 dimensions",
     ),
     "no teacher": (
-        {"teacher_logits": None},
+        {"teacher": None},
         ValueError,
-        "teacher_logits must be given when soft_weight is not 0; got teacher_logits=None with "
-        "soft_weight=0.5: pass the teacher's logits, or soft_weight=0",
+        "teacher must be given when soft_weight is not 0; got teacher=None with soft_weight=0.5: "
+        "pass the teacher's logits or Head, or soft_weight=0",
     ),
     "wrong rank": (
-        {"teacher_logits": T[0]},
+        {"teacher": T[0]},
         ValueError,
-        "teacher_logits must have as many dimensions as student_logits; got (3, 5) for (2, 3, 5)",
+        "teacher must have the leading shape of student, (2, 3); got (3,)",
     ),
     "leading shape": (
-        {"teacher_logits": T[:, :2]},
+        {"teacher": T[:, :2]},
         ValueError,
-        "teacher_logits must have the leading shape of student_logits; got (2, 2, 5) for (2, 3, 5)",
+        "teacher must have the leading shape of student, (2, 3); got (2, 2)",
     ),
     "different V R-43": (
-        {"teacher_logits": torch.randn(2, 3, 8)},
+        {"teacher": torch.randn(2, 3, 8)},
         ValueError,
         "got V = 5 for the student and V = 8 for the teacher: if the larger one only has padding "
-        "columns at its end, slice them off",
+        "entries at its end, slice them off",
     ),
     "V = 0 R-39": (
-        {"student_logits": S[..., :0], "teacher_logits": T[..., :0]},
+        {"student": S[..., :0], "teacher": T[..., :0]},
         ValueError,
-        "student_logits must have at least one vocabulary entry; got (2, 3, 0)",
+        "student must have at least one vocabulary entry; got (2, 3, 0)",
     ),
     "integer logits": (
-        {"student_logits": S.int()},
+        {"student": S.int()},
         TypeError,
-        "student_logits must be float32, bfloat16, float16 or float64; got torch.int32",
+        "student must be float32, bfloat16, float16 or float64; got torch.int32",
     ),
     "complex logits": (
-        {"teacher_logits": T.to(torch.complex64)},
+        {"teacher": T.to(torch.complex64)},
         TypeError,
-        "teacher_logits must be float32, bfloat16, float16 or float64; got torch.complex64",
+        "teacher must be float32, bfloat16, float16 or float64; got torch.complex64",
     ),
     "teacher requires grad": (
-        {"teacher_logits": T.clone().requires_grad_()},
+        {"teacher": T.clone().requires_grad_()},
         ValueError,
-        "teacher_logits must not require grad",
+        "teacher must not require grad",
     ),
     "teacher's device": (
-        {"teacher_logits": T.to("meta")},
+        {"teacher": T.to("meta")},
         ValueError,
-        "teacher_logits must be on the device of student_logits, cpu; got meta",
+        "teacher must be on the device of student, cpu; got meta",
     ),
     "labels' device": (
         {"labels": Y.to("meta")},
         ValueError,
-        "labels must be on the device of student_logits, cpu; got meta",
+        "labels must be on the device of student, cpu; got meta",
     ),
     "sparse": (
-        {"student_logits": S.to_sparse()},
+        {"student": S.to_sparse()},
         TypeError,
-        "student_logits must be a dense, unquantised tensor; got layout torch.sparse_coo",
+        "student must be a dense, unquantised tensor; got layout torch.sparse_coo",
     ),
     "no labels": (
         {"labels": None},
@@ -154,7 +220,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "labels' shape": (
         {"labels": Y[:, :2]},
         ValueError,
-        "labels must have the leading shape of student_logits, (2, 3); got (2, 2)",
+        "labels must have the leading shape of student, (2, 3); got (2, 2)",
     ),
     "label = V R-34": (
         {"labels": changed(Y, 5)},
@@ -175,7 +241,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "num_items elsewhere": (
         {"num_items": torch.tensor(4, device="meta")},
         ValueError,
-        "num_items must be on the device of student_logits, cpu; got meta",
+        "num_items must be on the device of student, cpu; got meta",
     ),
     "num_items = 0": ({"num_items": 0}, ValueError, "num_items must be positive and finite; got 0"),
     "num_items < 0": (
@@ -217,7 +283,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "token_weight's shape": (
         {"token_weight": torch.ones(6)},
         ValueError,
-        "token_weight must have the leading shape of student_logits, (2, 3); got (6,)",
+        "token_weight must have the leading shape of student, (2, 3); got (6,)",
     ),
     "token_weight negative": (
         {"token_weight": torch.tensor([[1.0, 1, 1], [1, -2, 1]])},
@@ -242,7 +308,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "token_weight's device": (
         {"token_weight": torch.ones(2, 3, device="meta")},
         ValueError,
-        "token_weight must be on the device of student_logits, cpu; got meta",
+        "token_weight must be on the device of student, cpu; got meta",
     ),
 }
 
@@ -250,7 +316,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", BAD_TENSORS)
 def test_tensors(case: str, backend: str) -> None:
     arguments, error, message = BAD_TENSORS[case]
-    full = {"student_logits": S, "teacher_logits": T, "labels": Y, "backend": backend, **arguments}
+    full = {"student": S, "teacher": T, "labels": Y, "backend": backend, **arguments}
     with pytest.raises(error, match=re.escape(message)):
         kd_loss(**full)
 
@@ -261,7 +327,7 @@ def test_quantised_logits() -> None:
         quantised = torch.quantize_per_tensor(S, 0.1, 0, torch.qint8)
     except (RuntimeError, AttributeError) as error:
         pytest.skip(f"this torch cannot quantise: {error}")
-    with pytest.raises(TypeError, match="student_logits must be a dense, unquantised tensor"):
+    with pytest.raises(TypeError, match="student must be a dense, unquantised tensor"):
         kd_loss(quantised, T, Y)
 
 
@@ -270,7 +336,7 @@ def test_a_dtensor_is_refused_R_58() -> None:
         device_mesh = None
 
     student = S.as_subclass(Distributed)
-    with pytest.raises(TypeError, match="student_logits must be a local tensor; got a DTensor"):
+    with pytest.raises(TypeError, match="student must be a local tensor; got a DTensor"):
         kd_loss(student, T, Y)
 
 

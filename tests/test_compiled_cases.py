@@ -11,7 +11,7 @@ from fast import FAST
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_kd import LinearKDLoss, kd_loss, linear_kd_loss
+from fused_kd import Head, KDLoss, kd_loss
 
 V = 40
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -70,12 +70,12 @@ class _Model(nn.Module):
         torch.manual_seed(0)
         self.embedding, self.body = nn.Embedding(V, 8), nn.Linear(8, 8)
         self.head = nn.Linear(8, V)
-        self.loss = LinearKDLoss(temperature=2.0, chunk_rows=4, backend=backend)
+        self.loss = KDLoss(temperature=2.0, chunk_rows=4, backend=backend)
 
     def forward(self, ids: Tensor, taught: Tensor, head: Tensor, labels: Tensor) -> Any:
         hidden = torch.tanh(self.body(self.embedding(ids)))
-        weight, bias = self.head.weight, self.head.bias
-        return self.loss(hidden, weight, taught, head, labels, student_bias=bias)
+        student = Head(hidden, self.head.weight, self.head.bias)
+        return self.loss(student, Head(taught, head), labels)
 
 
 def _train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
@@ -97,7 +97,7 @@ def _train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("backend", FAST[:1])
-def test_training_around_the_linear_loss_N_31(compiler: str, backend: str) -> None:
+def test_training_around_a_loss_of_heads_N_31(compiler: str, backend: str) -> None:
     """pytorch#141639: a chunked Function that adds in place breaks in an outer compile, or lies."""
     model, same = _Model(backend), _Model(backend)
     counter = CompileCounterWithBackend(compiler)
@@ -112,16 +112,16 @@ def test_training_around_the_linear_loss_N_31(compiler: str, backend: str) -> No
 
 
 @pytest.mark.parametrize("backend", FAST[:1])
-@pytest.mark.parametrize("level", ["logits", "linear"])
-def test_weights_and_counts_of_symbolic_sizes_N_32(level: str, backend: str) -> None:
+@pytest.mark.parametrize("sides", ["logits", "heads"])
+def test_weights_and_counts_of_symbolic_sizes_N_32(sides: str, backend: str) -> None:
     """pytorch#181870: weight.numel() of a symbolic size fails with dynamic=True."""
     student, teacher = torch.randn(V, 8, requires_grad=True), torch.randn(V, 8)
 
     def loss(hidden: Tensor, labels: Tensor, weight: Tensor, count: Tensor) -> Any:
         rows: dict[str, Any] = {"token_weight": weight, "num_items": count, "backend": backend}
-        if level == "linear":
-            heads = (hidden, student, hidden.detach(), teacher)
-            return linear_kd_loss(*heads, labels, chunk_rows=3, **rows)
+        if sides == "heads":
+            heads = Head(hidden, student), Head(hidden.detach(), teacher)
+            return kd_loss(*heads, labels, chunk_rows=3, **rows)
         return kd_loss(hidden @ student.t(), hidden.detach() @ teacher.t(), labels, **rows)
 
     counter = CompileCounterWithBackend("aot_eager")

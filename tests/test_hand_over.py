@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, as_loss, make_ignored
-from linear_helpers import make_heads
+from head_helpers import make_heads
+from helpers import DTYPES, V, as_loss, make_ignored
 from torch import Tensor
 
-from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import Head, kd_loss
 
 Graph = tuple[Tensor, tuple[Tensor, ...]]  # a loss, and what it is differentiated by
 
@@ -24,14 +24,17 @@ def from_logits(dtype: torch.dtype, **keywords: Any) -> Graph:
 
 def from_heads(dtype: torch.dtype, **keywords: Any) -> Graph:
     heads = make_heads(rows=12, dtype=dtype)
-    loss = linear_kd_loss(
-        heads.hidden, heads.weight, *heads.teacher, heads.labels,
-        student_bias=heads.bias, chunk_rows=5, **keywords,
-    )  # fmt: skip
+    loss = kd_loss(heads.student_side, heads.teacher_side, heads.labels, chunk_rows=5, **keywords)
     return as_loss(loss), heads.student
 
 
-LEVELS = pytest.mark.parametrize("make", [from_logits, from_heads])
+def from_logits_and_a_head(dtype: torch.dtype, **keywords: Any) -> Graph:
+    student, _, labels = make_ignored(dtype)
+    head = Head(torch.randn(len(labels), 4).to(dtype), torch.randn(V, 4).to(dtype))
+    return as_loss(kd_loss(student, head, labels, chunk_rows=2, **keywords)), (student,)
+
+
+LEVELS = pytest.mark.parametrize("make", [from_logits, from_heads, from_logits_and_a_head])
 
 
 def in_threads(function: Callable[[], Any]) -> list[Any]:
@@ -152,7 +155,7 @@ def test_transforms_of_torch_func_are_refused(backend: str) -> None:
         return as_loss(kd_loss(x, teacher, labels, backend=backend))
 
     def on_hidden(x: Tensor) -> Tensor:
-        return as_loss(linear_kd_loss(x, heads.weight, *heads.teacher, heads.labels))
+        return as_loss(kd_loss(Head(x, heads.weight), heads.teacher_side, heads.labels))
 
     for function, x in ((on_logits, student), (on_hidden, heads.hidden.detach())):
         for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):

@@ -105,7 +105,7 @@ def test_in_place_in_a_view_of_the_students_memory(backend: str) -> None:
 # -------------------------------------------------------------------------------------- refused
 
 INPLACE = {
-    "a leaf": (torch.randn(2, 3, 5, requires_grad=True), "student_logits that a model computed"),
+    "a leaf": (torch.randn(2, 3, 5, requires_grad=True), "student logits that a model computed"),
     "expanded": (grown(2, 1, 5).expand(2, 3, 5), "whose entries do not share memory; got shape"),
     "overlapping": (grown(40).as_strided((2, 3, 5), (15, 4, 1)), "do not share memory"),
     "transposed vocabulary": (grown(2, 5, 3).mT, "a last stride of 1 and leading dimensions"),
@@ -126,7 +126,7 @@ class _Identity(torch.autograd.Function):
         return gradient
 
 
-_FORBIDDEN = "student_logits that autograd lets be written to; got a view made by chunk, split"
+_FORBIDDEN = "student logits that autograd lets be written to; got a view made by chunk, split"
 INPLACE |= {
     "a chunk": (grown(4, 3, 5).chunk(2)[0], _FORBIDDEN),
     "a slice of a split": (grown(4, 3, 5).split(2)[1][:1], _FORBIDDEN),
@@ -184,7 +184,7 @@ def test_a_view_of_a_parameter_is_refused(backend: str) -> None:
 def test_a_teacher_that_partly_shares_the_students_memory_is_refused(backend: str) -> None:
     both = grown(5, 50)
     labels = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="teacher_logits in memory of their own"):
+    with pytest.raises(ValueError, match="a teacher in memory of its own"):
         kd_loss(both[1:], both.detach()[:-1], labels, inplace=True, backend=backend)
     loss = kd_loss(both, both.detach(), torch.zeros(5, dtype=torch.int64), inplace=True)
     assert loss.isfinite()  # type: ignore[union-attr]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make, make_ignored
+from helpers import N, V, make, make_ignored
 from torch import Tensor
 
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import Head, KDLoss
 from fused_kd.presets import CONVENTIONS
 
 NAMES = ("automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer", "torchdistill",
@@ -101,17 +101,20 @@ def test_what_needs_no_labels() -> None:
 
 def test_the_names() -> None:
     assert tuple(CONVENTIONS) == NAMES
-    for loss in (KDLoss, LinearKDLoss):
-        assert loss.like.__doc__
-        with pytest.raises(ValueError, match=r"'automodel', .*'trl'; got 'leger'$"):
-            loss.like("leger")
-        with pytest.raises(ValueError, match=r"got 'axolotl' \(axolotl's teacher is top-k"):
-            loss.like("axolotl")
+    assert KDLoss.like.__doc__
+    with pytest.raises(ValueError, match=r"'automodel', .*'trl'; got 'leger'$"):
+        KDLoss.like("leger")
+    with pytest.raises(ValueError, match=r"got 'axolotl' \(axolotl's teacher is top-k"):
+        KDLoss.like("axolotl")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_levels_have_one_convention(name: str) -> None:
-    assert LinearKDLoss.like(name, beta=0.4).options == KDLoss.like(name, beta=0.4).options
+def test_heads_have_the_convention_of_logits(name: str) -> None:
+    loss = KDLoss.like(name, beta=0.4)
+    s, t = (Head(torch.randn(N, 4), torch.randn(V, 4)) for _ in range(2))
+    _, _, labels = make_ignored()
+    logits = (side.hidden @ side.weight.T for side in (s, t))
+    torch.testing.assert_close(loss(s, t, labels), loss(*logits, labels))
 
 
 def test_the_callers_keywords_come_first() -> None:
@@ -121,7 +124,7 @@ def test_the_callers_keywords_come_first() -> None:
     assert KDLoss.like("kdflow", divergence="reverse_kl", beta=0.9).options.divergence == (
         "reverse_kl"
     )
-    assert LinearKDLoss.like("trl", chunk_rows=7).chunks.chunk_rows == 7
+    assert KDLoss.like("trl", chunk_rows=7).options.chunk_rows == 7
     assert KDLoss.like("trl", inplace=True).options.inplace
 
 

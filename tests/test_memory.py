@@ -16,7 +16,8 @@ from helpers import DTYPES
 from torch import Tensor
 
 from fused_kd import kd_loss
-from fused_kd.options import DIVERGENCES, MIB
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.options import MIB
 from fused_kd.testing import Peak, cpu_peak
 
 # a row's own numbers: label, weights, losses, statistics; and scratch that does not grow

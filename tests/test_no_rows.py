@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from helpers import DTYPES, as_loss
 from torch import Tensor
 
-from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import Head, kd_loss
 
 #: (..., 4) without rows.
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
@@ -33,7 +32,8 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 def test_from_logits(backend: str, reduction: str, layout: str, dtype: torch.dtype) -> None:
     for inplace in (False, reduction == "mean"):
         student = LAYOUTS[layout]().to(dtype).requires_grad_()
-        teachers = [LAYOUTS[layout](), torch.randn(student.shape)]
+        head = Head(torch.randn(*student.shape[:-1], 3), torch.randn(4, 3))
+        teachers = [LAYOUTS[layout](), torch.randn(student.shape), head]
         labels = torch.zeros(student.shape[:-1], dtype=torch.int64)
         for teacher in teachers:
             loss = kd_loss(
@@ -51,14 +51,9 @@ def test_from_hidden_states(backend: str, reduction: str, layout: str, dtype: to
     weight = torch.randn(9, 4, dtype=dtype, requires_grad=True)
     labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64)
     transposed = torch.randn(9, *hidden.shape[:-1]).movedim(0, -1)
-    teachers: list[dict[str, Any]] = [
-        {"teacher_hidden": LAYOUTS[layout](), "teacher_weight": torch.randn(9, 4)},
-        {"teacher_logits": transposed},
-    ]
-    for teacher in teachers:
-        loss = linear_kd_loss(
-            hidden, weight, labels=labels, **teacher, reduction=reduction, backend=backend
-        )
+    for teacher in (Head(LAYOUTS[layout](), torch.randn(9, 4)), transposed):
+        student = Head(hidden, weight)
+        loss = kd_loss(student, teacher, labels, reduction=reduction, backend=backend)
         _check(as_loss(loss), hidden, reduction)
         assert weight.grad is not None
         assert not weight.grad.any()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.backends import named, reference, why_not
-from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.options import Formula, KDOptions, temperature_tensor
 
 _WHY_NOT = why_not("cpu", "cpu")
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
@@ -60,8 +61,14 @@ def rows(
     return [logits(dtypes[0], layout), logits(dtypes[1]), labels, *weights]
 
 
-def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[float, ...]:
-    return DIVERGENCES.index(divergence), 2.0, 0.3, 4.0, smoothing
+def formula(divergence: str = "forward_kl", smoothing: float = 0.1) -> Formula:
+    return Formula(divergence, temperature_tensor(KDOptions(temperature=2.0)), 0.3, "t2", smoothing)
+
+
+def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[Any, ...]:
+    """The numbers of `formula`, as the operators take them."""
+    _, temperature, beta, _, _ = formula()
+    return DIVERGENCES.index(divergence), temperature, beta, True, smoothing
 
 
 def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
@@ -118,7 +125,8 @@ def test_every_operator_is_checked_here() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("fused_kd::")
     }
-    elsewhere = {"product_", "linear_losses", "linear_gradients"}  # test_product, test_linear_ops
+    # test_product, test_heads_ops
+    elsewhere = {"product_", "chunked_losses", "chunked_gradients"}
     assert names == elsewhere | {
         prefix + name for prefix in ops.PREFIXES for name in (*ROW_OPS, *GRADIENT_OPS, "scale_")
     }
@@ -187,8 +195,7 @@ def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dt
     op("rescale_")(*given, stats, *numbers(), scale, grad)
     double = [x.double() if i in (0, 1) else x for i, x in enumerate(given)]
     weights = [x * scale for x in given[W_HARD:]]
-    options = KDOptions(temperature=2.0, beta=0.3, label_smoothing=0.1)
-    exact = reference.backward(*double[:W_HARD], *weights, stats, options)
+    exact = reference.backward(*double[:W_HARD], *weights, stats, formula())
     eps = torch.finfo(dtypes[0]).eps
     torch.testing.assert_close(grad.double(), exact, rtol=0.51 * eps, atol=3e-7)
 
@@ -201,7 +208,6 @@ def test_a_gradient_of_16_bits_is_the_rounded_one(
 ) -> None:
     """Bit for bit, with a term that is off, an absent label, and rows that are not finite."""
     run = named(backend).forward_backward
-    options = KDOptions(temperature=2.0, beta=0.3, label_smoothing=0.1, divergence=divergence)
     for vocabulary, teacher_dtype in ((5, dtype), (64, torch.float32), (2111, torch.float32)):
         student, teacher = (3 * torch.randn(3, 4, vocabulary) for _ in range(2))
         student[0, 1, ::3] = teacher[0, 1, ::3] = -torch.inf
@@ -210,7 +216,7 @@ def test_a_gradient_of_16_bits_is_the_rounded_one(
         labels[1] = 0
         w_hard, w_soft = torch.rand(12), torch.rand(12)
         w_hard[4], w_soft[5], w_hard[6], w_soft[6] = 0, 0, 0, 0
-        given = (student, teacher.to(teacher_dtype), labels, w_hard, w_soft, options)
+        given = (student, teacher.to(teacher_dtype), labels, w_hard, w_soft, formula(divergence))
         *want, grad = run(*given)
         memory = torch.full((3, 5, vocabulary + 3), 7.0, dtype=dtype)
         *got, into = run(*given, out=memory[:, :-1, 1:-2])
@@ -227,7 +233,7 @@ def test_a_gradient_has_one_place(backend: str) -> None:
     before = student.clone()
     with pytest.raises(ValueError, match=r"inplace=True writes .* got out as well"):
         named(backend).forward_backward(
-            student, teacher, *vectors, KDOptions(), inplace=True, out=torch.zeros(B, S, V)
+            student, teacher, *vectors, formula(), inplace=True, out=torch.zeros(B, S, V)
         )
     assert torch.equal(student, before)
 
@@ -311,13 +317,15 @@ def test_an_empty_vocabulary_is_refused(name: str) -> None:
     [
         (0, -1, "unknown divergence -1"),
         (0, 5, "unknown divergence 5"),
-        (1, 0.0, "temperature must be positive and finite"),
-        (1, -1.0, "temperature must be positive and finite"),
-        (1, float("nan"), "temperature must be positive and finite"),
-        (1, float("inf"), "temperature must be positive and finite"),
+        (1, torch.tensor(0.0).double(), "temperature must be positive and finite"),
+        (1, torch.tensor(-1.0).double(), "temperature must be positive and finite"),
+        (1, torch.tensor(float("nan")).double(), "temperature must be positive and finite"),
+        (1, torch.tensor(float("inf")).double(), "temperature must be positive and finite"),
+        (1, torch.tensor(2.0), "temperature must be one CPU float64"),
+        (1, torch.ones(2).double(), "temperature must be one CPU float64"),
     ],
 )
-def test_wrong_numbers_are_refused(position: int, value: float, message: str) -> None:
+def test_wrong_numbers_are_refused(position: int, value: Any, message: str) -> None:
     wrong = list(numbers())
     wrong[position] = value
     with pytest.raises(RuntimeError, match=message):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.backends import reference
-from fused_kd.options import DIVERGENCES, KDOptions
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.options import Formula, KDOptions, temperature_tensor
 
 # ------------------------------------------------------------------------------------ gradients
 
@@ -263,7 +264,8 @@ def test_an_out_of_range_label_is_nan_where_no_check_refused_it_R_34() -> None:
     x = torch.randn(1, 3, 4)
     w = torch.ones(3)
     labels = torch.tensor([4, -1, 2])
-    terms = reference.forward_backward(x, x, labels, w, None, KDOptions(hard_weight=1))
+    formula = Formula("forward_kl", temperature_tensor(KDOptions()), 0.5, "t2", 0.0)
+    terms = reference.forward_backward(x, x, labels, w, None, formula)
     assert terms[0].isnan().tolist() == [True, True, False]
     assert terms[3][0].isnan().all(1).tolist() == [True, True, False]
 

@@ -10,8 +10,8 @@ from helpers import DTYPES, N, V, check, make
 from torch import Tensor
 
 from fused_kd import kd_loss
-from fused_kd.functional import _as_rows
 from fused_kd.divergences import DIVERGENCES
+from fused_kd.rows import logit_rows
 from fused_kd.testing import eager_kd_loss
 
 
@@ -82,7 +82,7 @@ def test_views_are_not_copied_where_two_strides_reach() -> None:
         (other[0, 0], base[0, 0, :4, :V]),
         (other[0, 0, 0], base[0, 0, 0, :V]),
     ):
-        for given, seen in zip((student, teacher), _as_rows(student, teacher, True), strict=True):
+        for given, seen in zip((student, teacher), logit_rows(student, teacher), strict=True):
             assert seen.dim() == 3
             assert seen.data_ptr() == given.data_ptr()
 

@@ -43,7 +43,7 @@ def losses_and_gradients(
         hard, soft = operators.gradients_in_place(*_arguments(settings, inputs))
         return hard, soft, None, (None, None, None)
     narrow = not torch.compiler.is_compiling()  # or it would compile for the number of rows
-    hard, soft, made = torch.ops.fused_kd.chunked_gradients(
+    hard, soft, *made = torch.ops.fused_kd.chunked_gradients(
         *_arguments(settings, inputs),
         list(wanted),
         _chunks(settings).grad_accum_dtype,
@@ -98,8 +98,7 @@ def _arguments(settings: Settings, inputs: Inputs) -> tuple[Any, ...]:
     """Return what both operators take first."""
     chunks = _chunks(settings)
     return (
-        *(list(inputs.student), list(inputs.teacher)),
-        *(inputs.labels, inputs.w_hard, inputs.w_soft),
+        *(*inputs.student, *inputs.teacher, inputs.labels, inputs.w_hard, inputs.w_soft),
         *settings.formula(inputs.temperature),
         settings.backend,
         *(chunks.student_dtype, chunks.teacher_dtype, chunks.student_scale, chunks.teacher_scale),

@@ -140,6 +140,7 @@ def cut_rows(
     fixed: int,
 ) -> Cut:
     """Return how the `computed` ones of all `rows` are cut; see :func:`chunk_rows`."""
-    height = chunk_rows(computed, asked, budget, device, sizes, fixed)
+    # first, so that the message for a budget below one row states what suffices for any labels
     most = chunk_rows(rows, asked, budget, device, sizes._replace(gathered=True), fixed)
+    height = chunk_rows(computed, asked, budget, device, sizes, fixed)
     return Cut(height, rows <= most)

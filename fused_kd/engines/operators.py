@@ -4,6 +4,9 @@ A loop that a compiler traced would be compiled once more for every number of ro
 takes the sides (three tensors each: logits, None, None; or hidden states, weight, bias) and one
 weight per row and term (None: the term is off), and returns the unweighted terms of every row; the
 second one also the gradients of their weighted sum. Calling them directly is not differentiable.
+
+No argument and no result is a list of tensors: ``is_grads_batched=True`` and ``torch.vmap`` call an
+operator without a batching rule once for each entry of the batch, but not one with lists.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from .driver import Gradients, Problem, empty_gradients, run_chunks
 from .products import Projection
 
 _ARGUMENTS = (
-    "Tensor?[] student, Tensor?[] teacher, Tensor? labels, Tensor? w_hard, Tensor? w_soft, "
+    "Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor? teacher, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels, Tensor? w_hard, Tensor? w_soft, "
     "str divergence, Tensor temperature, float beta, str soft_scale, float label_smoothing, "
     "str backend, ScalarType student_dtype, ScalarType teacher_dtype, float student_scale, "
     "float teacher_scale, SymInt? chunk_rows, SymInt? memory_budget, SymInt? kept_rows"
@@ -33,7 +37,7 @@ library.define(f"chunked_losses({_ARGUMENTS}) -> (Tensor, Tensor)")
 # and bias have the weight's dtype if all rows fit in one chunk.
 library.define(
     f"chunked_gradients({_ARGUMENTS}, bool[] wanted, ScalarType grad_accum_dtype, bool may_narrow)"
-    " -> (Tensor, Tensor, Tensor[])"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -42,13 +46,13 @@ def chunked_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _run(_problem(*arguments), None)[:2]
 
 
-def chunked_gradients(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def chunked_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """Return hard, soft and the gradients."""
     *rest, wanted, grad_accum_dtype, may_narrow = arguments
     problem = _problem(*rest)
     problem = problem._replace(grad_accum_dtype=grad_accum_dtype, may_narrow=may_narrow)
     hard, soft, gradients = _run(problem, wanted)
-    return hard, soft, [problem.rows.new_empty((0,)) if g is None else g for g in gradients]
+    return hard, soft, *_tensors(problem, gradients)
 
 
 def gradients_in_place(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -62,9 +66,17 @@ def _run(problem: Problem, wanted: tuple[bool, ...] | None) -> tuple[Tensor, Ten
         return run_chunks(problem, wanted)
 
 
+def _tensors(problem: Problem, gradients: Gradients) -> list[Tensor]:
+    return [problem.rows.new_empty((0,)) if g is None else g for g in gradients]
+
+
 def _problem(
-    student: list[Tensor | None],
-    teacher: list[Tensor | None],
+    student: Tensor,
+    student_weight: Tensor | None,
+    student_bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
     labels: Tensor | None,
     w_hard: Tensor | None,
     w_soft: Tensor | None,
@@ -82,18 +94,20 @@ def _problem(
     memory_budget: int | None,
     kept_rows: int | None,
 ) -> Problem:
-    own = _side(student, student_dtype, student_scale)
-    assert own is not None
+    if w_soft is None or teacher is None:
+        other = None
+    else:
+        other = _side(teacher, teacher_weight, teacher_bias, teacher_dtype, teacher_scale)
     return Problem(
-        student=own,
-        teacher=None if w_soft is None else _side(teacher, teacher_dtype, teacher_scale),
+        student=_side(student, student_weight, student_bias, student_dtype, student_scale),
+        teacher=other,
         labels=labels,
         w_hard=w_hard,
         w_soft=w_soft,
         formula=Formula(divergence, temperature, beta, soft_scale, label_smoothing),
         backend_name=backend,
         backend=named(backend),
-        accum_dtype=arithmetic_dtype(student[0], teacher[0]),
+        accum_dtype=arithmetic_dtype(student, teacher),
         chunk_rows=chunk_rows,
         memory_budget=memory_budget,
         kept_rows=kept_rows,
@@ -104,12 +118,9 @@ def _problem(
 
 
 def _side(
-    tensors: list[Tensor | None], dtype: torch.dtype, scale: float
-) -> Projection | Tensor | None:
-    states, weight, bias = tensors
-    if states is None or weight is None:
-        return states
-    return Projection(states, weight, bias, dtype, scale)
+    states: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, scale: float
+) -> Projection | Tensor:
+    return states if weight is None else Projection(states, weight, bias, dtype, scale)
 
 
 def _fake_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -119,14 +130,11 @@ def _fake_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
     return hard, soft
 
 
-def _fake_gradients(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, wanted, grad_accum_dtype, _ = arguments
     problem = _problem(*rest)
     gradients = empty_gradients(problem.student, wanted, grad_accum_dtype, inplace=False)
-    return (
-        *_fake_losses(*rest),
-        [problem.rows.new_empty((0,)) if g is None else g for g in gradients],
-    )
+    return *_fake_losses(*rest), *_tensors(problem, gradients)
 
 
 for _name, _implementation, _fake in (
@@ -143,18 +151,16 @@ for _name, _implementation, _fake in (
 
 @register_flop_formula(torch.ops.fused_kd.chunked_losses)
 def _forward_flop(*shapes: Any, out_shape: Any = None) -> int:
-    student, teacher, _, _, w_soft, *_ = shapes
-    read = [student] if w_soft is None else [student, teacher]
-    return sum(_product_flop(side) for side in read)
+    w_soft = shapes[8]
+    return _product_flop(*shapes[:2]) + (0 if w_soft is None else _product_flop(*shapes[3:5]))
 
 
 @register_flop_formula(torch.ops.fused_kd.chunked_gradients)
 def _gradients_flop(*shapes: Any, out_shape: Any = None) -> int:
-    student, *_, wanted, _, _ = shapes
+    *_, wanted, _, _ = shapes
     forward: int = _forward_flop(*shapes)
-    return forward + _product_flop(student) * (int(wanted[0]) + int(wanted[1]))
+    return forward + _product_flop(*shapes[:2]) * (int(wanted[0]) + int(wanted[1]))
 
 
-def _product_flop(side: Any) -> int:
-    states, weight, _ = side
+def _product_flop(states: Any, weight: Any) -> int:
     return 0 if weight is None else 2 * int(math.prod(states)) * int(weight[0])

@@ -1,0 +1,45 @@
+"""The files of the package import each other in one direction."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for path in (ROOT / "fused_kd").rglob("*.py")}
+
+
+def imported(name: str) -> Iterator[str]:
+    """Files that are imported when `name` is; not those that a function imports later."""
+    package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
+    statements: list[ast.AST] = [ast.parse(FILES[name].read_text(encoding="utf-8"))]
+    while statements:
+        node = statements.pop()
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            yield from (full if full in FILES else base for full in names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, (ast.Module, ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            statements.extend(ast.iter_child_nodes(node))
+
+
+def test_no_imports_go_in_circles() -> None:
+    graph = {name: set(imported(name)) & FILES.keys() - {name} for name in FILES}
+    assert graph["fused_kd.functional"] >= {"fused_kd.engines", "fused_kd.checks"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
