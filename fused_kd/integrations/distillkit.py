@@ -58,8 +58,8 @@ class _DenseLoss:
         return False
 
     @named(
-        student_logits="student_outputs.logits",
-        teacher_logits="signal.logits",
+        student="student_outputs.logits",
+        teacher="signal.logits",
         token_weight="mask",
         num_items="num_items_in_batch",
     )

@@ -18,16 +18,20 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from ..checks import check_dense, check_label_range, check_labels, check_logits
+from ..checks import check_call, check_dense
 from ..modules import KDLoss
-from ..reduction import arithmetic_dtype, wide_labels
+from ..options import KDOptions
+from ..rows import int64_labels
+from ..sides import arithmetic_dtype
 from ._common.arguments import named
 from ._common.labels import IGNORE_INDEX, in_rows_of
 from ._common.parts import as_tensor
 from ._common.probabilities import blocks, check_reduction, denominator
 
 #: Our names → modelopt's.
-_NAMES = {"student_logits": "logits_s", "teacher_logits": "logits_t"}
+_NAMES = {"student": "logits_s", "teacher": "logits_t"}
+#: Options with which labels need not be given.
+_SOFT_ALONE = KDOptions(hard_weight=0.0, soft_weight=1.0)
 #: Added by modelopt to a denominator of MFTLoss.
 TINY = 1e-7
 
@@ -80,7 +84,7 @@ class LogitsDistillationLoss(_Loss):
         logits_t: Tensor,  # (..., V)
     ) -> Tensor:
         """Return the loss, 0-d, or (...) for "none"; raises as :func:`fused_kd.kd_loss`."""
-        logits_t = _checked(logits_s, logits_t)
+        logits_t = _checked(logits_s, logits_t, None)
         num_items = None
         if self.reduction != "none":
             first, vocabulary = logits_s.shape[0], logits_s.shape[-1]
@@ -146,17 +150,14 @@ class MFTLoss(_Loss):
         labels: Tensor,  # (N,), or (...)
     ) -> Tensor:
         """Return the loss, 0-d; -100 labels a row to ignore. Raises as :func:`fused_kd.kd_loss`."""
-        logits_t = _checked(logits_s, logits_t)
-        vocabulary = logits_s.shape[-1]
+        check_dense("logits_s", logits_s)
         check_dense("labels", labels)
-        labels = in_rows_of(logits_s, labels)
-        check_labels(labels, logits_s, hard_weight=1.0)
-        targets = wide_labels(labels)
+        targets = int64_labels(in_rows_of(logits_s, labels))
         assert targets is not None
+        logits_t = _checked(logits_s, logits_t, targets)
         kept = targets != IGNORE_INDEX
-        check_label_range(targets, kept, vocabulary, IGNORE_INDEX)
         corrected = self._corrected(logits_t, torch.where(kept, targets, 0))
-        num_items = denominator(self.reduction, 0, kept, vocabulary)
+        num_items = denominator(self.reduction, 0, kept, logits_s.shape[-1])
         return as_tensor(self.loss(logits_s, corrected, targets, num_items=num_items))
 
     @torch.no_grad()
@@ -186,10 +187,13 @@ class MFTLoss(_Loss):
         return f"threshold={self.threshold!r}, reduction={self.reduction!r}"
 
 
-def _checked(logits_s: Tensor, logits_t: Tensor) -> Tensor:
-    """Return the teacher's logits, of the student's shape and without a graph."""
-    check_dense("logits_s", logits_s)
+def _checked(logits_s: Tensor, logits_t: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the teacher's logits without a graph; what is computed from the inputs needs a check.
+
+    Raises:
+        TypeError, ValueError: As :func:`fused_kd.kd_loss`.
+    """
     check_dense("logits_t", logits_t)
     logits_t = logits_t.detach()
-    check_logits(logits_s, logits_t, soft_weight=1.0)
+    check_call(_SOFT_ALONE, logits_s, logits_t, labels, None, None, None)
     return logits_t

@@ -44,7 +44,7 @@ class LigerJSD(Shown):
         check_beta(self.beta)
         return KDLoss.like("liger", **SOFT_ALONE, beta=self.beta, ignore_index=self.ignore_index)
 
-    @named(student_logits="log_q", teacher_logits="log_p", labels="shift_labels")
+    @named(student="log_q", teacher="log_p", labels="shift_labels")
     def forward(
         self,
         log_q: Tensor,  # (..., V), the student's
@@ -77,7 +77,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         check_reduction(self.reduction)
         self.eps = eps
 
-    @named(student_logits="y_pred", teacher_logits="y_true")
+    @named(student="y_pred", teacher="y_true")
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:  # (..., V), (..., V)
         """Return the reduced divergence; raises as :func:`fused_kd.kd_loss`."""
         check_dense("y_pred", y_pred)
