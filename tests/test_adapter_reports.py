@@ -14,7 +14,7 @@ from processes import failures
 from torch import Tensor
 from torch import distributed as dist
 
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import Head, KDLoss
 from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
 
 N, V, H = 5, 7, 3
@@ -66,9 +66,11 @@ def without_a_teacher() -> dict[str, list[Callable[[], Any]]]:
     ids, mask = torch.zeros(1, N, 1).long(), torch.ones(1, N, 1)
     signal, outputs = SimpleNamespace(logits=None), SimpleNamespace(logits=s)
     return {
-        "teacher_logits": [
+        "teacher": [
             lambda: KDLoss()(s, None, y),
-            lambda: LinearKDLoss()(h, w, labels=y),
+            lambda: KDLoss()(Head(h, w), None, y),
+        ],
+        "teacher_logits": [
             lambda: automodel.KDLoss()(s, None, y),
             lambda: torchtune.ForwardKLLoss()(s, None, y),
             lambda: torchtune.ReverseKLLoss()(s, None, y),
@@ -115,7 +117,7 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
         y = torch.tensor([0, 1, label, -100, 3])
         for call in (
             lambda y=y: KDLoss()(s, t, y),
-            lambda y=y: LinearKDLoss()(s, identity, t, identity, y),
+            lambda y=y: KDLoss()(Head(s, identity), Head(t, identity), y),
             lambda y=y: liger.LigerFusedLinearJSDLoss()(s, identity, t, identity, y),
             lambda y=y: liger.LigerFusedCETVDLoss()(s, t, y),
             lambda y=y: model_optimizer.MFTLoss()(s, t, y),

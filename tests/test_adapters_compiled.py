@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_kd import KDLoss, LinearKDLoss, kd_loss
+from fused_kd import Head, KDLoss, kd_loss
 from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
 
 N, V, H = 6, 11, 5
@@ -31,8 +31,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "an option read": lambda: kd_loss(S, T, Y, temperature=KDLoss(temperature=2.0).temperature),
     "an option assigned": lambda: assigned(KDLoss()),
     "no teacher": lambda: kd_loss(S, None, Y, soft_weight=0.0, label_smoothing=0.1),
-    "LinearKDLoss made in the trace": lambda: LinearKDLoss()(HIDDEN, W, TEACHER, W, Y),
-    "LinearKDLoss without a teacher": lambda: LinearKDLoss(soft_weight=0.0)(HIDDEN, W, labels=Y),
+    "heads made in the trace": lambda: KDLoss()(Head(HIDDEN, W), Head(TEACHER, W), Y),
+    "a head, no teacher": lambda: KDLoss(soft_weight=0.0)(Head(HIDDEN, W), None, Y),
 }
 OUTPUTS = [SimpleNamespace(logits=x) for x in (S, T)]
 ADAPTERS: list[tuple[Any, tuple[Any, ...]]] = [

@@ -12,25 +12,25 @@ import torch
 from small_models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
-from fused_kd import KDLoss, KDLossParts, LinearKDLoss
+from fused_kd import KDLoss, KDLossParts
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
-LOSSES = [KDLoss(temperature=2.0), LinearKDLoss(temperature=2.0)]
+LOSS = KDLoss(temperature=2.0)
 IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(IDS % 3 == 0, -100, IDS)
 
 
-def _distilled(loss: Any = None) -> StudentTeacherLoss:
-    return StudentTeacherLoss(SmallLM(0), SmallLM(1, hidden=24), loss)
+def _distilled(loss: Any = None, heads: bool = False) -> StudentTeacherLoss:
+    return StudentTeacherLoss(SmallLM(0), SmallLM(1, hidden=24), loss, heads=heads)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
-def test_it_is_the_loss_of_the_logits_and_the_shifted_labels(loss: nn.Module) -> None:
-    model = _distilled(loss)
+@pytest.mark.parametrize("heads", [False, True])
+def test_it_is_the_loss_of_the_logits_and_the_shifted_labels(heads: bool) -> None:
+    model = _distilled(LOSS, heads)
     got = model(input_ids=IDS, labels=LABELS)
     student, teacher = (m(IDS).logits for m in (model.student, model.teacher))
     targets = torch.cat([LABELS[:, 1:], torch.full((3, 1), -100)], 1)
-    want = LOSSES[0](student, teacher, targets)
+    want = LOSS(student, teacher, targets)
     torch.testing.assert_close(got, want)
     count = (targets != -100).sum()
     torch.testing.assert_close(model(LABELS, input_ids=IDS, num_items=2 * count), want / 2)
@@ -74,7 +74,7 @@ def test_the_teacher_is_in_no_state_dict_and_not_missed(prefix: str) -> None:
 
 
 def test_it_is_copied_and_pickled() -> None:
-    model = _distilled(LOSSES[1])
+    model = _distilled(LOSS, heads=True)
     want = model(input_ids=IDS, labels=LABELS)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(input_ids=IDS, labels=LABELS), want)
@@ -93,22 +93,26 @@ class _Plain(nn.Module):
         return logits
 
 
-def test_a_plain_module_at_the_logits_level() -> None:
+def test_a_plain_module_has_logits_alone() -> None:
     got = StudentTeacherLoss(_Plain(0), _Plain(1))(input_ids=IDS, labels=LABELS)
     want = StudentTeacherLoss(SmallLM(0), SmallLM(1))(input_ids=IDS, labels=LABELS)
     assert torch.equal(got, want)
     with pytest.raises(TypeError, match=r"an lm_head that is a plain nn.Linear; found none"):
-        StudentTeacherLoss(_Plain(0), _Plain(1), LinearKDLoss())
+        StudentTeacherLoss(_Plain(0), _Plain(1), heads=True)
 
 
 def test_bad_input() -> None:
     student, teacher = SmallLM(0), SmallLM(1)
     with pytest.raises(TypeError, match=r"teacher must be a torch\.nn\.Module; got NoneType"):
         StudentTeacherLoss(student, None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="loss must be KDLoss or LinearKDLoss; got KLDivLoss"):
+    with pytest.raises(TypeError, match="loss must be a KDLoss; got KLDivLoss"):
         StudentTeacherLoss(student, teacher, nn.KLDivLoss())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ignore_index=-100.*got 0"):
         StudentTeacherLoss(student, teacher, KDLoss(ignore_index=0))
+    with pytest.raises(ValueError, match=r"inplace=False with heads=True.*: use heads=False"):
+        StudentTeacherLoss(student, teacher, KDLoss(inplace=True), heads=True)
+    with pytest.raises(ValueError, match=r"not have chunk_rows with heads=False.*got 4: use heads"):
+        StudentTeacherLoss(student, teacher, KDLoss(chunk_rows=4))
     with pytest.raises(ValueError, match=r"also the student's: copy\.deepcopy the teacher"):
         StudentTeacherLoss(student, student)
     model = StudentTeacherLoss(student, teacher)

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from linear_helpers import H_S, H_T
+from head_helpers import H_S, H_T
 from needs import need
 from torch import Tensor
 
 need("liger_kernel")
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss as LigersOwn  # noqa: E402
 
-from fused_kd import LinearKDLoss  # noqa: E402
+from fused_kd import Head, KDLoss  # noqa: E402
 from fused_kd.integrations import liger  # noqa: E402
 from fused_kd.integrations.liger import functional  # noqa: E402
 
@@ -103,7 +103,8 @@ def test_the_preset_is_the_class() -> None:
     tensors, _ = inputs(21)
     options = {"beta": 0.2, "temperature": 1.7}
     own = LigersOwn(compiled=False, **options)(*tensors)
-    torch.testing.assert_close(LinearKDLoss.like("liger", **options)(*tensors), own)
+    student, teacher, labels = Head(*tensors[:2]), Head(*tensors[2:4]), tensors[4]
+    torch.testing.assert_close(KDLoss.like("liger", **options)(student, teacher, labels), own)
 
 
 def parameters(call: Any) -> list[tuple[str, Any, Any]]:
