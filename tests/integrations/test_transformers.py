@@ -132,11 +132,11 @@ def test_the_stock_trainer_takes_the_loss_and_logs_its_parts(tmp_path: Path) -> 
     student, teacher = tiny.llama(0), tiny.llama(1, layers=2, hidden=32)
     trainer = Trainer(
         student, _settings(tmp_path), train_dataset=tiny.ragged(), data_collator=tiny.padded,
-        compute_loss_func=DistillationLoss(student, teacher, KDLoss(**OPTIONS)),
+        compute_loss_func=DistillationLoss(student, teacher, **LOGITS),
     )  # fmt: skip
     log_parts(trainer)
     trainer.train()
-    expected = _trained(tmp_path, KDLoss(**OPTIONS))
+    expected = _trained(tmp_path, LOGITS)
     assert _logged(trainer) == _logged(expected)
     assert _logged(trainer, "soft_loss") == _logged(expected, "soft_loss")
     assert all(parameter.grad is None for parameter in teacher.parameters())
