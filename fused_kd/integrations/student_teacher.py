@@ -64,7 +64,7 @@ class StudentTeacherLoss(nn.Module):
         super().__init__()
         loss = KDLoss() if loss is None else loss
         _check(student, teacher, loss, heads, shift)
-        self.student, self.loss, self.heads, self.shift = student, loss, heads, shift
+        self.student, self.loss, self.shift = student, loss, shift
         self._scales = (scale_of(student), scale_of(teacher)) if heads else None
         self._check_padding = PaddingCheck()
         self.teacher = teacher.eval().requires_grad_(False)
