@@ -193,6 +193,7 @@ def _checked(logits_s: Tensor, logits_t: Tensor, labels: Tensor | None) -> Tenso
     Raises:
         TypeError, ValueError: As :func:`fused_kd.kd_loss`.
     """
+    check_dense("logits_s", logits_s)
     check_dense("logits_t", logits_t)
     logits_t = logits_t.detach()
     check_call(_SOFT_ALONE, logits_s, logits_t, labels, None, None, None)

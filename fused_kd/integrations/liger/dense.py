@@ -52,6 +52,7 @@ class LigerJSD(Shown):
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
         """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
+        check_dense("log_q", log_q)
         check_dense("log_p", log_p)
         loss: Tensor = self._loss()(log_q, log_p, mask(shift_labels, self.ignore_index))
         return loss
@@ -125,6 +126,7 @@ class LigerFusedCETVDLoss(Shown):
         target: Tensor,  # (...)
     ) -> tuple[Tensor, Tensor]:
         """Return both terms, (...) each; raises as :func:`fused_kd.kd_loss`."""
+        check_dense("student_logits", student_logits)
         check_dense("teacher_logits", teacher_logits)
         tensors = student_logits, teacher_logits, target
         ce, tvd = (as_tensor(self._loss(hard_weight)(*tensors)) for hard_weight in (1.0, 0.0))
