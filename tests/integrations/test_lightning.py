@@ -270,6 +270,7 @@ def _heads_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with headless(student):
         hidden = student(batch["input_ids"], batch["attention_mask"]).logits
     side = Head(hidden, head_of(student).weight)
+    assert isinstance(batch["teacher"], Head)
     return LOSS(side, batch["teacher"], shifted(batch["labels"]))
 
 
