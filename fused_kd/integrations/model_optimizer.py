@@ -188,11 +188,7 @@ class MFTLoss(_Loss):
 
 
 def _checked(logits_s: Tensor, logits_t: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the teacher's logits without a graph; what is computed from the inputs needs a check.
-
-    Raises:
-        TypeError, ValueError: As :func:`fused_kd.kd_loss`.
-    """
+    """Return the teacher's logits without a graph; raises as :func:`fused_kd.kd_loss`."""
     check_dense("logits_s", logits_s)
     check_dense("logits_t", logits_t)
     logits_t = logits_t.detach()

@@ -100,15 +100,9 @@ def check_loss(loss: KDLoss, *, heads: bool, is_mean: bool) -> None:
             "loss must have reduction='mean', since its denominator is counted here; "
             f"got {loss.options.reduction!r}"
         )
-    if heads and loss.options.inplace:
-        raise ValueError(
-            "loss must have inplace=False with heads=True, since logits are not stored; got True: "
-            "use heads=False"
-        )
-    for name in () if heads else _FOR_HEADS:
-        value = getattr(loss.options, name)
-        if value is not None:
+    for name in ("inplace",) if heads else _FOR_HEADS:
+        if value := getattr(loss.options, name):
             raise ValueError(
-                f"loss must not have {name} with heads=False, since it is for the chunks of a "
-                f"Head; got {value}: use heads=True"
+                f"loss must not have {name} with heads={heads}; got {value}: leave it out, or pass "
+                f"heads={not heads}"
             )

@@ -14,12 +14,8 @@ from .._common.probabilities import check_reduction, kl_from
 from .options import FORWARD_KL, SOFT_ALONE, Shown, check_beta, mask
 
 #: Our names → Liger's, for each class.
-_INPUTS = {
-    f"{model}.{ours}": f"{model}_{name}"
-    for model in ("student", "teacher")
-    for ours, name in (("hidden", "input"), ("weight", "weight"), ("bias", "bias"))
-}
-_INPUTS |= {model: f"{model}_weight" for model in ("student", "teacher")}  # of the vocabulary
+_PARTS = {"": "_weight", ".hidden": "_input", ".weight": "_weight", ".bias": "_bias"}
+_INPUTS = {side + a: side + b for side in ("student", "teacher") for a, b in _PARTS.items()}
 _JSD_AND_CE = {
     **_INPUTS,
     "labels": "true_labels",

@@ -26,8 +26,7 @@ __all__ = ["generalized_jsd_loss", "restore", "use_fused_kd"]
 
 Trainer = TypeVar("Trainer")
 
-#: Class of TRL → whether it takes heads by default, and the function that returns its new
-#: attributes.
+#: Class of TRL → whether it has heads by default, and what returns its new attributes.
 _KINDS: dict[str, tuple[bool, Callable[..., dict[str, Any]]]] = {
     "GKDTrainer": (False, gkd.attributes),
     "DistillationTrainer": (True, distillation.attributes),
