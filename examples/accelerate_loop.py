@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from examples import common
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import KDLoss
 from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
 from fused_kd.testing import eager_kd_loss
@@ -49,11 +49,11 @@ def train_own(ids: list[Tensor], teacher: nn.Module, student: nn.Module) -> list
 
 
 def train_ours(
-    ids: list[Tensor], teacher: nn.Module, loss: KDLoss | LinearKDLoss, student: nn.Module
+    ids: list[Tensor], teacher: nn.Module, loss: KDLoss, heads: bool, student: nn.Module
 ) -> list[float]:
     """Sums, divided by the number of kept tokens where the gradients are complete."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
-    distilled = StudentTeacherLoss(student.train(), teacher, loss)
+    distilled = StudentTeacherLoss(student.train(), teacher, loss, heads=heads)
     optimizer = torch.optim.SGD(student.parameters(), lr=common.RATE)
     model, optimizer, data = accelerator.prepare(distilled, optimizer, loader(ids))
     losses, seen = [], []
@@ -78,18 +78,17 @@ def per_update(losses: list[float]) -> list[float]:
 
 
 def main() -> None:
-    """Eager against both levels."""
+    """Compare the eager loss with ours of logits and of heads."""
     options = common.arguments(__doc__)
     source = common.text()
     student, teacher = common.student_and_teacher(source)
     ids = common.batches(source, options.steps)
     own = partial(train_own, ids, teacher)
-    for loss in (
-        KDLoss(temperature=TEMPERATURE, inplace=True),
-        LinearKDLoss(temperature=TEMPERATURE),
-    ):
-        name = f"Accelerate, {type(loss).__name__}"
-        common.compare(name, "accelerate", own, partial(train_ours, ids, teacher, loss), student)
+    for heads in (False, True):
+        loss = KDLoss(temperature=TEMPERATURE, inplace=not heads)
+        name = f"Accelerate, heads={heads}"
+        ours = partial(train_ours, ids, teacher, loss, heads)
+        common.compare(name, "accelerate", own, ours, student)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from examples import common
 from examples.ranks import run_rank
-from fused_kd import LinearKDLoss
+from fused_kd import KDLoss
 from fused_kd.integrations.loop import global_num_items, shifted
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
@@ -59,7 +59,7 @@ def compare(name: str, wrap: Callable[[StudentTeacherLoss], nn.Module]) -> None:
         common.student_and_teacher(source)  # keeps the teacher for the others
     dist.barrier()
     student, teacher = common.student_and_teacher(source)
-    model = StudentTeacherLoss(student.train(), teacher, LinearKDLoss(temperature=2.0))
+    model = StudentTeacherLoss(student.train(), teacher, KDLoss(temperature=2.0), heads=True)
     alone = deepcopy(model)
     whole = [with_prompts(ids) for ids in common.batches(source, options.steps, 2 * ranks)]
     own = [{key: x.chunk(ranks)[rank] for key, x in batch.items()} for batch in whole]

@@ -1,4 +1,4 @@
-"""``torchrun --nproc-per-node 2 -m examples.fsdp2``: FSDP2, the linear level in the forward.
+"""``torchrun --nproc-per-node 2 -m examples.fsdp2``: FSDP2, the loss of heads in the forward.
 
 The loop is that of examples/ddp.py. Every block is sharded for itself; embeddings, last norms and
 lm_heads belong to the outermost module, whose forward gives the loss: they are gathered once a

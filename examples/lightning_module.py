@@ -1,6 +1,6 @@
 """``python -m examples.lightning_module``: a LightningModule that distils.
 
-Its own way: the module that one writes with torch's losses. Ours: KDModule, at both levels.
+Its own way: the module that one writes with torch's losses. Ours: KDModule, of logits and of heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from examples import common
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import KDLoss
 from fused_kd.integrations.lightning import KDModule
 from fused_kd.integrations.loop import shifted
 from fused_kd.testing import eager_kd_loss
@@ -69,18 +69,16 @@ def train(
 
 
 def main() -> None:
-    """Eager against both levels."""
+    """Compare the eager loss with ours of logits and of heads."""
     options = common.arguments(__doc__)
     source = common.text()
     student, teacher = common.student_and_teacher(source)
     ids = common.batches(source, options.steps)
     own = partial(train, lambda student: EagerModule(student, teacher), ids)
-    for loss in (
-        KDLoss(temperature=TEMPERATURE, inplace=True),
-        LinearKDLoss(temperature=TEMPERATURE),
-    ):
-        make = partial(KDModule, teacher=teacher, loss=loss, optimizer=OPTIMIZER)
-        name = f"Lightning, {type(loss).__name__}"
+    for heads in (False, True):
+        loss = KDLoss(temperature=TEMPERATURE, inplace=not heads)
+        make = partial(KDModule, teacher=teacher, loss=loss, optimizer=OPTIMIZER, heads=heads)
+        name = f"Lightning, heads={heads}"
         common.compare(name, "lightning", own, partial(train, make, ids), student)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from examples import common
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import KDLoss
 from fused_kd.integrations.loop import shifted
 from fused_kd.integrations.transformers import KDTrainer
 from fused_kd.testing import eager_kd_loss
@@ -51,19 +51,17 @@ def train(make: partial[Trainer], ids: list[Tensor], student: nn.Module) -> list
 
 
 def main() -> None:
-    """Eager against both levels."""
+    """Compare the eager loss with ours of logits and of heads."""
     options = common.arguments(__doc__)
     source = common.text()
     student, teacher = common.student_and_teacher(source)
     ids = common.batches(source, options.steps)
     own = partial(train, partial(EagerTrainer, teacher=teacher), ids)
-    for loss in (
-        KDLoss(temperature=TEMPERATURE, inplace=True),
-        LinearKDLoss(temperature=TEMPERATURE),
-    ):
-        ours = partial(train, partial(KDTrainer, teacher=teacher, loss=loss), ids)
-        name = f"Trainer, {type(loss).__name__}"
-        common.compare(name, "transformers", own, ours, student)
+    for heads in (False, True):
+        loss = KDLoss(temperature=TEMPERATURE, inplace=not heads)
+        make = partial(KDTrainer, teacher=teacher, loss=loss, heads=heads)
+        name = f"Trainer, heads={heads}"
+        common.compare(name, "transformers", own, partial(train, make, ids), student)
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ def train(teacher: nn.Module, ids: list[Tensor], change: Any, student: nn.Module
 
 
 def main() -> None:
-    """TRL's own loss against both levels."""
+    """Compare TRL's own loss with ours of logits and of heads."""
     options = common.arguments(__doc__)
     source = common.text()
     student, teacher = common.student_and_teacher(source)
     run = partial(train, teacher, common.batches(source, options.steps))
     own = partial(run, lambda trainer: None)
-    for keywords in ({"inplace": True}, {"level": "linear"}):
+    for keywords in ({"inplace": True}, {"heads": True}):
         name = f"GKDTrainer, {', '.join(f'{k}={v!r}' for k, v in keywords.items())}"
         common.compare(name, "trl", own, partial(run, partial(use_fused_kd, **keywords)), student)
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kd import KDLoss, LinearKDLoss
+from fused_kd import Head, KDLoss
 from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
@@ -37,7 +37,7 @@ class Case:
     """One way to train; `wrap` is what makes it parallel."""
 
     wrap: Callable[..., nn.Module]
-    linear: bool = True
+    heads: bool = True
     micro_batches: int = 1
     last_rank_is_empty: bool = False
     divide: bool = False  # sums, divided at the end, instead of a count at the start
@@ -56,8 +56,8 @@ class Case:
                 torch.testing.assert_close(mine, weight, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
     def distilled(self) -> StudentTeacherLoss:
-        loss = (LinearKDLoss if self.linear else KDLoss)(temperature=2.0)
-        return StudentTeacherLoss(SmallLM(0, **self.model), SmallLM(1, hidden=24), loss)
+        models = SmallLM(0, **self.model), SmallLM(1, hidden=24)
+        return StudentTeacherLoss(*models, KDLoss(temperature=2.0), heads=self.heads)
 
     def train(self, model: nn.Module, rank: int | None) -> Tensor:
         """The loss of every step, (STEPS,); of a rank: its share, times the number of ranks."""
@@ -198,8 +198,8 @@ def a_sharded_head_is_refused_outside_the_forward() -> None:
     """P57: CCE#31, torchtune#2800."""
     model = shard(Case(shard).distilled())
     head, hidden = model.student.lm_head, torch.randn(3, 16)
-    with pytest.raises(TypeError, match="student_weight must be a local tensor; got a DTensor"):
-        LinearKDLoss(hard_weight=0)(hidden, head.weight, teacher_logits=torch.randn(3, VOCABULARY))
+    with pytest.raises(TypeError, match=r"student\.weight must be a local .* a DTensor"):
+        KDLoss(hard_weight=0)(Head(hidden, head.weight), torch.randn(3, VOCABULARY))
 
 
 def bfloat16_takes_a_count_that_is_not_cast() -> None:
@@ -232,15 +232,15 @@ def the_teacher_is_in_no_checkpoint() -> None:
         torch.testing.assert_close(whole(value), plain.student.state_dict()[name])
 
 
-BOTH = {"logits": False, "linear": True}
+BOTH = {"logits": False, "heads": True}
 UNUSED = {"find_unused_parameters": True}
 DDP_CHECKS: dict[str, Callable[[], None]] = {
-    **{f"{name}": Case(DistributedDataParallel, linear) for name, linear in BOTH.items()},
+    **{f"{name}": Case(DistributedDataParallel, heads) for name, heads in BOTH.items()},
     **{
         f"{name}, the last rank keeps no token": Case(
-            DistributedDataParallel, linear, last_rank_is_empty=True
+            DistributedDataParallel, heads, last_rank_is_empty=True
         )
-        for name, linear in BOTH.items()
+        for name, heads in BOTH.items()
     },
     "two micro-batches": Case(DistributedDataParallel, micro_batches=2),
     "two micro-batches, divided at the end": Case(
@@ -259,8 +259,8 @@ DDP_CHECKS: dict[str, Callable[[], None]] = {
     "a mean of means is another": a_mean_of_means_is_another,
 }
 FSDP_CHECKS: dict[str, Callable[[], None]] = {
-    **{f"{name}": Case(shard, linear) for name, linear in BOTH.items()},
-    "logits, the teacher apart": Case(shard, linear=False, options={"teacher_apart": True}),
+    **{f"{name}": Case(shard, heads) for name, heads in BOTH.items()},
+    "logits, the teacher apart": Case(shard, heads=False, options={"teacher_apart": True}),
     "tied": Case(shard, model={"tied": True}),
     "checkpointed": Case(shard, model={"checkpointed": True}),
     "the last rank keeps no token": Case(shard, last_rank_is_empty=True),
@@ -270,7 +270,7 @@ FSDP_CHECKS: dict[str, Callable[[], None]] = {
     "the head is gathered once": the_head_is_gathered_once,
     "a sharded head is refused": a_sharded_head_is_refused_outside_the_forward,
     "bfloat16": bfloat16_takes_a_count_that_is_not_cast,
-    **{f"FSDP1, {name}": Case(shard_flat, linear) for name, linear in BOTH.items()},
+    **{f"FSDP1, {name}": Case(shard_flat, heads) for name, heads in BOTH.items()},
     "FSDP1, two micro-batches, the last rank keeps no token": Case(
         shard_flat, micro_batches=2, divide=True, last_rank_is_empty=True
     ),

@@ -46,6 +46,8 @@ def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
     loss = automodel.KDLoss()
     for teacher in (ATTACHED, None):
         yield "teacher_logits", lambda teacher=teacher: loss(logits(), teacher, labels())
+    yield "student_logits and teacher_logits", lambda: loss(logits(), logits(N, V + 1), labels())
+    yield "of student_logits", lambda: loss(logits(), logits(), labels(N + 1))
     for bad in (-1, float("nan"), True, "4", torch.tensor(-2), torch.ones(2)):
         yield "num_batch_labels", lambda bad=bad: loss(logits(), logits(), labels(), bad)
 
@@ -82,6 +84,9 @@ def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "student_input", lambda: both()(*heads(s=logits(N, H).long()), labels())
     yield "teacher_input", lambda: both()(*heads(t=logits(N + 1, H)), labels())
     yield "teacher_input", lambda: both()(*heads(t=None), labels())
+    larger = logits(V + 1, H)
+    yield "student_weight and teacher_weight", lambda: both()(*heads(tw=larger), labels())
+    yield "student_bias", lambda: both()(*heads(), labels(), logits(V + 1))
     yield "true_labels", lambda: both()(*heads(), labels(N + 1))
     yield "true_labels", lambda: both()(*heads(), None)
     alone = liger.LigerFusedLinearJSD
@@ -109,7 +114,7 @@ def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
         for t in (logits(N, V, 1), None):
             yield "logits_t", lambda loss=loss, more=more, t=t: loss(logits(), t, *more)
     in_place = model_optimizer.LogitsDistillationLoss(inplace=True)
-    yield "logits_s", lambda: in_place(ATTACHED, logits())
+    yield "inplace", lambda: in_place(ATTACHED, logits())
 
 
 def of_torchtune() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -122,8 +127,9 @@ def of_torchtune() -> Iterator[tuple[str, Callable[[], Any]]]:
 ADAPTERS = (of_automodel, of_distillkit, of_axolotl, of_liger, of_model_optimizer, of_torchtune)
 #: Our names, and those of them that a framework has for the same thing.
 OURS = {
-    "student_logits", "teacher_logits", "student_hidden", "teacher_hidden", "labels",
-    "token_weight", "num_items", "hard_weight", "soft_weight", "beta", "temperature", "divergence",
+    "student.hidden", "student.weight", "student.bias", "teacher.hidden", "teacher.weight",
+    "teacher.detach", "student_logits", "teacher_logits", "labels", "token_weight", "num_items",
+    "hard_weight", "soft_weight", "beta", "temperature", "divergence",
 }  # fmt: skip
 SAME = {
     "of_automodel": {"student_logits", "teacher_logits", "labels", "temperature"},
@@ -154,7 +160,8 @@ def test_an_unknown_keyword_is_named_as_it_was_given() -> None:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_messages_have_the_names_of_the_framework(adapter: Any) -> None:
-    strange = re.compile(rf"\b({'|'.join(OURS - SAME[adapter.__name__])})\b")
+    names = "|".join(map(re.escape, OURS - SAME[adapter.__name__]))
+    strange = re.compile(rf"^(student|teacher) |\bof (student|teacher),|\b({names})\b")
     for name, call in adapter():
         with pytest.raises((TypeError, ValueError)) as error:
             call()

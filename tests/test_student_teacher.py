@@ -26,8 +26,11 @@ def _distilled(loss: Any = None, heads: bool = False) -> StudentTeacherLoss:
 
 @pytest.mark.parametrize("heads", [False, True])
 def test_it_is_the_loss_of_the_logits_and_the_shifted_labels(heads: bool) -> None:
-    model = _distilled(LOSS, heads)
+    model, widths = _distilled(LOSS, heads), set()
+    for m in (model.student, model.teacher):
+        m.register_forward_hook(lambda m, _, output: widths.add(output.logits.shape[-1]))
     got = model(input_ids=IDS, labels=LABELS)
+    assert widths == ({16, 24} if heads else {VOCABULARY})
     student, teacher = (m(IDS).logits for m in (model.student, model.teacher))
     targets = torch.cat([LABELS[:, 1:], torch.full((3, 1), -100)], 1)
     want = LOSS(student, teacher, targets)
@@ -109,9 +112,9 @@ def test_bad_input() -> None:
         StudentTeacherLoss(student, teacher, nn.KLDivLoss())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ignore_index=-100.*got 0"):
         StudentTeacherLoss(student, teacher, KDLoss(ignore_index=0))
-    with pytest.raises(ValueError, match=r"inplace=False with heads=True.*: use heads=False"):
+    with pytest.raises(ValueError, match=r"not have inplace with heads=True; got True"):
         StudentTeacherLoss(student, teacher, KDLoss(inplace=True), heads=True)
-    with pytest.raises(ValueError, match=r"not have chunk_rows with heads=False.*got 4: use heads"):
+    with pytest.raises(ValueError, match=r"not have chunk_rows with heads=False; got 4"):
         StudentTeacherLoss(student, teacher, KDLoss(chunk_rows=4))
     with pytest.raises(ValueError, match=r"also the student's: copy\.deepcopy the teacher"):
         StudentTeacherLoss(student, student)

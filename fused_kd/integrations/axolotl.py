@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import KDLoss
-from ..checks import check_dense, may_look_at_values
+from ..checks import check_dense, may_read_values
 from ._common.arguments import named
 from ._common.probabilities import kl_of_mass
 
@@ -25,7 +25,7 @@ from ._common.probabilities import kl_of_mass
 _NAMES = {
     "temperature": "kd_temperature",
     "num_items": "num_items_in_batch",
-    "teacher_logits": "target_logprobs",
+    "teacher": "target_logprobs",
     "token_weight": "exp(target_logprobs)",
 }
 
@@ -132,7 +132,7 @@ def _check_count(num_items: float | Tensor) -> None:
                 "num_items_in_batch must be a number or a 0-d tensor; got a tensor of shape "
                 f"{tuple(num_items.shape)}"
             )
-        if not may_look_at_values(num_items):
+        if not may_read_values(num_items):
             return
     if not -math.inf < num_items < math.inf:
         raise ValueError(f"num_items_in_batch must be finite; got {float(num_items)}")
@@ -144,7 +144,7 @@ def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
     Raises:
         ValueError: There is one.
     """
-    if tokens.numel() == 0 or not may_look_at_values(tokens):
+    if tokens.numel() == 0 or not may_read_values(tokens):
         return
     low, high = (int(bound) for bound in torch.aminmax(tokens))
     if low < 0 or high >= vocabulary:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .. import KDLoss
+from ..checks import check_dense
 from ._common.arguments import allow_zero, named
 
 
@@ -58,8 +59,8 @@ class _DenseLoss:
         return False
 
     @named(
-        student_logits="student_outputs.logits",
-        teacher_logits="signal.logits",
+        student="student_outputs.logits",
+        teacher="signal.logits",
         token_weight="mask",
         num_items="num_items_in_batch",
     )
@@ -84,6 +85,7 @@ class _DenseLoss:
                 "signal.logits must be the teacher's logits (B, S, V); got a "
                 f"{type(signal).__name__} without: use DistillKit's loss for a sparse teacher"
             )
+        check_dense("student_outputs.logits", student_outputs.logits)
         if mask is not None and mask.dim() == 3:
             mask = mask.squeeze(-1)
         loss: Tensor = self.loss(

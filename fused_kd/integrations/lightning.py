@@ -2,7 +2,7 @@
 
 ::
 
-    module = KDModule(student, teacher, LinearKDLoss(temperature=2.0),
+    module = KDModule(student, teacher, KDLoss(temperature=2.0), heads=True,
                       optimizer=partial(torch.optim.AdamW, lr=1e-4))
     Trainer(accumulate_grad_batches=4).fit(module, loader)  # batches: input_ids, labels, ...
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import KDLossParts
-from ..modules import KDLoss, LinearKDLoss
+from ..modules import KDLoss
 from ._common.frameworks import need
-from ._common.heads import check_head, head_of, headless
+from ._common.heads import headless, scale_of, side_of
 from ._common.labels import IGNORE_INDEX, aligned
 from ._common.models import check_inputs
 from ._common.outputs import logits_of
@@ -53,9 +53,10 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
     Args:
         student: see :class:`StudentTeacherLoss`; put into training mode.
         teacher: see :class:`StudentTeacherLoss`; moved with the module, not in its checkpoints.
-        loss: KDLoss or LinearKDLoss with ``reduction="mean"``; None: ``KDLoss()``.
+        loss: a KDLoss with ``reduction="mean"``; None: ``KDLoss()``.
         optimizer: called with the student's parameters that require grad; its result is returned
             by ``configure_optimizers``.
+        heads: see :class:`StudentTeacherLoss`.
         shift: see :class:`StudentTeacherLoss`.
 
     Raises:
@@ -66,13 +67,14 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         self,
         student: nn.Module,
         teacher: nn.Module,
-        loss: KDLoss | LinearKDLoss | None = None,
+        loss: KDLoss | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Any],
+        heads: bool = False,
         shift: bool = True,
     ) -> None:
-        super().__init__(student, teacher, loss, shift=shift)
-        check_loss(self.loss, is_mean=True)
+        super().__init__(student, teacher, loss, heads=heads, shift=shift)
+        check_loss(self.loss, heads=heads, is_mean=True)
         self.student.train()  # from_pretrained gives evaluation mode, which Lightning keeps
         self.make_optimizer = optimizer
         self._sums: dict[tuple[str, int], Tensor] = {}  # by stage and loader
@@ -168,46 +170,42 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
 
 
 class TeacherCallback(pl.Callback):  # type: ignore[misc]
-    """A callback that runs a teacher on every batch, and stores its output in the batch.
+    """A callback that runs a teacher on every batch, and stores that side of the loss in the batch.
 
-    It is for a LightningModule of your own, whose steps then read ``batch["teacher_logits"]``, or
-    with ``linear=True`` ``batch["teacher_hidden"]``, ``batch["teacher_weight"]`` and
-    ``batch["teacher_bias"]`` (if the head has one). The teacher belongs to no module: it is in no
-    checkpoint, no optimizer and no gradient synchronisation. It is frozen, in evaluation mode, and
-    runs without gradient in the Trainer's precision.
+    It is for a LightningModule of your own, whose steps then pass ``batch["teacher"]`` to a KDLoss.
+    The teacher belongs to no module: it is in no checkpoint, no optimizer and no gradient
+    synchronisation. It is frozen, in evaluation mode, and runs without gradient in the Trainer's
+    precision.
 
     Args:
         teacher: called with everything in the batch but the labels.
-        linear: whether the lm_head is bypassed, for a LinearKDLoss.
+        heads: leave the lm_head out, so that ``batch["teacher"]`` is a :class:`fused_kd.Head`, not
+            logits.
 
     Raises:
-        TypeError, ValueError: With ``linear``, the lm_head cannot be bypassed.
+        TypeError, ValueError: With `heads`, the lm_head cannot be bypassed.
     """
 
-    def __init__(self, teacher: nn.Module, *, linear: bool = False) -> None:
-        self.teacher, self.linear = teacher.eval().requires_grad_(False), linear
-        if linear:
-            check_head(teacher)
+    def __init__(self, teacher: nn.Module, *, heads: bool = False) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self._scale = scale_of(teacher) if heads else None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move the teacher to the device of this process."""
         self.teacher.to(trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher on a batch before every step, and store its output there."""
+        """Run the teacher on a batch before every step, and store its side there."""
         _check_batch(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         check_inputs(self.teacher, inputs)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            if not self.linear:
-                batch["teacher_logits"] = logits_of(self.teacher(**inputs))
+            if self._scale is None:
+                batch["teacher"] = logits_of(self.teacher(**inputs))
                 return
             with headless(self.teacher):
-                batch["teacher_hidden"] = logits_of(self.teacher(**inputs))
-        head = head_of(self.teacher)
-        batch["teacher_weight"] = head.weight
-        if head.bias is not None:
-            batch["teacher_bias"] = head.bias
+                hidden = logits_of(self.teacher(**inputs))
+        batch["teacher"] = side_of(self.teacher, hidden, self._scale)
 
     on_validation_batch_start = on_test_batch_start = on_train_batch_start
 

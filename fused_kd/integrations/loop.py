@@ -15,9 +15,9 @@ or, if the loop yields one micro-batch at a time, compute sums and divide at the
     ...
     divide_gradients(student.parameters(), global_num_items(*labels_seen))
 
-A causal language model's labels are those of the next token: :func:`shifted` makes them. At the
-linear level, ``with headless(model)`` makes ``model(...).logits`` the hidden states, to which
-``head_of(model)`` is applied.
+A causal language model's labels are those of the next token: :func:`shifted` makes them. For a
+:class:`fused_kd.Head`, ``with headless(model)`` makes ``model(...).logits`` the hidden states, to
+which ``head_of(model)`` is applied.
 """
 
 from __future__ import annotations

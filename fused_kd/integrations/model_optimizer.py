@@ -18,16 +18,20 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from ..checks import check_dense, check_label_range, check_labels, check_logits
+from ..checks import check_call, check_dense
 from ..modules import KDLoss
-from ..reduction import arithmetic_dtype, wide_labels
+from ..options import KDOptions
+from ..rows import labels_and_kept
+from ..sides import arithmetic_dtype
 from ._common.arguments import named
-from ._common.labels import IGNORE_INDEX, in_rows_of
+from ._common.labels import in_rows_of
 from ._common.parts import as_tensor
 from ._common.probabilities import blocks, check_reduction, denominator
 
 #: Our names → modelopt's.
-_NAMES = {"student_logits": "logits_s", "teacher_logits": "logits_t"}
+_NAMES = {"student": "logits_s", "teacher": "logits_t"}
+#: Options with which labels need not be given.
+_SOFT_ALONE = KDOptions(hard_weight=0.0, soft_weight=1.0)
 #: Added by modelopt to a denominator of MFTLoss.
 TINY = 1e-7
 
@@ -146,17 +150,13 @@ class MFTLoss(_Loss):
         labels: Tensor,  # (N,), or (...)
     ) -> Tensor:
         """Return the loss, 0-d; -100 labels a row to ignore. Raises as :func:`fused_kd.kd_loss`."""
-        logits_t = _checked(logits_s, logits_t)
-        vocabulary = logits_s.shape[-1]
+        check_dense("logits_s", logits_s)
         check_dense("labels", labels)
-        labels = in_rows_of(logits_s, labels)
-        check_labels(labels, logits_s, hard_weight=1.0)
-        targets = wide_labels(labels)
-        assert targets is not None
-        kept = targets != IGNORE_INDEX
-        check_label_range(targets, kept, vocabulary, IGNORE_INDEX)
+        targets, kept = labels_and_kept(in_rows_of(logits_s, labels), self.loss.options)
+        logits_t = _checked(logits_s, logits_t, targets, kept)
+        assert kept is not None
         corrected = self._corrected(logits_t, torch.where(kept, targets, 0))
-        num_items = denominator(self.reduction, 0, kept, vocabulary)
+        num_items = denominator(self.reduction, 0, kept, logits_s.shape[-1])
         return as_tensor(self.loss(logits_s, corrected, targets, num_items=num_items))
 
     @torch.no_grad()
@@ -186,10 +186,12 @@ class MFTLoss(_Loss):
         return f"threshold={self.threshold!r}, reduction={self.reduction!r}"
 
 
-def _checked(logits_s: Tensor, logits_t: Tensor) -> Tensor:
-    """Return the teacher's logits, of the student's shape and without a graph."""
+def _checked(
+    logits_s: Tensor, logits_t: Tensor, labels: Tensor | None = None, kept: Tensor | None = None
+) -> Tensor:
+    """Return the teacher's logits without a graph; raises as :func:`fused_kd.kd_loss`."""
     check_dense("logits_s", logits_s)
     check_dense("logits_t", logits_t)
     logits_t = logits_t.detach()
-    check_logits(logits_s, logits_t, soft_weight=1.0)
+    check_call(_SOFT_ALONE, logits_s, logits_t, labels, kept, None, None, None)
     return logits_t

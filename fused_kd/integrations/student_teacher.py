@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import KDLossParts
-from ..modules import KDLoss, LinearKDLoss
-from ._common.heads import check_head, head_of, headless
+from ..modules import KDLoss
+from ..sides import Side
+from ._common.heads import headless, scale_of, side_of
 from ._common.labels import aligned
 from ._common.models import PaddingCheck, check_inputs, check_models
 from ._common.outputs import logits_of
@@ -26,42 +27,45 @@ class StudentTeacherLoss(nn.Module):
 
     ::
 
-        model = StudentTeacherLoss(student, teacher, LinearKDLoss(temperature=2.0))
+        model = StudentTeacherLoss(student, teacher, KDLoss(temperature=2.0), heads=True)
         loss = model(**batch)  # input_ids, attention_mask, labels
 
-    With a :class:`fused_kd.LinearKDLoss` neither model makes logits. The teacher is frozen, runs
-    without gradient, stays in evaluation mode after ``train()``, and is not in ``state_dict()``.
-    The student is the attribute `student`.
+    The teacher is frozen, runs without gradient, stays in evaluation mode after ``train()``, and is
+    not in ``state_dict()``. The student is the attribute `student`.
 
     Args:
         student: a causal language model of transformers, or a module with the same arguments and
-            output (for a KDLoss, also one that returns the logits themselves).
+            output (without `heads`, also one that returns the logits themselves).
         teacher: the same, of the same vocabulary.
-        loss: KDLoss or LinearKDLoss, with ``ignore_index=-100``; None: ``KDLoss()``.
+        loss: a KDLoss with ``ignore_index=-100``; None: ``KDLoss()``.
+        heads: leave the lm_heads out and give the loss a :class:`fused_kd.Head` for each side, so
+            that neither model makes logits.
         shift: whether labels are those of the inputs, to be shifted to the next token. False:
             ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
             language models, classifiers, encoder-decoders).
 
     Raises:
-        TypeError: The loss is of another kind; with a LinearKDLoss an lm_head is not a plain
-            nn.Linear.
+        TypeError: The loss is of another kind; with `heads` an lm_head is not a plain nn.Linear.
         ValueError: A model is not causal, if labels are shifted; the vocabularies differ; both
-            models have the same parameter; a router's aux_loss would be lost; with a LinearKDLoss
-            logits are soft-capped or otherwise changed after the lm_head.
+            models have the same parameter; a router's aux_loss would be lost; a keyword of the loss
+            does not fit `heads`; with `heads` logits are soft-capped or otherwise changed after the
+            lm_head.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
-        loss: KDLoss | LinearKDLoss | None = None,
+        loss: KDLoss | None = None,
         *,
+        heads: bool = False,
         shift: bool = True,
     ) -> None:
         super().__init__()
         loss = KDLoss() if loss is None else loss
-        _check(student, teacher, loss, shift)
+        _check(student, teacher, loss, heads, shift)
         self.student, self.loss, self.shift = student, loss, shift
+        self._scales = (scale_of(student), scale_of(teacher)) if heads else None
         self._check_padding = PaddingCheck()
         self.teacher = teacher.eval().requires_grad_(False)
         self.register_state_dict_post_hook(_leave_out_teacher)
@@ -89,18 +93,23 @@ class StudentTeacherLoss(nn.Module):
         _check_num_items(num_items)
         targets = aligned(labels, self.shift)
         self._check_padding(labels, inputs)
-        if not isinstance(self.loss, LinearKDLoss):
-            return parts_of(self.loss, *self._outputs(inputs), targets, num_items)
-        with headless(self.student), headless(self.teacher):
-            student, teacher = self._outputs(inputs)
-        heads = head_of(self.student), head_of(self.teacher)
-        return parts_of(self.loss, student, teacher, targets, num_items, heads)
+        return parts_of(self.loss, *self._sides(inputs), targets, num_items)
 
     def train(self, mode: bool = True) -> StudentTeacherLoss:
         """Set the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def _sides(self, inputs: dict[str, Any]) -> tuple[Side, Side]:
+        """Return the logits of student and teacher, or with `heads` a Head of each."""
+        if self._scales is None:
+            return self._outputs(inputs)
+        with headless(self.student), headless(self.teacher):
+            outputs = self._outputs(inputs)
+        models = self.student, self.teacher
+        student, teacher = map(side_of, models, outputs, self._scales)
+        return student, teacher
 
     def _outputs(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the logits of student and teacher, or their hidden states without the heads."""
@@ -110,18 +119,13 @@ class StudentTeacherLoss(nn.Module):
         return logits_of(self.student(**inputs)), teacher
 
 
-def _check(
-    student: nn.Module, teacher: nn.Module, loss: KDLoss | LinearKDLoss, shift: bool
-) -> None:
+def _check(student: nn.Module, teacher: nn.Module, loss: KDLoss, heads: bool, shift: bool) -> None:
     """Refuse models or a loss that do not fit together; raises as :class:`StudentTeacherLoss`."""
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(model).__name__}")
-    check_loss(loss, is_mean=False)
+    check_loss(loss, heads=heads, is_mean=False)
     check_models(student, teacher, shift=shift)
-    if isinstance(loss, LinearKDLoss):
-        check_head(student)
-        check_head(teacher)
 
 
 def _check_num_items(num_items: float | Tensor | None) -> None:

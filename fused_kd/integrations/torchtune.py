@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import kd_loss
 from ..checks import check_dense
+from ._common.arguments import named
 from ._common.labels import in_rows_of, mask_labels
 from ._common.parts import as_tensor
 
@@ -33,6 +34,7 @@ class _KLLoss(nn.Module):
         super().__init__()
         self.ignore_index = ignore_index
 
+    @named()
     def forward(
         self,
         student_logits: Tensor,  # (..., V)
@@ -173,6 +175,7 @@ class _ChunkedOutputLoss(nn.Module):
         self.ignore_index = loss.ignore_index
         self.loss = loss
 
+    @named()
     def forward(
         self,
         student_logits: Sequence[Tensor],  # (B, S_i, V) or (B·S_i, V) each

@@ -5,9 +5,9 @@
     trainer = Trainer(student, args, train_dataset=..., data_collator=...,
                       compute_loss_func=DistillationLoss(student, teacher, KDLoss(temperature=2.0)))
 
-or ``KDTrainer(student, args, teacher=teacher, loss=LinearKDLoss(temperature=2.0), ...)``, which
-also logs the hard and the soft part. `KDLoss` takes the logits of both models. `LinearKDLoss` takes
-their hidden states, and neither model makes logits during training.
+or ``KDTrainer(student, args, teacher=teacher, loss=KDLoss(temperature=2.0), ...)``, which also logs
+the hard and the soft part. The loss takes the logits of both models; with ``heads=True`` it takes
+their hidden states and lm_heads, and neither model makes logits during training.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import KDLossParts
-from ..modules import KDLoss, LinearKDLoss
+from ..modules import KDLoss
+from ..sides import Side
 from ._common.calls import Call, Calls
 from ._common.frameworks import need
-from ._common.heads import check_head, head_of, headless, is_left_out, leave_out_head
+from ._common.heads import headless, is_left_out, leave_out_head, scale_of, side_of
 from ._common.labels import aligned
 from ._common.models import PaddingCheck, check_inputs, check_models
 from ._common.outputs import logits_in
@@ -58,46 +58,48 @@ class DistillationLoss:
     its batch is cut into micro-batches or spread over processes. The teacher is called with the
     student's inputs, without gradient, under the same autocast.
 
-    With a :class:`fused_kd.LinearKDLoss` the student's lm_head returns its input while the student
-    is in training mode; in evaluation the logits are made, and returned to the Trainer.
+    With `heads` the student's lm_head returns its input while the student is in training mode; in
+    evaluation the logits are made, and returned to the Trainer.
 
     Args:
         student: the model that the Trainer trains, before it is wrapped.
         teacher: a model of the same vocabulary in evaluation mode, on the student's device.
-        loss: KDLoss or LinearKDLoss, with ``reduction="mean"``; its ``ignore_index`` must be -100,
-            the Trainer's.
+        loss: a KDLoss with ``reduction="mean"``; its ``ignore_index`` must be -100, the Trainer's.
+        heads: leave the lm_heads out and give the loss a :class:`fused_kd.Head` for each side, so
+            that neither model makes logits during training.
         shift: whether labels are those of the inputs, to be shifted to the next token. False:
             ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
             language models, classifiers, encoder-decoders).
 
     Raises:
-        TypeError: Student, teacher or loss are of another kind; with a LinearKDLoss an lm_head is
-            not a plain nn.Linear.
+        TypeError: Student, teacher or loss are of another kind; with `heads` an lm_head is not a
+            plain nn.Linear.
         ValueError: A model is not causal, if labels are shifted; the vocabularies differ; both
             models have the same parameter; a router's aux_loss would be lost; the teacher is in
-            training mode; with a LinearKDLoss logits are soft-capped or otherwise changed after
-            the lm_head, or the student has another such loss.
+            training mode; a keyword of the loss does not fit `heads`; with `heads` logits are
+            soft-capped or otherwise changed after the lm_head, or the student has another such
+            loss.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
-        loss: KDLoss | LinearKDLoss | None = None,
+        loss: KDLoss | None = None,
         *,
+        heads: bool = False,
         shift: bool = True,
     ) -> None:
         self.loss = KDLoss() if loss is None else loss
-        self.student, self.teacher, self.shift = student, teacher, shift
+        self.student, self.teacher, self.heads, self.shift = student, teacher, heads, shift
         self._check()
         self.training_parts = _Parts()
         self.evaluated: Tensor | None = None  # (2,): hard and soft loss of the last batch
         self.has_num_items = False  # whether the Trainer counted tokens for the last loss
         self._calls, self._check_padding = Calls(), PaddingCheck()
         self._undo: list[Callable[[], None]] = []
-        if isinstance(self.loss, LinearKDLoss):
-            check_head(student)
-            check_head(teacher)
+        if heads:
+            self._scales = scale_of(student), scale_of(teacher)
             self._undo.append(leave_out_head(student))
         self._undo += self._calls.listen(student)
 
@@ -125,7 +127,8 @@ class DistillationLoss:
         targets = self._targets(labels, inputs)
         self._check_padding(labels, inputs)
         with call.again(logits.device):
-            parts = self._parts(logits, call, inputs, targets, num_items_in_batch)
+            sides = self._sides(logits, call, inputs)
+            parts = parts_of(self.loss, *sides, targets, num_items_in_batch)
         both = torch.stack([parts.hard, parts.soft])
         if self.student.training:
             self.training_parts.add(both)
@@ -138,29 +141,27 @@ class DistillationLoss:
         while self._undo:
             self._undo.pop()()
 
-    # ------------------------------------------------------------------------------ the parts
+    # ------------------------------------------------------------------------------ the sides
 
-    def _parts(
+    def _sides(
         self,
         student: Tensor,  # (B, S, V) logits, or (B, S, H) if the call was headless
         call: Call,
         inputs: dict[str, Any],
-        labels: Tensor,
-        num_items: Tensor | int | None,
-    ) -> KDLossParts:
-        """Return the loss and its parts; call the teacher as the student was called."""
-        is_linear = isinstance(self.loss, LinearKDLoss)
-        if not is_linear and call.is_headless and is_left_out(self.student):
+    ) -> tuple[Side, Side]:
+        """Return what the loss takes; call the teacher as the student was called."""
+        if not self.heads and call.is_headless and is_left_out(self.student):
             raise ValueError(
-                "student's lm_head is bypassed by another DistillationLoss, with a LinearKDLoss, "
-                "so it returned hidden states: call remove() on that loss first (loss.remove())"
+                "student's lm_head is bypassed by another DistillationLoss, with heads=True, so it "
+                "returned hidden states: call remove() on that loss first (loss.remove())"
             )
-        if not (is_linear and call.is_headless):
-            return parts_of(self.loss, student, self._run_teacher(inputs), labels, num_items)
+        if not (self.heads and call.is_headless):
+            return student, self._run_teacher(inputs)
         with headless(self.teacher):
             teacher = self._run_teacher(inputs)
-        heads = head_of(self.student), head_of(self.teacher)
-        return parts_of(self.loss, student, teacher, labels, num_items, heads)
+        scale, teacher_scale = self._scales
+        student_side = side_of(self.student, student, scale)
+        return student_side, side_of(self.teacher, teacher, teacher_scale)
 
     def _run_teacher(self, inputs: dict[str, Any]) -> Tensor:
         """Return the teacher's logits for the student's inputs; its hidden states if headless."""
@@ -195,7 +196,7 @@ class DistillationLoss:
                     f"{name} must be a model of transformers; got "
                     f"{'None' if model is None else type(model).__name__}"
                 )
-        check_loss(self.loss, is_mean=True)
+        check_loss(self.loss, heads=self.heads, is_mean=True)
         check_models(self.student, self.teacher, shift=self.shift)
         self._check_mode_of_teacher()
 
@@ -214,7 +215,8 @@ class KDTrainer(Trainer):  # type: ignore[misc]
     Args:
         arguments: those of transformers.Trainer, except ``compute_loss_func``.
         teacher: see :class:`DistillationLoss`; moved to the student's device.
-        loss: KDLoss or LinearKDLoss.
+        loss: see :class:`DistillationLoss`.
+        heads: see :class:`DistillationLoss`.
         shift: see :class:`DistillationLoss`.
         keywords: those of transformers.Trainer, as above.
 
@@ -227,7 +229,8 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         self,
         *arguments: Any,
         teacher: nn.Module,
-        loss: KDLoss | LinearKDLoss | None = None,
+        loss: KDLoss | None = None,
+        heads: bool = False,
         shift: bool = True,
         **keywords: Any,
     ) -> None:
@@ -246,8 +249,7 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
                 "label_smoothing_factor must be 0, since Trainer's own loss is not used here; got "
-                f"{self.args.label_smoothing_factor}: pass loss=KDLoss(label_smoothing=...), or "
-                "LinearKDLoss"
+                f"{self.args.label_smoothing_factor}: pass loss=KDLoss(label_smoothing=...)"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -257,7 +259,9 @@ class KDTrainer(Trainer):  # type: ignore[misc]
             )
         if isinstance(teacher, nn.Module) and self.place_model_on_device:
             teacher.to(self.args.device)
-        self.compute_loss_func = DistillationLoss(self.model, teacher, loss, shift=shift)
+        self.compute_loss_func = DistillationLoss(
+            self.model, teacher, loss, heads=heads, shift=shift
+        )
         self._loss_shifts_labels = shift  # whether Trainer's count leaves out each row's first
         log_parts(self)
 

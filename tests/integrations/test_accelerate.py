@@ -18,7 +18,7 @@ Accelerator = need("accelerate").Accelerator
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations.loop import (  # noqa: E402
     divide_gradients,
     global_num_items,
@@ -31,9 +31,9 @@ RATE = 0.1
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def _distilled(linear: bool = True) -> StudentTeacherLoss:
-    loss = (LinearKDLoss if linear else KDLoss)(temperature=2.0)
-    return StudentTeacherLoss(tiny.llama(0).train(), tiny.llama(1), loss)
+def _distilled(heads: bool = True) -> StudentTeacherLoss:
+    models = tiny.llama(0).train(), tiny.llama(1)
+    return StudentTeacherLoss(*models, KDLoss(temperature=2.0), heads=heads)
 
 
 def _loader(rows: int) -> DataLoader[Any]:
@@ -51,18 +51,18 @@ def _plain_loop(model: StudentTeacherLoss, rows: int) -> nn.Module:
     return model.student
 
 
-def _prepared(linear: bool, rows: int, **options: Any) -> tuple[Any, Any, Any, Any]:
+def _prepared(heads: bool, rows: int, **options: Any) -> tuple[Any, Any, Any, Any]:
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    accelerator, model = Accelerator(cpu=True, **options), _distilled(linear)
+    accelerator, model = Accelerator(cpu=True, **options), _distilled(heads)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=RATE)
     return accelerator, *accelerator.prepare(model, optimizer, _loader(rows))
 
 
-def _divided_at_the_end(linear: bool, rows: int, micro_batches: int) -> nn.Module:
+def _divided_at_the_end(heads: bool, rows: int, micro_batches: int) -> nn.Module:
     """``accumulate()``, sums, one division where the gradients are complete."""
     accelerator, model, optimizer, loader = _prepared(
-        linear, rows, gradient_accumulation_steps=micro_batches
+        heads, rows, gradient_accumulation_steps=micro_batches
     )
     seen = []
     for batch in loader:
@@ -79,9 +79,9 @@ def _divided_at_the_end(linear: bool, rows: int, micro_batches: int) -> nn.Modul
     return student
 
 
-def _counted_first(linear: bool, rows: int, micro_batches: int) -> nn.Module:
+def _counted_first(heads: bool, rows: int, micro_batches: int) -> nn.Module:
     """Whole updates in hand; without ``accumulate()``, which cannot know where one ends."""
-    accelerator, model, optimizer, loader = _prepared(linear, rows)
+    accelerator, model, optimizer, loader = _prepared(heads, rows)
     batches = list(loader)
     for start in range(0, len(batches), micro_batches):
         update = batches[start : start + micro_batches]
@@ -106,12 +106,12 @@ LOOPS: list[Loop] = [_divided_at_the_end, _counted_first]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("linear", [False, True])
-def test_the_update_does_not_depend_on_the_accumulation(loop: Loop, linear: bool) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_the_update_does_not_depend_on_the_accumulation(loop: Loop, heads: bool) -> None:
     """P50. The last update has 2 rows."""
-    want = _plain_loop(_distilled(linear), 4)
-    _close(loop(linear, 4, 1), want)
-    _close(loop(linear, 1, 4), want)
+    want = _plain_loop(_distilled(heads), 4)
+    _close(loop(heads, 4, 1), want)
+    _close(loop(heads, 1, 4), want)
 
 
 def _on_two_ranks(loop: Loop) -> None:
@@ -158,7 +158,7 @@ def test_the_logits_are_not_converted() -> None:
         loss: Tensor = alone.loss(logits, taught, labels)
         return loss
 
-    whole, alone = _distilled(linear=False), _distilled(linear=False)
+    whole, alone = _distilled(heads=False), _distilled(heads=False)
     inside = peak(accelerator.prepare(whole), lambda m: m(**{**inputs, "labels": labels}))
     outside = peak(accelerator.prepare(alone.student), apart)
     converted = 4 * labels.numel() * tiny.VOCABULARY

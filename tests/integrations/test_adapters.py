@@ -21,7 +21,7 @@ need("transformers")
 need("trl")
 import transformers  # noqa: E402
 
-from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations import (  # noqa: E402
     automodel,
     axolotl,
@@ -201,18 +201,20 @@ def test_beta_weighs_the_teacher_P09(beta: float) -> None:
         torch.testing.assert_close(loss(s, t, y), want.mean())
 
 
-def hugging_face(student: nn.Module, teacher: nn.Module, loss: Any, batch: Any) -> list[Tensor]:
+def hugging_face(
+    student: nn.Module, teacher: nn.Module, batch: Any, heads: bool, **options: Any
+) -> list[Tensor]:
     """The loss of a batch by the adapters that shift its labels."""
-    batch = dict(batch)
-    with_trainer = DistillationLoss(student.train(), teacher, loss)
+    batch, loss = dict(batch), KDLoss(**options)
+    with_trainer = DistillationLoss(student.train(), teacher, loss, heads=heads)
     labels = batch.pop("labels")
     found = with_trainer(student(**batch), labels)
     with_trainer.remove()
-    return [found, StudentTeacherLoss(student, teacher, loss)(labels=labels, **batch)]
+    return [found, StudentTeacherLoss(student, teacher, loss, heads=heads)(labels=labels, **batch)]
 
 
-@pytest.mark.parametrize("loss", [KDLoss(), LinearKDLoss()], ids=["logits", "linear"])
-def test_each_token_learns_the_next_one(loss: Any) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_each_token_learns_the_next_one(heads: bool) -> None:
     """The shift, by hand; and what stands first is nobody's label."""
     student, teacher = tiny.llama(0), tiny.llama(1)
     batch = tiny.padded(tiny.ragged(3))
@@ -226,7 +228,7 @@ def test_each_token_learns_the_next_one(loss: Any) -> None:
     hard = -p.gather(-1, labels[labels != -100][:, None]).mean()
     want = 0.5 * hard + 0.5 * (q.exp() * (q - p)).sum(-1).mean()
     for given in (batch, changed):
-        for found in hugging_face(student, teacher, loss, given):
+        for found in hugging_face(student, teacher, given, heads):
             torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
 
 
@@ -238,15 +240,15 @@ def test_a_soft_cap_is_never_dropped_P04() -> None:
         for cap in (0.5, None) for seed in (0, 1)
     ]  # fmt: skip
     batch = tiny.padded(tiny.ragged(3))
-    capped, free = (hugging_face(*pair, KDLoss(), batch) for pair in (made[:2], made[2:]))
+    capped, free = (hugging_face(*pair, batch, heads=False) for pair in (made[:2], made[2:]))
     for a, b in zip(capped, free, strict=True):
-        assert abs(a - b) > 0.1  # the logits level sees it
-    for a, b in zip(hugging_face(*made[2:], LinearKDLoss(), batch), free, strict=True):
+        assert abs(a - b) > 0.1  # logits are capped
+    for a, b in zip(hugging_face(*made[2:], batch, heads=True), free, strict=True):
         torch.testing.assert_close(a, b)
     for student, teacher in ((made[0], made[3]), (made[2], made[1])):
         for kind in (DistillationLoss, StudentTeacherLoss):
             with pytest.raises(ValueError, match="soft-capping"):
-                kind(student, teacher, LinearKDLoss())
+                kind(student, teacher, heads=True)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.25, 0.0), (0.5, 0.5)])
@@ -262,9 +264,9 @@ def test_the_hard_term_has_its_gradient_P02(weights: tuple[float, float]) -> Non
     torch.testing.assert_close(value_and_gradient(on_logits(loss), s, t, y)[1], want)
     student, teacher = tiny.llama(0), tiny.llama(1)
     batch = tiny.padded(tiny.ragged(3))
-    for kind in (KDLoss, LinearKDLoss):
-        chosen = kind(hard_weight=hard, soft_weight=0.0)
-        for found in hugging_face(student, teacher, chosen, batch):
+    weighted = {"hard_weight": hard, "soft_weight": 0.0}
+    for heads in (False, True):
+        for found in hugging_face(student, teacher, batch, heads, **weighted):
             got = torch.autograd.grad(found, student.lm_head.weight)[0]
             own = hard * student(**batch).loss
             torch.testing.assert_close(

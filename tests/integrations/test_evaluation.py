@@ -18,27 +18,27 @@ need("trl")
 pl = need("lightning").pytorch
 from trl_training import build, conversations, settings, tokenizer  # noqa: E402
 
-from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations.lightning import KDModule  # noqa: E402
 from fused_kd.integrations.transformers import KDTrainer  # noqa: E402
 from fused_kd.integrations.trl import use_fused_kd  # noqa: E402
 
-LOSSES = {"logits": KDLoss(temperature=2.0), "linear": LinearKDLoss(temperature=2.0)}
+LOSS = KDLoss(temperature=2.0)
 STILL = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 4,
          "per_device_eval_batch_size": 4}  # fmt: skip
 
 
-def _of_trainer(level: str, folder: Path) -> tuple[float, float]:
+def _of_trainer(heads: bool, folder: Path) -> tuple[float, float]:
     arguments = transformers.TrainingArguments(**settings(folder, **STILL))
     rows = tiny.ragged(4)
     trainer = KDTrainer(
-        tiny.llama(0), arguments, teacher=tiny.llama(1), loss=LOSSES[level], train_dataset=rows,
-        eval_dataset=rows, data_collator=tiny.padded,
+        tiny.llama(0), arguments, teacher=tiny.llama(1), loss=LOSS, heads=heads,
+        train_dataset=rows, eval_dataset=rows, data_collator=tiny.padded,
     )  # fmt: skip
     return _numbers(trainer)
 
 
-def _of_gkd(level: str, folder: Path) -> tuple[float, float]:
+def _of_gkd(heads: bool, folder: Path) -> tuple[float, float]:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     trainer = GKDTrainer(
@@ -46,7 +46,7 @@ def _of_gkd(level: str, folder: Path) -> tuple[float, float]:
         args=GKDConfig(**settings(folder, **STILL, lmbda=0.0, max_length=32)),
         train_dataset=conversations(4), eval_dataset=conversations(4), processing_class=tokenizer(),
     )  # fmt: skip
-    return _numbers(use_fused_kd(trainer, level=level))
+    return _numbers(use_fused_kd(trainer, heads=heads))
 
 
 def _numbers(trainer: Any) -> tuple[float, float]:
@@ -55,9 +55,9 @@ def _numbers(trainer: Any) -> tuple[float, float]:
     return trained, trainer.evaluate()["eval_loss"]
 
 
-def _of_lightning(level: str, folder: Path) -> tuple[float, float]:
+def _of_lightning(heads: bool, folder: Path) -> tuple[float, float]:
     optimizer = partial(torch.optim.SGD, lr=0.0)
-    module = KDModule(tiny.llama(0), tiny.llama(1), LOSSES[level], optimizer=optimizer)
+    module = KDModule(tiny.llama(0), tiny.llama(1), LOSS, optimizer=optimizer, heads=heads)
     loader = DataLoader(tiny.ragged(4), batch_size=4, collate_fn=tiny.padded)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
@@ -72,9 +72,9 @@ WAYS = {"Trainer": _of_trainer, "Lightning": _of_lightning, "GKDTrainer": _of_gk
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, few batches
-@pytest.mark.parametrize("level", LOSSES)
+@pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_number_in_evaluation_N_30(way: str, level: str, tmp_path: Path) -> None:
-    trained, evaluated = WAYS[way](level, tmp_path)
+def test_the_same_number_in_evaluation_N_30(way: str, heads: bool, tmp_path: Path) -> None:
+    trained, evaluated = WAYS[way](heads, tmp_path)
     assert trained > 0.01
     assert evaluated == pytest.approx(trained, rel=1e-5)

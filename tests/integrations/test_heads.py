@@ -39,7 +39,7 @@ def test_the_head_left_out_and_applied_again_gives_the_logits(
     kind: str, changes: dict[str, object]
 ) -> None:
     model = _model(kind, **changes)
-    heads.check_head(model)
+    heads.scale_of(model)
     logits = model(input_ids=IDS).logits
     with heads.headless(model):
         hidden = model(input_ids=IDS).logits
@@ -54,8 +54,8 @@ def test_a_soft_capped_head_is_refused_also_where_the_logits_are_small(dtype: to
     model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
     with torch.no_grad():
         heads.head_of(model).weight.mul_(1e-3)
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes its logits.*KDLoss"):
-        heads.check_head(model)
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes its logits.*heads=False"):
+        heads.scale_of(model)
     assert "forward" not in heads.head_of(model).__dict__
 
 
@@ -97,21 +97,29 @@ class _Changed(nn.Module):
 )  # fmt: skip
 def test_whatever_is_no_factor_is_refused(change: object) -> None:
     with pytest.raises(ValueError, match="changes its logits"):
-        heads.check_head(_Changed(change))
+        heads.scale_of(_Changed(change))
 
 
-def test_a_scaled_bias_is_refused_and_a_plain_one_is_not() -> None:
-    with pytest.raises(ValueError, match=r"bias included, by 0\.5"):
-        heads.check_head(_Changed(lambda x: 0.5 * x, bias=True))
-    heads.check_head(_Changed(lambda x: x, bias=True))
-    heads.check_head(_Changed(lambda x: 0.5 * x))
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_bias_is_scaled_with_the_product(scale: float) -> None:
+    model = _Changed(lambda x: scale * x, bias=True)
+    logits = model(IDS).logits
+    with heads.headless(model):
+        hidden = model(IDS).logits
+    side = heads.side_of(model, hidden, heads.scale_of(model))
+    assert side.scale == 1.0  # the hidden states have it
+    torch.testing.assert_close(nn.functional.linear(*side[:3]), logits)
+    weights = list(model.head.parameters())
+    want = torch.autograd.grad(logits.square().sum(), weights)
+    got = torch.autograd.grad(nn.functional.linear(*side[:3]).square().sum(), weights)
+    torch.testing.assert_close(got, want)
 
 
 def test_training_mode_survives_the_probe() -> None:
     model = tiny.llama(0).train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    heads.check_head(model)
+    heads.scale_of(model)
     assert [module.training for module in model.modules()] == before
 
 
@@ -123,7 +131,9 @@ class _Adapted(nn.Linear):
 def test_a_head_that_does_more_is_refused_by_name() -> None:
     model = tiny.llama(0)
     model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
-    with pytest.raises(TypeError, match=r"plain nn.Linear; found a test_heads\._Adapted.*KDLoss"):
+    with pytest.raises(
+        TypeError, match=r"plain nn.Linear; found a test_heads\._Adapted.*heads=False"
+    ):
         heads.head_of(model)
     with pytest.raises(TypeError, match="found none"):
         heads.head_of(nn.Linear(2, 2))

@@ -20,26 +20,26 @@ pl = need("lightning").pytorch
 from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from lightning.pytorch.strategies.launchers import multiprocessing as launchers  # noqa: E402
 
-from fused_kd import KDLoss, KDLossParts, LinearKDLoss  # noqa: E402
+from fused_kd import Head, KDLoss, KDLossParts  # noqa: E402
 from fused_kd.integrations.lightning import KDModule, TeacherCallback  # noqa: E402
 from fused_kd.integrations.loop import head_of, headless, shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 
 RATE = 0.1
 SGD = partial(torch.optim.SGD, lr=RATE)
-LOSSES = [KDLoss(temperature=2.0), LinearKDLoss(temperature=2.0)]
+LOSS = KDLoss(temperature=2.0)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, few batches
 
 
-@pytest.fixture(params=LOSSES, ids=lambda loss: type(loss).__name__)
-def loss(request: pytest.FixtureRequest) -> nn.Module:
-    return deepcopy(request.param)
+@pytest.fixture(params=[False, True])
+def heads(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
-def _module(loss: nn.Module, **changes: Any) -> KDModule:
-    return KDModule(tiny.llama(0, **changes), tiny.llama(1), loss, optimizer=SGD)
+def _module(heads: bool = False, loss: KDLoss = LOSS) -> KDModule:
+    return KDModule(tiny.llama(0), tiny.llama(1), deepcopy(loss), optimizer=SGD, heads=heads)
 
 
 def _loader(rows: int, seed: int = 0) -> DataLoader[Any]:
@@ -66,9 +66,9 @@ class _Seen(pl.Callback):
             self.steps.append({k: v.item() for k, v in trainer.callback_metrics.items()})
 
 
-def _plain_loop(loss: nn.Module, rows: int, epochs: int = 1) -> tuple[nn.Module, list[float]]:
+def _plain_loop(heads: bool, rows: int, epochs: int = 1) -> tuple[nn.Module, list[float]]:
     """No framework, whole batches."""
-    model = StudentTeacherLoss(tiny.llama(0).train(), tiny.llama(1), loss)
+    model = StudentTeacherLoss(tiny.llama(0).train(), tiny.llama(1), LOSS, heads=heads)
     optimizer = SGD(model.student.parameters())
     losses = []
     for batch in [*_loader(rows)] * epochs:
@@ -87,12 +87,12 @@ def _close(first: nn.Module, second: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_same_weights_as_a_plain_loop(loss: nn.Module, accumulate: int, tmp_path: Path) -> None:
+def test_the_same_weights_as_a_plain_loop(heads: bool, accumulate: int, tmp_path: Path) -> None:
     """P50: 4 ragged micro-batches of one row are one batch of four."""
-    module, seen = _module(loss), _Seen()
+    module, seen = _module(heads), _Seen()
     trainer = _trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=[seen])
     trainer.fit(module, _loader(4 // accumulate))
-    student, losses = _plain_loop(loss, 4)
+    student, losses = _plain_loop(heads, 4)
     _close(module.student, student)
     assert [step["train_loss"] for step in seen.steps] == pytest.approx(losses, rel=1e-5)
     for step in seen.steps:
@@ -101,11 +101,11 @@ def test_the_same_weights_as_a_plain_loop(loss: nn.Module, accumulate: int, tmp_
 
 
 def test_the_last_update_of_an_epoch_may_have_fewer_micro_batches(tmp_path: Path) -> None:
-    module = _module(KDLoss())
+    module = _module()
     trainer = _trainer(tmp_path, accumulate_grad_batches=6)  # 16 rows: 6, 6, 4
     trainer.fit(module, _loader(1))
     assert trainer.global_step == 3
-    _close(module.student, _plain_loop(KDLoss(), 6)[0])
+    _close(module.student, _plain_loop(False, 6)[0])
 
 
 def test_gradients_are_clipped_after_they_are_divided(tmp_path: Path) -> None:
@@ -118,31 +118,31 @@ def test_gradients_are_clipped_after_they_are_divided(tmp_path: Path) -> None:
                 norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
 
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01, "callbacks": [Norm()]}
-    _trainer(tmp_path, **options).fit(_module(KDLoss()), _loader(2))
+    _trainer(tmp_path, **options).fit(_module(), _loader(2))
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
     assert len(norms) >= 3
 
 
-def test_a_checkpoint_has_no_teacher_and_is_resumed_from(loss: nn.Module, tmp_path: Path) -> None:
-    whole = _module(loss)
+def test_a_checkpoint_has_no_teacher_and_is_resumed_from(heads: bool, tmp_path: Path) -> None:
+    whole = _module(heads)
     _trainer(tmp_path, max_epochs=2).fit(whole, _loader(4))
-    half, path = _module(loss), tmp_path / "half.ckpt"
+    half, path = _module(heads), tmp_path / "half.ckpt"
     trainer = _trainer(tmp_path)
     trainer.fit(half, _loader(4))
     trainer.save_checkpoint(path)
     kept = torch.load(path, weights_only=False)["state_dict"]
     assert kept.keys() == {f"student.{name}" for name in half.student.state_dict()}
-    again = _module(loss)
+    again = _module(heads)
     _trainer(tmp_path, max_epochs=2).fit(again, _loader(4), ckpt_path=path)
     _close(again.student, whole.student)
     loaded = KDModule.load_from_checkpoint(
-        path, student=tiny.llama(2), teacher=tiny.llama(1), loss=loss, optimizer=SGD
+        path, student=tiny.llama(2), teacher=tiny.llama(1), loss=LOSS, optimizer=SGD, heads=heads
     )
     _close(loaded.student, half.student)
 
 
-def test_validation_is_a_mean_over_all_tokens(loss: nn.Module, tmp_path: Path) -> None:
-    module = _module(loss)
+def test_validation_is_a_mean_over_all_tokens(heads: bool, tmp_path: Path) -> None:
+    module = _module(heads)
     teacher = deepcopy(module.teacher)
     trainer = _trainer(tmp_path)
     trainer.fit(module, _loader(4), _loader(3, seed=1))
@@ -156,8 +156,8 @@ def test_validation_is_a_mean_over_all_tokens(loss: nn.Module, tmp_path: Path) -
     _close(module.teacher, teacher)
 
 
-def test_every_loader_of_several_has_its_means(loss: nn.Module, tmp_path: Path) -> None:
-    module, trainer = _module(loss), _trainer(tmp_path)
+def test_every_loader_of_several_has_its_means(heads: bool, tmp_path: Path) -> None:
+    module, trainer = _module(heads), _trainer(tmp_path)
     loaders = [_loader(3, seed=1), _loader(5, seed=2)]
     trainer.fit(module, _loader(4), loaders)
     got = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
@@ -173,7 +173,7 @@ def test_every_loader_of_several_has_its_means(loss: nn.Module, tmp_path: Path) 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_an_interrupted_evaluation_leaves_nothing(stage: str, tmp_path: Path) -> None:
-    module = _module(KDLoss())
+    module = _module()
     run = partial(getattr(_trainer(tmp_path), stage), module, verbose=False)
     second_is_broken = DataLoader([*tiny.ragged(4), None], batch_size=4, collate_fn=tiny.padded)
     with pytest.raises(TypeError, match="NoneType"):
@@ -194,7 +194,7 @@ class _Empty(IterableDataset[Any]):
 def test_a_stream_that_yields_nothing_has_means_of_0(stage: str, tmp_path: Path) -> None:
     trainer = _trainer(tmp_path)
     loaders = [_loader(4), DataLoader(_Empty())]
-    getattr(trainer, stage)(_module(KDLoss()), loaders, verbose=False)
+    getattr(trainer, stage)(_module(), loaders, verbose=False)
     of_loaders: dict[str, list[float]] = {"0": [], "1": []}
     for name, mean in trainer.callback_metrics.items():
         of_loaders[name[-1]].append(mean.item())
@@ -211,10 +211,10 @@ def _mean_of_all(module: KDModule, loader: DataLoader[Any]) -> dict[str, float]:
     return {f"val_{name}": getattr(parts, name).item() for name in KDLossParts._fields}
 
 
-def test_mixed_precision(loss: nn.Module, tmp_path: Path) -> None:
-    module = _module(loss)
+def test_mixed_precision(heads: bool, tmp_path: Path) -> None:
+    module = _module(heads)
     _trainer(tmp_path, precision="bf16-mixed", accumulate_grad_batches=2).fit(module, _loader(2))
-    plain, _ = _plain_loop(loss, 4)
+    plain, _ = _plain_loop(heads, 4)
     start = tiny.llama(0)
     moved = tiny.largest_difference(plain, start)
     assert 0 < tiny.largest_difference(module.student, plain) < 0.1 * moved
@@ -237,12 +237,11 @@ class _Spawned(DDPStrategy):  # type: ignore[misc]
 @pytest.mark.slow
 def test_two_devices(tmp_path: Path) -> None:
     """Two processes with 8 micro-batches of one row each, in whatever order: one batch of 16."""
-    loss = LOSSES[1]
-    module = _module(loss)
+    module = _module(heads=True)
     strategy = _Spawned(start_method="spawn")
     options = {"devices": 2, "strategy": strategy, "accumulate_grad_batches": 8}
     _trainer(tmp_path, max_epochs=2, **options).fit(module, _loader(1))
-    _close(module.student, _plain_loop(loss, 16, epochs=2)[0])
+    _close(module.student, _plain_loop(True, 16, epochs=2)[0])
 
 
 class _Own(pl.LightningModule):  # type: ignore[misc]
@@ -264,23 +263,23 @@ class _Own(pl.LightningModule):  # type: ignore[misc]
 
 def _logits_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits = student(batch["input_ids"], batch["attention_mask"]).logits
-    return LOSSES[0](logits, batch["teacher_logits"], shifted(batch["labels"]))
+    return LOSS(logits, batch["teacher"], shifted(batch["labels"]))
 
 
-def _linear_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _heads_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with headless(student):
         hidden = student(batch["input_ids"], batch["attention_mask"]).logits
-    taught = batch["teacher_hidden"], batch["teacher_weight"]
-    return LOSSES[1](hidden, head_of(student).weight, *taught, shifted(batch["labels"]))
+    side = Head(hidden, head_of(student).weight)
+    assert isinstance(batch["teacher"], Head)
+    return LOSS(side, batch["teacher"], shifted(batch["labels"]))
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_a_teacher_beside_a_module_of_ones_own(linear: bool, tmp_path: Path) -> None:
-    module = _Own(_linear_step if linear else _logits_step)
-    teacher = TeacherCallback(tiny.llama(1).train(), linear=linear)
+def test_a_teacher_beside_a_module_of_ones_own(heads: bool, tmp_path: Path) -> None:
+    module = _Own(_heads_step if heads else _logits_step)
+    teacher = TeacherCallback(tiny.llama(1).train(), heads=heads)
     trainer = _trainer(tmp_path, callbacks=[teacher])
     trainer.fit(module, _loader(4), _loader(4, seed=1))
-    _close(module.student, _plain_loop(LOSSES[linear], 4)[0])
+    _close(module.student, _plain_loop(heads, 4)[0])
     assert trainer.callback_metrics["val_loss"] > 0
     assert not teacher.teacher.training
     path = tmp_path / "own.ckpt"
@@ -291,7 +290,7 @@ def test_a_teacher_beside_a_module_of_ones_own(linear: bool, tmp_path: Path) -> 
 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reduction='mean'.*got 'sum'"):
-        _module(KDLoss(reduction="sum"))
+        _module(loss=KDLoss(reduction="sum"))
     with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module; got NoneType"):
         KDModule(tiny.llama(0), None, optimizer=SGD)
     with pytest.raises(ValueError, match="vocab_size is 97 in the student and 101"):
@@ -302,4 +301,4 @@ def test_bad_input(tmp_path: Path) -> None:
         callback.on_train_batch_start(_trainer(tmp_path), None, batch, 0)
     data = DataLoader([row["input_ids"] for row in tiny.ragged(4)], batch_size=1)
     with pytest.raises(TypeError, match=r"a batch must be a dict with labels.*got Tensor"):
-        _trainer(tmp_path).fit(_module(KDLoss()), data)
+        _trainer(tmp_path).fit(_module(), data)

@@ -1,4 +1,4 @@
-"""PEFT: students and teachers with adapters, at both levels."""
+"""PEFT: students and teachers with adapters, of logits and of heads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from torch import Tensor, nn
 transformers = need("transformers")
 peft = need("peft")
 
-from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations.loop import head_of  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
-
-LEVELS = [KDLoss(), LinearKDLoss()]
 
 
 def _adapted(seed: int, **changes: Any) -> nn.Module:
@@ -38,14 +36,14 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["adapter", "adapter and head"])
-def test_both_levels_train_the_same_weights(saved: list[str] | None) -> None:
+def test_logits_and_heads_train_the_same_weights(saved: list[str] | None) -> None:
     student, teacher = (_adapted(seed, modules_to_save=saved) for seed in (0, 1))
     batch = tiny.padded(tiny.ragged(4))
     found = []
-    for loss in LEVELS:
+    for heads in (False, True):
         for adapter in (StudentTeacherLoss, DistillationLoss):
             mine = deepcopy(student).train()
-            attached = adapter(mine, deepcopy(teacher).eval(), loss)
+            attached = adapter(mine, deepcopy(teacher).eval(), heads=heads)
             given = dict(batch)
             if isinstance(attached, StudentTeacherLoss):
                 value = attached(**given)
@@ -61,8 +59,8 @@ def test_both_levels_train_the_same_weights(saved: list[str] | None) -> None:
     assert bool(trained) == bool(saved)
 
 
-@pytest.mark.parametrize("loss", LEVELS, ids=["logits", "linear"])
-def test_virtual_tokens_before_the_inputs_are_named(loss: Any) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_virtual_tokens_before_the_inputs_are_named(heads: bool) -> None:
     """Those of a prefix are in the cache: they have no logits."""
     batch = tiny.padded(tiny.ragged(2))
     rows = tuple(batch["labels"].shape)
@@ -77,9 +75,9 @@ def test_virtual_tokens_before_the_inputs_are_named(loss: Any) -> None:
             rf"student's logits .*\({rows[0]}, {rows[1]}\); got rows \(2, {rows[1] + 3}\): PEFT"
         )
         with pytest.raises(ValueError, match=message):
-            StudentTeacherLoss(tuned(kind), tiny.llama(1), loss)(**batch)
+            StudentTeacherLoss(tuned(kind), tiny.llama(1), heads=heads)(**batch)
     assert torch.isfinite(
-        StudentTeacherLoss(tuned(peft.PrefixTuningConfig), tiny.llama(1), loss)(**batch)
+        StudentTeacherLoss(tuned(peft.PrefixTuningConfig), tiny.llama(1), heads=heads)(**batch)
     )
 
 
@@ -127,14 +125,14 @@ def test_the_head_is_that_of_the_active_adapter() -> None:
     ],
 )
 def test_a_head_that_is_adapted_itself_is_refused(changes: dict[str, Any], kind: str) -> None:
-    with pytest.raises(TypeError, match=rf"plain nn\.Linear; found a peft\..*{kind}.*KDLoss"):
-        StudentTeacherLoss(_adapted(0, **changes), tiny.llama(1), LinearKDLoss())
+    with pytest.raises(TypeError, match=rf"plain nn\.Linear; found a peft\..*{kind}.*heads=False"):
+        StudentTeacherLoss(_adapted(0, **changes), tiny.llama(1), heads=True)
     StudentTeacherLoss(_adapted(0, **changes), tiny.llama(1), KDLoss())
 
 
 def test_a_hook_on_peft_s_wrapper_is_refused() -> None:
     student = _adapted(0, modules_to_save=["lm_head"])
-    model = StudentTeacherLoss(student, tiny.llama(1), LinearKDLoss())
+    model = StudentTeacherLoss(student, tiny.llama(1), heads=True)
     student.get_output_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(TypeError, match="found register_forward_hook on it"):
         model(**tiny.padded(tiny.ragged(2)))

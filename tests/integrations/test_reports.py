@@ -19,13 +19,12 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E
 from trl import DistillationConfig, DistillationTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
-from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations.loop import shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 from fused_kd.integrations.trl import generalized_jsd_loss, use_fused_kd  # noqa: E402
 
-LOSSES = [KDLoss(), LinearKDLoss()]
 #: Of an update: as one batch, and as four micro-batches.
 CUTS = ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})  # fmt: skip
@@ -35,8 +34,8 @@ def logged(trainer: Any, key: str) -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
-@pytest.mark.parametrize("level", ["logits", "linear"])
-def test_accumulation_in_trl_changes_no_norm_N_17(tmp_path: Path, level: str) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_accumulation_in_trl_changes_no_norm_N_17(tmp_path: Path, heads: bool) -> None:
     """ms-swift#6663: since 0.24 TRL passes num_items_in_batch; loss and gradient norm grew by 4."""
     seen = []
     for cut in CUTS:
@@ -45,7 +44,7 @@ def test_accumulation_in_trl_changes_no_norm_N_17(tmp_path: Path, level: str) ->
             args=GKDConfig(**settings(tmp_path, lmbda=0.0, max_length=32, **cut)),
             train_dataset=conversations(), processing_class=tokenizer(),
         )  # fmt: skip
-        use_fused_kd(trainer, level=level).train()
+        use_fused_kd(trainer, heads=heads).train()
         seen.append([logged(trainer, key) for key in ("loss", "grad_norm")])
     for whole, parts in zip(*seen, strict=True):
         assert len(whole) == 3
@@ -71,8 +70,8 @@ class NoKeywords(LlamaForCausalLM):  # type: ignore[misc]
         return super().forward(input_ids, attention_mask, labels=labels, use_cache=use_cache)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=["logits", "linear"])
-def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, loss: Any) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, heads: bool) -> None:
     """transformers#37766: num_items_in_batch was dropped, and the loss grew by the accumulation."""
     from transformers import LlamaConfig
 
@@ -83,7 +82,7 @@ def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, loss: Any) 
             student,
             TrainingArguments(**settings(tmp_path, max_steps=1, max_grad_norm=0.0, **cut)),
             train_dataset=tiny.ragged(), data_collator=tiny.padded,
-            compute_loss_func=DistillationLoss(student, teacher, loss),
+            compute_loss_func=DistillationLoss(student, teacher, heads=heads),
         )  # fmt: skip
         assert not trainer.model_accepts_loss_kwargs
         trainer.train()
@@ -104,31 +103,30 @@ def pair(rolled: bool) -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
-def of_trainer(loss: Any, folder: Path, *models: nn.Module) -> float:
+def of_trainer(heads: bool, folder: Path, *models: nn.Module) -> float:
     student, teacher = models
     batch = tiny.padded(tiny.ragged(3))
     labels = batch.pop("labels")
-    compute = DistillationLoss(student.train(), teacher, loss)
+    compute = DistillationLoss(student.train(), teacher, heads=heads)
     compute(student(**batch), labels)
     assert compute.training_parts.sums is not None
     return compute.training_parts.sums[1].item()
 
 
-def of_module(loss: Any, folder: Path, *models: nn.Module) -> float:
-    return StudentTeacherLoss(*models, loss).parts(**tiny.padded(tiny.ragged(3))).soft.item()
+def of_module(heads: bool, folder: Path, *models: nn.Module) -> float:
+    return StudentTeacherLoss(*models, heads=heads).parts(**tiny.padded(tiny.ragged(3))).soft.item()
 
 
-def of_gkd(loss: Any, folder: Path, *models: nn.Module) -> float:
+def of_gkd(heads: bool, folder: Path, *models: nn.Module) -> float:
     data = conversations(4)
     trainer = GKDTrainer(
         *models, args=GKDConfig(**settings(folder, lmbda=0.0, max_length=32)), train_dataset=data,
         eval_dataset=data, processing_class=tokenizer(),
     )  # fmt: skip
-    level = "linear" if isinstance(loss, LinearKDLoss) else "logits"
-    return use_fused_kd(trainer, level=level).evaluate()["eval_loss"]  # type: ignore[no-any-return]
+    return use_fused_kd(trainer, heads=heads).evaluate()["eval_loss"]  # type: ignore[no-any-return]
 
 
-def of_distillation(loss: Any, folder: Path, *models: nn.Module) -> float:
+def of_distillation(heads: bool, folder: Path, *models: nn.Module) -> float:
     trainer = DistillationTrainer(
         *models, args=DistillationConfig(**settings(folder, max_completion_length=6)),
         train_dataset=prompts(4), eval_dataset=prompts(4), processing_class=tokenizer(),
@@ -136,7 +134,7 @@ def of_distillation(loss: Any, folder: Path, *models: nn.Module) -> float:
     return use_fused_kd(trainer).evaluate()["eval_loss"]  # type: ignore[no-any-return]
 
 
-def of_lightning(loss: Any, folder: Path, *models: nn.Module) -> float:
+def of_lightning(heads: bool, folder: Path, *models: nn.Module) -> float:
     """Return the loss by the callback; KDModule is a StudentTeacherLoss."""
     pl = need("lightning").pytorch
     from fused_kd.integrations.lightning import TeacherCallback
@@ -148,7 +146,7 @@ def of_lightning(loss: Any, folder: Path, *models: nn.Module) -> float:
 
         def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
             student = self.student(batch["input_ids"], batch["attention_mask"]).logits
-            self.log("soft", soft(student, batch["teacher_logits"], shifted(batch["labels"])))
+            self.log("soft", soft(student, batch["teacher"], shifted(batch["labels"])))
 
     soft = KDLoss(hard_weight=0.0, soft_weight=1.0)
     trainer = pl.Trainer(
@@ -160,7 +158,7 @@ def of_lightning(loss: Any, folder: Path, *models: nn.Module) -> float:
     return trainer.validate(Own(), loader, verbose=False)[0]["soft"]  # type: ignore[no-any-return]
 
 
-def of_model_optimizer(loss: Any, folder: Path, *models: nn.Module) -> float:
+def of_model_optimizer(heads: bool, folder: Path, *models: nn.Module) -> float:
     need("modelopt")
     import modelopt.torch.distill as mtd
 
@@ -174,15 +172,15 @@ def of_model_optimizer(loss: Any, folder: Path, *models: nn.Module) -> float:
     return model.compute_kd_loss().item()  # type: ignore[no-any-return]
 
 
-BOTH_LEVELS = [(of, loss) for of in (of_trainer, of_module, of_gkd) for loss in LOSSES]
-ONE_LEVEL = [(of, KDLoss()) for of in (of_distillation, of_lightning, of_model_optimizer)]
+BOTH = [(of, heads) for of in (of_trainer, of_module, of_gkd) for heads in (False, True)]
+ALONE = [(of, False) for of in (of_distillation, of_lightning, of_model_optimizer)]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("adapter", "loss"), [*BOTH_LEVELS, *ONE_LEVEL])
+@pytest.mark.parametrize(("adapter", "heads"), [*BOTH, *ALONE])
 def test_a_teacher_that_is_one_token_off_is_seen_N_23(
-    tmp_path: Path, adapter: Any, loss: Any
+    tmp_path: Path, adapter: Any, heads: bool
 ) -> None:
     """RLCSD#6, Model-Optimizer#1191: logits shifted twice, or by a micro-batch's length."""
-    assert abs(adapter(loss, tmp_path, *pair(rolled=False))) < 1e-5
-    assert adapter(loss, tmp_path, *pair(rolled=True)) > 0.05
+    assert abs(adapter(heads, tmp_path, *pair(rolled=False))) < 1e-5
+    assert adapter(heads, tmp_path, *pair(rolled=True)) > 0.05

@@ -1,4 +1,4 @@
-"""The real Trainer with our loss: exact counts, both levels, logs, evaluation, refusals."""
+"""The real Trainer with our loss: exact counts, logits and heads, logs, evaluation, refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ need("transformers")
 need("accelerate")
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
-from fused_kd import KDLoss, LinearKDLoss  # noqa: E402
+from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations.loop import shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import (  # noqa: E402
@@ -31,9 +31,12 @@ from fused_kd.integrations.transformers import (  # noqa: E402
 from fused_kd.testing import eager_kd_loss  # noqa: E402
 
 OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
-LOSSES = [KDLoss(**OPTIONS), KDLoss(**OPTIONS, inplace=True), LinearKDLoss(**OPTIONS)]
+LOGITS: dict[str, Any] = {"loss": KDLoss(**OPTIONS)}
+IN_PLACE: dict[str, Any] = {"loss": KDLoss(**OPTIONS, inplace=True)}
+HEADS: dict[str, Any] = {"loss": KDLoss(**OPTIONS, chunk_rows=8), "heads": True}
+WAYS = {"logits": LOGITS, "in-place": IN_PLACE, "heads": HEADS}
 KEYS = ("loss", "hard_loss", "soft_loss")
-BOTH = pytest.mark.parametrize("loss", LOSSES, ids=["logits", "in-place", "linear"])
+EVERY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def _settings(folder: Path, **changes: Any) -> TrainingArguments:
@@ -47,14 +50,14 @@ def _settings(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def _trained(
-    folder: Path, loss: Any = None, student: nn.Module | None = None, **changes: Any
+    folder: Path, way: Any = None, student: nn.Module | None = None, **changes: Any
 ) -> KDTrainer:
     """A KDTrainer after its training."""
     student = tiny.llama(0) if student is None else student
     trainer = KDTrainer(
         student, _settings(folder, **changes), teacher=tiny.llama(1, layers=2, hidden=32),
-        loss=loss, train_dataset=tiny.ragged(), eval_dataset=tiny.ragged(6, seed=1),
-        data_collator=tiny.padded,
+        train_dataset=tiny.ragged(), eval_dataset=tiny.ragged(6, seed=1),
+        data_collator=tiny.padded, **(way or {}),
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -92,29 +95,29 @@ def _logged(trainer: Trainer, key: str = "loss") -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
-@BOTH
-def test_the_same_training_as_with_torch_operations(tmp_path: Path, loss: Any) -> None:
+@EVERY
+def test_the_same_training_as_with_torch_operations(tmp_path: Path, way: Any) -> None:
     expected = _eager(tmp_path)
-    trainer = _trained(tmp_path, loss)
+    trainer = _trained(tmp_path, way)
     assert _logged(trainer) == pytest.approx(_logged(expected), rel=1e-5)
     assert tiny.largest_difference(trainer.model, expected.model) < 1e-6
     assert tiny.largest_difference(trainer.model, tiny.llama(0)) > 1e-3
 
 
-@BOTH
-def test_an_update_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, loss: Any) -> None:
+@EVERY
+def test_an_update_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, way: Any) -> None:
     """P50: TRL#4719, means of micro-batches were averaged."""
-    whole = _trained(tmp_path, loss)
-    cut = _trained(tmp_path, loss, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    whole = _trained(tmp_path, way)
+    cut = _trained(tmp_path, way, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert tiny.largest_difference(whole.model, cut.model) < 1e-6
     for key in KEYS:
         assert _logged(cut, key) == pytest.approx(_logged(whole, key), rel=1e-5)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("every", [1, 2])
-def test_the_parts_are_logged_with_the_loss(tmp_path: Path, loss: Any, every: int) -> None:
-    trainer = _trained(tmp_path, loss, logging_steps=every, eval_strategy="steps", eval_steps=2,
+def test_the_parts_are_logged_with_the_loss(tmp_path: Path, way: Any, every: int) -> None:
+    trainer = _trained(tmp_path, way, logging_steps=every, eval_strategy="steps", eval_steps=2,
                        per_device_eval_batch_size=4)  # fmt: skip
     for prefix, count in (("", 4 // every), ("eval_", 2)):
         whole, hard, soft = (_logged(trainer, f"{prefix}{k}loss") for k in ("", "hard_", "soft_"))
@@ -129,19 +132,19 @@ def test_the_stock_trainer_takes_the_loss_and_logs_its_parts(tmp_path: Path) -> 
     student, teacher = tiny.llama(0), tiny.llama(1, layers=2, hidden=32)
     trainer = Trainer(
         student, _settings(tmp_path), train_dataset=tiny.ragged(), data_collator=tiny.padded,
-        compute_loss_func=DistillationLoss(student, teacher, KDLoss(**OPTIONS)),
+        compute_loss_func=DistillationLoss(student, teacher, **LOGITS),
     )  # fmt: skip
     log_parts(trainer)
     trainer.train()
-    expected = _trained(tmp_path, KDLoss(**OPTIONS))
+    expected = _trained(tmp_path, LOGITS)
     assert _logged(trainer) == _logged(expected)
     assert _logged(trainer, "soft_loss") == _logged(expected, "soft_loss")
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@BOTH
-def test_evaluation_returns_logits_and_the_same_loss(tmp_path: Path, loss: Any) -> None:
-    trainer = _trained(tmp_path, loss)
+@EVERY
+def test_evaluation_returns_logits_and_the_same_loss(tmp_path: Path, way: Any) -> None:
+    trainer = _trained(tmp_path, way)
     seen = trainer.predict(tiny.ragged(3, seed=2))
     assert seen.predictions.shape[-1] == tiny.VOCABULARY
     batch = tiny.padded(tiny.ragged(3, seed=2))
@@ -152,9 +155,9 @@ def test_evaluation_returns_logits_and_the_same_loss(tmp_path: Path, loss: Any) 
     assert seen.metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-@BOTH
-def test_each_of_several_evaluation_sets_has_its_parts(tmp_path: Path, loss: Any) -> None:
-    trainer = _trained(tmp_path, loss)
+@EVERY
+def test_each_of_several_evaluation_sets_has_its_parts(tmp_path: Path, way: Any) -> None:
+    trainer = _trained(tmp_path, way)
     sets = {name: tiny.ragged(6, seed=seed) for seed, name in enumerate("ab", 1)}
     for _ in range(2):
         found = trainer.evaluate(sets)
@@ -178,13 +181,13 @@ def test_a_copy_of_the_student_and_what_it_generates_are_not_kept() -> None:
         loss(outputs, labels)
 
 
-def test_a_linear_training_makes_no_logits(tmp_path: Path) -> None:
+def test_a_training_with_heads_makes_no_logits(tmp_path: Path) -> None:
     shapes = set()
     student = tiny.llama(0)
     student.register_forward_hook(
         lambda model, _, outputs: shapes.add((model.training, outputs.logits.shape[-1]))
     )
-    trainer = _trained(tmp_path, LOSSES[-1], student)
+    trainer = _trained(tmp_path, HEADS, student)
     assert shapes == {(False, 97), (True, 16)}  # the probe at the start, the training
     trainer.compute_loss_func.remove()
     assert student.train()(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.shape[-1] == 97
@@ -208,40 +211,40 @@ def test_capped_and_scaled_heads_are_honoured_or_refused(tmp_path: Path, kind: s
     )
     if kind == "Gemma2":
         with pytest.raises(ValueError, match="changes its logits"):
-            DistillationLoss(student, teacher, LinearKDLoss(**OPTIONS))
+            DistillationLoss(student, teacher, **HEADS)
         with pytest.raises(ValueError, match="changes its logits"):
-            DistillationLoss(tiny.llama(0), teacher, LinearKDLoss(**OPTIONS))
-    for loss in LOSSES[:1] if kind == "Gemma2" else LOSSES:
+            DistillationLoss(tiny.llama(0), teacher, **HEADS)
+    for way in [LOGITS] if kind == "Gemma2" else WAYS.values():
         one = deepcopy(student).train()
-        given = DistillationLoss(one, teacher, loss)(one(**batch), labels)
+        given = DistillationLoss(one, teacher, **way)(one(**batch), labels)
         assert given.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@BOTH
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path, loss: Any) -> None:
-    trainer = _trained(tmp_path, loss, gradient_checkpointing=True)
-    assert tiny.largest_difference(trainer.model, _trained(tmp_path, loss).model) < 1e-7
+@EVERY
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, way: Any) -> None:
+    trainer = _trained(tmp_path, way, gradient_checkpointing=True)
+    assert tiny.largest_difference(trainer.model, _trained(tmp_path, way).model) < 1e-7
 
 
 def test_mixed_precision_reaches_the_products_and_the_teacher(tmp_path: Path) -> None:
-    expected = _logged(_trained(tmp_path, LOSSES[0]))
+    expected = _logged(_trained(tmp_path, LOGITS))
     seen = []
-    logits, linear = (_trained(tmp_path, loss, bf16=True) for loss in (LOSSES[0], LOSSES[2]))
-    for trainer in (logits, linear):
+    logits, heads = (_trained(tmp_path, way, bf16=True) for way in (LOGITS, HEADS))
+    for trainer in (logits, heads):
         assert _logged(trainer) == pytest.approx(expected, rel=2e-2)
         assert _logged(trainer) != expected
-    teacher = linear.compute_loss_func.teacher
+    teacher = heads.compute_loss_func.teacher
     teacher.model.layers[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
-    linear.train()
+    heads.train()
     assert set(seen) == {torch.bfloat16}
 
 
 def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    whole = _trained(tmp_path / "whole", LOSSES[2])
+    whole = _trained(tmp_path / "whole", HEADS)
     changes: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
-    _trained(tmp_path / "cut", LOSSES[2], max_steps=2, **changes)
+    _trained(tmp_path / "cut", HEADS, max_steps=2, **changes)
     trainer = KDTrainer(
-        tiny.llama(5), _settings(tmp_path / "cut", **changes), loss=LOSSES[2],
+        tiny.llama(5), _settings(tmp_path / "cut", **changes), **HEADS,
         teacher=tiny.llama(1, layers=2, hidden=32), train_dataset=tiny.ragged(),
         data_collator=tiny.padded,
     )  # fmt: skip
@@ -256,21 +259,21 @@ def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[2]], ids=["logits", "linear"])
-def test_compiled_students_train_the_same(tmp_path: Path, loss: Any) -> None:
-    compiled = _trained(tmp_path, loss, torch_compile=True, eval_strategy="steps", eval_steps=2)
-    expected = _trained(tmp_path, loss, eval_strategy="steps", eval_steps=2)
+@pytest.mark.parametrize("way", [LOGITS, HEADS], ids=["logits", "heads"])
+def test_compiled_students_train_the_same(tmp_path: Path, way: Any) -> None:
+    compiled = _trained(tmp_path, way, torch_compile=True, eval_strategy="steps", eval_steps=2)
+    expected = _trained(tmp_path, way, eval_strategy="steps", eval_steps=2)
     assert tiny.largest_difference(compiled.model, expected.model) < 1e-5
     for key in ("loss", "eval_loss", "soft_loss"):
         assert _logged(compiled, key) == pytest.approx(_logged(expected, key), rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[2]], ids=["logits", "linear"])
-def test_a_student_that_is_compiled_already(tmp_path: Path, loss: Any) -> None:
+@pytest.mark.parametrize("way", [LOGITS, HEADS], ids=["logits", "heads"])
+def test_a_student_that_is_compiled_already(tmp_path: Path, way: Any) -> None:
     """Trainer cannot read what columns it takes."""
     changes: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
     student = torch.compile(tiny.llama(0), backend="eager")
-    trainer, expected = _trained(tmp_path, loss, student, **changes), _trained(tmp_path, loss)
+    trainer, expected = _trained(tmp_path, way, student, **changes), _trained(tmp_path, way)
     assert tiny.largest_difference(trainer.model, expected.model) < 1e-6
     found = trainer.evaluate()
     for key, value in expected.evaluate().items():
@@ -296,15 +299,15 @@ def test_a_router_whose_loss_would_be_lost_is_refused() -> None:
 
 
 def test_a_student_whose_head_another_loss_has_left_out() -> None:
-    student, linear = tiny.llama(0), LinearKDLoss()
-    first = DistillationLoss(student, tiny.llama(1), linear)
-    for loss in (linear, KDLoss()):
+    student = tiny.llama(0)
+    first = DistillationLoss(student, tiny.llama(1), heads=True)
+    for heads in (True, False):
         with pytest.raises(ValueError, match=r"already bypassed.*loss\.remove\(\)"):
-            DistillationLoss(student, tiny.llama(2), loss)
+            DistillationLoss(student, tiny.llama(2), heads=heads)
         with pytest.raises(ValueError, match="already bypassed"):
-            StudentTeacherLoss(student, tiny.llama(2), loss)
+            StudentTeacherLoss(student, tiny.llama(2), heads=heads)
     first.remove()
-    DistillationLoss(student, tiny.llama(2), linear).remove()
+    DistillationLoss(student, tiny.llama(2), heads=True).remove()
     assert student.train()(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.shape[-1] == 97
 
 
@@ -327,7 +330,7 @@ def test_bad_models_and_losses_are_refused_at_once() -> None:
         ((student, base), ValueError, "got 9 that are also the student's: copy.deepcopy"),
         ((student, tiny.llama(1, vocab_size=99)), ValueError, "97 in the student and 99"),
         ((student, tiny.llama(1).train()), ValueError, "teacher must be in evaluation mode"),
-        ((student, teacher, "kl"), TypeError, "loss must be KDLoss or LinearKDLoss; got str"),
+        ((student, teacher, "kl"), TypeError, "loss must be a KDLoss; got str"),
         ((student, teacher, KDLoss(reduction="sum")), ValueError, "reduction='mean'.*got 'sum'"),
         ((student, teacher, KDLoss(ignore_index=0)), ValueError, "ignore_index=-100.*got 0"),
     ]
@@ -354,10 +357,10 @@ def test_absent_labels_and_a_teacher_that_trains_are_named(tmp_path: Path) -> No
         KDTrainer(tiny.llama(0), teacher=teacher, compute_loss_func=loss)
 
 
-def _on_two_ranks(which: int) -> None:
+def _on_two_ranks(which: str) -> None:
     """Two ranks of 2 rows are one of 4, whatever the tokens of each; rank 0 logs for all."""
     folder = Path(os.environ["FUSED_KD_TEST_FOLDER"])
-    trainer = _trained(folder, LOSSES[which], per_device_train_batch_size=2)
+    trainer = _trained(folder, WAYS[which], per_device_train_batch_size=2)
     expected = torch.load(folder / f"alone{which}.pt", weights_only=True)
     for name, weight in trainer.model.state_dict().items():
         torch.testing.assert_close(weight, expected["weights"][name], rtol=0, atol=1e-6)
@@ -377,16 +380,14 @@ def _parts_of_the_evaluation(trainer: KDTrainer) -> None:
 
 
 def test_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stock Trainer's own DistributedDataParallel, at every level."""
+    """The stock Trainer's own DistributedDataParallel, of logits and of heads."""
     monkeypatch.setenv("FUSED_KD_TEST_FOLDER", str(tmp_path))
-    for which, loss in enumerate(LOSSES):
-        alone = _trained(tmp_path, loss)
+    for which, way in WAYS.items():
+        alone = _trained(tmp_path, way)
         _parts_of_the_evaluation(alone)
         logs = {key: _logged(alone, key) for key in KEYS}
         torch.save({"weights": alone.model.state_dict(), **logs}, tmp_path / f"alone{which}.pt")
-    checks: dict[str, Callable[[], None]] = {
-        f"loss {which}": partial(_on_two_ranks, which) for which in range(len(LOSSES))
-    }
+    checks: dict[str, Callable[[], None]] = {which: partial(_on_two_ranks, which) for which in WAYS}
     assert not (wrong := failures(checks, 2, tmp_path)), "\n".join(wrong)
 
 

@@ -17,11 +17,11 @@ need("trl")
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
-from fused_kd import LinearKDLoss  # noqa: E402
+from fused_kd import Head, KDLoss  # noqa: E402
 from fused_kd.integrations.trl import restore, use_fused_kd  # noqa: E402
 from fused_kd.integrations.trl.trainers import models_of  # noqa: E402
 
-LEVELS = ["logits", "linear"]
+BOTH = (False, True)
 SCALED = {"Granite": {"logits_scaling": 3.0}, "Cohere": {"logit_scale": 0.3}}
 CAPPED = {
     "final_logit_softcapping": 2.0,
@@ -58,42 +58,42 @@ def gkd(
 def test_training(tmp_path: Path, beta: float, accumulation: int) -> None:
     make = partial(gkd, tmp_path, beta=beta, gradient_accumulation_steps=accumulation)
     theirs = trained(make())
-    for level in LEVELS:
-        in_place = level == "logits" and accumulation > 1
-        same(trained(use_fused_kd(make(), level=level, inplace=in_place)), theirs)
+    for heads in BOTH:
+        in_place = not heads and accumulation > 1
+        same(trained(use_fused_kd(make(), heads=heads, inplace=in_place)), theirs)
 
 
 def test_training_on_its_own_completions(tmp_path: Path) -> None:
     make = partial(gkd, tmp_path, lmbda=1.0, max_steps=2)
     theirs = trained(make())
-    for level in LEVELS:
-        same(trained(use_fused_kd(make(), level=level)), theirs)
+    for heads in BOTH:
+        same(trained(use_fused_kd(make(), heads=heads)), theirs)
 
 
 @pytest.mark.parametrize("model", SCALED)
 def test_scaled_logits(tmp_path: Path, model: str) -> None:
     make = partial(gkd, tmp_path, model, SCALED[model])
     theirs = trained(make())
-    for level in LEVELS:
-        same(trained(use_fused_kd(make(), level=level)), theirs)
+    for heads in BOTH:
+        same(trained(use_fused_kd(make(), heads=heads)), theirs)
 
 
 def test_soft_capped_logits(tmp_path: Path) -> None:
     make = partial(gkd, tmp_path, "Gemma2", CAPPED)
     same(trained(use_fused_kd(make())), trained(make()))
     with pytest.raises(ValueError, match="soft-capping"):
-        use_fused_kd(make(), level="linear")
+        use_fused_kd(make(), heads=True)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_mixed_precision_and_checkpointing(tmp_path: Path, level: str) -> None:
+@pytest.mark.parametrize("heads", BOTH)
+def test_mixed_precision_and_checkpointing(tmp_path: Path, heads: bool) -> None:
     make = partial(gkd, tmp_path, bf16=True, gradient_checkpointing=True)
-    (ours, _), (theirs, _) = trained(use_fused_kd(make(), level=level)), trained(make())
+    (ours, _), (theirs, _) = trained(use_fused_kd(make(), heads=heads)), trained(make())
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)  # logits rounded to bfloat16
 
 
-def test_linear_products_run_under_the_trainers_autocast(tmp_path: Path) -> None:
-    trainer = use_fused_kd(gkd(tmp_path, bf16=True, max_steps=1), level="linear")
+def test_products_of_heads_run_under_the_trainers_autocast(tmp_path: Path) -> None:
+    trainer = use_fused_kd(gkd(tmp_path, bf16=True, max_steps=1), heads=True)
     loss, seen, weights = trainer.generalized_jsd_loss, [], []
 
     def watched(**keywords: Any) -> Tensor:
@@ -105,19 +105,20 @@ def test_linear_products_run_under_the_trainers_autocast(tmp_path: Path) -> None
     trainer.train()
     [(found, given)] = seen
     student, teacher = given["student_logits"].detach(), given["teacher_logits"]
-    tensors = (student, weights[0], teacher, weights[1], given["labels"])
+    sides = Head(student, weights[0]), Head(teacher, weights[1])
+    num_items = given["num_items_in_batch"]
     for is_autocast in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-            again = LinearKDLoss.like("trl")(*tensors, num_items=given["num_items_in_batch"])
+            again = KDLoss.like("trl")(*sides, given["labels"], num_items=num_items)
         assert torch.equal(again, found.detach()) is is_autocast
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_evaluation(tmp_path: Path, level: str) -> None:
-    own, ours = gkd(tmp_path), use_fused_kd(gkd(tmp_path), level=level)
+@pytest.mark.parametrize("heads", BOTH)
+def test_evaluation(tmp_path: Path, heads: bool) -> None:
+    own, ours = gkd(tmp_path), use_fused_kd(gkd(tmp_path), heads=heads)
     theirs = own.evaluate()["eval_loss"]
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs, rel=1e-5)
-    # logits that are asked for are logits, whatever the level
+    # logits that are asked for are logits in any case
     data = conversations(2)
     torch.testing.assert_close(*(t.predict(data).predictions for t in (ours, own)))
 
@@ -125,13 +126,13 @@ def test_evaluation(tmp_path: Path, level: str) -> None:
 # ------------------------------------------------------------------ one trainer, not the library
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_only_this_trainer(tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heads", BOTH)
+def test_only_this_trainer(tmp_path: Path, heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("generalized_jsd_loss", "compute_loss")
     library = {name: vars(GKDTrainer)[name] for name in names}
     make = partial(gkd, tmp_path, max_steps=1)
     trainer, other = make(), make()
-    assert use_fused_kd(use_fused_kd(trainer, level=level), level=level) is trainer
+    assert use_fused_kd(use_fused_kd(trainer, heads=heads), heads=heads) is trainer
     assert {name: vars(GKDTrainer)[name] for name in names} == library
     assert not set(names) & set(vars(other))
 
@@ -145,7 +146,7 @@ def test_only_this_trainer(tmp_path: Path, level: str, monkeypatch: pytest.Monke
         trained(trainer)
     assert restore(trainer) is trainer
     assert not set(names) & set(vars(trainer))
-    same(trained(restore(use_fused_kd(make(), level=level))), trained(make()))
+    same(trained(restore(use_fused_kd(make(), heads=heads))), trained(make()))
 
 
 def test_what_was_set_before_comes_back(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_subclasses(tmp_path: Path) -> None:
     with pytest.raises(
         TypeError, match=r"must not override GKDTrainer\.compute_loss.*got OwnStep\.compute_loss"
     ):
-        use_fused_kd(gkd(tmp_path, kind=OwnStep), level="linear")
+        use_fused_kd(gkd(tmp_path, kind=OwnStep), heads=True)
     same(trained(use_fused_kd(gkd(tmp_path, kind=OwnStep))), trained(gkd(tmp_path, kind=OwnStep)))
 
 
@@ -221,10 +222,9 @@ def test_other_trainers(tmp_path: Path) -> None:
 def test_wrong_models_and_options(tmp_path: Path) -> None:
     trainer = gkd(tmp_path)
     for keywords, message in (
-        ({"level": "hidden"}, "level of a GKDTrainer must be one of"),
-        ({"level": "linear", "inplace": True}, "inplace must be False at level='linear'"),
-        ({"memory_budget": 2**20}, "memory_budget must be None at level='logits'"),
-        ({"level": "linear", "memory_budget": 0}, "memory_budget must be at least 1"),
+        ({"heads": True, "inplace": True}, "inplace must be False with heads=True"),
+        ({"memory_budget": 2**20}, "memory_budget must be None with heads=False"),
+        ({"heads": True, "memory_budget": 0}, "memory_budget must be at least 1"),
         ({"backend": "tpu"}, "backend must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

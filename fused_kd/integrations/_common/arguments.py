@@ -11,10 +11,15 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ...checks import check_floating, may_look_at_values
+from ...checks import check_floating, may_read_values
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+#: Our name of a side → the one that most frameworks have. It is an ordinary word too, so it is
+#: replaced only where a message begins with it, after "of", and where a method of it is called.
+SIDES = {"student": "student_logits", "teacher": "teacher_logits"}
 
 
 def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -24,9 +29,14 @@ def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     Python with the names that the caller wrote. It is left unchanged.
 
     Args:
-        names: our name of an argument → the name that the framework's users know.
+        names: our name of an argument → the name that the framework's users know; added to SIDES.
     """
-    ours = re.compile(rf"\b({'|'.join(names)})\b")
+    names = SIDES | names
+    sides, others = "|".join(SIDES), "|".join(map(re.escape, sorted(names.keys() - SIDES)))
+    ours = re.compile(
+        rf"(?:^|(?<=\bof )|(?<=^student and ))(?:{sides})(?=[ ,])|\b(?:{sides})(?=\.\w+\(\))"
+        rf"|\b(?:{others or '(?!)'})\b"
+    )
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -85,7 +95,7 @@ def check_not_negative(
     Raises:
         ValueError: There is one, as in logits or log-probabilities.
     """
-    if probabilities.numel() == 0 or not may_look_at_values(probabilities):
+    if probabilities.numel() == 0 or not may_read_values(probabilities):
         return
     lowest = probabilities.amin(-1)
     low = (lowest if kept is None else torch.where(kept, lowest, 0)).min().item()

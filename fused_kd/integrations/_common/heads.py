@@ -1,10 +1,11 @@
 """The lm_heads of Hugging Face language models: found, bypassed and probed.
 
-A model's ``forward`` ends with ``logits = f(lm_head(hidden))``. At the linear level the loss
-multiplies by the head itself, chunk by chunk, so the model has to return ``f(hidden)``: its head
-returns its input. For a plain head ``f`` is the identity. For a scaled one (Cohere, Granite) it is
-a factor c, and c·h·W = c·(h·W), so the scale is kept. Any other ``f``, above all a soft-cap
-(Gemma-2), does not commute with the product, and :func:`check_head` refuses it.
+A model's ``forward`` ends with ``logits = f(lm_head(hidden))``. A loss that takes a
+:class:`fused_kd.Head` multiplies by the lm_head itself, chunk by chunk, so the model has to return
+``f(hidden)``: its lm_head returns its input. For a plain one ``f`` is the identity. For a scaled
+one (Cohere, Granite) it is a factor c, which the model has then multiplied into the hidden states:
+c·(h·W + b) = (c·h)·W + c·b. Any other ``f``, above all a soft-cap (Gemma-2), does not commute with
+the product, and :func:`scale_of` refuses it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ...sides import Head
 
 #: The probe's logits range from minus to plus this: far beyond any soft-cap.
 PROBE = 1e4
@@ -35,8 +38,8 @@ def head_of(model: nn.Module) -> nn.Linear:
         kind = type(head)  # with its module: quantised layers are called Linear too
         found = "none" if head is None else f"a {kind.__module__}.{kind.__qualname__}"
         raise TypeError(
-            f"{type(model).__name__}: the linear level needs an lm_head that is a plain nn.Linear; "
-            f"found {found}: use the logits level, KDLoss"
+            f"{type(model).__name__}: a Head needs an lm_head that is a plain nn.Linear; "
+            f"found {found}: use the model's logits (heads=False)"
         )
     for module in {head, model.get_output_embeddings()}:  # type: ignore[operator]  # PEFT wraps it
         _check_untouched(module, type(model).__name__)
@@ -126,18 +129,18 @@ def headless(model: nn.Module) -> Iterator[None]:
         undo()
 
 
-def check_head(model: nn.Module) -> None:
-    """Refuse a model whose logits are not a multiple of its head's output.
+def side_of(model: nn.Module, hidden: Tensor, scale: float) -> Head:
+    """Return the Head of a model that returned ``f(hidden)`` instead of its logits.
 
-    Raises:
-        TypeError, ValueError: As :func:`scale_of`; or the model scales the sum of product and bias.
+    Args:
+        model: a model that was called while its lm_head was bypassed.
+        hidden: what it returned, by which `scale` has been multiplied.
+        scale: as :func:`scale_of` measured it; the bias is multiplied by it here.
     """
-    scale = scale_of(model)
-    if head_of(model).bias is not None and abs(scale - 1.0) > TOLERANCE:
-        raise ValueError(
-            f"{type(model).__name__} multiplies its logits, bias included, by {scale:.4g}: the "
-            "linear level cannot; use the logits level, KDLoss"
-        )
+    head = head_of(model)
+    is_scaled = abs(scale - 1.0) > TOLERANCE
+    bias = head.bias * scale if head.bias is not None and is_scaled else head.bias
+    return Head(hidden, head.weight, bias)
 
 
 def scale_of(model: nn.Module) -> float:
@@ -178,7 +181,7 @@ def _scale(name: str, ramp: Tensor, logits: Tensor) -> float:
             return scale.item()
     raise ValueError(
         f"{name} changes its logits after the lm_head by more than a factor (soft-capping, as "
-        "in Gemma-2, does): the linear level would drop that; use the logits level, KDLoss"
+        "in Gemma-2, does): a Head would drop that; use the model's logits (heads=False)"
     )
 
 
@@ -203,8 +206,8 @@ def _check_untouched(head: nn.Module, name: str) -> None:
         found = "a forward method of its own"  # accelerate's, with _hf_hook, only moves tensors
     if found is not None:
         raise TypeError(
-            f"{name}: the linear level needs an lm_head whose output nothing else reads or "
-            f"changes; found {found} on it: remove that, or use the logits level, KDLoss"
+            f"{name}: a Head needs an lm_head whose output nothing else reads or changes; found "
+            f"{found} on it: remove that, or use the model's logits (heads=False)"
         )
 
 

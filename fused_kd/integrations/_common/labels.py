@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_dense
-from ...reduction import wide_labels
+from ...rows import LABEL_DTYPES
 
 #: Label of a token that does not count.
 IGNORE_INDEX = -100
@@ -50,8 +50,9 @@ def mask_labels(labels: Tensor, ignore_index: int) -> Tensor:
     check_dense("labels", labels)
     if not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
-    wide = wide_labels(labels)
-    return torch.where(wide != ignore_index, int(ignore_index == 0), ignore_index)
+    if labels.dtype in LABEL_DTYPES:  # ignore_index may not fit a narrower one
+        labels = labels.to(torch.int64)
+    return torch.where(labels != ignore_index, int(ignore_index == 0), ignore_index)
 
 
 def in_rows_of(logits: Tensor, labels: Tensor) -> Tensor:

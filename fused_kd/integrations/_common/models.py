@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...checks import may_look_at_values
+from ...checks import may_read_values
 from .heads import is_left_out, output_of
 from .labels import IGNORE_INDEX
 
@@ -227,7 +227,7 @@ class PaddingCheck:
     def __call__(self, labels: Tensor | None, inputs: Mapping[str, Any]) -> None:
         """Check a batch: its labels (B, S), not shifted, and the inputs of the models."""
         mask: Tensor | None = inputs.get("attention_mask")
-        if self._is_done or labels is None or mask is None or not may_look_at_values(labels):
+        if self._is_done or labels is None or mask is None or not may_read_values(labels):
             return
         if inputs.get("decoder_input_ids") is not None or labels.shape != mask.shape:
             return  # the mask is not that of the labels

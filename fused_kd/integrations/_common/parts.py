@@ -1,34 +1,35 @@
-"""The loss between two models' outputs at either level, and what a user's loss must be."""
+"""The loss between two models' outputs, and what a user's loss must be."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...functional import KDLossParts, kd_loss_with
-from ...linear.functional import linear_kd_loss_with
-from ...modules import KDLoss, LinearKDLoss
+from ...modules import KDLoss
+from ...sides import Head, Side, row_shape
 from .labels import IGNORE_INDEX
+
+#: Keywords that a call refuses if both sides are logits, which have no chunks.
+_FOR_HEADS = ("memory_budget", "chunk_rows", "grad_accum_dtype")
 
 
 def parts_of(
-    loss: KDLoss | LinearKDLoss,
-    student: Tensor,  # (B, S, V) logits, or (B, S, H_s) hidden states
-    teacher: Tensor,  # (B, S, V), or (B, S, H_t)
+    loss: KDLoss,
+    student: Side,  # (B, S, V)
+    teacher: Side,  # (B, S, V)
     labels: Tensor | None,  # (B, S), aligned
     num_items: float | Tensor | None,
-    heads: tuple[nn.Linear, nn.Linear] | None = None,
 ) -> KDLossParts:
     """Return the loss with its hard and its soft part.
 
     Args:
-        loss: of either level. With logits a LinearKDLoss does what a KDLoss of its options does.
-        student: logits; with `heads` the hidden states that the student's head is applied to.
-        teacher: the same for the teacher.
+        loss: on logits, as in an evaluation, without its keywords for heads.
+        student: logits or a Head.
+        teacher: the same.
         labels: which tokens count, and their classes.
         num_items: as in :func:`fused_kd.kd_loss`.
-        heads: the lm_heads of student and teacher.
 
     Raises:
         ValueError: There are more or fewer rows than labels.
@@ -37,17 +38,12 @@ def parts_of(
         _check_positions("student", student, labels)
         _check_positions("teacher", teacher, labels)
     options = replace(loss.options, return_parts=True)
-    if heads is None:
-        parts = kd_loss_with(options, student, teacher, labels, None, num_items)
-    else:
-        assert isinstance(loss, LinearKDLoss)
-        student_head, (weight, bias) = ((head.weight, head.bias) for head in heads)
-        # FSDP1's views of frozen weights have a graph.
-        teacher_head = weight.detach(), None if bias is None else bias.detach()
-        parts = linear_kd_loss_with(
-            options, loss.chunks, (student, *student_head), (teacher, *teacher_head), None, labels,
-            None, num_items, None,
-        )  # fmt: skip
+    if isinstance(teacher, Head):  # FSDP1's views of frozen weights have a graph
+        bias = None if teacher.bias is None else teacher.bias.detach()
+        teacher = teacher._replace(weight=teacher.weight.detach(), bias=bias)
+    elif not isinstance(student, Head):
+        options = replace(options, memory_budget=None, chunk_rows=None, grad_accum_dtype=None)
+    parts = kd_loss_with(options, student, teacher, labels, None, num_items)
     assert isinstance(parts, KDLossParts)
     return parts
 
@@ -58,13 +54,13 @@ def as_tensor(loss: object) -> Tensor:
     return loss
 
 
-def _check_positions(name: str, output: Tensor, labels: Tensor) -> None:
-    """Refuse logits or hidden states with more or fewer rows than there are labels.
+def _check_positions(name: str, side: Side, labels: Tensor) -> None:
+    """Refuse a side with more or fewer rows than there are labels.
 
     Raises:
-        ValueError: Their leading shape is not that of the labels.
+        ValueError: Its leading shape is not that of the labels.
     """
-    rows = output.shape[:-1]
+    rows = row_shape(side)
     if rows == labels.shape:
         return
     message = (
@@ -79,19 +75,21 @@ def _check_positions(name: str, output: Tensor, labels: Tensor) -> None:
     raise ValueError(message)
 
 
-def check_loss(loss: KDLoss | LinearKDLoss, *, is_mean: bool) -> None:
-    """Refuse a loss that does not fit labels that the adapter shifts.
+def check_loss(loss: KDLoss, *, heads: bool, is_mean: bool) -> None:
+    """Refuse a loss that does not fit the sides or the labels that the adapter passes to it.
 
     Args:
         loss: the user's loss.
+        heads: whether a training step passes a Head for each side.
         is_mean: whether the adapter counts the denominator, so that the loss must be a mean.
 
     Raises:
-        TypeError: It is neither KDLoss nor LinearKDLoss.
-        ValueError: Its ignore_index is not -100, or its reduction is not "mean".
+        TypeError: It is no KDLoss.
+        ValueError: Its ignore_index is not -100, its reduction is not "mean", or a keyword does not
+            fit `heads`.
     """
-    if not isinstance(loss, (KDLoss, LinearKDLoss)):
-        raise TypeError(f"loss must be KDLoss or LinearKDLoss; got {type(loss).__name__}")
+    if not isinstance(loss, KDLoss):
+        raise TypeError(f"loss must be a KDLoss; got {type(loss).__name__}")
     if loss.options.ignore_index != IGNORE_INDEX:
         raise ValueError(
             "loss must have ignore_index=-100, since labels are shifted here and -100 is put at "
@@ -102,3 +100,9 @@ def check_loss(loss: KDLoss | LinearKDLoss, *, is_mean: bool) -> None:
             "loss must have reduction='mean', since its denominator is counted here; "
             f"got {loss.options.reduction!r}"
         )
+    for name in ("inplace",) if heads else _FOR_HEADS:
+        if value := getattr(loss.options, name):
+            raise ValueError(
+                f"loss must not have {name} with heads={heads}; got {value}: leave it out, or pass "
+                f"heads={not heads}"
+            )

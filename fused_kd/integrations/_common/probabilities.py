@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...functional import KDLossParts
-from ...reduction import arithmetic_dtype
+from ...sides import arithmetic_dtype
 from .arguments import check_not_negative
 from .parts import as_tensor
 

@@ -44,7 +44,7 @@ class LigerJSD(Shown):
         check_beta(self.beta)
         return KDLoss.like("liger", **SOFT_ALONE, beta=self.beta, ignore_index=self.ignore_index)
 
-    @named(student_logits="log_q", teacher_logits="log_p", labels="shift_labels")
+    @named(student="log_q", teacher="log_p", labels="shift_labels")
     def forward(
         self,
         log_q: Tensor,  # (..., V), the student's
@@ -52,6 +52,7 @@ class LigerJSD(Shown):
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
         """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
+        check_dense("log_q", log_q)
         check_dense("log_p", log_p)
         loss: Tensor = self._loss()(log_q, log_p, mask(shift_labels, self.ignore_index))
         return loss
@@ -77,7 +78,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         check_reduction(self.reduction)
         self.eps = eps
 
-    @named(student_logits="y_pred", teacher_logits="y_true")
+    @named(student="y_pred", teacher="y_true")
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:  # (..., V), (..., V)
         """Return the reduced divergence; raises as :func:`fused_kd.kd_loss`."""
         check_dense("y_pred", y_pred)
@@ -125,6 +126,7 @@ class LigerFusedCETVDLoss(Shown):
         target: Tensor,  # (...)
     ) -> tuple[Tensor, Tensor]:
         """Return both terms, (...) each; raises as :func:`fused_kd.kd_loss`."""
+        check_dense("student_logits", student_logits)
         check_dense("teacher_logits", teacher_logits)
         tensors = student_logits, teacher_logits, target
         ce, tvd = (as_tensor(self._loss(hard_weight)(*tensors)) for hard_weight in (1.0, 0.0))

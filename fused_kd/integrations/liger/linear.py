@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import LinearKDLoss
+from ... import Head, KDLoss
 from ...checks import check_dense
 from .._common.arguments import check_target, named
 from .._common.probabilities import check_reduction, kl_from
 from .options import FORWARD_KL, SOFT_ALONE, Shown, check_beta, mask
 
 #: Our names → Liger's, for each class.
-_INPUTS = {"student_hidden": "student_input", "teacher_hidden": "teacher_input"}
+_PARTS = {"": "_weight", ".hidden": "_input", ".weight": "_weight", ".bias": "_bias"}
+_INPUTS = {side + a: side + b for side in ("student", "teacher") for a, b in _PARTS.items()}
 _JSD_AND_CE = {
     **_INPUTS,
     "labels": "true_labels",
@@ -22,13 +23,13 @@ _JSD_AND_CE = {
     "soft_weight": "weight_soft_loss",
 }
 _JSD = {**_INPUTS, "labels": "shift_labels", "beta": "jsd_beta"}
-_KL = {**_INPUTS, "labels": "shift_labels"}
+_KL = {**_INPUTS, "teacher": "target", "labels": "shift_labels"}
 
 
 class LigerFusedLinearJSDLoss(Shown):
     """``weight_hard_loss`` · cross-entropy + ``weight_soft_loss`` · JSD(β), from hidden states.
 
-    It computes ``LinearKDLoss.like("liger", ...)``; `beta` = 0 and 1 are forward and reverse KL.
+    It computes ``KDLoss.like("liger", ...)``; `beta` = 0 and 1 are forward and reverse KL.
 
     Args:
         weight_hard_loss: of the cross-entropy, at temperature 1.
@@ -69,12 +70,12 @@ class LigerFusedLinearJSDLoss(Shown):
         self.return_soft_hard_loss = return_soft_hard_loss
         self._loss(weight_hard_loss, weight_soft_loss)  # refuses what is out of range
 
-    def _loss(self, hard_weight: float, soft_weight: float) -> LinearKDLoss:
+    def _loss(self, hard_weight: float, soft_weight: float) -> KDLoss:
         """Return the loss of the attributes as they are now, with these weights."""
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be an int of at least 1; got {self.chunk_size!r}")
         check_beta(self.beta)
-        return LinearKDLoss.like(
+        return KDLoss.like(
             "liger",
             hard_weight=hard_weight,
             soft_weight=soft_weight,
@@ -96,7 +97,7 @@ class LigerFusedLinearJSDLoss(Shown):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Return the mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`.
+        """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`.
 
         Without a cross-entropy the labels only say which rows count.
         """
@@ -105,17 +106,15 @@ class LigerFusedLinearJSDLoss(Shown):
         labels: Tensor | None = true_labels
         if self.weight_hard_loss == 0:
             labels = mask(true_labels, self.ignore_index)
-        tensors = (student_input, student_weight, teacher_input, teacher_weight)
-        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
-        result = self._loss(self.weight_hard_loss, self.weight_soft_loss)(
-            *tensors, labels, **biases
-        )
+        student = Head(student_input, student_weight, student_bias)
+        teacher = Head(teacher_input, teacher_weight, teacher_bias)
+        result = self._loss(self.weight_hard_loss, self.weight_soft_loss)(student, teacher, labels)
         if isinstance(result, Tensor):
             return result
         loss, hard, soft = result
         if 0 in (self.weight_hard_loss, self.weight_soft_loss):
             with torch.no_grad():  # a term of weight 0 was not computed
-                _, hard, soft = self._loss(1.0, 1.0)(*tensors, true_labels, **biases)
+                _, hard, soft = self._loss(1.0, 1.0)(student, teacher, true_labels)
         return loss, soft, hard
 
 
@@ -148,10 +147,10 @@ class LigerFusedLinearJSD(Shown):
         self.accum_dtype = accum_dtype
         self._loss()  # refuses what is out of range
 
-    def _loss(self) -> LinearKDLoss:
+    def _loss(self) -> KDLoss:
         """Return the loss of the attributes as they are now."""
         check_beta(self.jsd_beta)
-        return LinearKDLoss.like(
+        return KDLoss.like(
             "liger",
             **SOFT_ALONE,
             beta=self.jsd_beta,
@@ -169,13 +168,13 @@ class LigerFusedLinearJSD(Shown):
         teacher_weight: Tensor,  # (V, H_t)
         shift_labels: Tensor | None,  # (...); only says which rows count
     ) -> Tensor:
-        """Return the mean over the rows that count; raises as :func:`fused_kd.linear_kd_loss`."""
+        """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
         check_dense("student_weight", student_weight)
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
         _accumulation(self.accum_dtype, student_weight)  # refuses one that does not fit
-        tensors = (student_input, student_weight, teacher_input, teacher_weight)
-        loss: Tensor = self._loss()(*tensors, mask(shift_labels, self.ignore_index))
+        student, teacher = Head(student_input, student_weight), Head(teacher_input, teacher_weight)
+        loss: Tensor = self._loss()(student, teacher, mask(shift_labels, self.ignore_index))
         return loss
 
 
@@ -184,7 +183,7 @@ class LigerFusedLinearKLDivLoss(Shown):
 
     Rows of the target need not sum to 1. Their logarithm is the only tensor (N, V) allocated, in
     float32. If you have the teacher's logits or log-probabilities, save it with
-    ``LinearKDLoss(...)(hidden, weight, teacher_logits=...)``.
+    ``KDLoss(...)(Head(hidden, weight), teacher_logits)``.
 
     Args:
         reduction: "batchmean" divides by the number of rows that count, "mean" by V times that,
@@ -217,9 +216,9 @@ class LigerFusedLinearKLDivLoss(Shown):
         self.accum_dtype = accum_dtype
         self._loss()  # refuses what is out of range
 
-    def _loss(self) -> LinearKDLoss:
+    def _loss(self) -> KDLoss:
         """Return the loss of the attributes as they are now."""
-        return LinearKDLoss(
+        return KDLoss(
             **FORWARD_KL,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
@@ -234,7 +233,7 @@ class LigerFusedLinearKLDivLoss(Shown):
         target: Tensor,  # (..., V), probabilities
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
-        """Return the reduced divergence; raises as :func:`fused_kd.linear_kd_loss`."""
+        """Return the reduced divergence; raises as :func:`fused_kd.kd_loss`."""
         check_dense("student_input", student_input)
         check_dense("student_weight", student_weight)
         _accumulation(self.accum_dtype, student_weight)  # refuses one that does not fit
@@ -244,17 +243,15 @@ class LigerFusedLinearKLDivLoss(Shown):
         def loss(logs: Tensor, **weights: Any) -> Tensor:
             """Return the loss of a teacher's log-probabilities, in place."""
             logs = logs.mul_(self.temperature)  # the target is not softened: the loss divides again
-            student = (student_input, student_weight)
-            divergence: Tensor = self._loss()(
-                *student, labels=labels, teacher_logits=logs, **weights
-            )
+            student = Head(student_input, student_weight)
+            divergence: Tensor = self._loss()(student, logs, labels, **weights)
             return divergence
 
         kept = None if labels is None else labels != self.ignore_index
         return kl_from(target, kept, self.reduction, loss, "target")
 
 
-def _accumulation(dtype: object, weight: Tensor | None = None) -> torch.dtype:
+def _accumulation(dtype: object, weight: Tensor | None = None) -> torch.dtype | None:
     """Return the dtype in which weight gradients are added; check it against that of `weight`.
 
     Raises:
@@ -268,4 +265,4 @@ def _accumulation(dtype: object, weight: Tensor | None = None) -> torch.dtype:
             "accum_dtype must be None, torch.float32 or the dtype of student_weight, "
             f"{weight.dtype}; got {dtype}"
         )
-    return dtype or torch.float32
+    return dtype

@@ -26,10 +26,10 @@ __all__ = ["generalized_jsd_loss", "restore", "use_fused_kd"]
 
 Trainer = TypeVar("Trainer")
 
-#: Class of TRL → its levels, the default first, and the function that returns its new attributes.
-_KINDS: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
-    "GKDTrainer": (("logits", "linear"), gkd.attributes),
-    "DistillationTrainer": (("linear",), distillation.attributes),
+#: Class of TRL → whether it has heads by default, and what returns its new attributes.
+_KINDS: dict[str, tuple[bool, Callable[..., dict[str, Any]]]] = {
+    "GKDTrainer": (False, gkd.attributes),
+    "DistillationTrainer": (True, distillation.attributes),
 }
 #: Advice for a model whose labels TRL would shift by mistake.
 _SHIFTED = "TRL's trainers shift the labels; call KDLoss in a training loop of your own"
@@ -40,7 +40,7 @@ _REPLACED, _ABSENT = "_fused_kd_replaced", object()
 def use_fused_kd(
     trainer: Trainer,
     *,
-    level: str | None = None,
+    heads: bool | None = None,
     entropy: bool = True,
     inplace: bool = False,
     memory_budget: int | None = None,
@@ -51,12 +51,13 @@ def use_fused_kd(
     Args:
         trainer: a GKDTrainer or DistillationTrainer of TRL that has a teacher; or of a subclass
             that does not change their loss.
-        level: for a GKDTrainer "logits", or "linear", at which neither model's logits are whole.
-            A DistillationTrainer is always at the level "linear".
+        heads: leave the lm_heads out and give the loss a :class:`fused_kd.Head` for each side, so
+            that neither model makes logits. None: False for a GKDTrainer, True for a
+            DistillationTrainer, which never makes them.
         entropy: whether a DistillationTrainer logs the student's mean entropy, which needs one more
             product with the student's head; otherwise it logs None.
-        inplace: at the level "logits": write the gradient over the student's logits.
-        memory_budget: at the level "linear": bytes of a chunk, see :func:`fused_kd.linear_kd_loss`.
+        inplace: without `heads`: write the gradient over the student's logits.
+        memory_budget: with `heads`: bytes of a chunk, see :func:`fused_kd.kd_loss`.
         backend: as in :func:`fused_kd.kd_loss`.
 
     Returns:
@@ -64,8 +65,8 @@ def use_fused_kd(
 
     Raises:
         TypeError: The trainer is another one, has no teacher, or has a loss of its own; the version
-            of TRL is unknown; at the level "linear" an lm_head is not a plain nn.Linear.
-        ValueError: A model is not causal; the vocabularies differ; at the level "linear" logits are
+            of TRL is unknown; with `heads` an lm_head is not a plain nn.Linear.
+        ValueError: A model is not causal; the vocabularies differ; with `heads` logits are
             soft-capped, or scaled by another factor than TRL uses; an option is out of its range.
     """
     kind = next((name for name in _KINDS if class_of(trainer, name) is not None), None)
@@ -78,26 +79,25 @@ def use_fused_kd(
         raise TypeError(
             f"trainer must have a teacher_model; got a {type(trainer).__name__} without"
         )
-    levels, attributes_of = _KINDS[kind]
-    level = level or levels[0]
-    if level not in levels:
-        raise ValueError(f"level of a {kind} must be one of {levels}; got {level!r}")
-    if inplace and level != "logits":
+    default, attributes_of = _KINDS[kind]
+    heads = default if heads is None else heads
+    if default and not heads:
+        raise ValueError(f"heads of a {kind} must be True, since it makes no logits; got {heads}")
+    if inplace and heads:
         raise ValueError(
-            "inplace must be False at level='linear', since logits are not stored; got True: use "
-            "level='logits'"
+            "inplace must be False with heads=True, since logits are not stored; got True: use "
+            "heads=False"
         )
-    if memory_budget is not None and level != "linear":
+    if memory_budget is not None and not heads:
         raise ValueError(
-            "memory_budget must be None at level='logits', since there are no chunks; got "
-            f"{memory_budget}: use level='linear'"
+            "memory_budget must be None with heads=False, since there are no chunks; got "
+            f"{memory_budget}: use heads=True"
         )
     student, teacher = (unwrapped(model) for model in models_of(trainer))
     check_causal(student, teacher, _SHIFTED)
     check_vocabularies(student, teacher)
-    options: dict[str, Any] = {"backend": backend}
-    options |= {"inplace": inplace} if level == "logits" else {"memory_budget": memory_budget}
-    attributes = attributes_of(trainer, level, entropy, options)
+    options = {"backend": backend, "inplace": inplace, "memory_budget": memory_budget}
+    attributes = attributes_of(trainer, heads, entropy, options)
     restore(trainer)
     before = {name: vars(trainer).get(name, _ABSENT) for name in attributes}
     vars(trainer).update({**attributes, _REPLACED: before})

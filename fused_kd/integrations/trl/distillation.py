@@ -6,14 +6,15 @@ import inspect
 import math
 import types
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...linear import linear_kd_loss
-from ...modules import LinearKDLoss
+from ...functional import kd_loss
+from ...modules import KDLoss
+from ...sides import Head
 from .._common.heads import TOLERANCE, scale_of
 from .._common.labels import IGNORE_INDEX
 from .._common.parts import as_tensor
@@ -42,7 +43,7 @@ _RENAMED = {
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
-def attributes(trainer: Any, level: str, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
+def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Return the attributes to set in a DistillationTrainer.
 
     Its _compute_loss calls a function of its module, which all trainers share. So the trainer gets
@@ -53,7 +54,7 @@ def attributes(trainer: Any, level: str, entropy: bool, options: dict[str, Any])
     own = class_of(trainer, KIND)._compute_loss
     if LOSS not in own.__globals__ or LOSS not in own.__code__.co_names:
         raise TypeError(f"{KIND}._compute_loss does not call {LOSS} {unknown_version()}")
-    LinearKDLoss.like("trl", **options)  # refuses what is out of range
+    KDLoss.like("trl", **options)  # refuses what is out of range
     signature = inspect.signature(own.__globals__[LOSS])
     names = [_RENAMED.get(name, name) for name in signature.parameters]
     check_arguments(LOSS, names, _REQUIRED, _OPTIONAL)
@@ -80,7 +81,7 @@ def called(
     Args:
         signature: that of the installed function.
         entropy: whether to compute it; otherwise it is NaN. The trainer logs None if all are NaN.
-        options: of :class:`fused_kd.LinearKDLoss`.
+        options: of :class:`fused_kd.KDLoss`.
         arguments: those of `signature`.
         keywords: the same.
 
@@ -99,22 +100,13 @@ def called(
     num_items = inputs["num_items_in_batch"]
     if isinstance(num_items, Tensor):
         num_items = num_items.to(kept.device)
-    loss = LinearKDLoss.like("trl", beta=inputs["beta"], temperature=temperature, **options)(
-        student.hidden, student.weight, teacher.hidden, teacher.weight, labels,
-        student_bias=student.bias, teacher_bias=teacher.bias, num_items=num_items,
-    )  # fmt: skip
+    loss = KDLoss.like("trl", beta=inputs["beta"], temperature=temperature, **options)(
+        student, teacher, labels, num_items=num_items
+    )
     total = torch.full((), math.nan, device=kept.device)
     if entropy:
         total = torch.where(kept, entropies(student, labels, temperature, options), 0).sum()
     return as_tensor(loss), total, kept.sum()
-
-
-class Head(NamedTuple):
-    """Hidden states and lm_head of a model."""
-
-    hidden: Tensor  # (B, S, H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
 
 
 @torch.no_grad()
@@ -126,16 +118,15 @@ def entropies(student: Head, labels: Tensor, temperature: float, options: dict[s
     """
     vocabulary = student.weight.shape[0]
     uniform = student.hidden.new_zeros(vocabulary).expand(*labels.shape, vocabulary)
-    lacking = linear_kd_loss(
-        student.hidden, student.weight, labels=labels, student_bias=student.bias,
-        teacher_logits=uniform, hard_weight=0.0, soft_weight=1.0, divergence="reverse_kl",
+    lacking = kd_loss(
+        student, uniform, labels, hard_weight=0.0, soft_weight=1.0, divergence="reverse_kl",
         temperature=temperature, soft_scale="none", reduction="none", **options,
     )  # fmt: skip
     return math.log(vocabulary) - as_tensor(lacking)
 
 
 def _head(model: str, inputs: dict[str, Any]) -> Head:
-    """Return the hidden states and the head of one model, with its scale multiplied in.
+    """Return the Head of one model.
 
     Raises:
         ValueError: Its logits are soft-capped.
@@ -149,10 +140,7 @@ def _head(model: str, inputs: dict[str, Any]) -> Head:
         weight, bias = _whole(weight), _whole(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
-    scale = inputs.get(f"{model}_logit_scale", 1.0)
-    if scale != 1.0:  # c·(h·W + b) = (c·h)·W + c·b
-        hidden, bias = hidden * scale, None if bias is None else bias * scale
-    return Head(hidden, weight, bias)
+    return Head(hidden, weight, bias, inputs.get(f"{model}_logit_scale", 1.0))
 
 
 def _whole(x: Any) -> Any:
@@ -181,13 +169,13 @@ def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
         measured = scale_of(model)
     except (TypeError, ValueError) as error:
         raise type(error)(
-            f"the {which}: {error}; of TRL's trainers that is GKDTrainer's level 'logits'"
+            f"the {which}: {error}; of TRL's trainers a GKDTrainer can take logits"
         ) from None
     used = _scale_in(config) if is_scaled else 1.0
     if abs(measured - used) > TOLERANCE * abs(measured):
         raise ValueError(
             f"the {which} scales its logits by {measured:.4g}, and this version of TRL ({KIND}) "
-            f"by {used:.4g}: upgrade trl, or train with a GKDTrainer, whose level 'logits' uses "
+            f"by {used:.4g}: upgrade trl, or train with a GKDTrainer and heads=False, which uses "
             "the model's own logits"
         )
 
@@ -206,6 +194,6 @@ def _capped(which: str, cap: float) -> str:
     """Return the message for a soft-cap."""
     return (
         f"the {which} soft-caps its logits (final_logit_softcapping={cap}), which fused_kd does "
-        f"not do at the level 'linear': use TRL's own loss in this {KIND}, or train with a "
-        "GKDTrainer, whose level 'logits' uses the model's own logits"
+        f"not do with heads: use TRL's own loss in this {KIND}, or train with a GKDTrainer and "
+        "heads=False, which uses the model's own logits"
     )

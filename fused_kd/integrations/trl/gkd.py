@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import math
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...modules import KDLoss, LinearKDLoss
+from ...modules import KDLoss
+from ...sides import Side, row_count, row_shape, rows_tensor, vocabulary
 from .._common.arguments import named
-from .._common.heads import check_head, head_of, headless
+from .._common.heads import headless, scale_of, side_of
 from .._common.labels import IGNORE_INDEX
 from .._common.parts import as_tensor, parts_of
 from .._common.probabilities import denominator
@@ -55,36 +55,33 @@ def generalized_jsd_loss(
         TypeError: As :func:`fused_kd.kd_loss`.
         ValueError: The same; or reduction="none", which would be (B, S, V).
     """
-    vocabulary = student_logits.shape[-1]
-    num_items = _num_items(student_logits, labels, vocabulary, reduction, num_items_in_batch)
+    num_items = _num_items(student_logits, labels, reduction, num_items_in_batch)
     loss = KDLoss.like("trl", beta=beta, temperature=temperature, **options)
     return as_tensor(loss(*_unsliced(student_logits, teacher_logits, labels), num_items=num_items))
 
 
-def attributes(trainer: Any, level: str, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
+def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Return the attributes to set in a GKDTrainer."""
     check_inherited(trainer, KIND, "generalized_jsd_loss")
     installed = inspect.signature(class_of(trainer, KIND).generalized_jsd_loss)
     known = set(inspect.signature(generalized_jsd_loss).parameters) - {"options"}
     check_arguments(f"{KIND}.generalized_jsd_loss", installed.parameters, set(), known)
     found = _liger_loss(trainer)
-    if level == "logits":
-        KDLoss.like("trl", **options)  # refuses what is out of range
+    KDLoss.like("trl", **options)  # refuses what is out of range
+    if not heads:
         return {**found, "generalized_jsd_loss": partial(generalized_jsd_loss, **options)}
     check_inherited(trainer, KIND, "compute_loss")
-    linear = _Linear(trainer, options)
-    return {**found, "compute_loss": linear.compute_loss, "generalized_jsd_loss": linear.loss}
+    ours = _Headless(trainer, options)
+    return {**found, "compute_loss": ours.compute_loss, "generalized_jsd_loss": ours.loss}
 
 
-class _Linear:
+class _Headless:
     """GKDTrainer's own compute_loss, with hidden states instead of logits."""
 
     def __init__(self, trainer: Any, options: dict[str, Any]) -> None:
         self.trainer, self.options, self.is_headless = trainer, options, False
         self.own = class_of(trainer, KIND).compute_loss
-        LinearKDLoss.like("trl", **options)  # refuses what is out of range
-        for model in models_of(trainer):
-            check_head(model)
+        self.scales = [scale_of(model) for model in models_of(trainer)]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **keywords: Any
@@ -116,28 +113,28 @@ class _Linear:
                 student_logits, teacher_logits, labels, beta, temperature, reduction,
                 num_items_in_batch, backend=self.options["backend"],
             )  # fmt: skip
-        student, teacher = (head_of(model) for model in models_of(self.trainer))
-        vocabulary = student.out_features
-        num_items = _num_items(student_logits, labels, vocabulary, reduction, num_items_in_batch)
-        loss = LinearKDLoss.like("trl", beta=beta, temperature=temperature, **self.options)
+        outputs = student_logits, teacher_logits
+        student, teacher = map(side_of, models_of(self.trainer), outputs, self.scales)
+        num_items = _num_items(student, labels, reduction, num_items_in_batch)
+        loss = KDLoss.like("trl", beta=beta, temperature=temperature, **self.options)
         with self.trainer.accelerator.autocast():  # the models' own ended with their forward
-            heads = student, teacher
-            return parts_of(loss, student_logits, teacher_logits, labels, num_items, heads).loss
+            return parts_of(loss, student, teacher, labels, num_items).loss
 
 
 def _num_items(
-    rows: Tensor,  # (B, S, anything)
+    student: Side,
     labels: Tensor | None,  # (B, S)
-    vocabulary: int,
     reduction: str,
     num_items: float | Tensor | None,
 ) -> float | Tensor:
     """Return TRL's divisor of the sum over the tokens."""
     if num_items is not None:
-        return num_items.to(rows.device) if isinstance(num_items, Tensor) else num_items
+        device = rows_tensor(student).device
+        return num_items.to(device) if isinstance(num_items, Tensor) else num_items
     kept = None if labels is None else labels != IGNORE_INDEX
-    count = rows.shape[0] if reduction == "batchmean" else math.prod(rows.shape[:-1])
-    return denominator(reduction, count, kept, vocabulary)
+    shape = row_shape(student)
+    count = shape[0] if reduction == "batchmean" else row_count(shape)
+    return denominator(reduction, count, kept, vocabulary(student))
 
 
 def _unsliced(
