@@ -132,7 +132,7 @@ def test_a_head_that_does_more_is_refused_by_name() -> None:
     model = tiny.llama(0)
     model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
     with pytest.raises(
-        TypeError, match=r"plain nn.Linear; found a test_heads\._Adapted.*heads=False"
+        TypeError, match=r"plain nn.Linear; found a test_lm_heads\._Adapted.*heads=False"
     ):
         heads.head_of(model)
     with pytest.raises(TypeError, match="found none"):
