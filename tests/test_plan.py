@@ -141,11 +141,11 @@ def test_the_height_is_the_drivers(
     class Stop(Exception):
         pass
 
-    def spy(*arguments: Any) -> int:
-        heights.append(levels.chunk_rows(*arguments))
+    def spy(*arguments: Any) -> memory.Cut:
+        heights.append(memory.cut_rows(*arguments).height)
         raise Stop
 
-    monkeypatch.setattr(memory, "chunk_rows", spy)
+    monkeypatch.setattr(driver, "cut_rows", spy)
     shape = (301, 8192, 512, 768)
     with pytest.raises(Stop):
         heads(*make(*shape, dtype), memory_budget=budget)
