@@ -161,7 +161,7 @@ def _weighted(
 ) -> Tensor:
     """Return w_hard·hard + w_soft·soft of every row; a term that is off is left out."""
     if w_hard is None:
-        return soft if w_soft is None else w_soft * soft
+        return torch.zeros_like(soft) if w_soft is None else w_soft * soft
     return w_hard * hard if w_soft is None else torch.addcmul(w_hard * hard, w_soft, soft)
 
 

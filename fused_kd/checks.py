@@ -27,8 +27,8 @@ WEIGHT_DTYPES = (
 #: Of a view made by an ordinary operator; autograd forbids writing to all others.
 WRITABLE_VIEW = torch._C._autograd.CreationMeta.DEFAULT
 _SHARDED = (
-    "a head sharded by FSDP is whole only inside the forward of the module that was sharded: call "
-    "the loss there (docs/howto/distributed.md)"
+    "if it is a shard by FSDP, it is whole only inside the forward of the module that was sharded: "
+    "call the loss there (docs/howto/distributed.md)"
 )
 _PARTITIONED = (
     "DeepSpeed ZeRO-3 has partitioned it; it is whole inside the forward of the module that "
@@ -70,7 +70,7 @@ def check_call(
             "whose logits are never stored: pass inplace=False"
         )
     if isinstance(student, Tensor) and writes_in_place(student, options):
-        _check_inplace(student, teacher)
+        _check_inplace(student, None if options.soft_weight == 0.0 else teacher)
 
 
 # --------------------------------------------------------------------------------------- sides
@@ -333,6 +333,7 @@ def check_num_items(num_items: float | Tensor | None, reduction: str, student: S
             f"got it with reduction={reduction!r}: leave it out"
         )
     if isinstance(num_items, Tensor):
+        check_dense("num_items", num_items)
         if num_items.dim() != 0:
             raise ValueError(
                 "num_items must be a number or a 0-d tensor; got a tensor of shape "
@@ -345,10 +346,12 @@ def check_num_items(num_items: float | Tensor | None, reduction: str, student: S
                 "num_items must be an int or float tensor without grad; "
                 f"got {num_items.dtype}, requires_grad={num_items.requires_grad}"
             )
-        if may_read_values(num_items) and not 0 <= num_items.item() < math.inf:
-            raise ValueError(
-                f"num_items must not be negative and must be finite; got {num_items.item()}"
-            )
+        if may_read_values(num_items):
+            value = num_items.item()
+            if not (value == 0 or SMALLEST <= value <= LARGEST):
+                raise ValueError(
+                    f"num_items must be 0 or in [{SMALLEST:.0e}, {LARGEST:.0e}]; got {value}"
+                )
     elif not isinstance(num_items, (int, float, Real)) or isinstance(num_items, bool):
         raise TypeError(
             f"num_items must be a number or a 0-d tensor; got {type(num_items).__name__}"
@@ -368,6 +371,11 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
             "inplace=True needs student logits that autograd lets be written to; got a view made "
             "by chunk, split or unbind, by a custom autograd.Function, or without gradients: pass "
             "inplace=False, the whole tensor, or a slice of it (logits[a:b])"
+        )
+    if student.is_neg() or student.is_conj():
+        raise ValueError(
+            "inplace=True needs student logits whose memory holds their values; got a view that "
+            "negates them lazily: pass inplace=False, or student.resolve_neg()"
         )
     base = student._base if student._is_view() else None
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):

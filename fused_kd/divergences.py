@@ -144,24 +144,24 @@ class Divergence(NamedTuple):
     meaning: str  # D(q, p), for the documentation
     formula: Callable[[Tensor, Tensor, Tensor, float], Term]
     eager: Callable[[Tensor, Tensor, float, float], Tensor]
-    softmax: bool = True  # compares probabilities, not logits
     needs_beta: bool = False  # β must be in (0, 1)
-    two_passes: bool = False  # a second pass over the row before the gradient
+    has_logarithm: bool = False  # the gradient contains log(p/q)
+    has_sign: bool = False  # the gradient contains the sign of p - q
 
 
 #: The position of an entry is the code by which the kernels know it.
 TABLE = {
     "forward_kl": Divergence("Σ q log(q/p)", forward_kl, _eager_forward_kl),
-    "reverse_kl": Divergence("Σ p log(p/q)", reverse_kl, _eager_reverse_kl),
+    "reverse_kl": Divergence("Σ p log(p/q)", reverse_kl, _eager_reverse_kl, has_logarithm=True),
     "jsd": Divergence(
         "β KL(q‖m) + (1-β) KL(p‖m), m = βq + (1-β)p",
         jsd,
         _eager_jsd,
         needs_beta=True,
-        two_passes=True,
+        has_logarithm=True,
     ),
-    "tvd": Divergence("½ Σ |p-q|", tvd, _eager_tvd, two_passes=True),
-    "mse": Divergence("(1/V) Σ (s-t)²/T²", mse, _eager_mse, softmax=False),
+    "tvd": Divergence("½ Σ |p-q|", tvd, _eager_tvd, has_sign=True),
+    "mse": Divergence("(1/V) Σ (s-t)²/T²", mse, _eager_mse),
 }
 DIVERGENCES = tuple(TABLE)
 CODES = {name: code for code, name in enumerate(DIVERGENCES)}

@@ -60,8 +60,12 @@ library.define(_PRODUCT)
 def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
     # a call with a single meta tensor comes here, on whichever device the other tensors are;
     # the temperature, which alone is float64, is on the CPU
-    tensors = (x for x in (student, teacher, *rest) if isinstance(x, Tensor))
+    tensors = [x for x in (student, teacher, *rest) if isinstance(x, Tensor)]
     devices = {str(x.device) for x in tensors if x.dtype != torch.float64}
+    torch._check(
+        all(x.device.type == "cpu" for x in tensors if x.dtype == torch.float64),
+        lambda: "temperature must be on the CPU",
+    )
     torch._check(
         len(devices) == 1,
         lambda: f"all tensors must be on one device; got {' and '.join(sorted(devices))}",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .divergences import DIVERGENCES, NEEDS_BETA, TABLE
+from .sides import Head
 
 #: Bounds of a temperature or denominator: its square and its inverse stay normal in float32.
 SMALLEST, LARGEST = 2.0**-60, 2.0**60
@@ -37,7 +38,13 @@ MIB = 2**20
 # A check returns the value to keep (floats are converted), or raises.
 
 
-def _number(name: str, value: Any) -> float:
+def real_number(name: str, value: Any) -> float:
+    """Return a Python number as a float.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: Beyond float64.
+    """
     if isinstance(value, float):
         return value
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -49,7 +56,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _temperature(name: str, value: Any) -> float:
-    number = _number(name, value)
+    number = real_number(name, value)
     if not SMALLEST <= number <= LARGEST:
         bounds = f", in [{SMALLEST:.0e}, {LARGEST:.0e}]" if 0 < number < math.inf else ""
         raise ValueError(f"{name} must be positive and finite{bounds}; got {number}")
@@ -57,7 +64,7 @@ def _temperature(name: str, value: Any) -> float:
 
 
 def _weight(name: str, value: Any) -> float:
-    number = _number(name, value)
+    number = real_number(name, value)
     if not (number == 0.0 or 2.0**-126 <= number <= LARGEST):  # a float32 that is not 0
         bounds = f" (0 or in [1e-38, {LARGEST:.0e}])" if 0 < number < math.inf else ""
         raise ValueError(f"{name} must be at least 0 and finite{bounds}; got {number}")
@@ -65,7 +72,7 @@ def _weight(name: str, value: Any) -> float:
 
 
 def _smoothing(name: str, value: Any) -> float:
-    number = _number(name, value)
+    number = real_number(name, value)
     if not 0.0 <= number < 1.0:
         raise ValueError(f"{name} must be in [0, 1); got {number}")
     return number
@@ -111,16 +118,17 @@ def check_count(name: str, value: Any, least: int = 1) -> Any:
 
 def _one_of(*known: str) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             listed = ", ".join(repr(k) for k in known)
-            raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+            got = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} must be one of {listed}; got {got}")
         return value
 
     return check
 
 
 def _reduction(name: str, value: Any) -> Any:
-    if value == "batchmean":
+    if isinstance(value, str) and value == "batchmean":
         raise ValueError(
             "reduction='batchmean' is not offered: use reduction='mean', which divides the sum of "
             "the rows by the number of kept rows (what batchmean does for N rows)"
@@ -155,7 +163,11 @@ class KDOptions:
         _one_of(*DIVERGENCES),
         "D(q, p): " + "; ".join(f'"{name}" {entry.meaning}' for name, entry in TABLE.items()) + ".",
     )
-    beta: float = _keyword(0.5, _number, 'β of "jsd", the weight of the teacher, in (0, 1).')
+    beta: float = _keyword(
+        0.5,
+        real_number,
+        f"β of {' and '.join(sorted(NEEDS_BETA))}, the teacher's weight, in (0, 1).",
+    )
     soft_scale: str = _keyword("t2", _one_of(*SOFT_SCALES), 'c(T): "t2" for T², "none" for 1.')
     label_smoothing: float = _keyword(0.0, _smoothing, "ε in [0, 1).")
     ignore_index: int = _keyword(-100, _label, "rows with this label do not count, in either term.")
@@ -213,6 +225,8 @@ class KDOptions:
         """Check every keyword, then what holds between two of them."""
         for name, check in _CHECKS.items():
             value = getattr(self, name)
+            if value is _FIELDS[name].default and not torch.compiler.is_compiling():
+                continue
             kept = check(name, value)
             if type(kept) is not type(value):
                 object.__setattr__(self, name, kept)
@@ -272,6 +286,8 @@ def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
             hint = did_you_mean(name, (*NAMES, *OF_A_CALL))
             if name in OF_A_CALL:
                 hint = ": it belongs to the call, with the student and the teacher"
+            elif name in Head._fields:
+                hint = ": it is a field of Head, which a side may be"
             raise TypeError(f"{function}() has no keyword {name!r}{hint}")
     return KDOptions(**keywords)
 
@@ -301,14 +317,14 @@ class Formula(NamedTuple):
 
 
 def temperature_tensor(options: KDOptions) -> Tensor:
-    """Return T as :class:`Formula` has it.
+    """Return T as :class:`Formula` has it, on the CPU regardless of the default device.
 
     In a trace by multiplication: other ways to make a tensor of a number compile once for each
     value, and fail under ``fullgraph=True`` at the ninth.
     """
     if torch.compiler.is_compiling():
-        return torch.ones((), dtype=torch.float64) * options.temperature
-    return torch.scalar_tensor(options.temperature, dtype=torch.float64)
+        return torch.ones((), dtype=torch.float64, device="cpu") * options.temperature
+    return torch.scalar_tensor(options.temperature, dtype=torch.float64, device="cpu")
 
 
 # ------------------------------------------------------------------- signature and documentation

@@ -28,10 +28,12 @@ class Weights(NamedTuple):
 def labels_and_kept(labels: Any, options: KDOptions) -> tuple[Any, Tensor | None]:
     """Return the labels as int64, and a mask (...) of the rows that count; None: all do.
 
-    int64 before the comparison: ignore_index may not fit a narrower type. What is no tensor of
-    integers is returned as it is, for the checks to refuse.
+    int64 before the comparison: ignore_index may not fit a narrower type. Anything but a dense
+    tensor of integers is returned unchanged, for the checks to refuse.
     """
     if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
+        return labels, None
+    if labels.layout != torch.strided or labels.is_nested:
         return labels, None
     labels = labels.to(torch.int64)
     return labels, labels != options.ignore_index

@@ -1,6 +1,6 @@
 """A Head on any side: the logits of one chunk of rows at a time.
 
-The loop over chunks is one registered operator, except in place, which no compiler traces.
+The loop over chunks is one registered operator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import named
 from ..rows import logit_rows
-from . import operators
+from . import operators  # noqa: F401  registers them
 from .settings import ChunkSettings, Inputs, Settings
 
 Gradients = tuple[Tensor | None, ...]
@@ -40,7 +40,7 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Tensor, None, Gradients]:
     """Return hard, soft and the gradients, None for one that is not wanted, or is in place."""
     if settings.inplace:
-        hard, soft = operators.gradients_in_place(*_arguments(settings, inputs))
+        hard, soft = torch.ops.fused_kd.chunked_gradients_(*_arguments(settings, inputs))
         return hard, soft, None, (None, None, None)
     narrow = not torch.compiler.is_compiling()  # or it would compile for the number of rows
     hard, soft, *made = torch.ops.fused_kd.chunked_gradients(

@@ -26,7 +26,6 @@ from .selection import Selection, is_scattered, put, take
 FIRST_PART = 16
 
 Rows = slice | Tensor
-Vectors = tuple[Tensor | None, Tensor | None, Tensor | None]  # labels, w_hard, w_soft of rows
 
 
 class Problem(NamedTuple):
@@ -202,6 +201,8 @@ class _HeadChunk:
     ) -> None:
         self.problem, self.side, self.products = problem, student, products
         self.gradients, self.mask = gradients, rows.mask
+        weights = (_times(w, student.scale) for w in (problem.w_hard, problem.w_soft))
+        self.vectors = (problem.labels, *weights)
         self.teacher = _TeacherRows(problem, products, height)
         shape = (height, student.weight.shape[0])
         self.logits = student.hidden.new_empty(shape, dtype=problem.accum_dtype)
@@ -234,7 +235,7 @@ class _HeadChunk:
         s = self.logits[:count]
         self.products.logits(s, hidden, self.side)
         t = self.teacher.at(rows, s)
-        vectors = _vectors(self.problem, rows, self.side.scale)
+        vectors = tuple(None if x is None else x[rows] for x in self.vectors)
         parts = _doubling_parts(count) if self.over_teacher else [slice(0, count)]
         visits = [self._visit(part, s, t, *vectors) for part in parts]
         if len(visits) == 1:
@@ -314,7 +315,10 @@ class _LogitsChunk:
         """Return hard and soft of these rows, and write their gradient."""
         s = take(self.logits, rows)
         t = self.teacher.at(rows, s)
-        labels, w_hard, w_soft = _vectors(self.problem, rows)
+        p = self.problem
+        labels, w_hard, w_soft = (
+            None if x is None else x[rows] for x in (p.labels, p.w_hard, p.w_soft)
+        )
         arguments = (s[None], t[None], labels, w_hard, w_soft, self.problem.formula)
         backend = self.problem.backend
         if self.out is None:
@@ -340,13 +344,13 @@ def _chunk_of(
     return _LogitsChunk(problem, student, products, height, gradients)
 
 
-def _vectors(problem: Problem, rows: Rows, scale: float = 1.0) -> Vectors:
-    """Return labels and weights of these rows; the weights times the scale of a student's head."""
-    weights = [problem.w_hard, problem.w_soft]
-    if scale != 1.0:
-        weights = [None if w is None else w * scale for w in weights]
-    labels, w_hard, w_soft = (None if x is None else x[rows] for x in (problem.labels, *weights))
-    return labels, w_hard, w_soft
+def _times(w: Tensor | None, scale: float) -> Tensor | None:
+    """Return the weights of the gradient by logits before a head's scale; 0 only where w is 0."""
+    if w is None or scale == 1.0:
+        return w
+    scaled = w * scale
+    lost = (w != 0) & (scaled == 0)  # 0 would switch the row's term off
+    return torch.where(lost, torch.finfo(w.dtype).tiny, scaled)
 
 
 def _copies(logits: Tensor, rows: Selection) -> bool:

@@ -1,9 +1,9 @@
-"""The two registered operators of the chunk loop, which is opaque to a compiler.
+"""The registered operators of the chunk loop, which is opaque to a compiler.
 
 A loop that a compiler traced would be compiled once more for every number of rows. Each operator
 takes the sides (three tensors each: logits, None, None; or hidden states, weight, bias) and one
-weight per row and term (None: the term is off), and returns the unweighted terms of every row; the
-second one also the gradients of their weighted sum. Calling them directly is not differentiable.
+weight per row and term (None: the term is off), and returns the unweighted terms of every row; two
+of them also the gradients of their weighted sum. Calling them directly is not differentiable.
 
 No argument and no result is a list of tensors: ``is_grads_batched=True`` and ``torch.vmap`` call an
 operator without a batching rule once for each entry of the batch, but not one with lists.
@@ -39,6 +39,11 @@ library.define(
     f"chunked_gradients({_ARGUMENTS}, bool[] wanted, ScalarType grad_accum_dtype, bool may_narrow)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+# the student's logits are overwritten by their gradient
+library.define(
+    f"chunked_gradients_({_ARGUMENTS.replace('Tensor student', 'Tensor(a!) student', 1)})"
+    " -> (Tensor, Tensor)"
+)
 
 
 def chunked_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -55,7 +60,7 @@ def chunked_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     return hard, soft, *_tensors(problem, gradients)
 
 
-def gradients_in_place(*arguments: Any) -> tuple[Tensor, Tensor]:
+def chunked_gradients_(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return hard and soft, and overwrite the student's logits by the gradient."""
     problem = _problem(*arguments)._replace(inplace=True)
     return _run(problem, (True, False, False))[:2]
@@ -140,6 +145,7 @@ def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 for _name, _implementation, _fake in (
     ("chunked_losses", chunked_losses, _fake_losses),
     ("chunked_gradients", chunked_gradients, _fake_gradients),
+    ("chunked_gradients_", chunked_gradients_, _fake_losses),
 ):
     for _device in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _implementation, _device)
@@ -149,7 +155,7 @@ for _name, _implementation, _fake in (
 # What FlopCounterMode counts: the products of all rows. How many are ignored, no shape says.
 
 
-@register_flop_formula(torch.ops.fused_kd.chunked_losses)
+@register_flop_formula([torch.ops.fused_kd.chunked_losses, torch.ops.fused_kd.chunked_gradients_])
 def _forward_flop(*shapes: Any, out_shape: Any = None) -> int:
     w_soft = shapes[8]
     return _product_flop(*shapes[:2]) + (0 if w_soft is None else _product_flop(*shapes[3:5]))

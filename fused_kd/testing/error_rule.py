@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..divergences import TABLE
 from ..functional import KDLossParts, kd_loss
 from ..options import KDOptions
 from .baseline import eager_kd_loss
@@ -122,10 +123,10 @@ def conditioning(
     scale = upstream * soft / temperature * p.amax(1)
     grad = eps * truth.grad.double().nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
     grad = grad + eps * (scale + upstream * hard * s.softmax(1).amax(1))
-    if options.divergence in ("reverse_kl", "jsd"):
+    if TABLE[options.divergence].has_logarithm:
         grad = grad + eps * scale * reach / temperature
     clear, undetermined = torch.ones_like(p, dtype=torch.bool), torch.zeros_like(reach)
-    if options.divergence == "tvd":
+    if TABLE[options.divergence].has_sign:
         bound = 8 * eps * (1 + reach[:, None] / temperature)
         clear = (p - q).abs() > bound * p.maximum(q)
         undetermined = scale * torch.where(clear, 0.0, p).sum(1)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
-import numpy
 import torch
 
 from .configuration import AMD, BLACKWELL, NVIDIA, OTHER, Kind, may_wait
@@ -38,12 +37,12 @@ def _why_not(device_type: str | None, interpreted: bool) -> str | None:
         return f"torch finds no {' or '.join(names)} device"
     import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-    version, numpy_version = (
-        tuple(int(part) for part in found.split(".")[:2])
-        for found in (triton.__version__, numpy.__version__)
-    )
-    if interpreted and version < (3, 7) and numpy_version >= (2, 4):
-        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4"
+    version = _release(triton)
+    if interpreted and version < (3, 7):
+        import numpy
+
+        if _release(numpy) >= (2, 4):
+            return f"the interpreter of triton {triton.__version__} needs numpy < 2.4"
     if version < OLDEST:
         return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
     try:
@@ -53,6 +52,11 @@ def _why_not(device_type: str | None, interpreted: bool) -> str | None:
     if interpreted == isinstance(loaded._kd_rows_kernel, triton.JITFunction):
         return "TRITON_INTERPRET has changed since the kernels were imported"
     return None
+
+
+def _release(module: ModuleType) -> tuple[int, ...]:
+    """Return the first two numbers of a module's version."""
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
 @cache
