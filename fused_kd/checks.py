@@ -58,19 +58,23 @@ def check_call(
     _check_side("student", student)
     _check_teacher(student, teacher, options.soft_weight)
     _check_labels(labels, student, options.hard_weight)
-    _check_token_weight(token_weight, student)
-    check_num_items(num_items, options.reduction, student)
+    if token_weight is not None:
+        _check_token_weight(token_weight, student)
+    if num_items is not None:
+        _check_num_items(num_items, options.reduction, student)
     if labels is not None and kept is not None:
         _check_label_range(labels, kept, vocabulary(student), options.ignore_index)
     _check_chunk_options(options, kept_rows, student, teacher)
-    _check_kept_rows(kept_rows, student, kept)
-    if options.inplace and isinstance(student, Head):
-        raise ValueError(
-            "inplace=True writes the gradient over the student's logits; got student as a Head, "
-            "whose logits are never stored: pass inplace=False"
-        )
-    if isinstance(student, Tensor) and writes_in_place(student, options):
-        _check_inplace(student, None if options.soft_weight == 0.0 else teacher)
+    if kept_rows is not None:
+        _check_kept_rows(kept_rows, student, kept)
+    if options.inplace:
+        if isinstance(student, Head):
+            raise ValueError(
+                "inplace=True writes the gradient over the student's logits; got student as a "
+                "Head, whose logits are never stored: pass inplace=False"
+            )
+        if writes_in_place(student, options):
+            _check_inplace(student, None if options.soft_weight == 0.0 else teacher)
 
 
 # --------------------------------------------------------------------------------------- sides
@@ -225,11 +229,9 @@ def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
         )
 
 
-def _check_kept_rows(kept_rows: int | None, student: Side, kept: Tensor | None) -> None:
+def _check_kept_rows(kept_rows: int, student: Side, kept: Tensor | None) -> None:
     """Check the bound; on the CPU (by value) against the number of rows that are not ignored."""
     check_count("kept_rows", kept_rows, least=0)
-    if kept_rows is None:
-        return
     if kept is None:
         number = row_count(row_shape(student))
     elif may_read_values(kept):
@@ -294,10 +296,8 @@ def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: in
     )
 
 
-def _check_token_weight(token_weight: Tensor | None, student: Side) -> None:
+def _check_token_weight(token_weight: Tensor, student: Side) -> None:
     """Check type, shape, device and (on the CPU) values of the weights of the tokens."""
-    if token_weight is None:
-        return
     check_dense("token_weight", token_weight)
     if token_weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
@@ -323,10 +323,8 @@ def _check_token_weight(token_weight: Tensor | None, student: Side) -> None:
         )
 
 
-def check_num_items(num_items: float | Tensor | None, reduction: str, student: Side) -> None:
+def _check_num_items(num_items: float | Tensor, reduction: str, student: Side) -> None:
     """Check for a positive number or a 0-d tensor (which may be 0: the loss is then 0)."""
-    if num_items is None:
-        return
     if reduction != "mean":
         raise ValueError(
             "num_items is the denominator of reduction='mean'; "
