@@ -27,7 +27,7 @@ WEIGHT_DTYPES = (
 #: Of a view made by an ordinary operator; autograd forbids writing to all others.
 WRITABLE_VIEW = torch._C._autograd.CreationMeta.DEFAULT
 _SHARDED = (
-    "if it is a shard by FSDP, it is whole only inside the forward of the module that was sharded: "
+    "if it is sharded by FSDP, it is whole only inside the forward of the module that was sharded: "
     "call the loss there (docs/howto/distributed.md)"
 )
 _PARTITIONED = (

@@ -253,7 +253,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "num_items tensor < 0": (
         {"num_items": torch.tensor(-3)},
         ValueError,
-        "num_items must not be negative and must be finite; got -3",
+        "num_items must be 0 or in [9e-19, 1e+18]; got -3",
     ),
     "num_items 1-d": (
         {"num_items": torch.tensor([3])},
