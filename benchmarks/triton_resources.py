@@ -289,8 +289,8 @@ def executed_table() -> str:
     return "\n\n".join(
         (
             "Instructions executed per element, bfloat16, sm_90. In the time that memory takes for "
-            "two reads and one write of 16 bits, a card has time for so many, and so many special "
-            f"functions: {budgets}; for float32 twice that.",
+            "two reads and one write of 16 bits, a card has time for this many instructions "
+            f"and special functions: {budgets}; for float32 twice that.",
             markdown_table(head, lines, left=1),
             "`python -m benchmarks.triton_resources --tables executed`, "
             f"triton {triton.__version__}",

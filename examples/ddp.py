@@ -41,7 +41,7 @@ def train(model: nn.Module, student: nn.Module, batches: Iterable[Batch]) -> lis
 
 
 def mean_over_ranks(loss: Tensor) -> float:
-    """For printing; gradients are averaged so by whatever wraps the model."""
+    """For printing; gradients are averaged so by the wrapper of the model."""
     if dist.is_initialized():
         dist.all_reduce(loss)
         loss /= dist.get_world_size()

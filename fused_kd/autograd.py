@@ -4,7 +4,7 @@
   They are handed over in the first backward, scaled by the upstream gradient; a later one
   (``retain_graph=True``) recomputes them.
 * The backward computes the gradients of losses of single rows (``none``), whose upstream gradients
-  are known only then; whatever an engine excludes (float16, so that a loss scale enters before the
+  are known only then; what an engine excludes (float16, so that a loss scale enters before the
   rounding); and those of a batch of upstream gradients.
 """
 
@@ -218,8 +218,8 @@ _TWICE = (
 class _NoSecondDerivative(torch.autograd.Function):
     """Passes the gradient through and raises when it is differentiated.
 
-    It takes the loss's differentiable inputs, so that autograd reaches it whatever the gradient
-    itself depends on: a bare ``once_differentiable`` was seen to drop the term silently.
+    It takes the loss's differentiable inputs, so that autograd reaches it regardless of what
+    the gradient depends on: a bare ``once_differentiable`` was seen to drop the term silently.
     """
 
     @staticmethod

@@ -403,7 +403,7 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
         )
     if shares:
         raise ValueError(
-            "inplace=True needs a teacher in memory of its own, or exactly that of the student's "
+            "inplace=True needs a teacher in its own memory, or exactly that of the student's "
             "logits; got two that partly share it: clone one"
         )
 

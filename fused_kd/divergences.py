@@ -1,6 +1,6 @@
 """The divergences: their traits, their formulas in float64 and the composition that a user writes.
 
-One entry of the table is all that Python knows of a divergence; the kernels have one block each, in
+One entry of the table is the whole Python side of a divergence; the kernels have one block each, in
 ``csrc/kd_math.h`` and ``fused_kd/backends/triton/rules.py``. Nothing else depends on which
 divergence it is.
 
@@ -139,7 +139,7 @@ def _eager_mse(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
 
 
 class Divergence(NamedTuple):
-    """What Python knows of one divergence."""
+    """The Python side of one divergence."""
 
     meaning: str  # D(q, p), for the documentation
     formula: Callable[[Tensor, Tensor, Tensor, float], Term]
@@ -149,7 +149,7 @@ class Divergence(NamedTuple):
     has_sign: bool = False  # the gradient contains the sign of p - q
 
 
-#: The position of an entry is the code by which the kernels know it.
+#: The position of an entry is the code by which the kernels select it.
 TABLE = {
     "forward_kl": Divergence("Σ q log(q/p)", forward_kl, _eager_forward_kl),
     "reverse_kl": Divergence("Σ p log(p/q)", reverse_kl, _eager_reverse_kl, has_logarithm=True),

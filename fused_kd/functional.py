@@ -116,9 +116,9 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
     inputs compute in float64. The gradients have the dtypes of their inputs. Those that are 16-bit
     before the upstream gradient is known (of the hidden states; of the weight if all rows fit in
     one chunk; of a student's logits next to a teacher's Head) are rounded once more if the upstream
-    gradient is not a power of two. Ignored rows are not multiplied on a CPU; on a GPU the host does
-    not know their number, and never waits for it: they are masked, unless `kept_rows` bounds the
-    number of the others.
+    gradient is not a power of two. Ignored rows are not multiplied on a CPU; on a GPU their
+    number would take a synchronization: they are masked, unless `kept_rows` bounds the number of
+    the others.
 
     An entry that is -inf on both sides is absent, so padding a vocabulary with -inf changes
     nothing. With ``soft_weight=0`` the teacher is not read, and an entry that is -inf for the

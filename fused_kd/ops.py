@@ -28,7 +28,7 @@ _SCHEMAS = (
     f"forward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
     # and the gradient
     f"forward_backward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES}, Tensor)",
-    # the gradient in other memory, of the student's dtype, or 16-bit beside a float32 student
+    # the gradient in other memory, of the student's dtype, or 16-bit for a float32 student
     f"forward_backward_into(Tensor student, {_ROWS}, {_NUMBERS}, Tensor(a!) grad) -> ({_LOSSES})",
     # the gradient over the student's memory
     f"forward_backward_(Tensor(a!) student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
@@ -42,7 +42,7 @@ _SCHEMAS = (
 )
 
 # out (M, N) float32 = a (M, K) · b (K, N) + bias (N,), or += without one, in float32 sums: the same
-# bits for a row whatever M and the number of threads. Each of a and b has its own dtype, and stride
+# bits for a row for any M and number of threads. Each of a and b has its own dtype, and stride
 # 1 in one dimension. The values of b, with round_a those of a too, are first rounded to round_to
 # (float32: no rounding); a processor that multiplies pairs of bfloat16 then always rounds a's.
 _PRODUCT = (
@@ -97,7 +97,7 @@ def _fake_forward_backward_into(student, teacher, *rest):  # type: ignore[no-unt
     torch._check(grad.shape == student.shape, lambda: "grad must have the student's shape")
     torch._check(
         grad.dtype == student.dtype or student.dtype == torch.float32,
-        lambda: "grad must have the student's dtype, or 16 bits beside a float32 student",
+        lambda: "grad must have the student's dtype, or 16 bits for a float32 student",
     )
     return _row_outputs(student)
 

@@ -333,7 +333,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def shows_keywords(function: _Function) -> _Function:
-    """Give a function that takes ``**keywords`` their signature, and fill in its docstring."""
+    """Set the signature of a function that takes ``**keywords``, and fill in its docstring."""
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     explicit = inspect.signature(function).parameters
     positional = [p for p in explicit.values() if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -82,7 +82,7 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def autocast_dtype(head: Head) -> torch.dtype | None:
-    """Return the dtype that autocast asks of a head's products; None outside autocast.
+    """Return the dtype of a head's products under autocast; None outside autocast.
 
     Autocast leaves float64 alone.
     """

@@ -153,7 +153,7 @@ def test_a_teachers_head_in_the_memory_that_is_written_is_refused() -> None:
         ("weight", Head(torch.randn(6, 19), both.detach())),
         ("bias", Head(torch.randn(6, 3), torch.randn(19, 3), both.detach()[5])),
     ):
-        with pytest.raises(ValueError, match="needs a teacher in memory of its own"):
+        with pytest.raises(ValueError, match="needs a teacher in its own memory"):
             kd_loss(both[:6], head, labels, inplace=True)
         assert torch.equal(both, before), name
 

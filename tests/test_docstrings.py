@@ -12,15 +12,14 @@ VERBS = {
     "Accumulate", "Add", "Allocate", "Append", "Apply", "Assert", "Begin", "Bind", "Build", "Call",
     "Cast", "Check", "Choose", "Clear", "Close", "Collect", "Combine", "Compare", "Compile",
     "Compute", "Configure", "Convert", "Copy", "Count", "Create", "Decide", "Describe", "Detach",
-    "Discard", "Divide", "Do", "Drop", "Enter", "Evaluate", "Expand", "Fill", "Find", "Fold",
-    "Format", "Gather", "Get", "Give", "Handle", "Ignore", "Import", "Insert", "Install", "Iterate",
-    "Launch", "Load", "Log", "Look", "Make", "Merge", "Move", "Multiply", "Normalize", "Open",
-    "Overwrite", "Pack", "Parse", "Prepare", "Print", "Process", "Raise", "Read", "Rebase",
-    "Recompute", "Record", "Reduce", "Refuse", "Register", "Release", "Remove", "Rename", "Replace",
-    "Require", "Rescale", "Reset", "Resolve", "Restore", "Return", "Round", "Run", "Save", "Scale",
-    "Select", "Set", "Skip", "Split", "Start", "Stop", "Store", "Subtract", "Synchronize", "Take",
-    "Transpose", "Undo", "Update", "Use", "Validate", "Visit", "Wait", "Warn", "Widen", "Wrap",
-    "Write", "Yield",
+    "Discard", "Divide", "Drop", "Enter", "Evaluate", "Expand", "Fill", "Find", "Fold", "Format",
+    "Gather", "Handle", "Ignore", "Import", "Insert", "Install", "Iterate", "Launch", "Load", "Log",
+    "Make", "Merge", "Move", "Multiply", "Normalize", "Open", "Overwrite", "Pack", "Parse",
+    "Prepare", "Print", "Process", "Raise", "Read", "Rebase", "Recompute", "Record", "Reduce",
+    "Refuse", "Register", "Release", "Remove", "Rename", "Replace", "Require", "Rescale", "Reset",
+    "Resolve", "Restore", "Return", "Round", "Run", "Save", "Scale", "Select", "Set", "Skip",
+    "Split", "Start", "Stop", "Store", "Subtract", "Synchronize", "Take", "Transpose", "Undo",
+    "Update", "Use", "Validate", "Wait", "Warn", "Widen", "Wrap", "Write", "Yield",
 }
 # fmt: on
 

@@ -12,18 +12,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The toy is half of forward_kl. An edit: the file, what the text is inserted before, the text.
+# The toy is ½ forward_kl + β tvd. It has a sum of the first pass and those of a second one, β in
+# value, constants and gradient, and an infinity with a finite gradient: no other divergence has all
+# of these. An edit: the file, what the text is inserted before, the text.
 PYTHON = (
     "fused_kd/divergences.py",
     "# ------------------------------------------------------- what a careful user composes",
     '''def toy(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return half of forward_kl."""
-    value, gradient = forward_kl(s, t, temperature, beta)
-    return Term(0.5 * value, 0.5 * gradient)
+    """Return ½ forward_kl + β tvd."""
+    kl, tv = forward_kl(s, t, temperature, beta), tvd(s, t, temperature, beta)
+    return Term(0.5 * kl.value + beta * tv.value, 0.5 * kl.gradient + beta * tv.gradient)
 
 
 def _eager_toy(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
-    return 0.5 * _eager_forward_kl(s, t, temperature, beta)
+    kl = _eager_forward_kl(s, t, temperature, beta)
+    return 0.5 * kl + beta * _eager_tvd(s, t, temperature, beta)
 
 
 ''',
@@ -31,41 +34,36 @@ def _eager_toy(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
 TABLE = (
     "fused_kd/divergences.py",
     "}\nDIVERGENCES = ",
-    '    "toy": Divergence("½ Σ q log(q/p)", toy, _eager_toy),\n',
+    '    "toy": Divergence("½ KL + β TV", toy, _eager_toy, needs_beta=True, two_passes=True),\n',
 )
 LIST = ("csrc/kd_math.h", "\n\nenum class Divergence", " X(toy)")
 RULE = (
     "csrc/kd_math.h",
     "// D = 1/V sum (s-t)^2 / T^2;",
-    """// D = 1/2 sum q log(q/p);  T dD/ds = 1/2 (p - q)
+    """// T dD/ds = 1/2 (p - q + beta p (sgn(p-q) - sum p sgn(p-q)))
 template <>
-struct Rule<Divergence::toy> : Traits<Divergence::toy> {
-  static constexpr bool SOFTMAX = true, OWN_SUM = true, TWO_PASSES = false;
-  static constexpr Infinite INFINITE = Infinite::student_absent;
-  static constexpr bool FINITE_GRADIENT = true;
+struct Rule<Divergence::toy> : Rule<Divergence::forward_kl> {
+  static constexpr Divergence DIVERGENCE = Divergence::toy;
+  static constexpr bool TWO_PASSES = true;
   template <class F>
-  FUSED_KD_HD static F accumulate(F a, F b, F, F Q, F w) {
-    return fma(Q, b - a, w);
-  }
-  template <class F>
-  FUSED_KD_HD static F weight(F, F Q) {
-    return Q;
-  }
-  template <class R>
-  FUSED_KD_HD static R rebase(const RowSums<R>& r, R shift_s, R shift_t, R, R factor_t) {
-    return factor_t * (r.w + (shift_t - shift_s) * r.d_t);
+  FUSED_KD_HD static void accumulate2(F, F, F P, F Q, F, const Constants<F>& c, F& x, F& y) {
+    const F d = fma(-c.ratio, Q, P);
+    x = x + magnitude(d);
+    y = y + signed_like(P, d);
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>& o) {
-    return R(0.5) * (r.w / (o.unit * r.d_t) + log(r.d_s / r.d_t));
+    return R(0.5) * (r.w / (o.unit * r.d_t) + log(r.d_s / r.d_t) + o.beta * r.x / r.d_s);
   }
   template <class R>
-  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
-    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, R(0), R(0)};
+  FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
+                                            const RuleOptions<R>& o) {
+    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, o.beta * r.y / r.d_s, o.beta};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F, F, F P, F Q, F, const Constants<F>& c, F offset) {
-    return fma(c.scale, fma(-c.ratio, Q, P), offset);
+    const F d = fma(-c.ratio, Q, P);
+    return fma(c.scale, fma(c.beta, signed_like(P, d), fma(-c.offset, P, d)), offset);
   }
 };
 
@@ -75,36 +73,32 @@ TRITON = (
     "fused_kd/backends/triton/rules.py",
     "class NoSoftTerm(Rule):",
     '''class Toy(Rule):
-    """½ Σ q·log(q/p), gradient ½ (p - q); w = Σ Q·(b - a)."""
+    """The gradient is ½ (p - q + β·p·(sgn(p - q) - Σ p·sgn(p - q)))."""
 
     name = "toy"
     own_sum = YES
+    two_passes = YES
     infinite = YES
-
-    @triton.jit
-    def add(w, e):
-        return tl.fma(e.Q, _above(e.b - e.a), w)
-
-    @triton.jit
-    def rebase(w, s, t):
-        return tl.fma(t.by - s.by, t.d, w * t.factor)
+    add, rebase, add_again = ForwardKL.add, ForwardKL.rebase, TVD.add_again
 
     @triton.jit
     def loss(sums, again, temperature, beta):
         kl = LN2 * tl.div_rn(sums.w, sums.d_t) + tl.log(tl.div_rn(sums.d_s, sums.d_t))
-        return 0.5 * kl
+        return 0.5 * (kl + beta * tl.div_rn(again.x, sums.d_s))
 
     @triton.jit
     def constants(sums, again, weight, temperature, beta):
-        return tl.div_rn(0.5 * weight, sums.d_s), tl.div_rn(sums.d_s, sums.d_t)
+        return tl.div_rn(0.5 * weight, sums.d_s), beta * tl.div_rn(again.y, sums.d_s)
 
     @triton.jit
     def gradient(e, refs, constants, beta):
-        return constants.scale, constants.offset * e.Q
+        scale, offset = constants
+        d = tl.fma(-refs.ratio, e.Q, e.P)
+        return _by_sign(d, beta * scale, -beta * scale, 0.0) + offset, scale * d
 
     @triton.jit
     def gradient_alone(e, refs, constants, x, y):
-        return constants.scale * tl.fma(-refs.ratio, e.Q, e.P)
+        return tl.fma(e.P, x, y)
 
 
 ''',
@@ -119,9 +113,9 @@ from fused_kd.testing import eager_kd_loss
 torch.manual_seed(0)
 s, t = 3 * torch.randn(2, 3, 1003)
 s[1, 5] = -math.inf  # infinite, with a finite gradient
+keywords = dict(temperature=2.0, divergence="toy", beta=0.3, hard_weight=0.0, reduction="none")
 for backend in ("reference", "cpu", "triton"):
     for dtype in (torch.float32, torch.bfloat16):
-        keywords = dict(temperature=2.0, divergence="toy", hard_weight=0.0, reduction="none")
         student = s.to(dtype).clone().requires_grad_()
         loss = KDLoss(backend=backend, **keywords)(student, t.to(dtype))
         exact = s.to(dtype).double().requires_grad_()
@@ -135,7 +129,10 @@ for backend in ("reference", "cpu", "triton"):
         torch.testing.assert_close(got, exact.grad[[0, 2]], rtol=rtol, atol=atol)
         loss[1].backward()
         assert student.grad.isfinite().all()
-print("parity")
+try:
+    KDLoss(divergence="toy", beta=1.0)
+except ValueError as error:
+    print("parity,", error)
 """
 
 
@@ -164,4 +161,4 @@ def test_a_divergence_is_one_block_per_language(tmp_path: Path) -> None:
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "parity\n"
+    assert result.stdout.startswith("parity, beta"), result.stdout

@@ -211,7 +211,7 @@ struct Operators {
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype || p.student.dtype == Dtype::f32,
-                    "grad must have the student's dtype, or 16 bits beside a float32 student");
+                    "grad must have the student's dtype, or 16 bits for a float32 student");
     check_apart(grad, "grad", student, "student");
     check_apart(grad, "grad", teacher, "teacher");
     return run_rows(p, student);

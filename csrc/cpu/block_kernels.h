@@ -81,7 +81,7 @@ template <Load L, Divergence D, Hard H>
 void sums(const Block& block, BlockSums* out) {
   using E = typename Element<L>::type;
   constexpr bool TEACHER = Rule<D>::READS_TEACHER, SOFTMAX = Rule<D>::SOFTMAX;
-  // without a sum of its own a divergence still needs one that shows whether all entries are finite
+  // without its own sum a divergence still needs one that shows whether all entries are finite
   constexpr bool CANARY = !Rule<D>::OWN_SUM;
   const E* s = static_cast<const E*>(block.s);
   const E* t = static_cast<const E*>(block.t);

@@ -90,7 +90,7 @@ def forward_backward(
     w_soft: Tensor | None,  # (N,)
     formula: Formula,
     inplace: bool = False,
-    out: Tensor | None = None,  # (B, S, V), in memory of its own
+    out: Tensor | None = None,  # (B, S, V), in its own memory
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the unweighted terms of every row, statistics for a later backward, and the gradient.
 

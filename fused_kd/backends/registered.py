@@ -103,7 +103,7 @@ def registered(prefix: str) -> Functions:
 
         A power of two is exact, and float32 loses half a unit to arithmetic that lost more; a
         16-bit gradient would be rounded a second time, so it is recomputed. Only the operator
-        reads the scale, so that the host never waits for a GPU.
+        reads the scale, so that the host never synchronizes.
         """
         rows = (student, teacher, labels, w_hard, w_soft)
         rescale_(*rows, stats, *_numbers(formula), scale, grad)

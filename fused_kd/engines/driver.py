@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     accum_dtype: torch.dtype  # of the logits that are computed, of losses and sums
     chunk_rows: int | None
     memory_budget: int | None
-    kept_rows: int | None  # at most so many rows have a weight; None: ask the CPU, or mask
+    kept_rows: int | None  # at most that many rows have a weight; None: ask the CPU, or mask
     grad_accum_dtype: torch.dtype  # of the sums over chunks
     may_narrow: bool  # a single chunk needs no sum: its weight gradient has the weight's dtype
     inplace: bool  # the gradient overwrites the student's logits

@@ -7,7 +7,7 @@
     model = mtd.convert(student, mode=[("kd_loss", config)])
 
 Names, keywords and numbers are modelopt's. It accepts any ``_Loss``, and need not be installed.
-The losses are float32 whatever the dtype of the logits. The teacher gets no gradient.
+The losses are float32 for any dtype of the logits. The teacher gets no gradient.
 """
 
 from __future__ import annotations

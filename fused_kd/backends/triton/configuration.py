@@ -21,7 +21,7 @@ class Configuration:
     """How a row is cut: everything that its bits depend on besides its entries."""
 
     warps: int
-    lanes: int  # threads, each with sums of its own
+    lanes: int  # threads, each with its own sums
     vector: int  # neighbouring entries of a lane, one load
     unroll: int  # loads of a lane per side that are in flight together
     parts: int  # programs per row
@@ -57,7 +57,7 @@ ENTRIES = 16
 #: 151936, 16 for 262144, 1 up to 20480. FUSED_KD_SLICE_BYTES in the environment overrides it, for
 #: trials: other parts, other bits.
 SLICE_BYTES = 80 * 1024
-#: A GPU must have so many multiprocessors for a row's programs to wait for each other.
+#: The multiprocessors that a GPU must have for a row's programs to wait for each other.
 MAX_PARTS = 32
 #: Positions in a row are 32 bits wide.
 LONGEST = 2**30
@@ -69,7 +69,7 @@ def configuration(
     vocabulary: int, student: torch.dtype, teacher: torch.dtype, kind: Kind = NVIDIA
 ) -> Configuration:
     """Return the configuration of rows of `vocabulary` entries."""
-    # Triton loads vectors only where it knows that rows lie a multiple of 16 entries apart; else
+    # Triton loads vectors only if the rows' stride is known to be a multiple of 16 entries; else
     # one entry, so that the threads of a warp read neighbours.
     widest = max(student.itemsize, teacher.itemsize)
     vector = 16 // widest if vocabulary % 16 == 0 else 1

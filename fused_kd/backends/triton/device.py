@@ -47,7 +47,7 @@ def _why_not(device_type: str | None, interpreted: bool) -> str | None:
         return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
     try:
         loaded = load_kernels()
-    except Exception as error:  # whatever a version that came later may raise
+    except Exception as error:  # any: a later version may raise another
         return f"its kernels cannot be imported: {error}"
     if interpreted == isinstance(loaded._kd_rows_kernel, triton.JITFunction):
         return "TRITON_INTERPRET has changed since the kernels were imported"

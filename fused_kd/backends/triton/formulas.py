@@ -211,7 +211,7 @@ def hard_value(sums, s_y, numbers, terms):
 def soft_constants(sums, again, on_soft, weight, numbers, rule: tl.constexpr):
     """Return what the gradient of the soft term needs, for a weight of w_soft·c(T)/T.
 
-    NaN for a NaN row, 0 for one whose soft term is off, whatever its teacher holds.
+    NaN for a NaN row, 0 for one whose soft term is off, regardless of the teacher.
     """
     scale, offset = rule.constants(sums, again, weight, numbers.temperature, numbers.beta)
     nan = _soft_is_nan(sums, rule)

@@ -5,7 +5,7 @@ with two) and the gradient pass, which goes backwards, find it in L2; the gradie
 Everything is float32 from the load to the one rounding at the store.
 
 A row is cut into a slice for each of PARTS programs; a slice is read in tiles of UNROLL x LANES x
-VECTOR entries, and every lane (a thread of the GPU) keeps references and sums of its own: a tile
+VECTOR entries, and every lane (a thread of the GPU) keeps its own references and sums: a tile
 costs no barrier and no shuffle. Lanes, then parts, are folded once, both by `fold`. What is beyond
 the end of a row is loaded as -inf on both sides, which is absent and adds nothing.
 
@@ -197,7 +197,7 @@ def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
         return _load_sums(row.stats), again
     TWO_PASSES: tl.constexpr = terms.rule.two_passes
     GRADIENT: tl.constexpr = row.g is not None
-    # read again soon: stays in L2 longer than what is read for the last time. A policy of its own
+    # read again soon: stays in L2 longer than what is read for the last time. A separate policy
     # ("evict_last") would take six instructions a tile.
     POLICY: tl.constexpr = "" if GRADIENT or TWO_PASSES else "evict_first"
     mine = part.partials + part.index * PARTIAL
@@ -266,7 +266,7 @@ def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
 
 @triton.jit
 def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
-    """Do one program's part of a row that counts."""
+    """Process one program's part of a row that counts."""
     on_soft = weights.soft != 0.0
     sums, again = _row_sums(row, part, V, on_soft, numbers, terms, launch, layout)
     owns, in_row, y = _owns(row, part, V, terms.HAS_HARD)
@@ -317,7 +317,7 @@ def _row_offset(row, S, stride_b, stride_s):
 
 @triton.jit
 def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
-    """Return a term's weight in this row's gradient; 0 if it is off, whatever the scale."""
+    """Return a term's weight in this row's gradient; 0 if it is off, for any scale."""
     if GIVEN:
         w = tl.load(w_ptr + row)
         return tl.where(w != 0.0, w * scale, 0.0)
@@ -327,7 +327,7 @@ def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
 
 @triton.jit
 def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
-    """Do one program's share of the work: part index % PARTS of row index // PARTS."""
+    """Process one program's share: part index % PARTS of row index // PARTS."""
     PARTS: tl.constexpr = launch.PARTS
     index = tl.cast(index, tl.uint32)  # shifts, not divisions
     n, p = (index // PARTS).to(tl.int32), (index % PARTS).to(tl.int32)

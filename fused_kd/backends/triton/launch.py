@@ -215,7 +215,7 @@ def _options(
 
 
 def _aligned(tensors: list[Tensor]) -> bool:
-    """Return whether Triton knows that every row begins at a multiple of 16 bytes."""
+    """Return True if Triton's specialization shows that rows begin at multiples of 16 bytes."""
     return all(
         x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:2])
         for x in tensors

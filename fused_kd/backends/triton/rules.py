@@ -1,4 +1,4 @@
-"""The divergences of the Triton kernels: one class each, and nothing else asks which one it is.
+"""The divergences of the Triton kernels: one class each; nothing else depends on which one it is.
 
 For one row, with s, t the logits and k = log2(e)/T, in units of log2:
 
@@ -226,7 +226,7 @@ class ForwardKL(Rule):
 
     @triton.jit
     def rebase(w, s, t):
-        # d_t has shrunk before it meets the shift: a finite mask times a count would overflow
+        # d_t has shrunk before the shift multiplies it: a finite mask times a count would overflow
         return tl.fma(t.by - s.by, t.d, w * t.factor)
 
     @triton.jit
@@ -260,7 +260,7 @@ class ReverseKL(Rule):
 
     @triton.jit
     def rebase(w, s, t):
-        # d_s has shrunk before it meets the shift: a finite mask times a count would overflow
+        # d_s has shrunk before the shift multiplies it: a finite mask times a count would overflow
         return tl.fma(s.by - t.by, s.d, w * s.factor)
 
     @triton.jit
