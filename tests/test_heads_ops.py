@@ -61,6 +61,14 @@ def test_gradients(dtype: torch.dtype, pair: str, wanted: list[bool]) -> None:
     assert [g.numel() > 0 for g in gradients] == wanted
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_place(dtype: torch.dtype, ignored: bool) -> None:
+    arguments = _arguments(dtype, "logits and a head", ignored)
+    operator = torch.ops.fused_kd.chunked_gradients_
+    torch.library.opcheck(operator.default, arguments, test_utils=CHECKS)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
 def test_flop_counter_mode_counts_the_products(wanted: tuple[bool, bool], reduction: str) -> None:
