@@ -20,10 +20,8 @@ int kernels_are_there();
 
 #ifdef FUSED_KD_STUDENT
 
-// D is deduced: nvcc's stubs do not compile for a kernel whose argument is a member of a rule.
-template <Dtype S, bool SAME, Divergence D>
-int launch_typed(Rule<D>, Kernel kernel, const LaunchShape& shape, void* stream,
-                 const Params& params) {
+template <Divergence D, Dtype S, bool SAME>
+int launch_typed(Kernel kernel, const LaunchShape& shape, void* stream, const Params& params) {
   return kernel == Kernel::general ? launch_kernel(rows_general<D, S, SAME>, shape, stream, params)
                                    : launch_kernel(rows_cluster<D, S, SAME>, shape, stream, params);
 }
@@ -32,7 +30,7 @@ template <Dtype S, bool SAME>
 int launch_divergence(Kernel kernel, Divergence divergence, const LaunchShape& shape, void* stream,
                       const Params& params) {
   return with_rule(divergence, [&](auto rule) {
-    return launch_typed<S, SAME>(rule, kernel, shape, stream, params);
+    return launch_typed<rule.DIVERGENCE, S, SAME>(kernel, shape, stream, params);
   });
 }
 

@@ -8,7 +8,7 @@ namespace fused_kd {
 
 bool can_run_clusters(int blocks, int shared_bytes) {
   const LaunchShape shape = {blocks, THREADS, shared_bytes, blocks, 1};
-  return can_run_cluster(rows_cluster<Divergence{}, Dtype::bf16, true>, shape);
+  return can_run_cluster(rows_cluster<Divergence::none, Dtype::bf16, true>, shape);
 }
 
 int kernels_are_there() {
