@@ -1,16 +1,15 @@
-"""docs/numerics.md has a row for every divergence, with its number of passes."""
+"""docs/numerics.md has a row of formulas for every divergence."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from fused_kd.divergences import TABLE
+from fused_kd.divergences import DIVERGENCES
 
 PAGE = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
 
 
 def test_every_divergence_has_a_row() -> None:
     section = PAGE.partition("## Formulas")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \|.* (\d) \|$", section, re.MULTILINE)
-    assert rows == [(name, str(1 + entry.two_passes)) for name, entry in TABLE.items()]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == DIVERGENCES
