@@ -37,7 +37,13 @@ def differentiable_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, a sum or (N,) for "none", and H and S of every row, without gradient."""
     has_gradient = torch.is_grad_enabled()
-    wanted = tuple(has_gradient and x is not None and x.requires_grad for x in student)
+    states, weight, bias = student
+    assert states is not None
+    wanted = (
+        has_gradient and states.requires_grad,
+        has_gradient and weight is not None and weight.requires_grad,
+        has_gradient and bias is not None and bias.requires_grad,
+    )
     inputs = Inputs(student, teacher, labels, weights.hard, weights.soft, temperature)
     result = Loss.apply(*inputs.flat(), settings, wanted)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor, Tensor], result)
@@ -79,7 +85,7 @@ class Loss(torch.autograd.Function):
         made = _take_made(ctx, scale)
         tensors, stats, saved = _saved(ctx)
         student = tensors[:_STUDENT]
-        tensors[:_STUDENT] = (None if x is None else x.detach() for x in student)
+        tensors[:_STUDENT] = [None if x is None else x.detach() for x in student]
         inputs, engine = Inputs.of(tensors), engine_of(settings)
         if made is None:
             made = saved

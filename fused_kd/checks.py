@@ -56,10 +56,11 @@ def check_call(
     """
     _refuse_transforms()
     _check_side("student", student)
-    _check_teacher(student, teacher, options.soft_weight)
-    _check_labels(labels, student, options.hard_weight)
+    rows = row_shape(student)
+    _check_teacher(student, rows, teacher, options.soft_weight)
+    _check_labels(labels, student, rows, options.hard_weight)
     if token_weight is not None:
-        _check_token_weight(token_weight, student)
+        _check_token_weight(token_weight, student, rows)
     if num_items is not None:
         _check_num_items(num_items, options.reduction, student)
     if labels is not None and kept is not None:
@@ -148,7 +149,9 @@ def _check_head(name: str, head: Head) -> None:
         )
 
 
-def _check_teacher(student: Side, teacher: Side | None, soft_weight: float) -> None:
+def _check_teacher(
+    student: Side, rows: torch.Size, teacher: Side | None, soft_weight: float
+) -> None:
     """Check the teacher, and that it has the rows, the vocabulary and the device of the student."""
     if teacher is None:
         if soft_weight != 0.0:
@@ -167,7 +170,6 @@ def _check_teacher(student: Side, teacher: Side | None, soft_weight: float) -> N
             "(logits[..., :V], or weight[:V] of a Head), otherwise the two models need the same "
             "tokenizer"
         )
-    rows = row_shape(student)
     if row_shape(teacher) != rows:
         raise ValueError(
             f"{_rows_name('teacher', teacher)} must have the leading shape of "
@@ -265,7 +267,9 @@ def _refuse_transforms() -> None:
         )
 
 
-def _check_labels(labels: Tensor | None, student: Side, hard_weight: float) -> None:
+def _check_labels(
+    labels: Tensor | None, student: Side, rows: torch.Size, hard_weight: float
+) -> None:
     """Check presence, type, device and shape of the labels."""
     if labels is None:
         if hard_weight != 0.0:
@@ -277,7 +281,7 @@ def _check_labels(labels: Tensor | None, student: Side, hard_weight: float) -> N
     check_dense("labels", labels)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels must be an integer tensor of class indices; got {labels.dtype}")
-    _check_row_shape("labels", labels, student)
+    _check_row_shape("labels", labels, student, rows)
     _check_on_device_of("labels", labels, student)
 
 
@@ -296,14 +300,14 @@ def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: in
     )
 
 
-def _check_token_weight(token_weight: Tensor, student: Side) -> None:
+def _check_token_weight(token_weight: Tensor, student: Side, rows: torch.Size) -> None:
     """Check type, shape, device and (on the CPU) values of the weights of the tokens."""
     check_dense("token_weight", token_weight)
     if token_weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"token_weight must be a bool, int or float tensor; got {token_weight.dtype}"
         )
-    _check_row_shape("token_weight", token_weight, student)
+    _check_row_shape("token_weight", token_weight, student, rows)
     _check_on_device_of("token_weight", token_weight, student)
     if token_weight.requires_grad:
         raise ValueError(
@@ -438,8 +442,7 @@ def check_dense(name: str, tensor: Tensor | None) -> None:
         )
 
 
-def _check_row_shape(name: str, tensor: Tensor, student: Side) -> None:
-    rows = row_shape(student)
+def _check_row_shape(name: str, tensor: Tensor, student: Side, rows: torch.Size) -> None:
     if tensor.shape != rows:
         raise ValueError(
             f"{name} must have the leading shape of {_rows_name('student', student)}, "

@@ -194,7 +194,7 @@ def _detached(teacher: Tensors) -> Tensors:
     states, weight, bias = teacher
     if weight is None:
         return teacher  # logits, which the checks refuse with grad
-    states, weight, bias = (None if x is None else x.detach() for x in teacher)
+    states, weight, bias = [None if x is None else x.detach() for x in teacher]
     return states, weight, bias
 
 

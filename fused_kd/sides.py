@@ -51,7 +51,7 @@ Tensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 def tensors_of(side: Side | None) -> Tensors:
     """Return the tensors of a side, three in any case."""
     if isinstance(side, Head):
-        return side.hidden, side.weight, side.bias
+        return side[:3]
     return side, None, None
 
 

@@ -56,9 +56,8 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Inputs:
         """Return the inputs of a flat list, as autograd has them."""
-        s, t = tensors[:3], tensors[3:6]
-        rest = tensors[6:]
-        return cls((s[0], s[1], s[2]), (t[0], t[1], t[2]), *rest)  # type: ignore[arg-type]
+        s, s_weight, s_bias, t, t_weight, t_bias, *rest = tensors
+        return cls((s, s_weight, s_bias), (t, t_weight, t_bias), *rest)  # type: ignore[arg-type]
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """Return all tensors, the student's three first."""
