@@ -11,12 +11,9 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from . import chunked, whole_rows
-from .settings import ChunkSettings, Inputs, Settings, settings_of
+from .settings import ChunkSettings, Gradients, Inputs, Settings, settings_of
 
 __all__ = ["ChunkSettings", "Engine", "Inputs", "Settings", "engine_of", "settings_of"]
-
-#: By the three tensors of the student; None: not wanted, or in place of the student's logits.
-Gradients = tuple[Tensor | None, ...]
 
 
 class Engine(Protocol):

@@ -13,9 +13,7 @@ from torch import Tensor
 from ..backends import named
 from ..rows import logit_rows
 from . import operators  # noqa: F401  registers them
-from .settings import ChunkSettings, Inputs, Settings
-
-Gradients = tuple[Tensor | None, ...]
+from .settings import ChunkSettings, Gradients, Inputs, Settings
 
 
 def gradient_in_forward(settings: Settings, inputs: Inputs) -> bool:

@@ -91,7 +91,6 @@ def run_chunks(
 def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
     """Return what the height of a chunk depends on; `gathered`: rows are copied in any case."""
     student, teacher, dtype = problem.student, problem.teacher, problem.accum_dtype
-    s_head, t_head = isinstance(student, Projection), isinstance(teacher, Projection)
     x = problem.rows
     t = teacher.hidden if isinstance(teacher, Projection) else teacher
     heads = [p for p in (student, teacher) if isinstance(p, Projection)]
@@ -99,11 +98,11 @@ def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
     if isinstance(student, Projection):
         gradient_dtype = products.gradient_dtype(dtype, student.compute)
         # it overwrites the student's logits, or those of a teacher's head
-        if not t_head and gradient_dtype != dtype:
+        if not isinstance(teacher, Projection) and gradient_dtype != dtype:
             gradient_bytes = gradient_dtype.itemsize
     return Sizes(
         vocabulary=student.weight.shape[0] if isinstance(student, Projection) else x.shape[-1],
-        student_hidden=x.shape[-1] if s_head else None,
+        student_hidden=x.shape[-1] if isinstance(student, Projection) else None,
         teacher_hidden=teacher.weight.shape[1] if isinstance(teacher, Projection) else None,
         accum_bytes=dtype.itemsize,
         student_bytes=x.dtype.itemsize,
@@ -319,13 +318,12 @@ class _LogitsChunk:
         labels, w_hard, w_soft = (
             None if x is None else x[rows] for x in (p.labels, p.w_hard, p.w_soft)
         )
-        arguments = (s[None], t[None], labels, w_hard, w_soft, self.problem.formula)
-        backend = self.problem.backend
+        arguments = (s[None], t[None], labels, w_hard, w_soft, p.formula)
         if self.out is None:
-            return backend.forward(*arguments)[:2]
-        if isinstance(rows, slice) and not self.problem.inplace:
-            return backend.forward_backward(*arguments, out=take(self.out, rows)[None])[:2]
-        losses = backend.forward_backward(*arguments, inplace=True)[:2]
+            return p.backend.forward(*arguments)[:2]
+        if isinstance(rows, slice) and not p.inplace:
+            return p.backend.forward_backward(*arguments, out=take(self.out, rows)[None])[:2]
+        losses = p.backend.forward_backward(*arguments, inplace=True)[:2]
         if not isinstance(rows, slice) or is_scattered(self.logits):  # s is a copy
             put(self.out, rows, s)
         return losses

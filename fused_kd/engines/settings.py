@@ -10,6 +10,9 @@ from torch import Tensor
 from ..options import Formula, KDOptions
 from ..sides import Head, Side, Tensors, product_dtype
 
+#: By the three tensors of the student; None: not wanted, or in place of the student's logits.
+Gradients = tuple[Tensor | None, ...]
+
 
 class ChunkSettings(NamedTuple):
     """What the engine of chunks needs besides tensors."""
