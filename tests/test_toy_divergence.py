@@ -34,7 +34,7 @@ def _eager_toy(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
 TABLE = (
     "fused_kd/divergences.py",
     "}\nDIVERGENCES = ",
-    '    "toy": Divergence("½ KL + β TV", toy, _eager_toy, needs_beta=True, two_passes=True),\n',
+    '    "toy": Divergence("½ KL + β TV", toy, _eager_toy, needs_beta=True),\n',
 )
 LIST = ("csrc/kd_math.h", "\n\nenum class Divergence", " X(toy)")
 RULE = (

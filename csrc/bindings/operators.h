@@ -32,11 +32,20 @@ using OptionalTensor = std::optional<Tensor>;
 
 struct Numbers {
   int64_t divergence;
-  const Tensor& temperature;  // one CPU float64
+  double temperature;
   double beta;
   bool scale_t2;
   double label_smoothing;
 };
+
+// A tensor in the schema, so that torch.compile does not compile again for each value.
+inline double temperature_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.numel() == 1 && x.scalar_type() == ScalarType::Double,
+                  "temperature must be one CPU float64");
+  const double value = *static_cast<const double*>(x.const_data_ptr());
+  STD_TORCH_CHECK(value > 0 && std::isfinite(value), "temperature must be positive and finite");
+  return value;
+}
 
 inline Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
@@ -127,12 +136,7 @@ struct Operators {
     STD_TORCH_CHECK(!p.w_hard || p.labels, "a hard term needs labels");
     STD_TORCH_CHECK(numbers.divergence >= 0 && numbers.divergence < NUMBER_OF_DIVERGENCES,
                     "unknown divergence ", numbers.divergence);
-    const Tensor& t = numbers.temperature;
-    STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
-                    "temperature must be one CPU float64");
-    p.temperature = *static_cast<const double*>(t.const_data_ptr());
-    STD_TORCH_CHECK(p.temperature > 0 && std::isfinite(p.temperature),
-                    "temperature must be positive and finite");
+    p.temperature = numbers.temperature;
     p.divergence = static_cast<Divergence>(numbers.divergence);
     p.beta = numbers.beta;
     p.soft_factor = numbers.scale_t2 ? p.temperature * p.temperature : 1.0;
@@ -185,8 +189,9 @@ struct Operators {
   static Losses forward(Tensor student, Tensor teacher, OptionalTensor labels,
                         OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
                         Tensor temperature, double beta, bool scale_t2, double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, scale_t2, label_smoothing});
+    Problem p =
+        problem_of(student, teacher, labels, w_hard, w_soft,
+                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
     return run_rows(p, student);
   }
 
@@ -194,8 +199,9 @@ struct Operators {
       Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
       OptionalTensor w_soft, int64_t divergence, Tensor temperature, double beta, bool scale_t2,
       double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, scale_t2, label_smoothing});
+    Problem p =
+        problem_of(student, teacher, labels, w_hard, w_soft,
+                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
     auto [hard, soft, stats] = run_rows(p, student);
@@ -207,8 +213,9 @@ struct Operators {
                                       OptionalTensor w_hard, OptionalTensor w_soft,
                                       int64_t divergence, Tensor temperature, double beta,
                                       bool scale_t2, double label_smoothing, Tensor grad) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, scale_t2, label_smoothing});
+    Problem p =
+        problem_of(student, teacher, labels, w_hard, w_soft,
+                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype || p.student.dtype == Dtype::f32,
                     "grad must have the student's dtype, or 16 bits for a float32 student");
@@ -222,8 +229,9 @@ struct Operators {
                                   OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
                                   Tensor temperature, double beta, bool scale_t2,
                                   double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, scale_t2, label_smoothing});
+    Problem p =
+        problem_of(student, teacher, labels, w_hard, w_soft,
+                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
     over_student(p, student);
     return run_rows(p, student);
   }
@@ -232,8 +240,9 @@ struct Operators {
                          OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
                          int64_t divergence, Tensor temperature, double beta, bool scale_t2,
                          double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, scale_t2, label_smoothing});
+    Problem p =
+        problem_of(student, teacher, labels, w_hard, w_soft,
+                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
     run_gradient(p, stats, student);
@@ -244,8 +253,9 @@ struct Operators {
                         OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
                         int64_t divergence, Tensor temperature, double beta, bool scale_t2,
                         double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, scale_t2, label_smoothing});
+    Problem p =
+        problem_of(student, teacher, labels, w_hard, w_soft,
+                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
     over_student(p, student);
     run_gradient(p, stats, student);
   }
@@ -256,8 +266,9 @@ struct Operators {
                        OptionalTensor w_soft, Tensor stats, int64_t divergence, Tensor temperature,
                        double beta, bool scale_t2, double label_smoothing, Tensor scale,
                        Tensor grad) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
-                           {divergence, temperature, beta, scale_t2, label_smoothing});
+    Problem p =
+        problem_of(student, teacher, labels, w_hard, w_soft,
+                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
     p.stats = stats_of(stats, p.N, student);
