@@ -55,7 +55,10 @@ def differentiable_loss(
 
 
 class Loss(torch.autograd.Function):
-    """The loss of any pair of sides; see the module's docstring."""
+    """The loss of any pair of sides: the only differentiable operation of the package.
+
+    The module's docstring states when the gradients are computed.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +195,11 @@ def _scaled_weights(w: Tensor | None, upstream: Tensor) -> Tensor | None:
 
 
 def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save tensors for the backward; those of inference mode, which autograd refuses, on `ctx`."""
+    """Save tensors for the backward, None included, in an order that :func:`_saved` restores.
+
+    ``ctx.save_for_backward`` refuses tensors made under ``torch.inference_mode``: these are stored
+    in ``ctx.inference_tensors``, by position.
+    """
     ctx.inference_tensors = inference_tensors = {}
     if not torch.compiler.is_compiling():
         inference_tensors = {
@@ -254,7 +261,10 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def refuse_double_backward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
-    """Return the gradient such that differentiating it by any of the inputs raises."""
+    """Return `gradient` such that differentiating it by any of `inputs` raises RuntimeError.
+
+    In a trace, and without ``create_graph=True``, it is returned unchanged.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient
     if is_batched(gradient):  # whose graph would not contain _NoSecondDerivative

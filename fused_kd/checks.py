@@ -252,10 +252,10 @@ def _check_kept_rows(kept_rows: int, student: Side, kept: Tensor | None) -> None
 
 
 def check_floating(name: str, tensor: Tensor | None) -> None:
-    """Check for a dense tensor of one of LOGIT_DTYPES.
+    """Check that an argument is a dense tensor of one of LOGIT_DTYPES; messages use `name`.
 
     Raises:
-        TypeError: It is none.
+        TypeError: The type, layout or dtype is another.
     """
     check_dense(name, tensor)
     assert tensor is not None
@@ -278,7 +278,7 @@ def _refuse_transforms() -> None:
 def _check_labels(
     labels: Tensor | None, student: Side, rows: torch.Size, hard_weight: float
 ) -> None:
-    """Check presence, type, device and shape of the labels."""
+    """Check that labels are given if needed, and their type, shape and device."""
     if labels is None:
         if hard_weight != 0.0:
             raise ValueError(
@@ -437,10 +437,10 @@ def may_read_values(tensor: Tensor) -> bool:
 
 
 def check_dense(name: str, tensor: Tensor | None) -> None:
-    """Check for a local, strided tensor.
+    """Check that an argument is a local, strided tensor; messages use `name`.
 
     Raises:
-        TypeError: It is no tensor, or it is sparse, nested, quantised or a DTensor.
+        TypeError: It is not a tensor, or it is sparse, nested, quantised or a DTensor.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
@@ -479,7 +479,10 @@ def _check_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Return True if two entries may share memory: a stride is less than what is below it spans."""
+    """Return True if two entries may share memory.
+
+    They may if a stride is smaller than the span of all dimensions with smaller strides.
+    """
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -490,7 +493,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _is_same_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if tensors of equal shape have the same address, strides and dtype."""
+    """Return True if two tensors of equal shape have the same address, strides and dtype."""
     same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
     return (student.data_ptr(), student.stride(), student.dtype) == same
 

@@ -42,7 +42,10 @@ class Pair(NamedTuple):
 
 
 def forward_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = Σ q·log(q/p) and p_v - q_v; D is infinite if only the student has a -inf."""
+    """Return D = Σ q·log(q/p) and p_v - q_v.
+
+    D is infinite if an entry is -inf for the student alone.
+    """
     row = soften(s, t, temperature)
     value = (-_weighted(row.q, row.log_p_over_q)).sum(1)
     infinite = row.only_student_absent.any(1)
@@ -50,7 +53,10 @@ def forward_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 def reverse_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = Σ p·log(p/q) and p_v·(log(p_v/q_v) - D); infinite for the teacher's -inf alone."""
+    """Return D = Σ p·log(p/q) and p_v·(log(p_v/q_v) - D).
+
+    D is infinite, and the row's gradient NaN, if an entry is -inf for the teacher alone.
+    """
     row = soften(s, t, temperature)
     value = _weighted(row.p, row.log_p_over_q).sum(1)
     gradient = _weighted(row.p, row.log_p_over_q - value[:, None])
@@ -99,7 +105,7 @@ def mse(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
     return spoil_rows(term, (no_student != no_teacher).any(1), math.inf)
 
 
-# ------------------------------------------------------------------ the eager compositions
+# ------------------------------------------------------- what a careful user composes
 # They return D of every row, (N,), from logits (N, V), without the rules for -inf.
 
 
@@ -210,6 +216,12 @@ def keep(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def spoil_rows(term: Term, rows: Tensor, value: float = math.nan) -> Term:
-    """Return the term with `value` and a NaN gradient in the rows that `rows`, bool (N,), marks."""
+    """Return the term with some rows replaced: their value by `value`, their gradient by NaN.
+
+    Args:
+        term: the values and gradients.
+        rows: bool (N,): the rows to replace.
+        value: a number.
+    """
     gradient = term.gradient.masked_fill(rows[:, None], math.nan)
     return Term(term.value.masked_fill(rows, value), gradient)

@@ -74,7 +74,10 @@ def vocabulary(side: Side) -> int:
 
 
 def row_count(shape: torch.Size) -> int:
-    """Return the product of the sizes; ``numel()`` would specialise a symbolic size in a trace."""
+    """Return the number of rows of a leading shape.
+
+    ``shape.numel()`` would specialise a symbolic size in a trace.
+    """
     return math.prod(shape)
 
 

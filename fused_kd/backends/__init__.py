@@ -87,7 +87,10 @@ class Backend(Protocol):
         stats: Tensor,
         formula: Formula,
     ) -> None:
-        """Multiply a gradient of `forward_backward` by a 0-d scale, in place, rounded once."""
+        """Overwrite a gradient of `forward_backward` by `scale` (0-d) times it, rounded once.
+
+        The other arguments are those of that call, and its statistics.
+        """
 
     def multiply(self, grad: Tensor, scale: Tensor) -> None:
         """Multiply a gradient by a 0-d scale, in place, rounding it again."""
@@ -162,7 +165,7 @@ def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
 
 
 def _automatic(device: torch.device) -> str:
-    """Return the fastest backend that can run on this device."""
+    """Return the first backend of the order above that can run on this device."""
     if device.type == "meta":
         return "reference"  # a meta tensor has no values to compute with
     if device.type == "cpu":

@@ -164,7 +164,7 @@ def backward(
     formula: Formula,
     inplace: bool = False,
 ) -> Tensor:
-    """Return the gradient of :func:`forward_backward`, for these weights."""
+    """Return the gradient (B, S, V) of :func:`forward_backward` for these weights."""
     return forward_backward(student, teacher, labels, w_hard, w_soft, formula, inplace)[3]
 
 

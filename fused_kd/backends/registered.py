@@ -33,7 +33,7 @@ class Functions(NamedTuple):
 
 
 def registered(prefix: str) -> Functions:
-    """Return the functions of a backend whose operators are ``torch.ops.fused_kd.<prefix>*``."""
+    """Return the functions of a backend, which call operators ``torch.ops.fused_kd.<prefix>*``."""
 
     def operator(name: str) -> Any:
         return getattr(torch.ops.fused_kd, prefix + name).default

@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Return True if the forward of a scalar loss computes the gradients."""
 
     def losses(self, settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return hard, soft and stats."""
+        """Return hard, soft and stats, without gradients."""
 
     def losses_and_gradients(
         self, settings: Settings, inputs: Inputs, wanted: tuple[bool, ...]
@@ -51,5 +51,5 @@ class Engine(Protocol):
 
 
 def engine_of(settings: Settings) -> Engine:
-    """Return the engine for a pair of sides."""
+    """Return the engine: `chunked` if a side is a Head, else `whole_rows`."""
     return cast(Engine, whole_rows if settings.chunks is None else chunked)

@@ -54,7 +54,7 @@ def losses_and_gradients(
 def gradients(
     settings: Settings, inputs: Inputs, stats: None, wanted: tuple[bool, ...]
 ) -> Gradients:
-    """Return the gradients, which takes computing the logits again."""
+    """Compute the logits again and return the gradients, in the dtypes of the student's tensors."""
     *_, grads = losses_and_gradients(settings, inputs, wanted)
     if settings.inplace:
         return inputs.student[0], None, None

@@ -187,7 +187,10 @@ class _TeacherRows:
             self.buffer = self.side.hidden.new_empty(shape, dtype=problem.accum_dtype)
 
     def at(self, rows: Rows, student: Tensor) -> Tensor:
-        """Return the teacher's logits (C, V) of these rows; without a teacher, `student` unread."""
+        """Return the teacher's logits (C, V) of these rows.
+
+        Without a teacher it returns `student`: the row kernel then ignores its teacher argument.
+        """
         if self.side is None:
             return student
         if isinstance(self.side, Tensor):
@@ -200,7 +203,10 @@ class _TeacherRows:
 
 
 class _HeadChunk:
-    """A chunk of a student Head: its logits, then the products with their gradient."""
+    """Processes the chunks of a student Head, one at a time, in buffers that all chunks share.
+
+    For each chunk: the logits, the row kernel, and the products of the gradient of the logits.
+    """
 
     def __init__(
         self,
@@ -285,7 +291,10 @@ class _HeadChunk:
         return None if self.over_teacher and part.start == 0 else self.gradient[part]
 
     def _multiply(self, rows: Rows, hidden: Tensor, gradients: Gradients, add: bool) -> None:
-        """Write the chunk's part of each wanted gradient, or add it."""
+        """Multiply the gradient of the chunk's logits into each wanted gradient.
+
+        Rows of the hidden gradient are written; weight and bias are added to if `add`.
+        """
         of_hidden, of_weight, of_bias = gradients
         count = hidden.shape[0]
         if self.gradient is not None:
@@ -311,7 +320,7 @@ class _HeadChunk:
 
 
 class _LogitsChunk:
-    """A chunk of the student's logits next to a teacher's Head."""
+    """Processes the chunks of a student's logits with a teacher Head, one at a time."""
 
     def __init__(
         self,
@@ -329,7 +338,12 @@ class _LogitsChunk:
             self.out = logits if problem.inplace else gradients[0]
 
     def process(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows, and write their gradient."""
+        """Return hard and soft of these rows, and write the gradient of their logits.
+
+        Args:
+            rows: the rows of this chunk.
+            add: unused, since each row's gradient is written once.
+        """
         s = take(self.logits, rows)
         t = self.teacher.at(rows, s)
         p = self.problem
@@ -370,7 +384,7 @@ def _scaled_weights(w: Tensor | None, scale: float) -> Tensor | None:
 
 
 def _copies(logits: Tensor, rows: Selection) -> bool:
-    """Return True if `take` copies the logits of a chunk."""
+    """Return True if :func:`take` copies a chunk of these logits instead of returning a view."""
     return rows.index is not None or is_scattered(logits)
 
 

@@ -139,7 +139,10 @@ def cut_rows(
     sizes: Sizes,
     fixed: int,
 ) -> Cut:
-    """Return how the rows are cut: `computed` of them, out of `rows`; see :func:`chunk_rows`."""
+    """Return how `computed` of `rows` rows are cut into chunks.
+
+    The other arguments, and the errors, are those of :func:`chunk_rows`.
+    """
     # first, so that the message for a budget below one row states what suffices for any labels
     limit = chunk_rows(rows, requested, budget, device, sizes._replace(gathered=True), fixed)
     height = chunk_rows(computed, requested, budget, device, sizes, fixed)

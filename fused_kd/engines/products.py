@@ -32,12 +32,12 @@ TILE_BYTES = 4 * MIB
 
 
 class Projection(NamedTuple):
-    """One model's rows and head: logits = scale · (hidden · weightᵀ + bias)."""
+    """The rows and the head of a model, whose logits are scale · (hidden · weightᵀ + bias)."""
 
     hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    compute: torch.dtype
+    compute: torch.dtype  # of the operands
     scale: float = 1.0
 
 
@@ -110,7 +110,7 @@ class Products:
         add: bool = False,
         scale: float = 1.0,
     ) -> None:
-        """Compute out = scale · a · b, or add a · b; b is rounded to `compute` before."""
+        """Compute out = scale · a · b, or add a · b to out; b is first rounded to `compute`."""
         raise NotImplementedError
 
 

@@ -38,7 +38,7 @@ class Level(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The result of :func:`plan`."""
+    """The result of :func:`plan`: bytes and work of every level, and the chunks of heads."""
 
     inputs: int  # bytes of hidden states, heads and labels
     eager: Level

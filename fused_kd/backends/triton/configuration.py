@@ -29,7 +29,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GPU."""
+    """A kind of GPU: the properties on which configurations and register limits depend."""
 
     warp_size: int
     threads: int  # of a program; fewer if a row is shorter than a tile
@@ -129,7 +129,7 @@ def candidates(rule: Configuration) -> list[Configuration]:
 
 
 def may_wait() -> bool:
-    """Return False in ``overridden(wait=0)``."""
+    """Return True if programs may wait for each other: always, except in ``overridden(wait=0)``."""
     return bool(_override.get("wait", 1))
 
 

@@ -26,7 +26,7 @@ LOWEST = tl.constexpr(-(2.0**30))
 
 @triton.jit
 def _rebase(sums, M_s, M_t, power, terms):
-    """Return the sums relative to larger references."""
+    """Return the sums relative to the references M_s, M_t, which are at least their own."""
     old_s, old_t, d_s, d_t, d_1, w, differences, count = sums
     shift_s = old_s - M_s
     factor_s = tl.exp2(shift_s)
@@ -93,7 +93,7 @@ def add_tile(
     COUNT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Add a tile to the sums of the lanes."""
+    """Return the sums of the lanes with a tile added, which may raise their references."""
     k, power, top_s, top_t = numbers.k, numbers.power, tops[0], tops[1]
     M_s, M_t = tl.maximum(sums.M_s, top_s * k), sums.M_t
     if terms.rule.soft:
@@ -140,7 +140,7 @@ def add_tile(
 
 @triton.jit
 def add_tile_again(again, s, t, refs, numbers, terms, COUNT: tl.constexpr):
-    """Add a tile to the second pass's sums of the lanes."""
+    """Return the second pass's sums of the lanes with a tile added."""
     x, y = again
     for i in tl.static_range(COUNT):
         a, b = tl.fma(s[i], numbers.k, -refs.M_s), tl.fma(t[i], numbers.k, -refs.M_t)
@@ -187,7 +187,7 @@ def _soft_is_nan(sums, rule: tl.constexpr):
 
 @triton.jit
 def soft_value(sums, again, numbers, rule: tl.constexpr):
-    """Return the soft term c(T)·D of a row."""
+    """Return the soft term c(T)·D of a row, infinite and NaN rows included."""
     value = rule.loss(sums, again, numbers.temperature, numbers.beta)
     value = tl.where(_soft_is_infinite(sums, rule), INF, numbers.soft_factor * value)
     return tl.where(_soft_is_nan(sums, rule), float("nan"), value)
@@ -195,7 +195,7 @@ def soft_value(sums, again, numbers, rule: tl.constexpr):
 
 @triton.jit
 def hard_value(sums, s_y, numbers, terms):
-    """Return the hard term of a row, from its label's logit s_y; NaN rows are the caller's."""
+    """Return the hard term of a row from its label's logit s_y; the caller replaces NaN rows."""
     log_sum = tl.log(hard_sum(sums, numbers.power, terms))
     unit = numbers.power * LN2  # converts a and b to the units of the hard term
     # not below 0: a confident row's largest probability may have been rounded up

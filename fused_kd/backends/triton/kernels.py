@@ -191,7 +191,10 @@ def _owns(row, part, V, HAS_HARD: tl.constexpr):
 
 @triton.jit
 def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
-    """Return the sums of the row and of its second pass; computes, stores or loads them by STEP."""
+    """Return the sums of a whole row, and those of its second pass.
+
+    By STEP they are computed, stored for later launches, or loaded from earlier ones.
+    """
     x, y = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if launch.STEP == BACKWARD:
         again = Again(tl.load(row.stats + SUMS), tl.load(row.stats + SUMS + 1))
@@ -248,7 +251,7 @@ def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
 
 @triton.jit
 def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
-    """Store the row's losses and statistics."""
+    """Store the row's losses and statistics; a term that is off, or has weight 0, is 0."""
     hard_at, soft_at = row.hard + row.n, row.soft + row.n
     hard, soft = 0.0, 0.0
     if terms.HAS_HARD:
@@ -267,7 +270,7 @@ def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
 
 @triton.jit
 def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
-    """Process one program's part of a row that has a weight."""
+    """Compute one program's part of a row that has a weight: sums, and by STEP its results."""
     on_soft = weights.soft != 0.0
     sums, again = _row_sums(row, part, V, on_soft, numbers, terms, launch, layout)
     owns, in_row, y = _owns(row, part, V, terms.HAS_HARD)
@@ -318,7 +321,7 @@ def _row_offset(row, S, stride_b, stride_s):
 
 @triton.jit
 def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
-    """Return a term's weight in this row's gradient; 0 if it is off, for any scale."""
+    """Return the row's weight of a term times `scale`; 0 if the term is off, for any scale."""
     if GIVEN:
         w = tl.load(w_ptr + row)
         return tl.where(w != 0.0, w * scale, 0.0)

@@ -89,7 +89,6 @@ class _Call:
 
     @property
     def rule(self) -> Any:
-        """Return the soft term's rule."""
         return load_kernels().rule_of(self.code)
 
     @property
@@ -98,7 +97,6 @@ class _Call:
 
     @property
     def smoothing(self) -> bool:
-        """Return True if labels are smoothed."""
         return self.has_hard and self.numbers.label_smoothing > 0
 
     def first_rows(self, count: int) -> _Call:
@@ -128,7 +126,7 @@ _tuned: dict[tuple[object, ...], Configuration] = {}
 
 
 def _fastest(call: _Call, default: Configuration) -> Configuration:
-    """Return the fastest candidate, by the time of forward_backward with its own gradient."""
+    """Return the candidate configuration with the fastest forward_backward on this call."""
     import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     gradient = torch.empty_like(call.student, memory_format=torch.contiguous_format)

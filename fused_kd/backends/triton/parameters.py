@@ -19,7 +19,7 @@ from .rules import Rule
 
 
 class Terms(NamedTuple):
-    """The terms that a kernel computes."""
+    """The terms of the loss that a kernel computes."""
 
     rule: Rule  # of the soft term
     HAS_HARD: bool
@@ -28,7 +28,7 @@ class Terms(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a program reads its slice."""
+    """How a program reads its slice: the fields of a Configuration, and the GPU."""
 
     LANES: int
     VECTOR: int
@@ -49,7 +49,7 @@ class Launch(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Scalars, float32."""
+    """The scalar options of a launch, float32."""
 
     k: tl.tensor  # log2(e)/power
     power: tl.tensor  # exponent of the softened exponential in the hard term: T, or 1

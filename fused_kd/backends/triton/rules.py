@@ -49,7 +49,7 @@ class Sums(NamedTuple):
 
 
 class Again(NamedTuple):
-    """Sums of the second pass."""
+    """Sums of the second pass, whose meaning depends on the divergence."""
 
     x: tl.tensor
     y: tl.tensor
@@ -368,7 +368,7 @@ class MSE(Rule):
 
 
 class NoSoftTerm(Rule):
-    """The hard term alone."""
+    """The rule of a loss without a soft term."""
 
     name = "none"
     soft = NO
