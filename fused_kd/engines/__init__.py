@@ -37,7 +37,10 @@ class Engine(Protocol):
     def gradients(
         self, settings: Settings, inputs: Inputs, stats: Tensor | None, wanted: tuple[bool, ...]
     ) -> Gradients:
-        """Return the wanted gradients alone, in the dtypes of the student's tensors."""
+        """Return the wanted gradients of the same sum, computed from `losses`' stats.
+
+        They have the dtypes of the student's tensors. An engine without stats computes all again.
+        """
 
     def rescaled(
         self,

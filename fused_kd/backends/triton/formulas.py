@@ -165,7 +165,7 @@ def references(sums, on_soft, terms):
 
 @triton.jit
 def unusable(M):
-    """Return True if a side has only absent logits, or a logit of +inf."""
+    """Return True if a side's reference M shows only absent logits, or a logit of +inf."""
     return (M <= LOWEST) | (M >= -LOWEST)
 
 
