@@ -13,7 +13,7 @@
 // rest of the code never compares a Divergence with a name: it reads the rule's traits (see
 // `Traits`) and calls its functions:
 //     accumulate    adds one element to the first pass's sum `w` (OWN_SUM only)
-//     weight        returns P or Q, whichever multiplies a - b there (OWN_SUM and SOFTMAX only)
+//     weight        returns P or Q: the factor of a - b there (OWN_SUM and SOFTMAX only)
 //     rebase        returns `w` relative to larger references: a and b change by shift_s and
 //                   shift_t <= 0, P and Q by the factors (OWN_SUM and SOFTMAX only)
 //     accumulate2   adds one element to the sums of the second pass, which needs the normalisers

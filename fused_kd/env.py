@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 DESCRIPTION = (
-    "Print versions; which backend runs here, and why the others do not; which frameworks are "
-    "installed, and whether the integrations were tested with these versions."
+    "Print the versions, the backends that can run here with the reason for each that cannot, and "
+    "the installed frameworks with the versions that the integrations were tested with."
 )
 
 #: Name and meaning of every environment variable that the package reads.
