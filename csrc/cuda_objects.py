@@ -24,7 +24,7 @@ HINT = "make gpu-objects compiles them"
 
 
 class Unusable(Exception):
-    """A folder lacks an object of the present sources; the message names the file."""
+    """Raised if a folder lacks an object of the present sources; the message names the file."""
 
 
 class Objects(NamedTuple):
@@ -38,9 +38,9 @@ def compile_all(folder: Path, spawn: Callable[[list[str]], object], jobs: int) -
     """Compile every kernel file into a folder, then write the stamp.
 
     Args:
-        folder: created if it is not there.
+        folder: created if it does not exist.
         spawn: runs a command, and raises if it fails.
-        jobs: files, and architectures of a file, that are compiled at the same time.
+        jobs: number of files, and of architectures of a file, that are compiled at the same time.
     """
     nvcc = cuda_toolkit.find_nvcc()
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +66,10 @@ def fingerprint(source: str, flags: Sequence[str]) -> str:
     """Return a hash of a kernel file, of every header that it can include, and of the flags."""
     path = Path(source)
     headers = [x for folder in (path.parent, path.parent.parent) for x in folder.glob("*.*h")]
-    found = hashlib.sha256(repr(list(flags)).encode())
+    digest = hashlib.sha256(repr(list(flags)).encode())
     for each in (path, *sorted(headers)):
-        found.update(each.name.encode() + each.read_bytes())
-    return found.hexdigest()
+        digest.update(each.name.encode() + each.read_bytes())
+    return digest.hexdigest()
 
 
 def write_stamp(
@@ -112,8 +112,8 @@ def find(
         architectures: as in TORCH_CUDA_ARCH_LIST; "" accepts any.
 
     Raises:
-        Unusable: One is missing, or was compiled from other sources, by another compiler or for
-            other architectures; the message names it.
+        Unusable: An object is missing, or was compiled from other sources, by another compiler or
+            for other architectures; the message names it.
     """
     stamp = _stamp(folder)
     if stamp["nvcc"].split(".")[0] != cuda.split(".")[0]:
@@ -143,10 +143,10 @@ def find(
 def _stamp(folder: Path) -> dict[str, Any]:
     path = folder / STAMP
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        stamp: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise Unusable(f"{VARIABLE}: {path} is missing: {HINT}") from None
-    return found
+    return stamp
 
 
 def _items(architectures: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The CUDA toolkit: where nvcc is, how it is called, which runtime to link. Needs no torch."""
+"""The CUDA toolkit: the path of nvcc, its commands, the runtime to link. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def find_nvcc() -> str:
     """Return the compiler's path, without torch: from CUDA_HOME, PATH or the usual folder.
 
     Raises:
-        SystemExit: There is none.
+        SystemExit: No nvcc was found.
     """
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     for folder in (*(f"{home}/bin" for home in homes if home), None, "/usr/local/cuda/bin"):
-        found = shutil.which("nvcc", path=folder)
-        if found is not None:
-            return found
+        path = shutil.which("nvcc", path=folder)
+        if path is not None:
+            return path
     raise SystemExit("no nvcc was found (CUDA_HOME, or on PATH)")
 
 
@@ -39,10 +39,10 @@ def version(nvcc: str) -> str:
         LookupError: The compiler does not print one.
     """
     done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
-    found = re.search(r"release (\d+\.\d+)", done.stdout)
-    if found is None:
+    match = re.search(r"release (\d+\.\d+)", done.stdout)
+    if match is None:
         raise LookupError(f"nvcc --version printed no version: {done.stdout} {done.stderr}")
-    return found.group(1)
+    return match.group(1)
 
 
 def compile_command(nvcc: str, source: str, target: str, jobs: int) -> list[str]:
@@ -52,7 +52,7 @@ def compile_command(nvcc: str, source: str, target: str, jobs: int) -> list[str]
         nvcc: the compiler's path.
         source: the kernel file.
         target: the object.
-        jobs: architectures of the file that are compiled at the same time.
+        jobs: number of architectures that are compiled at the same time.
 
     Raises:
         RuntimeError: TORCH_CUDA_ARCH_LIST is malformed.
@@ -72,7 +72,7 @@ def compile_command(nvcc: str, source: str, target: str, jobs: int) -> list[str]
 
 
 def library_folders(nvcc: str) -> list[str]:
-    """Return the folders that nvcc itself links from."""
+    """Return the library folders that nvcc passes to the linker."""
     done = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True)
     line = next((x for x in done.stderr.splitlines() if "LIBRARIES=" in x), "")
     return re.findall(r"-L([^\s\"]+)", line)
@@ -86,7 +86,7 @@ def runtime_folder(torch: Path, major: str) -> str:
         major: of the CUDA version, as in "13".
 
     Raises:
-        LookupError: There is none.
+        LookupError: No runtime was found.
     """
     for pattern in (f"lib/libcudart*.so.{major}", f"../nvidia/*/lib/libcudart.so.{major}"):
         for path in torch.glob(pattern):

@@ -1,25 +1,26 @@
 // The formulas of every divergence, written once for the CPU vectors, a GPU thread and the tests.
 // Torch-free.
 //
-// Letters: p = softmax(s/T) student, q = softmax(t/T) teacher, pi = softmax(s) student at T = 1.
-// Logits enter relative to a reference near their row's maximum (`m_s`, `m_t`), in a unit of the
-// caller's choice: `unit` is what s/T = 1 comes to (T for a = s - m_s; log2(e) for exponents of 2):
+// Notation: p = softmax(s/T) of the student, q = softmax(t/T) of the teacher, pi = softmax(s) of
+// the student at T = 1. Logits are relative to a reference near their row's maximum (`m_s`, `m_t`),
+// in a unit that the caller chooses: `unit` is the value of s/T = 1 (T for a = s - m_s; log2(e) for
+// exponents of 2):
 //     a = (s - m_s) unit/T     P = e^(a/unit)     p = P / d_s      d_s = sum P
 //     b = (t - m_t) unit/T     Q = e^(b/unit)     q = Q / d_t      d_t = sum Q
-// so nothing depends on how large the logits are, and equal rows give exactly equal P and Q.
+// So nothing depends on the size of the logits, and equal rows give exactly equal P and Q.
 //
 // A divergence is one struct `Rule<D>` and its name in FUSED_KD_DIVERGENCES, both in this file. The
 // rest of the code never compares a Divergence with a name: it reads the rule's traits (see
 // `Traits`) and calls its functions:
-//     accumulate    one element into the first pass's sum `w` (OWN_SUM only)
-//     weight        of P and Q, the one that multiplies a - b there (OWN_SUM and SOFTMAX only)
-//     rebase        `w` relative to larger references: a and b move by shift_s and shift_t <= 0, P
-//                   and Q shrink by the factors (OWN_SUM and SOFTMAX only)
-//     accumulate2   one element into the sums of a second pass (TWO_PASSES only; needs the
-//                   normalisers); k: log2(e)/unit
-//     value         the row's divergence D from its sums
-//     constants     the scalars of `gradient`, scaled by `weight` = upstream * c(T) / T
-//     gradient      weight * T * dD/ds_v of one element, plus `offset`; k: log2(e)/unit
+//     accumulate    adds one element to the first pass's sum `w` (OWN_SUM only)
+//     weight        returns P or Q: the factor of a - b there (OWN_SUM and SOFTMAX only)
+//     rebase        returns `w` relative to larger references: a and b change by shift_s and
+//                   shift_t <= 0, P and Q by the factors (OWN_SUM and SOFTMAX only)
+//     accumulate2   adds one element to the sums of the second pass, which needs the normalisers
+//                   (TWO_PASSES only); k: log2(e)/unit
+//     value         returns the row's divergence D from its sums
+//     constants     returns the scalars of `gradient`, scaled by `weight` = upstream * c(T) / T
+//     gradient      returns weight * T * dD/ds_v of one element, plus `offset`; k: log2(e)/unit
 // F is the element type (a vector, float); R the type of a row's scalars (double on the CPU, float
 // on a GPU).
 #pragma once
@@ -64,22 +65,22 @@ struct RowSums {
   R count;
 };
 
-// Floats of row statistics that the forward leaves for the backward: RowSums in order, then flags.
+// Number of floats per row that the forward stores for the backward: RowSums in order, then flags.
 constexpr int STATS = sizeof(RowSums<float>) / sizeof(float) + 1;
 
-// Scalars that elements need. For equal rows `ratio` is exactly 1 (jsd: its logarithm, exactly 0),
-// which makes their gradient exactly 0.
+// The scalars of an element's gradient. For equal rows `ratio` is exactly 1 (jsd: its logarithm,
+// exactly 0), which makes their gradient exactly 0.
 template <class F>
 struct Constants {
   F scale, ratio, offset, beta;
 };
 
-// The functions of an element that the formulas call, for one number; vectors have their own,
-// declared before this file.
+// The functions that the formulas call, for one number; those for vectors must be declared before
+// this file is included.
 FUSED_KD_HD double max(double a, double b) { return a > b ? a : b; }
 FUSED_KD_HD double min(double a, double b) { return a < b ? a : b; }
 FUSED_KD_HD double magnitude(double x) { return fabs(x); }
-// x with the sign of d; 0 where d is 0
+// x with the sign of d; 0 if d is 0
 FUSED_KD_HD double signed_like(double x, double d) { return d > 0 ? x : d < 0 ? -x : 0.0; }
 FUSED_KD_HD double log2(double x) { return ::log2(x); }
 FUSED_KD_HD double exp2_of_negative(double x) { return ::exp2(x); }
@@ -96,7 +97,7 @@ FUSED_KD_HD float exp2_of_negative(float x) {
   return exp2f(x);
 #endif
 }
-// of a positive normal number, to 2 units in the last place; exactly 0 at 1
+// log2 of a positive normal number, to 2 units in the last place; exactly 0 at 1
 FUSED_KD_HD float log2(float x) {
   union {
     float number;
@@ -126,7 +127,7 @@ struct RuleOptions {
   R unit, beta;
 };
 
-// A divergence is infinite by an entry that is -inf ...
+// The entries that make a divergence infinite: those that are -inf ...
 enum class Infinite {
   never,
   student_absent,  // for the student alone
@@ -134,25 +135,25 @@ enum class Infinite {
   either           // for one of them alone
 };
 
-// Traits that a rule may leave as they are. Each rule states the others:
-//     SOFTMAX     compares probabilities; else the logits themselves, and a, b are s, t
+// The traits that have a default. Each rule defines the others:
+//     SOFTMAX     compares probabilities; else logits, and a, b are s, t
 //     OWN_SUM     sums `w` in the first pass
 //     TWO_PASSES  needs a second pass over the row, for `x` and `y`, before its value and gradient
 //     INFINITE    an enum Infinite
 template <Divergence D>
 struct Traits {
   static constexpr Divergence DIVERGENCE = D;
-  // reads the teacher's logits: every divergence, but not `none`
+  // reads the teacher's logits: true for all but `none`
   static constexpr bool READS_TEACHER = true;
-  // the gradient's formula is finite when the value is infinite; else the row's gradient is NaN
+  // the gradient's formula is finite if the value is infinite; else the row's gradient is NaN
   static constexpr bool FINITE_GRADIENT = false;
   // the formulas use RowSums::count
   static constexpr bool USES_COUNT = false;
   // the gradient multiplies P by a - b, which may be infinite when P is 0
   static constexpr bool GRADIENT_HAS_DIFFERENCE = false;
-  // bound by arithmetic: on a GPU more registers are worth more than more blocks
+  // bound by arithmetic: on a GPU, more registers help more than more blocks
   static constexpr bool BOUND_BY_ARITHMETIC = false;
-  // largest |exponent| of 2 of P and Q that the formulas take
+  // largest |exponent| of P and Q, in powers of two, that the formulas support
   static constexpr float MAX_EXPONENT = -LOWEST;
 };
 
@@ -252,7 +253,7 @@ struct Rule<Divergence::jsd> : Traits<Divergence::jsd> {
   static constexpr bool SOFTMAX = true, OWN_SUM = false, TWO_PASSES = true;
   static constexpr Infinite INFINITE = Infinite::never;
   static constexpr bool BOUND_BY_ARITHMETIC = true;
-  // of p/m it takes the logarithm: p = P/d_s and the ratio must both be normal numbers
+  // it takes the logarithm of p/m, so p = P/d_s and the ratio must be normal numbers
   static constexpr float MAX_EXPONENT = 100.0f;
   template <class F>
   struct Logarithms {
@@ -290,7 +291,8 @@ struct Rule<Divergence::jsd> : Traits<Divergence::jsd> {
   }
 };
 
-// D = 1/2 sum |p - q|;  T dD/ds = 1/2 p (sgn(p-q) - sum p sgn(p-q)).  Sums are d_s times theirs.
+// D = 1/2 sum |p - q|;  T dD/ds = 1/2 p (sgn(p-q) - sum p sgn(p-q)).  x and y are d_s times these
+// sums.
 template <>
 struct Rule<Divergence::tvd> : Traits<Divergence::tvd> {
   static constexpr bool SOFTMAX = true, OWN_SUM = false, TWO_PASSES = true;
@@ -341,7 +343,7 @@ struct Rule<Divergence::mse> : Traits<Divergence::mse> {
   }
 };
 
-// Whether an entry that is -inf for one side alone makes this divergence infinite.
+// Returns whether an entry that is -inf for one side alone makes this divergence infinite.
 template <class AnyRule>
 FUSED_KD_HD constexpr bool is_infinite(bool student_alone, bool teacher_alone) {
   return AnyRule::INFINITE == Infinite::student_absent   ? student_alone
@@ -350,7 +352,7 @@ FUSED_KD_HD constexpr bool is_infinite(bool student_alone, bool teacher_alone) {
                                                          : false;
 }
 
-// Calls call(Rule<d>{}): from a divergence of run time to one of compile time.
+// Calls call(Rule<d>{}) with the rule of a divergence that is known at run time.
 template <class Call>
 inline __attribute__((always_inline)) auto with_rule(Divergence d, Call call) {
   switch (d) {

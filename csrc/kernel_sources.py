@@ -1,7 +1,7 @@
 """The files of both compiled modules, and the flags that each is compiled with.
 
-setup.py builds from these, and so do tests and benchmarks that compile single files. Paths are
-relative to ROOT.
+setup.py builds from these lists, and so do tests and benchmarks that compile single files. Paths
+are relative to ROOT.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if X86:
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
-#: One translation unit per instruction set: its flags apply to that file alone.
+#: The flags of each instruction set, for its own translation units alone.
 INSTRUCTION_SETS = {"generic": []}
 if X86:
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 # Scheduling before register allocation interleaves a loop's exponentials: 12 % on the sums.
 SCHEDULE = ["-fschedule-insns", "-fsched-pressure"]
-#: Kernel file: its flags besides HOST_FLAGS.
+#: The flags of each kernel file, in addition to HOST_FLAGS.
 KERNEL_FLAGS = {
     f"csrc/cpu/{kind}_{name}.cpp": [*schedule, *flags]
     for name, flags in INSTRUCTION_SETS.items()
@@ -57,5 +57,5 @@ CUDA_KERNELS = [
 CUDA_BINDING = "csrc/bindings/cuda_ops.cpp"
 # As on the CPU, only the contractions that are written as fma: tvd is exactly 0 for equal rows.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
-#: A binary for each family that differs, and PTX for later ones.
+#: A binary for each family of GPUs, and PTX for later ones.
 CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"

@@ -25,8 +25,8 @@ struct Rows {
 struct Problem {
   int64_t N, V;
   Rows student, teacher;
-  // data == nullptr: no gradient. The student's own rows, or memory that overlaps neither side; in
-  // the latter a float32 student may have a 16-bit gradient.
+  // data == nullptr: no gradient. Else the student's memory, or memory that overlaps neither side;
+  // there a float32 student may have a 16-bit gradient.
   Rows grad;
   const int64_t* labels;  // (N), null without a hard term
   const float* w_hard;    // (N), weight of the hard term in the gradient; null: the term is off; 0:

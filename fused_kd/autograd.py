@@ -1,11 +1,11 @@
 """The one autograd.Function of the loss: which gradient is computed, and when.
 
 * A scalar loss (``mean``, ``sum``) computes its gradients in the forward, while it has the logits.
-  They are handed over in the first backward, scaled by the upstream gradient; a later one
+  The first backward takes them, scaled by the upstream gradient; a later one
   (``retain_graph=True``) recomputes them.
-* The backward computes the gradients of losses of single rows (``none``), whose upstream gradients
-  are known only then; what an engine excludes (float16, so that a loss scale enters before the
-  rounding); and those of a batch of upstream gradients.
+* The backward computes the gradients in three cases: losses of single rows (``none``), whose
+  upstream gradients are known only then; float16, so that a loss scale enters before the rounding
+  (each engine decides: ``gradient_in_forward``); and batches of upstream gradients.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .engines import Inputs, Settings, engine_of
 from .rows import Weights
 from .sides import Tensors
 
-#: Tensors of a side: the first three inputs of the Function are the student's.
+#: Number of tensors of a side; the first three inputs of the Function are the student's.
 _STUDENT = 3
-#: Inputs of the Function: the tensors of Inputs, the settings and which gradients are wanted.
+#: Number of inputs of the Function: the tensors of Inputs, the settings, the wanted gradients.
 _INPUTS = 12
 
 
@@ -35,7 +35,12 @@ def differentiable_loss(
     weights: Weights,
     temperature: Tensor,  # 0-d CPU float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, a sum or (N,) for "none", and H and S of every row, without gradient."""
+    """Return the loss, and the hard and the soft term of every row.
+
+    Returns:
+        The loss, differentiable by the student's tensors: 0-d, or (N,) for reduction "none". Then
+        H and S, (N,) each, unweighted and detached.
+    """
     has_gradient = torch.is_grad_enabled()
     states, weight, bias = student
     assert states is not None
@@ -50,26 +55,31 @@ def differentiable_loss(
 
 
 class Loss(torch.autograd.Function):
-    """The loss of any pair of sides; see the module's docstring."""
+    """The loss of any pair of sides: the only differentiable operation of the package.
+
+    The module's docstring states when the gradients are computed.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the loss, and the gradients if this is the time for them."""
+        """Return loss, hard and soft; compute the gradients too, unless the backward must."""
         *tensors, settings, wanted = arguments
         inputs, engine = Inputs.of(tensors), engine_of(settings)
-        made: tuple[Tensor | None, ...] = ()
+        forward_gradients: tuple[Tensor | None, ...] = ()
         stats: Tensor | None
         if any(wanted) and not settings.per_row and engine.gradient_in_forward(settings, inputs):
-            hard, soft, stats, made = engine.losses_and_gradients(settings, inputs, wanted)
+            hard, soft, stats, forward_gradients = engine.losses_and_gradients(
+                settings, inputs, wanted
+            )
             if settings.inplace:
                 increment_version(tensors[0])
         else:
             hard, soft, stats = engine.losses(settings, inputs)
         ctx.settings, ctx.wanted, ctx.hand_over = settings, wanted, None
         if torch.compiler.is_compiling():
-            save_tensors(ctx, *tensors, stats, *made)
+            save_tensors(ctx, *tensors, stats, *forward_gradients)
         else:
-            ctx.hand_over = HandOver(made)
+            ctx.hand_over = HandOver(forward_gradients)
             save_tensors(ctx, *tensors, stats)
         loss = _weighted(hard, soft, inputs.w_hard, inputs.w_soft)
         ctx.mark_non_differentiable(hard, soft)
@@ -78,23 +88,24 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        """Return the student's gradients: those of the forward, or recomputed."""
+        """Return a gradient or None for each input: from the forward, or computed now."""
         scale, settings = upstream[0], ctx.settings
         if scale is None:
             return (None,) * _INPUTS
-        made = _take_made(ctx, scale)
+        forward_gradients = _take_gradients(ctx, scale)
         tensors, stats, saved = _saved(ctx)
         student = tensors[:_STUDENT]
         tensors[:_STUDENT] = [None if x is None else x.detach() for x in student]
         inputs, engine = Inputs.of(tensors), engine_of(settings)
-        if made is None:
-            made = saved
+        if forward_gradients is None:
+            forward_gradients = saved
         with torch.no_grad():
-            if made:
-                gradients = engine.rescaled(settings, inputs, stats, made, scale)
+            if forward_gradients:
+                gradients = engine.rescaled(settings, inputs, stats, forward_gradients, scale)
             else:
                 inputs = inputs._replace(
-                    w_hard=_times(inputs.w_hard, scale), w_soft=_times(inputs.w_soft, scale)
+                    w_hard=_scaled_weights(inputs.w_hard, scale),
+                    w_soft=_scaled_weights(inputs.w_soft, scale),
                 )
                 gradients = engine.gradients(settings, inputs, stats, ctx.wanted)
             if settings.inplace:
@@ -107,29 +118,33 @@ class Loss(torch.autograd.Function):
 
 
 class HandOver:
-    """The gradients that the forward computed, for the first backward pass.
+    """Holds the forward's gradients until the first backward takes them.
 
     Two threads may run the backward of one graph, and operators release the GIL. ``list.pop`` is
-    atomic, so exactly one of them takes the gradients. They are not kept here afterwards, or the
-    buffers would live as long as the graph.
+    atomic, so exactly one of them gets the gradients. The object drops its reference then: kept
+    here, the buffers would live as long as the graph.
 
     Args:
-        gradients: what the backward needs; an empty tuple if the forward computed none.
+        gradients: the tuple to hold; empty if the forward computed none.
     """
 
     def __init__(self, gradients: Any) -> None:
-        self._once = [gradients]  # one entry at most, for the sake of pop()
+        self._once = [gradients]  # a list for its atomic pop()
 
     def take(self) -> tuple[bool, Any]:
-        """Return True and the gradients to the first caller, False and () to all later ones."""
+        """Return (True, gradients) on the first call, (False, ()) on all later ones."""
         try:
             return True, self._once.pop()
         except IndexError:
             return False, ()
 
 
-def _take_made(ctx: Any, scale: Tensor) -> Any:
-    """Return the gradients of the forward, () if there are none (left), None in a trace."""
+def _take_gradients(ctx: Any, scale: Tensor) -> Any:
+    """Return the forward's gradients; () if there are none or they are taken, None in a trace.
+
+    Raises:
+        RuntimeError: With ``inplace=True``, a second backward or a batch of upstream gradients.
+    """
     if ctx.hand_over is None:
         return None
     batched = is_batched(scale)
@@ -138,17 +153,17 @@ def _take_made(ctx: Any, scale: Tensor) -> Any:
             "inplace=True has memory for one gradient; got a batch of upstream gradients "
             "(is_grads_batched=True): pass inplace=False to kd_loss"
         )
-    is_first, made = (False, ()) if batched else ctx.hand_over.take()
+    is_first, forward_gradients = (False, ()) if batched else ctx.hand_over.take()
     if ctx.settings.inplace and not is_first:
         raise RuntimeError(
             "a second backward after inplace=True: the student's logits were overwritten by the "
             "gradient of the first; pass inplace=False to kd_loss"
         )
-    return made
+    return forward_gradients
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Return True for a batch of gradients: of ``is_grads_batched=True``, or of ``torch.vmap``."""
+    """Return True for a batched tensor of ``is_grads_batched=True`` or ``torch.vmap``."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -165,14 +180,14 @@ def _weighted(
     w_hard: Tensor | None,  # (N,)
     w_soft: Tensor | None,  # (N,)
 ) -> Tensor:
-    """Return w_hard·hard + w_soft·soft of every row; a term that is off is left out."""
+    """Return w_hard·hard + w_soft·soft of every row, (N,); a None weight leaves its term out."""
     if w_hard is None:
         return torch.zeros_like(soft) if w_soft is None else w_soft * soft
     return w_hard * hard if w_soft is None else torch.addcmul(w_hard * hard, w_soft, soft)
 
 
-def _times(w: Tensor | None, upstream: Tensor) -> Tensor | None:
-    """Return w·upstream, and 0 where w is 0 even if upstream is not finite."""
+def _scaled_weights(w: Tensor | None, upstream: Tensor) -> Tensor | None:
+    """Return w·upstream; 0 for a weight of 0, even if upstream is not finite."""
     return None if w is None else torch.where(w != 0, w * upstream, 0.0)
 
 
@@ -180,21 +195,27 @@ def _times(w: Tensor | None, upstream: Tensor) -> Tensor | None:
 
 
 def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save for the backward, and hold tensors made under inference_mode, which autograd refuses."""
-    ctx.held = held = {}
+    """Save tensors for the backward, None included, in an order that :func:`_saved` restores.
+
+    ``ctx.save_for_backward`` refuses tensors made under ``torch.inference_mode``: these are stored
+    in ``ctx.inference_tensors``, by position.
+    """
+    ctx.inference_tensors = inference_tensors = {}
     if not torch.compiler.is_compiling():
-        held = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    if held:
-        ctx.held = held
-        tensors = tuple(None if i in held else t for i, t in enumerate(tensors))
+        inference_tensors = {
+            i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()
+        }
+    if inference_tensors:
+        ctx.inference_tensors = inference_tensors
+        tensors = tuple(None if i in inference_tensors else t for i, t in enumerate(tensors))
     ctx.save_for_backward(*tensors)
 
 
 def _saved(ctx: Any) -> tuple[list[Any], Any, tuple[Any, ...]]:
-    """Return the tensors of the inputs, stats, and in a trace the gradients of the forward.
+    """Return the input tensors, the row statistics, and in a trace the forward's gradients.
 
     Raises:
-        RuntimeError: One of them was written to; the message names `inplace` if that may be why.
+        RuntimeError: A saved tensor was written to; the message names `inplace` if that is set.
     """
     try:
         saved = list(ctx.saved_tensors)
@@ -207,7 +228,7 @@ def _saved(ctx: Any) -> tuple[list[Any], Any, tuple[Any, ...]]:
             "slice of the same tensor does this; pass inplace=False, or call the loss once on the "
             f"whole tensor ({error})"
         ) from error
-    for i, tensor in ctx.held.items():
+    for i, tensor in ctx.inference_tensors.items():
         saved[i] = tensor
     count = _INPUTS - 2
     return saved[:count], saved[count], tuple(saved[count + 1 :])
@@ -222,10 +243,10 @@ _TWICE = (
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes the gradient through and raises when it is differentiated.
+    """Passes the gradient through, and raises when it is differentiated.
 
-    It takes the loss's differentiable inputs, so that autograd reaches it regardless of what
-    the gradient depends on: a bare ``once_differentiable`` was seen to drop the term silently.
+    It takes the differentiable inputs of the loss, so that autograd reaches it regardless of what
+    the gradient depends on: ``once_differentiable`` alone was seen to drop the term silently.
     """
 
     @staticmethod
@@ -235,12 +256,15 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        """Raise."""
+        """Raise RuntimeError: there is no second derivative."""
         raise RuntimeError(_TWICE)
 
 
 def refuse_double_backward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
-    """Return the gradient such that differentiating it by any of the inputs raises."""
+    """Return `gradient` such that differentiating it by any of `inputs` raises RuntimeError.
+
+    In a trace, and without ``create_graph=True``, it is returned unchanged.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient
     if is_batched(gradient):  # whose graph would not contain _NoSecondDerivative

@@ -1,8 +1,8 @@
-"""Every check of a user's tensors, and its message. Nothing is written before all have passed.
+"""Every check of a user's tensors, and its message. No tensor is written before all have passed.
 
-Each message names the argument, what was expected, what came and what to do. Checks that read
+A message states the argument, what was expected, what was passed and what to do. Checks that read
 *values* (the range of a label, the sign of a weight) run only for plain CPU tensors outside a
-compiler's trace: on a GPU they would synchronise, which FUSED_KD_DEBUG=1 allows.
+compiler's trace. On a GPU they would synchronise; FUSED_KD_DEBUG=1 allows that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WEIGHT_DTYPES = (
     *LABEL_DTYPES,
     *LOGIT_DTYPES,
 )
-#: Of a view made by an ordinary operator; autograd forbids writing to all others.
+#: The creation meta of a view from an ordinary operator; autograd forbids writing to all others.
 WRITABLE_VIEW = torch._C._autograd.CreationMeta.DEFAULT
 _SHARDED = (
     "if it is sharded by FSDP, it is whole only inside the forward of the module that was sharded: "
@@ -47,12 +47,12 @@ def check_call(
     num_items: float | Tensor | None,
     kept_rows: int | None,
 ) -> None:
-    """Check everything that :func:`fused_kd.kd_loss` was called with.
+    """Check all arguments of :func:`fused_kd.kd_loss`.
 
     Raises:
-        TypeError: An argument of the wrong type or dtype.
-        ValueError: A value, shape, device or layout that does not fit.
-        RuntimeError: Under a transform of ``torch.func``.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A value, shape, device or layout does not fit.
+        RuntimeError: A transform of ``torch.func`` is active.
     """
     _refuse_transforms()
     _check_side("student", student)
@@ -152,7 +152,7 @@ def _check_head(name: str, head: Head) -> None:
 def _check_teacher(
     student: Side, rows: torch.Size, teacher: Side | None, soft_weight: float
 ) -> None:
-    """Check the teacher, and that it has the rows, the vocabulary and the device of the student."""
+    """Check the teacher, and that rows, vocabulary and device equal the student's."""
     if teacher is None:
         if soft_weight != 0.0:
             raise ValueError(
@@ -178,7 +178,7 @@ def _check_teacher(
     _check_on_device_of("teacher", rows_tensor(teacher), student)
     if isinstance(teacher, Head):
         for part, x in zip(("hidden", "weight", "bias"), teacher[:3], strict=True):
-            # a leaf is a parameter of the teacher's head, which is merely not trained here
+            # a leaf is a parameter of the teacher's head: it is detached later, not refused
             if x is not None and x.requires_grad and not x.is_leaf:
                 raise ValueError(
                     f"teacher.{part} must not be attached to a graph, since the teacher gets no "
@@ -193,7 +193,7 @@ def _check_teacher(
 
 
 def _rows_name(name: str, side: Side) -> str:
-    """Return what messages call the tensor that has the rows of a side."""
+    """Return the name, for messages, of the tensor that has the rows of a side."""
     return f"{name}.hidden" if isinstance(side, Head) else name
 
 
@@ -223,7 +223,11 @@ def _check_chunk_options(
 
 
 def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
-    """Check the dtype of a weight gradient's sum against that of the weight."""
+    """Check grad_accum_dtype: float32, or the dtype of the student's weight.
+
+    Raises:
+        ValueError: It is another dtype.
+    """
     if dtype not in (torch.float32, weight):
         raise ValueError(
             "grad_accum_dtype must be torch.float32 or the dtype of student.weight, "
@@ -232,7 +236,7 @@ def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
 
 
 def _check_kept_rows(kept_rows: int, student: Side, kept: Tensor | None) -> None:
-    """Check the bound; on the CPU (by value) against the number of rows that are not ignored."""
+    """Check kept_rows; on the CPU also against the number of rows that are not ignored."""
     check_count("kept_rows", kept_rows, least=0)
     if kept is None:
         number = row_count(row_shape(student))
@@ -248,7 +252,11 @@ def _check_kept_rows(kept_rows: int, student: Side, kept: Tensor | None) -> None
 
 
 def check_floating(name: str, tensor: Tensor | None) -> None:
-    """Refuse what is not a dense tensor of one of LOGIT_DTYPES."""
+    """Check that an argument is a dense tensor of one of LOGIT_DTYPES; messages use `name`.
+
+    Raises:
+        TypeError: The type, layout or dtype is another.
+    """
     check_dense(name, tensor)
     assert tensor is not None
     if tensor.dtype not in LOGIT_DTYPES:
@@ -270,7 +278,7 @@ def _refuse_transforms() -> None:
 def _check_labels(
     labels: Tensor | None, student: Side, rows: torch.Size, hard_weight: float
 ) -> None:
-    """Check presence, type, device and shape of the labels."""
+    """Check that labels are given if needed, and their type, shape and device."""
     if labels is None:
         if hard_weight != 0.0:
             raise ValueError(
@@ -286,7 +294,7 @@ def _check_labels(
 
 
 def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: int) -> None:
-    """Check that every kept label is in [0, size); by value, so on the CPU only."""
+    """Check that every kept label is in [0, size), if values may be read."""
     if labels.numel() == 0 or not may_read_values(labels):
         return
     low, high = torch.aminmax(torch.where(kept, labels, 0))
@@ -301,7 +309,7 @@ def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: in
 
 
 def _check_token_weight(token_weight: Tensor, student: Side, rows: torch.Size) -> None:
-    """Check type, shape, device and (on the CPU) values of the weights of the tokens."""
+    """Check type, shape and device of token_weight, and its values if they may be read."""
     check_dense("token_weight", token_weight)
     if token_weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
@@ -328,7 +336,7 @@ def _check_token_weight(token_weight: Tensor, student: Side, rows: torch.Size) -
 
 
 def _check_num_items(num_items: float | Tensor, reduction: str, student: Side) -> None:
-    """Check for a positive number or a 0-d tensor (which may be 0: the loss is then 0)."""
+    """Check num_items: a positive number, or a 0-d tensor, which may be 0 (the loss is then 0)."""
     if reduction != "mean":
         raise ValueError(
             "num_items is the denominator of reduction='mean'; "
@@ -397,7 +405,7 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
             f"collapse to two strides; got shape {tuple(student.shape)} with strides "
             f"{student.stride()}: pass inplace=False, or student.contiguous()"
         )
-    if isinstance(teacher, Head):  # whose weight every chunk reads
+    if isinstance(teacher, Head):  # every chunk reads its weight
         shares = any(x is not None and _share_memory(student, x) for x in teacher[:3])
     else:
         shares = (
@@ -416,7 +424,10 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
 
 
 def may_read_values(tensor: Tensor) -> bool:
-    """Return True if reading a value is possible, and needs no synchronisation or is allowed to."""
+    """Return True if values exist and are on the CPU, or FUSED_KD_DEBUG=1 allows a synchronisation.
+
+    They do not in a compiler's trace, in a fake tensor and on the meta device.
+    """
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)  # a fake tensor has no values
@@ -426,7 +437,11 @@ def may_read_values(tensor: Tensor) -> bool:
 
 
 def check_dense(name: str, tensor: Tensor | None) -> None:
-    """Refuse what is not an ordinary local tensor."""
+    """Check that an argument is a local, strided tensor; messages use `name`.
+
+    Raises:
+        TypeError: It is not a tensor, or it is sparse, nested, quantised or a DTensor.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
@@ -464,7 +479,10 @@ def _check_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Return True if two entries may share memory: a stride steps over the smaller ones' reach."""
+    """Return True if two entries may share memory.
+
+    They may if a stride is smaller than the span of all dimensions with smaller strides.
+    """
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -475,13 +493,13 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _is_same_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if every entry has its counterpart's address, in tensors of one shape."""
+    """Return True if two tensors of equal shape have the same address, strides and dtype."""
     same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
     return (student.data_ptr(), student.stride(), student.dtype) == same
 
 
 def _share_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if bytes of both overlap."""
+    """Return True if the address ranges of both overlap."""
     if not (_has_memory(student) and _has_memory(teacher)):
         return False
     (a, end_a), (b, end_b) = _span(student), _span(teacher)
@@ -489,13 +507,13 @@ def _share_memory(student: Tensor, teacher: Tensor) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Return False for an empty, a meta and a fake tensor."""
+    """Return False for an empty tensor, a meta tensor and a fake tensor."""
     is_fake = isinstance(tensor, torch._subclasses.FakeTensor)
     return tensor.numel() > 0 and tensor.device.type != "meta" and not is_fake
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of the first byte and the one behind the last."""
+    """Return the address of the first byte and the address after the last byte."""
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 

@@ -1,12 +1,13 @@
-"""The divergences: their traits, their formulas in float64 and the composition that a user writes.
+"""The divergences: traits, reference formulas, and the eager composition in torch.
 
-One entry of the table is the whole Python side of a divergence; the kernels have one block each, in
-``csrc/kd_math.h`` and ``fused_kd/backends/triton/rules.py``. Nothing else depends on which
+An entry of TABLE is all that Python needs of a divergence. The kernels have one block for each, in
+``csrc/kd_math.h`` and ``fused_kd/backends/triton/rules.py``. No other code depends on which
 divergence it is.
 
 Notation, for one row: s and t are the logits of student and teacher, T the temperature;
-p = softmax(s/T), q = softmax(t/T). A formula returns D and T·∂D/∂s of every row, and follows the
-rules of :mod:`fused_kd.backends.reference` for infinite logits.
+p = softmax(s/T), q = softmax(t/T). A formula takes logits (N, V), float32 or float64, and a 0-d
+temperature; it returns D and T·∂D/∂s of every row, and follows the rules of
+:mod:`fused_kd.backends.reference` for infinite logits.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ class Term(NamedTuple):
     """One term of the loss for every row."""
 
     value: Tensor  # (N,)
-    gradient: Tensor  # (N, V), by the student's logits
+    gradient: Tensor  # (N, V), with respect to the student's logits
 
 
 class Pair(NamedTuple):
-    """Both sides of some rows, softened by the temperature."""
+    """The softmaxes of both sides at the temperature, and their log-ratio."""
 
     p: Tensor  # (N, V) student's probabilities
     q: Tensor  # (N, V) teacher's probabilities
-    log_p_over_q: Tensor  # (N, V) finite where both logits are; 0 at absent entries
+    log_p_over_q: Tensor  # (N, V) finite if both logits are; 0 at absent entries
     only_student_absent: Tensor  # (N, V) bool: s = -inf while t is not
     only_teacher_absent: Tensor  # (N, V) bool: t = -inf while s is not
 
@@ -41,7 +42,10 @@ class Pair(NamedTuple):
 
 
 def forward_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = Σ q·log(q/p) and p_v - q_v. Infinite where only the student is -inf."""
+    """Return D = Σ q·log(q/p) and p_v - q_v.
+
+    D is infinite if an entry is -inf for the student alone.
+    """
     row = soften(s, t, temperature)
     value = (-_weighted(row.q, row.log_p_over_q)).sum(1)
     infinite = row.only_student_absent.any(1)
@@ -49,7 +53,10 @@ def forward_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 def reverse_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = Σ p·log(p/q) and p_v·(log(p_v/q_v) - D). Infinite where only the teacher is."""
+    """Return D = Σ p·log(p/q) and p_v·(log(p_v/q_v) - D).
+
+    D is infinite, and the row's gradient NaN, if an entry is -inf for the teacher alone.
+    """
     row = soften(s, t, temperature)
     value = _weighted(row.p, row.log_p_over_q).sum(1)
     gradient = _weighted(row.p, row.log_p_over_q - value[:, None])
@@ -57,17 +64,17 @@ def reverse_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 def jsd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p, which is always finite.
+    """Return D = β·KL(q‖m) + (1-β)·KL(p‖m) of m = β·q + (1-β)·p, always finite, and T·∂D/∂s.
 
     T·∂D/∂s_v = (1-β)·p_v·(log(p_v/m_v) - KL(p‖m)).
 
-    With r = log(p/q): log(m/q) = log1p((1-β)·(eʳ-1)) and log(m/p) = log1p(β·(e⁻ʳ-1)). Each is
-    computed where its exponential cannot overflow; the other one follows, since they differ by r.
+    With r = log(p/q): log(m/q) = log1p((1-β)·(eʳ-1)) and log(m/p) = log1p(β·(e⁻ʳ-1)). The first is
+    computed for r ≤ 0, the second for r > 0, so that no exponential overflows; they differ by r.
     """
     row = soften(s, t, temperature)
     r = row.log_p_over_q
-    small_p = torch.log1p((1 - beta) * torch.expm1(r.clamp(max=0)))  # log(m/q) where p <= q
-    small_q = torch.log1p(beta * torch.expm1(-r.clamp(min=0)))  # log(m/p) where p > q
+    small_p = torch.log1p((1 - beta) * torch.expm1(r.clamp(max=0)))  # log(m/q) if p <= q
+    small_q = torch.log1p(beta * torch.expm1(-r.clamp(min=0)))  # log(m/p) if p > q
     log_m_over_q = torch.where(r <= 0, small_p, small_q + r)
     log_m_over_p = torch.where(r <= 0, small_p - r, small_q)
     teacher_kl = -_weighted(row.q, log_m_over_q).sum(1)
@@ -77,7 +84,7 @@ def jsd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 def tvd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = ½·Σ|p-q| and ½·p_v·(sgn(p_v-q_v) - Σ p·sgn(p-q)). Always finite."""
+    """Return D = ½·Σ|p-q|, always finite, and ½·p_v·(sgn(p_v-q_v) - Σ p·sgn(p-q))."""
     row = soften(s, t, temperature)
     difference = row.p - row.q
     sign = difference.sign()
@@ -88,7 +95,7 @@ def tvd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 def mse(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
     """Return D = (1/V)·Σ (s_v-t_v)²/T², without softmax, and 2·(s_v-t_v)/(V·T).
 
-    V counts the entries that are present. Infinite where one side alone is -inf.
+    V counts the present entries. D is infinite if an entry is -inf for one side alone.
     """
     no_student, no_teacher = s == -math.inf, t == -math.inf
     present = ~(no_student & no_teacher)
@@ -99,7 +106,7 @@ def mse(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 # ------------------------------------------------------- what a careful user composes
-# D of every row, (N,), from logits (N, V); none of the rules for -inf.
+# They return D of every row, (N,), from logits (N, V), without the rules for -inf.
 
 
 def _eager_kl(log_of: Tensor, log_by: Tensor) -> Tensor:
@@ -139,9 +146,9 @@ def _eager_mse(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
 
 
 class Divergence(NamedTuple):
-    """The Python side of one divergence."""
+    """A divergence: its formulas and traits."""
 
-    meaning: str  # D(q, p), for the documentation
+    meaning: str  # D(q, p) as text, for the documentation
     formula: Callable[[Tensor, Tensor, Tensor, float], Term]
     eager: Callable[[Tensor, Tensor, float, float], Tensor]
     needs_beta: bool = False  # β must be in (0, 1)
@@ -172,10 +179,10 @@ NEEDS_BETA = frozenset(name for name, entry in TABLE.items() if entry.needs_beta
 
 
 def soften(s: Tensor, t: Tensor, temperature: Tensor) -> Pair:
-    """Return p, q and log(p/q) of every row.
+    """Return p, q, log(p/q) and the masks of one-sided -inf, for logits (N, V).
 
-    log(p/q) = ((s - max s) - (t - max t))/T - (log Σe^… - log Σe^…): differences relative to the
-    maxima, so that large or shifted logits cost no accuracy and equal rows give exactly 0.
+    log(p/q) = ((s - max s) - (t - max t))/T - (log Σe^… - log Σe^…). These are differences relative
+    to the maxima, so that large or shifted logits cost no accuracy and equal rows give exactly 0.
     """
     centred_s, log_sum_s = centred(s, temperature)
     centred_t, log_sum_t = centred(t, temperature)
@@ -192,21 +199,29 @@ def soften(s: Tensor, t: Tensor, temperature: Tensor) -> Pair:
 
 
 def centred(x: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return z = (x - max x)/T, and log Σ exp z, which is in [0, log V]."""
+    """Return z = (x - max x)/T (N, V) and log Σ exp z (N, 1), which is in [0, log V]."""
     z = (x - x.amax(1, keepdim=True)) / temperature
     return z, z.exp().sum(1, keepdim=True).log()
 
 
 def _weighted(probability: Tensor, x: Tensor) -> Tensor:
-    return keep(probability * x, probability != 0)  # 0 where the probability is 0, for any x
+    return keep(
+        probability * x, probability != 0
+    )  # 0 for a probability of 0, even if x is infinite
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """Return x where the mask is True, else 0."""
+    """Return x with 0 at entries whose mask is False, even for NaN and infinity."""
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def spoil_rows(term: Term, rows: Tensor, value: float = math.nan) -> Term:
-    """Return the term with `value` as the value of these rows, and NaN as their gradient."""
+    """Return the term with some rows replaced: their value by `value`, their gradient by NaN.
+
+    Args:
+        term: the values and gradients.
+        rows: bool (N,): the rows to replace.
+        value: a number.
+    """
     gradient = term.gradient.masked_fill(rows[:, None], math.nan)
     return Term(term.value.masked_fill(rows, value), gradient)

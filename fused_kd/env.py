@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 DESCRIPTION = (
-    "Print versions; which backend runs here, and why the others do not; which frameworks are "
-    "installed, and whether the integrations were tested with these versions."
+    "Print the versions, the backends that can run here with the reason for each that cannot, and "
+    "the installed frameworks with the versions that the integrations were tested with."
 )
 
 #: Name and meaning of every environment variable that the package reads.
@@ -38,7 +38,7 @@ VARIABLES = (
 
 
 def report() -> dict[str, Any]:
-    """Return all that ``python -m fused_kd.env`` prints, as JSON-serialisable values."""
+    """Return the report as a dict of JSON-serialisable values, one entry per section."""
     return {
         "versions": {
             "fused_kd": _probe(lambda: importlib.import_module("fused_kd").__version__),
@@ -66,7 +66,7 @@ def report() -> dict[str, Any]:
 
 
 def _probe(read: Callable[[], Any]) -> Any:
-    """Return the result of `read`, or the exception that it raised as text."""
+    """Return the result of `read`; if it raises, the exception as text."""
     try:
         return read()
     except Exception as error:  # a broken installation is what this report is for
@@ -93,8 +93,8 @@ def _backends() -> dict[str, str]:
 
 
 def _frameworks() -> dict[str, str]:
-    found = importlib.import_module("fused_kd.integrations._common.frameworks").FRAMEWORKS
-    return {framework.distribution: framework.status for framework in found.values()}
+    frameworks = importlib.import_module("fused_kd.integrations._common.frameworks").FRAMEWORKS
+    return {framework.distribution: framework.status for framework in frameworks.values()}
 
 
 def _compiled_module(name: str) -> Any:
@@ -124,13 +124,13 @@ def _refused_instruction_set() -> str | None:
     return None
 
 
-#: Variables of which a wrong value makes calls raise, and the functions that return the reason.
+#: Variables whose wrong value makes calls raise, and the functions that return the reason.
 REFUSALS = {"FUSED_KD_BACKEND": _refused_backend, "FUSED_KD_CPU": _refused_instruction_set}
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(sections: dict[str, Any]) -> list[str]:
     lines = []
-    for title, content in found.items():
+    for title, content in sections.items():
         if title == "refused_variables":
             continue  # shown with the variables
         lines.append(title.replace("_", " "))
@@ -139,9 +139,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
                 value = content[name]
                 shown = "(not set)" if value is None else repr(value)
                 lines.append(f"  {name:<22} {shown:<12} {meaning}")
-                if name in found["refused_variables"]:
+                if name in sections["refused_variables"]:
                     which = "every call" if name == "FUSED_KD_BACKEND" else "the cpu backend"
-                    lines.append(f"  {'':<22} {which} raises: {found['refused_variables'][name]}")
+                    lines.append(
+                        f"  {'':<22} {which} raises: {sections['refused_variables'][name]}"
+                    )
         elif isinstance(content, dict):
             lines.extend(f"  {name:<18} {value}" for name, value in content.items())
         else:
@@ -150,12 +152,14 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; return the exit status."""
+    """Print the report; return the exit status, 0."""
     parser = argparse.ArgumentParser(prog="python -m fused_kd.env", description=DESCRIPTION)
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)
-    found = report()
-    text = json.dumps(found, indent=2, default=str) if options.json else "\n".join(_lines(found))
+    sections = report()
+    text = (
+        json.dumps(sections, indent=2, default=str) if options.json else "\n".join(_lines(sections))
+    )
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `| head` closed the pipe; the flush at exit must not raise again

@@ -1,4 +1,4 @@
-"""The compiled modules: loads each once, and keeps the reason if one cannot be loaded.
+"""The compiled modules, each imported at most once; the reason is kept if that fails.
 
 ``import fused_kd`` works without them; ``python -m fused_kd.env`` prints the reasons.
 """
@@ -9,15 +9,15 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from fused_kd import ops  # noqa: F401  the schemas come before their implementations
+from fused_kd import ops  # noqa: F401  schemas must be defined before their implementations
 
 
 class Compiled:
-    """One compiled module; importing it registers operators.
+    """A compiled module, whose import registers operators.
 
     Args:
-        name: "_C" or "_cuda", in the package.
-        note: the file in the package's folder in which the build says why the module is missing.
+        name: "_C" or "_cuda", a submodule of the package.
+        note: a file in the package's folder; the build writes to it why the module is missing.
     """
 
     def __init__(self, name: str, note: str) -> None:
@@ -37,12 +37,12 @@ class Compiled:
         return self._module
 
     def why_not(self) -> str | None:
-        """Return None if the module is loaded, else one sentence that says why it is not."""
+        """Return None if the module can be imported, else the reason, one sentence."""
         self.load()
         return self._reason
 
     def build_info(self) -> dict[str, object] | None:
-        """Return how the module was built and what it uses; None without the module.
+        """Return the build's versions and instruction sets as a dict; None without the module.
 
         Raises:
             RuntimeError: FUSED_KD_CPU names an instruction set that this processor lacks.

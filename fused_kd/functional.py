@@ -1,4 +1,4 @@
-"""kd_loss: checks its arguments, weighs the rows, chooses the backend, calls autograd, reduces."""
+"""The function :func:`kd_loss`: its semantics, and the order in which a call is processed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .sides import Head, Side, Tensors, arithmetic_dtype, row_shape, rows_tensor
 class KDLossParts(NamedTuple):
     """The result with ``return_parts=True``: loss = hard_weight·hard + soft_weight·soft."""
 
-    loss: Tensor
-    hard: Tensor
-    soft: Tensor
+    loss: Tensor  # 0-d, or shaped like the labels for reduction "none"; differentiable
+    hard: Tensor  # H, reduced like the loss; detached
+    soft: Tensor  # c(T)·D, reduced like the loss; detached
 
 
 @overload
@@ -81,13 +81,19 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
 ) -> Tensor | KDLossParts:
     """Compute the distillation loss: cross-entropy with labels plus a divergence from the teacher.
 
-    For each row, with π = softmax(s), p = softmax(s/T), q = softmax(t/T)::
+    For each row, with student logits s, teacher logits t, label y, temperature T, label smoothing ε
+    and π = softmax(s), p = softmax(s/T), q = softmax(t/T)::
 
         loss = hard_weight · H + soft_weight · c(T) · D(q, p)
         H    = -(1-ε) log π_y - (ε/V) Σ log π          always at temperature 1
 
+    The factor c(T) is T² by default, as in Hinton et al., "Distilling the Knowledge in a Neural
+    Network" (2015): the soft gradient's size then does not depend on T. docs/numerics.md has all
+    formulas.
+
     Equivalent to::
 
+        # divergence="forward_kl", soft_scale="t2", reduction="mean"
         kept = labels != ignore_index
         log_p = F.log_softmax(student.float() / temperature, -1)
         log_q = F.log_softmax(teacher.float() / temperature, -1)
@@ -98,27 +104,28 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
         ).view(labels.shape)
         loss = (hard_weight * hard + soft_weight * soft)[kept].mean()
 
-    Each side is a tensor of logits, or a :class:`fused_kd.Head`: hidden states and the lm_head that
-    makes logits of them.
+    Each side is a tensor of logits, or a :class:`fused_kd.Head`: hidden states and the weight of
+    the lm_head.
 
     **Logits** are float32, bfloat16 or float16, independently for each side. All arithmetic is
     float32, and so is the loss; the gradient has the student's dtype and is rounded once. float64
-    logits run on the reference backend and give a float64 loss. Autocast changes nothing. Nothing
-    of the size of the logits is allocated but the gradient, except a copy if the last stride is not
-    1 or the leading dimensions do not collapse to two strides.
+    logits run on the reference backend and give a float64 loss. Autocast changes nothing. The
+    gradient is the only allocation of the size of the logits. Logits are copied, however, if their
+    last stride is not 1 or their leading dimensions do not collapse to two strides.
 
-    **Of a Head** the logits of one chunk of rows at a time are computed, in float32; they are never
+    **A Head's** logits are computed for one chunk of rows at a time, in float32; they are never
     rounded to 16 bits. Each chunk's logits are overwritten by their gradient, which is multiplied
-    into the gradients of hidden states, weight and bias. Scalar reductions compute the gradients in
-    the forward; "none" computes the logits once more in the backward, as does float16 (the loss
-    scale enters before the rounding). The products run in the autocast dtype, else in the dtype of
-    the inputs (hidden states and weight of a model must then match), with float32 results; float64
-    inputs compute in float64. The gradients have the dtypes of their inputs. Those that are 16-bit
-    before the upstream gradient is known (of the hidden states; of the weight if all rows fit in
-    one chunk; of a student's logits next to a teacher's Head) are rounded once more if the upstream
-    gradient is not a power of two. Ignored rows are not multiplied on a CPU; on a GPU their
-    number would take a synchronization: they are masked, unless `kept_rows` bounds the number of
-    the others.
+    into the gradients of hidden states, weight and bias.
+
+    * Scalar reductions compute the gradients in the forward. Reduction "none", and float16 (a loss
+      scale must precede the rounding), compute the logits again in the backward.
+    * The products run in the autocast dtype, else in the dtype of the inputs (hidden states and
+      weight of a model must then match), with float32 results; float64 inputs in float64.
+    * The gradients have the dtypes of their inputs. Some have 16 bits before the upstream gradient
+      is known: of the hidden states; of the weight if all rows fit in one chunk; of a student's
+      logits next to a teacher's Head. They are rounded again if it is not a power of two.
+    * Ignored rows are left out of the products on a CPU. On a GPU that would take a
+      synchronization: they are masked, unless `kept_rows` bounds the number of the others.
 
     An entry that is -inf on both sides is absent, so padding a vocabulary with -inf changes
     nothing. With ``soft_weight=0`` the teacher is not read, and an entry that is -inf for the
@@ -127,25 +134,28 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
 
     Args:
         student: logits (..., V), 1-D for a single row; or a Head.
-        teacher: the same, without grad; gets no gradient. None needs ``soft_weight=0``.
-        labels: (...), integers aligned with the rows (nothing is shifted); None needs
-            ``hard_weight=0``. On a GPU a label outside [0, V) makes its row NaN
-            (FUSED_KD_DEBUG=1: an error that names it, at the cost of a synchronisation).
+        teacher: logits (..., V) or a Head, with the student's leading shape, V and device. It gets
+            no gradient: logits must not require grad. None needs ``soft_weight=0``.
+        labels: (...), class indices of an integer dtype, aligned with the rows (nothing is
+            shifted); None needs ``hard_weight=0``. A label outside [0, V) that is not ignore_index
+            raises on a CPU, and makes its row NaN on a GPU (FUSED_KD_DEBUG=1 raises there too, at
+            the cost of a synchronisation).
         {keywords}
-        token_weight: (...), a weight w ≥ 0 for each row, bool, int or float.
-        num_items: denominator of "mean": a number > 0 or a 0-d tensor. Gradient accumulation
-            passes the number of kept tokens of the whole batch.
+        token_weight: (...), a weight w ≥ 0 for each row, bool, int or float, without grad.
+        num_items: the denominator of reduction "mean": a number > 0 or a 0-d tensor. For gradient
+            accumulation, the number of kept tokens of the whole batch.
         kept_rows: an upper bound of the rows that are not ignored, if a side is a Head. If there
-            are more the loss is NaN (an error on the CPU).
+            are more, the loss is NaN (on the CPU: a ValueError).
 
     Returns:
-        The loss: 0-d, or shaped like the labels for "none"; or KDLossParts.
+        The loss, float32 (float64 if a side is float64): 0-d, or shaped like the labels for
+        reduction "none". With ``return_parts=True``, KDLossParts.
 
     Raises:
-        TypeError: An argument of the wrong type or dtype, or an unknown keyword.
-        ValueError: A value, shape or device that does not fit; the message names the argument.
-        RuntimeError: A backend asked for by name cannot run; under a transform of ``torch.func``
-            outside ``torch.compile``; in the backward, when it is differentiated again or run twice
+        TypeError: An argument has the wrong type or dtype, or a keyword is unknown.
+        ValueError: A value, shape or device does not fit; the message names the argument.
+        RuntimeError: The requested backend cannot run, or a transform of ``torch.func`` is active
+            outside ``torch.compile``. In the backward: it is differentiated again, or run twice
             after ``inplace=True``.
     """
     options = options_of("kd_loss", {"return_parts": return_parts, **keywords})
@@ -161,7 +171,7 @@ def kd_loss_with(
     num_items: float | Tensor | None = None,
     kept_rows: int | None = None,
 ) -> Tensor | KDLossParts:
-    """Compute :func:`kd_loss` with options that were built and checked before."""
+    """Compute :func:`kd_loss` from options that were checked before; :class:`KDLoss` calls this."""
     labels, kept = labels_and_kept(labels, options)
     check_call(options, student, teacher, labels, kept, token_weight, num_items, kept_rows)
     shape = row_shape(student)
@@ -190,10 +200,10 @@ def _arithmetic_dtype(student: Side, teacher: Side | None) -> torch.dtype:
 
 
 def _detached(teacher: Tensors) -> Tensors:
-    """Return the tensors without grad, which parameters of a teacher's head may have."""
+    """Detach a teacher's head, whose parameters may require grad; return logits unchanged."""
     states, weight, bias = teacher
     if weight is None:
-        return teacher  # logits, which the checks refuse with grad
+        return teacher  # logits: the checks have refused those with grad
     states, weight, bias = [None if x is None else x.detach() for x in teacher]
     return states, weight, bias
 
@@ -206,7 +216,7 @@ def _returned(
     options: KDOptions,
     shape: torch.Size,  # of the labels
 ) -> Tensor | KDLossParts:
-    """Return what the caller asked for."""
+    """Return the loss in the caller's shape; with ``return_parts``, also both reduced terms."""
     per_row = options.reduction == "none"
     loss = loss.view(shape) if per_row else loss
     if not options.return_parts:

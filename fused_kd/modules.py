@@ -28,24 +28,20 @@ _KEYWORDS = frozenset(NAMES)
 
 
 class KDLoss(nn.Module):
-    """Knowledge-distillation loss: the keywords here, the sides and labels in ``forward``.
+    """The distillation loss of :func:`fused_kd.kd_loss` as a module that keeps its keywords.
 
-    Equivalent to::
-
-        def forward(student, teacher, labels=None, **tensors):
-            return kd_loss(student, teacher, labels, **tensors, **keywords)
-
-    The module has no parameters and no buffers: heads stay in the models. The keywords are
-    attributes too: ``loss.temperature = 2.0`` is checked as the constructor checks it, and counts
-    from the next call on.
+    ``KDLoss(**keywords)(student, teacher, labels)`` equals
+    ``kd_loss(student, teacher, labels, **keywords)``. The module has no parameters and no buffers;
+    a Head's tensors stay in the models. The keywords are attributes too: ``loss.temperature = 2.0``
+    is checked like an argument of the constructor, and applies from the next call on.
 
     Args:
         {keywords}
 
     Raises:
-        TypeError: A keyword of the wrong type, or an unknown one.
-        ValueError: A keyword outside its range.
-        AttributeError: The assignment of a name that is nearly that of a keyword.
+        TypeError: A keyword has the wrong type, or is unknown.
+        ValueError: A keyword is outside its range, or excludes another.
+        AttributeError: An assigned name looks like a misspelt keyword.
     """
 
     options: KDOptions
@@ -57,16 +53,19 @@ class KDLoss(nn.Module):
 
     @classmethod
     def like(cls, name: str, **keywords: Any) -> KDLoss:
-        """Return the loss with the conventions of another framework: see :mod:`fused_kd.presets`.
+        """Return the loss with another framework's defaults: see :mod:`fused_kd.presets`.
+
+        These are its weights, divergence, factor c(T), reduction, temperature and label smoothing.
 
         Args:
             name: "automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer",
                 "torchdistill", "torchtune" or "trl".
-            keywords: of the constructor, instead of the framework's; `beta` as it means it.
+            keywords: arguments of the constructor, which override the framework's defaults; `beta`
+                has the framework's meaning.
 
         Raises:
-            TypeError: A keyword of the wrong type.
-            ValueError: No such framework, or a keyword outside its range.
+            TypeError: A keyword has the wrong type, or is unknown.
+            ValueError: The framework is unknown, or a keyword is outside its range.
         """
         return cls(**preset(name, keywords))
 
@@ -80,13 +79,13 @@ class KDLoss(nn.Module):
         num_items: float | Tensor | None = None,
         kept_rows: int | None = None,
     ) -> Tensor | KDLossParts:
-        """Return the loss, as :func:`fused_kd.kd_loss` does."""
+        """Return the loss; arguments, result and errors are those of :func:`fused_kd.kd_loss`."""
         return kd_loss_with(
             self.options, student, teacher, labels, token_weight, num_items, kept_rows
         )
 
     def extra_repr(self) -> str:
-        """Return the main options, and the others that are not the default."""
+        """Return the main keywords, and the others that differ from their default."""
         return ", ".join(
             f"{field.name}={getattr(self.options, field.name)!r}"
             for field in dataclasses.fields(KDOptions)
@@ -94,15 +93,16 @@ class KDLoss(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Return the value of a keyword; all else is nn.Module's."""
+        """Return the value of a keyword, or what nn.Module has under this name."""
         return getattr(self.options, name) if name in _KEYWORDS else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check and replace a keyword; all else is nn.Module's.
+        """Check and set a keyword; any other name is set as in nn.Module.
 
         Raises:
-            TypeError, ValueError: A value that the constructor would refuse.
-            AttributeError: A public name that this loss does not have, close to that of a keyword.
+            TypeError: The value of a keyword has the wrong type.
+            ValueError: The value of a keyword is outside its range, or excludes another.
+            AttributeError: The name is no attribute of the loss but close to a keyword's.
         """
         if name in _KEYWORDS:
             name, value = "options", dataclasses.replace(self.options, **{name: value})

@@ -1,9 +1,8 @@
-"""Schemas and fakes of the registered operators; backends only implement them.
+"""Schemas and fakes of the registered operators; the backends implement them.
 
-Calling ``torch.ops.fused_kd.*`` directly is not differentiable: :mod:`fused_kd.autograd` is what
-differentiates. Shapes: student, teacher ``(B, S, V)`` with last stride 1 and N = B*S rows; labels,
-w_hard, w_soft ``(N,)`` (None: that term is off; a weight of 0: off for that row); stats
-``(N, STATS)``.
+Calling ``torch.ops.fused_kd.*`` directly is not differentiable; :mod:`fused_kd.autograd` makes the
+loss so. Shapes: student, teacher ``(B, S, V)`` with last stride 1 and N = B*S rows; labels, w_hard,
+w_soft ``(N,)`` (None: the term is off; a weight of 0: off in that row); stats ``(N, STATS)``.
 
 Every operator exists once for the compiled kernels (CPU and CUDA) and once, with the prefix
 ``triton_``, for the Triton ones: two implementations cannot share the CUDA dispatch key.
@@ -14,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Floats per row that a forward leaves for its backward (csrc/problem.h).
+#: Number of floats per row that a forward stores for its backward (csrc/kd_math.h).
 STATS = 11
-#: Of the operators' names: the compiled kernels and the Triton ones.
+#: Prefixes of the operators' names: for the compiled kernels, for the Triton kernels.
 PREFIXES = ("", "triton_")
 
 _ROWS = "Tensor teacher, Tensor? labels, Tensor? w_hard, Tensor? w_soft"
@@ -26,25 +25,25 @@ _LOSSES = "Tensor, Tensor, Tensor"
 _SCHEMAS = (
     # hard, soft, stats
     f"forward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
-    # and the gradient
+    # hard, soft, stats, the gradient
     f"forward_backward(Tensor student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES}, Tensor)",
-    # the gradient in other memory, of the student's dtype, or 16-bit for a float32 student
+    # the gradient into `grad`, of the student's dtype, or 16-bit for a float32 student
     f"forward_backward_into(Tensor student, {_ROWS}, {_NUMBERS}, Tensor(a!) grad) -> ({_LOSSES})",
-    # the gradient over the student's memory
+    # the gradient over the student's logits
     f"forward_backward_(Tensor(a!) student, {_ROWS}, {_NUMBERS}) -> ({_LOSSES})",
     f"backward(Tensor student, {_ROWS}, Tensor stats, {_NUMBERS}) -> Tensor",
     f"backward_(Tensor(a!) student, {_ROWS}, Tensor stats, {_NUMBERS}) -> ()",
-    # grad, made with these weights, becomes scale * grad, rounded once
+    # overwrites grad, a gradient for these weights, by scale * grad, rounded once
     f"rescale_(Tensor student, {_ROWS}, Tensor stats, {_NUMBERS}, Tensor scale, Tensor(a!) grad)"
     " -> ()",
-    # the same where the student's logits are gone
+    # the same by multiplication, without the student's logits
     "scale_(Tensor(a!) grad, Tensor factor) -> ()",
 )
 
-# out (M, N) float32 = a (M, K) · b (K, N) + bias (N,), or += without one, in float32 sums: the same
-# bits for a row for any M and number of threads. Each of a and b has its own dtype, and stride
-# 1 in one dimension. The values of b, with round_a those of a too, are first rounded to round_to
-# (float32: no rounding); a processor that multiplies pairs of bfloat16 then always rounds a's.
+# out (M, N) float32 = a (M, K) · b (K, N) + bias (N,), or out += a · b if accumulate; float32 sums.
+# A row of out has the same bits for any M and number of threads. a and b may differ in dtype; each
+# has stride 1 in one dimension. The values of b, and of a if round_a, are first rounded to round_to
+# (float32: no rounding); a processor that multiplies pairs of bfloat16 then rounds a in any case.
 _PRODUCT = (
     "product_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, ScalarType round_to, bool round_a, "
     "bool accumulate) -> ()"
@@ -58,8 +57,8 @@ library.define(_PRODUCT)
 
 
 def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
-    # a call with a single meta tensor comes here, on whichever device the other tensors are;
-    # the temperature, which alone is float64, is on the CPU
+    # a fake runs if any tensor is on the meta device, so the devices are compared here; the
+    # temperature, the only float64 tensor, is on the CPU
     tensors = [x for x in (student, teacher, *rest) if isinstance(x, Tensor)]
     devices = {str(x.device) for x in tensors if x.dtype != torch.float64}
     torch._check(

@@ -1,9 +1,8 @@
 """Every keyword of the loss that is not a tensor: type, default, range and documentation.
 
-A keyword is declared twice in this file and nowhere else: in :class:`KDOptions`, which holds and
-checks it, and in :class:`Keywords`, by which editors and type checkers see it. The signatures and
-the ``Args`` sections of :func:`fused_kd.kd_loss` and :class:`fused_kd.KDLoss` are made from
-KDOptions.
+A keyword is declared twice in this file and nowhere else: in :class:`KDOptions`, which stores and
+checks it, and in :class:`Keywords`, for editors and type checkers. The signatures and the ``Args``
+sections of :func:`fused_kd.kd_loss` and :class:`fused_kd.KDLoss` are generated from KDOptions.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from .sides import Head
 SMALLEST, LARGEST = 2.0**-60, 2.0**60
 REDUCTIONS = ("mean", "sum", "none")
 SOFT_SCALES = ("t2", "none")
-#: Backends that exist, besides "auto".
+#: All backends; "auto" chooses one of them.
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-#: Bytes.
+#: Bytes of a mebibyte.
 MIB = 2**20
 
 
 # ------------------------------------------------------------------------------ types and ranges
-# A check returns the value to keep (floats are converted), or raises.
+# A check returns the value, numbers converted to float, or raises.
 
 
 def real_number(name: str, value: Any) -> float:
     """Return a Python number as a float.
 
     Raises:
-        TypeError: Not a number.
-        ValueError: Beyond float64.
+        TypeError: The value is not a number, or a bool.
+        ValueError: The value is beyond float64.
     """
     if isinstance(value, float):
         return value
@@ -99,11 +98,11 @@ def _dtype(name: str, value: Any) -> Any:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> Any:
-    """Raise unless `value` is None or an int of 64 bits that is at least `least`; return it.
+    """Return `value`, which must be None or a 64-bit int of at least `least`.
 
     Raises:
-        TypeError: Not an int.
-        ValueError: Too small, or beyond 64 bits.
+        TypeError: The value is not an int.
+        ValueError: The value is below `least`, or beyond 64 bits.
     """
     if value is None or isinstance(value, torch.SymInt):
         return value
@@ -148,16 +147,18 @@ class KDOptions:
     """The keywords of :func:`fused_kd.kd_loss` that are not tensors, checked at construction.
 
     Raises:
-        TypeError: A value of the wrong type.
-        ValueError: A value outside its range, a name that does not exist, or two keywords that
+        TypeError: A value has the wrong type.
+        ValueError: A value is outside its range or none of the allowed names, or two keywords
             exclude each other.
     """
 
-    temperature: float = _keyword(1.0, _temperature, "T > 0 of the soft term.")
-    hard_weight: float = _keyword(
-        0.5, _weight, "weight of H; a term of weight 0 is not computed and reported as 0."
+    temperature: float = _keyword(
+        1.0, _temperature, "T > 0 of the soft term; H is always at T = 1."
     )
-    soft_weight: float = _keyword(0.5, _weight, "weight of c(T)·D.")
+    hard_weight: float = _keyword(
+        0.5, _weight, "factor ≥ 0 of H; a term of weight 0 is not computed, and reported as 0."
+    )
+    soft_weight: float = _keyword(0.5, _weight, "factor ≥ 0 of c(T)·D.")
     divergence: str = _keyword(
         "forward_kl",
         _one_of(*DIVERGENCES),
@@ -168,15 +169,17 @@ class KDOptions:
         real_number,
         f"β of {' and '.join(sorted(NEEDS_BETA))}, the teacher's weight, in (0, 1).",
     )
-    soft_scale: str = _keyword("t2", _one_of(*SOFT_SCALES), 'c(T): "t2" for T², "none" for 1.')
-    label_smoothing: float = _keyword(0.0, _smoothing, "ε in [0, 1).")
-    ignore_index: int = _keyword(-100, _label, "rows with this label do not count, in either term.")
+    soft_scale: str = _keyword(
+        "t2", _one_of(*SOFT_SCALES), 'factor c(T) of D: "t2" for T², "none" for 1.'
+    )
+    label_smoothing: float = _keyword(0.0, _smoothing, "ε of H, in [0, 1).")
+    ignore_index: int = _keyword(-100, _label, "rows with this label are left out of both terms.")
     reduction: str = _keyword(
         "mean",
         _reduction,
-        '"mean" Σ w·row / Σ w over the kept rows, or / num_items if given; "sum" Σ w·row; "none" '
-        "w·row, shaped like the labels. With no kept row, or with a denominator that is a zero "
-        "tensor, the loss is 0 with zero gradients.",
+        '"mean": Σ w·row / Σ w over the rows that are not ignored, or Σ w·row / num_items; "sum": '
+        'Σ w·row; "none": w·row, shaped like the labels. w is token_weight, or 1. If all rows are '
+        "ignored, or the denominator is a zero tensor, the loss is 0 with zero gradients.",
     )
     return_parts: bool = _keyword(
         False,
@@ -188,10 +191,10 @@ class KDOptions:
         False,
         _switch,
         "write the gradient over the memory of the student's logits (in the forward; for float16 "
-        "in the backward). Tensors that autograd saved of them earlier raise in their backward, a "
-        "later read returns the gradient, and a second backward raises. Not for leaf tensors, nor "
-        "for a student given as a Head. Nothing is written without gradients, nor under "
-        "``torch.compile``.",
+        "in the backward). A later read of the logits returns the gradient; an earlier operation "
+        "that saved them raises in its backward, as does a second backward of the loss. Refused "
+        "for leaf tensors and for a Head. Without gradients, and under ``torch.compile``, the "
+        "logits are not overwritten.",
     )
     backend: str = _keyword(
         "auto",
@@ -201,10 +204,10 @@ class KDOptions:
     memory_budget: int | None = _keyword(
         None,
         check_count,
-        "bytes that a chunk of rows may use if a side is a Head (see ``python -m fused_kd.plan``). "
-        "None: 256 MiB on a CPU; on a GPU what 2048 rows need, at most 1/16 of its memory. Small "
-        "chunks read and write the weight gradient more often. The reference backend uses several "
-        "times as much.",
+        "bytes for a chunk of rows if a side is a Head (see ``python -m fused_kd.plan``). None: "
+        "256 MiB on a CPU; on a GPU enough for 2048 rows, at most 1/16 of its memory; in any case "
+        "enough for 64 rows. Small chunks read and write the weight gradient more often. The "
+        "reference backend uses several times as much.",
     )
     chunk_rows: int | None = _keyword(
         None, check_count, "rows of a chunk if a side is a Head, instead of memory_budget."
@@ -222,7 +225,7 @@ class KDOptions:
         return self.temperature * self.temperature if self.soft_scale == "t2" else 1.0
 
     def __post_init__(self) -> None:
-        """Check every keyword, then what holds between two of them."""
+        """Check every keyword, then the pairs that exclude each other."""
         for name, check in _CHECKS.items():
             value = getattr(self, name)
             if value is _FIELDS[name].default and not torch.compiler.is_compiling():
@@ -248,7 +251,7 @@ class KDOptions:
 
 
 class Keywords(TypedDict, total=False):
-    """The fields of KDOptions for type checkers, but return_parts, which decides a return type."""
+    """The fields of KDOptions for type checkers, except return_parts, which overloads need."""
 
     temperature: float
     hard_weight: float
@@ -270,16 +273,16 @@ _FIELDS = {field.name: field for field in dataclasses.fields(KDOptions)}
 _CHECKS = {name: field.metadata["check"] for name, field in _FIELDS.items()}
 #: The names of all keywords, in the order of their declaration.
 NAMES = tuple(_FIELDS)
-#: Those of a call, which come with its tensors.
+#: The keywords of a call, which the constructor of KDLoss does not take.
 OF_A_CALL = ("token_weight", "num_items", "kept_rows")
 
 
 def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
-    """Return the options that a caller of `function` gave by keyword.
+    """Return the options of a caller's keywords; messages name `function`.
 
     Raises:
-        TypeError: An unknown keyword, or a value of the wrong type.
-        ValueError: A value outside its range.
+        TypeError: A keyword is unknown, or a value has the wrong type.
+        ValueError: A value is outside its range, or two keywords exclude each other.
     """
     for name in keywords:
         if name not in _CHECKS:
@@ -293,7 +296,7 @@ def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
 
 
 def did_you_mean(name: str, known: tuple[str, ...] = NAMES, cutoff: float = 0.6) -> str:
-    """Return ": did you mean ...?" with the name nearest to `name`, or an empty string."""
+    """Return ": did you mean ...?" with the most similar known name, or an empty string."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f": did you mean {near[0]!r}?" if near else ""
 
@@ -302,10 +305,10 @@ def did_you_mean(name: str, known: tuple[str, ...] = NAMES, cutoff: float = 0.6)
 
 
 class Formula(NamedTuple):
-    """What a row kernel computes: the options that it needs."""
+    """The options of a row kernel."""
 
     divergence: str
-    temperature: Tensor  # 0-d CPU float64: a number would make a compiler specialise on it
+    temperature: Tensor  # 0-d CPU float64, since a compiler would specialise on a number
     beta: float
     soft_scale: str
     label_smoothing: float
@@ -317,10 +320,10 @@ class Formula(NamedTuple):
 
 
 def temperature_tensor(options: KDOptions) -> Tensor:
-    """Return T as :class:`Formula` has it, on the CPU regardless of the default device.
+    """Return T as a 0-d CPU float64 tensor, regardless of the default device.
 
-    In a trace by multiplication: other ways to make a tensor of a number compile once for each
-    value, and fail under ``fullgraph=True`` at the ninth.
+    In a trace it is formed by multiplication: any other tensor made from a number compiles again
+    for each value, and fails under ``fullgraph=True`` at the ninth.
     """
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64, device="cpu") * options.temperature
@@ -333,7 +336,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def shows_keywords(function: _Function) -> _Function:
-    """Set the signature of a function that takes ``**keywords``, and fill in its docstring."""
+    """Add the fields of KDOptions to a function's signature, and to its docstring.
+
+    A decorator for functions that take ``**keywords``.
+    """
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     explicit = inspect.signature(function).parameters
     positional = [p for p in explicit.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -349,7 +355,7 @@ def shows_keywords(function: _Function) -> _Function:
 
 
 def documented(docstring: str | None) -> str | None:
-    """Return a docstring, which is None under ``python -OO``, with ``{keywords}`` filled in."""
+    """Return a docstring with ``{keywords}`` filled in; None stays None (``python -OO``)."""
     return docstring and docstring.replace("{keywords}", _documentation())
 
 

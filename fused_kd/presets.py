@@ -1,16 +1,16 @@
 """The conventions of other frameworks, as keywords of :class:`fused_kd.KDLoss`.
 
-``KDLoss.like("liger", temperature=2.0)`` computes Liger's numbers: its weights, its divergence, no
-factor T², its denominator. CONVENTIONS is the table of each framework's defaults; the caller's
-keywords override them. ``beta`` has the framework's own meaning: for "liger" and "trl" 0 and 1 are
-forward and reverse KL, and for "kdflow" it weighs the student.
+``KDLoss.like("liger", temperature=2.0)`` computes Liger's loss: its weights, its divergence, no
+factor T², its denominator. CONVENTIONS holds each framework's defaults; the caller's keywords
+override them. ``beta`` has the framework's own meaning: for "liger" and "trl", 0 and 1 are forward
+and reverse KL; for "kdflow" it weighs the student.
 
-No option gives these two numbers. "model_optimizer" divides by N·V by default: the preset has its
-``reduction="none"``, and fused_kd.integrations.model_optimizer does the rest. "torchtune" returns
-the soft cross-entropy, which is larger by the teacher's entropy and has the same gradient:
-fused_kd.integrations.torchtune returns it. If a framework divides by its own count, pass that
-count as ``num_items`` of the call (Automodel's ``num_batch_labels``, KDFlow's ``avg_token_num``,
-the batch size for TRL's "batchmean" without labels).
+Two frameworks compute what no keyword does. "model_optimizer" divides by N·V by default: the preset
+has its ``reduction="none"``, and fused_kd.integrations.model_optimizer divides. "torchtune" returns
+the soft cross-entropy, which is larger by the teacher's entropy and has the same gradient. If a
+framework divides by its own count, pass that count as ``num_items`` of the call (Automodel's
+``num_batch_labels``, KDFlow's ``avg_token_num``, the batch size for TRL's "batchmean" without
+labels).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 
 class Convention(NamedTuple):
-    """What a framework computes by default, as keywords of KDLoss."""
+    """A framework's defaults, as keywords of KDLoss."""
 
     hard_weight: float
     soft_weight: float
@@ -32,7 +32,7 @@ class Convention(NamedTuple):
 
 
 # fmt: off
-CONVENTIONS = {  # at the end of a line: the framework's own entry point
+CONVENTIONS = {  # comment: the framework's own entry point
     "automodel":       Convention(0.0, 1.0, "forward_kl", "t2"),    # KDLoss
     "distillkit":      Convention(0.0, 1.0, "forward_kl", "t2"),    # KLDLoss
     "fla":             Convention(0.0, 1.0, "forward_kl", "none"),  # FusedKLDivLoss; no labels
@@ -46,15 +46,15 @@ CONVENTIONS = {  # at the end of a line: the framework's own entry point
 # fmt: on
 
 
-def keywords(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return a framework's keywords, overridden by those of the caller.
+def keywords(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return a framework's keywords of KDLoss, overridden by those of the caller.
 
     Args:
-        name: A key of CONVENTIONS.
-        given: The caller's keywords of KDLoss.
+        name: a key of CONVENTIONS.
+        overrides: the caller's keywords of KDLoss, not checked here.
 
     Raises:
-        ValueError: If no convention has this name.
+        ValueError: No convention has this name.
     """
     if name not in CONVENTIONS:
         known = ", ".join(repr(key) for key in CONVENTIONS)
@@ -62,14 +62,14 @@ def keywords(name: str, given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"name must be one of {known}; got {name!r}{sparse if name == 'axolotl' else ''}"
         )
-    merged = {**CONVENTIONS[name]._asdict(), **given}
-    if not isinstance(given.get("beta"), Real):
+    merged = {**CONVENTIONS[name]._asdict(), **overrides}
+    if not isinstance(overrides.get("beta"), Real):
         return merged
-    beta: float = given["beta"]
+    beta: float = overrides["beta"]
     if name == "kdflow":
-        merged["divergence"] = given.get("divergence", "jsd")
+        merged["divergence"] = overrides.get("divergence", "jsd")
         if 0 < beta < 1:
             merged["beta"] = 1 - beta
-    elif name in ("liger", "trl") and beta in (0, 1) and "divergence" not in given:
+    elif name in ("liger", "trl") and beta in (0, 1) and "divergence" not in overrides:
         merged["divergence"] = "forward_kl" if beta == 0 else "reverse_kl"
     return merged

@@ -17,19 +17,20 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Weights(NamedTuple):
     """The weight of each row, (N,); 0 if the row is ignored."""
 
-    row: Tensor  # in the reduced loss, denominator included
-    hard: Tensor | None  # times hard_weight; None: the term is off
-    soft: Tensor | None  # times soft_weight; None: the term is off
+    row: Tensor  # in the reduced loss: token_weight over the denominator
+    hard: Tensor | None  # row · hard_weight; None: the term is off
+    soft: Tensor | None  # row · soft_weight; None: the term is off
 
 
 # ------------------------------------------------------------------------------ labels, weights
 
 
 def labels_and_kept(labels: Any, options: KDOptions) -> tuple[Any, Tensor | None]:
-    """Return the labels as int64, and a mask (...) of the rows that count; None: all do.
+    """Return the labels as int64, and a mask (...) of those that are not ignore_index.
 
-    int64 before the comparison: ignore_index may not fit a narrower type. Anything but a dense
-    tensor of integers is returned unchanged, for the checks to refuse.
+    int64 before the comparison, since ignore_index may not fit a narrower type. Without labels the
+    mask is None. Anything but a dense tensor of integers is returned unchanged, for the checks to
+    refuse.
     """
     if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
         return labels, None
@@ -40,7 +41,7 @@ def labels_and_kept(labels: Any, options: KDOptions) -> tuple[Any, Tensor | None
 
 
 def label_rows(labels: Tensor | None, options: KDOptions) -> Tensor | None:
-    """Return the labels as (N,), contiguous; None without a hard term."""
+    """Return the labels as (N,), contiguous; None if there is no hard term."""
     if labels is None or options.hard_weight == 0.0:
         return None
     is_row = labels.dim() == 1 and labels.is_contiguous()
@@ -59,13 +60,13 @@ def row_weights(
     """Return the weight of each row in the loss and in each term.
 
     Args:
-        student: the side whose leading shape the rows have.
-        dtype: of the weights.
-        kept: the rows that count; None: all.
-        token_weight: None for 1.
+        student: the side that has the leading shape and the device of the rows.
+        dtype: dtype of the weights.
+        kept: the rows that are not ignored; None: all.
+        token_weight: the caller's weights; None: 1.
         options: reduction and the weights of the terms.
-        num_items: the denominator of "mean", None for the sum of the weights.
-        kept_rows: an upper bound of the rows that count; if there are more, all weights are NaN.
+        num_items: the denominator of "mean"; None: the sum of the weights.
+        kept_rows: an upper bound of the rows in `kept`; if there are more, all weights are NaN.
     """
     if token_weight is not None:
         w = token_weight.to(dtype)
@@ -88,7 +89,7 @@ def row_weights(
 def _over_denominator(w: Tensor, is_count: bool, num_items: float | Tensor | None) -> Tensor:
     if num_items is None and is_count:
         return w / w.sum().clamp_(min=1)
-    # the sum of weights that are each finite need not be, in float32
+    # float64, since the sum of finite float32 weights may overflow
     denominator = w.sum(dtype=torch.float64) if num_items is None else num_items
     if isinstance(denominator, Tensor):
         denominator = torch.where(denominator == 0, math.inf, denominator.to(torch.float64))
@@ -98,7 +99,7 @@ def _over_denominator(w: Tensor, is_count: bool, num_items: float | Tensor | Non
 
 def _term_weights(w: Tensor, options: KDOptions) -> Weights:
     hard, soft = options.hard_weight, options.soft_weight
-    if torch.compiler.is_compiling():  # a shortcut for one value would compile once more for it
+    if torch.compiler.is_compiling():  # no shortcuts: each would be a guard, and compile again
         w_hard = None if hard == 0.0 else w * hard
         return Weights(w, w_hard, None if soft == 0.0 else w * soft)
     w_hard = None if hard == 0.0 else w if hard == 1.0 else w * hard
@@ -111,7 +112,7 @@ def _term_weights(w: Tensor, options: KDOptions) -> Weights:
 
 
 def writes_in_place(student: Side, options: KDOptions) -> bool:
-    """Return True if this call overwrites the memory of the student's logits."""
+    """Return True if this call overwrites the student's logits: `inplace`, with gradients."""
     return (
         options.inplace
         and torch.is_grad_enabled()
@@ -128,9 +129,9 @@ def logit_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Return both logits as (B, S, V) with the same B and S and a last stride of 1.
 
-    Three-dimensional logits are used as they are stored; fewer dimensions get leading ones; of
-    more, the leading ones are folded. Logits that do not fold, or have another last stride, are
-    copied.
+    Three-dimensional logits are used without a copy. Fewer dimensions get leading dimensions of
+    size 1; more are folded into two. Logits are copied if they do not fold, or if their last stride
+    is not 1.
     """
     if student.stride(-1) != 1:
         student = _copy(student)
@@ -164,12 +165,12 @@ def are_rows(logits: Tensor) -> bool:
 
 
 def _copy(logits: Tensor) -> Tensor:
-    """Return a contiguous copy. ``contiguous()`` keeps the strides of a tensor without rows."""
+    """Return a contiguous copy; ``contiguous()`` would keep the strides of an empty tensor."""
     return logits.clone(memory_format=torch.contiguous_format)
 
 
 def _foldable_splits(logits: Tensor) -> set[int]:
-    """Return each i for which dims [0, i) and dims [i, last) fold into one dimension each."""
+    """Return every i such that dims [0, i) and dims [i, last) each fold into one dimension."""
     shape, strides = logits.shape[:-1], logits.stride()[:-1]
     if logits.numel() == 0:
         return set(range(1, len(shape)))

@@ -10,18 +10,21 @@ from torch import Tensor
 
 
 class Head(NamedTuple):
-    """Hidden states and the lm_head that makes logits of them, which are never stored as a whole.
+    """A side given by hidden states and the lm_head, so that its logits are never stored whole.
 
-    Stands for the logits ``scale * F.linear(hidden, weight, bias)`` of shape (..., V), computed for
-    one chunk of rows at a time. A NamedTuple, so that ``torch.compile``, DDP, FSDP and activation
-    checkpointing find the tensors in it.
+    It represents the logits ``scale * F.linear(hidden, weight, bias)``, (..., V); the loss computes
+    them for one chunk of rows at a time. As a NamedTuple of tensors it passes through
+    ``torch.compile``, DDP, FSDP and activation checkpointing. The constructor checks nothing; the
+    loss does. Of a student's head, hidden, weight and bias get gradients if they require grad.
 
     Args:
-        hidden: (..., H), the input of the lm_head; 1-D is a single row.
-        weight: (V, H), the weight of the lm_head, or of a tied embedding.
-        bias: (V,).
-        scale: a factor of the logits, bias included, not 0 (Cohere's ``logit_scale``, the inverse
-            of Granite's ``logits_scaling``).
+        hidden: (..., H), float32, bfloat16, float16 or float64: the input of the lm_head; 1-D is a
+            single row.
+        weight: (V, H): the weight of the lm_head, or of a tied embedding; in the dtype of `hidden`,
+            unless autocast is on.
+        bias: (V,), or None.
+        scale: a factor of the logits, bias included; a Python number, not 0 (Cohere's
+            ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: must be None; a soft-capped head is not supported yet.
     """
 
@@ -32,46 +35,49 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> Head:
-        """Return the head with its tensors moved or cast by :meth:`torch.Tensor.to`."""
+        """Return a head whose three tensors are moved or cast, as by :meth:`torch.Tensor.to`."""
         bias = None if self.bias is None else self.bias.to(*args, **kwargs)
         hidden, weight = self.hidden.to(*args, **kwargs), self.weight.to(*args, **kwargs)
         return self._replace(hidden=hidden, weight=weight, bias=bias)
 
     def rows(self, index: Any) -> Head:
-        """Return the head of the rows ``hidden[index]``."""
+        """Return a head for the rows ``hidden[index]``, with the same weight and bias."""
         return self._replace(hidden=self.hidden[index])
 
 
-#: A side as a caller gives it.
+#: A side as a caller passes it.
 Side = Tensor | Head
 #: A side as the engines take it: logits and two None, or hidden states, weight and bias.
 Tensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def tensors_of(side: Side | None) -> Tensors:
-    """Return the tensors of a side, three in any case."""
+    """Return logits, None, None; or hidden states, weight and bias of a Head."""
     if isinstance(side, Head):
         return side[:3]
     return side, None, None
 
 
 def rows_tensor(side: Side) -> Tensor:
-    """Return the tensor whose leading dimensions are the rows: logits or hidden states."""
+    """Return logits, or a Head's hidden states: the tensor whose leading dimensions are rows."""
     return side.hidden if isinstance(side, Head) else side
 
 
 def row_shape(side: Side) -> torch.Size:
-    """Return the leading shape, which labels have too."""
+    """Return the leading shape (...) of a side, which is the shape of the labels."""
     return rows_tensor(side).shape[:-1]
 
 
 def vocabulary(side: Side) -> int:
-    """Return V."""
+    """Return V, the number of entries of a row of logits."""
     return side.weight.shape[0] if isinstance(side, Head) else side.shape[-1]
 
 
 def row_count(shape: torch.Size) -> int:
-    """Return the number of rows; ``numel()`` would fix a symbolic size."""
+    """Return the number of rows of a leading shape.
+
+    ``shape.numel()`` would specialise a symbolic size in a trace.
+    """
     return math.prod(shape)
 
 
@@ -84,10 +90,7 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def autocast_dtype(head: Head) -> torch.dtype | None:
-    """Return the dtype of a head's products under autocast; None outside autocast.
-
-    Autocast leaves float64 alone.
-    """
+    """Return the autocast dtype of a head's products; None outside autocast and for float64."""
     device = head.hidden.device.type
     if torch.float64 in (head.hidden.dtype, head.weight.dtype):
         return None

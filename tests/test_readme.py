@@ -34,7 +34,7 @@ def trained_on() -> Tensor:
 
 
 def test_the_loss_of_logits_equals_its_equivalent() -> None:
-    from_logits, equivalent, _ = BLOCKS
+    example, from_logits, equivalent, _ = BLOCKS
     logits = torch.randn(ROWS, LENGTH, VOCABULARY, requires_grad=True)
     teacher_logits = 3 * torch.randn(ROWS, LENGTH, VOCABULARY).cos()
     names: dict[str, Any] = {
@@ -42,7 +42,7 @@ def test_the_loss_of_logits_equals_its_equivalent() -> None:
         "teacher": lambda input_ids, attention_mask: SimpleNamespace(logits=teacher_logits),
         "student": lambda input_ids, attention_mask: SimpleNamespace(logits=logits),
     }
-    exec(from_logits, names)
+    exec(from_logits + example, names)
     loss, gradient = names["loss"], logits.grad
     assert gradient is not None
     exec(equivalent, names)
@@ -72,7 +72,7 @@ def test_heads_give_the_loss_of_logits() -> None:
     leaves = student.states, student.lm_head.weight
     names: dict[str, Any] = {"batch": batch(), "teacher": teacher, "student": student}
     found = []
-    for block in (BLOCKS[0], BLOCKS[2]):
+    for block in (BLOCKS[1] + BLOCKS[0], BLOCKS[3]):
         exec(block, names)
         found.append((names["loss"], *(leaf.grad for leaf in leaves)))
         for leaf in leaves:

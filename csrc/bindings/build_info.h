@@ -1,4 +1,4 @@
-// What both compiled modules report of themselves.
+// The build information that both compiled modules report.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,7 +14,7 @@ namespace fused_kd {
 inline pybind11::dict common_build_info() {
   pybind11::dict info;
   info["built_with_torch"] = FUSED_KD_TORCH_VERSION;
-  info["row_statistics"] = STATS;  // as the Python side has it, and the same divergences
+  info["row_statistics"] = STATS;  // must equal that of the Python side, as the divergences
   pybind11::list divergences;
 #define FUSED_KD_APPEND(name) divergences.append(#name);
   FUSED_KD_DIVERGENCES(FUSED_KD_APPEND)

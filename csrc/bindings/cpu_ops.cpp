@@ -42,9 +42,9 @@ struct Cpu {
     });
   }
 
-  // Page faults of a newly allocated large gradient cost more than the kernel that fills it: request
-  // huge pages if the system leaves that to the application.
-  static void made(const Tensor& grad, int64_t bytes) {
+  // Page faults of a newly allocated large gradient cost more than the kernel that fills it:
+  // request huge pages if the system leaves that to the application.
+  static void prepare_gradient(const Tensor& grad, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 2 << 20;
     const uintptr_t address = reinterpret_cast<uintptr_t>(grad.const_data_ptr());

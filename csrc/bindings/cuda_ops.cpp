@@ -1,5 +1,5 @@
-// The operators on CUDA tensors, and the module fused_kd._cuda, whose import registers them. Nothing
-// here synchronizes with the device.
+// The operators on CUDA tensors, and the module fused_kd._cuda, whose import registers them. No
+// function here synchronizes with the device.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -78,7 +78,7 @@ struct Cuda {
     check(launch_scale(grad, N, V, factor, device_of(x), stream_of(x)));
   }
 
-  static void made(const Tensor&, int64_t) {}
+  static void prepare_gradient(const Tensor&, int64_t) {}
 };
 
 pybind11::dict build_info() {
@@ -88,14 +88,14 @@ pybind11::dict build_info() {
   return info;
 }
 
-// The properties that a launch depends on, of the current device.
+// Returns the properties of the current device on which a launch depends.
 pybind11::dict device(int index) {
-  Device found;
-  const int error = describe_device(index, &found);
+  Device properties;
+  const int error = describe_device(index, &properties);
   if (error) throw std::runtime_error(std::string("CUDA device: ") + error_text(error));
   pybind11::dict info;
-  info["multiprocessors"] = found.multiprocessors;
-  info["largest_cluster"] = found.cluster;
+  info["multiprocessors"] = properties.multiprocessors;
+  info["largest_cluster"] = properties.cluster;
   return info;
 }
 

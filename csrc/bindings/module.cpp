@@ -1,5 +1,5 @@
-// The Python module fused_kd._C: importing it registers the operators on CPU tensors. It also reports
-// how it was built, and chooses an instruction set for tests.
+// The Python module fused_kd._C, whose import registers the operators on CPU tensors. It also
+// reports how it was built, and selects an instruction set for tests.
 #include <pybind11/pybind11.h>
 
 #include "../cpu/product.h"

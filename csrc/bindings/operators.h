@@ -1,14 +1,16 @@
-// The operators of fused_kd/ops.py, the same for every backend of compiled kernels: each checks the
+// The operators of fused_kd/ops.py, the same for every backend of compiled kernels. Each checks the
 // tensors, fills in a Problem and calls the kernels of a `Backend`, which defines
-//     DEVICE               the device's name in messages
-//     is_here(tensor)      whether the tensor is on such a device; same_device(a, b)
-//     Guard(tensor)        an object that makes the tensor's device current while it exists
-//     rows, gradient       see problem.h: losses (and the gradient); the gradient from statistics
-//     rescale, scale       a gradient times a number
-//     made(tensor, bytes)  called with a newly allocated gradient, before it is written
+//     DEVICE                           the device's name in messages
+//     is_here(tensor)                  whether the tensor is on such a device
+//     same_device(a, b)                whether both tensors are on one device
+//     Guard(tensor)                    an object that makes the tensor's device current
+//     rows                             losses and statistics, and the gradient if there is one
+//     gradient                         the gradient from the statistics
+//     rescale, scale                   a gradient times a number
+//     prepare_gradient(tensor, bytes)  called with a new gradient before it is written
 //
-// LibTorch Stable ABI only (torch >= 2.10): one build serves several torch versions. Every check
-// that protects memory is repeated here, since the operators can be called without the Python
+// LibTorch Stable ABI only (torch >= 2.10), so that one build serves several torch versions. Every
+// check that protects memory is repeated here, since the operators can be called without the Python
 // checks.
 #pragma once
 
@@ -38,7 +40,7 @@ struct Numbers {
   double label_smoothing;
 };
 
-// A tensor in the schema, so that torch.compile does not compile again for each value.
+// The schema has a tensor, so that torch.compile does not compile again for each value.
 inline double temperature_of(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.numel() == 1 && x.scalar_type() == ScalarType::Double,
                   "temperature must be one CPU float64");
@@ -56,7 +58,7 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-// Addresses from the first element to just past the last.
+// The addresses from the first element to the end of the last.
 struct Extent {
   uintptr_t begin, end;
 };
@@ -149,16 +151,16 @@ struct Operators {
   static Tensor new_gradient(const Tensor& student) {
     const int64_t B = student.size(0), S = student.size(1), V = student.size(2);
     Tensor grad = torch::stable::new_empty(student, {B, S, V});
-    Backend::made(grad, B * S * V * width(dtype_of(student, "student")));
+    Backend::prepare_gradient(grad, B * S * V * width(dtype_of(student, "student")));
     return grad;
   }
 
-  // Taking the mutable pointer may first copy storage that the tensor shares with another.
+  // The mutable pointer is taken first: that may copy storage which the tensor shares with another.
   static void over_student(Problem& p, const Tensor& student) {
     p.grad = p.student = rows_of(student, "student", true);
   }
 
-  // A gradient in other memory than the logits.
+  // Sets the gradient's memory, which is not that of the logits.
   static void over_gradient(Problem& p, const Tensor& grad, const Tensor& student) {
     p.grad = rows_of(grad, "grad", true);
     for (int d = 0; d < 3; ++d)
@@ -208,7 +210,7 @@ struct Operators {
     return {hard, soft, stats, grad};
   }
 
-  // The gradient in the caller's memory, rounded once to its dtype.
+  // Writes the gradient to the caller's memory, rounded once to its dtype.
   static Losses forward_backward_into(Tensor student, Tensor teacher, OptionalTensor labels,
                                       OptionalTensor w_hard, OptionalTensor w_soft,
                                       int64_t divergence, Tensor temperature, double beta,
@@ -224,7 +226,7 @@ struct Operators {
     return run_rows(p, student);
   }
 
-  // The gradient over the student's own memory.
+  // Writes the gradient over the student's logits.
   static Losses forward_backward_(Tensor student, Tensor teacher, OptionalTensor labels,
                                   OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
                                   Tensor temperature, double beta, bool scale_t2,
@@ -260,8 +262,8 @@ struct Operators {
     run_gradient(p, stats, student);
   }
 
-  // A gradient made with these weights becomes `scale` times it, rounded once: by multiplication
-  // where that is exact (a power of two, 0 too) or as good (float32), else from the logits.
+  // Replaces a gradient for these weights by `scale` times it, rounded once: by multiplication if
+  // that is exact (a power of two, or 0) or as accurate (float32), else from the logits.
   static void rescale_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
                        OptionalTensor w_soft, Tensor stats, int64_t divergence, Tensor temperature,
                        double beta, bool scale_t2, double label_smoothing, Tensor scale,
@@ -278,7 +280,7 @@ struct Operators {
     if (p.N > 0) Backend::rescale(p, student);
   }
 
-  // By multiplication, for a gradient in any layout of rows.
+  // Multiplies a gradient in any layout of rows.
   static void scale_(Tensor grad, Tensor factor) {
     const float* scale = number_of(factor, "factor");
     const Rows rows = rows_of(grad, "grad", true);

@@ -1,4 +1,4 @@
-// The operator that multiplies CPU matrices; fused_kd/ops.py documents it.
+// The operator product_ on CPU matrices; fused_kd/ops.py documents it.
 #include "../cpu/product.h"
 #include "operators.h"
 #include "parallel.h"
@@ -61,7 +61,7 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
   p.round_to = rounding_of(round_to);
   p.round_a = round_a;
   p.accumulate = accumulate;
-  // first: taking the mutable pointer may copy storage that `out` shares with another tensor
+  // first, since taking the mutable pointer may copy storage that `out` shares with another tensor
   p.c = static_cast<float*>(out.mutable_data_ptr());
   p.c_stride = p.M > 1 ? out.stride(0) : p.N;
   p.a = operand_of(a, "a");

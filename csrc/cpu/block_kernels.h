@@ -1,8 +1,8 @@
 // The block kernels as templates; each rows_<isa>.cpp instantiates them once and exports a table.
 //
-// Per element: first pass 2 loads, 1 to 3 exponentials, 1 to 4 sums; gradient pass the same loads
-// and exponentials again and one store. All arithmetic is float32 after the load; sums run in
-// two independent chains of LANES partial sums.
+// Per element, the first pass has 2 loads, 1 to 3 exponentials and 1 to 4 sums; the gradient pass
+// has the same loads and exponentials, and one store. All arithmetic is float32 after the load;
+// sums run in two independent chains of LANES partial sums.
 #pragma once
 
 #include "vec.h"
@@ -25,7 +25,7 @@ struct Element<Load::bf16> {
   using type = Bf16;
 };
 
-// x - m; the subtraction first, so that nothing depends on how large the logits are
+// x - m, subtracted before anything else, so that nothing depends on the size of the logits
 template <Load L>
 FUSED_KD_INLINE Floats relative(Floats x, Floats m) {
   const Floats a = x - m;
@@ -70,7 +70,8 @@ void range(const void* s_, const void* t_, int size, Range* out) {
 // long chain of additions to the large one would round each of the small ones.
 constexpr int CHUNK = 256;
 
-// total += x; the rounding errors of earlier additions are already subtracted from x (Kahan).
+// total += x by Kahan's summation: x already has the `lost` rounding error of earlier additions
+// subtracted.
 FUSED_KD_INLINE void add_exactly(Floats x, Floats& total, Floats& lost) {
   const Floats next = total + x;
   lost = (next - total) - x;
@@ -81,14 +82,14 @@ template <Load L, Divergence D, Hard H>
 void sums(const Block& block, BlockSums* out) {
   using E = typename Element<L>::type;
   constexpr bool TEACHER = Rule<D>::READS_TEACHER, SOFTMAX = Rule<D>::SOFTMAX;
-  // without its own sum a divergence still needs one that shows whether all entries are finite
+  // a divergence without its own sum still needs a sum that shows whether all entries are finite
   constexpr bool CANARY = !Rule<D>::OWN_SUM;
   const E* s = static_cast<const E*>(block.s);
   const E* t = static_cast<const E*>(block.t);
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k),
                k_1 = splat(block.k_1);
   Floats all_d_s{}, all_d_t{}, all_d_1{}, all_w{};
-  Floats squares[2] = {}, lost[2] = {};  // squared differences may all be large and alike
+  Floats squares[2] = {}, lost[2] = {};  // squared differences may all be large and equal
   Floats max_a = splat(LOWEST), min_a = splat(-LOWEST), max_b = max_a, min_b = min_a;
   for (int begin = 0; begin < block.size; begin += CHUNK) {
     const int end = begin + CHUNK < block.size ? begin + CHUNK : block.size;
@@ -232,7 +233,7 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
   }
 }
 
-// From run-time choices to an instantiation. Only combinations that the driver uses exist.
+// Map run-time values to a template instance. Only combinations that the driver uses exist.
 template <Load L, Divergence D, class Call>
 FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
   if constexpr (!Rule<D>::READS_TEACHER) {
@@ -366,8 +367,8 @@ inline void narrow(Dtype dtype, const float* from, void* to, int size) {
   }
 }
 
-// Multiplies a gradient by a factor: exactly for its type (a power of two), or in float32, with one
-// more rounding. Zeros stay, regardless of the factor: an ignored row is not NaN.
+// Multiplies a gradient by a factor: exactly for a power of two, else in float32 with one more
+// rounding. Zeros stay zeros for any factor, so that an ignored row is not NaN.
 inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
   float buffer[BLOCK];
   for (int64_t i = 0; i < size; i += BLOCK) {

@@ -1,5 +1,5 @@
-// Which instruction set runs: the best that the processor and the operating system have, or the one
-// that FUSED_KD_CPU names.
+// Selects the instruction set: the best that the processor and the operating system support, or the
+// one that FUSED_KD_CPU names.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>

@@ -1,8 +1,8 @@
 // The table of block kernels that each instruction set fills in, and its arguments.
 //
-// A block is at most BLOCK consecutive entries of one row, student and teacher in the same element
-// type, a whole number of vector pairs. Everything of a row that is not per element (maxima,
-// normalisers, labels, infinities) is the driver's.
+// A block is at most BLOCK consecutive entries of one row, a whole number of vector pairs, with
+// student and teacher in the same element type. The driver handles what is per row: maxima,
+// normalisers, labels, infinities.
 #pragma once
 
 #include <stdint.h>
@@ -20,12 +20,12 @@ constexpr int MAX_PAIR = 32;  // elements in the largest vector pair; BLOCK is a
 // How a block's elements are stored, and whether exponentials must handle arguments that underflow.
 enum class Load : int { f32 = 0, bf16 = 1, f32_any = 2 };
 
-// How the hard term's e^(s - m_s) is computed: not at all, as a power of P (T = 1, 2, 4), by a
+// How the hard term's e^(s - m_s) is computed: not at all, as a power of P (T = 1, 2, 4), or by a
 // separate exponential.
 enum class Hard : int { off = 0, power1 = 1, power2 = 2, power4 = 3, separate = 4 };
 
 struct Range {
-  float max_s, min_s, sum_s;  // only for a check: if the sum is finite, so is every entry
+  float max_s, min_s, sum_s;  // the sum is only a check: if it is finite, every entry is
   float max_t, min_t, sum_t;
 };
 
@@ -35,7 +35,7 @@ struct Block {
   int size;        // elements, a multiple of MAX_PAIR
   float m_s, m_t;  // the references that exponents are relative to
   float k, k_1;    // log2(e)/T and log2(e)
-  // The next row's block, which `gradient` prefetches; null: none.
+  // The next row's block, which `gradient` prefetches; null: prefetch nothing.
   const void* next_s = nullptr;
   const void* next_t = nullptr;
 };
@@ -43,7 +43,7 @@ struct Block {
 struct BlockSums {
   float d_s, d_t, d_1, w;
   float max_a, min_a, max_b, min_b;  // of the logits relative to their references
-  float canary;  // finite if and only if every entry is (and w did not overflow)
+  float canary;                      // finite if and only if every entry is and w did not overflow
 };
 
 struct Kernels {
@@ -65,11 +65,11 @@ struct Kernels {
 
 struct ProductKernels;  // product.h
 
-// The best tables for this processor, or those that FUSED_KD_CPU names; throws std::runtime_error
-// if they can't run here.
+// The best tables for this processor, or those that FUSED_KD_CPU names. Throws std::runtime_error
+// if the processor cannot run them.
 const Kernels& kernels();
 const ProductKernels& product_kernels();
-// Every name compiled in, and whether this processor can run it.
+// A compiled instruction set, and whether this processor can run it.
 struct Candidate {
   const char* name;
   const Kernels* rows;
@@ -77,7 +77,7 @@ struct Candidate {
   bool runs;
 };
 const Candidate* candidates(int* count);
-// Chooses by name for the rest of the process (tests); an empty name reads the environment again.
+// Selects an instruction set for the rest of the process (for tests); "": by the environment again.
 void choose_kernels(const char* name);
 
 }  // namespace fused_kd

@@ -1,4 +1,4 @@
-// How a product is divided among threads: a grid of regions of C, each with its own packed blocks.
+// Divides a product among threads: a grid of regions of C, each with its own packed blocks.
 #include "product.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@ namespace fused_kd {
 namespace {
 
 constexpr int64_t LINE = 64;
-// Packing an element takes as much time as this number of multiply-adds.
+// The time of packing an element, in multiply-adds.
 constexpr int64_t PACKING = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -19,7 +19,7 @@ struct Grid {
   int64_t row_step, column_step;  // of C in each
 };
 
-// The grid whose regions take the least time. K is never divided.
+// Returns the grid whose regions take the least time. K is never divided.
 Grid grid_of(const Product& p, const ProductKernels& kernels, int64_t threads) {
   const int64_t row_tiles = ceil_div(p.M, kernels.rows);
   const int64_t column_tiles = ceil_div(p.N, kernels.columns);

@@ -1,8 +1,8 @@
 // C (M, N) float32 = or += A (M, K) · B (K, N), from any mixture of element types and layouts.
 //
 // Operands are converted while they are packed into blocks, so neither is ever copied whole. An
-// element of C is the sum over K in blocks whose length is the instruction set's: the same bits for
-// any M, N, position in C and number of threads. Torch-free.
+// element of C is summed over K in blocks whose length depends on the instruction set alone: it has
+// the same bits for any M, N, position in C and number of threads. Torch-free.
 #pragma once
 
 #include <stdint.h>
@@ -23,18 +23,19 @@ struct Operand {
 struct Product {
   int64_t M, N, K;
   Operand a, b;
-  // The type that B's values are rounded to before they are multiplied, and A's too if `round_a`;
-  // f32: no rounding. With bf16, an instruction set that multiplies bfloat16 pairs rounds A always.
+  // The type that B's values, and A's if `round_a`, are rounded to before the multiplication; f32:
+  // no rounding. An instruction set that multiplies bfloat16 pairs rounds A in any case if it is
+  // bf16.
   Dtype round_to;
   bool round_a;
   const float* bias;  // (N), added once; null: none
-  bool accumulate;    // onto the values in C; no bias then
+  bool accumulate;    // add to the values in C; without a bias
   float* c;
   int64_t c_stride;  // of rows; columns have stride 1
 };
 
 void multiply(const Product&, const Parallel&);
-// Memory that each thread allocates for the time of a product.
+// Bytes that each thread allocates during a product.
 int64_t product_bytes();
 
 // Rows and columns of C that one thread computes.
@@ -44,9 +45,9 @@ struct Region {
 
 // The product of an instruction set.
 struct ProductKernels {
-  int64_t rows, columns;  // of a tile: regions begin at multiples
+  int64_t rows, columns;  // of a tile; regions begin at multiples of them
   int64_t bytes;          // of the packed blocks
-  void (*multiply)(const Product&, const Region&, float* memory);  // at a cache line
+  void (*multiply)(const Product&, const Region&, float* memory);  // aligned to a cache line
 };
 
 }  // namespace fused_kd

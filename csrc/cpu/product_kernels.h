@@ -1,9 +1,9 @@
 // The product of a region of C for the instruction set that this translation unit is compiled for.
 //
-// Two operands' blocks are packed (product_pack.h); a tile of C of ROWS x COLUMNS stays in
-// registers over the depth of a block, each step of which costs COLUMNS / LANES loads of B's panel
-// and ROWS broadcasts of A's. A block's sum starts at zero and is then added to what C holds: the
-// order in which an element is summed is that of K alone.
+// Blocks of both operands are packed (product_pack.h). A tile of C of ROWS x COLUMNS stays in
+// registers over the depth of a block; each step costs COLUMNS / LANES loads of B's panel and ROWS
+// broadcasts of A's. A block's sum starts at zero and is then added to the value in C, so that the
+// order of an element's sum depends on K alone.
 #pragma once
 
 #include "product.h"
@@ -12,7 +12,7 @@
 namespace fused_kd {
 namespace FUSED_KD_ISA {
 
-// As many accumulators as the registers hold, with those of B's step and a broadcast.
+// The accumulators, the vectors of B's step and one broadcast fill the registers.
 #if FUSED_KD_LANES == 16
 constexpr int ROWS = 12, COLUMNS = 32;
 #elif FUSED_KD_LANES == 8
@@ -24,9 +24,9 @@ constexpr int ROWS = 4, COLUMNS = 8;
 #endif
 constexpr int VECTORS = COLUMNS / LANES;
 
-// A panel of B (STEPS x COLUMNS) stays in the L1 cache while A's block passes, A's block
-// (LARGE x STEPS) in L2 while SMALL columns of B after the other are packed and
-// multiplied, and the part of C (LARGE x at most WIDE) in L3 between two blocks of K.
+// Three sizes stay in three caches: a panel of B (STEPS x COLUMNS) in L1 while all of A's block is
+// multiplied by it; A's block (LARGE x STEPS) in L2 while B is packed and multiplied, SMALL columns
+// at a time; the part of C (LARGE x at most WIDE) in L3 between two blocks of K.
 constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
 static_assert(LARGE % ROWS == 0, "a block is whole panels");
 
@@ -63,14 +63,14 @@ struct MultiplyPairs {
 };
 #endif
 
-// Rows of C, or of what it starts from.
+// Rows of C, or of the values that its sum starts from.
 template <class T>
 struct Place {
   T* data;  // null: zeros
   int64_t stride;
 };
 
-// to = from + a panel of A times a panel of B.
+// Computes to = from + a panel of A times a panel of B.
 template <class Step>
 FUSED_KD_INLINE void multiply_tile(int64_t steps, const float* a, const float* b,
                                    Place<const float> from, Place<float> to) {
@@ -98,7 +98,7 @@ FUSED_KD_INLINE void multiply_tile(int64_t steps, const float* a, const float* b
     }
 }
 
-// The same where the tile is not whole: `rows` x `columns` of it exist.
+// The same for a tile at an edge of C, of which `rows` x `columns` exist.
 template <class Step>
 inline void multiply_edge(int64_t steps, const float* a, const float* b, Place<const float> from,
                           Place<float> to, int64_t rows, int64_t columns) {
@@ -110,8 +110,8 @@ inline void multiply_edge(int64_t steps, const float* a, const float* b, Place<c
     memcpy(to.data + i * to.stride, tile + i * COLUMNS, columns * sizeof(float));
 }
 
-// The lines of memory that the next block of an operand is packed from, fetched a few at a time
-// while the present one is multiplied.
+// Prefetches the memory that the next block of an operand is packed from, a few cache lines at a
+// time while the present block is multiplied.
 class Ahead {
  public:
   Ahead(const Source& b, int element, int64_t tiles) {
@@ -140,7 +140,7 @@ class Ahead {
   int64_t stride_, left_, bytes_, at_ = 0, each_ = 0;
 };
 
-// All tiles of a block of C; B's panel stays in the L1 cache while A's pass.
+// Multiplies all tiles of a block of C; B's panel stays in L1 while A's panels change.
 template <class Step>
 inline void multiply_block(int64_t steps, const float* a, const float* b, Place<const float> from,
                            Place<float> to, int64_t rows, int64_t columns, Ahead& ahead) {
@@ -191,7 +191,7 @@ struct RegionProduct {
     multiply_block<Step>(steps, a, b, from, to, rows, columns, ahead);
   }
 
-  // This block of C, which stays in a cache between two blocks of K.
+  // Computes these rows of C, which stay in a cache between two blocks of K.
   void add_rows(int64_t m, int64_t rows, int64_t begin, int64_t end) const {
     for (int64_t k = 0; k == 0 || k < p.K; k += DEPTH) {
       Step::template pack<ROWS>(rows_of_a(m, rows, k), p.a.dtype,
@@ -210,11 +210,11 @@ struct RegionProduct {
   }
   void run(const Region& r) const {
     const int64_t end_m = r.row + r.rows, end_n = r.column + r.columns;
-    // A is packed once for each part of the columns: few of them, and none narrow
-    const int64_t wide = divided(divided(r.columns, divided(r.columns, WIDE)), SMALL) * SMALL;
-    for (int64_t n = r.column; n < end_n; n += wide)
+    // A is packed again for each part of the columns, so there are few parts, of even width
+    const int64_t part = divided(divided(r.columns, divided(r.columns, WIDE)), SMALL) * SMALL;
+    for (int64_t n = r.column; n < end_n; n += part)
       for (int64_t m = r.row; m < end_m; m += LARGE)
-        add_rows(m, least(LARGE, end_m - m), n, least(n + wide, end_n));
+        add_rows(m, least(LARGE, end_m - m), n, least(n + part, end_n));
   }
 };
 

@@ -1,9 +1,9 @@
 // Packing: a block of an operand, converted to the 32-bit steps that the product of this
 // instruction set multiplies, in panels as wide as its tile.
 //
-// Along the operand's width (rows of A, columns of B) a panel holds W values, one step of the depth
-// K behind the other: panel[step * W + i]. A step is one float32, or two bfloat16 where the
-// processor multiplies such pairs. What is missing of the last panel or the last step is zero.
+// Along the operand's width (rows of A, columns of B) a panel holds W values; the steps of the
+// depth K follow each other: panel[step * W + i]. A step is one float32, or two bfloat16 if the
+// processor multiplies such pairs. The last panel and the last step are filled with zeros.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +14,8 @@
 namespace fused_kd {
 namespace FUSED_KD_ISA {
 
-// Behind every panel: stores of whole vectors run over its end, and panels whose distance is a
-// power of two would share the lines of a cache.
+// Unused space after every panel: stores of whole vectors run over its end, and panels at a
+// distance of a power of two would compete for the same cache sets.
 constexpr int PANEL_GAP = 16;
 static_assert(PANEL_GAP >= LANES, "a vector that begins in a panel ends in its gap");
 
@@ -65,8 +65,8 @@ FUSED_KD_INLINE Floats rounded(Floats x) {
   }
 }
 
-// Where SIZE elements can be read: at p, or, if only `count` are there, in a copy with zeros
-// behind.
+// Returns an address at which SIZE elements can be read: p, or if only `count` exist, a copy that
+// is filled with zeros.
 template <int SIZE, class T>
 FUSED_KD_INLINE const T* complete(const T* p, int64_t count, T* copy) {
   if (count >= SIZE) return p;
@@ -83,12 +83,12 @@ struct Singles {
   using Element = T;
   static constexpr int DEPTH = 1;
 
-  // LANES consecutive steps, of which the first `count` elements exist.
+  // LANES consecutive steps of one row, of which the first `count` elements exist.
   static FUSED_KD_INLINE Words along(const T* p, int64_t count) {
     T copy[LANES];
     return bits(rounded<ROUND>(widened(complete<LANES>(p, count, copy))));
   }
-  // The same step of LANES neighbours, of which `count` are there.
+  // The same step of LANES neighbouring rows, of which `count` exist.
   static FUSED_KD_INLINE Words across(const T* p, int64_t, int64_t, int64_t count) {
     return along(p, count);
   }
@@ -123,7 +123,7 @@ struct Pairs {
     if constexpr (std::is_same_v<T, Bf16>) return loaded<Words>(q);
     return (Words)_mm512_cvtne2ps_pbh((__m512)widened(q + LANES), (__m512)widened(q));
   }
-  // The second of the pair is `stride` away, if `depth` has it.
+  // The second element of a pair is `stride` away; it exists if `depth` is 2 or more.
   static FUSED_KD_INLINE Words across(const T* p, int64_t stride, int64_t depth, int64_t count) {
     T copy[LANES];
     const T* q = complete<LANES>(p, count, copy);
@@ -144,7 +144,7 @@ struct Pairs {
 
 // ----------------------------------------------------------------------------------- panels
 
-// A block of an operand: `width` of the `there` neighbours that exist, `depth` elements of K.
+// A block of an operand: `width` neighbours and `depth` elements of K; `there` neighbours exist.
 struct Source {
   const void* data;
   int64_t width_stride, depth_stride;
@@ -153,7 +153,7 @@ struct Source {
 
 constexpr int64_t panel_size(int W, int64_t steps) { return W * steps + PANEL_GAP; }
 
-// In every 128 bits the elements A, B, C, D, each of x (0 to 3) or of y (4 to 7).
+// Selects, in every 128 bits, the elements A, B, C, D: 0 to 3 of x, 4 to 7 of y.
 constexpr int lane_of(int quarter, int element) {
   return 4 * quarter + element % 4 + element / 4 * LANES;
 }
@@ -175,8 +175,8 @@ FUSED_KD_INLINE Floats shuffle(Floats x, Floats y) {
 #endif
 }
 
-// Of each 128 bits of four rows, the transpose: row[j] then holds element 4 q + j of the four rows
-// in its quarter q.
+// Transposes four rows in each 128 bits: row[j] then holds element 4 q + j of the four rows in its
+// quarter q.
 FUSED_KD_INLINE void transpose(Floats (&row)[4]) {
   const Floats low_01 = shuffle<0, 4, 1, 5>(row[0], row[1]);
   const Floats high_01 = shuffle<2, 6, 3, 7>(row[0], row[1]);
@@ -188,7 +188,7 @@ FUSED_KD_INLINE void transpose(Floats (&row)[4]) {
   row[3] = shuffle<2, 3, 6, 7>(high_01, high_23);
 }
 
-// LANES steps of four neighbours, the first `rows` of which are there; `depth` elements are left.
+// Packs LANES steps of four neighbours, of which the first `rows` exist; `depth` elements are left.
 template <class Step, int W>
 FUSED_KD_INLINE void pack_four(const typename Step::Element* p, int64_t stride, int64_t rows,
                                int64_t depth, float* to) {
@@ -201,7 +201,7 @@ FUSED_KD_INLINE void pack_four(const typename Step::Element* p, int64_t stride, 
       memcpy(to + s * W, reinterpret_cast<const char*>(&row[s % 4]) + s / 4 * 16, 16);
 }
 
-// An operand that is contiguous along K.
+// Packs an operand that is contiguous along K.
 template <class Step, int W>
 inline void pack_along(const Source& b, float* to) {
   constexpr int64_t WHOLE = LANES * Step::DEPTH;
@@ -224,7 +224,8 @@ inline void pack_along(const Source& b, float* to) {
     }
 }
 
-// An operand whose neighbours are contiguous: whole vectors, each over the end of the one before.
+// Packs an operand whose neighbours are contiguous, in whole vectors that overwrite the excess of
+// the previous ones.
 template <class Step, int W>
 inline void pack_across(const Source& b, float* to) {
   const auto* data = static_cast<const typename Step::Element*>(b.data);
@@ -249,7 +250,7 @@ inline Pack pack_for(const Source& b) {
   return b.width_stride == 1 ? pack_across<Step, W> : pack_along<Step, W>;
 }
 
-// Packs floats: every value rounded to `round`, except where it has that type already.
+// Packs float32 steps: every value is rounded to `round`, unless it has that type.
 template <int W>
 inline void pack_singles(const Source& b, Dtype from, Dtype round, float* to) {
   using F = Dtype;

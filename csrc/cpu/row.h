@@ -8,7 +8,7 @@
 namespace fused_kd {
 namespace cpu {
 
-// Entries of a row that one thread sums at a time, where there are fewer rows than threads.
+// Entries of a row that one thread sums at a time; with few rows, threads share a row.
 constexpr int64_t SEGMENT = 16 * BLOCK;
 
 inline char* row_pointer(const Rows& rows, int64_t n) {
@@ -41,7 +41,7 @@ struct Row {
     soft = p.w_soft && p.w_soft[n] != 0;
     s = row_pointer(p.student, n);
     s_dtype = p.student.dtype;
-    // without a divergence the student takes the teacher's place: the teacher's memory isn't read
+    // without a soft term the student replaces the teacher, whose memory is not read
     t = soft ? row_pointer(p.teacher, n) : s;
     t_dtype = soft ? p.teacher.dtype : s_dtype;
     divergence = soft ? p.divergence : Divergence::none;

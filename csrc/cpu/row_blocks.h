@@ -1,5 +1,5 @@
-// A row's blocks made ready for the kernels: in place if the element type allows it, else as
-// float32 copies with infinities replaced.
+// Prepares a row's blocks for the kernels: as stored if the element type allows it, else as float32
+// copies; infinities are replaced.
 #pragma once
 
 #include <algorithm>
@@ -27,9 +27,8 @@ struct Scratch {
   alignas(64) float g[BLOCK];
 };
 
-// Replaces infinities and NaN, entry by entry, in a block that has some. -inf becomes the lowest
-// float, whose exponential is exactly 0, and finite values stay above it, so an absent entry
-// contributes nothing to any sum.
+// Replaces infinities and NaN, entry by entry. -inf becomes the lowest float, whose exponential is
+// exactly 0; finite values stay above it. So an absent entry contributes nothing to any sum.
 inline void replace_infinities(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
   const bool read_teacher = !row.soft && row.problem.label_smoothing > 0;
   const char* teacher = read_teacher ? row_pointer(row.problem.teacher, row.n) : nullptr;
@@ -69,7 +68,7 @@ inline void copy_block(const Row& row, int64_t begin, Scratch& scratch, Prepared
   block.copied = true;
 }
 
-// The block as stored if the kernels can read it so, else a float32 copy.
+// Returns the block as stored if the kernels can read it, else a float32 copy.
 inline Prepared view(const Row& row, int64_t begin, int64_t end, Scratch& scratch) {
   Prepared block;
   block.size = block.padded = int(std::min<int64_t>(BLOCK, end - begin));
@@ -98,11 +97,11 @@ inline void measure(const Row& row, const Scratch& scratch, Prepared& block) {
   }
 }
 
-// Without a finite logit so far any reference will do: every exponential is 0.
+// Without a finite logit so far any reference works, since every exponential is 0.
 inline float reference(double m) { return m == LOWEST ? 0.0f : float(m); }
 
-// A view that the kernels can take, regardless of its entries. `m_s`, `m_t`: the references so far;
-// the exponents' range is judged against them and the block's own maxima.
+// Returns a block that the kernels can process for any entries. `m_s`, `m_t`: the references so
+// far; they and the block's maxima decide the range of the exponents.
 inline Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double m_t,
                         Scratch& scratch) {
   Prepared block = view(row, begin, end, scratch);
@@ -121,7 +120,7 @@ inline Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, 
   return block;
 }
 
-// A block of a row whose references are final: it is inspected again only if the row is irregular.
+// The same for a row whose references are final: only an irregular row is inspected again.
 inline Prepared prepare_again(const Row& row, const State& state, int64_t begin, int64_t end,
                               Scratch& scratch) {
   const bool irregular =

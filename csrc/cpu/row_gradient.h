@@ -19,8 +19,8 @@ inline bool gradient_is_nan(const Row& row, const State& state) {
   return !finite && soft_is_infinite(row, state);
 }
 
-// A row's gradient: its scalars in the constructor, then `segment` for each in any order, then
-// `label`.
+// Computes a row's gradient: the constructor its scalars, then `segment` each segment, in any
+// order, then `label` the entry of the label.
 struct Gradient {
   const Row& row;
   const State& state;
@@ -49,8 +49,8 @@ struct Gradient {
     if (std::isnan(w_hard + w_soft)) nan = true;
   }
 
-  // The label's entry in full precision from its logits, before they may be overwritten: adding -w
-  // to the stored, rounded value would lose all digits if pi_y is close to 1.
+  // Returns the label's entry in full precision, from its logits before they may be overwritten.
+  // Adding -w to the stored, rounded value would lose all digits if pi_y is close to 1.
   double label_gradient() const {
     const Problem& p = row.problem;
     const int64_t y = p.labels[row.n];
@@ -84,7 +84,7 @@ struct Gradient {
         return;
       }
       const Prepared block = prepare_again(row, state, begin, end, scratch);
-      const bool direct = !block.copied && dtype == row.s_dtype;  // the kernel stores that type
+      const bool direct = !block.copied && dtype == row.s_dtype;  // the kernel stores this type
       Block work = kernel_block(row, block, state.r.m_s, state.r.m_t);
       if (!block.copied && row.n + 1 < row.problem.N) prefetch_next_row(begin, work);
       void* to_kernel = direct ? static_cast<void*>(to) : scratch.g;
@@ -96,7 +96,7 @@ struct Gradient {
     });
   }
 
-  // This pass reads the row from the cache: meanwhile main memory can deliver the entries that the
+  // This pass reads the row from the cache, so main memory is free to deliver the entries that the
   // next row's first pass will read.
   void prefetch_next_row(int64_t begin, Block& work) const {
     const Problem& p = row.problem;
@@ -104,7 +104,7 @@ struct Gradient {
     if (row.soft) work.next_t = row_pointer(p.teacher, row.n + 1) + begin * width(row.t_dtype);
   }
 
-  // Label smoothing adds nothing to an absent entry.
+  // Sets the gradient of absent entries to 0, which label smoothing does not change.
   void clear_absent(int64_t begin, int size, Scratch& scratch) const {
     for (int i = 0; i < size; ++i) {
       if (scratch.s[i] != LOWEST) continue;

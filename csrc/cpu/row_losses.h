@@ -23,7 +23,7 @@ inline double hard_loss(const Row& row, const State& state) {
   return loss;
 }
 
-// The divergence is infinite by an entry that is -inf for one side alone.
+// Returns whether an entry that is -inf for one side alone makes the divergence infinite.
 inline bool soft_is_infinite(const Row& row, const State& state) {
   return with_rule(row.divergence, [&](auto rule) {
     return is_infinite<decltype(rule)>(state.flags & ALONE_S, state.flags & ALONE_T);
@@ -44,7 +44,7 @@ inline void write_losses(const Row& row, State& state) {
   p.soft[row.n] = row.soft ? float(soft_loss(row, state)) : 0.0f;
   float* stats = p.stats + row.n * STATS;
   save(state, stats);
-  // rounded, so that a gradient computed now has the bits of one from the saved statistics
+  // rounded like the saved statistics, so that a gradient has the same bits now and in a backward
   state = restore(stats);
 }
 

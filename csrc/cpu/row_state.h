@@ -1,5 +1,4 @@
-// The statistics of a row or of a part of it, and their form in memory between forward and
-// backward.
+// The statistics of a row or of a part of it, and how they are stored between forward and backward.
 #pragma once
 
 #include "../problem.h"
@@ -8,12 +7,11 @@ namespace fused_kd {
 namespace cpu {
 
 enum Flag : int {
-  BAD_S = 1,       // NaN or +inf in the student, or nothing finite
+  BAD_S = 1,       // the student has NaN or +inf, or no finite logit
   BAD_T = 2,       // the same of the teacher
   ALONE_S = 4,     // an entry is -inf for the student alone
   ALONE_T = 8,     // an entry is -inf for the teacher alone
-  IRREGULAR = 16,  // some block needs more than the plain kernels: infinities, or exponents beyond
-                   // their range
+  IRREGULAR = 16,  // a block has infinities, or exponents beyond the range of the plain kernels
 };
 
 struct State {  // of a segment, then of a row

@@ -1,4 +1,5 @@
-// The statistics of a row: its passes over the blocks, and how blocks and segments are merged.
+// Computes the statistics of a row: the passes over its blocks, and the merge of blocks and
+// segments.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +49,7 @@ inline void merge(const Row& row, State& to, State from) {
   to.flags |= from.flags;
 }
 
-// The sum of s - m over the present entries of a block.
+// Returns the sum of s - m over the present entries of a block.
 inline double differences(const Row& row, int64_t begin, const Prepared& block, float m,
                           Scratch& scratch) {
   if (!block.copied)
@@ -60,7 +61,7 @@ inline double differences(const Row& row, int64_t begin, const Prepared& block, 
   return total;
 }
 
-// The references that every segment of a row starts from: the maxima of the row's first block.
+// Returns the state from which all segments of a row start: the maxima of its first block.
 inline State initial_state(const Row& row, Scratch& scratch) {
   const Prepared block = prepare(row, 0, row.problem.V, LOWEST, LOWEST, scratch);
   State state;
@@ -69,16 +70,16 @@ inline State initial_state(const Row& row, Scratch& scratch) {
   return state;
 }
 
-// A reference may stay this far below the row's largest logit. It is itself a logit of the row, the
-// largest of the blocks that set it: so in a row with an entry of probability above
-// e^4/(1 + e^4) = 0.982 it is that entry's logit, and the cross-entropy of a confident row is the
-// logarithm of a sum that is exactly 1 or more.
+// A reference may stay this far below the row's largest logit. It is a logit of the row, the
+// largest of the blocks that set it. So in a row with an entry of probability above e^4/(1 + e^4) =
+// 0.982 it is that entry's logit, and the cross-entropy of a confident row is the logarithm of a
+// sum that is exactly 1 or more.
 constexpr float SLACK = 4.0f;
 // The same in powers of two, for low temperatures: exponentials must stay far from overflow.
 constexpr float SLACK_EXPONENT = 32.0f;
 
-// Sums the block by the plain kernels, as if its entries were finite and near the references.
-// Returns false if they are not: the caller then discards `sums`.
+// Sums the block by the plain kernels, which assume that its entries are finite and near the
+// references. Returns false if they are not; the caller then discards `sums`.
 inline bool add_plain(const Row& row, const Prepared& block, State& state, BlockSums& sums) {
   if (block.padded != block.size || state.r.m_s == LOWEST || state.r.m_t == LOWEST) return false;
   row.table.sums(block.load, row.divergence, row.hard_mode,
@@ -89,7 +90,7 @@ inline bool add_plain(const Row& row, const Prepared& block, State& state, Block
 }
 
 // Sums any block: inspects it first, raises the references to its maxima, replaces infinities, and
-// lets exponentials underflow.
+// uses exponentials that may underflow.
 inline Prepared add_any(const Row& row, int64_t begin, int64_t end, State& state, BlockSums& sums,
                         Scratch& scratch) {
   const Prepared block = prepare(row, begin, end, state.r.m_s, state.r.m_t, scratch);

@@ -1,7 +1,7 @@
-// The row driver: a row is cut into segments of SEGMENT entries and those into blocks; sums are
-// folded block by block, then segment by segment, always in that order, so a row's bits depend on V
-// and the element types alone. A thread takes whole rows (statistics, then the gradient while the
-// row is in cache) or, with few rows, segments.
+// The row driver. A row is cut into segments of SEGMENT entries, and these into blocks. Sums are
+// merged block by block, then segment by segment, always in this order, so that a row's bits depend
+// on V and the element types alone. A thread processes whole rows (statistics, then the gradient
+// while the row is in cache) or, with few rows, segments.
 #include "rows.h"
 
 #include <vector>
@@ -49,7 +49,7 @@ void split(const Parallel& parallel, int64_t n, Body body) {
       &body);
 }
 
-// Few rows: all threads on the segments of all rows, one pass after the other.
+// For few rows: all threads process the segments of all rows, one pass after the other.
 struct BySegments {
   const Problem& problem;
   const Parallel& parallel;

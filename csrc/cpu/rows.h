@@ -8,9 +8,9 @@
 
 namespace fused_kd {
 
-// Losses and statistics; also the gradient if the problem has one.
+// Computes losses and statistics; also the gradient if the problem has one.
 void rows_forward(const Problem&, const Parallel&);
-// The gradient from the statistics of an earlier forward.
+// Computes the gradient from the statistics of an earlier forward.
 void rows_backward(const Problem&, const Parallel&);
 // Multiplies row n of a gradient by a number.
 void scale_row(const Rows& grad, int64_t n, int64_t V, float factor);

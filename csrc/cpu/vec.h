@@ -1,12 +1,12 @@
-// A vector of LANES floats for the instruction set this translation unit is compiled for.
+// A vector of LANES floats for the instruction set that this translation unit is compiled for.
 //
-// Arithmetic is the compiler's vector extension (GCC, Clang), so the same source runs on SSE2,
-// NEON, AVX2 and AVX-512; only what it can't express (fused multiply-add, maximum, conversions) is
-// an intrinsic. Everything sits in a namespace named after the instruction set: the linker must
+// Arithmetic uses the vector extension of GCC and Clang, so the same source runs on SSE2, NEON,
+// AVX2 and AVX-512. Only what it cannot express (fused multiply-add, maximum, conversions) is an
+// intrinsic. Everything is in a namespace named after the instruction set, because the linker must
 // never merge an AVX copy of an inline function with a plain one.
 //
-// A "pair" is 2 * LANES consecutive elements in two vectors. The loader decides which
-// element is in which lane, the same for loading and storing; sums do not depend on it.
+// A "pair" is 2 * LANES consecutive elements in two vectors. Loads and stores assign elements to
+// lanes in the same way; sums do not depend on it.
 #pragma once
 
 #include <stdint.h>
@@ -48,8 +48,8 @@ FUSED_KD_INLINE Floats select(Ints mask, Floats yes, Floats no) {
                 (bits(no) & ~reinterpret_cast<Words>(mask)));
 }
 
-// a*b + c, rounded once where the processor can; max and min return their second argument if one is
-// NaN.
+// a*b + c, rounded once if the processor has the instruction. max and min return their second
+// argument if one is NaN.
 FUSED_KD_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if FUSED_KD_LANES == 16 && defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c));
@@ -85,13 +85,13 @@ FUSED_KD_INLINE Floats min(Floats a, Floats b) {
 }
 
 FUSED_KD_INLINE Floats magnitude(Floats x) { return floats(bits(x) & 0x7fffffffu); }
-// x with the sign of d; 0 where d is 0.
+// x with the sign of d; 0 if d is 0.
 FUSED_KD_INLINE Floats signed_like(Floats x, Floats d) {
   const Words flipped = bits(x) ^ (bits(d) & 0x80000000u);
   return floats(flipped & reinterpret_cast<Words>(d != Floats{}));
 }
 
-// Horizontal results, always folded in the same order.
+// Horizontal sum and maximum, always in the same order.
 FUSED_KD_INLINE float sum(Floats x) {
   float lane[LANES];
   memcpy(lane, &x, sizeof x);
@@ -107,8 +107,8 @@ FUSED_KD_INLINE float largest(Floats x) {
   return best;
 }
 
-// The largest |x| that `exponential` takes: beyond, 2^n leaves the normal numbers (AVX-512 scales
-// by any power of two, but the rounding to an integer ends at 2^22).
+// The largest |x| that `exponential` takes. Beyond, 2^n is not a normal number (AVX-512 scales by
+// any power of two, but the rounding to an integer ends at 2^22).
 #if FUSED_KD_LANES == 16 && defined(__AVX512F__)
 constexpr float EXPONENT_RANGE = 1e6f;
 #else
@@ -147,7 +147,7 @@ FUSED_KD_INLINE Floats exponential(Floats x, Floats k) {
 #endif
 }
 
-// The same for any x <= 0 and k <= EXPONENT_RANGE; exactly 0 where the result would not be a normal
+// The same for any x <= 0 and k <= EXPONENT_RANGE; exactly 0 if the result would not be a normal
 // number.
 FUSED_KD_INLINE Floats exponential_any(Floats x, Floats k) {
   const Floats limit = splat(-125.0f) / k;
@@ -173,7 +173,7 @@ FUSED_KD_INLINE Floats log2(Floats x) {
   return fma(r, f, __builtin_convertvector(e, Floats));
 }
 
-// Element types. bfloat16 and half are their bits: nothing here depends on a framework.
+// Element types: the bits of a bfloat16 and of a half, independent of any framework.
 struct Bf16 {
   uint16_t raw;
 };
@@ -181,7 +181,7 @@ struct Half {
   uint16_t raw;
 };
 
-// IEEE half precision by the book, for tails and for processors without the instruction.
+// IEEE half precision in integer arithmetic, for tails and processors without the instruction.
 inline float half_to_float(Half h) {
   const uint32_t sign = uint32_t(h.raw & 0x8000u) << 16, magnitude = h.raw & 0x7fffu;
   float result;
@@ -208,7 +208,7 @@ inline Half float_to_half(float x) {
     half = 0x7e00u;
   } else if (word >= 0x47800000u) {
     half = 0x7c00u;
-  } else if (word < 0x38800000u) {  // subnormal: let one addition align and round
+  } else if (word < 0x38800000u) {  // subnormal: one addition aligns and rounds
     float small, shift = 0.5f;
     memcpy(&small, &word, sizeof word);
     small += shift;
@@ -220,9 +220,9 @@ inline Half float_to_half(float x) {
   return {uint16_t(half | sign)};
 }
 
-// Round to nearest even to bfloat16, result in the upper half of each word. A NaN must be the
-// canonical one (a payload of all ones would carry into the sign): arithmetic on finite inputs
-// makes no other.
+// Rounds to nearest even to bfloat16, in the upper half of each word. A NaN must be canonical,
+// since a payload of all ones would carry into the sign; arithmetic on finite inputs gives no
+// other.
 FUSED_KD_INLINE Words round_to_bf16(Floats x) {
   const Words b = bits(x);
   return b + 0x7fffu + ((b >> 16) & 1u);

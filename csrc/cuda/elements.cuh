@@ -1,4 +1,4 @@
-// A row's elements in groups of eight: how they are read at any alignment, and widened.
+// Reads a row's elements in groups of eight, at any alignment, and widens them.
 //
 // Groups begin at multiples of eight from the row's first element, regardless of its address, so
 // that the same row gives the same bits at any address.
@@ -50,14 +50,13 @@ FUSED_KD_DEVICE void widen(const Raw& raw, float (&x)[GROUP]) {
   }
 }
 
-// The index of a row as two indices, for its two strides. Computed once for a row, because it
-// divides.
+// The index of a row as two indices, for its two strides. Computed once per row, since it divides.
 struct RowIndex {
   uint32_t outer = 0, inner;
 
-  // 32 bits suffice for rows (launch.cu checks), and their division takes an eighth of the time
+  // 32 bits suffice (launch.cu checks), and divide in an eighth of the time of 64
   FUSED_KD_DEVICE RowIndex(int64_t n, int64_t rows) : inner(static_cast<uint32_t>(n)) {
-    if (n < rows) return;  // always so for a matrix
+    if (n < rows) return;  // always true for a matrix
     outer = inner / static_cast<uint32_t>(rows);
     inner -= outer * static_cast<uint32_t>(rows);
   }
@@ -70,7 +69,7 @@ struct RowView {
   int entries;     // V
   int misaligned;  // the address modulo 16
 
-  // dtype: of the rows; a constant if the caller has it as one
+  // dtype: that of the rows, as a compile-time constant if the caller knows it
   FUSED_KD_DEVICE RowView(const Rows& rows, Dtype dtype, RowIndex at, int entries)
       : dtype(dtype), entries(entries) {
     const int64_t offset = at.outer * rows.outer_stride + at.inner * rows.inner_stride;
@@ -78,7 +77,7 @@ struct RowView {
     misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) & 15);
   }
 
-  // Every group is whole and at a multiple of 16 bytes.
+  // Returns whether every group is whole and aligned to 16 bytes.
   FUSED_KD_DEVICE bool is_plain() const { return misaligned == 0 && entries % GROUP == 0; }
 
   FUSED_KD_DEVICE float element(int v) const {
@@ -88,7 +87,7 @@ struct RowView {
   }
 };
 
-// 16 of 32 bytes, from byte `first` on: an even number below 16.
+// Returns 16 of 32 bytes, from byte `first` on, an even number below 16.
 FUSED_KD_DEVICE Bits16 part_of(Bits16 a, Bits16 b, int first) {
   uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   if (first & 8) {
@@ -106,14 +105,14 @@ FUSED_KD_DEVICE Bits16 part_of(Bits16 a, Bits16 b, int first) {
   return {w[0], w[1], w[2], w[3]};
 }
 
-// The 16 bytes at p, which is `misaligned` bytes behind an aligned address: of the 32 aligned bytes
-// around them.
+// Loads the 16 bytes at p, which is `misaligned` bytes after an aligned address, from the 32
+// aligned bytes around them.
 FUSED_KD_DEVICE Bits16 load16_shifted(const char* p, int misaligned) {
   return part_of(load16_in_part(p - misaligned), load16_in_part(p - misaligned + 16), misaligned);
 }
 
-// Element by element: the ends of a misaligned row and its last, partial group. What is missing is
-// -inf, an absent entry.
+// Loads a group element by element: at the ends of a misaligned row, and its last, partial group.
+// Missing elements are -inf, which is an absent entry.
 FUSED_KD_DEVICE Raw load_ragged(const RowView& row, int group) {
   uint32_t words[GROUP] = {};
 #pragma unroll
@@ -131,8 +130,8 @@ FUSED_KD_DEVICE Raw load_ragged(const RowView& row, int group) {
   return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
 }
 
-// Group g of a row. A shifted read touches up to 16 bytes on either side: inside the row for all
-// groups but the outermost.
+// Loads a group of a row. A shifted load touches up to 16 bytes on either side, which are inside
+// the row except for its first and last groups.
 FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
   const bool whole = (group + 1) * GROUP <= row.entries;
   const bool inside = group > 0 && (group + 2) * GROUP <= row.entries;
@@ -149,7 +148,7 @@ FUSED_KD_DEVICE Raw load_group(const RowView& row, int group) {
   return raw;
 }
 
-// Teacher groups may have another type than the student's: it is then chosen at run time.
+// Widens a teacher's group, whose type is selected at run time if it is not the student's.
 template <Dtype S, bool SAME>
 FUSED_KD_DEVICE void widen_teacher(const Raw& raw, Dtype dtype, float (&x)[GROUP]) {
   if (SAME)

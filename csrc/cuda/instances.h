@@ -1,4 +1,4 @@
-// The kernels of one student type; each type has its own translation unit.
+// The instances of the kernels; each student type has its own translation unit.
 #pragma once
 
 #include "rows.cuh"
@@ -7,7 +7,7 @@ namespace fused_kd {
 
 enum class Kernel { general, cluster, scale };
 
-// The kernel for this problem's divergence and types, launched.
+// Launch the instance for this divergence and these types.
 int launch_f32(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
 int launch_bf16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
 int launch_f16(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
@@ -15,7 +15,7 @@ int launch_f16(Kernel, Divergence, const LaunchShape&, void* stream, const Param
 // Returns whether the device can run clusters of this number of blocks, of which each has
 // `shared_bytes` of shared memory.
 bool can_run_clusters(int blocks, int shared_bytes);
-// 0, or the error that there are no kernels for the device.
+// Returns 0, or a CUDA error if there are no kernels for the device.
 int kernels_are_there();
 
 #ifdef FUSED_KD_STUDENT

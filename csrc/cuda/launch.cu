@@ -1,5 +1,5 @@
-// Which kernel runs a problem, in how many blocks: by V and the types alone, never by N, so that
-// the same row gives the same bits in any batch.
+// Selects the kernel and the number of blocks of a row, by V and the types alone and never by N, so
+// that the same row gives the same bits in any batch.
 #include "launch.h"
 
 #include "instances.h"
@@ -42,8 +42,8 @@ Plan plan_general(const Problem& p) {
   return Plan(Kernel::general, groups, parts < MAX_PARTS ? static_cast<int>(parts) : MAX_PARTS);
 }
 
-// The smallest cluster of whose blocks three share a multiprocessor, else the largest if two do: a
-// multiprocessor with one block is idle while its row arrives and its gradient leaves.
+// Returns the smallest cluster of which three blocks fit on a multiprocessor, else the largest if
+// two fit. A multiprocessor with one block is idle while its row is loaded and its gradient stored.
 Plan plan_rows(const Problem& p, const Device& device) {
   const int group_bytes = bytes_of_group(p);
   for (int blocks = 1; blocks <= device.cluster; blocks *= 2) {
@@ -66,11 +66,11 @@ Params params_of(const Problem& p, const Plan& plan) {
   q.w_soft = p.w_soft;
   q.scale = p.scale;
   Options& o = q.options;
-  // softmaxes work with exponents of 2, mse with the logits
+  // softmaxes use exponents of 2, mse the logits
   o.rule = {static_cast<float>(softened ? LOG2E : p.temperature), static_cast<float>(p.beta)};
   o.k_1 = static_cast<float>(LOG2E);
   o.k = softened ? static_cast<float>(LOG2E / p.temperature) : o.k_1;
-  // a reference's rounding is then below 1/16; a row without a whole group gains nothing
+  // the rounding error of a reference is then below 1/16; a row shorter than a group gains nothing
   constexpr double LARGEST_EXPONENT = 1 << 20;
   o.moderate =
       p.V < GROUP ? 0.0f : static_cast<float>(LARGEST_EXPONENT / (o.k > o.k_1 ? o.k : o.k_1));
@@ -91,14 +91,14 @@ Params params_of(const Problem& p, const Plan& plan) {
   return q;
 }
 
-// How many blocks: one for each part of a row, or fewer that stride over them.
+// The number of blocks: one for each part of a row, or fewer that stride over the parts.
 struct Blocks {
   int64_t most = MAX_GRID;
   bool wait = false;  // those of a row wait for each other
 };
 
-// Launches all rows, in as many launches as the grid's limit requires (one, unless there are
-// billions of blocks).
+// Launches all rows; more than one launch is needed only beyond the limit of a grid, 2^31 - 1
+// blocks.
 int launch(const Plan& plan, Divergence divergence, int group_bytes, Blocks blocks, int64_t N,
            void* stream, Params q) {
   const auto typed = q.student.dtype == Dtype::f32    ? launch_f32
@@ -128,20 +128,20 @@ int launch_from_statistics(const Problem& p, const Device& device, bool unless_e
   return launch(plan, divergence_of(p), bytes_of_group(p), blocks, p.N, stream, q);
 }
 
-// The gradient times *p.scale; unless_exact: only if that is exact.
+// Multiplies the gradient by *p.scale; unless_exact: only if the product is exact.
 int launch_multiply(const Problem& p, const Device& device, bool unless_exact, void* stream) {
   const Plan plan(Kernel::scale, groups_of(p.V), plan_general(p).parts);
   Params q = params_of(p, plan);
   q.unless_exact = unless_exact;
-  q.student = p.grad;  // whose type chooses the kernel
+  q.student = p.grad;  // its type selects the kernel
   const Blocks blocks = {int64_t(device.multiprocessors) * SCALE_BLOCKS};
   return launch(plan, Divergence::none, 0, blocks, p.N, stream, q);
 }
 
-// How the device memory is divided in which the blocks of a row exchange records.
+// The layout of the device memory in which the blocks of a row exchange records.
 struct WorkspaceLayout {
   int ring;
-  int64_t counters, bytes;  // of the zeroed part, and of all
+  int64_t counters, bytes;  // bytes of the counters, which are zeroed, and of everything
 
   WorkspaceLayout(int64_t N, const Plan& plan) {
     const int64_t rows = plan.parts < RING_RECORDS ? RING_RECORDS / plan.parts : 1;

@@ -1,5 +1,4 @@
-// How the host launches a kernel. Host code alone, so that tests can run it on a runtime of their
-// own.
+// Launches kernels. Host code only, so that tests can run it on a fake runtime.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,7 +15,7 @@ struct LaunchShape {
   int block;
   int shared_bytes;
   int cluster;
-  int waits_for;  // number of blocks that wait for each other through wait_until; 1: none do
+  int waits_for;  // number of blocks that wait for each other (wait_until); 1: no block waits
 };
 
 // Returns the error, and clears the runtime's copy so that no later call reports it again.
@@ -45,9 +44,9 @@ struct Launch {
 };
 
 // Allows a kernel, on the current device, everything that any launch of it may use: all of the
-// shared memory that a block can have, in the place of the L1 cache, and clusters of 16
-// blocks. Once for each device: these are the kernel's, and a limit set for one launch would be
-// lowered by another thread between that and the launch.
+// shared memory that a block can have, in place of the L1 cache, and clusters of 16 blocks. Set
+// once per device, since these are attributes of the kernel: another thread could lower a limit
+// that is set for one launch before it happens.
 inline int allow_everything(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
@@ -67,12 +66,12 @@ inline int allow_everything(const void* kernel) {
   return 0;
 }
 
-// 0, or the CUDA error.
+// Launches a kernel; returns 0 or the CUDA error.
 template <class Params>
 int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream,
                   const Params& params) {
   const void* address = reinterpret_cast<const void*>(kernel);
-  // a launch without either works on devices that have no clusters
+  // not otherwise: a plain launch also works on devices without clusters
   if (shape.shared_bytes > 48 * 1024 || shape.cluster > 1)
     if (const int error = allow_everything(address)) return error;
   const Launch launch(shape, stream);
@@ -80,7 +79,7 @@ int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream
   return taken(cudaLaunchKernelExC(&launch.config, address, arguments));
 }
 
-// Whether the device can run clusters of this shape at all, with shape.shared_bytes a block.
+// Returns whether the device can run clusters of this shape, with shape.shared_bytes per block.
 template <class Params>
 bool can_run_cluster(void (*kernel)(Params), const LaunchShape& shape) {
   const void* address = reinterpret_cast<const void*>(kernel);

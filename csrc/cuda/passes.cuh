@@ -1,7 +1,7 @@
-// The passes over a row, the same for rows in global memory and for rows held in shared memory: a
-// `Source` yields groups of elements, an `Exchange` merges the sums of threads and blocks.
+// The passes over a row, in global or in shared memory: a `Source` yields groups of elements, an
+// `Exchange` merges the sums of threads and blocks.
 //
-//     first pass     statistics of both sides, the divergence's first sum
+//     first pass     statistics of both sides, the divergence's own sum
 //     second pass    TWO_PASSES only: sums that need the normalisers
 //     gradient pass  every element's gradient, rounded once
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace fused_kd {
 
-// One launch. Pointers are to device memory; the parts are those of problem.h.
+// The arguments of a launch. Pointers are to device memory; problem.h documents most of them.
 struct Params {
   int64_t first_row;  // of this launch
   uint32_t units;     // pairs of a row and a part in this launch
@@ -21,26 +21,26 @@ struct Params {
   Options options;
   float temperature, soft_factor, label_smoothing;
   float *hard, *soft, *stats;
-  bool from_stats;    // no first pass: the statistics of an earlier launch
-  bool unless_exact;  // return if `scale` is a power of two: the multiplication was exact
+  bool from_stats;    // no first pass: use the statistics of an earlier launch
+  bool unless_exact;  // return if `scale` is a power of two, since the multiplication was exact
   int parts;          // blocks of a row
   int parts_log2;     // for a cluster
   int slice;          // groups of a row in one block
-  int slices_end;     // ... and where they end in its shared memory
-  // The blocks of a row exchange records in global memory: counters, zeroed, and a ring of records.
+  int slices_end;     // the end of these groups in its shared memory, in bytes
+  // The blocks of a row exchange records in global memory: zeroed counters, and a ring of records.
   uint32_t *tickets, *arrived, *finished;  // (1), (N), (N)
   Record* partials;                        // (2, ring, parts)
   int ring;                                // rows
 };
 
-// Multiplying a rounded gradient by it loses nothing, unless the result is subnormal: a power of
-// two, or 0.
+// Returns whether multiplying a rounded gradient by `scale` is exact unless the result is
+// subnormal: for a power of two, and 0.
 FUSED_KD_DEVICE bool is_exact(float scale) {
   const uint32_t bits = same_bits<uint32_t>(scale);
   return (bits & 0x7fffffu) == 0 && (bits >> 23 & 0xffu) != 0xffu;
 }
 
-// What is on in a row, and what its label says.
+// A row: which terms are on, its weights and its label.
 struct Row {
   int64_t n;
   RowIndex at;
@@ -58,9 +58,9 @@ struct Row {
     w_soft = w_s * scale;
   }
 
-  // Called by the thread that computes the row's scalars, while its logits are loading. The label's
-  // logit is read before the blocks of a row exchange records: afterwards, in place, another block
-  // may overwrite it.
+  // Called by the thread that computes the row's scalars, while the row's logits are loading. The
+  // label's logit must be read before the blocks of a row exchange records: afterwards, in place,
+  // another block may overwrite it.
   FUSED_KD_DEVICE void read_label(const Params& p, bool with_logit) {
     if (!hard) return;
     const int64_t y = p.labels[n];
@@ -72,7 +72,7 @@ struct Row {
 
 // -------------------------------------------------------------------------------------- losses
 
-// Neither term is a number, in its value and its gradient.
+// Return whether a term is NaN, in its value and its gradient.
 FUSED_KD_DEVICE bool hard_is_nan(const Row& row, const Record& record) {
   return row.label < 0 || !isfinite(record.r.m_s) || !isfinite(record.r.d_1);
 }
@@ -85,7 +85,7 @@ FUSED_KD_DEVICE bool soft_is_nan(const Record& record) {
   return static_cast<int>(record.flags) & BAD;
 }
 
-// The soft term of a valid row is infinite, by an entry that is -inf for one side alone.
+// Returns whether an entry that is -inf for one side alone makes the soft term of a row infinite.
 template <Divergence D>
 FUSED_KD_DEVICE bool soft_is_infinite(const Record& record) {
   const int flags = static_cast<int>(record.flags);
@@ -101,10 +101,10 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, float s_label
     const Options& o = p.options;
     const Subtracted m(r.m_s, r.m_t, o);
     const float log_sum = log2f(r.d_1), eps = p.label_smoothing;
-    // not below 0, which the rounding of an exponential and its logarithm may miss
+    // not below 0, in spite of the rounding of an exponential and its logarithm
     hard = (1.0f - eps) * fmaxf(log_sum - m.hard(s_label, o), 0.0f);
     if (eps > 0.0f) {
-      // the mean of the hard term's exponents, from that of the softened ones
+      // the mean of the hard term's exponents, from the mean of the softened exponents
       const float mean = (r.differences / r.count - m.added_s) * (o.k_1 / o.k);
       hard += eps * (log_sum - (mean + m.added_1));
     }
@@ -126,8 +126,8 @@ FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, float s_label
 
 // ------------------------------------------------------------------------------------- passes
 
-// s, t: a group; ragged ends are absent entries. SMOOTHING is known at compile time, so that the
-// loop does not test for it.
+// Adds all groups of a thread to its record. SMOOTHING is a template parameter, so that the loop
+// does not test for it.
 template <Divergence D, bool SMOOTHING, class Source>
 FUSED_KD_DEVICE void add_groups(const Source& source, const Options& o, Record& record) {
   Folded m = Folded::if_moderate(record.r.m_s, record.r.m_t, o);
@@ -154,13 +154,13 @@ FUSED_KD_DEVICE Record first_pass(const Source& source, const Options& o) {
   return record;
 }
 
-// Whether the passes after the first may fold the references; else they subtract them.
+// Returns whether the passes after the first may fold the references; else they subtract them.
 template <Divergence D>
 FUSED_KD_DEVICE bool can_fold(const Record& record, const Options& o) {
   return moderate(record.r.m_s, o) && (!Rule<D>::SOFTMAX || moderate(record.r.m_t, o));
 }
 
-// The second pass's scalars.
+// The scalars of the second pass.
 template <Divergence D>
 struct Second {
   Constants<float> c;
@@ -196,7 +196,7 @@ FUSED_KD_DEVICE void second_pass(const Source& source, const Options& o, const S
     pass(Subtracted(second.m_s, second.m_t, o));
 }
 
-// The gradient pass's scalars.
+// The scalars of the gradient pass.
 template <Divergence D>
 struct Gradient {
   Constants<float> soft = {};
@@ -222,10 +222,10 @@ struct Gradient {
   }
 
   FUSED_KD_DEVICE int label_group() const { return label < 0 ? -1 : label / GROUP; }
-  // One number to compare the elements of a group with, rather than one for each.
+  // The label's index in a group: one number to compare the group's elements with.
   FUSED_KD_DEVICE int label_in(int group) const { return label - group * GROUP; }
 
-  // Label smoothing adds nothing to absent entries.
+  // Sets the gradient of absent entries to 0, which label smoothing does not change.
   FUSED_KD_DEVICE void nothing_for_absent(int group, const float (&s)[GROUP],
                                           const float (&t)[GROUP], float (&g)[GROUP]) const {
     const int label_here = label_in(group);
@@ -234,12 +234,12 @@ struct Gradient {
       if (s[e] == -INF && t[e] == -INF) g[e] = e == label_here ? label_term : 0.0f;
   }
 
-  // The hard term's part, 0 for a row without it; P: exponentials of the softened student.
+  // Adds the hard term's part, 0 for a row without it; P: exponentials of the softened student.
   template <class Exponents>
   FUSED_KD_DEVICE void add_hard(const float (&s)[GROUP], const float (&P)[GROUP],
                                 const Exponents& exponents, const Options& o,
                                 float (&g)[GROUP]) const {
-    if (o.hard == Hard::power2) {  // tested first: the most frequent
+    if (o.hard == Hard::power2) {  // tested first, as the most frequent case
 #pragma unroll
       for (int e = 0; e < GROUP; ++e) g[e] = fmaf(hard_scale * P[e], P[e], g[e]);
     } else if (o.hard == Hard::separate) {
@@ -252,7 +252,7 @@ struct Gradient {
     }
   }
 
-  // Eight gradients, without the label's own term.
+  // Computes a group's gradients, without the label's own term.
   template <class Exponents>
   FUSED_KD_DEVICE void of_group(const float (&s)[GROUP], const float (&t)[GROUP],
                                 const Exponents& exponents, const Options& o,
@@ -267,7 +267,7 @@ struct Gradient {
       g[e] = smoothing_term;
       if constexpr (SOFTMAX)
         g[e] = Rule<D>::gradient(a, b, P[e], Q, 1.0f, soft, smoothing_term);
-      else if constexpr (SOFT)  // absent on both sides is no difference
+      else if constexpr (SOFT)  // an absent entry has a difference of 0
         g[e] = Rule<D>::gradient(fmaxf(s[e], LOWEST), fmaxf(t[e], LOWEST), 0.0f, 0.0f, 1.0f, soft,
                                  smoothing_term);
       // P (a - b) with P = 0 is NaN if a - b is infinite
@@ -320,8 +320,8 @@ FUSED_KD_DEVICE void gradient_pass(const Params& p, const Row& row, const Source
     gradient.of_group(s, t, folded, o, g);
     store_gradient<S, true>(grad, group, source.slice.together(group), g);
   });
-  // the label's group once more, instead of a test in the loop; after a neighbour that may have
-  // written a half of it
+  // the label's group is computed again, instead of a test in the loop; the warp synchronises
+  // first, since a neighbour may have written a half of it
   warp_sync();
   if (gradient.label >= 0 && source.is_mine(gradient.label_group()))
     source.for_group(gradient.label_group(),

@@ -1,6 +1,6 @@
-// The primitives of a GPU that the row kernels use besides arithmetic: memory, waiting, clusters.
-// Tests replace this file by tests/cuda_on_cpu/cuda_on_cpu.h, which has the same names, and run the
-// kernels on the CPU.
+// The primitives of a GPU that the row kernels use, other than arithmetic: memory, synchronisation,
+// clusters. Tests replace this file by tests/cuda_on_cpu/cuda_on_cpu.h, which defines the same
+// names, and run the kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,10 +24,10 @@ __device__ __forceinline__ Bits16 load16(const void* p) {
   return {v.x, v.y, v.z, v.w};
 }
 
-// The same, of which the caller uses a part: in place, others may be writing the rest.
+// The same if the caller uses only a part: in place, other threads may be writing the rest.
 __device__ __forceinline__ Bits16 load16_in_part(const void* p) { return load16(p); }
 
-// A gradient is not read again: it must not push rows out of the L2 cache.
+// Streaming store: a gradient is not read again and must not evict rows from L2.
 __device__ __forceinline__ void store16(void* p, Bits16 v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.x, v.y, v.z, v.w));
 }
@@ -81,10 +81,10 @@ __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
 __device__ __forceinline__ bool warp_any(bool v) { return __any_sync(0xffffffffu, v); }
 
-// The largest of a warp, in every lane; none is NaN.
+// Returns the maximum over a warp, in every lane; no value may be NaN.
 __device__ __forceinline__ float warp_max(float v) {
 #if __CUDA_ARCH__ >= 800
-  // as integers of the same order
+  // as integers, which have the same order
   const int bits = __float_as_int(v), ordered = bits ^ (bits >> 31 & 0x7fffffff);
   const int most = __reduce_max_sync(0xffffffffu, ordered);
   return __int_as_float(most ^ (most >> 31 & 0x7fffffff));
@@ -96,7 +96,7 @@ __device__ __forceinline__ float warp_max(float v) {
 
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
-// The shared memory of this block; nothing else is shared.
+// Returns the dynamic shared memory of this block; the kernels use no other.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char shared_memory[];
   return shared_memory;
@@ -140,8 +140,8 @@ __device__ __forceinline__ uint32_t cluster_blocks() {
   return y;
 }
 
-// Called by all threads of a cluster, once each. Relaxed: after the wait only the barriers that
-// were initialised before are visible, no other writes.
+// Called once by every thread of a cluster. Relaxed: after the wait, only barriers that were
+// initialised before it are visible, not other writes.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -163,14 +163,15 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The one arrival of a phase; it completes when the bytes have come too.
+// The only arrival of a phase, which completes when `bytes` have arrived too.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
 
-// 16-byte aligned on both sides, a multiple of 16 bytes; each is read once.
+// Bulk copy; both addresses and the size are multiples of 16 bytes. Evicted first from L2, since
+// each logit is read once.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes,
                                           uint64_t* barrier) {
   uint64_t evict_first;
@@ -191,8 +192,8 @@ __device__ __forceinline__ uint32_t peer_address(const void* shared, uint32_t ra
   return y;
 }
 
-// To the same place in block `rank` of this cluster, whose barrier counts the bytes. The barrier
-// must be there, and the block must wait for it.
+// Stores to the same address in block `rank` of this cluster, whose barrier counts the bytes. The
+// barrier must be initialised, and the block must wait for it.
 __device__ __forceinline__ void push(void* shared, Bits16 v, uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
@@ -209,7 +210,7 @@ __device__ __forceinline__ void push(void* shared, Bits8 v, uint64_t* barrier, u
       : "memory");
 }
 
-// Until a phase has ended, whose bytes came by copies or from other blocks.
+// Waits until a phase is complete: its bytes are copied, or stored by other blocks.
 #define FUSED_KD_BARRIER_WAIT(SCOPE)       \
   asm volatile(                            \
       "{\n"                                \

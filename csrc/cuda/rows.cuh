@@ -1,11 +1,11 @@
 // The two kernels of a row: losses, statistics and gradients of every divergence.
 //
-// Read and written, per element, for loss and gradient together:
-//     rows_general   each logit twice from memory (the second time mostly from L2,
-//                    by several blocks a row), each gradient once; any alignment; sm_75 on
-//     rows_cluster   each logit once, into the shared memory of a cluster of blocks; sm_90 on
-// Accumulated in float; see sums.cuh. A block whose row is off (both weights 0) reads nothing of
-// it.
+// Memory traffic for loss and gradient together; each gradient is written once:
+//     rows_general   reads each logit twice, the second time mostly from L2; several blocks per
+//                    row, any alignment, sm_75 and later
+//     rows_cluster   reads each logit once, into the shared memory of a cluster of blocks; sm_90
+//                    and later
+// Sums are in float; see sums.cuh. A row that is off (both weights 0) is not read.
 #pragma once
 
 #include "sources.cuh"
@@ -14,11 +14,11 @@ namespace fused_kd {
 
 constexpr int WARPS = THREADS / 32;
 
-// What warps and the blocks of a cluster exchange in shared memory: a record of the first pass
-// without the second's sums, or those sums.
+// What warps, and the blocks of a cluster, exchange in shared memory: the record of the first pass,
+// or the sums of the second.
 struct alignas(16) First {
   float m_s, m_t, d_s, d_t, d_1, w, differences;
-  int count_and_flags;  // eight times the one, and the other
+  int count_and_flags;  // 8 * count + flags
 };
 struct alignas(8) Sums {
   float x, y;
@@ -37,24 +37,24 @@ FUSED_KD_DEVICE Record unpack(const First& first) {
           static_cast<float>(flags)};
 }
 
-// The head of a block's shared memory. In a cluster it is followed by the block's slices of a row,
-// and those by what each of the blocks hands over, in the first round and in the second.
+// The head of a block's shared memory. In a cluster, the block's slices of a row follow, and then
+// the records that each block hands over, in the first and in the second round.
 struct Shared {
-  union {  // of the block's warps
+  union {  // of the warps of the block
     First first[WARPS];
     Sums second[WARPS];
   };
   float broadcast[16];            // scalars that the first thread computes for the others
-  float s_label;                  // the first thread's
+  float s_label;                  // row.s_label of the first thread
   uint64_t barriers[MAX_CHUNKS];  // of the slices
-  uint64_t handed[2];             // barriers: what the blocks hand over in either round is there
+  uint64_t handed[2];             // barriers: all blocks have handed over, in either round
   uint32_t ticket;
 };
 static_assert(sizeof(Shared) % 16 == 0, "slices are not aligned");
 constexpr int HANDED_BYTES = sizeof(First) + sizeof(Sums);  // of each block of a cluster
 
-// Returns, to all threads, the scalars that the first thread computes from a row's record:
-// divisions are done once. Between two calls the block synchronises.
+// Returns, to all threads, the scalars that the first thread computes from a row's record, so that
+// divisions are done once. Between two calls the block must synchronise.
 template <class T>
 FUSED_KD_DEVICE T broadcast_from_first(const Params& p, const Row& row, const Record& record,
                                        Shared& shared) {
@@ -65,7 +65,7 @@ FUSED_KD_DEVICE T broadcast_from_first(const Params& p, const Row& row, const Re
   return *scalars;
 }
 
-// The block's record, in every lane of warp 0.
+// Returns the record of the block, in every lane of warp 0.
 template <Divergence D>
 FUSED_KD_DEVICE Record merge_block(Record record, const Options& o, Shared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -84,7 +84,7 @@ FUSED_KD_DEVICE void set_second(Record& record, const Sums& sums) {
   record.r.y = sums.y;
 }
 
-// Sums of a second pass, over the lanes of a warp.
+// Adds the sums of the second pass over the lanes of a warp.
 FUSED_KD_DEVICE void merge_second_warp(Record& record) {
   record.r.x = warp_sum(record.r.x);
   record.r.y = warp_sum(record.r.y);
@@ -101,7 +101,7 @@ FUSED_KD_DEVICE Record merge_second_block(Record record, Shared& shared) {
   return record;
 }
 
-// Reads a record that another block wrote: past this multiprocessor's L1 cache.
+// Reads a record that another block wrote, bypassing the L1 cache.
 FUSED_KD_DEVICE Record read_uncached(const Record& record) {
   Record copy;
   const volatile float* from = reinterpret_cast<const volatile float*>(&record);
@@ -110,18 +110,18 @@ FUSED_KD_DEVICE Record read_uncached(const Record& record) {
   return copy;
 }
 
-// Whether all blocks of a row go on after this round, or part 0 alone.
+// Returns whether all blocks of a row continue after this round, or part 0 alone.
 FUSED_KD_DEVICE bool all_go_on(const Params& p, int round, int rounds) {
   return round < rounds || p.grad.data != nullptr;
 }
 
 // Blocks of one row exchange records in global memory. Rows are numbered in the order in which
-// their blocks really started (tickets), and a block only waits for blocks of its own row or of
-// earlier ones: those that wait for a block that has not started all belong to the row that started
-// last; all others run to their end and free their multiprocessors. So the blocks of one row must
-// be resident at once (launch.cu checks), not the grid; of launches that run at once, one row of
-// each. Records are stored in a ring: a row takes the place of the row `ring` before it, once that
-// has been read.
+// their blocks started (tickets), and a block waits only for blocks of its own row or of earlier
+// rows. So all blocks that wait for a block that has not started belong to the row that started
+// last; all others run to their end and free their multiprocessors. Therefore the blocks of one row
+// must be resident at once (launch.cu checks), not the grid; if launches run concurrently, one row
+// of each. Records are stored in a ring: a row reuses the place of the row `ring` before it, after
+// that row's records have been read.
 struct GlobalExchange {
   const Params& p;
   int64_t n;
@@ -137,10 +137,10 @@ struct GlobalExchange {
     if (n >= p.ring) wait_until(p.finished + n - p.ring, static_cast<uint32_t>(p.parts));
   }
 
-  // Nothing more is read or written by this block.
+  // Signals that this block reads and writes no more records.
   FUSED_KD_DEVICE void finish() const { arrive(p.finished + n); }
 
-  // Warp 0 gets the record of the whole row. False for a block that does not go on.
+  // Gives warp 0 the record of the whole row. Returns false for a block that does not continue.
   template <class Merge>
   FUSED_KD_DEVICE bool operator()(Record& record, int round, Merge merge) const {
     if (p.parts > 1) {
@@ -154,11 +154,11 @@ struct GlobalExchange {
       }
       if (!goes_on) return false;
       if (threadIdx.x < 32) {
-        warp_sync();  // thread 0 has waited
+        warp_sync();  // until thread 0 has waited
         const int lane = threadIdx.x;
         record = lane < p.parts ? read_uncached(records(round)[lane]) : empty_record();
         merge(record);
-        warp_sync();  // all have read
+        warp_sync();  // until all lanes have read
         if (round == rounds && lane == 0) finish();
       }
     }
@@ -168,8 +168,8 @@ struct GlobalExchange {
 
 #ifdef FUSED_KD_HAS_CLUSTERS
 
-// Blocks of one cluster write into one another's shared memory, and wait for the writes into their
-// own: one trip. A block may end when all writes that it waits for have arrived.
+// Blocks of one cluster write into the shared memory of all others, and wait for the writes into
+// their own: a single trip. A block may end when all writes that it waits for have arrived.
 struct ClusterExchange {
   const Params& p;
   int rounds;
@@ -191,7 +191,7 @@ struct ClusterExchange {
     return rank == 0 || all_go_on(p, round, rounds);
   }
 
-  // Called by the first thread, before it arrives.
+  // Initialises the barriers; called by the first thread before it arrives.
   FUSED_KD_DEVICE void prepare() const {
     if (blocks == 1) return;
     for (int round = 1; round <= rounds; ++round) barrier_init(&shared.handed[round - 1]);
@@ -202,7 +202,7 @@ struct ClusterExchange {
     }
   }
 
-  // Called by all threads; the barriers of this block are initialised.
+  // Called by all threads after the barriers of this block are initialised.
   FUSED_KD_DEVICE void arrive() const {
     if (blocks > 1) cluster_arrive();
   }
@@ -210,7 +210,7 @@ struct ClusterExchange {
   template <class Merge>
   FUSED_KD_DEVICE bool operator()(Record& record, int round, Merge merge) const {
     if (blocks == 1) return true;
-    if (round == 1) cluster_wait();  // the barriers of all blocks are initialised
+    if (round == 1) cluster_wait();  // until the barriers of all blocks are initialised
     if (threadIdx.x < 32) {
       const uint32_t lane = threadIdx.x;
       if (lane < blocks && goes_on(lane, round)) hand_over(record, round, lane);
@@ -245,13 +245,13 @@ struct ClusterExchange {
 
 #endif
 
-// Losses and statistics of a row, and its gradient if there is one.
+// Computes losses and statistics of a row, and its gradient if there is one.
 template <Divergence D, Dtype S, class Source, class Exchange>
 FUSED_KD_DEVICE void process_row(const Params& p, const Row& row, const Source& source, int part,
                                  Shared& shared, Exchange exchange) {
   const Options& o = p.options;
   Record record = first_pass<D>(source, o);
-  // by then it has been read: in place, another block may soon be writing there
+  // read before the exchange, after which, in place, another block may overwrite it
   if (threadIdx.x == 0) shared.s_label = row.s_label;
   record = merge_block<D>(record, o, shared);
   const auto merge = [&](Record& r) { merge_warp<D>(r, o); };
@@ -267,7 +267,7 @@ FUSED_KD_DEVICE void process_row(const Params& p, const Row& row, const Source& 
     gradient_pass<D, S>(p, row, source, broadcast_from_first<Gradient<D>>(p, row, record, shared));
 }
 
-// A row that is off: nothing is read.
+// Writes the zeros of a row that is off; nothing is read.
 template <Dtype S, class Source>
 FUSED_KD_DEVICE void skip_row(const Params& p, const Row& row, const Source& source, int part) {
   if (p.grad.data != nullptr) zero_gradient<S>(p, row, source);
@@ -276,8 +276,8 @@ FUSED_KD_DEVICE void skip_row(const Params& p, const Row& row, const Source& sou
   reinterpret_cast<Record*>(p.stats)[row.n] = empty_record();
 }
 
-// The gradient from an earlier launch's statistics: blocks do not wait for each other, so a few
-// stride over all rows. If there is nothing to do they return at once.
+// Computes gradients from an earlier launch's statistics. Blocks do not wait for each other, so a
+// few stride over all rows. They return at once if there is nothing to do.
 template <Divergence D, Dtype S, bool SAME>
 FUSED_KD_DEVICE void gradients_from_statistics(const Params& p) {
   if (p.unless_exact && is_exact(*p.scale)) return;
@@ -295,8 +295,8 @@ FUSED_KD_DEVICE void gradients_from_statistics(const Params& p) {
   }
 }
 
-// Any number of blocks a row; they exchange records in global memory. Grid: p.units, or less from
-// statistics. Budget: 128 registers, the head of shared memory.
+// Any number of blocks per row, which exchange records in global memory. Grid: p.units, or less
+// from statistics. Budget: 128 registers, the head of shared memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     rows_general(const __grid_constant__ Params p) {
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
   process_row<D, S>(p, row, source, part, shared, exchange);
 }
 
-// A cluster of p.parts blocks a row; each holds its slice of both sides in shared memory. Budget:
+// A cluster of p.parts blocks per row, each with its slice of both sides in shared memory. Budget:
 // 80 registers (128 if BOUND_BY_ARITHMETIC: jsd), a third of a multiprocessor's shared memory.
 template <Divergence D, Dtype S, bool SAME>
 __global__ void __launch_bounds__(THREADS, Rule<D>::BOUND_BY_ARITHMETIC ? 2 : 3)
@@ -347,11 +347,11 @@ __global__ void __launch_bounds__(THREADS, Rule<D>::BOUND_BY_ARITHMETIC ? 2 : 3)
   exchange.arrive();
   process_row<D, S>(p, row, source, part, shared, exchange);
 #elif defined(__CUDA_ARCH__)
-  __trap();  // launch.cu does not choose it here
+  __trap();  // launch.cu never selects it for these devices
 #endif
 }
 
-// A gradient times p.scale; entries of 0 stay 0 regardless of it. Any grid: blocks stride over
+// Multiplies a gradient by p.scale; entries of 0 stay 0 for any scale. Any grid: blocks stride over
 // p.units, and return at once if there is nothing to do. Budget: 40 registers.
 template <Dtype S>
 __global__ void __launch_bounds__(THREADS, SCALE_BLOCKS)

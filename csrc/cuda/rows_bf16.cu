@@ -1,4 +1,4 @@
-// The row kernels for a student in this type; one of them stands for all in queries to the device.
+// The row kernels for a student in this type. Queries to the device use one of them for all types.
 #define FUSED_KD_STUDENT bf16
 #include "instances.h"
 

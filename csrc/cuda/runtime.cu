@@ -14,13 +14,13 @@ int attribute(cudaDeviceAttr which, int index, int* value) {
   return taken(cudaDeviceGetAttribute(value, which, index));
 }
 
-// For the current device, whose index this is.
+// Queries the current device, whose index must be passed.
 int query(int index, Device* device) {
   int error = kernels_are_there(), shared = 0;
   if (!error) error = attribute(cudaDevAttrMultiProcessorCount, index, &device->multiprocessors);
   if (!error) error = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, &shared);
   if (error) return error;
-  // 1 KiB of a block is the system's; blocks get memory in pieces of 128 bytes
+  // the system reserves 1 KiB per block, and allocates memory in units of 128 bytes
   const auto bytes_of = [&](int blocks) { return (shared / blocks - 1024) / 128 * 128; };
   device->bytes_of_three = bytes_of(3);
   device->bytes_of_two = bytes_of(2);
@@ -39,10 +39,10 @@ int describe_device(int index, Device* device) {
   if (index < 0 || index >= MAX_DEVICES) return cudaErrorInvalidDevice;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known[index].multiprocessors == 0) {
-    Device found = {};
-    const int error = query(index, &found);
+    Device queried = {};
+    const int error = query(index, &queried);
     if (error) return error;
-    known[index] = found;
+    known[index] = queried;
   }
   *device = known[index];
   return 0;

@@ -1,12 +1,11 @@
-// The sources of the groups of a row's slice: global memory (each pass reads it again), or this
-// block's shared memory (a cluster of blocks holds the whole row pair, so that global memory is
-// read once).
+// The sources of the groups of a row's slice: global memory, which each pass reads again, or the
+// shared memory of a cluster of blocks that holds both rows, so that global memory is read once.
 //
-// Both have, for the groups of this thread:
-//     first(body), again(body)   body(group, s, t) for each
+// Both have these members; the groups are those of the calling thread:
+//     first(body), again(body)   call body(group, s, t) for each group
 //     peek(body)                 the same for the first group, if there is one
-//     for_group(group, body)     the same for one
-//     indices(body)              body(group) for each; nothing is read
+//     for_group(group, body)     the same for one group
+//     indices(body)              call body(group) for each group, without reading it
 //     STAYS                      whether groups can be read again after others were overwritten
 #pragma once
 
@@ -25,13 +24,14 @@ struct Slice {
     end = begin + p.slice < groups ? begin + p.slice : groups;
   }
 
-  // Whether all lanes of the warp have a group in the step in which this thread has this one.
+  // Returns whether all lanes of the warp have a group in the step in which this thread has
+  // `group`.
   FUSED_KD_DEVICE bool together(int group) const { return begin + ((group - begin) | 31) < end; }
 };
 
-// Both sides of a row. If the row's soft term is off, the student stands in for the teacher: the
-// soft gradient is then 0 times a number, and the teacher is only read to see which entries are
-// absent (`true_teacher`).
+// Both sides of a row. If the row's soft term is off, the student replaces the teacher: the soft
+// gradient is then 0 times a finite number, and the teacher is read only to find absent entries
+// (`true_teacher`).
 template <Divergence D, Dtype S, bool SAME>
 struct Pair {
   static constexpr bool READS_TEACHER = Rule<D>::READS_TEACHER;
@@ -53,7 +53,7 @@ struct Pair {
     stands_in = false;
   }
 
-  // Whether the group is one of this thread's.
+  // Returns whether this thread processes the group.
   FUSED_KD_DEVICE bool is_mine(int group) const {
     return group >= first_group() && group < slice.end && (group - first_group()) % THREADS == 0;
   }
@@ -76,8 +76,9 @@ struct Pair {
     body(group, s, t);
   }
 
-  // For the label smoothing of a group with absent entries, whose number depends on both sides: a
-  // stand-in gets -inf where the teacher has it, and a number where the student alone is -inf.
+  // Corrects t for label smoothing, which counts the entries that are absent on both sides. If the
+  // student replaces the teacher, t becomes -inf at absent entries and 0 if the student alone is
+  // -inf.
   FUSED_KD_DEVICE void true_teacher(int group, const float (&s)[GROUP], float (&t)[GROUP]) const {
     if (!stands_in || !p.options.smoothing) return;
     const RowView truth(p.teacher, p.teacher.dtype, at, p.entries);
@@ -104,10 +105,10 @@ struct GlobalRow : Pair<D, S, SAME> {
     return raw;
   }
 
-  // Groups `group`, `group + step`, ...: `count` for all lanes of a warp, which stay together
-  // because neighbours exchange what they store; those behind the slice are left out. In 16 bits a
-  // group's load is issued before its predecessor is used: 64 bytes a thread are in flight, as in
-  // float32 with one group.
+  // Calls body for groups `group`, `group + step`, ... inside the slice. `count` is the same for
+  // all lanes of a warp, which stay together because neighbours exchange what they store. In 16
+  // bits a group is loaded before its predecessor is used, so that 64 bytes per thread are in
+  // flight, as with one group in float32.
   template <class Body>
   FUSED_KD_DEVICE void for_groups(int group, int step, int count, Body body) const {
     constexpr bool AHEAD = S != Dtype::f32;
@@ -123,7 +124,7 @@ struct GlobalRow : Pair<D, S, SAME> {
     }
   }
 
-  // Groups of the first lane of this warp: no other has more.
+  // Returns the number of groups of the first lane of this warp; no other lane has more.
   FUSED_KD_DEVICE int count() const {
     const int lane = threadIdx.x % 32, left = slice.end - (this->first_group() - lane);
     return left > 0 ? (left - 1) / THREADS + 1 : 0;
@@ -144,7 +145,7 @@ struct GlobalRow : Pair<D, S, SAME> {
     for_groups(group, 0, 1, body);
   }
 
-  // Backwards: the groups that were read last are still in a cache.
+  // Backwards, since the groups that were read last are still in a cache.
   template <class Body>
   FUSED_KD_DEVICE void again(Body body) const {
     for_groups(this->first_group() + (count() - 1) * THREADS, -THREADS, count(), body);
@@ -167,7 +168,7 @@ struct SharedRow : Pair<D, S, SAME> {
   FUSED_KD_DEVICE SharedRow(const Params& p, const Row& row, int part, unsigned char* memory,
                             uint64_t* barriers)
       : Base(p, row, part), shared_s(memory), barriers(barriers) {
-    // a stand-in uses the student's memory: the second slice has the size of the teacher's type
+    // without a separate teacher there is no second slice, and the student's memory is used
     shared_t =
         this->stands_in ? shared_s : shared_s + static_cast<int64_t>(p.slice) * GROUP * width(S);
     bulk = this->student.is_plain() && this->teacher.is_plain();
@@ -175,9 +176,9 @@ struct SharedRow : Pair<D, S, SAME> {
 
   FUSED_KD_DEVICE bool copies_teacher() const { return Base::READS_TEACHER && !this->stands_in; }
 
-  // One thread issues all copies; the others wait for each chunk before they read it. Rows that
-  // bulk copies cannot take are loaded by the threads, which then synchronise: their barriers wait
-  // for no bytes.
+  // One thread issues all bulk copies; the others wait for each chunk before they read it. Rows
+  // that are not aligned for bulk copies are loaded by all threads, which then synchronise; their
+  // barriers expect no bytes.
   FUSED_KD_DEVICE void load() const {
     if (threadIdx.x == 0) issue_copies();
     if (bulk) return;
@@ -238,7 +239,7 @@ struct SharedRow : Pair<D, S, SAME> {
   FUSED_KD_DEVICE void first(Body body) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < slice.end - slice.begin; i += THREADS) {
-      // a thread's first group of a chunk
+      // before a thread's first group of a chunk
       if (i / THREADS % CHUNK_GROUPS == 0) barrier_wait(&barriers[i / CHUNK], 0);
       for_group(slice.begin + i, body);
     }

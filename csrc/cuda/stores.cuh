@@ -1,6 +1,6 @@
-// How groups of a gradient are narrowed and written: in whole aligned vectors of 16 bytes at any
-// alignment of the row, and in float32 such that a warp's stores fill whole sectors of 32 bytes.
-// For that, neighbours in a warp exchange parts of their groups, if all of its lanes are active.
+// Narrows and writes groups of a gradient: in whole aligned vectors of 16 bytes at any alignment of
+// the row, and in float32 such that a warp's stores fill whole sectors of 32 bytes. To do so,
+// neighbours in a warp exchange parts of their groups, if all lanes of the warp are active.
 #pragma once
 
 #include "elements.cuh"
@@ -20,8 +20,8 @@ FUSED_KD_DEVICE Raw narrow(const float (&x)[GROUP]) {
   return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
 }
 
-// Bytes [begin, end) of a group, two or four at a time: the rest of a misaligned row, and the last,
-// partial group.
+// Stores bytes [begin, end) of a group, two or four at a time: at the ends of a misaligned row, and
+// of the last, partial group.
 template <Dtype TYPE>
 FUSED_KD_DEVICE void store_bytes(char* p, const Raw& raw, int begin, int end) {
   const uint32_t words[GROUP] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
@@ -36,16 +36,15 @@ FUSED_KD_DEVICE void store_bytes(char* p, const Raw& raw, int begin, int end) {
   }
 }
 
-// Returns another lane's vector. Afterwards that lane's memory may be written: in place, all lanes
-// have read theirs.
+// Returns another lane's vector. Afterwards the lanes may write, in place, since all have read.
 FUSED_KD_DEVICE Bits16 from_lane(Bits16 v, int lane) {
   warp_sync();
   return {shuffle(v.x, lane), shuffle(v.y, lane), shuffle(v.z, lane), shuffle(v.w, lane)};
 }
 
-// Groups of a warp's lanes, one after another, in a row that is not aligned. Each lane writes the
-// aligned vectors that end in its group; the first lane's leading bytes and the last lane's
-// trailing bytes are written in pieces.
+// Stores the consecutive groups of a warp's lanes in a row that is not aligned. Each lane writes
+// the aligned vectors that end in its group; the first lane's leading bytes and the last lane's
+// trailing bytes are written element by element.
 template <Dtype TYPE>
 FUSED_KD_DEVICE void store_shifted(char* p, int misaligned, const Raw& raw) {
   constexpr int BYTES = GROUP * width(TYPE);
@@ -59,7 +58,8 @@ FUSED_KD_DEVICE void store_shifted(char* p, int misaligned, const Raw& raw) {
   if (lane == 31) store_bytes<TYPE>(p, raw, BYTES - misaligned, BYTES);
 }
 
-// Two lanes' groups in float32: each writes a half of either, so that both stores fill sectors.
+// Stores the float32 groups of two lanes: each writes a half of either, so that stores fill
+// sectors.
 FUSED_KD_DEVICE void store_pair(char* p, const Raw& raw) {
   const int lane = threadIdx.x % 32;
   const bool odd = lane % 2;
@@ -69,7 +69,7 @@ FUSED_KD_DEVICE void store_pair(char* p, const Raw& raw) {
   store16(half + 32, odd ? raw.high : got);
 }
 
-// A whole group at a multiple of 16 bytes. together: so it is for all lanes of the warp.
+// Stores a whole, aligned group. together: all lanes of the warp do the same.
 template <Dtype TYPE>
 FUSED_KD_DEVICE void store_aligned(char* p, bool together, const Raw& raw) {
   if (TYPE == Dtype::f32 && together) return store_pair(p, raw);
@@ -77,7 +77,7 @@ FUSED_KD_DEVICE void store_aligned(char* p, bool together, const Raw& raw) {
   if constexpr (TYPE == Dtype::f32) store16(p + 16, raw.high);
 }
 
-// together: the warp's lanes all call this, for groups one after another.
+// Stores a group. together: all lanes of the warp call this, for consecutive groups.
 template <Dtype TYPE>
 FUSED_KD_DEVICE void store_group(const RowView& row, int group, bool together,
                                  const float (&x)[GROUP]) {
@@ -91,7 +91,7 @@ FUSED_KD_DEVICE void store_group(const RowView& row, int group, bool together,
   store_aligned<TYPE>(p, all_whole, raw);
 }
 
-// The same for a row of which every group is plain.
+// The same for a row whose groups are all whole and aligned.
 template <Dtype TYPE>
 FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, bool together,
                                        const float (&x)[GROUP]) {
@@ -104,7 +104,7 @@ struct Constant {
   static constexpr Dtype value = TYPE;
 };
 
-// In the student's type, or in 16 bits for a student in float32.
+// Stores a group in the student's type, or in 16 bits for a float32 student.
 template <Dtype S, bool PLAIN>
 FUSED_KD_DEVICE void store_gradient(const RowView& row, int group, bool together,
                                     const float (&x)[GROUP]) {

@@ -1,37 +1,37 @@
-// The statistics of a row: the sums of a thread, and how threads, warps and blocks merge theirs.
+// The statistics of a row: the sums of a thread, and their merge over threads, warps and blocks.
 //
-// Read: each element once. Accumulated in float: eight elements by a tree or a chain, groups one
+// Each element is read once. Sums are in float: eight elements by a tree or a chain, groups one
 // after another, threads and blocks by trees of fixed shape, so that the bits depend on V and the
 // dtypes alone.
 //
 // Exponents are of 2, relative to a reference m that is a logit of the row: a = fma(s, k, -M) with
-// M = m k, rounded. M is exact as a reference (what its rounding adds is the same in all
-// exponents), so a is rounded once. A reference need not be the maximum: a warp takes the largest
-// logit of its first groups, and keeps it until a sum passes LIMIT, which ordinary rows never do.
-// If M is so large that its rounding amounts to powers of 2 (masks of -1e30), m is subtracted
-// instead.
+// M = m k, rounded. The rounding error of M is the same in all exponents, so M is an exact
+// reference and a is rounded once. A reference need not be the maximum: a warp takes the largest
+// logit of its first groups, and keeps it until a sum exceeds LIMIT, which never happens in
+// ordinary rows. If M is so large that its rounding error spans powers of 2 (masks of -1e30), m is
+// subtracted instead.
 #pragma once
 
 #include "stores.cuh"
 
 namespace fused_kd {
 
-// Limit of a group's sums of exponentials (of the softened ones if T = 1 or 2: the hard term's are
-// at most their squares). Beyond, the reference moves up to the group's maximum. Sums of a row stay
-// far from the largest float, and what divides by them from the smallest.
+// Limit of a group's sums of exponentials (of the softened exponentials if T = 1 or 2: those of the
+// hard term are at most their squares). Beyond it, the reference rises to the group's maximum. So
+// the sums of a row stay far from the largest float, and quotients by them far from the smallest.
 constexpr float LIMIT = 16777216.0f;
 
 enum Flag : int {
   ALONE_S = 1,  // an entry is -inf for the student alone
   ALONE_T = 2,  // ... for the teacher alone
-  BAD = 4,      // a NaN or +inf logit (only looked for if the sums would not show it)
+  BAD = 4,      // a logit is NaN or +inf (set only if the sums would not show it)
 };
 
-// How the hard term's e^(s - m_s) is computed: not at all, P itself (T = 1), P squared (T = 2), by
-// a separate exponential.
+// How the hard term's e^(s - m_s) is computed: not at all, as P (T = 1), as P squared (T = 2), or
+// by a separate exponential.
 enum class Hard : int { off, power1, power2, separate };
 
-// The same for every row of a launch.
+// Options that are the same for every row of a launch.
 struct Options {
   RuleOptions<float> rule;
   float k, k_1;    // log2(e)/T and log2(e)
@@ -40,7 +40,7 @@ struct Options {
   bool smoothing;
 };
 
-// The statistics of a row or a part of it. `flags` is a set of Flag, as a number;
+// The statistics of a row or a part of it. `flags` is a set of Flag stored as a float;
 // `differences` sums the exponents a.
 struct Record {
   RowSums<float> r;
@@ -54,17 +54,17 @@ FUSED_KD_DEVICE Record empty_record() {
   return record;
 }
 
-// Whether a reference is so moderate that folding it into a multiply-add is as good as subtracting
-// it. A side without a reference yet (-inf) has none.
+// Returns whether a reference is small enough that folding it into a multiply-add is as accurate as
+// subtracting it. False for a side without a reference yet (-inf).
 FUSED_KD_DEVICE bool moderate(float m, const Options& o) { return fabsf(m) < o.moderate; }
 
-// Exponents by one multiply-add: the references are folded.
+// Computes exponents by one multiply-add, with folded references.
 struct Folded {
   float s, t, s_1;
 
   FUSED_KD_DEVICE Folded(float m_s, float m_t, const Options& o)
       : s(m_s * o.k), t(m_t * o.k), s_1(m_s * o.k_1) {}
-  // Of references that may not be moderate: then every exponent is NaN, and so are a group's sums.
+  // For any references; if one is not moderate, every exponent is NaN, and so are a group's sums.
   FUSED_KD_DEVICE static Folded if_moderate(float m_s, float m_t, const Options& o) {
     return {moderate(m_s, o) ? m_s : NAN, moderate(m_t, o) ? m_t : NAN, o};
   }
@@ -73,12 +73,12 @@ struct Folded {
   FUSED_KD_DEVICE float hard(float x, const Options& o) const { return fmaf(x, o.k_1, -s_1); }
 };
 
-// What the rounding of a folded reference adds to every exponent of its side.
+// Returns the rounding error that a folded reference adds to every exponent of its side.
 FUSED_KD_DEVICE float added(float m, float k, const Options& o) {
   return moderate(m, o) ? fmaf(m, k, -(m * k)) : 0.0f;
 }
 
-// The same exponents of any logit and reference, by a subtraction.
+// Computes the same exponents for any logit and reference, by a subtraction.
 struct Subtracted {
   float m_s, m_t, added_s, added_t, added_1;
 
@@ -99,14 +99,14 @@ struct Subtracted {
   }
 };
 
-// What a side's exponents change by with another reference >= the old one. Equal ones, -inf
-// included, are not subtracted.
+// Returns the change of a side's exponents with a new reference m >= old. Equal references,
+// including -inf, are not subtracted.
 FUSED_KD_DEVICE float shift_of(float old, float m, float k, const Options& o) {
   if (old == m || old == -INF) return 0.0f;
   return fmaf(old - m, k, added(m, k, o) - added(old, k, o));
 }
 
-// Sums relative to m_s, m_t >= the record's own.
+// Makes a record's sums relative to m_s, m_t, which are at least its own references.
 template <Divergence D>
 FUSED_KD_DEVICE void rebase(Record& record, float m_s, float m_t, const Options& o) {
   RowSums<float>& r = record.r;
@@ -137,20 +137,20 @@ FUSED_KD_DEVICE float max_of(const float (&x)[GROUP]) {
                fmaxf(fmaxf(x[4], x[5]), fmaxf(x[6], x[7])));
 }
 
-// The first references of a warp's lanes: the largest logits of their first groups.
+// Sets the first references of a warp's lanes: the largest logits of their first groups.
 FUSED_KD_DEVICE void set_references(Record& record, float m_s, float m_t) {
   record.r.m_s = warp_max(m_s);
   record.r.m_t = warp_max(m_t);
 }
 
-// The sums of a group, to be added to a record. `canary` is finite if every summand is,
+// The sums of a group, to be added to a record. `canary` is finite if every summand is;
 // `exponentials` is at least the largest exponential.
 struct GroupSums {
   float d_s = 0.0f, d_t = 0.0f, d_1 = 0.0f, w = 0.0f, differences = 0.0f;
   float canary = 0.0f, exponentials = 0.0f;
 };
 
-// Assumes that every entry is finite and no exponential too large: else the sums are not `usable`.
+// Assumes that every entry is finite and no exponential too large; else the sums are not `usable`.
 template <Divergence D, bool SMOOTHING>
 FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t)[GROUP],
                                         const Folded& m, const Options& o) {
@@ -193,19 +193,18 @@ FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t
   return sums;
 }
 
-// A divergence of the logits themselves has no exponentials that would show a side without a
-// reference.
+// Returns whether the assumptions of sums_of_group hold. A divergence of logits has no exponentials
+// that would show a side without a reference, so its references are tested.
 template <Divergence D>
 FUSED_KD_DEVICE bool usable(const GroupSums& sums, const Folded& m) {
   constexpr bool LOGITS = Rule<D>::READS_TEACHER && !Rule<D>::SOFTMAX;
   const bool all_have_one = !LOGITS || (m.s == m.s && m.t == m.t);
-  // the largest float counts as nothing here, infinity and NaN do not
+  // 1e-35: any finite canary is negligible; infinity and NaN fail the comparison
   return fmaf(fabsf(sums.canary), 1e-35f, sums.exponentials) < LIMIT && all_have_one;
 }
 
-// Entry by entry, for a group with an entry that is not finite or far above the reference:
-// moves the references, decides infinity on the logits; an entry that is -inf on both sides is
-// absent.
+// Sums a group entry by entry, if an entry is not finite or far above the reference: raises the
+// references, and decides infinity on the logits; an entry that is -inf on both sides is absent.
 template <Divergence D>
 FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
                                         const float (&t)[GROUP], const Options& o) {
@@ -242,8 +241,8 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
   return sums;
 }
 
-// Adds one group to a thread's record. `true_teacher` replaces t by logits that show which entries
-// are absent. SMOOTHING: that of the options.
+// Adds a group to a thread's record. `true_teacher` corrects t at absent entries. SMOOTHING: that
+// of the options.
 template <Divergence D, bool SMOOTHING, class TrueTeacher>
 FUSED_KD_DEVICE void add_group(Record& record, Folded& m, const float (&s)[GROUP],
                                float (&t)[GROUP], const Options& o, TrueTeacher true_teacher) {
@@ -270,7 +269,7 @@ FUSED_KD_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// Four sums over a warp in about the time of two: lanes divide them, then each adds up one.
+// Four sums over a warp in about the time of two: the lanes share them, then each adds up one.
 FUSED_KD_DEVICE void warp_sums(float& a, float& b, float& c, float& d) {
   const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
   const float first = (upper ? c : a) + shuffle_xor(upper ? a : c, 16);
@@ -295,7 +294,7 @@ FUSED_KD_DEVICE float union_of_flags(float flags) {
                             (warp_any(mine & BAD) ? BAD : 0));
 }
 
-// The records of a warp's lanes become one, in every lane.
+// Merges the records of a warp's lanes into one, in every lane.
 template <Divergence D>
 FUSED_KD_DEVICE void merge_warp(Record& record, const Options& o) {
   RowSums<float>& r = record.r;

@@ -30,10 +30,13 @@ ENVIRONMENT_VARIABLE = "FUSED_KD_BACKEND"
 
 
 class Backend(Protocol):
-    """The functions of every module of this package; `reference` documents their arguments."""
+    """The functions of a backend module.
+
+    :mod:`.reference` documents their arguments and computes what they must return.
+    """
 
     def why_not(self, device_type: str | None = None) -> str | None:
-        """Return None if this backend can run (on that type of device), else the reason."""
+        """Return None if this backend can run, else the reason; for one type of device if given."""
 
     def forward(
         self,
@@ -44,7 +47,7 @@ class Backend(Protocol):
         w_soft: Tensor | None,
         formula: Formula,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the unweighted hard and soft terms, (N,) each, and the rows' statistics."""
+        """Return hard (N,) and soft (N,), unweighted, and the row statistics."""
 
     def backward(
         self,
@@ -57,7 +60,7 @@ class Backend(Protocol):
         formula: Formula,
         inplace: bool = False,
     ) -> Tensor:
-        """Return the gradient (B, S, V) from the logits and the statistics."""
+        """Return the gradient (B, S, V) from the logits and `forward`'s statistics."""
 
     def forward_backward(
         self,
@@ -70,7 +73,7 @@ class Backend(Protocol):
         inplace: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `forward` returns, and the gradient (B, S, V)."""
+        """Return hard, soft, statistics, and the gradient (B, S, V) of the weighted sum."""
 
     def rescale(
         self,
@@ -84,14 +87,17 @@ class Backend(Protocol):
         stats: Tensor,
         formula: Formula,
     ) -> None:
-        """Multiply a gradient of `forward_backward` by a 0-d scale, in place, rounded once."""
+        """Overwrite a gradient of `forward_backward` by `scale` (0-d) times it, rounded once.
+
+        The other arguments are those of that call, and its statistics.
+        """
 
     def multiply(self, grad: Tensor, scale: Tensor) -> None:
         """Multiply a gradient by a 0-d scale, in place, rounding it again."""
 
 
 def _load(name: str) -> ModuleType | str:
-    """Return the module of a backend, or the reason that it cannot be imported."""
+    """Return the module of a backend, or as text the reason why it cannot be imported."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
@@ -105,10 +111,14 @@ _MODULES: dict[str, ModuleType | str] = {
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
 def why_not(name: str, device_type: str | None = None) -> str | None:
-    """Return why the backend `name` cannot run (on tensors of `device_type`), None if it can.
+    """Return the reason why a backend cannot run, or None if it can.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+        device_type: the type of the tensors' device, such as "cuda"; None: any that it supports.
 
     Raises:
-        ValueError: If no backend has this name.
+        ValueError: No backend has this name.
     """
     if name not in _MODULES:
         raise ValueError(f"backend must be one of {_known()}; got {name!r}")
@@ -119,21 +129,21 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
 
 
 def named(name: str) -> Backend:
-    """Return the backend of a name that :func:`choose_name` returned."""
+    """Return the module of the backend that :func:`choose_name` has chosen."""
     return cast(Backend, _MODULES[name])
 
 
 def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
-    """Return the name of the backend for these sides.
+    """Return the name of the backend for these sides; the module's docstring has the order.
 
     Args:
         requested: "auto" or the name of a backend.
-        student: its device and dtype decide.
-        teacher: its dtype decides. None: no term reads it.
+        student: the side whose device and dtype decide.
+        teacher: the other side, whose dtype decides too. None: no term reads it.
 
     Raises:
-        ValueError: If `requested` or the environment variable is not the name of a backend.
-        RuntimeError: If a backend requested by name cannot run here.
+        ValueError: `requested`, or the environment variable, is not the name of a backend.
+        RuntimeError: A backend requested by name cannot run on this device and dtype.
     """
     source = "backend"
     if requested == "auto":
@@ -155,7 +165,7 @@ def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
 
 
 def _automatic(device: torch.device) -> str:
-    """Return the fastest backend that can run on this device."""
+    """Return the first backend of the order above that can run on this device."""
     if device.type == "meta":
         return "reference"  # a meta tensor has no values to compute with
     if device.type == "cpu":

@@ -6,12 +6,12 @@ from fused_kd import extension
 
 from .registered import registered
 
-extension.cpu.load()  # registers the implementations, if it can
+extension.cpu.load()  # registers the implementations, if the module is installed
 forward, forward_backward, backward, rescale, multiply = registered(prefix="")
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """Return None if this backend can run (on that device), else the reason."""
+    """Return None if this backend can run, else the reason; for one type of device if given."""
     if device_type not in (None, "cpu"):
         return f"the cpu backend runs on CPU tensors, not on {device_type}"
     return extension.cpu.why_not()

@@ -1,8 +1,8 @@
 """The backend `reference`: the specification of a row, in plain torch.
 
-Reads like the mathematics in ``docs/numerics.md``; every gradient is written out and none relies on
-autograd. It computes in float64 if a side is float64, else in float32, on any device, and the other
-backends are tested against it. The divergences' own formulas are in :mod:`fused_kd.divergences`.
+It follows the mathematics in ``docs/numerics.md``. Every gradient is written out; none relies on
+autograd. It computes in float64 if a side is float64, else in float32, on any device. The other
+backends are tested against it. The formulas of the divergences are in :mod:`fused_kd.divergences`.
 
 Notation, for one row: s and t are the logits of student and teacher, y the label, T the
 temperature; π = softmax(s), p = softmax(s/T), q = softmax(t/T).
@@ -12,8 +12,8 @@ Rules that hold for every term:
 * Infinity is decided on the logits. A probability that underflowed to 0 contributes 0.
 * An entry that is -inf on both sides is absent: it contributes nothing and is not counted.
 * A row with a NaN or +inf logit, or without a finite one, on a side that the term reads: NaN.
-* A gradient is the formula also where the value is infinite, if the formula is finite there
-  (forward_kl, the hard term); else the whole row is NaN.
+* The gradient of an infinite term is its formula if that is finite (forward_kl, the hard term);
+  else the row's gradient is NaN.
 * A term of weight 0 is skipped for that row, not multiplied by 0.
 """
 
@@ -30,10 +30,16 @@ from ..sides import arithmetic_dtype
 
 
 def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
-    """Return H = -(1-ε)·log π_y - (ε/V)·Σ_v log π_v, always at temperature 1.
+    """Return H = -(1-ε)·log π_y - (ε/V)·Σ_v log π_v and its gradient, always at temperature 1.
 
-    V counts the entries that are present. ∂H/∂s_v = π_v - target_v, where the target is ε/V at
-    present entries and (1-ε) more at y; an absent y keeps -(1-ε).
+    V counts the present entries. ∂H/∂s_v = π_v - target_v; the target is ε/V at present entries,
+    plus (1-ε) at y, also if y is absent. A label outside [0, V) makes its row NaN.
+
+    Args:
+        s: student's logits (N, V).
+        t: teacher's logits (N, V), which decide with s which entries are absent.
+        y: labels (N,), int64.
+        smoothing: ε.
     """
     vocabulary = s.shape[-1]
     in_range = (y >= 0) & (y < vocabulary)
@@ -53,7 +59,7 @@ def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
 
 
 def soft_term(s: Tensor, t: Tensor, formula: Formula) -> Term:
-    """Return S = c(T)·D and its gradient, from D and T·∂D/∂s."""
+    """Return S = c(T)·D of logits s, t (N, V), and its gradient by s."""
     unit = TABLE[formula.divergence].formula(s, t, formula.temperature, formula.beta)
     factor = formula.soft_factor()
     term = Term(factor * unit.value, (factor / formula.temperature) * unit.gradient)
@@ -61,20 +67,20 @@ def soft_term(s: Tensor, t: Tensor, formula: Formula) -> Term:
 
 
 def _unusable(x: Tensor) -> Tensor:
-    """Return (N,) bool: rows with a NaN or +inf logit, or with no finite one."""
+    """Return bool (N,): True for rows with a NaN or +inf logit, or without a finite one."""
     return ~x.amax(1).isfinite()
 
 
-# ------------------------------------------------------------------- what a backend must offer
+# --------------------------------------------------------------- the functions of a backend
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """Return None: the reference runs on every device."""
+    """Return None, since the reference runs on every device."""
     return None
 
 
 def refuse_inplace_with_out(inplace: bool) -> None:
-    """Raise ValueError if the gradient is to be written to two places."""
+    """Raise ValueError if both `inplace` and `out` set the memory of the gradient."""
     if inplace:
         raise ValueError(
             "inplace=True writes the gradient over the student's logits; got out as well: leave "
@@ -90,14 +96,26 @@ def forward_backward(
     w_soft: Tensor | None,  # (N,)
     formula: Formula,
     inplace: bool = False,
-    out: Tensor | None = None,  # (B, S, V), in its own memory
+    out: Tensor | None = None,  # (B, S, V), separate memory
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the unweighted terms of every row, statistics for a later backward, and the gradient.
+    """Return both terms of every row, statistics for a later backward, and the gradient.
 
-    hard (N,) and soft (N,) are 0 where their weight is 0 or the term is off (None); the gradient
-    (B, S, V) is w_hard·∂H/∂s + w_soft·∂S/∂s, rounded once: to the dtype of `out`, which is the
-    student's, or a 16-bit one for a float32 student, else to the student's, over the student's
-    memory if `inplace`. The reference keeps no statistics: (N, 0).
+    Args:
+        student: logits; N = B·S rows. Overwritten by the gradient if `inplace`.
+        teacher: logits, of any supported dtype.
+        labels: int64; None needs w_hard=None.
+        w_hard: weight of H in the gradient; 0: the term is off in this row, None: in all rows.
+        w_soft: weight of S, likewise.
+        formula: the options.
+        inplace: write the gradient over the student's memory.
+        out: memory for the gradient: of the student's dtype, or 16-bit for a float32 student.
+
+    Returns:
+        hard (N,) and soft (N,), unweighted, 0 if the term is off; statistics, here (N, 0); and the
+        gradient (B, S, V), w_hard·∂H/∂s + w_soft·∂S/∂s, rounded once to the dtype of its memory.
+
+    Raises:
+        ValueError: `inplace` and `out` are both set.
     """
     vocabulary = student.shape[-1]
     dtype = arithmetic_dtype(student, teacher)
@@ -132,7 +150,7 @@ def forward(
     w_soft: Tensor | None,  # (N,)
     formula: Formula,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hard, soft and stats of :func:`forward_backward`."""
+    """Return hard, soft and statistics of :func:`forward_backward`, without the gradient."""
     return forward_backward(student, teacher, labels, w_hard, w_soft, formula)[:3]
 
 
@@ -146,7 +164,7 @@ def backward(
     formula: Formula,
     inplace: bool = False,
 ) -> Tensor:
-    """Return the gradient of :func:`forward_backward`, from the logits and the statistics."""
+    """Return the gradient (B, S, V) of :func:`forward_backward` for these weights."""
     return forward_backward(student, teacher, labels, w_hard, w_soft, formula, inplace)[3]
 
 
@@ -161,7 +179,10 @@ def rescale(
     stats: Tensor,  # (N, 0)
     formula: Formula,
 ) -> None:
-    """Multiply a gradient of :func:`forward_backward` by `scale`, rounded once to its dtype."""
+    """Overwrite a gradient of :func:`forward_backward` by `scale` times it, rounded once.
+
+    A 16-bit gradient is recomputed from the logits, with weights times `scale`.
+    """
     if grad.dtype in (torch.float32, torch.float64):
         multiply(grad, scale)
         return
@@ -174,5 +195,5 @@ def multiply(
     grad: Tensor,  # (B, S, V), overwritten
     scale: Tensor,  # 0-d
 ) -> None:
-    """Multiply a gradient by `scale`, rounding it again. 0 stays 0 for an infinite scale too."""
+    """Multiply a gradient by `scale` in place, rounding again; 0 stays 0 for any scale."""
     grad.copy_(keep(grad * scale, grad != 0))

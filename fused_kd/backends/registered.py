@@ -1,7 +1,7 @@
-"""A backend's functions by registered operators: the protocol of :mod:`fused_kd.backends`.
+"""The functions of a backend that calls registered operators: cpu, cuda and triton.
 
-The operators are those of :mod:`fused_kd.ops`, which documents their shapes; a backend is a prefix
-of their names.
+The operators are those of :mod:`fused_kd.ops`, which documents their shapes. A backend is
+identified by the prefix of their names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from .reference import refuse_inplace_with_out
 
 
 class Functions(NamedTuple):
-    """Plain functions, since a compiler's trace does not follow bound methods."""
+    """The functions of :class:`fused_kd.backends.Backend` except `why_not`.
+
+    Plain functions, since a compiler's trace does not follow bound methods.
+    """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     forward_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -30,7 +33,7 @@ class Functions(NamedTuple):
 
 
 def registered(prefix: str) -> Functions:
-    """Return the functions of a backend whose operators are ``torch.ops.fused_kd.<prefix>*``."""
+    """Return the functions of a backend, which call operators ``torch.ops.fused_kd.<prefix>*``."""
 
     def operator(name: str) -> Any:
         return getattr(torch.ops.fused_kd, prefix + name).default
@@ -48,7 +51,7 @@ def registered(prefix: str) -> Functions:
         w_soft: Tensor | None,
         formula: Formula,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hard (N,), soft (N,) and stats."""
+        """Return hard (N,), soft (N,) and stats (N, STATS)."""
         rows = (student, teacher, labels, w_hard, w_soft)
         return make_forward(*rows, *_numbers(formula))  # type: ignore[no-any-return]
 
@@ -62,7 +65,7 @@ def registered(prefix: str) -> Functions:
         inplace: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return hard, soft, stats and the gradient."""
+        """Return hard, soft, stats and the gradient (B, S, V): new, in `out` or in place."""
         rows = (student, teacher, labels, w_hard, w_soft)
         if out is not None:
             refuse_inplace_with_out(inplace)
@@ -99,17 +102,18 @@ def registered(prefix: str) -> Functions:
         stats: Tensor,
         formula: Formula,
     ) -> None:
-        """Multiply a gradient of forward_backward by ``scale``, in its own memory.
+        """Overwrite a gradient of forward_backward by `scale` times it.
 
-        A power of two is exact, and float32 loses half a unit to arithmetic that lost more; a
-        16-bit gradient would be rounded a second time, so it is recomputed. Only the operator
-        reads the scale, so that the host never synchronizes.
+        It is multiplied if the scale is a power of two, which is exact, or the gradient float32,
+        which then loses half a unit. A 16-bit gradient would be rounded a second time and is
+        recomputed instead. The operator reads the scale on the device: the host does not
+        synchronize.
         """
         rows = (student, teacher, labels, w_hard, w_soft)
         rescale_(*rows, stats, *_numbers(formula), scale, grad)
 
     def multiply(grad: Tensor, scale: Tensor) -> None:
-        """Multiply a gradient by ``scale``, in its own memory, rounding it again."""
+        """Multiply a gradient by `scale` in place, rounding it again."""
         scale_(grad, scale)
 
     return Functions(forward, forward_backward, backward, rescale, multiply)

@@ -1,6 +1,6 @@
-"""A Head on any side: the logits of one chunk of rows at a time.
+"""The engine for a Head on either side: the logits of one chunk of rows at a time.
 
-The loop over chunks is one registered operator.
+The loop over the chunks is one registered operator, see :mod:`fused_kd.engines.operators`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .settings import ChunkSettings, Gradients, Inputs, Settings
 
 
 def gradient_in_forward(settings: Settings, inputs: Inputs) -> bool:
-    """Return False if a gradient is rounded to float16: a loss scale enters before that."""
+    """Return False if a gradient is rounded to float16, since a loss scale must come first."""
     chunks = _chunks(settings)
     student, weight, _ = inputs.student
     assert student is not None
@@ -28,7 +28,7 @@ def gradient_in_forward(settings: Settings, inputs: Inputs) -> bool:
 
 
 def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, None]:
-    """Return hard and soft; the logits are gone, and there are no statistics of them."""
+    """Return hard, soft and None: no statistics are kept, since the logits are freed."""
     hard, soft = torch.ops.fused_kd.chunked_losses(*_arguments(settings, inputs))
     return hard, soft, None
 
@@ -36,37 +36,38 @@ def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, None]:
 def losses_and_gradients(
     settings: Settings, inputs: Inputs, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, None, Gradients]:
-    """Return hard, soft and the gradients, None for one that is not wanted, or is in place."""
+    """Return hard, soft, None and the gradients; None for one that is unwanted or in place."""
     if settings.inplace:
         hard, soft = torch.ops.fused_kd.chunked_gradients_(*_arguments(settings, inputs))
         return hard, soft, None, (None, None, None)
-    narrow = not torch.compiler.is_compiling()  # or it would compile for the number of rows
-    hard, soft, *made = torch.ops.fused_kd.chunked_gradients(
+    # a narrowed gradient's dtype depends on the number of rows: a trace would specialise on it
+    may_narrow = not torch.compiler.is_compiling()
+    hard, soft, *grads = torch.ops.fused_kd.chunked_gradients(
         *_arguments(settings, inputs),
         list(wanted),
         _chunks(settings).grad_accum_dtype,
-        narrow,
+        may_narrow,
     )
-    return hard, soft, None, tuple(g if w else None for g, w in zip(made, wanted, strict=True))
+    return hard, soft, None, tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
 def gradients(
     settings: Settings, inputs: Inputs, stats: None, wanted: tuple[bool, ...]
 ) -> Gradients:
-    """Return the gradients; the logits are computed once more."""
-    *_, made = losses_and_gradients(settings, inputs, wanted)
+    """Compute the logits again and return the gradients, in the dtypes of the student's tensors."""
+    *_, grads = losses_and_gradients(settings, inputs, wanted)
     if settings.inplace:
         return inputs.student[0], None, None
     return tuple(
         None if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(made, inputs.student, strict=True)
+        for g, x in zip(grads, inputs.student, strict=True)
     )
 
 
 def rescaled(
-    settings: Settings, inputs: Inputs, stats: None, made: Gradients, scale: Tensor
+    settings: Settings, inputs: Inputs, stats: None, forward_gradients: Gradients, scale: Tensor
 ) -> Gradients:
-    """Return `scale` times the gradients, in their memory if they have the dtype of their input."""
+    """Return `scale` times the gradients, in their memory unless that has another dtype."""
     if settings.inplace:
         student = inputs.student[0]
         assert student is not None
@@ -74,12 +75,12 @@ def rescaled(
         return student, None, None
     return tuple(
         None if g is None or x is None else _scaled(g, scale, settings).to(x.dtype)
-        for g, x in zip(made, inputs.student, strict=True)
+        for g, x in zip(forward_gradients, inputs.student, strict=True)
     )
 
 
 def _scaled(gradient: Tensor, scale: Tensor, settings: Settings) -> Tensor:
-    """Return scale·gradient; 0 stays 0 for any scale, as in a row that does not count."""
+    """Return scale·gradient; 0 stays 0 for any scale, so that an ignored row is never NaN."""
     if torch.compiler.is_compiling():
         return torch.where(gradient != 0, gradient * scale, 0.0)
     if gradient.numel() > 0:
@@ -93,7 +94,7 @@ def _chunks(settings: Settings) -> ChunkSettings:
 
 
 def _arguments(settings: Settings, inputs: Inputs) -> tuple[Any, ...]:
-    """Return what both operators take first."""
+    """Return the arguments that all chunk operators have in common."""
     chunks = _chunks(settings)
     return (
         *(*inputs.student, *inputs.teacher, inputs.labels, inputs.w_hard, inputs.w_soft),

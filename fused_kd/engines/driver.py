@@ -1,9 +1,9 @@
-"""The chunk driver: logits of some rows, the row kernel over them, the products with the gradient.
+"""The chunk driver: logits of a chunk of rows, the row kernel, the products of the gradient.
 
-Of the logits that a Head stands for no more than one chunk exists: float32 in buffers that every
-chunk uses again. The gradient by a student Head's logits overwrites them, or, where the products
-take it in 16 bits, the teacher's (:func:`_doubling_parts`). The weight gradient is summed over the
-chunks, the first of which is written, not added.
+A Head's logits exist for one chunk at a time, in float32 buffers that all chunks share. The
+gradient of a student Head's logits overwrites them; if the products take a 16-bit gradient, it
+overwrites the teacher's logits instead (:func:`_doubling_parts`). The weight gradient is summed
+over the chunks: the first chunk writes it, the others add.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .memory import Cut, Sizes, cut_rows
 from .products import Products, Projection, products_for
 from .selection import Selection, is_scattered, put, take
 
-#: Rows of a chunk over those of its first part, where the gradient overwrites the teacher's logits:
-#: those rows are rounded by a separate kernel. A power of two; twice as many is one more launch for
-#: each chunk.
+#: The first part of a chunk is 1/FIRST_PART of its rows if the gradient overwrites the teacher's
+#: logits: a separate kernel rounds those rows. A power of two; doubling it costs one more launch
+#: for each chunk.
 FIRST_PART = 16
 
 Rows = slice | Tensor
 
 
 class Problem(NamedTuple):
-    """N rows of both models, and what is computed of them."""
+    """The rows of both models and the options: everything that a run over the chunks needs."""
 
     student: Projection | Tensor  # a head, or logits (..., V)
     teacher: Projection | Tensor | None  # the same; None: no term reads the teacher
@@ -39,21 +39,21 @@ class Problem(NamedTuple):
     formula: Formula
     backend_name: str
     backend: Backend
-    accum_dtype: torch.dtype  # of the logits that are computed, of losses and sums
+    accum_dtype: torch.dtype  # of computed logits, losses and sums
     chunk_rows: int | None
     memory_budget: int | None
-    kept_rows: int | None  # at most that many rows have a weight; None: ask the CPU, or mask
+    kept_rows: int | None  # upper bound of the rows with a weight; None: count (CPU), or mask
     grad_accum_dtype: torch.dtype  # of the sums over chunks
-    may_narrow: bool  # a single chunk needs no sum: its weight gradient has the weight's dtype
+    may_narrow: bool  # with a single chunk, the weight gradient has the weight's dtype
     inplace: bool  # the gradient overwrites the student's logits
 
     @property
     def rows(self) -> Tensor:
-        """Return the student's tensor that has the rows."""
+        """Return the student's tensor (N rows): its logits or its hidden states."""
         return self.student if isinstance(self.student, Tensor) else self.student.hidden
 
 
-#: By the student's logits, None, None; or by hidden (..., H), weight (V, H), bias (V,). None: not
+#: Of the student's logits, None, None; or of hidden (..., H), weight (V, H), bias (V,). None: not
 #: wanted, or in place. Those of weight and bias have the dtype of the accumulation.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -61,11 +61,18 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def run_chunks(
     problem: Problem, wanted: tuple[bool, ...] | None
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Return hard (N,) and soft (N,), unweighted and 0 for rows without weight, and the gradients.
+    """Process all rows, chunk by chunk.
 
     Args:
-        problem: what to compute.
-        wanted: which gradients, by the student's tensors; None: none.
+        problem: the rows and the options.
+        wanted: for each tensor of the student, whether its gradient is computed; None: losses only.
+
+    Returns:
+        hard (N,) and soft (N,), unweighted, 0 for rows without a weight; and the gradients of
+        Σ (w_hard·hard + w_soft·soft).
+
+    Raises:
+        ValueError: memory_budget does not hold one row.
     """
     x, dtype = problem.rows, problem.accum_dtype
     rows = Selection(x.shape[:-1].numel(), problem.w_hard, problem.w_soft, problem.kept_rows)
@@ -83,13 +90,19 @@ def run_chunks(
     gradients = None if wanted is None else _new_gradients(problem, wanted, cut, rows)
     chunk = _chunk_of(problem, products, min(cut.height, rows.count), gradients, rows)
     for begin in range(0, rows.count, cut.height):
-        here = rows.at(begin, min(begin + cut.height, rows.count))
-        hard[here], soft[here] = chunk.visit(here, add=begin > 0)
+        index = rows.at(begin, min(begin + cut.height, rows.count))
+        hard[index], soft[index] = chunk.process(index, add=begin > 0)
     return hard, soft, (None, None, None) if gradients is None else gradients
 
 
 def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
-    """Return what the height of a chunk depends on; `gathered`: rows are copied in any case."""
+    """Return the sizes that decide the rows of a chunk.
+
+    Args:
+        problem: the rows and the options.
+        products: the routines that multiply.
+        gathered: every chunk copies its rows, because some rows are left out or masked.
+    """
     student, teacher, dtype = problem.student, problem.teacher, problem.accum_dtype
     x = problem.rows
     t = teacher.hidden if isinstance(teacher, Projection) else teacher
@@ -97,7 +110,7 @@ def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
     gradient_bytes = 0
     if isinstance(student, Projection):
         gradient_dtype = products.gradient_dtype(dtype, student.compute)
-        # it overwrites the student's logits, or those of a teacher's head
+        # no memory of its own if it overwrites the student's logits, or those of a teacher's head
         if not isinstance(teacher, Projection) and gradient_dtype != dtype:
             gradient_bytes = gradient_dtype.itemsize
     return Sizes(
@@ -116,9 +129,9 @@ def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
 def _new_gradients(
     problem: Problem, wanted: tuple[bool, ...], cut: Cut, rows: Selection
 ) -> Gradients:
-    """Return memory for the gradients, 0 where no chunk will write."""
+    """Allocate the gradients; set to 0 the rows that no chunk writes."""
     accumulate, student = problem.grad_accum_dtype, problem.student
-    narrows = problem.may_narrow and cut.is_one and problem.accum_dtype == torch.float32
+    narrows = problem.may_narrow and cut.is_single and problem.accum_dtype == torch.float32
     if narrows and isinstance(student, Projection):
         accumulate = student.weight.dtype
     gradients = empty_gradients(student, wanted, accumulate, problem.inplace)
@@ -135,7 +148,7 @@ def _new_gradients(
 def empty_gradients(
     student: Projection | Tensor, wanted: tuple[bool, ...], accumulate: torch.dtype, inplace: bool
 ) -> Gradients:
-    """Return memory for the gradients that are wanted; also for a compiler's fake tensors."""
+    """Allocate the wanted gradients, uninitialised; works with fake tensors too."""
     if isinstance(student, Tensor):
         return None if inplace else student.new_empty(student.shape), None, None
     hidden, weight, bias = student.hidden, student.weight, student.bias
@@ -150,9 +163,9 @@ def empty_gradients(
 
 
 def _sum_dtype(accumulate: torch.dtype, parameter: Tensor | None) -> torch.dtype:
-    """Return the wider of both dtypes, for a bias may be wider than the weight; at most float32.
+    """Return the dtype of a parameter's gradient sum: the wider of both, at most float32.
 
-    float64 only if the arithmetic is float64, which `accumulate` then is.
+    A bias may be wider than the weight. float64 only if the arithmetic is, as `accumulate` shows.
     """
     if parameter is None or accumulate == torch.float64:
         return accumulate
@@ -164,7 +177,7 @@ def _sum_dtype(accumulate: torch.dtype, parameter: Tensor | None) -> torch.dtype
 
 
 class _TeacherRows:
-    """The teacher's logits of a chunk, in a buffer that every chunk uses again."""
+    """The teacher's logits of a chunk, in a buffer that all chunks share."""
 
     def __init__(self, problem: Problem, products: Products, height: int) -> None:
         self.side, self.products = problem.teacher, products
@@ -174,7 +187,10 @@ class _TeacherRows:
             self.buffer = self.side.hidden.new_empty(shape, dtype=problem.accum_dtype)
 
     def at(self, rows: Rows, student: Tensor) -> Tensor:
-        """Return the logits (C, V) of these rows; the student's stand in for no teacher."""
+        """Return the teacher's logits (C, V) of these rows.
+
+        Without a teacher it returns `student`: the row kernel then ignores its teacher argument.
+        """
         if self.side is None:
             return student
         if isinstance(self.side, Tensor):
@@ -187,7 +203,10 @@ class _TeacherRows:
 
 
 class _HeadChunk:
-    """A chunk of a student Head: its logits, then the products with their gradient."""
+    """Processes the chunks of a student Head, one at a time, in buffers that all chunks share.
+
+    For each chunk: the logits, the row kernel, and the products of the gradient of the logits.
+    """
 
     def __init__(
         self,
@@ -200,13 +219,13 @@ class _HeadChunk:
     ) -> None:
         self.problem, self.side, self.products = problem, student, products
         self.gradients, self.mask = gradients, rows.mask
-        weights = (_times(w, student.scale) for w in (problem.w_hard, problem.w_soft))
+        weights = (_scaled_weights(w, student.scale) for w in (problem.w_hard, problem.w_soft))
         self.vectors = (problem.labels, *weights)
         self.teacher = _TeacherRows(problem, products, height)
         shape = (height, student.weight.shape[0])
         self.logits = student.hidden.new_empty(shape, dtype=problem.accum_dtype)
         self.gradient_dtype = products.gradient_dtype(problem.accum_dtype, student.compute)
-        self.gradient: Tensor | None = None  # as the products take it; None: there is none yet
+        self.gradient: Tensor | None = None  # in the products' dtype; None: not allocated yet
         self.over_teacher = False
         if gradients is None:
             return
@@ -218,10 +237,15 @@ class _HeadChunk:
         elif not (isinstance(problem.teacher, Tensor) and _copies(problem.teacher, rows)):
             self.gradient = self.logits.new_empty(shape, dtype=self.gradient_dtype)
 
-    def visit(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows; write their part of the gradients, or add it."""
+    def process(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of these rows; write their part of the gradients, or add it.
+
+        Args:
+            rows: the rows of this chunk.
+            add: add to the weight and bias gradients; False: overwrite them (the first chunk).
+        """
         hidden = take(self.side.hidden, rows)
-        if self.mask is not None:  # 0 times what is not a number would spoil the weight gradient
+        if self.mask is not None:  # 0 times NaN would spoil the weight gradient
             hidden = torch.where(self.mask[rows, None], hidden, 0)
         losses = self._losses(rows, hidden)
         if self.gradients is not None:
@@ -229,23 +253,23 @@ class _HeadChunk:
         return losses
 
     def _losses(self, rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows, and leave the gradient of their logits."""
+        """Return hard and soft of these rows; store the gradient of their logits."""
         count = hidden.shape[0]
         s = self.logits[:count]
         self.products.logits(s, hidden, self.side)
         t = self.teacher.at(rows, s)
         vectors = tuple(None if x is None else x[rows] for x in self.vectors)
         parts = _doubling_parts(count) if self.over_teacher else [slice(0, count)]
-        visits = [self._visit(part, s, t, *vectors) for part in parts]
-        if len(visits) == 1:
-            return visits[0]
-        hard, soft = (torch.cat(x) for x in zip(*visits, strict=True))
+        losses = [self._process_part(part, s, t, *vectors) for part in parts]
+        if len(losses) == 1:
+            return losses[0]
+        hard, soft = (torch.cat(x) for x in zip(*losses, strict=True))
         return hard, soft
 
-    def _visit(
+    def _process_part(
         self, part: slice, s: Tensor, t: Tensor, *vectors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of a part of the chunk's rows, and leave their gradient."""
+        """Return hard and soft of a part of the chunk; store the gradient of its logits."""
         backend, formula = self.problem.backend, self.problem.formula
         s, t = s[part], t[part]
         labels, w_hard, w_soft = (None if x is None else x[part] for x in vectors)
@@ -261,18 +285,21 @@ class _HeadChunk:
         return losses
 
     def _free_memory(self, part: slice) -> Tensor | None:
-        """Return where the row kernel writes the gradient; None: over the student's logits."""
+        """Return the memory for the row kernel's gradient; None: over the student's logits."""
         if self.gradient is None or self.gradient.dtype == self.logits.dtype:
             return None
         return None if self.over_teacher and part.start == 0 else self.gradient[part]
 
     def _multiply(self, rows: Rows, hidden: Tensor, gradients: Gradients, add: bool) -> None:
-        """Write the chunk's part of each wanted gradient, or add it."""
+        """Multiply the gradient of the chunk's logits into each wanted gradient.
+
+        Rows of the hidden gradient are written; weight and bias are added to if `add`.
+        """
         of_hidden, of_weight, of_bias = gradients
         count = hidden.shape[0]
         if self.gradient is not None:
             gradient = self.gradient[:count]
-        else:  # only now is there memory for it: a copy of the teacher's logits is gone
+        else:  # allocated only now, after the copy of the teacher's logits was freed
             gradient = self.logits[:count].to(self.gradient_dtype)
         if of_bias is not None:
             part = gradient.sum(0, dtype=self.logits.dtype)
@@ -293,7 +320,7 @@ class _HeadChunk:
 
 
 class _LogitsChunk:
-    """A chunk of the student's logits next to a teacher's Head."""
+    """Processes the chunks of a student's logits with a teacher Head, one at a time."""
 
     def __init__(
         self,
@@ -305,13 +332,18 @@ class _LogitsChunk:
     ) -> None:
         self.problem, self.logits = problem, logits
         self.teacher = _TeacherRows(problem, products, height)
-        #: Where the gradient is written; None: not wanted.
+        #: The memory for the gradient; None: not wanted.
         self.out = None
         if gradients is not None:
             self.out = logits if problem.inplace else gradients[0]
 
-    def visit(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows, and write their gradient."""
+    def process(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of these rows, and write the gradient of their logits.
+
+        Args:
+            rows: the rows of this chunk.
+            add: unused, since each row's gradient is written once.
+        """
         s = take(self.logits, rows)
         t = self.teacher.at(rows, s)
         p = self.problem
@@ -342,26 +374,26 @@ def _chunk_of(
     return _LogitsChunk(problem, student, products, height, gradients)
 
 
-def _times(w: Tensor | None, scale: float) -> Tensor | None:
-    """Return the weights of the gradient by logits before a head's scale; 0 only where w is 0."""
+def _scaled_weights(w: Tensor | None, scale: float) -> Tensor | None:
+    """Return scale·w, the weights of the gradient by the unscaled logits; 0 only if w is 0."""
     if w is None or scale == 1.0:
         return w
     scaled = w * scale
-    lost = (w != 0) & (scaled == 0)  # 0 would switch the row's term off
+    lost = (w != 0) & (scaled == 0)  # underflowed; 0 would switch the row's term off
     return torch.where(lost, torch.finfo(w.dtype).tiny, scaled)
 
 
 def _copies(logits: Tensor, rows: Selection) -> bool:
-    """Return True if `take` copies the logits of a chunk."""
+    """Return True if :func:`take` copies a chunk of these logits instead of returning a view."""
     return rows.index is not None or is_scattered(logits)
 
 
 def _doubling_parts(count: int) -> Iterator[slice]:
-    """Yield the rows of a chunk that are visited together, if the teacher's logits make way.
+    """Yield the parts of a chunk's rows, if the gradient overwrites the teacher's logits.
 
-    The gradient of rows [0, 2b) has 16 bits and so fits the memory of the teacher's float32 logits
-    of rows [0, b), which are free when these rows have been visited: the parts after the first
-    begin at b and end at 2b, and never write what they or a later part read.
+    The 16-bit gradient of rows [0, 2b) fits the memory of the teacher's float32 logits of rows
+    [0, b), which are not needed after these rows were processed. So each part after the first is
+    [b, 2b), and never writes what it or a later part reads.
     """
     begin, end = 0, -(-count // FIRST_PART)
     while begin < count:

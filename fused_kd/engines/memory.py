@@ -1,4 +1,4 @@
-"""How many rows a chunk has: what a row of a chunk needs, and what the caller's budget allows."""
+"""How many rows a chunk has, from the bytes of a row and the caller's budget."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ..options import MIB
 
 #: Bytes of the automatic budget on a CPU.
 CPU_BUDGET = 256 * MIB
-#: The automatic budget is never below what this many rows need: fewer would read and write the
-#: weight gradient so often that it takes a good part of the time.
+#: An automatic chunk has at least this many rows: with fewer, reading and writing the weight
+#: gradient takes a large share of the time.
 FEWEST_ROWS = 64
 #: Rows of an automatic chunk on a GPU; below about 1070 the weight gradient's traffic dominates
 #: (calculated).
 GPU_ROWS = 2048
 #: ... and the share of the GPU's memory that they may take.
 GPU_SHARE = 16
-#: Labels, weights, losses and statistics of a row.
+#: Bytes of a row's labels, weights, losses and statistics.
 SMALL_PER_ROW = 128
 
 
 class Sizes(NamedTuple):
-    """What the memory of a chunk depends on; ``*_bytes`` are bytes of an element."""
+    """The sizes that decide the memory of a chunk; ``*_bytes`` are bytes of an element."""
 
     vocabulary: int
     student_hidden: int | None  # None: the student's logits are given
@@ -33,11 +33,11 @@ class Sizes(NamedTuple):
     teacher_bytes: int = 4  # of the teacher's hidden states, or logits
     gathered: bool = True  # rows are copied together: some are ignored, or are scattered
     converted: bool = False  # hidden states are not multiplied in the arithmetic's dtype
-    gradient_bytes: int = 0  # of the gradient of the logits; 0: overwrites logits, or is the result
+    gradient_bytes: int = 0  # of the gradient of the logits; 0: it needs no memory of its own
 
 
 def row_bytes(sizes: Sizes) -> int:
-    """Return what one row of a chunk needs: logits, gathered inputs, converted ones."""
+    """Return the bytes of one row of a chunk: logits, gathered inputs, converted inputs."""
     accum, vocabulary = sizes.accum_bytes, sizes.vocabulary
     heads = [
         (hidden, element)
@@ -61,7 +61,7 @@ def row_bytes(sizes: Sizes) -> int:
         copied = sizes.student_bytes
     elif sizes.gathered and sizes.teacher_hidden is None:
         copied = sizes.teacher_bytes
-    # a gradient is allocated when a copy of the teacher's logits is gone
+    # the larger of the two: a gradient is allocated after a copy of the teacher's logits was freed
     total += max(sizes.gradient_bytes, copied) * vocabulary
     return total + copies
 
@@ -83,7 +83,7 @@ def budget_rows(budget: int, sizes: Sizes, fixed: int) -> int:
 
 
 def automatic_rows(device: torch.device, sizes: Sizes, fixed: int) -> int:
-    """Return the rows of a chunk if the caller does not say."""
+    """Return the rows of a chunk without chunk_rows and memory_budget, at least FEWEST_ROWS."""
     if device.type == "cpu":
         fits = (CPU_BUDGET - fixed) // row_bytes(sizes)
     else:
@@ -94,7 +94,7 @@ def automatic_rows(device: torch.device, sizes: Sizes, fixed: int) -> int:
 
 def chunk_rows(
     rows: int,
-    asked: int | None,
+    requested: int | None,
     budget: int | None,
     device: torch.device,
     sizes: Sizes,
@@ -103,23 +103,23 @@ def chunk_rows(
     """Return the rows of each chunk but the last: as many as allowed, in chunks of equal height.
 
     Args:
-        rows: all that are computed.
-        asked: by the caller; returned unchanged.
-        budget: in bytes; None: :func:`automatic_rows`.
-        device: where the chunks are computed.
-        sizes: of a row.
-        fixed: bytes that the products need for any height.
+        rows: the number of rows to compute.
+        requested: the caller's chunk_rows, returned unchanged; None: not set.
+        budget: the caller's memory_budget in bytes; None: :func:`automatic_rows`.
+        device: the device of the tensors.
+        sizes: the sizes of a row.
+        fixed: bytes that the products need for any number of rows.
 
     Raises:
         ValueError: If the budget does not hold one row.
     """
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if budget is None:
-        most = automatic_rows(device, sizes, fixed)
+        limit = automatic_rows(device, sizes, fixed)
     else:
-        most = budget_rows(budget, sizes, fixed)
-    chunks = max(1, -(-rows // most))
+        limit = budget_rows(budget, sizes, fixed)
+    chunks = max(1, -(-rows // limit))
     return max(1, -(-rows // chunks))
 
 
@@ -127,20 +127,23 @@ class Cut(NamedTuple):
     """How rows are cut into chunks."""
 
     height: int  # rows of each chunk but the last
-    is_one: bool  # one chunk would hold all rows, even if each had to be copied
+    is_single: bool  # one chunk would hold all rows, even if each had to be copied
 
 
 def cut_rows(
     rows: int,
     computed: int,
-    asked: int | None,
+    requested: int | None,
     budget: int | None,
     device: torch.device,
     sizes: Sizes,
     fixed: int,
 ) -> Cut:
-    """Return how the `computed` ones of all `rows` are cut; see :func:`chunk_rows`."""
+    """Return how `computed` of `rows` rows are cut into chunks.
+
+    The other arguments, and the errors, are those of :func:`chunk_rows`.
+    """
     # first, so that the message for a budget below one row states what suffices for any labels
-    most = chunk_rows(rows, asked, budget, device, sizes._replace(gathered=True), fixed)
-    height = chunk_rows(computed, asked, budget, device, sizes, fixed)
-    return Cut(height, rows <= most)
+    limit = chunk_rows(rows, requested, budget, device, sizes._replace(gathered=True), fixed)
+    height = chunk_rows(computed, requested, budget, device, sizes, fixed)
+    return Cut(height, rows <= limit)

@@ -1,9 +1,10 @@
-"""The registered operators of the chunk loop, which is opaque to a compiler.
+"""The registered operators of the chunk loop.
 
-A loop that a compiler traced would be compiled once more for every number of rows. Each operator
-takes the sides (three tensors each: logits, None, None; or hidden states, weight, bias) and one
-weight per row and term (None: the term is off), and returns the unweighted terms of every row; two
-of them also the gradients of their weighted sum. Calling them directly is not differentiable.
+They keep the loop out of a compiler's trace, which would compile again for every number of rows.
+Each takes the two sides (three tensors each: logits, None, None; or hidden states, weight, bias)
+and one weight per row and term (None: the term is off). Each returns the unweighted terms of every
+row; two of them also compute the gradients of the weighted sum. Calling them directly is not
+differentiable.
 
 No argument and no result is a list of tensors: ``is_grads_batched=True`` and ``torch.vmap`` call an
 operator without a batching rule once for each entry of the batch, but not one with lists.
@@ -33,8 +34,8 @@ _ARGUMENTS = (
     "float teacher_scale, SymInt? chunk_rows, SymInt? memory_budget, SymInt? kept_rows"
 )
 library.define(f"chunked_losses({_ARGUMENTS}) -> (Tensor, Tensor)")
-# gradients by the three tensors of the student, empty if not wanted. may_narrow: those of weight
-# and bias have the weight's dtype if all rows fit in one chunk.
+# also the gradients of the student's three tensors, empty if not wanted; may_narrow: those of
+# weight and bias have the weight's dtype if all rows fit in one chunk
 library.define(
     f"chunked_gradients({_ARGUMENTS}, bool[] wanted, ScalarType grad_accum_dtype, bool may_narrow)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -47,12 +48,12 @@ library.define(
 
 
 def chunked_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return hard (N,) and soft (N,)."""
+    """Return hard (N,) and soft (N,), unweighted."""
     return _run(_problem(*arguments), None)[:2]
 
 
 def chunked_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return hard, soft and the gradients."""
+    """Return hard (N,), soft (N,) and the gradients; an empty tensor for one that is not wanted."""
     *rest, wanted, grad_accum_dtype, may_narrow = arguments
     problem = _problem(*rest)
     problem = problem._replace(grad_accum_dtype=grad_accum_dtype, may_narrow=may_narrow)
@@ -61,7 +62,7 @@ def chunked_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def chunked_gradients_(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return hard and soft, and overwrite the student's logits by the gradient."""
+    """Return hard and soft; overwrite the student's logits by their gradient."""
     problem = _problem(*arguments)._replace(inplace=True)
     return _run(problem, (True, False, False))[:2]
 
@@ -152,7 +153,7 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"fused_kd::{_name}", _fake)
 
 
-# What FlopCounterMode counts: the products of all rows. How many are ignored, no shape says.
+# For FlopCounterMode: the products of all rows, since the shapes do not show how many are ignored.
 
 
 @register_flop_formula([torch.ops.fused_kd.chunked_losses, torch.ops.fused_kd.chunked_gradients_])

@@ -1,18 +1,19 @@
 """The matrix products of a Head, float32 results from any operands.
 
-Logits that a product rounds to 16 bits cost the gradient of a distillation loss 4 to 23 percent (a
-difference of near-equal distributions): every product here writes float32 (float64 for double).
-What differs is the routine that multiplies:
+Every product here writes float32 (float64 for float64 inputs), because logits rounded to 16 bits
+cost the gradient of a distillation loss, a difference of near-equal distributions, 4 to 23 percent.
+The classes differ in the routine that multiplies:
 
 * :class:`CompiledProducts`: the package's own product on a CPU. It converts operands while it packs
   them, and its bits do not depend on the number of rows or threads.
-* :class:`CudaProducts`: 16-bit operands, float32 results by ``out_dtype``. Both operands must have
-  16 bits, the gradient of the logits too: the row kernel writes it so, rounded once.
+* :class:`CudaProducts`: cuBLAS, with 16-bit operands and float32 results (``out_dtype``). Both
+  operands must have 16 bits, so the row kernel writes the gradient of the logits in 16 bits,
+  rounded once.
 * :class:`TorchProducts`: everything else; 16-bit weights are widened tile by tile.
 
 Shapes: hidden (C, H), weight (V, H), bias (V,), logits and their gradient (C, V). `compute` is the
-dtype that hidden states and weights are rounded to before they are multiplied (autocast); where
-they have it already, nothing is rounded.
+dtype that hidden states and weights are rounded to before they are multiplied (autocast's, or their
+own).
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ TILE_BYTES = 4 * MIB
 
 
 class Projection(NamedTuple):
-    """One model's rows and head: logits = scale · (hidden · weightᵀ + bias)."""
+    """The rows and the head of a model, whose logits are scale · (hidden · weightᵀ + bias)."""
 
     hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    compute: torch.dtype
+    compute: torch.dtype  # of the operands
     scale: float = 1.0
 
 
 class Products:
-    """What the chunk driver needs, by one product that each of the classes below brings."""
+    """The products of the chunk driver; each subclass implements `_multiply`."""
 
     #: Bytes of a tile of weights that are converted, or copied, before they are multiplied.
     tile_bytes = TILE_BYTES
 
     def fixed_bytes(self) -> int:
-        """Return the bytes that the products need themselves, for any number of rows."""
-        return 2 * self.tile_bytes  # in the autocast dtype, and as float32
+        """Return the bytes of temporaries that do not depend on the number of rows."""
+        return 2 * self.tile_bytes  # a tile in the autocast dtype, and in float32
 
     def logits(self, out: Tensor, hidden: Tensor, head: Projection) -> None:
         """Compute out = scale · (hidden · weightᵀ + bias)."""
@@ -59,13 +60,13 @@ class Products:
         if head.bias is not None:
             out.add_(head.bias, alpha=scale)
 
-    def gradient_dtype(self, wide: torch.dtype, compute: torch.dtype) -> torch.dtype:
-        """Return the dtype in which the two products below take the gradient of the logits.
+    def gradient_dtype(self, accum_dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+        """Return the dtype of the gradient of the logits, an operand of both products below.
 
-        The chunk driver makes the gradient in this dtype, so nothing else decides whether a row
-        kernel rounds it. The default is the logits' own, `wide`.
+        The row kernel writes the gradient in this dtype. The default is that of the logits,
+        `accum_dtype`: the gradient is not rounded.
         """
-        return wide
+        return accum_dtype
 
     def hidden_gradient(self, out: Tensor, gradient: Tensor, head: Projection) -> None:
         """Compute out (C, H) = gradient · weight."""
@@ -76,7 +77,7 @@ class Products:
     def weight_gradient(
         self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
     ) -> None:
-        """Compute out (V, H) = or += gradientᵀ · hidden; float32, or rounded to out's dtype."""
+        """Compute out (V, H) = gradientᵀ · hidden, or add it; rounded to out's dtype."""
         if self._writes(out.dtype, gradient.dtype):
             self._multiply(out, gradient.t(), hidden, compute, add=add)
             return
@@ -84,20 +85,20 @@ class Products:
             part = gradient.new_empty(out[tile].shape, dtype=torch.float32)
             self._multiply(part, gradient[:, tile].t(), hidden, compute)
             out[tile] = part.add_(out[tile]) if add else part  # the sum rounded once
-            del part  # before the next is made
+            del part  # before the next is allocated
 
-    def _tiles(self, head: Projection, wide: torch.dtype) -> Iterator[slice]:
+    def _tiles(self, head: Projection, accum_dtype: torch.dtype) -> Iterator[slice]:
         """Return the whole vocabulary, or slices whose weights are converted one at a time."""
-        if self._takes(head, wide):
+        if self._takes(head, accum_dtype):
             return iter([slice(0, head.weight.shape[0])])
-        return tiles(head.weight, wide, self.tile_bytes)
+        return tiles(head.weight, accum_dtype, self.tile_bytes)
 
-    def _takes(self, head: Projection, wide: torch.dtype) -> bool:
-        """Return True if a weight is multiplied without a conversion."""
-        return head.weight.dtype == head.compute == wide
+    def _takes(self, head: Projection, accum_dtype: torch.dtype) -> bool:
+        """Return True if the weight is multiplied without a conversion."""
+        return head.weight.dtype == head.compute == accum_dtype
 
     def _writes(self, out: torch.dtype, operand: torch.dtype) -> bool:
-        """Return True if a product of operands of this dtype may be added to `out`."""
+        """Return True if operands of this dtype can be multiplied into `out` directly."""
         return out == operand
 
     def _multiply(
@@ -109,12 +110,12 @@ class Products:
         add: bool = False,
         scale: float = 1.0,
     ) -> None:
-        """Compute out = scale · a · b, or add a · b; b is rounded to `compute` before."""
+        """Compute out = scale · a · b, or add a · b to out; b is first rounded to `compute`."""
         raise NotImplementedError
 
 
 class TorchProducts(Products):
-    """torch.mm on widened operands."""
+    """torch.addmm on operands converted to the dtype of the result."""
 
     def _multiply(
         self,
@@ -125,8 +126,8 @@ class TorchProducts(Products):
         add: bool = False,
         scale: float = 1.0,
     ) -> None:
-        wide = out.dtype
-        torch.addmm(out, a.to(wide), b.to(compute).to(wide), beta=int(add), alpha=scale, out=out)
+        dtype = out.dtype
+        torch.addmm(out, a.to(dtype), b.to(compute).to(dtype), beta=int(add), alpha=scale, out=out)
 
 
 class CompiledProducts(Products):
@@ -149,7 +150,7 @@ class CompiledProducts(Products):
         if head.scale != 1.0:
             out.mul_(head.scale)
 
-    def _takes(self, head: Projection, wide: torch.dtype) -> bool:
+    def _takes(self, head: Projection, accum_dtype: torch.dtype) -> bool:
         return 1 in head.weight.stride()
 
     def _multiply(
@@ -165,15 +166,15 @@ class CompiledProducts(Products):
 
 
 class CudaProducts(Products):
-    """cuBLAS with 16-bit operands and float32 results; float32 operands as they are."""
+    """cuBLAS with 16-bit operands and float32 results; float32 operands are not rounded."""
 
-    tile_bytes = 16 * MIB  # launches cost more than a cache gives
+    tile_bytes = 16 * MIB  # large tiles: launches cost more than tiles that fit a cache save
 
-    def gradient_dtype(self, wide: torch.dtype, compute: torch.dtype) -> torch.dtype:
-        """Return the dtype of the operands, which both must have."""
+    def gradient_dtype(self, accum_dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+        """Return `compute`: cuBLAS takes two operands of one dtype."""
         return compute
 
-    def _takes(self, head: Projection, wide: torch.dtype) -> bool:
+    def _takes(self, head: Projection, accum_dtype: torch.dtype) -> bool:
         return head.weight.dtype == head.compute
 
     def _writes(self, out: torch.dtype, operand: torch.dtype) -> bool:
@@ -218,7 +219,7 @@ def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
 def products_for(backend: str, device: torch.device, dtype: torch.dtype) -> Products:
     """Return the products of a backend on this device, with results of `dtype`.
 
-    The reference backend is plain torch in its products too.
+    The reference backend multiplies by torch, too.
     """
     if backend == "reference" or dtype != torch.float32:
         return TorchProducts()
@@ -227,9 +228,9 @@ def products_for(backend: str, device: torch.device, dtype: torch.dtype) -> Prod
     return CudaProducts() if device.type == "cuda" else TorchProducts()
 
 
-def tiles(weight: Tensor, wide: torch.dtype, size: int) -> Iterator[slice]:
-    """Yield slices of the vocabulary whose weights take `size` bytes in the dtype `wide`."""
+def tiles(weight: Tensor, accum_dtype: torch.dtype, size: int) -> Iterator[slice]:
+    """Yield slices of the vocabulary whose weights take `size` bytes in the dtype accum_dtype."""
     vocabulary, hidden = weight.shape
-    height = max(16, size // (max(hidden, 1) * wide.itemsize))
+    height = max(16, size // (max(hidden, 1) * accum_dtype.itemsize))
     for begin in range(0, vocabulary, height):
         yield slice(begin, min(begin + height, vocabulary))

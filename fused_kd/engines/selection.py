@@ -9,8 +9,8 @@ from torch import Tensor
 class Selection:
     """The rows that are computed: all of them, or those of an index.
 
-    Rows without a weight are left out on a CPU. On a GPU the host does not know which they are: it
-    leaves out rows only if the caller says how many have a weight at most.
+    On a CPU, rows without a weight are left out. On a GPU the host would have to synchronise to
+    find these rows: it leaves rows out only if `kept_rows` bounds the number of the others.
     """
 
     def __init__(
@@ -19,7 +19,7 @@ class Selection:
         self.all = self.count = rows
         self.index: Tensor | None = None
         self.dropped: Tensor | None = None  # the rows that the index leaves out
-        self.mask: Tensor | None = None  # of rows that have a weight, if others are computed too
+        self.mask: Tensor | None = None  # bool (N,): rows with a weight, if all are computed
         weights = [w for w in (w_hard, w_soft) if w is not None]
         if not weights:
             self.count = 0
@@ -39,7 +39,7 @@ class Selection:
 
     @property
     def gathers(self) -> bool:
-        """Return True if rows are copied for a chunk even where they follow each other."""
+        """Return True if the rows of a chunk are copied even if they are contiguous."""
         return self.index is not None or self.mask is not None
 
     def at(self, begin: int, end: int) -> slice | Tensor:
@@ -48,26 +48,25 @@ class Selection:
 
 
 def _host_can_read(x: Tensor) -> bool:
-    """Return True if values are read without waiting for a device."""
     return x.device.type == "cpu"
 
 
 def take(x: Tensor, rows: slice | Tensor) -> Tensor:
     """Return these rows of x (..., K) as (C, K), last stride 1: a view if possible, else a copy.
 
-    Only arithmetic with Python numbers: a tensor made of them would be copied to the device, for
-    which the host waits, and which a CUDA graph refuses.
+    Indices are computed on the device from Python numbers. A tensor built on the host would be
+    copied to the device, which blocks the host and which a CUDA graph refuses.
     """
     folded = _folded(x)
     if folded is not None:
-        here = folded[rows]
-        return here if here.stride(-1) == 1 else here.contiguous()
+        part = folded[rows]
+        return part if part.stride(-1) == 1 else part.contiguous()
     return x[_leading_index(x, rows)].contiguous()
 
 
 def put(x: Tensor, rows: slice | Tensor, values: Tensor | float) -> None:
-    """Write values (C, K), or a number, over these rows of x (..., K)."""
-    if not isinstance(values, Tensor):  # made on the device: nothing is copied from the host
+    """Overwrite these rows of x (..., K) by values (C, K), or by a number."""
+    if not isinstance(values, Tensor):  # filled on the device: nothing is copied from the host
         values = x.new_full((), values)
     folded = _folded(x)
     if folded is not None:
@@ -77,13 +76,13 @@ def put(x: Tensor, rows: slice | Tensor, values: Tensor | float) -> None:
 
 
 def is_scattered(x: Tensor) -> bool:
-    """Return True if :func:`take` copies rows of x even if they follow each other."""
+    """Return True if :func:`take` copies rows of x even if they are consecutive."""
     folded = _folded(x)
     return folded is None or folded.stride(-1) != 1
 
 
 def _leading_index(x: Tensor, rows: slice | Tensor) -> tuple[Tensor, ...]:
-    """Return the indices of these rows in each leading dimension of x."""
+    """Return the index of each row in every leading dimension of x, for advanced indexing."""
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=x.device)
     index: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What autograd and an engine pass to each other: constants of a call, and its tensors."""
+"""The arguments of an engine: the constants of a call, and its tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ..options import Formula, KDOptions
 from ..sides import Head, Side, Tensors, product_dtype
 
-#: By the three tensors of the student; None: not wanted, or in place of the student's logits.
+#: Of the student's three tensors; None: not wanted, or written over the student's logits.
 Gradients = tuple[Tensor | None, ...]
 
 
 class ChunkSettings(NamedTuple):
-    """What the engine of chunks needs besides tensors."""
+    """The constants of a call with a Head."""
 
     student_dtype: torch.dtype  # of the operands of a student Head's products
     teacher_dtype: torch.dtype
@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     chunks: ChunkSettings | None  # None: both sides are logits
 
     def formula(self, temperature: Tensor) -> Formula:
-        """Return what a row kernel computes."""
+        """Return the options of a row kernel, with T as a tensor."""
         return Formula(
             self.divergence, temperature, self.beta, self.soft_scale, self.label_smoothing
         )
@@ -58,12 +58,12 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Inputs:
-        """Return the inputs of a flat list, as autograd has them."""
+        """Return the inputs from the flat list that :meth:`flat` returns."""
         s, s_weight, s_bias, t, t_weight, t_bias, *rest = tensors
         return cls((s, s_weight, s_bias), (t, t_weight, t_bias), *rest)  # type: ignore[arg-type]
 
     def flat(self) -> tuple[Tensor | None, ...]:
-        """Return all tensors, the student's three first."""
+        """Return all tensors in one tuple, the student's three first."""
         rows = (self.labels, self.w_hard, self.w_soft, self.temperature)
         return *self.student, *self.teacher, *rows
 
@@ -77,7 +77,7 @@ def settings_of(
     inplace: bool,
     kept_rows: int | None,
 ) -> Settings:
-    """Return the constants of a call."""
+    """Return the constants of a call; `chunks` is None if both sides are logits."""
     chunks = None
     if isinstance(student, Head) or isinstance(teacher, Head):
         accumulate = options.grad_accum_dtype or torch.float32

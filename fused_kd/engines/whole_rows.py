@@ -1,4 +1,4 @@
-"""Logits on both sides: one call of the backend visits whole rows."""
+"""The engine for logits on both sides: one call of the backend processes all rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .settings import Inputs, Settings
 
 
 def gradient_in_forward(settings: Settings, inputs: Inputs) -> bool:
-    """Return False for float16, whose loss scale enters before the rounding, and in a trace."""
+    """Return False for float16, since a loss scale must precede the rounding, and in a trace."""
     return not torch.compiler.is_compiling() and _student(inputs).dtype != torch.float16
 
 
 def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hard, soft and stats."""
+    """Return hard (N,), soft (N,) and stats (N, STATS)."""
     formula = settings.formula(inputs.temperature)
     return named(settings.backend).forward(*_rows(inputs), formula)
 
@@ -35,7 +35,7 @@ def losses_and_gradients(
 def gradients(
     settings: Settings, inputs: Inputs, stats: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, None, None]:
-    """Return the gradient, recomputed from the logits and the statistics of the rows."""
+    """Return the gradient of the logits, computed from them and the row statistics."""
     assert stats is not None
     formula = settings.formula(inputs.temperature)
     backend = named(settings.backend)
@@ -46,14 +46,14 @@ def rescaled(
     settings: Settings,
     inputs: Inputs,
     stats: Tensor | None,
-    made: tuple[Tensor | None, ...],
+    forward_gradients: tuple[Tensor | None, ...],
     scale: Tensor,
 ) -> tuple[Tensor, None, None]:
-    """Return `scale` times the gradient of the forward; rounded once, except in place."""
+    """Multiply the forward's gradient by `scale`; rounded once, except in place."""
     assert stats is not None
     backend = named(settings.backend)
     student, teacher, *vectors = _rows(inputs)
-    gradient = made[0]
+    gradient = forward_gradients[0]
     if gradient is None:
         backend.multiply(student, scale)
         return student, None, None
@@ -72,7 +72,7 @@ def _student(inputs: Inputs) -> Tensor:
 def _rows(
     inputs: Inputs,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return student, teacher, labels and weights; the student stands in for no teacher."""
+    """Return student, teacher, labels and weights; without a teacher, the student twice."""
     student = _student(inputs)
     teacher = student if inputs.teacher[0] is None else inputs.teacher[0]
     return student, teacher, inputs.labels, inputs.w_hard, inputs.w_soft

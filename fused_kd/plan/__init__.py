@@ -1,4 +1,4 @@
-"""Compare the levels' memory and work: :func:`plan`, ``python -m fused_kd.plan``."""
+"""Predict memory and work of the loss: :func:`plan`, ``python -m fused_kd.plan``."""
 
 from .levels import Level, Plan, plan
 

@@ -1,7 +1,7 @@
-"""Compute the memory and work of each level from the sizes.
+"""Predict the memory and work of the loss: eager torch, from logits, and from heads.
 
 The figures are for one forward and backward of the default loss (cross-entropy and forward KL,
-reduction "mean"), with gradients by the student's hidden states and head. They assume that no
+reduction "mean"), with gradients of the student's hidden states and lm_head. They assume that no
 variable holds the logits during the backward, since that would keep them in memory.
 """
 
@@ -20,7 +20,7 @@ from ..options import KDOptions, check_count
 #: and the teacher's, kept for the backward, and the three factors of the divergence. Float32 copies
 #: of narrower logits are counted separately.
 EAGER_TEMPORARIES = 6
-#: (N, V) tensors that it reads and writes in forward and backward, operation by operation.
+#: Number of (N, V) tensors that all its operations read and write, in forward and backward.
 EAGER_PASSES = 35
 
 
@@ -28,7 +28,7 @@ class Level(NamedTuple):
     """Memory and work of one way to compute the loss and its gradients."""
 
     memory: dict[str, int]  # bytes of each part at the moment of the peak, beyond the inputs
-    flop: int  # of the matrix products
+    flop: int  # floating-point operations of the matrix products
     traffic: int  # bytes read and written, each operand of each operation once
 
     @property
@@ -38,22 +38,22 @@ class Level(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The result of :func:`plan`."""
+    """The result of :func:`plan`: bytes and work of every level, and the chunks of heads."""
 
     inputs: int  # bytes of hidden states, heads and labels
     eager: Level
     logits: Level
     logits_inplace: Level
     heads: Level
-    chunk_rows: int
-    chunks: int
+    chunk_rows: int  # rows of a chunk of `heads`
+    chunks: int  # number of chunks
     reason: str  # what decides chunk_rows: "rows", "memory_budget", "automatic" or "floor"
-    explanation: str  # the same in words
-    weight_gradient_share: float  # of the traffic of heads, for adding to the weight gradient
+    explanation: str  # the reason as a sentence
+    weight_gradient_share: float  # share of the traffic of `heads` that sums the weight gradient
 
     @property
     def levels(self) -> dict[str, Level]:
-        """Return all levels by the name that the report prints."""
+        """Return all levels by their name in the printed report."""
         return {
             "eager": self.eager,
             "logits": self.logits,
@@ -73,22 +73,26 @@ def plan(
     device: torch.device | str = "cpu",
     grad_accum_dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """Return peak memory, work and chunks of eager torch, of logits and of heads on both sides.
+    """Return the predicted peak memory and work of the loss; nothing is allocated.
 
     Args:
         rows: N, the number of rows that are not ignored.
-        vocab: V.
+        vocab: V, the vocabulary size.
         hidden_student: H of the student.
         hidden_teacher: H of the teacher.
-        dtype: Dtype of hidden states and heads.
-        memory_budget: Bytes for a chunk of rows of the heads; None: automatic.
-        device: Where the loss runs. For a GPU that this machine does not have, pass
+        dtype: dtype of hidden states and lm_heads.
+        memory_budget: bytes for a chunk of rows with heads; None: automatic.
+        device: the device of the loss. For a GPU that this machine does not have, pass
             `memory_budget`: the automatic one depends on the GPU's memory.
-        grad_accum_dtype: Dtype in which the weight gradient is summed over chunks.
+        grad_accum_dtype: dtype in which the weight gradient is summed over chunks.
+
+    Returns:
+        A Plan: memory, FLOP and traffic of eager torch, of logits, of logits in place, and of heads
+        on both sides; and the chunks of heads.
 
     Raises:
-        TypeError: If a size is not an int, or `dtype` is not the dtype of logits.
-        ValueError: If a value is out of range, or `memory_budget` is below one row.
+        TypeError: A size is not an int, or `dtype` is not float32, bfloat16, float16 or float64.
+        ValueError: A value is out of range, or `memory_budget` does not hold one row.
     """
     sizes = {"rows": rows, "vocab": vocab, "hidden_student": hidden_student}
     for name, value in (sizes | {"hidden_teacher": hidden_teacher}).items():
@@ -100,17 +104,19 @@ def plan(
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
     check_accumulation(grad_accum_dtype, dtype)
     try:
-        where = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be a torch device; got {device!r} ({error})") from error
-    counted = _Count(rows, vocab, hidden_student, hidden_teacher, dtype, grad_accum_dtype, where)
-    height, reason, explanation = counted.chunk(memory_budget)
-    heads, added = counted.heads(height, counted.fit_in_one_chunk(memory_budget))
+    estimate = _Estimate(
+        rows, vocab, hidden_student, hidden_teacher, dtype, grad_accum_dtype, parsed
+    )
+    height, reason, explanation = estimate.chunk(memory_budget)
+    heads, added = estimate.heads(height, estimate.fit_in_one_chunk(memory_budget))
     return Plan(
-        counted.inputs,
-        counted.whole(eager=True),
-        counted.whole(),
-        counted.whole(inplace=True),
+        estimate.inputs,
+        estimate.whole(eager=True),
+        estimate.whole(),
+        estimate.whole(inplace=True),
         heads,
         height,
         -(-rows // height),
@@ -120,8 +126,8 @@ def plan(
     )
 
 
-class _Count:
-    """The bytes of every tensor, from which their peaks and traffic are added up."""
+class _Estimate:
+    """The bytes of every tensor of a call; peaks and traffic are sums of them."""
 
     def __init__(
         self,
@@ -134,17 +140,17 @@ class _Count:
         device: torch.device,
     ) -> None:
         self.rows, self.dtype, self.device = rows, dtype, device
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.accum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.accumulate = dtype if dtype == torch.float64 else accumulate
-        self.products = products_for("auto", device, self.wide)
-        self.gradient_dtype = self.products.gradient_dtype(self.wide, dtype)
-        size, wide_size = dtype.itemsize, self.wide.itemsize
+        self.products = products_for("auto", device, self.accum_dtype)
+        self.gradient_dtype = self.products.gradient_dtype(self.accum_dtype, dtype)
+        size, accum_size = dtype.itemsize, self.accum_dtype.itemsize
         self.sizes = Sizes(
-            *(vocab, student, teacher, wide_size, size, size),
+            *(vocab, student, teacher, accum_size, size, size),
             gathered=False,
-            converted=dtype != self.wide,
+            converted=dtype != self.accum_dtype,
         )
-        self.logits, self.wide_logits = rows * vocab * size, rows * vocab * wide_size
+        self.logits, self.accum_logits = rows * vocab * size, rows * vocab * accum_size
         self.hidden, self.weight = rows * student * size, vocab * student * size
         self.teacher = (rows + vocab) * teacher * size
         self.inputs = self.hidden + self.weight + self.teacher + rows * torch.int64.itemsize
@@ -152,16 +158,16 @@ class _Count:
         self.flop = self.forward_flop + 4 * rows * vocab * student
 
     def whole(self, eager: bool = False, inplace: bool = False) -> Level:
-        """Return the level that holds the whole logits of both models."""
-        n, wide = self.logits, self.wide_logits
-        # student and teacher, if eager makes float32 copies of their logits
-        narrow = 0 if self.dtype == self.wide else 2
+        """Return the level that stores all logits of both models."""
+        n, accum = self.logits, self.accum_logits
+        # eager makes float32 copies of narrower logits, of student and teacher
+        narrow = 0 if self.dtype == self.accum_dtype else 2
         loss = {"student logits": n, "teacher logits": n}
         # products: the logits of both are written, their gradient is read twice
         traffic = 4 * n + 3 * (self.hidden + self.weight) + self.teacher
         if eager:
-            loss["eager temporaries"] = (EAGER_TEMPORARIES + narrow) * wide
-            traffic += EAGER_PASSES * wide + (3 * (n + wide) if narrow else 0)
+            loss["eager temporaries"] = (EAGER_TEMPORARIES + narrow) * accum
+            traffic += EAGER_PASSES * accum + (3 * (n + accum) if narrow else 0)
         else:
             traffic += 3 * n
             if not inplace:
@@ -170,7 +176,7 @@ class _Count:
         return Level(_highest(loss, after), self.flop, traffic)
 
     def heads(self, height: int, in_one: bool) -> tuple[Level, int]:
-        """Return the level in chunks, and its traffic for adding to the weight gradient."""
+        """Return the level of heads, and its traffic for summing the weight gradient."""
         chunks = -(-self.rows // height)
         accumulate = self.dtype if in_one else self.accumulate  # a single chunk needs no sum
         total = self.weight // self.dtype.itemsize * accumulate.itemsize
@@ -180,7 +186,7 @@ class _Count:
         chunk = {"chunk": height * row_bytes(self.sizes), "products": products}
         after = held | {"gradients": self.hidden + rounded}
         weights = chunks * (self.weight + self.sizes.vocabulary * self._teacher_row())
-        forward = 4 * self.wide_logits + self.hidden + self.rows * self._teacher_row() + weights
+        forward = 4 * self.accum_logits + self.hidden + self.rows * self._teacher_row() + weights
         added = (2 * chunks - 1) * total  # the first chunk is written, not added
         gradient = self.logits // self.dtype.itemsize * self.gradient_dtype.itemsize
         traffic = forward + 3 * gradient + 2 * self.hidden + chunks * self.weight + added
@@ -188,13 +194,13 @@ class _Count:
         if rounded:
             traffic += total + rounded
         if torch.float16 in (self.dtype, accumulate):
-            # the loss scale is known in the backward only, where the logits are recomputed
+            # the backward recomputes the logits, since only it has the loss scale
             traffic, flop = traffic + forward, flop + self.forward_flop
         return Level(_highest(held | chunk, after), flop, traffic), added
 
     def chunk(self, budget: int | None) -> tuple[int, str, str]:
-        """Return the rows of a chunk, the reason (see Plan) and the same in words."""
-        fixed, one = self.products.fixed_bytes(), row_bytes(self.sizes)
+        """Return chunk_rows, reason and explanation of a Plan."""
+        fixed, row = self.products.fixed_bytes(), row_bytes(self.sizes)
         try:
             height = chunk_rows(self.rows, None, budget, self.device, self.sizes, fixed)
             floor = budget is None and automatic_rows(self.device, self.sizes, fixed) == FEWEST_ROWS
@@ -212,16 +218,16 @@ class _Count:
             reason, because = "floor", "the fewest that the automatic choice takes"
         else:
             reason, because = "automatic", "what the automatic budget of the device allows"
-        need = f"{shown(one)} each, and {shown(fixed)} for the products"
+        need = f"{shown(row)} each, and {shown(fixed)} for the products"
         return height, reason, f"chunks of {height} rows, {because} ({need})"
 
     def fit_in_one_chunk(self, budget: int | None) -> bool:
         """Return True if all rows fit in one chunk in the worst case, in which they are gathered.
 
-        Only then is it known before the first chunk that the weight gradient needs no sum.
+        Then the weight gradient needs no sum.
         """
-        fixed, most = self.products.fixed_bytes(), self.sizes._replace(gathered=True)
-        return self.rows <= chunk_rows(self.rows, None, budget, self.device, most, fixed)
+        fixed, gathered = self.products.fixed_bytes(), self.sizes._replace(gathered=True)
+        return self.rows <= chunk_rows(self.rows, None, budget, self.device, gathered, fixed)
 
     def _teacher_row(self) -> int:
         return (self.sizes.teacher_hidden or 0) * self.dtype.itemsize
@@ -231,16 +237,16 @@ class _Count:
         student = self.sizes.student_hidden or 0
         width = max(student, self.sizes.teacher_hidden or 0)
         tile, sum_tile = (
-            min(TILE_BYTES, self.sizes.vocabulary * hidden * self.wide.itemsize)
+            min(TILE_BYTES, self.sizes.vocabulary * hidden * self.accum_dtype.itemsize)
             for hidden in (width, student)
         )
         compiled = isinstance(self.products, CompiledProducts)
         held = self.products.fixed_bytes() if compiled else 0
         one_at_a_time = [0]
-        if accumulate != self.wide and self.device.type == "cpu":
+        if accumulate != self.accum_dtype and self.device.type == "cpu":
             # the tile in the wider dtype, and the sum that it is added to
             one_at_a_time.append(sum_tile * min(chunks, 2))
-        if isinstance(self.products, TorchProducts) and self.dtype != self.wide:
+        if isinstance(self.products, TorchProducts) and self.dtype != self.accum_dtype:
             one_at_a_time.append(tile)
         held += max(one_at_a_time)
         return held
@@ -251,7 +257,7 @@ def _highest(*moments: dict[str, int]) -> dict[str, int]:
 
 
 def shown(size: float) -> str:
-    """Format a number of bytes: 1.5 GiB."""
+    """Format a number of bytes with a unit, as in "1.5 GiB"."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

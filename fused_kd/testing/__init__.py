@@ -1,4 +1,4 @@
-"""Make test inputs; compare with the eager baseline by the error rule; measure memory."""
+"""Tools for tests: difficult inputs, the eager baseline, the error rule, memory measurements."""
 
 from .baseline import eager_divergence, eager_kd_loss
 from .error_rule import (

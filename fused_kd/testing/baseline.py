@@ -1,4 +1,4 @@
-"""The baseline for errors and for speed: the loss as a careful user composes it from torch."""
+"""The baseline for errors and speed: the loss composed from torch operations."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ def eager_kd_loss(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> Tensor:
-    """Compute the loss as a careful user composes it from torch.
+    """Compute the loss of :func:`fused_kd.kd_loss` from torch operations, in eager mode.
 
-    The keywords are those of :func:`fused_kd.kd_loss`. All arithmetic is in float32 (float64 if an
-    input is), and autograd rounds the gradient once to the student's dtype. kd_loss's rules for
-    -inf do not apply.
+    The arguments are those of kd_loss. All arithmetic is in float32 (float64 if an input is), and
+    autograd rounds the gradient once to the student's dtype. Without kd_loss's rules for -inf and
+    for batches whose rows are all ignored; arguments are not checked. It can be differentiated
+    twice.
+
+    Raises:
+        ValueError: `teacher` is None and `soft_weight` is not 0.
     """
     if teacher is None and soft_weight != 0.0:
         raise ValueError(f"teacher must be given; got None with soft_weight={soft_weight}")
@@ -71,5 +75,13 @@ def eager_divergence(
     temperature: float,
     beta: float,
 ) -> Tensor:
-    """Return D(q, p) of every row, (N,), without the factor c(T)."""
+    """Return D(q, p) of every row, (N,), without the factor c(T); differentiable.
+
+    Args:
+        s: student's logits.
+        t: teacher's logits, in the dtype of `s`.
+        divergence: a key of :data:`fused_kd.divergences.TABLE`.
+        temperature: T of both sides.
+        beta: β of "jsd"; ignored by the others.
+    """
     return TABLE[divergence].eager(s, t, temperature, beta)

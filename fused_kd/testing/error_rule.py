@@ -1,4 +1,4 @@
-"""The error rule: float64 truth, the eager baseline, and slack in stated units."""
+"""The error rule: compare with float64, relative to the errors of the eager baseline."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .inputs import Inputs
 
 
 def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
-    """Assert that the error of `got` is hardly larger than the baseline's.
+    """Assert that the error of `got` is at most about that of the baseline.
 
     The largest error may be 2 times the baseline's, the root mean square 1.25 times, plus slack.
 
     Args:
-        got: The values to test.
-        truth: The float64 values, same shape. Entries of `got` must be NaN, inf or -inf exactly
-            where these are after rounding to got's dtype.
-        eager: The baseline's values, same shape. Entries that are not finite are replaced by the
+        got: the values to test.
+        truth: the float64 values, same shape. Entries of `got` must be NaN, inf or -inf exactly
+            if those of `truth` are, after rounding to got's dtype.
+        eager: the baseline's values, same shape. Entries that are not finite are replaced by the
             truth rounded to got's dtype.
-        floor: Absolute slack, for entries at which the baseline happens to be exact.
+        floor: absolute slack, in case the baseline happens to be exact.
 
     Raises:
-        AssertionError: If a value differs by more; the message gives the error and its bound.
+        AssertionError: An error exceeds its bound; the message gives both.
     """
     assert got.shape == truth.shape == eager.shape, (got.shape, truth.shape, eager.shape)
     assert truth.dtype == torch.float64, truth.dtype
@@ -50,7 +50,7 @@ def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> 
 
 
 class Result(NamedTuple):
-    """The losses of the rows, and the gradient of their weighted sum."""
+    """The losses of the rows, and the gradient of a weighted sum of them."""
 
     rows: Tensor  # (N,)
     grad: Tensor  # (N, V)
@@ -59,7 +59,14 @@ class Result(NamedTuple):
 def evaluate(
     loss: Callable[..., Tensor | KDLossParts], inputs: Inputs, upstream: Tensor, **keywords: Any
 ) -> Result:
-    """Return the rows of `loss` with reduction="none", and the gradient of Σ upstream·row."""
+    """Return the rows of a loss, and the gradient of Σ upstream·row by the student's logits.
+
+    Args:
+        loss: kd_loss, or a function with its arguments.
+        inputs: logits and labels; not modified.
+        upstream: (N,), the gradient of the rows.
+        keywords: of the loss, without reduction.
+    """
     student = inputs.student.detach().clone().requires_grad_()
     rows = loss(student, inputs.teacher, inputs.labels, reduction="none", **keywords)
     assert isinstance(rows, Tensor)
@@ -71,31 +78,31 @@ def evaluate(
 def truth_and_eager(inputs: Inputs, upstream: Tensor, **keywords: Any) -> tuple[Result, Result]:
     """Return the results of the float64 reference and of the eager baseline on the same inputs.
 
-    The baseline has no rule for absent entries (-inf on both sides), so a row that has any is
-    computed without them.
+    Arguments as in :func:`evaluate`. The baseline has no rule for absent entries (-inf on both
+    sides): a row with such entries is computed without them.
     """
     double = Inputs(inputs.student.double(), inputs.teacher.double(), inputs.labels)
     truth = evaluate(kd_loss, double, upstream, backend="reference", **keywords)
     eager = evaluate(eager_kd_loss, inputs, upstream, **keywords)
     present = (inputs.student != -math.inf) | (inputs.teacher != -math.inf)
-    for row, here in enumerate(present):
-        if here.all() or not here[inputs.labels[row]]:
+    for row, mask in enumerate(present):
+        if mask.all() or not mask[inputs.labels[row]]:
             continue
-        label = here[: int(inputs.labels[row])].sum()[None]
-        part = Inputs(inputs.student[row, here][None], inputs.teacher[row, here][None], label)
+        label = mask[: int(inputs.labels[row])].sum()[None]
+        part = Inputs(inputs.student[row, mask][None], inputs.teacher[row, mask][None], label)
         alone = evaluate(eager_kd_loss, part, upstream[row : row + 1], **keywords)
         eager.rows[row], eager.grad[row] = alone.rows[0], 0.0
-        eager.grad[row, here] = alone.grad[0]
+        eager.grad[row, mask] = alone.grad[0]
     return truth, eager
 
 
 class Conditioning(NamedTuple):
-    """The errors of each row that no float32 arithmetic avoids, see :func:`conditioning`."""
+    """The errors of each row that no float32 arithmetic avoids; see :func:`conditioning`."""
 
-    loss: Tensor  # (N,) one unit of the row's loss
-    grad: Tensor  # (N,) one unit of the row's gradient
+    loss: Tensor  # (N,) unit of the row's loss
+    grad: Tensor  # (N,) unit of the row's gradient
     undetermined: Tensor  # (N,) error of a gradient's entry due to undetermined signs of "tvd"
-    undetermined_norm: Tensor  # (N,) error of the row's gradient due to them, in norm
+    undetermined_norm: Tensor  # (N,) the same error in norm
     clear: Tensor  # (N, V) bool: entries whose sign is determined
 
 
@@ -104,7 +111,8 @@ def conditioning(
 ) -> Conditioning:
     """Return the units of every row: eps32·(1 + max|z - m|) for a loss, eps32·‖g‖ for a gradient.
 
-    Each term's unit is weighted like the term. Errors that no float32 arithmetic avoids are added:
+    Here z are the row's logits over their temperature and m their maximum. Each term's unit is
+    weighted like the term. Added are errors that no float32 arithmetic avoids:
 
     * for a loss, eps32 of its value ("mse" may be any number);
     * for a gradient, eps32 of the largest probability, since it is a difference of probabilities;
@@ -139,10 +147,19 @@ def assert_obeys_error_rule(
 ) -> None:
     """Assert that a backend's loss and gradient obey the error rule, row by row.
 
-    The error against float64 is compared with the eager baseline's by :func:`assert_no_worse`,
-    with a slack of four units (:func:`conditioning`). For float32 inputs, loss and gradient must be
+    The error against float64 is compared with the eager baseline's by :func:`assert_no_worse`, with
+    a slack of four units (:func:`conditioning`). For float32 inputs, loss and gradient must be
     within these four units of the truth regardless of the baseline. The gradient is compared entry
-    by entry, in norm, and again at the label, where it is a small difference of probabilities.
+    by entry, in norm, and again at the label, whose entry is a small difference of probabilities.
+
+    Args:
+        inputs: logits and labels on the CPU.
+        upstream: (N,), the gradient of the rows; None: ones.
+        backend: the name of the backend to test.
+        keywords: of kd_loss, without reduction.
+
+    Raises:
+        AssertionError: An error exceeds its bound; the message gives both.
     """
     upstream = torch.ones(len(inputs.labels)) if upstream is None else upstream
     got = evaluate(kd_loss, inputs, upstream, backend=backend, **keywords)
@@ -152,10 +169,10 @@ def assert_obeys_error_rule(
     single = inputs.student.dtype == inputs.teacher.dtype == torch.float32
     for row, clear in enumerate(unit.clear):
         floor = 4 * unit.loss[row].item()
-        one = slice(row, row + 1)
-        assert_no_worse(got.rows[one], truth.rows[one], eager.rows[one], floor)
+        this = slice(row, row + 1)
+        assert_no_worse(got.rows[this], truth.rows[this], eager.rows[this], floor)
         if single:
-            assert_no_worse(got.rows[one], truth.rows[one], truth.rows[one], floor)
+            assert_no_worse(got.rows[this], truth.rows[this], truth.rows[this], floor)
         floor = 4 * unit.grad[row].item() + unit.undetermined[row].item() + tiny
         ours, exact, theirs = (x.grad[row][clear] for x in (got, truth, eager))
         assert_no_worse(ours, exact, theirs, floor)
@@ -184,7 +201,7 @@ def _assert_no_worse_at_label(got: Tensor, truth: Tensor, eager: Tensor, floor: 
 def _assert_no_worse_in_norm(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
     """Assert that the error's norm is at most 1.25 times the baseline's plus slack.
 
-    Twice the baseline's worst entry is the bound where that is larger.
+    Or at most twice the baseline's worst entry, if that is larger.
     """
     expected = truth.to(got.dtype)
     keep = expected.isfinite()
@@ -197,9 +214,9 @@ def _assert_no_worse_in_norm(got: Tensor, truth: Tensor, eager: Tensor, floor: f
 
 
 def _smallest_step(dtype: torch.dtype) -> float:
-    """Return the largest error of rounding near zero.
+    """Return the largest rounding error near zero.
 
-    A flushed subnormal; in float16, half of the smallest subnormal.
+    Subnormal results may be flushed to 0; in float16 it is half of the smallest subnormal.
     """
     info = torch.finfo(dtype)
     return info.smallest_normal * (info.eps / 2 if dtype == torch.float16 else 1.0)

@@ -1,4 +1,4 @@
-"""Make logits and labels of the regimes that have broken some implementation."""
+"""Random logits and labels in regimes that have broken some implementation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The dtypes that a compiled kernel takes logits in, by short name.
+#: The dtypes of logits that the compiled kernels support, by short name.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Inputs(NamedTuple):
-    """Logits (N, V) and labels (N,) of some rows."""
+    """Logits and labels of some rows."""
 
-    student: Tensor
-    teacher: Tensor
-    labels: Tensor
+    student: Tensor  # (N, V)
+    teacher: Tensor  # (N, V)
+    labels: Tensor  # (N,), int64, in [0, V)
 
 
 def make_inputs(
@@ -29,18 +29,18 @@ def make_inputs(
     teacher_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Inputs:
-    """Return inputs of a regime that has broken some implementation; see :data:`REGIMES`.
+    """Return random inputs of a regime that has broken some implementation.
 
     Args:
-        regime: A key of REGIMES.
+        regime: a key of :data:`REGIMES`.
         rows: N.
         vocabulary: V.
-        dtype: Dtype of the student, and of the teacher unless `teacher_dtype` is given.
-        teacher_dtype: Dtype of the teacher.
-        seed: Seed of the generator.
+        dtype: dtype of the student's logits.
+        teacher_dtype: dtype of the teacher's logits; None: `dtype`.
+        seed: seed of the generator; equal arguments give equal inputs.
 
     Returns:
-        CPU tensors; the student does not require grad.
+        CPU tensors that do not require grad.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocabulary, (rows,), generator=generator)
@@ -60,7 +60,7 @@ def _one_hot_teacher(s: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _columns(s: Tensor, t: Tensor, y: Tensor, value: float, part: slice) -> tuple[Tensor, Tensor]:
-    """Return both sides with `value` in some columns; the label keeps its logit."""
+    """Return both sides with `value` in the columns `part`, but not at the label."""
     masked_s, masked_t = s.clone(), t.clone()
     masked_s[:, part], masked_t[:, part] = value, value
     index = y[:, None]
@@ -78,7 +78,7 @@ def _spread(x: Tensor) -> Tensor:
     return x + torch.linspace(-200, 200, x.shape[1])
 
 
-#: Functions of (student, teacher, labels), each with its purpose above it. Every loss is finite
+#: Functions of (student, teacher, labels) that return new logits of both. Every loss is finite
 #: unless the comment says otherwise.
 REGIMES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     # softmax nearly uniform: the loss is about log V

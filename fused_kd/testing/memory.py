@@ -1,4 +1,4 @@
-"""Measure the peak of the CPU allocator; make tensors that end at a guard page."""
+"""Measure the peak of the CPU allocator; allocate tensors that end at a guard page."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from torch import Tensor
 
 
 class Peak(NamedTuple):
-    """Bytes of torch's CPU allocator above the level at entry."""
+    """Bytes that torch's CPU allocator holds, beyond those at the start of the measurement."""
 
-    highest: int
-    left: int
+    highest: int  # at the peak
+    left: int  # at the end, with the result of the function
     largest: int  # the largest single allocation
 
 
 def cpu_peak(fn: Callable[[], object]) -> Peak:
-    """Return what `fn` allocates on the CPU, C++ operators included; its result is kept alive."""
+    """Run `fn` and return the memory that it allocated on the CPU, in C++ operators too.
+
+    The function's result is kept alive until the end of the measurement.
+    """
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -39,9 +42,14 @@ def cpu_peak(fn: Callable[[], object]) -> Peak:
 
 
 def guarded(count: int, dtype: torch.dtype, side: str = "after") -> Tensor:
-    """Return a 1-D tensor of `count` entries that ends ("before": begins) at a guard page.
+    """Return a 1-D tensor of `count` entries with a guard page behind its last entry.
 
-    Any access past that side is a segmentation fault: run it in a subprocess.
+    An access beyond the end is a segmentation fault, so use it in a subprocess.
+
+    Args:
+        count: number of entries.
+        dtype: dtype of the tensor.
+        side: "after", or "before" for a guard page in front of the first entry.
     """
     page, size = mmap.PAGESIZE, count * dtype.itemsize
     body = -(-size // page) * page

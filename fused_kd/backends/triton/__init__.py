@@ -1,12 +1,14 @@
 """Triton kernels for CUDA, ROCm and XPU devices.
 
-With ``TRITON_INTERPRET=1`` in the environment before their first use, they run on CPU tensors,
-through Triton's interpreter: slowly, to look at and to test.
+With ``TRITON_INTERPRET=1`` in the environment before their first use, they run on CPU tensors in
+Triton's interpreter, slowly: for tests and debugging.
 
-A backend like any other of :mod:`fused_kd.backends`; importing it needs no triton. :mod:`.launch`
-implements the operators, :mod:`.device` says where they run, :mod:`.configuration` how a row is
-cut. What follows is imported with triton: :mod:`.kernels`, which read and write; :mod:`.formulas`,
-which all divergences share; :mod:`.rules`, one class for each divergence.
+A backend like any other of :mod:`fused_kd.backends`; importing it needs no triton.
+
+* :mod:`.launch` implements the operators, :mod:`.device` lists the devices that can run them,
+  :mod:`.configuration` decides how a row is cut.
+* Imported together with triton: :mod:`.kernels`, which load and store; :mod:`.formulas`, which all
+  divergences share; :mod:`.rules`, one class for each divergence.
 """
 
 from __future__ import annotations

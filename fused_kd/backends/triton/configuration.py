@@ -1,8 +1,8 @@
-"""How the Triton kernels cut a row: a rule by V, the dtypes and the kind of GPU, not a search.
+"""How the Triton kernels cut a row: computed from V, the dtypes and the kind of GPU, not searched.
 
-The bits of a row depend on its configuration and on nothing else but the row: not on N, not on the
-other rows, and on its place in memory only if V is a multiple of 16 and its address isn't one
-of 16 bytes.
+The bits of a row's results depend on the row and its configuration: not on N, and not on the other
+rows. They depend on the row's address only if V is a multiple of 16 and the address is not a
+multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ import torch
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a row is cut: everything that its bits depend on besides its entries."""
+    """How a row is cut, on which the bits of its results depend."""
 
-    warps: int
-    lanes: int  # threads, each with its own sums
-    vector: int  # neighbouring entries of a lane, one load
+    warps: int  # of a program
+    lanes: int  # threads of a program, each with its own sums
+    vector: int  # neighbouring entries that a lane loads at once
     unroll: int  # loads of a lane per side that are in flight together
     parts: int  # programs per row
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GPU."""
+    """A kind of GPU: the properties on which configurations and register limits depend."""
 
     warp_size: int
-    threads: int  # of a program, fewer where a row is shorter than a tile
-    registers: int | None = None  # of a thread, at most; None: the compiler's choice
+    threads: int  # of a program; fewer if a row is shorter than a tile
+    registers: int | None = None  # limit for a thread; None: the compiler's choice
 
 
 #: Three programs of 256 threads with 80 registers share the 65536 of an SM, and no kernel spills.
-#: Left alone, ptxas spills some at 64 and gives others 118. For compute capability 10 it spills
-#: scalars at 80: 96, and programs of 128 threads, of which five fit.
+#: Without a limit, ptxas spills some kernels at 64 and gives others 118. For compute capability 10
+#: it spills scalars at 80, so the limit is 96, with programs of 128 threads, of which five fit.
 NVIDIA = Kind(32, 256, 80)
 BLACKWELL = Kind(32, 128, 96)
 AMD = Kind(64, 256)
 OTHER = Kind(32, 256)
-#: What spills at these takes more, and two programs of 256 threads share an SM: rows that vectors
-#: cannot read, divergences with a logarithm of every entry (jsd, bound by arithmetic anyway); and
-#: at the most, label smoothing, with two more sums and a test of every entry, and tiles of vectors
-#: whose entries are loaded one by one.
+#: Kernels that would spill get more registers, and two programs of 256 threads share an SM.
+#: MORE_REGISTERS in addition: rows that vectors cannot read, and divergences with a logarithm of
+#: every entry (jsd, bound by arithmetic anyway). MOST_REGISTERS: label smoothing, with two more
+#: sums and a test of every entry, and tiles of vectors whose entries are loaded one by one.
 MORE_REGISTERS, MOST_REGISTERS = 16, 128
 
-#: Entries of a lane per tile: 16 of each side fill 32 registers at most. 32 would save 4 % of the
-#: instructions and take 128 registers, which leaves two programs on an SM instead of three.
+#: Entries of a lane per tile: 16 of each side take at most 32 registers. 32 would save 4 % of the
+#: instructions, but take 128 registers, so that two programs share an SM instead of three.
 ENTRIES = 16
-#: Bytes of a slice, both sides. Three programs on each of an H100's 132 SMs keep 32 MB of its 50 MB
-#: of L2, so that the later passes over a row find it there: 8 parts for a bfloat16 row of 128256 or
-#: 151936, 16 for 262144, 1 up to 20480. FUSED_KD_SLICE_BYTES in the environment overrides it, for
-#: trials: other parts, other bits.
+#: Bytes of a slice, both sides together. Three programs on each of an H100's 132 SMs then use 32 MB
+#: of its 50 MB of L2, from which the later passes over a row read: 8 parts for a bfloat16 row of
+#: 128256 or 151936, 16 for 262144, 1 up to 20480. The environment variable FUSED_KD_SLICE_BYTES
+#: overrides it for experiments; the bits of the results then change.
 SLICE_BYTES = 80 * 1024
-#: The multiprocessors that a GPU must have for a row's programs to wait for each other.
+#: Limit of the programs per row; a GPU with this number of multiprocessors can run them at once.
 MAX_PARTS = 32
-#: Positions in a row are 32 bits wide.
+#: Limit of V: positions in a row are 32 bits wide.
 LONGEST = 2**30
 
 _override: dict[str, int] = {}
@@ -68,9 +68,13 @@ _override: dict[str, int] = {}
 def configuration(
     vocabulary: int, student: torch.dtype, teacher: torch.dtype, kind: Kind = NVIDIA
 ) -> Configuration:
-    """Return the configuration of rows of `vocabulary` entries."""
+    """Return the configuration for rows of `vocabulary` entries of these dtypes.
+
+    Raises:
+        ValueError: FUSED_KD_SLICE_BYTES is not a positive number.
+    """
     # Triton loads vectors only if the rows' stride is known to be a multiple of 16 entries; else
-    # one entry, so that the threads of a warp read neighbours.
+    # a thread loads one entry, so that the threads of a warp read neighbours.
     widest = max(student.itemsize, teacher.itemsize)
     vector = 16 // widest if vocabulary % 16 == 0 else 1
     warps = kind.threads // kind.warp_size
@@ -86,23 +90,23 @@ def configuration(
 
 @cache
 def _slice_bytes() -> int:
-    given = os.environ.get("FUSED_KD_SLICE_BYTES", str(SLICE_BYTES))
-    if not given.isdecimal() or int(given) == 0:
-        raise ValueError(f"FUSED_KD_SLICE_BYTES must be a positive number of bytes; got {given!r}")
-    return int(given)
+    value = os.environ.get("FUSED_KD_SLICE_BYTES", str(SLICE_BYTES))
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(f"FUSED_KD_SLICE_BYTES must be a positive number of bytes; got {value!r}")
+    return int(value)
 
 
 def registers(
     kind: Kind, vector: int, logarithms: bool, smoothing: bool, aligned: bool
 ) -> int | None:
-    """Return the most registers of a thread of `_kd_rows_kernel`; None: the compiler's choice.
+    """Return the limit of registers of a thread of `_kd_rows_kernel`; None: the compiler's choice.
 
     Args:
-        kind: The kind of GPU.
-        vector: Entries of a lane that are loaded at once.
-        logarithms: The divergence takes a logarithm of every entry.
-        smoothing: Labels are smoothed.
-        aligned: Every row begins at a multiple of 16 bytes.
+        kind: the kind of GPU.
+        vector: entries of a lane that are loaded at once.
+        logarithms: the divergence takes a logarithm of every entry.
+        smoothing: labels are smoothed.
+        aligned: every row begins at a multiple of 16 bytes.
     """
     if kind.registers is None:
         return None
@@ -112,7 +116,10 @@ def registers(
 
 
 def candidates(rule: Configuration) -> list[Configuration]:
-    """Return what FUSED_KD_AUTOTUNE=1 tries: half of the threads, half of the tile; never parts."""
+    """Return the configurations that FUSED_KD_AUTOTUNE=1 times.
+
+    These are `rule`, half of its threads, half of its tile, and both; the parts never change.
+    """
     warp_size = rule.lanes // rule.warps
     return [
         replace(rule, warps=warps, lanes=warps * warp_size, unroll=unroll)
@@ -122,13 +129,13 @@ def candidates(rule: Configuration) -> list[Configuration]:
 
 
 def may_wait() -> bool:
-    """Return False in ``overridden(wait=0)``."""
+    """Return True if programs may wait for each other: always, except in ``overridden(wait=0)``."""
     return bool(_override.get("wait", 1))
 
 
 @contextmanager
 def overridden(**fields: int) -> Iterator[None]:
-    """Set fields of every configuration, and wait=0 for one launch per step: for tests."""
+    """Set fields of every configuration, for tests; wait=0: one launch per step."""
     before = dict(_override)
     _override.update(fields)
     try:

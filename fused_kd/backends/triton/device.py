@@ -1,4 +1,4 @@
-"""Where the Triton kernels run: whether, why not, and what kind of device it is."""
+"""The devices of the Triton kernels: which can run them, and their properties."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 
 from .configuration import AMD, BLACKWELL, NVIDIA, OTHER, Kind, may_wait
 
+#: The oldest supported version of triton.
 OLDEST = (3, 6)
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """Return None if this backend can run (on that device), else the reason."""
+    """Return None if this backend can run, else the reason; for one type of device if given."""
     return _why_not(device_type, _interpreted())
 
 
@@ -61,7 +62,7 @@ def _release(module: ModuleType) -> tuple[int, ...]:
 
 @cache
 def load_kernels() -> ModuleType:
-    """Import triton and the kernels."""
+    """Import triton and the kernels; return the module of the kernels."""
     from . import kernels
 
     return kernels
@@ -69,7 +70,7 @@ def load_kernels() -> ModuleType:
 
 @cache
 def kind(device: torch.device) -> Kind:
-    """Return the kind of GPU that a row is cut for."""
+    """Return the kind of GPU, on which the configuration of a row depends."""
     if device.type != "cuda":  # the CPU: interpreted
         return NVIDIA if device.type == "cpu" else OTHER
     if torch.version.hip:
@@ -89,7 +90,7 @@ def capability(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors or their like; 1 in the interpreter."""
+    """Return the number of multiprocessors (XPU: of subslices); 1 in the interpreter."""
     if device.type == "cpu":
         return 1
     properties = getattr(torch, device.type).get_device_properties(device)
@@ -100,8 +101,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def can_wait(device: torch.device, parts: int) -> bool:
-    """Return whether programs may wait for each other: on an NVIDIA GPU that has room for a row's.
+    """Return True if the programs of a row may wait for each other.
 
-    Elsewhere the memory order that waiting relies on is untried.
+    That needs an NVIDIA GPU that can run `parts` programs at once. On other GPUs the memory order
+    that waiting relies on is untested.
     """
     return bool(capability(device)) and may_wait() and multiprocessors(device) >= parts

@@ -1,4 +1,4 @@
-"""Logits as they are loaded, and the gradient as it is stored: lanes, widening, rounding."""
+"""Conversions: logits after the load, the gradient before the store."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -48,7 +48,7 @@ def entries_of(x, layout):
 
 @triton.jit
 def widened(x, layout):
-    """Return logits as float32. Left alone, NVIDIA's compiler takes three instructions for two."""
+    """Return logits as float32; for bfloat16, two at once in two instructions instead of three."""
     if layout.CUDA > 0 and layout.VECTOR > 1 and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r",
@@ -65,9 +65,9 @@ def largest(
     UNROLL: tl.constexpr,
     layout,
 ):
-    """Return the largest entry of each lane, a number unless all are NaN.
+    """Return the largest entry of each lane; NaN only if all are NaN.
 
-    NVIDIA's GPUs compare two 16-bit numbers with one instruction.
+    NVIDIA's GPUs compare two 16-bit numbers in one instruction.
     """
     if layout.CUDA >= 80 and layout.VECTOR == 8 and x[0].dtype != tl.float32:
         BRAIN: tl.constexpr = x[0].dtype == tl.bfloat16
@@ -77,12 +77,12 @@ def largest(
                 "max.bf16x2 $0, $1, $2;" if BRAIN else "max.f16x2 $0, $1, $2;", "=&r,r,r",
                 [top, x[u]], dtype=x[0].dtype, is_pure=True, pack=2,
             )  # fmt: skip
-        # one result, eight times
-        one = tl.inline_asm_elementwise(
+        # the result, eight times
+        lane_max = tl.inline_asm_elementwise(
             _LARGEST_BF16 if BRAIN else _LARGEST_F16, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
             [top], dtype=tl.float32, is_pure=True, pack=8,
         )  # fmt: skip
-        return entries_of(one, layout)[0]
+        return entries_of(lane_max, layout)[0]
     else:
         top = entries[0]
         for i in tl.static_range(1, UNROLL * layout.VECTOR):
@@ -92,7 +92,7 @@ def largest(
 
 @triton.jit
 def is_power_of_two(x):
-    """Return whether multiplying by x is exact: 0 or a normal number with an empty mantissa."""
+    """Return True if multiplying by x is exact: x is 0 or a power of two."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return ((bits & 0x7FFFFF) == 0) & (bits != 0x7F800000)
 
@@ -101,7 +101,7 @@ def is_power_of_two(x):
 def rounded(x, ptr):
     """Return x in the dtype of ptr, rounded to nearest even.
 
-    Triton's interpreter would cut bfloat16 off.
+    For bfloat16 in the interpreter the rounding is written out, since Triton's truncates.
     """
     if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)

@@ -1,11 +1,11 @@
-"""The formulas of a row that all divergences share, by their traits. Nothing here loads or stores.
+"""The formulas of a row that all divergences share. Nothing here loads or stores.
 
-`rules` explains the symbols.
+:mod:`.rules` explains the symbols.
 
-References begin at LOWEST, so that no case needs a comparison: where no logit is above, P is 0.
-A side whose every logit is below LOWEST/k, or one with a logit above -LOWEST/k, is NaN.
+References start at LOWEST, so that no comparison is needed: P is 0 until a logit is above it. A
+side is NaN if all its logits are below LOWEST/k, or one is above -LOWEST/k.
 
-Infinity is decided on the logits; an entry that is -inf on both sides is absent.
+Infinity is decided on the logits. An entry that is -inf on both sides is absent.
 """
 
 # mypy: ignore-errors
@@ -26,7 +26,7 @@ LOWEST = tl.constexpr(-(2.0**30))
 
 @triton.jit
 def _rebase(sums, M_s, M_t, power, terms):
-    """Return the sums relative to larger references."""
+    """Return the sums relative to the references M_s, M_t, which are at least their own."""
     old_s, old_t, d_s, d_t, d_1, w, differences, count = sums
     shift_s = old_s - M_s
     factor_s = tl.exp2(shift_s)
@@ -56,7 +56,7 @@ def _added(x, y, z, w, u, v, r, q):
 
 @triton.jit
 def fold(sums, power, terms):
-    """Fold what is along axis 0, lanes or parts, into one."""
+    """Merge the sums along axis 0 (lanes or parts) into one."""
     zero = tl.full((), 0.0, tl.float32)
     if terms.rule.soft:
         M_s, M_t = tl.reduce((sums.M_s, sums.M_t), 0, _larger)
@@ -76,7 +76,7 @@ def fold(sums, power, terms):
 
 @triton.jit
 def hard_sum(sums, power, terms):
-    """Return d_1 of a row; at T = 1 it is d_s."""
+    """Return d_1 of a row, which is d_s at T = 1."""
     if terms.rule.softmax:
         return tl.where(power == 1.0, sums.d_s, sums.d_1)
     return sums.d_1
@@ -87,13 +87,13 @@ def add_tile(
     sums,
     s,  # COUNT x (LANES,)
     t,
-    tops,  # the largest of each
+    tops,  # the largest entry of s, and of t
     numbers,
     terms,
     COUNT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Add a tile to the sums of the lanes."""
+    """Return the sums of the lanes with a tile added, which may raise their references."""
     k, power, top_s, top_t = numbers.k, numbers.power, tops[0], tops[1]
     M_s, M_t = tl.maximum(sums.M_s, top_s * k), sums.M_t
     if terms.rule.soft:
@@ -140,7 +140,7 @@ def add_tile(
 
 @triton.jit
 def add_tile_again(again, s, t, refs, numbers, terms, COUNT: tl.constexpr):
-    """Add a tile to the second pass's sums of the lanes."""
+    """Return the second pass's sums of the lanes with a tile added."""
     x, y = again
     for i in tl.static_range(COUNT):
         a, b = tl.fma(s[i], numbers.k, -refs.M_s), tl.fma(t[i], numbers.k, -refs.M_t)
@@ -151,9 +151,9 @@ def add_tile_again(again, s, t, refs, numbers, terms, COUNT: tl.constexpr):
 
 @triton.jit
 def references(sums, on_soft, terms):
-    """Return what entries are relative to; d_s/d_t is exactly 1 for equal rows, its logarithm 0.
+    """Return the references of a row, and d_s/d_t: exactly 1 for equal rows, its logarithm 0.
 
-    Where the row's soft term is off, the student stands in for the teacher.
+    If the row's soft term is off, those of the student replace those of the teacher.
     """
     one, zero = tl.full((), 1.0, tl.float32), tl.full((), 0.0, tl.float32)
     ratio = one
@@ -165,7 +165,7 @@ def references(sums, on_soft, terms):
 
 @triton.jit
 def unusable(M):
-    """Return whether a side has no logit that counts, or +inf."""
+    """Return True if a side's reference M shows only absent logits, or a logit of +inf."""
     return (M <= LOWEST) | (M >= -LOWEST)
 
 
@@ -187,7 +187,7 @@ def _soft_is_nan(sums, rule: tl.constexpr):
 
 @triton.jit
 def soft_value(sums, again, numbers, rule: tl.constexpr):
-    """Return the soft term of a row."""
+    """Return the soft term c(T)·D of a row, infinite and NaN rows included."""
     value = rule.loss(sums, again, numbers.temperature, numbers.beta)
     value = tl.where(_soft_is_infinite(sums, rule), INF, numbers.soft_factor * value)
     return tl.where(_soft_is_nan(sums, rule), float("nan"), value)
@@ -195,10 +195,10 @@ def soft_value(sums, again, numbers, rule: tl.constexpr):
 
 @triton.jit
 def hard_value(sums, s_y, numbers, terms):
-    """Return the hard term of a row without NaN whose label's logit is s_y."""
+    """Return the hard term of a row from its label's logit s_y; the caller replaces NaN rows."""
     log_sum = tl.log(hard_sum(sums, numbers.power, terms))
-    unit = numbers.power * LN2  # of a and b in the hard term
-    # the largest probability may be rounded up, which a confident row would show
+    unit = numbers.power * LN2  # converts a and b to the units of the hard term
+    # not below 0: a confident row's largest probability may have been rounded up
     value = log_sum - unit * tl.fma(s_y, numbers.k, -sums.M_s)
     value = tl.where(value < 0.0, 0.0, value)
     if terms.SMOOTHING:
@@ -209,9 +209,9 @@ def hard_value(sums, s_y, numbers, terms):
 
 @triton.jit
 def soft_constants(sums, again, on_soft, weight, numbers, rule: tl.constexpr):
-    """Return what the gradient of the soft term needs, for a weight of w_soft·c(T)/T.
+    """Return the constants of the soft term's gradient, for a weight of w_soft·c(T)/T.
 
-    NaN for a NaN row, 0 for one whose soft term is off, regardless of the teacher.
+    They are NaN for a NaN row, and 0 for a row whose soft term is off, regardless of the teacher.
     """
     scale, offset = rule.constants(sums, again, weight, numbers.temperature, numbers.beta)
     nan = _soft_is_nan(sums, rule)
@@ -224,14 +224,14 @@ def soft_constants(sums, again, on_soft, weight, numbers, rule: tl.constexpr):
 
 @triton.jit
 def gradient(s, t, refs, soft, hard, on_soft, numbers, terms):
-    """Return the row's gradient of some entries, but for the -(1-ε) at the label.
+    """Return the gradient of some entries of a row, without the -(1-ε) at the label.
 
-    Without STANDS_IN t is the teacher's logits where the soft term is off, and what is made of it
-    must be dropped.
+    Without STANDS_IN, t are the teacher's logits even if the row's soft term is off, and results
+    from them are dropped.
     """
     a, b = tl.fma(s, numbers.k, -refs.M_s), tl.fma(t, numbers.k, -refs.M_t)
     P = tl.exp2(a)
-    # g = P·x + y + what the hard term adds
+    # g = P·x + y + the hard term's part
     if terms.rule.soft:
         Q, difference = P, a
         if terms.rule.softmax:

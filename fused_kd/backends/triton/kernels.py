@@ -1,20 +1,21 @@
-"""The Triton kernels: launched by :mod:`.launch`; the formulas are in :mod:`.formulas`.
+"""The Triton kernels, launched by :mod:`.launch`; the formulas are in :mod:`.formulas`.
 
-Traffic: the first pass reads a pair of rows from memory, a second statistics pass (of divergences
-with two) and the gradient pass, which goes backwards, find it in L2; the gradient is written once.
-Everything is float32 from the load to the one rounding at the store.
+Traffic: the first pass reads a pair of rows from global memory. The second statistics pass (of
+divergences with two) and the gradient pass, which goes backwards, read it from L2. The gradient is
+written once. Everything is float32 from the load to the one rounding at the store.
 
-A row is cut into a slice for each of PARTS programs; a slice is read in tiles of UNROLL x LANES x
-VECTOR entries, and every lane (a thread of the GPU) keeps its own references and sums: a tile
-costs no barrier and no shuffle. Lanes, then parts, are folded once, both by `fold`. What is beyond
-the end of a row is loaded as -inf on both sides, which is absent and adds nothing.
+A row is cut into slices, one for each of PARTS programs. A slice is read in tiles of UNROLL x LANES
+x VECTOR entries. Every lane (a thread of the GPU) has its own references and sums, so a tile costs
+no barrier and no shuffle. Lanes, then parts, are merged once, both by `fold`. Entries beyond the
+end of a row are loaded as -inf on both sides, that is as absent entries.
 
 With WAIT the programs of a row wait for each other. Row and part then come from a ticket that a
-program takes when it starts, so that programs start in the order of the rows: only those of the
-row that started last can be waiting for one that has not started; all others run to their end and
-make room. What it takes is room for PARTS programs at once, not for the whole grid. Sums of parts
-are stored in a ring of rows: a row takes the place of one long before it, once that has been read.
-Without WAIT the same bodies run as one launch per STEP, and the ring holds all rows.
+program takes when it starts, so programs start in the order of the rows. Only programs of the row
+that started last can be waiting for one that has not started; all others run to their end and free
+their resources. So PARTS programs must fit on the GPU at once, not the whole grid. The sums of the
+parts are stored in a ring of rows: a row reuses the place of the row RING before it, after all
+programs of that row have read it. Without WAIT the same code runs as one launch per STEP, and the
+ring holds all rows.
 """
 
 # mypy: ignore-errors
@@ -44,16 +45,16 @@ from .formulas import (
 from .parameters import Launch, Layout, Numbers, Part, Pointers, Row, Shape, Terms, Tile, Weights
 from .rules import NONE, Again, Constants, Sums, rule_of  # noqa: F401  NONE: for launches
 
-# what a launch does
+# the values of STEP: what a launch computes
 ALL = tl.constexpr(0)  # losses, and the gradient if there is a pointer to it
-FIRST = tl.constexpr(1)  # the first pass's sums of every part
-SECOND = tl.constexpr(2)  # the second statistics pass's
-LAST = tl.constexpr(3)  # what ALL does, from the sums of the parts
+FIRST = tl.constexpr(1)  # the sums of the first pass, of every part
+SECOND = tl.constexpr(2)  # the sums of the second statistics pass, of every part
+LAST = tl.constexpr(3)  # the results of ALL, from the sums of the parts
 BACKWARD = tl.constexpr(4)  # the gradient, from the statistics of an earlier forward
 
 SUMS = tl.constexpr(len(Sums._fields))
-STATS = tl.constexpr(ops.STATS)  # floats per row: the first pass's sums, the second's, one to spare
-PARTIAL = tl.constexpr(16)  # floats per part, the same: 64 bytes
+STATS = tl.constexpr(ops.STATS)  # floats per row: the sums of both passes, and one unused
+PARTIAL = tl.constexpr(16)  # floats per part: the same, padded to 64 bytes
 
 
 @triton.jit
@@ -66,14 +67,14 @@ def _store_sums(ptr, sums):
 def _load_sums(ptr):
     sums = ()
     for i in tl.static_range(SUMS):
-        sums = sums + (tl.load(ptr + i, cache_modifier=".cg"),)  # from L2: others have written it
+        sums = sums + (tl.load(ptr + i, cache_modifier=".cg"),)  # from L2: another program wrote it
     M_s, M_t, d_s, d_t, d_1, w, differences, count = sums
     return Sums(M_s, M_t, d_s, d_t, d_1, w, differences, count)
 
 
 @triton.jit
 def _arrive(counter_ptr):
-    """Release this program's stores, and signal to a later row that its reads are complete."""
+    """Release this program's stores, and signal that its reads are complete, by a counter."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
@@ -88,7 +89,7 @@ def _wait(counter_ptr, expected):
 def _tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.constexpr):
     """Load a tile of both sides from entry o on; the student twice if no term reads the teacher.
 
-    WHOLE: all of it is in the slice. Else one sub-block, which may not be.
+    WHOLE: the slice contains the whole tile. Else one sub-block is loaded, masked at the end.
     """
     BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
     s, t = (), ()
@@ -106,7 +107,7 @@ def _tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.co
 
 @triton.jit
 def _add(sums, tile, refs, numbers, terms, layout, UNROLL: tl.constexpr):
-    """Add a tile to the sums of the lanes, the first pass's or, with refs, the second's."""
+    """Add a tile to the sums of the lanes: of the first pass, or with refs of the second."""
     COUNT: tl.constexpr = UNROLL * layout.VECTOR
     s, t = (), ()
     for u in tl.static_range(UNROLL):
@@ -125,13 +126,13 @@ def _add(sums, tile, refs, numbers, terms, layout, UNROLL: tl.constexpr):
 
 @triton.jit
 def _whole_tiles(length, TILE: tl.constexpr):
-    """Return the entries of a slice that fill tiles, whose size is a power of two."""
+    """Return `length` rounded down to a multiple of TILE, a power of two."""
     return (tl.maximum(length, 0).to(tl.uint32) // TILE * TILE).to(tl.int32)
 
 
 @triton.jit
 def _statistics_pass(sums, row, part, refs, numbers, terms, layout, POLICY: tl.constexpr):
-    """Add a slice to the sums of the lanes, the first pass's or, with refs, the second's."""
+    """Add a slice to the sums of the lanes: of the first pass, or with refs of the second."""
     BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
     TILE: tl.constexpr = layout.UNROLL * BLOCK
     s_at, t_at = row.s + part.entries, row.t + part.entries
@@ -147,7 +148,7 @@ def _statistics_pass(sums, row, part, refs, numbers, terms, layout, POLICY: tl.c
 
 @triton.jit
 def _gradient_pass(row, part, constants, on_soft, numbers, terms, layout):
-    """Store the gradient of a slice, backwards: what the pass before has read last is nearest."""
+    """Store the gradient of a slice, backwards, since L2 holds what the last pass read last."""
     BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
     TILE: tl.constexpr = layout.UNROLL * BLOCK
     s_at, t_at, g_at = row.s + part.entries, row.t + part.entries, row.g + part.entries
@@ -173,10 +174,10 @@ def _gradient_pass(row, part, constants, on_soft, numbers, terms, layout):
 
 @triton.jit
 def _owns(row, part, V, HAS_HARD: tl.constexpr):
-    """Return whether this program reports the losses and sets the label's entry.
+    """Return whether this program owns the row, whether the label is in [0, V), and the label.
 
-    It does if the label is in its slice. Also return whether the label is in the row, and where.
-    Loaded when needed: registers are scarce in a pass.
+    The owner stores the losses and the gradient at the label. Its slice contains the label; without
+    a label in [0, V) it is part 0. Every call loads the label, to save registers in the passes.
     """
     if HAS_HARD:
         label = tl.load(row.label)
@@ -190,15 +191,18 @@ def _owns(row, part, V, HAS_HARD: tl.constexpr):
 
 @triton.jit
 def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
-    """Return the sums of the whole row and those of its second pass, as far as STEP goes."""
+    """Return the sums of a whole row, and those of its second pass.
+
+    By STEP they are computed, stored for later launches, or loaded from earlier ones.
+    """
     x, y = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if launch.STEP == BACKWARD:
         again = Again(tl.load(row.stats + SUMS), tl.load(row.stats + SUMS + 1))
         return _load_sums(row.stats), again
     TWO_PASSES: tl.constexpr = terms.rule.two_passes
     GRADIENT: tl.constexpr = row.g is not None
-    # read again soon: stays in L2 longer than what is read for the last time. A separate policy
-    # ("evict_last") would take six instructions a tile.
+    # what is read again soon stays in L2 longer than what is read for the last time; a policy for
+    # it ("evict_last") would take six instructions a tile
     POLICY: tl.constexpr = "" if GRADIENT or TWO_PASSES else "evict_first"
     mine = part.partials + part.index * PARTIAL
     all_parts = part.partials + tl.arange(0, launch.PARTS) * PARTIAL
@@ -211,7 +215,7 @@ def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
         sums = fold(lanes, numbers.power, terms)
         if launch.PARTS > 1:
             _store_sums(mine, sums)
-    # forward only, the owner alone goes on, and reads what the others have stored
+    # without a gradient only the owner goes on, and reads the sums that the others have stored
     goes_on = True
     if not GRADIENT:
         goes_on, _, _ = _owns(row, part, V, terms.HAS_HARD)
@@ -247,7 +251,7 @@ def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
 
 @triton.jit
 def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
-    """Store the row's losses and statistics."""
+    """Store the row's losses and statistics; a term that is off, or has weight 0, is 0."""
     hard_at, soft_at = row.hard + row.n, row.soft + row.n
     hard, soft = 0.0, 0.0
     if terms.HAS_HARD:
@@ -266,19 +270,19 @@ def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
 
 @triton.jit
 def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
-    """Process one program's part of a row that counts."""
+    """Compute one program's part of a row that has a weight: sums, and by STEP its results."""
     on_soft = weights.soft != 0.0
     sums, again = _row_sums(row, part, V, on_soft, numbers, terms, launch, layout)
     owns, in_row, y = _owns(row, part, V, terms.HAS_HARD)
     hard_nan, s_y, t_y = False, 0.0, 0.0
     if terms.HAS_HARD:
-        # read only inside of the row
+        # masked, so that nothing outside of the row is read
         s_y = tl.load(row.s + y, in_row & owns, 0.0).to(tl.float32)
         if terms.rule.soft or terms.SMOOTHING:
             t_y = tl.load(row.t + y, in_row & owns, 0.0).to(tl.float32)
         d_1 = hard_sum(sums, numbers.power, terms)
         hard_nan = unusable(sums.M_s) | (d_1 != d_1) | ~in_row
-        tl.debug_barrier()  # by every warp, before one may store the gradient there
+        tl.debug_barrier()  # every warp reads it before any warp stores the gradient there
     if launch.STEP == ALL or launch.STEP == LAST:
         if owns:
             _report(row, sums, again, s_y, hard_nan, weights, numbers, terms)
@@ -294,7 +298,7 @@ def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
             hard = Constants(scale, -weights.hard * tl.div_rn(numbers.smoothing, sums.count))
         _gradient_pass(row, part, (refs, soft, hard), on_soft, numbers, terms, layout)
         if terms.HAS_HARD:
-            # made in float32 from the logits: what was rounded above would lose 1 - π_y
+            # computed in float32 from the logits: the rounded entry above would lose 1 - π_y
             g = gradient(s_y, t_y, refs, soft, hard, on_soft, numbers, terms)
             g -= weights.hard * (1.0 - numbers.smoothing)
             tl.debug_barrier()
@@ -302,13 +306,13 @@ def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
 
 
 # --------------------------------------------------------------------------------- the kernels
-# What a launch hands over is flat: `do_not_specialize` does not reach into a tuple (triton 3.6 and
-# 3.9), so that in a tuple N = 1, or an N that 16 divides, would make another binary.
+# The arguments of a launch are not grouped: `do_not_specialize` has no effect inside a tuple
+# (triton 3.6 and 3.9), so that N = 1, or an N that 16 divides, would compile another binary.
 
 
 @triton.jit
 def _row_offset(row, S, stride_b, stride_s):
-    """Return where row (row // S, row % S) begins: anywhere in 64 bits."""
+    """Return the 64-bit offset of row (row // S, row % S), in entries."""
     offset = row.to(tl.int64) * stride_s
     if row >= S:
         offset = (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
@@ -317,7 +321,7 @@ def _row_offset(row, S, stride_b, stride_s):
 
 @triton.jit
 def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
-    """Return a term's weight in this row's gradient; 0 if it is off, for any scale."""
+    """Return the row's weight of a term times `scale`; 0 if the term is off, for any scale."""
     if GIVEN:
         w = tl.load(w_ptr + row)
         return tl.where(w != 0.0, w * scale, 0.0)
@@ -327,11 +331,11 @@ def _weight(w_ptr, row, scale, GIVEN: tl.constexpr):
 
 @triton.jit
 def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
-    """Process one program's share: part index % PARTS of row index // PARTS."""
+    """Process part index % PARTS of row index // PARTS; zeros for a row without weight."""
     PARTS: tl.constexpr = launch.PARTS
     index = tl.cast(index, tl.uint32)  # shifts, not divisions
     n, p = (index // PARTS).to(tl.int32), (index % PARTS).to(tl.int32)
-    # slices begin at multiples of 8 vectors, whole cache lines where rows do
+    # slices begin at multiples of 8 vectors, which are whole cache lines if the rows are aligned
     STEP: tl.constexpr = 8 * layout.VECTOR
     SLICE = tl.cdiv(tl.cdiv(shape.V, PARTS), STEP) * STEP if PARTS > 1 else shape.V
     begin, end = p * SLICE, tl.minimum(p * SLICE + SLICE, shape.V)
@@ -355,7 +359,7 @@ def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
     label = pointers.labels + n if terms.HAS_HARD else n
     row = Row(n, s, t, g, label, pointers.hard, pointers.soft, stats)
     part = Part(p, begin, end, entries, partials, arrived)
-    if launch.WAIT:  # the row before in this place of the ring has been read by all its programs
+    if launch.WAIT:  # until all programs of the row RING before have read this place of the ring
         if n >= launch.RING:
             _wait(arrived + 1 - 2 * launch.RING, PARTS)
     if (w_hard != 0.0) | (w_soft != 0.0):
@@ -377,11 +381,11 @@ def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
 @triton.jit(do_not_specialize=["N", "S"])
 def _kd_rows_kernel(
     s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
-    labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None where a term is off
+    labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None if the term is off
     scale_ptr,  # 0-d, BACKWARD only: times the weights, unless it is a power of two; or None
     hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
-    partial_ptr,  # (RING or N, PARTS, PARTIAL), PARTS > 1
-    counters_ptr,  # (1 + 2 N,) of zeros, WAIT: tickets; of each row, programs arrived, finished
+    partial_ptr,  # (RING or N, PARTS, PARTIAL), if PARTS > 1
+    counters_ptr,  # (1 + 2 N,) zeros, if WAIT: tickets; of each row, programs arrived, finished
     N, S, V,
     s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
     k, power, temperature, beta, soft_factor, soft_slope, smoothing,
@@ -391,9 +395,9 @@ def _kd_rows_kernel(
 ):  # fmt: skip
     """Compute losses, statistics and gradient of N rows, with N·PARTS programs.
 
-    With a scale, any number of programs will do; they end at once where it is a power of two.
+    With a scale, the number of programs is free; they return at once if it is a power of two.
     """
-    # a caller that is compiled may hand over float64
+    # a compiled caller may pass float64
     numbers = Numbers(
         tl.cast(k, tl.float32), tl.cast(power, tl.float32), tl.cast(temperature, tl.float32),
         tl.cast(beta, tl.float32), tl.cast(soft_factor, tl.float32),
@@ -405,7 +409,7 @@ def _kd_rows_kernel(
     )  # fmt: skip
     shape = Shape(S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s)
     rule: tl.constexpr = rule_of(D)
-    # the teacher of a row whose soft term is off has no part in it
+    # in a row whose soft term is off, the student's logits replace the teacher's
     STANDS_IN: tl.constexpr = rule.soft and not SMOOTHING and s_ptr.dtype == t_ptr.dtype
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
@@ -434,8 +438,8 @@ def _kd_scale_kernel(
 ):  # fmt: skip
     """Multiply a gradient (N rows of V) by the scalar at scale_ptr, with any number of programs.
 
-    ANY: for any scalar, else only where it is a power of two, and so exact. Programs end at once
-    where there is nothing to do.
+    ANY: for any scalar; else only if it is a power of two, so that the product is exact. Programs
+    return at once if there is nothing to do.
     """
     scale = tl.load(scale_ptr)
     if (scale != 1.0) & (ANY | is_power_of_two(scale)):

@@ -1,10 +1,10 @@
 """The operators ``triton_*`` and the launches of their kernels.
 
-The kernels are in :mod:`.kernels`, imported with triton when they are first needed.
+The kernels are in :mod:`.kernels`, which is imported with triton on first use.
 
 With ``FUSED_KD_AUTOTUNE=1`` the first call of a kind (V, dtypes, divergence, device) times a few
-configurations on some of its rows and the process keeps the fastest; the bits may then differ from
-one process to the next, which is why it is not the default.
+configurations on some of its rows, and the process keeps the fastest. It is not the default,
+because the bits of the results may then differ from one process to the next.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .configuration import (
 )
 from .device import can_wait, capability, kind, load_kernels, multiprocessors, why_not
 
-#: Parts of rows whose sums are kept while programs wait for each other: 256 KiB, ten times those
-#: that an H100 runs at once.
+#: Parts of rows whose sums are stored while programs wait for each other: 256 KiB, ten times the
+#: number that an H100 runs at once.
 RING_PARTS = 4096
 
-#: On each multiprocessor, where a number decides on the device whether there is work at all.
+#: Programs per multiprocessor of a launch whose work depends on a number on the device.
 PROGRAMS = 4
-#: Entries that a program scales at a time.
+#: Entries that a program of `_kd_scale_kernel` scales at a time.
 SCALE_BLOCK = 4096
 
 
@@ -46,7 +46,7 @@ SCALE_BLOCK = 4096
 
 
 class _Numbers(NamedTuple):
-    """An operator's numbers, in the form that the kernels take."""
+    """The scalar options of an operator, as the kernels take them."""
 
     divergence: int
     temperature: float
@@ -55,21 +55,21 @@ class _Numbers(NamedTuple):
     label_smoothing: float
 
 
-#: How many of an operator's arguments they are.
+#: Number of arguments of an operator that these are.
 _NUMBERS = 5
 
 
 def _numbers_of(
     divergence: int, temperature: Tensor, beta: float, scale_t2: bool, label_smoothing: float
 ) -> _Numbers:
-    """Return an operator's numbers, as its schema gives them, in the kernels' form."""
+    """Convert the scalar options of an operator's schema to the form of the kernels."""
     t = temperature.item()
     return _Numbers(divergence, t, beta, t * t if scale_t2 else 1.0, label_smoothing)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One operator's arguments."""
+    """The arguments of an operator."""
 
     student: Tensor  # (B, S, V)
     teacher: Tensor  # (B, S, V)
@@ -84,12 +84,11 @@ class _Call:
 
     @property
     def code(self) -> int:
-        """Return the code of the soft term's rule."""
+        """Return the code of the divergence, or NONE if there is no soft term."""
         return load_kernels().NONE if self.w_soft is None else self.numbers.divergence
 
     @property
     def rule(self) -> Any:
-        """Return the soft term's rule."""
         return load_kernels().rule_of(self.code)
 
     @property
@@ -98,11 +97,10 @@ class _Call:
 
     @property
     def smoothing(self) -> bool:
-        """Return True if labels are smoothed."""
         return self.has_hard and self.numbers.label_smoothing > 0
 
     def first_rows(self, count: int) -> _Call:
-        """Return the call for the first rows of the first batch."""
+        """Return the same call for at most `count` rows of the first batch."""
         labels, w_hard, w_soft = (
             None if x is None else x[: min(count, self.student.shape[1])]
             for x in (self.labels, self.w_hard, self.w_soft)
@@ -128,7 +126,7 @@ _tuned: dict[tuple[object, ...], Configuration] = {}
 
 
 def _fastest(call: _Call, default: Configuration) -> Configuration:
-    """Return the fastest candidate, by the time of forward_backward with its own gradient."""
+    """Return the candidate configuration with the fastest forward_backward on this call."""
     import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     gradient = torch.empty_like(call.student, memory_format=torch.contiguous_format)
@@ -145,7 +143,7 @@ def _fastest(call: _Call, default: Configuration) -> Configuration:
 
 
 def _steps(call: _Call, chosen: Configuration) -> tuple[str, ...]:
-    """Return the launches that make losses, and the gradient."""
+    """Return the steps that compute the losses, and the gradient: a launch for each."""
     if chosen.parts == 1 or can_wait(call.student.device, chosen.parts):
         return ("ALL",)
     return ("FIRST", "SECOND", "LAST") if call.rule.two_passes else ("FIRST", "LAST")
@@ -159,7 +157,7 @@ def _launch(
     steps: tuple[str, ...],
     scale: Tensor | None = None,  # 0-d
 ) -> None:
-    """Launch the steps, one after the other; ("ALL",): programs wait for each other instead."""
+    """Launch the steps one after the other; in ("ALL",), programs wait for each other instead."""
     loaded, student, teacher = load_kernels(), call.student, call.teacher
     n, vocabulary, numbers = call.rows, student.shape[2], call.numbers
     wait = steps == ("ALL",) and chosen.parts > 1
@@ -170,7 +168,7 @@ def _launch(
         partial = student.new_empty(shape, dtype=torch.float32)
         if wait:
             counters = student.new_zeros((1 + 2 * n,), dtype=torch.int32)
-    # in units of log2; the hard term's exponential is the soft one's to this power
+    # the hard term's exponential is the softened one to this power
     power = numbers.temperature if call.rule.softmax else 1.0
     tensors = [x for x in (student, teacher, gradient) if x is not None]
     strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
@@ -201,7 +199,7 @@ def _launch(
         )
 
 
-#: Contraction is written out in the kernels: the compiler's default has changed.
+#: Multiply-adds are written out in the kernels; the compiler's default for contraction has changed.
 _EXACT = {"enable_fp_fusion": False}
 
 
@@ -215,7 +213,7 @@ def _options(
 
 
 def _aligned(tensors: list[Tensor]) -> bool:
-    """Return True if Triton's specialization shows that rows begin at multiples of 16 bytes."""
+    """Return True if Triton's specialization proves that rows begin at multiples of 16 bytes."""
     return all(
         x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:2])
         for x in tensors
@@ -227,10 +225,7 @@ def _row_strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def _rows_per_batch(tensors: list[Tensor]) -> int:
-    """Return S for the kernels: all rows if one stride leads from each to the next.
-
-    A kernel then need not divide.
-    """
+    """Return S for the kernels: all rows if they have a single stride, so that none divides."""
     batches, rows = tensors[0].shape[:2]
     if all(batches == 1 or x.stride(0) == rows * x.stride(1) for x in tensors):
         return batches * rows
@@ -238,7 +233,11 @@ def _rows_per_batch(tensors: list[Tensor]) -> int:
 
 
 def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
-    """Refuse what would make a kernel read or write elsewhere."""
+    """Check everything that protects memory.
+
+    Raises:
+        RuntimeError: A device, shape, dtype or stride is wrong, or the kernels cannot run.
+    """
     student, teacher, n = call.student, call.teacher, call.rows
     reason = why_not(student.device.type)
     if reason is not None:
@@ -272,14 +271,14 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
 
 
 def _guard(x: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one, on which kernels run."""
+    """Return a context in which the tensor's device is the current one, for launches."""
     if x.device.type == "cpu":
         return nullcontext()
     return getattr(torch, x.device.type).device_of(x)  # type: ignore[no-any-return]
 
 
 def _losses_of(call: _Call, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hard, soft and stats; fill in the gradient."""
+    """Return hard, soft and stats; overwrite `gradient` unless it is None."""
     n, student = call.rows, call.student
     hard = student.new_empty((n,), dtype=torch.float32)
     losses = (hard, torch.empty_like(hard), hard.new_empty((n, ops.STATS)))
@@ -329,7 +328,7 @@ def _call(
     w_soft: Tensor | None,
     *numbers: Any,
 ) -> _Call:
-    """Return the call of an operator's arguments."""
+    """Build the call from an operator's arguments; make labels and weights contiguous."""
     labels, w_hard, w_soft = (
         None if x is None else x.contiguous() for x in (labels, w_hard, w_soft)
     )
@@ -356,7 +355,7 @@ def _forward_backward_(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[_Call, Tensor, tuple[Any, ...]]:
-    """Return the call, its stats, and what follows the numbers."""
+    """Return the call, its stats, and the arguments after the scalar options."""
     rows, stats, rest = arguments[:5], arguments[5], arguments[6:]
     return _call(*rows, *rest[:_NUMBERS]), stats, rest[_NUMBERS:]
 
@@ -372,9 +371,9 @@ def _backward_(*arguments: Any) -> None:
 
 
 def _rescale_(*arguments: Any) -> None:
-    """Launch both kernels; each reads the scale on the device and only one does the work.
+    """Launch both kernels; each reads the scale on the device, and only one does the work.
 
-    So the host never synchronizes.
+    Therefore the host never synchronizes.
     """
     call, stats, (scale, gradient) = _split(arguments)
     _check(call, gradient, stats)

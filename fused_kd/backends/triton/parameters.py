@@ -1,9 +1,9 @@
-"""What the functions of the Triton kernels pass to each other, in groups.
+"""The arguments of the Triton functions, in groups.
 
-Triton takes a tuple apart before it compiles: a group costs nothing, whichever of its fields a
-function reads. Fields in capitals are known to the compiler, and so is `rule`. A group that holds
-such a field is passed on or made in a call's arguments, never assigned to a name: Triton would make
-values of the fields.
+Triton takes a tuple apart before it compiles, so a group costs nothing, even if a function reads
+few of its fields. Fields in capitals, and `rule`, are compile-time constants. A group with such a
+field is built in a call's arguments or passed on, but never assigned to a name, because Triton
+would then turn the constants into run-time values.
 """
 
 # mypy: ignore-errors
@@ -15,20 +15,20 @@ import triton.language as tl
 
 from .rules import Rule
 
-# --------------------------------------------------------------------------- known to the compiler
+# --------------------------------------------------------------------------- compile-time constants
 
 
 class Terms(NamedTuple):
-    """Which terms a kernel computes."""
+    """The terms of the loss that a kernel computes."""
 
     rule: Rule  # of the soft term
     HAS_HARD: bool
     SMOOTHING: bool
-    STANDS_IN: bool  # t is the student's logits in a row whose soft term is off
+    STANDS_IN: bool  # in a row whose soft term is off, t are the student's logits
 
 
 class Layout(NamedTuple):
-    """How a program reads its slice."""
+    """How a program reads its slice: the fields of a Configuration, and the GPU."""
 
     LANES: int
     VECTOR: int
@@ -37,22 +37,22 @@ class Layout(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a launch does, and with how many programs."""
+    """What a launch computes, and the number of its programs."""
 
     STEP: int
     WAIT: bool  # programs of a row wait for each other
-    PARTS: int
-    RING: int  # WAIT: rows whose parts' sums are kept, a power of two
+    PARTS: int  # programs per row
+    RING: int  # if WAIT: number of rows whose parts' sums are stored, a power of two
 
 
 # ---------------------------------------------------------------------------- of the whole problem
 
 
 class Numbers(NamedTuple):
-    """Scalars, float32."""
+    """The scalar options of a launch, float32."""
 
     k: tl.tensor  # log2(e)/power
-    power: tl.tensor  # of the softened exponential in the hard term: T, or 1
+    power: tl.tensor  # exponent of the softened exponential in the hard term: T, or 1
     temperature: tl.tensor
     beta: tl.tensor
     soft_factor: tl.tensor  # c(T)
@@ -61,7 +61,7 @@ class Numbers(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """Memory of all rows; None for what is absent."""
+    """The tensors of all rows; None for one that is not passed."""
 
     s: tl.tensor
     t: tl.tensor
@@ -77,7 +77,7 @@ class Pointers(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Row n begins at (n // S)·stride_b + (n % S)·stride_s."""
+    """Sizes and strides: row n begins at (n // S)·stride_b + (n % S)·stride_s."""
 
     S: tl.tensor
     V: tl.tensor
@@ -93,31 +93,31 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row's number and memory."""
+    """The index of a row, and pointers to its data."""
 
     n: tl.tensor
     s: tl.tensor
     t: tl.tensor
     g: tl.tensor  # None: not wanted
     label: tl.tensor
-    hard: tl.tensor  # of all rows: n is added when needed, registers are scarce
+    hard: tl.tensor  # of all rows: n is added when needed, to save registers
     soft: tl.tensor
     stats: tl.tensor
 
 
 class Part(NamedTuple):
-    """One program's slice of the row."""
+    """The slice of a row that one program processes."""
 
     index: tl.tensor
     begin: tl.tensor
     end: tl.tensor
     entries: tl.tensor  # (LANES, VECTOR): positions in a block
     partials: tl.tensor  # where the sums of the row's parts are stored
-    arrived: tl.tensor  # WAIT: programs that have arrived, then those that have finished
+    arrived: tl.tensor  # if WAIT: counters of programs that have arrived, and have finished
 
 
 class Weights(NamedTuple):
-    """Of the row's terms in the gradient; 0: the term is off in this row."""
+    """Weights of the row's terms in the gradient; 0: the term is off in this row."""
 
     hard: tl.tensor
     soft: tl.tensor

@@ -1,4 +1,4 @@
-"""The divergences of the Triton kernels: one class each; nothing else depends on which one it is.
+"""The divergences of the Triton kernels: one class each. No other code depends on which it is.
 
 For one row, with s, t the logits and k = log2(e)/T, in units of log2:
 
@@ -6,9 +6,10 @@ For one row, with s, t the logits and k = log2(e)/T, in units of log2:
     b = t·k - M_t    Q = 2^b    q = Q / d_t    d_t = Σ Q
 
 Each of a and b is one fused multiply-add, rounded once. The references M_s, M_t are the rounded
-products of k and the largest logits; any number near them would do, since only a, b and sums
-relative to the same references enter a result. A maximum's own a is therefore not exactly 0, but
-the rounding of its M, and every formula uses it as it is. Equal rows have exactly equal a and b.
+products of k and the largest logits. Any number near them would serve, since results contain only
+a, b and sums relative to the same references. The a of the largest logit is therefore not exactly
+0, but the rounding error of M_s, and every formula uses it unchanged. Equal rows have exactly equal
+a and b.
 
 All tensors are float32. The only contractions are those that are written as `fma`.
 """
@@ -26,46 +27,46 @@ import triton.language as tl
 from fused_kd.divergences import DIVERGENCES
 
 LN2 = tl.constexpr(math.log(2.0))
-#: Beyond what an entry's log(p/q) may be: what a probability of exactly 0 is multiplied by.
+#: Larger than any log(p/q); the finite number that a probability of exactly 0 is multiplied by.
 BIG = tl.constexpr(1e30)
 YES, NO = tl.constexpr(True), tl.constexpr(False)
 
 
-# --------------------------------------------------------------------- what the formulas work with
+# ---------------------------------------------------------------- the arguments of the formulas
 
 
 class Sums(NamedTuple):
-    """Sums of the first pass: of every lane, a part or a row. What is not needed stays 0."""
+    """Sums of the first pass: of every lane, a part or a row. A sum that is not needed stays 0."""
 
     M_s: tl.tensor
     M_t: tl.tensor
-    d_s: tl.tensor  # without softmaxes the largest |s - t|
+    d_s: tl.tensor  # without softmaxes: the largest |s - t|
     d_t: tl.tensor
-    d_1: tl.tensor  # at T = 1 not needed next to d_s
-    w: tl.tensor  # the divergence's own
+    d_1: tl.tensor  # not needed at T = 1, where it is d_s
+    w: tl.tensor  # the divergence's own sum
     differences: tl.tensor  # Σ a
     count: tl.tensor  # of the present entries
 
 
 class Again(NamedTuple):
-    """Sums of the second pass."""
+    """Sums of the second pass, whose meaning depends on the divergence."""
 
     x: tl.tensor
     y: tl.tensor
 
 
 class Entry(NamedTuple):
-    """Entries of the row. b and Q are set with softmaxes alone, `difference` without alone."""
+    """Entries of the row. b and Q are set only with softmaxes, `difference` only without."""
 
     a: tl.tensor
     b: tl.tensor
     P: tl.tensor
     Q: tl.tensor
-    difference: tl.tensor  # s - t, 0 where an entry is absent
+    difference: tl.tensor  # s - t, 0 if the entry is absent
 
 
 class Shift(NamedTuple):
-    """One side of sums that get a larger reference M."""
+    """The change of one side's sums to a larger reference M."""
 
     by: tl.tensor  # old M - new M
     factor: tl.tensor  # 2^by
@@ -73,7 +74,7 @@ class Shift(NamedTuple):
 
 
 class References(NamedTuple):
-    """What the row's entries are relative to."""
+    """The references of a row's entries, and the ratio of its normalisers."""
 
     M_s: tl.tensor
     M_t: tl.tensor
@@ -82,7 +83,7 @@ class References(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a term's gradient needs of the row; both 0 where the row's term is off."""
+    """The constants of a term's gradient in a row; both 0 if the row's term is off."""
 
     scale: tl.tensor
     offset: tl.tensor
@@ -90,7 +91,7 @@ class Constants(NamedTuple):
 
 @triton.jit
 def _above(x):
-    """Return x, but a finite number for -inf and NaN: what a P or Q of exactly 0 multiplies."""
+    """Return x, but -BIG for -inf and NaN, so that its product with a P or Q of 0 is 0."""
     return tl.where(x > -BIG, x, -BIG)
 
 
@@ -103,7 +104,7 @@ def _by_sign(x, positive, negative, zero):
 def _log2(x):
     """Return log2 of a positive normal number, to 2 ulp; exactly 0 at 1.
 
-    Half of what libdevice spends.
+    It takes half of the instructions of libdevice's.
     """
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # of x/√½, so that the rest is in [√½, √2)
@@ -122,8 +123,8 @@ def _log2(x):
 
 @triton.jit
 def _log_mixture(a, b, log_ratio, beta):
-    """Return log2(m/p), log2(m/q) of m = β·q + (1-β)·p. Exactly 0 where the rows are equal."""
-    # log2(p/q), made finite where P or Q is exactly 0
+    """Return log2(m/p), log2(m/q) of m = β·q + (1-β)·p; exactly 0 for equal rows."""
+    # log2(p/q), replaced by a finite number if P or Q is exactly 0
     r = (a - b) + log_ratio
     r = tl.where(r < BIG, _above(r), BIG)
     # m over the larger of p and q, a mixture of 1 and 2^-|r|: one logarithm, of a normal number
@@ -136,58 +137,58 @@ def _log_mixture(a, b, log_ratio, beta):
 
 
 class Rule:
-    """What a soft term is: traits, known to the compiler, and formulas, inlined where called.
+    """A soft term: traits, which are compile-time constants, and formulas, which are inlined.
 
-    A formula of a trait that is off is never called, and need not be there.
+    A formula of a trait that is off is never called, and may be missing.
     """
 
     name: str  # in DIVERGENCES
 
     soft = YES  # there is a soft term: the teacher is read
-    softmax = YES  # of two softmaxes, else of differences of logits
-    own_sum = NO  # `add`, and `rebase` if there are softmaxes
-    two_passes = NO  # `add_again`
-    logarithms = NO  # one of every entry: log_ratio is set, and threads get more registers
-    #: It may be infinite: `w` then is no number below infinity; without softmaxes a difference.
+    softmax = YES  # compares two softmaxes; else differences of logits
+    own_sum = NO  # has `add`, and `rebase` if there are softmaxes
+    two_passes = NO  # has `add_again`
+    logarithms = NO  # takes one of every entry: log_ratio is set, and threads get more registers
+    #: It may be infinite: `w` is then infinite or NaN; without softmaxes, the largest difference.
     infinite = NO
-    finite_gradient = YES  # where it is infinite; else NaN
+    finite_gradient = YES  # its gradient is finite if its value is infinite; else NaN
 
     @property
     def differences(self):
-        """Return True for a soft term of differences of logits, which needs the count too."""
+        """Return True for a soft term of differences of logits, which also needs the count."""
         return tl.constexpr(bool(self.soft) and not self.softmax)
 
     @triton.jit
     def add(w, e):
-        """Return the own sum with more entries.
+        """Return the own sum w with entry e added.
 
-        Where one side alone is absent, an infinity or NaN has to survive and so marks the row.
+        An entry that is absent on one side alone must make it infinite or NaN, which marks the row.
         """
 
     @triton.jit
     def rebase(w, s, t):
-        """Return the own sum relative to larger references."""
+        """Return the own sum w relative to larger references; s, t: a Shift of either side."""
 
     @triton.jit
     def add_again(x, y, e, refs, beta):
-        """Return the sums of the second pass with more entries."""
+        """Return the sums x, y of the second pass with entry e added."""
 
     @triton.jit
     def loss(sums, again, temperature, beta):
-        """Return D where it is finite."""
+        """Return D of a row; its callers replace infinite and NaN rows."""
 
     @triton.jit
     def constants(sums, again, weight, temperature, beta):
-        """Return what `gradient` needs: scale, and what times -scale is its offset.
+        """Return the constants of `gradient`: its scale, and its offset divided by -scale.
 
         The weight is w_soft·c(T)/T.
         """
 
     @triton.jit
     def gradient(e, refs, constants, beta):
-        """Return x, y of w_soft·c(T)·∂D/∂s = P·x + y; without softmaxes y alone counts.
+        """Return x, y of w_soft·c(T)·∂D/∂s = P·x + y; without softmaxes x is 0.
 
-        No negations, of which triton 3.6 makes instructions.
+        Written without negations, since triton 3.6 compiles them to instructions.
         """
 
     @triton.jit
@@ -198,8 +199,8 @@ class Rule:
     def __repr__(self) -> str:
         """Return the name and a digest of traits and formulas.
 
-        Triton's keys of compiled kernels contain this of every rule, so that a change of any of
-        them compiles again.
+        Triton's cache keys contain it for every rule, so that a kernel is compiled again after a
+        change of any rule.
         """
         return f"{self.name}_{self._digest()}"
 
@@ -226,7 +227,7 @@ class ForwardKL(Rule):
 
     @triton.jit
     def rebase(w, s, t):
-        # d_t has shrunk before the shift multiplies it: a finite mask times a count would overflow
+        # d_t is rebased before the shift multiplies it: a finite mask times a count would overflow
         return tl.fma(t.by - s.by, t.d, w * t.factor)
 
     @triton.jit
@@ -247,7 +248,7 @@ class ForwardKL(Rule):
 
 
 class ReverseKL(Rule):
-    """Σ p·log(p/q), gradient p·(log(p/q) - D): the normalisers cancel; w = Σ P·(a - b)."""
+    """Σ p·log(p/q), gradient p·(log(p/q) - D), in which the normalisers cancel; w = Σ P·(a - b)."""
 
     name = "reverse_kl"
     own_sum = YES
@@ -260,7 +261,7 @@ class ReverseKL(Rule):
 
     @triton.jit
     def rebase(w, s, t):
-        # d_s has shrunk before the shift multiplies it: a finite mask times a count would overflow
+        # d_s is rebased before the shift multiplies it: a finite mask times a count would overflow
         return tl.fma(s.by - t.by, s.d, w * s.factor)
 
     @triton.jit
@@ -367,7 +368,7 @@ class MSE(Rule):
 
 
 class NoSoftTerm(Rule):
-    """The hard term alone."""
+    """The rule of a loss without a soft term."""
 
     name = "none"
     soft = NO
@@ -375,7 +376,7 @@ class NoSoftTerm(Rule):
 
 
 def _in_order() -> tuple[Rule, ...]:
-    """Return the rules at their divergences' codes, then the one without a soft term."""
+    """Return the rules in the order of the divergences' codes, then the rule of no soft term."""
     rules = {rule.name: rule() for rule in Rule.__subclasses__()}
     missing = [name for name in DIVERGENCES if name not in rules]
     if missing:
