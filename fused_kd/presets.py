@@ -7,10 +7,10 @@ forward and reverse KL, and for "kdflow" it weighs the student.
 
 No option gives these two numbers. "model_optimizer" divides by N·V by default: the preset has its
 ``reduction="none"``, and fused_kd.integrations.model_optimizer does the rest. "torchtune" returns
-the soft cross-entropy, which is larger by the teacher's entropy and has the same gradient:
-fused_kd.integrations.torchtune returns it. If a framework divides by its own count, pass that
-count as ``num_items`` of the call (Automodel's ``num_batch_labels``, KDFlow's ``avg_token_num``,
-the batch size for TRL's "batchmean" without labels).
+the soft cross-entropy, which is larger by the teacher's entropy and has the same gradient. If a
+framework divides by its own count, pass that count as ``num_items`` of the call (Automodel's
+``num_batch_labels``, KDFlow's ``avg_token_num``, the batch size for TRL's "batchmean" without
+labels). ms-swift's loss of a dense teacher is TRL's.
 """
 
 from __future__ import annotations

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
+from fused_kd.integrations import automodel, axolotl, liger, model_optimizer
 
 N, V, H = 4, 7, 3
 NAN = torch.full((1, N, 1), torch.nan)
@@ -32,13 +31,9 @@ def heads(**changes: Any) -> list[Any]:
     return list({**usual, **changes}.values())
 
 
-def signal(x: Any) -> SimpleNamespace:
-    return SimpleNamespace(logits=x)
-
-
 def top_k(**changes: Any) -> list[Any]:
-    usual = {"s": logits(1, N, V), "ids": labels(N).view(1, N, 1), "logs": -logits(1, N, 1).abs(),
-             "mask": torch.ones(1, N, 1)}  # fmt: skip
+    entries = {"ids": labels(N).view(1, N, 1), "logs": -logits(1, N, 1).abs()}
+    usual = {"s": logits(1, N, V), **entries, "mask": torch.ones(1, N, 1)}
     return list({**usual, **changes}.values())
 
 
@@ -50,18 +45,6 @@ def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "of student_logits", lambda: loss(logits(), logits(), labels(N + 1))
     for bad in (-1, float("nan"), True, "4", torch.tensor(-2), torch.ones(2)):
         yield "num_batch_labels", lambda bad=bad: loss(logits(), logits(), labels(), bad)
-
-
-def of_distillkit() -> Iterator[tuple[str, Callable[[], Any]]]:
-    loss = distillkit.KLDLoss(1.0)
-    good = signal(logits())
-    yield "temperature", lambda: distillkit.JSDLoss(0.0)
-    yield "student_outputs.logits", lambda: loss(signal(logits().long()), good)
-    yield "signal.logits", lambda: loss(good, signal(ATTACHED))
-    yield "signal.logits", lambda: loss(good, signal(None))
-    yield "mask", lambda: loss(good, good, mask=labels(N + 1))
-    yield "mask", lambda: loss(good, good, mask=-torch.ones(N))
-    yield "num_items_in_batch", lambda: loss(good, good, num_items_in_batch=-1)
 
 
 def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -117,38 +100,27 @@ def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "inplace", lambda: in_place(ATTACHED, logits())
 
 
-def of_torchtune() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for teacher in (ATTACHED, None):
-        yield "teacher_logits", lambda t=teacher: torchtune.ForwardKLLoss()(logits(), t, labels())
-    yield "labels", lambda: torchtune.ReverseKLLoss()(logits(), logits(), labels(N + 1))
-    yield "sym_kd_ratio", lambda: torchtune.SymmetricKLLoss(2.0)
-
-
-ADAPTERS = (of_automodel, of_distillkit, of_axolotl, of_liger, of_model_optimizer, of_torchtune)
+ADAPTERS = (of_automodel, of_axolotl, of_liger, of_model_optimizer)
+SIDES = ("student", "teacher")
 #: Our names, and those of them that a framework has for the same thing.
-OURS = {
-    "student.hidden", "student.weight", "student.bias", "teacher.hidden", "teacher.weight",
-    "teacher.detach", "student_logits", "teacher_logits", "labels", "token_weight", "num_items",
-    "hard_weight", "soft_weight", "beta", "temperature", "divergence",
-}  # fmt: skip
+OURS = {f"{side}.{part}" for side in SIDES for part in ("hidden", "weight", "bias", "detach")}
+OURS |= {"student_logits", "teacher_logits", "labels", "token_weight", "num_items", "hard_weight"}
+OURS |= {"soft_weight", "beta", "temperature", "divergence"}
 SAME = {
     "of_automodel": {"student_logits", "teacher_logits", "labels", "temperature"},
-    "of_distillkit": {"temperature"},
     "of_axolotl": {"student_logits"},
     "of_liger": {"beta", "temperature"},
     "of_model_optimizer": {"labels", "temperature"},
-    "of_torchtune": {"student_logits", "teacher_logits", "labels"},
 }
 
 
 def unknown_keywords() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield calls with a keyword that is ours, and not one of the framework's."""
-    s, y, good = logits(), labels(), signal(logits())
+    s, y = logits(), labels()
     yield "labels", lambda: liger.LigerJSD()(s, s, labels=y)
     yield "hard_weight", lambda: liger.LigerFusedLinearJSDLoss(hard_weight=1.0)
     yield "temperature", lambda: axolotl.loss(*top_k(), temperature=2.0)
     yield "num_items", lambda: automodel.KDLoss()(s, s, y, num_items=3)
-    yield "token_weight", lambda: distillkit.KLDLoss(1.0)(good, good, token_weight=1)
     yield "student_logits", lambda: model_optimizer.MFTLoss()(student_logits=s)
 
 

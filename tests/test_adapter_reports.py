@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mesh_checks
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fused_kd import Head, KDLoss
-from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
+from fused_kd.integrations import automodel, axolotl, liger, model_optimizer
 
 N, V, H = 5, 7, 3
 
@@ -64,7 +63,6 @@ def without_a_teacher() -> dict[str, list[Callable[[], Any]]]:
     """Return every adapter's calls without its teacher, by the name of what is missing."""
     s, h, w, y = torch.randn(N, V), torch.randn(N, H), torch.randn(V, H), torch.zeros(N).long()
     ids, mask = torch.zeros(1, N, 1).long(), torch.ones(1, N, 1)
-    signal, outputs = SimpleNamespace(logits=None), SimpleNamespace(logits=s)
     return {
         "teacher": [
             lambda: KDLoss()(s, None, y),
@@ -72,19 +70,11 @@ def without_a_teacher() -> dict[str, list[Callable[[], Any]]]:
         ],
         "teacher_logits": [
             lambda: automodel.KDLoss()(s, None, y),
-            lambda: torchtune.ForwardKLLoss()(s, None, y),
-            lambda: torchtune.ReverseKLLoss()(s, None, y),
-            lambda: torchtune.SymmetricKLLoss()(s, None, y),
-            lambda: torchtune.ForwardKLWithChunkedOutputLoss()([s], None, y),
             lambda: liger.LigerFusedCETVDLoss()(s, None, y),
         ],
         "logits_t": [
             lambda: model_optimizer.LogitsDistillationLoss()(s, None),
             lambda: model_optimizer.MFTLoss()(s, None, y),
-        ],
-        "signal": [
-            lambda: distillkit.JSDLoss(1.0)(outputs, signal),
-            lambda: distillkit.TVDLoss(1.0)(outputs, None),
         ],
         "target_logprobs": [
             lambda: axolotl.loss(s[None], ids, None, mask),
