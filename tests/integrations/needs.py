@@ -1,4 +1,4 @@
-"""Skip tests of a framework that is missing; with FUSED_KD_ALL_FRAMEWORKS=1, as in CI, they fail."""
+"""Skip tests of a missing framework; with FUSED_KD_ALL_FRAMEWORKS=1, as in CI, they fail."""
 
 from __future__ import annotations
 

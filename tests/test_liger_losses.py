@@ -1,12 +1,11 @@
-"""Liger's classes whose own kernels need a GPU: their formulas in float64. Chunks, parts, refusals.
+"""The losses with Liger's signatures: chunks, parts, masks, refusals.
 
-tests/integrations/test_liger.py compares the chunked loss with the installed Liger.
+tests/integrations/test_liger.py compares the numbers with the installed Liger.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from typing import Any
 
@@ -14,15 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from head_helpers import Heads, make_heads
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_kd.integrations import liger
 from fused_kd.integrations.liger import functional
 from fused_kd.testing import cpu_peak
 
-T, EPS = 1.7, 1e-10
-BETAS = [0.0, 0.1, 0.5, 1.0]  # asymmetric ones on purpose
-REDUCTIONS = ["batchmean", "mean", "sum"]
+T = 1.7
 CLASSES = [
     liger.LigerFusedLinearJSDLoss,
     liger.LigerFusedLinearJSD,
@@ -30,34 +27,6 @@ CLASSES = [
     liger.LigerJSD,
     liger.LigerKLDIVLoss,
 ]
-
-
-def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """Of student q and teacher p, every row: Liger's letters."""
-    q, p = log_q.exp(), log_p.exp()
-    if beta == 0.0:
-        return (p * (log_p - log_q)).sum(-1)
-    if beta == 1.0:
-        return (q * (log_q - log_p)).sum(-1)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-    return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
-
-
-def divisor(reduction: str, rows: int, vocabulary: int) -> int:
-    return {"batchmean": rows, "mean": rows * vocabulary, "sum": 1}[reduction]
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    """float64 copies that require grad."""
-    return [x.detach().double().requires_grad_() for x in tensors]
-
-
-def check(got: Tensor, inputs: list[Tensor], want: Tensor, exact: list[Tensor]) -> None:
-    """Values and gradients, under an upstream gradient that is not 1."""
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    ours, theirs = torch.autograd.grad(3 * got, inputs), torch.autograd.grad(3 * want, exact)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
 
 
 def make() -> Heads:
@@ -76,112 +45,36 @@ def probabilities(*shape: int) -> Tensor:
     return p
 
 
-# ------------------------------------------------------------------------------- from hidden states
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("labelled", [True, False])
-def test_fused_linear_jsd_P09(beta: float, labelled: bool) -> None:
-    heads = make()
-    labels = heads.labels if labelled else None
-    student, teacher = [heads.hidden, heads.weight], heads.teacher
-    got = liger.LigerFusedLinearJSD(beta, temperature=T)(*student, *teacher, labels)
-    exact = leaves(*student)
-    log_q = F.log_softmax(F.linear(*exact) / T, -1)
-    log_p = F.log_softmax(F.linear(*(x.double() for x in teacher)) / T, -1)
-    rows = jsd(log_q, log_p, beta)
-    want = rows[heads.labels != -100].mean() if labelled else rows.mean()
-    check(got, student, want, exact)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("labelled", [True, False])
-def test_fused_linear_kl_from_probabilities_P32(reduction: str, labelled: bool) -> None:
-    """The temperature is the student's alone; a target need not sum to 1."""
-    heads, target = make(), probabilities(12, 67)
-    student = [heads.hidden, heads.weight]
-    before = target.clone()
-    loss = liger.LigerFusedLinearKLDivLoss(reduction, temperature=T)
-    got = loss(*student, target, heads.labels if labelled else None)
-    assert torch.equal(target, before)
-    exact, q = leaves(*student), target.double()
-    log_p = F.log_softmax(F.linear(*exact) / T, -1)
-    rows = (q * (q.clamp(min=EPS).log() - log_p)).sum(-1)
-    kept = heads.labels != -100 if labelled else torch.ones(12).bool()
-    want = rows[kept].sum() / divisor(reduction, int(kept.sum()), 67)
-    check(got, student, want, exact)
-
-
-# --------------------------------------------------------------------------- from log-probabilities
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("labelled", [True, False])
-def test_jsd_of_log_probabilities(beta: float, labelled: bool) -> None:
-    """The gradients are equal in front of the log_softmax, and both are what Liger's formula says.
-
-    Liger's gradient by log_q is (1-β) q (log q - log m), not that of a function of normalised
-    log-probabilities; the backward of log_softmax takes the difference out.
-    """
-    logits, teacher = torch.randn(6, 31, requires_grad=True), torch.randn(6, 31).log_softmax(-1)
-    labels = torch.tensor([-100, 1, 2, 3, -100, 5]) if labelled else None
-    got = liger.LigerJSD(beta)(logits.log_softmax(-1), teacher, labels)
-    exact = leaves(logits)
-    rows = jsd(exact[0].log_softmax(-1), teacher.double(), beta)
-    want = rows.mean() if labels is None else rows[labels != -100].mean()
-    check(got, [logits], want, exact)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 @pytest.mark.parametrize("log_target", [True, False])
-def test_kl_of_log_probabilities(reduction: str, log_target: bool) -> None:
-    logits, target = torch.randn(6, 31, requires_grad=True), torch.randn(6, 31).log_softmax(-1)
-    q = target.double().exp()
-    if not log_target:
-        target = probabilities(6, 31)
-        q = target.double()
-    loss = liger.LigerKLDIVLoss(EPS, reduction=reduction, log_target=log_target)
-    got = loss(logits.log_softmax(-1), target)
-    exact = leaves(logits)
-    rows = (q * (q.clamp(min=EPS).log() - exact[0].log_softmax(-1))).sum(-1)
-    check(got, [logits], rows.sum() / divisor(reduction, 6, 31), exact)
-
-
-# -------------------------------------------------------------------------------------- from logits
-
-
-def test_cross_entropy_and_tvd_of_every_row() -> None:
-    """Two losses that a caller weighs row by row, each with its gradient."""
-    student, teacher = torch.randn(2, 3, 31, requires_grad=True), torch.randn(2, 3, 31)
-    target, weights = torch.tensor([[-100, 1, 2], [3, -100, 30]]), torch.rand(2, 2, 3)
-    ce, tvd = liger.LigerFusedCETVDLoss()(student, teacher, target)
-    exact = leaves(student)
-    p, q = exact[0].softmax(-1), teacher.double().softmax(-1)
-    rows = F.cross_entropy(exact[0].view(6, 31), target.view(6), reduction="none").view(2, 3)
-    distances = ((p - q).abs().sum(-1) / 2).where(target != -100, 0.0)
-    for got, want in ((ce, rows), (tvd, distances)):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    want = (weights[0] * rows + weights[1] * distances).sum()
-    check((weights[0] * ce + weights[1] * tvd).sum(), [student], want, exact)
+def test_kl_div_is_that_of_torch(reduction: str, log_target: bool) -> None:
+    """Compare with the class that Liger's derives from; Liger's kernel needs a GPU."""
+    target = torch.randn(6, 31).log_softmax(-1) if log_target else probabilities(6, 31)
+    options = {"reduction": reduction, "log_target": log_target}
+    found = []
+    logits = torch.randn(6, 31)
+    for kind, dtype in ((liger.LigerKLDIVLoss, torch.float32), (nn.KLDivLoss, torch.float64)):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        loss = kind(**options)(leaf.log_softmax(-1), target.to(dtype))
+        found.append([loss.double(), torch.autograd.grad(3 * loss, leaf)[0].double()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_the_functions_are_the_classes() -> None:
-    """Liger's orders and defaults: its liger_kl_div divides by N·V, and ignores size_average."""
+    """Check orders and defaults: liger_kl_div divides by N·V, and ignores size_average."""
     heads: Any = make()
     student, teacher, labels = heads[:2], heads.teacher, heads.labels
     target, logs = probabilities(12, 67), torch.randn(12, 67).log_softmax(-1)
     log_p = F.linear(*teacher).log_softmax(-1)
+    jsd = liger.LigerFusedLinearJSD(0.1, -100, T)
+    kl = liger.LigerFusedLinearKLDivLoss("sum", -100, T)
+    linear = functional.liger_fused_linear_jsd, functional.liger_fused_linear_kl_div
+    options = labels, 0.1, -100, T
     pairs = (
         (functional.liger_jsd(logs, log_p, labels, 0.1), liger.LigerJSD(0.1)(logs, log_p, labels)),
         (functional.liger_kl_div(logs, target, False, False), liger.LigerKLDIVLoss()(logs, target)),
-        (
-            functional.liger_fused_linear_jsd(*student, *teacher, labels, 0.1, -100, T),
-            liger.LigerFusedLinearJSD(0.1, -100, T)(*student, *teacher, labels),
-        ),
-        (
-            functional.liger_fused_linear_kl_div(*student, target, labels, "sum", -100, T),
-            liger.LigerFusedLinearKLDivLoss("sum", -100, T)(*student, target, labels),
-        ),
+        (linear[0](*student, *teacher, *options), jsd(*student, *teacher, labels)),
+        (linear[1](*student, target, labels, "sum", -100, T), kl(*student, target, labels)),
     )
     for found, expected in pairs:
         assert torch.equal(found, expected)
@@ -193,7 +86,7 @@ def test_the_functions_are_the_classes() -> None:
 
 
 def test_hidden_states_of_three_dimensions_are_chunked_P46() -> None:
-    """The peak is that of flat ones, and far below the logits of all rows."""
+    """Measure a peak like that of flat ones, far below the logits of all rows."""
     heads = make_heads(rows=64, vocabulary=4096)
     loss = liger.LigerFusedLinearJSDLoss(chunk_size=4)
 
@@ -202,7 +95,7 @@ def test_hidden_states_of_three_dimensions_are_chunked_P46() -> None:
         hidden.requires_grad_()
         labels = heads.labels.view(leading)
         arguments = (hidden, heads.weight, teacher, heads.teacher_weight, labels)
-        loss(*arguments).backward()  # whatever is made once
+        loss(*arguments).backward()  # makes what is cached
         return cpu_peak(lambda: loss(*arguments).backward()).highest
 
     flat, cut = peak(64), peak(4, 16)
@@ -211,22 +104,14 @@ def test_hidden_states_of_three_dimensions_are_chunked_P46() -> None:
     assert cut <= weight_gradient + 3 * 4 * 4096 * 4
 
 
-@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.3, 0.7)])
-def test_parts_in_ligers_order_P41(weights: tuple[float, float]) -> None:
-    """(loss, soft, hard), a part of weight 0 too; they carry no gradient that would be zero."""
+def test_parts_carry_no_gradient_P41() -> None:
+    """Refuse a backward of a part, which in Liger gives zeros."""
     heads = make()
     arguments = (heads.hidden, heads.weight, *heads.teacher, heads.labels)
-    loss = liger.LigerFusedLinearJSDLoss(*weights, temperature=T, return_soft_hard_loss=True)
-    total, soft, hard = loss(*arguments, student_bias=heads.bias)
-    logits = F.linear(*heads.student)
-    taught = F.linear(*heads.teacher)
-    kept = heads.labels != -100
-    rows = jsd((logits / T).log_softmax(-1), (taught / T).log_softmax(-1), 0.5)
-    torch.testing.assert_close(soft, rows[kept].mean().detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(hard, F.cross_entropy(logits, heads.labels).detach())
-    torch.testing.assert_close(total.detach(), weights[0] * hard + weights[1] * soft)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        soft.backward()
+    _, soft, hard = liger.LigerFusedLinearJSDLoss(return_soft_hard_loss=True)(*arguments)
+    for part in (soft, hard):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            part.backward()
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -251,14 +136,6 @@ def test_what_is_not_a_number_stays_in_an_ignored_row_P20() -> None:
     got = loss(*student, target, heads.labels)
     assert torch.equal(got, want)
     assert all(g.isfinite().all() for g in torch.autograd.grad(got, student))
-
-
-def test_equal_models_P03() -> None:
-    heads = make()
-    student = (heads.hidden, heads.weight)
-    loss = liger.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
-    same = loss(*student, *(x.detach() for x in student), heads.labels)
-    assert abs(same.item()) < 1e-6
 
 
 def test_attributes_are_the_arguments_and_may_be_changed() -> None:
@@ -306,16 +183,11 @@ def test_a_target_of_probabilities_is_checked_by_its_name() -> None:
     refused(TypeError, r"^target must be a torch\.Tensor; got NoneType", None)
     refused(TypeError, r"^target must be float32, .*; got torch\.int64", target.long())
     refused(TypeError, r"^shift_labels must be a torch\.Tensor; got list", target, [1] * 12)
-    refused(ValueError, r"^target must have .* vocabulary, \(12, 67\); got \(12, 66\)",
-            target[:, 1:])  # fmt: skip
+    refused(ValueError, r"^target must have .*, \(12, 67\); got \(12, 66\)", target[:, 1:])
     refused(ValueError, r"^target must not require grad", target.clone().requires_grad_())
     negative = target.clone()
     negative[0, 3] = -0.25
-    refused(
-        ValueError,
-        r"^target must hold probabilities, .*; got -0\.25: if these are logits",
-        negative,
-    )
+    refused(ValueError, r"^target must hold probabilities, .*; got -0\.25: if these", negative)
     loss(*heads[:2], negative, heads.labels)  # that row does not count
     log_q = torch.randn(12, 67).log_softmax(-1)
     for log_target in (False, True):
@@ -337,17 +209,17 @@ def test_options_are_refused_by_ligers_names() -> None:
     for loss in (liger.LigerFusedLinearJSD, liger.LigerFusedLinearKLDivLoss):
         with pytest.raises(TypeError, match=r"^accum_dtype must be None or a torch\.dtype"):
             loss(accum_dtype="float32")
-    with pytest.raises(ValueError, match=r"^accum_dtype must be .* torch\.float32; got .*bfloat16"):
-        liger.LigerFusedLinearJSD(accum_dtype=torch.bfloat16)(*tensors)
-    with pytest.raises(ValueError, match=r"^accum_dtype must be .* torch\.float32; got .*bfloat16"):
-        liger.LigerFusedLinearKLDivLoss(accum_dtype=torch.bfloat16)(
-            *heads[:2], probabilities(12, 67)
+        narrow = loss(accum_dtype=torch.bfloat16)
+        given = (
+            tensors if loss is liger.LigerFusedLinearJSD else (*heads[:2], probabilities(12, 67))
         )
+        with pytest.raises(ValueError, match=r"^accum_dtype must be .*float32; got .*bfloat16"):
+            narrow(*given)
 
 
 @pytest.mark.parametrize("kind", [liger.LigerFusedLinearJSD, liger.LigerFusedLinearKLDivLoss])
 def test_accum_dtype_is_that_of_the_sum_of_weight_gradients(kind: Any) -> None:
-    """What is summed in which dtype is tested with the loss itself."""
+    """Check the option; test_heads.py checks the sums."""
     for given, used in ((None, None), *((x, x) for x in (torch.float32, torch.bfloat16))):
         assert kind(accum_dtype=given)._loss().grad_accum_dtype == used
 
