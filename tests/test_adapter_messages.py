@@ -1,4 +1,4 @@
-"""Messages of adapters name an argument as the framework does, not as fused_kd does."""
+"""Messages of adapters name an argument as the framework does; N-25: also a missing teacher."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
 def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
     for loss in (axolotl.loss, axolotl.ChunkedTopKKDLoss(2)):
         yield "student_logits", lambda loss=loss: loss(*top_k(s=logits(1, N, V).long()))
-        yield "target_logprobs", lambda loss=loss: loss(*top_k(logs=NAN))
+        for logs in (NAN, None):
+            yield "target_logprobs", lambda loss=loss, logs=logs: loss(*top_k(logs=logs))
         for bad in ("4", None, float("nan"), torch.tensor(torch.nan), torch.ones(2)):
             yield "num_items_in_batch", lambda loss=loss, bad=bad: loss(*top_k(), bad)
         for token in (-100, V):
@@ -72,10 +73,13 @@ def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "student_bias", lambda: both()(*heads(), labels(), logits(V + 1))
     yield "true_labels", lambda: both()(*heads(), labels(N + 1))
     yield "true_labels", lambda: both()(*heads(), None)
+    yield "teacher_weight", lambda: both()(*heads(tw=None), labels())
+    yield "teacher_logits", lambda: liger.LigerFusedCETVDLoss()(logits(), None, labels())
     alone = liger.LigerFusedLinearJSD
     yield "jsd_beta", lambda: alone(jsd_beta=2.0)
     yield "student_input", lambda: alone()(*heads(s=None), labels())
     yield "teacher_input", lambda: alone()(*heads(t=logits(N, H) * ATTACHED[:, :1]), labels())
+    yield "teacher_input", lambda: alone()(*heads(t=None), labels())
     yield "shift_labels", lambda: alone()(*heads(), labels(N + 1))
     kl = liger.LigerFusedLinearKLDivLoss()
     yield "student_input", lambda: kl(logits(N, H + 1), logits(V, H), logits().softmax(-1))
@@ -87,7 +91,8 @@ def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "log_p", lambda teacher=teacher: jsd(logits(), teacher)
     yield "shift_labels", lambda: jsd(logits(), logits(), labels(N + 1))
     yield "y_pred", lambda: liger.LigerKLDIVLoss()(logits().long(), target)
-    yield "y_true", lambda: liger.LigerKLDIVLoss(log_target=True)(logits(), ATTACHED)
+    for teacher in (ATTACHED, None):
+        yield "y_true", lambda t=teacher: liger.LigerKLDIVLoss(log_target=True)(logits(), t)
 
 
 def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -109,7 +114,7 @@ OURS |= {"soft_weight", "beta", "temperature", "divergence"}
 SAME = {
     "of_automodel": {"student_logits", "teacher_logits", "labels", "temperature"},
     "of_axolotl": {"student_logits"},
-    "of_liger": {"beta", "temperature"},
+    "of_liger": {"beta", "temperature", "teacher_logits"},
     "of_model_optimizer": {"labels", "temperature"},
 }
 

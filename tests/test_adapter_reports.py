@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fused_kd import Head, KDLoss
-from fused_kd.integrations import automodel, axolotl, liger, model_optimizer
+from fused_kd.integrations import axolotl, liger, model_optimizer
 
 N, V, H = 5, 7, 3
 
@@ -57,46 +56,6 @@ def test_a_negative_target_is_never_dropped_N_08() -> None:
         with pytest.raises(ValueError, match=r"must hold probabilities.*got -0\.14"):
             loss(*inputs)
         assert torch.compile(loss, backend="eager")(*inputs).isnan()
-
-
-def without_a_teacher() -> dict[str, list[Callable[[], Any]]]:
-    """Return every adapter's calls without its teacher, by the name of what is missing."""
-    s, h, w, y = torch.randn(N, V), torch.randn(N, H), torch.randn(V, H), torch.zeros(N).long()
-    ids, mask = torch.zeros(1, N, 1).long(), torch.ones(1, N, 1)
-    return {
-        "teacher": [
-            lambda: KDLoss()(s, None, y),
-            lambda: KDLoss()(Head(h, w), None, y),
-        ],
-        "teacher_logits": [
-            lambda: automodel.KDLoss()(s, None, y),
-            lambda: liger.LigerFusedCETVDLoss()(s, None, y),
-        ],
-        "logits_t": [
-            lambda: model_optimizer.LogitsDistillationLoss()(s, None),
-            lambda: model_optimizer.MFTLoss()(s, None, y),
-        ],
-        "target_logprobs": [
-            lambda: axolotl.loss(s[None], ids, None, mask),
-            lambda: axolotl.ChunkedTopKKDLoss()(s[None], ids, None, mask),
-        ],
-        "teacher_input": [
-            lambda: liger.LigerFusedLinearJSDLoss()(h, w, None, w, y),
-            lambda: liger.LigerFusedLinearJSD()(h, w, None, w, y),
-        ],
-        "teacher_weight": [lambda: liger.LigerFusedLinearJSDLoss()(h, w, h, None, y)],
-        "target": [lambda: liger.LigerFusedLinearKLDivLoss()(h, w, None)],
-        "log_p": [lambda: liger.LigerJSD()(s, None)],
-        "y_true": [lambda: liger.LigerKLDIVLoss()(s, None)],
-    }
-
-
-def test_a_soft_term_without_a_teacher_is_refused_N_25() -> None:
-    """atropos#456: the teacher's values were collected, and the loss was a cross-entropy alone."""
-    for name, calls in without_a_teacher().items():
-        for call in calls:
-            with pytest.raises((TypeError, ValueError), match=rf"^({name}|the teacher must)"):
-                call()
 
 
 def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:

@@ -20,6 +20,7 @@ need("transformers")
 need("trl")
 from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations import automodel, axolotl, liger, model_optimizer  # noqa: E402
+from fused_kd.integrations.loop import shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 from fused_kd.integrations.trl import generalized_jsd_loss  # noqa: E402
@@ -187,19 +188,29 @@ def test_each_token_learns_the_next_one(heads: bool) -> None:
             torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
 
 
-def test_a_soft_cap_is_never_dropped_P04() -> None:
-    caps = [(cap, seed) for cap in (0.5, None) for seed in (0, 1)]
-    made = [tiny.of("Gemma2", seed, final_logit_softcapping=cap) for cap, seed in caps]
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("Gemma2", "final_logit_softcapping", 0.5),
+        ("Cohere", "logit_scale", 0.25),
+        ("Granite", "logits_scaling", 4.0),
+    ],
+)
+def test_caps_and_scales_of_logits_are_never_dropped_P04(
+    family: str, name: str, value: float
+) -> None:
+    student, teacher = (tiny.of(family, seed, **{name: value}) for seed in (0, 1))
     batch = tiny.padded(tiny.ragged(3))
-    capped, free = (hugging_face(*pair, batch, heads=False) for pair in (made[:2], made[2:]))
-    for a, b in zip(capped, free, strict=True):
-        assert abs(a - b) > 0.1  # logits are capped
-    for a, b in zip(hugging_face(*made[2:], batch, heads=True), free, strict=True):
-        torch.testing.assert_close(a, b)
-    for student, teacher in ((made[0], made[3]), (made[2], made[1])):
-        for kind in (DistillationLoss, StudentTeacherLoss):
-            with pytest.raises(ValueError, match="soft-capping"):
-                kind(student, teacher, heads=True)
+    inputs, labels = tiny.split(batch)
+    want = KDLoss()(student(**inputs).logits, teacher(**inputs).logits.detach(), shifted(labels))
+    for heads in (False,) if family == "Gemma2" else tiny.BOTH:
+        for found in hugging_face(student, teacher, batch, heads):
+            torch.testing.assert_close(found, want)
+    if family == "Gemma2":
+        for pair in ((student, tiny.llama(1)), (tiny.llama(0), teacher)):
+            for kind in (DistillationLoss, StudentTeacherLoss):
+                with pytest.raises(ValueError, match="soft-capping"):
+                    kind(*pair, heads=True)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.25, 0.0), (0.5, 0.5)])

@@ -119,7 +119,7 @@ def test_a_checkpoint_has_no_teacher_and_is_resumed_from(heads: bool, tmp_path: 
     tiny.assert_close(loaded.student, half.student)
 
 
-def test_validation_is_a_mean_over_all_tokens(heads: bool, tmp_path: Path) -> None:
+def test_validation_is_a_mean_over_all_tokens_N_30(heads: bool, tmp_path: Path) -> None:
     module = _module(heads)
     teacher = deepcopy(module.teacher)
     trainer = _trainer(tmp_path)

@@ -99,7 +99,7 @@ def test_products_of_heads_run_under_the_trainers_autocast(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("heads", BOTH)
-def test_evaluation(tmp_path: Path, heads: bool) -> None:
+def test_evaluation_N_30(tmp_path: Path, heads: bool) -> None:
     own, ours = gkd(tmp_path), use_fused_kd(gkd(tmp_path), heads=heads)
     theirs = own.evaluate()["eval_loss"]
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs, rel=1e-5)
