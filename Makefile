@@ -30,8 +30,8 @@ test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
 	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
 
-# Time and memory of the examples, with the framework's own loss and with ours, as in
-# docs/integrations.md: about 20 minutes on two cores. make examples ARGS=trl_gkd
+# Time, memory and losses of the examples, with the framework's own loss and with ours: about 20
+# minutes on two cores. make examples ARGS=trl_gkd
 examples: $(VENV)/.peers
 	$(BIN)/python examples/measure.py $(ARGS)
 

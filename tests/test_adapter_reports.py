@@ -36,7 +36,7 @@ def of_probabilities(q: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_target_that_does_not_sum_to_1_keeps_its_mass_N_08() -> None:
-    """pytorch#69230; the rows' masses are 0, a half, 1, nearly 1 and 3."""
+    # pytorch#69230; the rows' masses are 0, a half, 1, nearly 1 and 3
     q = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(-1)
     found = of_probabilities(q * torch.tensor([0.0, 0.5, 1.0, 0.999, 3.0])[:, None])
     for name, value in found.items():
@@ -44,7 +44,7 @@ def test_a_target_that_does_not_sum_to_1_keeps_its_mass_N_08() -> None:
 
 
 def test_a_negative_target_is_never_dropped_N_08() -> None:
-    """pytorch#69230: torch's kl_div counts it as 0. Without values to look at it makes NaN."""
+    # pytorch#69230: torch's kl_div counts it as 0. A compiled loss reads no values: NaN
     q = torch.full((N, V), 1 / V)
     q[2, 3] = -1 / V
     tensors = torch.randn(N, H), torch.randn(V, H)
@@ -59,7 +59,7 @@ def test_a_negative_target_is_never_dropped_N_08() -> None:
 
 
 def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
-    """torchtitan#4297: a loss of 0, and a gradient that was not. Shards wait for theirs."""
+    # torchtitan#4297: a loss of 0, and a gradient that was not
     s, t = torch.randn(N, V), torch.randn(N, V)
     identity = torch.eye(V)
     for label in (V, -5):
@@ -79,6 +79,6 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
 )
-def test_the_terms_weigh_the_same_whatever_the_tensor_parallelism_N_18(tmp_path: Path) -> None:
-    """NeMo RL#2745: the soft term divided by the count of all ranks, the hard by its replicas'."""
+def test_the_terms_weigh_the_same_with_tensor_parallelism_N_18(tmp_path: Path) -> None:
+    # NeMo RL#2745: the soft term was divided by all ranks, the hard term by its replicas only
     assert not (found := failures(mesh_checks.CHECKS, 4, tmp_path)), "\n".join(found)

@@ -20,7 +20,7 @@ TOP = (Y.view(1, N, 1), T.log_softmax(-1)[:, :1].view(1, N, 1), torch.ones(1, N,
 
 
 def assigned(module: KDLoss) -> Any:
-    """Assign an option inside the trace."""
+    """Set an option inside the trace."""
     module.temperature = 3.0
     return module(S, T, Y)
 

@@ -30,14 +30,14 @@ CLASSES = [
 
 
 def make() -> Heads:
-    """Labels that ignore every third row, the first too."""
+    """Return heads with labels that ignore every third row, the first included."""
     heads = make_heads(rows=12, vocabulary=67)
     heads.labels[::3] = -100
     return heads
 
 
 def probabilities(*shape: int) -> Tensor:
-    """Some entries 0, one row that sums to a half."""
+    """Return rows with entries of 0, one of which sums to a half."""
     p = torch.randn(*shape).softmax(-1)
     p[..., :5] = 0
     p /= p.sum(-1, keepdim=True)
@@ -86,7 +86,7 @@ def test_the_functions_are_the_classes() -> None:
 
 
 def test_hidden_states_of_three_dimensions_are_chunked_P46() -> None:
-    """Measure a peak like that of flat ones, far below the logits of all rows."""
+    """Compare peaks: that of flat ones, far below the logits of all rows."""
     heads = make_heads(rows=64, vocabulary=4096)
     loss = liger.LigerFusedLinearJSDLoss(chunk_size=4)
 

@@ -96,7 +96,7 @@ def test_the_update_does_not_depend_on_the_accumulation_P50(loop: Any, heads: bo
 
 
 def _on_two_ranks(number: int) -> None:
-    """Give each rank every other row; the loop is found here, where accelerate is imported."""
+    """Compare on a rank with every other row; accelerate is imported with this module."""
     _check(LOOPS[number], True, (1, 2))
 
 
@@ -107,7 +107,7 @@ def test_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_the_logits_are_not_converted() -> None:
-    """Measure memory: accelerate makes float32 of what a prepared model returns; here, a loss."""
+    """Compare peaks: accelerate converts what a prepared model returns to float32; here a loss."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     inputs, labels = tiny.split(tiny.padded(tiny.ragged(64)))  # nothing else is so large

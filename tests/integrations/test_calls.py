@@ -195,7 +195,7 @@ def test_a_loss_whose_head_is_bypassed_later() -> None:
 
 
 def _aligned(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate, and shift the labels."""
+    """Return a batch with shifted labels."""
     inputs, labels = tiny.split(tiny.padded(rows))
     return {**inputs, "labels": shifted(labels)}
 

@@ -158,7 +158,7 @@ def test_the_weight_of_a_bypassed_head_stays_in_the_graph() -> None:
 def test_a_deep_copy_bypasses_its_own_head_in_its_own_mode() -> None:
     # for example of averaged weights, which are evaluated while the model trains
     model = tiny.llama(0)
-    undo = heads.leave_out_head(model)
+    undo = heads.bypass_head(model)
     copy = deepcopy(model)
     with torch.no_grad():
         copy.lm_head.weight.mul_(2)

@@ -29,7 +29,7 @@ EACH = pytest.mark.parametrize("heads", tiny.BOTH)
 
 @EACH
 def test_accumulation_in_trl_changes_no_norm_N_17(tmp_path: Path, heads: bool) -> None:
-    """ms-swift#6663: since 0.24 TRL passes num_items_in_batch; loss and gradient norm grew by 4."""
+    # ms-swift#6663: since 0.24 TRL passes num_items_in_batch; loss and gradient norm grew by 4
     seen = []
     for cut in CUTS:
         arguments = GKDConfig(**settings(tmp_path, lmbda=0.0, max_length=32, **cut))
@@ -61,7 +61,7 @@ class NoKeywords(LlamaForCausalLM):  # type: ignore[misc]
 
 @EACH
 def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, heads: bool) -> None:
-    """transformers#37766: num_items_in_batch was dropped, and the loss grew by the accumulation."""
+    # transformers#37766: num_items_in_batch was dropped, and the loss grew by the accumulation
     from transformers import LlamaConfig
 
     weights = []

@@ -269,7 +269,7 @@ def test_soft_capped_logits(tmp_path: Path) -> None:
 
 
 def test_heads_are_measured_regardless_of_their_configuration(tmp_path: Path) -> None:
-    """Measure: TRL reads some names of a soft-cap, and leaves out one with another name."""
+    """Check models that TRL would not: it reads some names of a soft-cap, but not all."""
     trainer = distillation(tmp_path)
     student = trainer.model
     capped = {"logits_soft_cap": 0.5, "lru_width": 16, "num_hidden_layers": 3}

@@ -52,7 +52,7 @@ def ragged(count: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
 
 
 def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate: pad ids with 0 and labels with -100."""
+    """Return a batch: ids are padded with 0, and labels with -100."""
     pad = nn.utils.rnn.pad_sequence
     ids = [row["input_ids"] for row in rows]
     return {
