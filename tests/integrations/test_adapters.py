@@ -1,7 +1,7 @@
 """Public reports of faults in other projects' glue: a test each, over every adapter.
 
-P01 axolotl, P02 axolotl#3660, P03 TRL#5731, P04 TRL#6629, P09 TRL#3043, P49 FLA, N-23 RLCSD#6 and
-fmchisel#23; and the shift of labels.
+P01 axolotl, P02 axolotl#3660, P03 TRL#5731, P04 TRL#6629, P49 FLA, N-23 RLCSD#6 and fmchisel#23;
+and the shift of labels. P09, TRL#3043 (β), is in the comparisons with the frameworks' own losses.
 """
 
 from __future__ import annotations
@@ -140,22 +140,6 @@ def test_the_gradient_is_that_of_the_value_P01(name: str) -> None:
     ahead, behind = (SOFT[name](s + h * direction, t, y) for h in (step, -step))
     slope = (ahead - behind) / (2 * step)
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.9])
-def test_beta_weighs_the_teacher_P09(beta: float) -> None:
-    # the models differ much, so the other orientation gives another number
-    s, t, y = logits(), logits(seed=1), torch.arange(N)
-    p, q = ((x / T).softmax(-1) for x in (s, t))
-    m = (1 - beta) * p + beta * q
-    want = beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
-    for loss in (
-        on_logits(liger.LigerFusedLinearJSDLoss(**ONLY_SOFT, beta=beta, temperature=T)),
-        on_logits(liger.LigerFusedLinearJSD(beta, temperature=T)),
-        lambda s, t, y: liger.LigerJSD(beta)((s / T).log_softmax(-1), (t / T).log_softmax(-1), y),
-        lambda s, t, y: generalized_jsd_loss(s[None], t[None], y[None], beta, T),
-    ):
-        torch.testing.assert_close(loss(s, t, y), want.mean())
 
 
 def hugging_face(
