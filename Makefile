@@ -23,16 +23,17 @@ test: $(VENV)/.built
 test-slow: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
 
-# The suite with other people's packages: the peers of the benchmarks agree with float64, pictures and
-# page are made, and the integrations train in the real frameworks.
+# The suite with other packages installed: the methods of the benchmarks agree with float64, the
+# integrations train in the real frameworks, every example runs, and losses of frameworks that are
+# too large to install (requirements/losses.txt) are compared with ours.
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
 	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
 
-# A training run for each framework, with its own loss and with ours: about 20 minutes on two cores.
-# make examples ARGS="trl_gkd --steps 5"
+# Time, memory and losses of the examples, with the framework's own loss and with ours: about 20
+# minutes on two cores. make examples ARGS=trl_gkd
 examples: $(VENV)/.peers
-	$(BIN)/python -m examples $(ARGS)
+	$(BIN)/python examples/measure.py $(ARGS)
 
 # Every suite on this CPU with every peer that installs, then pictures and a page: about two hours on
 # two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume
@@ -102,6 +103,7 @@ $(VENV)/.demo: $(VENV)/.built demo/requirements.txt
 	$(BIN)/pip install --quiet -r demo/requirements.txt
 	touch $@
 
-$(VENV)/.peers: $(VENV)/.built benchmarks/requirements.txt requirements/frameworks.txt
+$(VENV)/.peers: $(VENV)/.built benchmarks/requirements.txt requirements/frameworks.txt requirements/losses.txt
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/losses.txt
 	touch $@

@@ -1,31 +1,56 @@
-"""``torchrun --nproc-per-node 2 -m examples.fsdp2``: FSDP2, the loss of heads in the forward.
+"""Distil with FSDP2: ``torchrun --nproc-per-node 2 examples/fsdp2.py``."""
 
-The loop is that of examples/ddp.py. Every block is sharded for itself; embeddings, last norms and
-lm_heads belong to the outermost module, whose forward gives the loss: they are gathered once a
-step, before it, and kept until the backward is through.
-"""
+import os
+import sys
 
-from __future__ import annotations
-
-from functools import partial
-
+import torch
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.ddp import compare
-from examples.ranks import run_rank
+from fused_kd import KDLoss
+from fused_kd.integrations.loop import global_num_items, shifted
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
+VOCABULARY = 1000
 
-def shard(model: StudentTeacherLoss) -> nn.Module:
-    """In place."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in [*model.student.model.layers, *model.teacher.model.layers]:
+
+def model(layers: int) -> LlamaForCausalLM:
+    """Return a tiny model; yours is AutoModelForCausalLM.from_pretrained(...)."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, num_attention_heads=4)
+    return LlamaForCausalLM(config)
+
+
+def train(rank: int) -> list[float]:
+    """Return the losses; an update is that of the mean over all tokens of all ranks."""
+    torch.manual_seed(0)
+    both = StudentTeacherLoss(model(1), model(2), KDLoss(temperature=2.0), heads=True).train()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # "cuda"
+    for block in [*both.student.model.layers, *both.teacher.model.layers]:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    wrapped = fully_shard(both, mesh=mesh)  # embeddings, norms and lm_heads: gathered once a step
+    optimizer = torch.optim.AdamW(both.student.parameters(), lr=1e-2)
+    torch.manual_seed(rank)  # the ranks have other rows, and keep other numbers of tokens
+    ids = torch.randint(VOCABULARY, (4, 32))
+    labels = ids.where(torch.arange(32) >= 8 * rank, -100)
+    losses = []
+    for _ in range(8):
+        num_items = global_num_items(shifted(labels))
+        loss = wrapped(input_ids=ids, labels=labels, num_items=num_items)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses  # the wrapped model is released before the process group is
 
 
 if __name__ == "__main__":
-    run_rank(partial(compare, "FSDP2", shard))  # as in examples/ddp.py
+    dist.init_process_group("gloo")  # "nccl" on GPUs
+    losses = train(dist.get_rank())
+    if dist.get_rank() == 0:
+        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads can abort an interpreter that finalizes

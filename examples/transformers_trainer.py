@@ -1,67 +1,52 @@
-"""``python -m examples.transformers_trainer``: the stock Trainer with a distillation loss.
-
-Its own way: what one writes in a ``compute_loss`` of one's own, with torch. Ours: one argument.
-"""
-
-from __future__ import annotations
-
-from functools import partial
-from typing import Any
+"""Distil with the Hugging Face Trainer: ``python examples/transformers_trainer.py``."""
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from examples import common
 from fused_kd import KDLoss
-from fused_kd.integrations.loop import shifted
 from fused_kd.integrations.transformers import KDTrainer
-from fused_kd.testing import eager_kd_loss
 
-TEMPERATURE = 2.0
-
-
-class EagerTrainer(Trainer):
-    """The usual subclass: both models' logits, softmaxes, kl_div and cross_entropy."""
-
-    def __init__(self, *arguments: Any, teacher: nn.Module, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.teacher = teacher
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **unused: Any
-    ) -> Tensor:
-        labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        with torch.no_grad():
-            taught = self.teacher(**inputs).logits
-        return eager_kd_loss(logits, taught, shifted(labels), temperature=TEMPERATURE)
+VOCABULARY = 1000
 
 
-def train(make: partial[Trainer], ids: list[Tensor], student: nn.Module) -> list[float]:
-    """The Trainer's own logged losses."""
-    data = [{"input_ids": row, "labels": row} for batch in ids for row in batch]
-    settings = TrainingArguments(
-        output_dir="out/examples/trainer", per_device_train_batch_size=common.ROWS,
-        max_steps=len(ids), logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, use_cpu=True, **common.PLAIN,
-    )  # fmt: skip
-    trainer = make(student, settings, train_dataset=data)
-    return common.logged(trainer)
+def model(layers: int) -> LlamaForCausalLM:
+    """Return a tiny model; yours is AutoModelForCausalLM.from_pretrained(...)."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+    )
+    return LlamaForCausalLM(config)
 
 
 def main() -> None:
-    """Compare the eager loss with ours of logits and of heads."""
-    options = common.arguments(__doc__)
-    source = common.text()
-    student, teacher = common.student_and_teacher(source)
-    ids = common.batches(source, options.steps)
-    own = partial(train, partial(EagerTrainer, teacher=teacher), ids)
-    for heads in (False, True):
-        loss = KDLoss(temperature=TEMPERATURE, inplace=not heads)
-        make = partial(KDTrainer, teacher=teacher, loss=loss, heads=heads)
-        name = f"Trainer, heads={heads}"
-        common.compare(name, "transformers", own, partial(train, make, ids), student)
+    """Train a student of one layer on the logits of a teacher of two."""
+    torch.manual_seed(0)
+    student, teacher = model(layers=1), model(layers=2).eval()
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, (8, 32))]
+    arguments = TrainingArguments(
+        output_dir="out/examples",
+        max_steps=8,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    # heads=True: hidden states and lm_heads go into the loss, and no logits are made
+    trainer = KDTrainer(
+        student,
+        arguments,
+        teacher=teacher,
+        loss=KDLoss(temperature=2.0),
+        heads=True,
+        train_dataset=rows,
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,65 +1,53 @@
-"""``python -m examples.trl_gkd``: TRL's GKDTrainer, with one line more.
-
-The completions are the text's own (``lmbda=0``), so that both ways see the same batches.
-"""
-
-from __future__ import annotations
-
-from functools import partial
-from typing import Any
+"""Distil with TRL's GKDTrainer, one line more: ``python examples/trl_gkd.py``."""
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from examples import common
-from examples.words import tokenizer
 from fused_kd.integrations.trl import use_fused_kd
 
-PROMPT = 16  # tokens of a row that are given, not learned
-BETA = 0.5
+WORDS = ["<eos>", "user", "assistant", *(f"w{i}" for i in range(997))]
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What GKDTrainer takes of a batch whose text is already tokens."""
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    labels = ids.clone()
-    labels[:, :PROMPT] = -100
-    prompts = ids[:, :PROMPT]
-    masks = {
-        "attention_mask": torch.ones_like(ids),
-        "prompt_attention_mask": torch.ones_like(prompts),
-    }
-    return {"input_ids": ids, "labels": labels, "prompts": prompts, **masks}
+def model(layers: int) -> LlamaForCausalLM:
+    """Return a tiny model; yours is AutoModelForCausalLM.from_pretrained(...)."""
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 128}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, num_attention_heads=4)
+    return LlamaForCausalLM(config)
 
 
-def train(teacher: nn.Module, ids: list[Tensor], change: Any, student: nn.Module) -> list[float]:
-    """The trainer's own logged losses; `change` is applied to it before it trains."""
-    arguments = GKDConfig(
-        output_dir="out/examples/trl", per_device_train_batch_size=common.ROWS, max_steps=len(ids),
-        lmbda=0.0, beta=BETA, logging_steps=1, bf16=False, gradient_checkpointing=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, **common.PLAIN,
-    )  # fmt: skip
-    trainer = GKDTrainer(
-        model=student, teacher_model=teacher, args=arguments, data_collator=collate,
-        train_dataset=Dataset.from_dict({"input_ids": torch.cat(ids).tolist()}),
-        processing_class=tokenizer(teacher.config),
-    )  # fmt: skip
-    change(trainer)
-    return common.logged(trainer)
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words; yours is AutoTokenizer.from_pretrained(...)."""
+    words = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>")
+    splits_at_spaces = Tokenizer(words)
+    splits_at_spaces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=splits_at_spaces, eos_token="<eos>", pad_token="<eos>"
+    )
+    made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    return made
 
 
 def main() -> None:
-    """Compare TRL's own loss with ours of logits and of heads."""
-    options = common.arguments(__doc__)
-    source = common.text()
-    student, teacher = common.student_and_teacher(source)
-    run = partial(train, teacher, common.batches(source, options.steps))
-    own = partial(run, lambda trainer: None)
-    for keywords in ({"inplace": True}, {"heads": True}):
-        name = f"GKDTrainer, {', '.join(f'{k}={v!r}' for k, v in keywords.items())}"
-        common.compare(name, "trl", own, partial(run, partial(use_fused_kd, **keywords)), student)
+    """Train a student of one layer on the logits of a teacher of two."""
+    torch.manual_seed(0)
+    question = {"role": "user", "content": "w1 w2 w3"}
+    answers = [{"role": "assistant", "content": f"w{i} w{i + 1} w{i + 2}"} for i in range(4, 12)]
+    options = {"max_steps": 8, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
+    quiet = {"report_to": "none", "save_strategy": "no", "output_dir": "out/examples"}
+    trainer = GKDTrainer(
+        model=model(layers=1),
+        teacher_model=model(layers=2),
+        args=GKDConfig(**options, **quiet, lmbda=0.0, bf16=False),
+        train_dataset=Dataset.from_dict({"messages": [[question, answer] for answer in answers]}),
+        processing_class=tokenizer(),
+    )
+    use_fused_kd(trainer, heads=True)  # the line that changes
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
 
 
 if __name__ == "__main__":

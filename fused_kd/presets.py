@@ -10,7 +10,7 @@ has its ``reduction="none"``, and fused_kd.integrations.model_optimizer divides.
 the soft cross-entropy, which is larger by the teacher's entropy and has the same gradient. If a
 framework divides by its own count, pass that count as ``num_items`` of the call (Automodel's
 ``num_batch_labels``, KDFlow's ``avg_token_num``, the batch size for TRL's "batchmean" without
-labels).
+labels). ms-swift's loss of a dense teacher is TRL's.
 """
 
 from __future__ import annotations

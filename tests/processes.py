@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from ranks import run_rank
 from torch import distributed as dist
 from torch import multiprocessing
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/ is not installed
-from examples.ranks import run_rank
 
 #: A collective that not every rank comes to fails after this, and the test with it.
 TIMEOUT = timedelta(minutes=5)

@@ -1,17 +1,16 @@
-"""Messages of adapters name an argument as the framework does, not as fused_kd does."""
+"""Messages of adapters name an argument as the framework does; N-25: also a missing teacher."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_kd.integrations import automodel, axolotl, distillkit, liger, model_optimizer, torchtune
+from fused_kd.integrations import automodel, axolotl, liger, model_optimizer
 
 N, V, H = 4, 7, 3
 NAN = torch.full((1, N, 1), torch.nan)
@@ -32,13 +31,9 @@ def heads(**changes: Any) -> list[Any]:
     return list({**usual, **changes}.values())
 
 
-def signal(x: Any) -> SimpleNamespace:
-    return SimpleNamespace(logits=x)
-
-
 def top_k(**changes: Any) -> list[Any]:
-    usual = {"s": logits(1, N, V), "ids": labels(N).view(1, N, 1), "logs": -logits(1, N, 1).abs(),
-             "mask": torch.ones(1, N, 1)}  # fmt: skip
+    entries = {"ids": labels(N).view(1, N, 1), "logs": -logits(1, N, 1).abs()}
+    usual = {"s": logits(1, N, V), **entries, "mask": torch.ones(1, N, 1)}
     return list({**usual, **changes}.values())
 
 
@@ -52,22 +47,11 @@ def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "num_batch_labels", lambda bad=bad: loss(logits(), logits(), labels(), bad)
 
 
-def of_distillkit() -> Iterator[tuple[str, Callable[[], Any]]]:
-    loss = distillkit.KLDLoss(1.0)
-    good = signal(logits())
-    yield "temperature", lambda: distillkit.JSDLoss(0.0)
-    yield "student_outputs.logits", lambda: loss(signal(logits().long()), good)
-    yield "signal.logits", lambda: loss(good, signal(ATTACHED))
-    yield "signal.logits", lambda: loss(good, signal(None))
-    yield "mask", lambda: loss(good, good, mask=labels(N + 1))
-    yield "mask", lambda: loss(good, good, mask=-torch.ones(N))
-    yield "num_items_in_batch", lambda: loss(good, good, num_items_in_batch=-1)
-
-
 def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
     for loss in (axolotl.loss, axolotl.ChunkedTopKKDLoss(2)):
         yield "student_logits", lambda loss=loss: loss(*top_k(s=logits(1, N, V).long()))
-        yield "target_logprobs", lambda loss=loss: loss(*top_k(logs=NAN))
+        for logs in (NAN, None):
+            yield "target_logprobs", lambda loss=loss, logs=logs: loss(*top_k(logs=logs))
         for bad in ("4", None, float("nan"), torch.tensor(torch.nan), torch.ones(2)):
             yield "num_items_in_batch", lambda loss=loss, bad=bad: loss(*top_k(), bad)
         for token in (-100, V):
@@ -89,10 +73,13 @@ def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "student_bias", lambda: both()(*heads(), labels(), logits(V + 1))
     yield "true_labels", lambda: both()(*heads(), labels(N + 1))
     yield "true_labels", lambda: both()(*heads(), None)
+    yield "teacher_weight", lambda: both()(*heads(tw=None), labels())
+    yield "teacher_logits", lambda: liger.LigerFusedCETVDLoss()(logits(), None, labels())
     alone = liger.LigerFusedLinearJSD
     yield "jsd_beta", lambda: alone(jsd_beta=2.0)
     yield "student_input", lambda: alone()(*heads(s=None), labels())
     yield "teacher_input", lambda: alone()(*heads(t=logits(N, H) * ATTACHED[:, :1]), labels())
+    yield "teacher_input", lambda: alone()(*heads(t=None), labels())
     yield "shift_labels", lambda: alone()(*heads(), labels(N + 1))
     kl = liger.LigerFusedLinearKLDivLoss()
     yield "student_input", lambda: kl(logits(N, H + 1), logits(V, H), logits().softmax(-1))
@@ -104,7 +91,8 @@ def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "log_p", lambda teacher=teacher: jsd(logits(), teacher)
     yield "shift_labels", lambda: jsd(logits(), logits(), labels(N + 1))
     yield "y_pred", lambda: liger.LigerKLDIVLoss()(logits().long(), target)
-    yield "y_true", lambda: liger.LigerKLDIVLoss(log_target=True)(logits(), ATTACHED)
+    for teacher in (ATTACHED, None):
+        yield "y_true", lambda t=teacher: liger.LigerKLDIVLoss(log_target=True)(logits(), t)
 
 
 def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -117,38 +105,27 @@ def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "inplace", lambda: in_place(ATTACHED, logits())
 
 
-def of_torchtune() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for teacher in (ATTACHED, None):
-        yield "teacher_logits", lambda t=teacher: torchtune.ForwardKLLoss()(logits(), t, labels())
-    yield "labels", lambda: torchtune.ReverseKLLoss()(logits(), logits(), labels(N + 1))
-    yield "sym_kd_ratio", lambda: torchtune.SymmetricKLLoss(2.0)
-
-
-ADAPTERS = (of_automodel, of_distillkit, of_axolotl, of_liger, of_model_optimizer, of_torchtune)
+ADAPTERS = (of_automodel, of_axolotl, of_liger, of_model_optimizer)
+SIDES = ("student", "teacher")
 #: Our names, and those of them that a framework has for the same thing.
-OURS = {
-    "student.hidden", "student.weight", "student.bias", "teacher.hidden", "teacher.weight",
-    "teacher.detach", "student_logits", "teacher_logits", "labels", "token_weight", "num_items",
-    "hard_weight", "soft_weight", "beta", "temperature", "divergence",
-}  # fmt: skip
+OURS = {f"{side}.{part}" for side in SIDES for part in ("hidden", "weight", "bias", "detach")}
+OURS |= {"student_logits", "teacher_logits", "labels", "token_weight", "num_items", "hard_weight"}
+OURS |= {"soft_weight", "beta", "temperature", "divergence"}
 SAME = {
     "of_automodel": {"student_logits", "teacher_logits", "labels", "temperature"},
-    "of_distillkit": {"temperature"},
     "of_axolotl": {"student_logits"},
-    "of_liger": {"beta", "temperature"},
+    "of_liger": {"beta", "temperature", "teacher_logits"},
     "of_model_optimizer": {"labels", "temperature"},
-    "of_torchtune": {"student_logits", "teacher_logits", "labels"},
 }
 
 
 def unknown_keywords() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield calls with a keyword that is ours, and not one of the framework's."""
-    s, y, good = logits(), labels(), signal(logits())
+    s, y = logits(), labels()
     yield "labels", lambda: liger.LigerJSD()(s, s, labels=y)
     yield "hard_weight", lambda: liger.LigerFusedLinearJSDLoss(hard_weight=1.0)
     yield "temperature", lambda: axolotl.loss(*top_k(), temperature=2.0)
     yield "num_items", lambda: automodel.KDLoss()(s, s, y, num_items=3)
-    yield "token_weight", lambda: distillkit.KLDLoss(1.0)(good, good, token_weight=1)
     yield "student_logits", lambda: model_optimizer.MFTLoss()(student_logits=s)
 
 

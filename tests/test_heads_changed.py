@@ -15,7 +15,7 @@ from small_models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
 from fused_kd import KDLoss
-from fused_kd.integrations._common.heads import leave_out_head, scale_of
+from fused_kd.integrations._common.heads import bypass_head, scale_of
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
 
 IDS = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda head: head.register_full_backward_pre_hook(lambda module, by: (2 * by[0],)),
         "register_full_backward_pre_hook",
     ),
-    "forward": (_assigned_forward, "a forward method of its own"),
+    "forward": (_assigned_forward, "an assigned forward method"),
 }
 
 
@@ -164,9 +164,9 @@ def test_a_changed_output_is_refused_N_26(which: str, change: str) -> None:
 
 def test_what_leaves_a_head_out_is_no_change_N_26() -> None:
     model = SmallLM(0)
-    undo = leave_out_head(model)
+    undo = bypass_head(model)
     assert scale_of(model) == 1.0
     undo()
     model.lm_head._hf_hook = object()  # accelerate's, which assigns a forward to move tensors
     _assigned_forward(model.lm_head)
-    leave_out_head(model)
+    bypass_head(model)

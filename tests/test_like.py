@@ -1,4 +1,4 @@
-"""KDLoss.like: other frameworks' numbers, by formulas written out here in float64."""
+"""KDLoss.like: other frameworks' numbers, by formulas in float64."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from fused_kd import Head, KDLoss
 from fused_kd.presets import CONVENTIONS
 
-NAMES = ("automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer", "torchdistill",
-         "torchtune", "trl")  # fmt: skip
+NAMES = ("automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer")
+NAMES += ("torchdistill", "torchtune", "trl")
 BETA, T = 0.1, 1.7  # asymmetric on purpose
 
 
 def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q ‖ p) of every row."""
+    """Return KL(q ‖ p) of every row."""
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
@@ -30,13 +30,13 @@ def mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
 
 
 def jsd(q: Tensor, p: Tensor, beta: float) -> Tensor:
-    """Liger, TRL: the teacher q has the weight β, in the mixture and outside."""
+    # Liger, TRL: the teacher q has the weight β, in the mixture and outside
     m = mixture(q, p, beta)
     return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
 
 def kdflow(q: Tensor, p: Tensor, beta: float) -> Tensor:
-    """KDFlow: the student p has it."""
+    # KDFlow: the student p has the weight β
     m = mixture(p, q, beta)
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
@@ -64,7 +64,7 @@ FORMULAS: list[tuple[str, dict[str, Any], Row]] = [
 
 
 def _distributions(student: Tensor, teacher: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """log q and log p, float64."""
+    """Return log q and log p, float64."""
     s, t_ = student.double() / t, teacher.double() / t
     return F.log_softmax(t_, -1), F.log_softmax(s, -1)
 
@@ -73,7 +73,6 @@ def _distributions(student: Tensor, teacher: Tensor, t: float) -> tuple[Tensor, 
 def test_the_frameworks_number_and_its_gradient_P01_P09(
     name: str, keywords: dict[str, Any], rows: Row
 ) -> None:
-    """The gradient is that of the value, T² included (P01); β points the right way (P09)."""
     student, teacher, labels = make_ignored()
     got = KDLoss.like(name, temperature=T, **keywords)(student, teacher, labels)
     exact = student.detach().double().requires_grad_()

@@ -15,10 +15,10 @@ from torch.multiprocessing import ProcessExitedException
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
 )
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 RANK = """
 import atexit, torch.distributed as dist
-from examples.ranks import run_rank
+from ranks import run_rank
 
 def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -56,7 +56,7 @@ def test_the_status_of_a_rank(last: str, status: int) -> None:
     """Output arrives and Python does not finalize, which is what can abort."""
     code = RANK.format(last=last)
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=TESTS, env=os.environ, capture_output=True, text=True
     )
     assert ran.returncode == status, ran.stderr
     assert ran.stdout == "main ran\n"

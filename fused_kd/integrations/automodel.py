@@ -1,7 +1,6 @@
 """NeMo Automodel's ``KDLoss`` by its signature, for ``kd_loss_fn`` of a recipe's configuration.
 
-``_target_: fused_kd.integrations.automodel.KDLoss``. Written from its source (July 2026) and tested
-against its formula; Automodel's own tests were run alongside and agree.
+``_target_: fused_kd.integrations.automodel.KDLoss``. The tests compare it with Automodel's own.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from ._common.labels import in_rows_of, mask_labels
 class KDLoss(nn.Module):
     """T² · KL(teacher ‖ student) at temperature T, over the rows that count.
 
-    Unlike Automodel's it is 0 if no row counts, regardless of the logits and of
-    `num_batch_labels`; tensor parallelism is refused.
+    If no row counts the loss is 0, regardless of the logits and of `num_batch_labels`. Unlike
+    Automodel's loss, it refuses tensor parallelism.
 
     Args:
         ignore_index: rows with this label do not count.
-        temperature: softens both sides.
+        temperature: temperature of both softmaxes.
         fp32_upcast: no effect: all arithmetic is float32.
-        tp_group: None, or a group of one rank; logits must be whole.
-        chunk_size: no effect: nothing is materialised that would need chunks.
+        tp_group: None, or a group of one rank, since whole rows of logits are needed.
+        chunk_size: no effect: no intermediate tensor of the size of the logits is made.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -52,7 +51,7 @@ class KDLoss(nn.Module):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> _KDLoss:
-        """Return the loss of the attributes as they are now."""
+        """Return the loss of the current attributes."""
         _check_group(self.tp_group)
         return _KDLoss.like(
             "automodel", ignore_index=self.ignore_index, temperature=self.temperature

@@ -1,10 +1,9 @@
 """axolotl's loss of a top-k teacher by its signature (``axolotl.integrations.kd``).
 
-Import them in place of those of ``axolotl.integrations.kd.topk_logprob.forward_kl``.
-Written from its source (2025 and 2026) and tested against its formula; never run inside axolotl.
-The top k log-probabilities are scattered into float32 logits of the whole vocabulary, -inf
-elsewhere: as much memory as the student's logits in float32. ChunkedTopKKDLoss needs that for one
-chunk only.
+Import them in place of those of ``axolotl.integrations.kd.topk_logprob.forward_kl``, with which the
+tests compare them. The top k log-probabilities are scattered into float32 logits of the whole
+vocabulary, -inf elsewhere: as much memory as the student's logits in float32. ChunkedTopKKDLoss
+needs that for one chunk only.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ def loss(
     num_items_in_batch: float | Tensor = -1,
     kd_temperature: float = 1.0,
 ) -> Tensor:
-    """Return Σ q (log q - log p) over the entries of the mask; p is the student's, of all V, at T.
+    """Return Σ q (log q - log p) over the entries of the mask, p being the student's softmax at T.
 
-    q is not changed: not softened, and not made to sum to 1. There is no factor T². A token with
-    several entries is learnt with the sum of their probabilities.
+    q is used as it is: not softened, and not normalized. There is no factor T². If a token has
+    several entries in a row, its target probability is their sum.
 
     Returns:
         0-d: the sum, divided by `num_items_in_batch`, or if that is not positive by the number of
-        entries (not of tokens), as axolotl does. 0 if there is none, where axolotl's is NaN.
+        entries (not of tokens), as in axolotl. Without entries it is 0; axolotl's is NaN.
 
     Raises:
         TypeError: An argument is no tensor, or has the wrong dtype.
@@ -56,7 +55,7 @@ def loss(
     kept = target_mask.to(torch.bool)
     shape = (*target_token_ids.shape[:2], student_logits.shape[-1])
     q = target_logprobs.float().masked_fill(~kept, -torch.inf).exp()
-    tokens = target_token_ids.where(kept, 0)  # outside the mask they may be any number
+    tokens = target_token_ids.where(kept, 0)  # ids outside the mask may have any value
     _check_tokens(tokens, shape[-1])
     dense = q.new_zeros(shape).scatter_add_(-1, tokens, q)
     of_tokens = dense.gather(-1, tokens)
@@ -69,11 +68,11 @@ def loss(
 
 
 class ChunkedTopKKDLoss(nn.Module):
-    """:func:`loss`, computed over chunks of the sequence one after the other.
+    """Computes :func:`loss` for one chunk of the sequence at a time.
 
     Args:
         num_output_chunks: the largest number of chunks.
-        kd_temperature: of the student.
+        kd_temperature: temperature of the student's softmax.
     """
 
     @named(**_NAMES)
@@ -104,7 +103,7 @@ class ChunkedTopKKDLoss(nn.Module):
 
 
 def _forward_kl(temperature: float) -> KDLoss:
-    """Return the loss without the factor T²."""
+    """Return the forward KL without the factor T²."""
     return KDLoss(hard_weight=0.0, soft_weight=1.0, soft_scale="none", temperature=temperature)
 
 
@@ -125,7 +124,9 @@ def _check_count(num_items: float | Tensor) -> None:
         ValueError: It is a tensor of more dimensions, or not finite.
     """
     if not isinstance(num_items, (Real, Tensor)):
-        raise TypeError(f"num_items_in_batch must be a number; got {type(num_items).__name__}")
+        raise TypeError(
+            f"num_items_in_batch must be a number or a 0-d tensor; got {type(num_items).__name__}"
+        )
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(

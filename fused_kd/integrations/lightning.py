@@ -1,4 +1,4 @@
-"""Lightning: a LightningModule that distils, and a callback that runs the teacher for your own.
+"""Lightning: a LightningModule that distils, and a callback that runs the teacher for yours.
 
 ::
 
@@ -75,7 +75,7 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
     ) -> None:
         super().__init__(student, teacher, loss, heads=heads, shift=shift)
         check_loss(self.loss, heads=heads, is_mean=True)
-        self.student.train()  # from_pretrained gives evaluation mode, which Lightning keeps
+        self.student.train()  # Lightning would keep from_pretrained's evaluation mode
         self.make_optimizer = optimizer
         self._sums: dict[tuple[str, int], Tensor] = {}  # by stage and loader
 
@@ -172,14 +172,14 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
 class TeacherCallback(pl.Callback):  # type: ignore[misc]
     """A callback that runs a teacher on every batch, and stores that side of the loss in the batch.
 
-    It is for a LightningModule of your own, whose steps then pass ``batch["teacher"]`` to a KDLoss.
+    It is for your own LightningModule, whose steps then pass ``batch["teacher"]`` to a KDLoss.
     The teacher belongs to no module: it is in no checkpoint, no optimizer and no gradient
     synchronisation. It is frozen, in evaluation mode, and runs without gradient in the Trainer's
     precision.
 
     Args:
         teacher: called with everything in the batch but the labels.
-        heads: leave the lm_head out, so that ``batch["teacher"]`` is a :class:`fused_kd.Head`, not
+        heads: bypass the lm_head, so that ``batch["teacher"]`` is a :class:`fused_kd.Head`, not
             logits.
 
     Raises:

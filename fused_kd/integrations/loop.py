@@ -1,8 +1,8 @@
-"""Helpers for a training loop of your own: labels, heads, and the exact mean of an update.
+"""Helpers for your own training loop: labels, heads, and the exact mean of an update.
 
 DistributedDataParallel and FSDP2 average gradients over ranks, regardless of the number of tokens
 that each of them kept. A loop over micro-batches that divides by their number does the same. The
-intended loss is the mean over all kept tokens of the update. Either count them first and pass the
+intended loss is the mean over all kept tokens of the update. Either count these first, and pass the
 count to the loss::
 
     num_items = global_num_items(*labels_of_all_micro_batches)
@@ -58,7 +58,7 @@ def global_num_items(
         ValueError: There are no labels.
     """
     if not labels:
-        raise ValueError("labels must be given, of every micro-batch of the update; got none")
+        raise ValueError("labels of every micro-batch of the update must be passed; got none")
     for x in labels:
         if not isinstance(x, Tensor) or x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -77,7 +77,7 @@ def divide_gradients(parameters: Iterable[nn.Parameter], num_items: float | Tens
     Call it after the last backward of an update, before gradients are clipped.
 
     Args:
-        parameters: parameters, also sharded ones; those without a gradient are skipped.
+        parameters: parameters, which may be sharded; those without a gradient are skipped.
         num_items: a number, or the 0-d tensor that :func:`global_num_items` returns. If it is 0
             the gradients become 0, even infinite ones.
 

@@ -1,8 +1,8 @@
 """StudentTeacherLoss: student, teacher and loss in one module, whose forward returns the loss.
 
-It is for wrappers that act before and after a module's forward: DistributedDataParallel, FSDP2's
-``fully_shard``, accelerate's ``prepare``, Lightning. A loss that takes the lm_head's weight must
-run inside that forward: outside, FSDP2 has sharded the weight again.
+It is for wrappers that run code before and after a module's forward: DistributedDataParallel,
+FSDP2's ``fully_shard``, accelerate's ``prepare``, Lightning. A loss that takes the lm_head's weight
+must run inside that forward: outside, FSDP2 has sharded the weight again.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class StudentTeacherLoss(nn.Module):
 
     Args:
         student: a causal language model of transformers, or a module with the same arguments and
-            output (without `heads`, also one that returns the logits themselves).
+            output (without `heads`, also one that returns a tensor of logits).
         teacher: the same, of the same vocabulary.
         loss: a KDLoss with ``ignore_index=-100``; None: ``KDLoss()``.
-        heads: leave the lm_heads out and give the loss a :class:`fused_kd.Head` for each side, so
-            that neither model makes logits.
+        heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each side to the loss, so
+            that neither model computes logits.
         shift: whether labels are those of the inputs, to be shifted to the next token. False:
             ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
             language models, classifiers, encoder-decoders).
@@ -79,8 +79,8 @@ class StudentTeacherLoss(nn.Module):
         Args:
             labels: (B, S), those of the inputs themselves (they are shifted here, unless
                 ``shift=False``), -100 where a token does not count.
-            num_items: the denominator; see :func:`fused_kd.integrations.distributed.
-                global_num_items`. None: the kept tokens of this batch.
+            num_items: the denominator, see :func:`fused_kd.integrations.loop.global_num_items`;
+                None: the kept tokens of this batch.
             inputs: the arguments of both models.
         """
         parts = self.parts(labels, num_items, **inputs)

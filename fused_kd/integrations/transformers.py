@@ -23,7 +23,7 @@ from ..modules import KDLoss
 from ..sides import Side
 from ._common.calls import Call, Calls
 from ._common.frameworks import need
-from ._common.heads import headless, is_left_out, leave_out_head, scale_of, side_of
+from ._common.heads import bypass_head, headless, is_bypassed, scale_of, side_of
 from ._common.labels import aligned
 from ._common.models import PaddingCheck, check_inputs, check_models
 from ._common.outputs import logits_in
@@ -65,8 +65,8 @@ class DistillationLoss:
         student: the model that the Trainer trains, before it is wrapped.
         teacher: a model of the same vocabulary in evaluation mode, on the student's device.
         loss: a KDLoss with ``reduction="mean"``; its ``ignore_index`` must be -100, the Trainer's.
-        heads: leave the lm_heads out and give the loss a :class:`fused_kd.Head` for each side, so
-            that neither model makes logits during training.
+        heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each side to the loss, so
+            that neither model computes logits during training.
         shift: whether labels are those of the inputs, to be shifted to the next token. False:
             ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
             language models, classifiers, encoder-decoders).
@@ -100,7 +100,7 @@ class DistillationLoss:
         self._undo: list[Callable[[], None]] = []
         if heads:
             self._scales = scale_of(student), scale_of(teacher)
-            self._undo.append(leave_out_head(student))
+            self._undo.append(bypass_head(student))
         self._undo += self._calls.listen(student)
 
     def __call__(
@@ -150,7 +150,7 @@ class DistillationLoss:
         inputs: dict[str, Any],
     ) -> tuple[Side, Side]:
         """Return what the loss takes; call the teacher as the student was called."""
-        if not self.heads and call.is_headless and is_left_out(self.student):
+        if not self.heads and call.is_headless and is_bypassed(self.student):
             raise ValueError(
                 "student's lm_head is bypassed by another DistillationLoss, with heads=True, so it "
                 "returned hidden states: call remove() on that loss first (loss.remove())"

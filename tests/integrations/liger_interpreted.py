@@ -1,6 +1,6 @@
-"""Liger's own kernels alongside ours on CPU tensors; test_liger.py runs this in its own process.
+"""Liger's own kernels next to ours on CPU tensors; test_liger.py runs this in another process.
 
-By hand: ``TRITON_INTERPRET=1 pytest tests/integrations/liger_interpreted.py``.
+Directly: ``TRITON_INTERPRET=1 pytest tests/integrations/liger_interpreted.py``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from needs import need
 from torch import Tensor
 
 need("liger_kernel")
-from liger_kernel.transformers import LigerFusedCETVDLoss  # noqa: E402
-from liger_kernel.transformers import functional as own  # noqa: E402
+from liger_kernel import transformers as own  # noqa: E402
+from liger_kernel.transformers import functional as own_functions  # noqa: E402
 
 from fused_kd.integrations import liger  # noqa: E402
-from fused_kd.integrations.liger import functional as ours  # noqa: E402
+from fused_kd.integrations.liger import functional  # noqa: E402
 
 N, V, H_S, H_T, T = 6, 31, 8, 5, 1.7
 LABELS = torch.tensor([-100, 1, 2, 3, -100, 5])
+LABELLED = pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "no labels"])
+BETAS = pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
+REDUCTIONS = pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 
 
 def agree(
@@ -39,30 +42,46 @@ def agree(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def behind_log_softmax(call: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """Return `call` of logits: see LigerJSD on what differs before the log_softmax."""
-    return lambda logits, *rest: call(logits.log_softmax(-1), *rest, **options)
+def behind_log_softmax(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `call` of logits: see LigerJSD for what differs before the log_softmax."""
+    return lambda logits, *rest: call(logits.log_softmax(-1), *rest)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
-def test_jsd(beta: float) -> None:
-    first, second = (behind_log_softmax(f.liger_jsd, beta=beta) for f in (ours, own))
-    agree(first, second, [torch.randn(N, V)], torch.randn(N, V).log_softmax(-1), LABELS)
+def probabilities() -> Tensor:
+    """Return a target with zeros, and a row that sums to a half."""
+    p = torch.randn(N, V)
+    p[:, :5] = -torch.inf
+    p = p.softmax(-1)
+    p[2] /= 2
+    return p
 
 
-def test_fused_linear_jsd() -> None:
+@BETAS
+@LABELLED
+def test_jsd(beta: float, labels: Tensor | None) -> None:
+    calls = (behind_log_softmax(module.liger_jsd) for module in (functional, own_functions))
+    agree(*calls, [torch.randn(N, V)], torch.randn(N, V).log_softmax(-1), labels, beta)
+
+
+@BETAS
+@LABELLED
+def test_fused_linear_jsd(beta: float, labels: Tensor | None) -> None:
     student, teacher = ((torch.randn(N, h), torch.randn(V, h)) for h in (H_S, H_T))
-    functions = (ours.liger_fused_linear_jsd, own.liger_fused_linear_jsd)
-    agree(*functions, student, *teacher, LABELS, 0.3, -100, T)
+    calls = (module.liger_fused_linear_jsd for module in (functional, own_functions))
+    agree(*calls, student, *teacher, labels, beta, -100, T)
 
 
-def test_fused_linear_kl_div() -> None:
-    student, target = (torch.randn(N, H_S), torch.randn(V, H_S)), torch.randn(N, V).softmax(-1)
-    target[2] /= 2
-    functions = (ours.liger_fused_linear_kl_div, own.liger_fused_linear_kl_div)
-    agree(*functions, student, target, LABELS, "batchmean", -100, T)
+@REDUCTIONS
+@LABELLED
+def test_fused_linear_kl_div_P32(reduction: str, labels: Tensor | None) -> None:
+    """Compare: the temperature is only the student's, and a target need not sum to 1."""
+    student, target = (torch.randn(N, H_S), torch.randn(V, H_S)), probabilities()
+    before = target.clone()
+    calls = (module.liger_fused_linear_kl_div for module in (functional, own_functions))
+    agree(*calls, student, target, labels, reduction, -100, T)
+    assert torch.equal(target, before)
 
 
 def test_cross_entropy_and_tvd() -> None:
     tensors = torch.randn(N, V), LABELS
-    agree(liger.LigerFusedCETVDLoss(), LigerFusedCETVDLoss(), [torch.randn(N, V)], *tensors)
+    agree(liger.LigerFusedCETVDLoss(), own.LigerFusedCETVDLoss(), [torch.randn(N, V)], *tensors)

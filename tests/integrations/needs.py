@@ -1,9 +1,11 @@
-"""Tests of a framework are skipped where it is missing; CI sets a variable, and then they fail."""
+"""Skip tests of a missing framework; with FUSED_KD_ALL_FRAMEWORKS=1, as in CI, they fail."""
 
 from __future__ import annotations
 
 import importlib
 import os
+from importlib.metadata import distribution
+from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 
 import pytest
@@ -12,12 +14,32 @@ from fused_kd.integrations._common import frameworks
 
 
 def need(package: str) -> ModuleType:
-    """Import a framework, or a package that its users have; skip the module that asks."""
+    """Import a framework, or a package that its users have; without it skip the calling module."""
     try:
         if package not in frameworks.FRAMEWORKS:
             return importlib.import_module(package)
         return frameworks.need(package)
     except ImportError as error:
-        if os.environ.get("FUSED_KD_ALL_FRAMEWORKS") == "1":
-            raise
+        _skip(error)
+        raise
+
+
+def need_file(package: str, path: str) -> ModuleType:
+    """Load one file of an installed package alone; without it skip the calling module."""
+    try:
+        found = distribution(package).locate_file(path)
+    except ImportError as error:
+        _skip(error)
+        raise
+    spec = spec_from_file_location(f"own_{package.replace('-', '_')}", str(found))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _skip(error: ImportError) -> None:
+    """Skip the module that is being collected, unless every framework must be installed."""
+    if os.environ.get("FUSED_KD_ALL_FRAMEWORKS") != "1":
         pytest.skip(str(error), allow_module_level=True)

@@ -1,4 +1,4 @@
-"""The teacher reads what the student read, in the call that the loss is for."""
+"""The teacher gets the inputs of the student's call that the loss is for."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from torch import Tensor, nn
 transformers = need("transformers")
 need("accelerate")
 
+from fused_kd.integrations.loop import shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss, KDTrainer  # noqa: E402
 
-BOTH = pytest.mark.parametrize("heads", [False, True])
-IDS, OTHER = torch.randint(
-    3, tiny.VOCABULARY, (2, 2, 6), generator=torch.Generator().manual_seed(0)
-)
+BOTH = pytest.mark.parametrize("heads", tiny.BOTH)
+DRAW = torch.Generator().manual_seed(0)
+IDS, OTHER = torch.randint(3, tiny.VOCABULARY, (2, 2, 6), generator=DRAW)
+
+
+def _attached(heads: bool = False) -> tuple[nn.Module, DistillationLoss]:
+    """Return a student in training mode and the loss attached to it."""
+    student = tiny.llama(0).train()
+    return student, DistillationLoss(student, tiny.llama(1), heads=heads)
 
 
 def _pickled(model: nn.Module) -> Any:
@@ -39,7 +45,7 @@ def _pickled(model: nn.Module) -> Any:
 
 @BOTH
 @pytest.mark.parametrize("copied", [_pickled, deepcopy])
-def test_a_copy_of_the_student_is_not_heard(heads: bool, copied: Any) -> None:
+def test_calls_of_a_copy_of_the_student_are_not_recorded(heads: bool, copied: Any) -> None:
     student = tiny.llama(0).train()
     attached = DistillationLoss(student, tiny.llama(1, layers=2, hidden=32), heads=heads)
     want = attached(student(input_ids=IDS), IDS)
@@ -59,7 +65,7 @@ def test_a_copy_of_the_student_is_not_heard(heads: bool, copied: Any) -> None:
 
 
 def test_a_student_in_training_mode_generates_and_scores_with_logits() -> None:
-    """A head that passes its input on gave ids below the hidden size."""
+    # a bypassed head would generate ids below the hidden size
     student = tiny.llama(0)
     attached = DistillationLoss(student, tiny.llama(1), heads=True)
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -78,8 +84,7 @@ def test_a_student_in_training_mode_generates_and_scores_with_logits() -> None:
 
 @BOTH
 def test_another_call_before_the_loss_is_harmless_or_noticed(heads: bool) -> None:
-    student = tiny.llama(0).train()
-    attached = DistillationLoss(student, tiny.llama(1), heads=heads)
+    student, attached = _attached(heads)
     want = attached(student(input_ids=IDS), IDS)
     outputs = student(input_ids=IDS)
     with torch.no_grad():
@@ -96,9 +101,8 @@ def test_another_call_before_the_loss_is_harmless_or_noticed(heads: bool) -> Non
 
 @BOTH
 def test_outputs_that_a_wrapper_replaced_are_those_of_the_only_call(heads: bool) -> None:
-    """DistributedDataParallel clones them where it looks for unused parameters."""
-    student = tiny.llama(0).train()
-    attached = DistillationLoss(student, tiny.llama(1), heads=heads)
+    # DistributedDataParallel clones them if it looks for unused parameters
+    student, attached = _attached(heads)
     want = attached(student(input_ids=IDS), IDS)
     for ids in (IDS, OTHER):  # a prediction without labels has no loss
         with torch.no_grad():
@@ -107,9 +111,8 @@ def test_outputs_that_a_wrapper_replaced_are_those_of_the_only_call(heads: bool)
     torch.testing.assert_close(attached({"logits": outputs.logits.clone()}, IDS), want)
 
 
-def test_what_a_call_returned_is_not_kept() -> None:
-    student = tiny.llama(0)
-    attached = DistillationLoss(student, tiny.llama(1))
+def test_the_logits_of_a_call_are_not_kept_alive() -> None:
+    student, attached = _attached()
     outputs = student(input_ids=IDS)
     (last,) = attached._calls._last.values()
     assert last.call is not None
@@ -120,7 +123,6 @@ def test_what_a_call_returned_is_not_kept() -> None:
 
 @BOTH
 def test_embeddings_of_the_student_are_refused(heads: bool) -> None:
-    """The teacher would read another model's embeddings."""
     student, teacher = tiny.llama(0), tiny.llama(1)
     states = student.get_input_embeddings()(IDS).detach()
     with pytest.raises(ValueError, match=r"inputs_embeds must not.*pass input_ids"):
@@ -134,9 +136,8 @@ def test_embeddings_of_the_student_are_refused(heads: bool) -> None:
             attached(outputs(), IDS)
 
 
-def test_no_loss_says_why() -> None:
-    student = tiny.llama(0)
-    attached = DistillationLoss(student, tiny.llama(1))
+def test_messages_say_why_there_is_no_loss() -> None:
+    student, attached = _attached()
     outputs = student(input_ids=IDS)
     attached(outputs, IDS)
     with pytest.raises(RuntimeError, match="loss of these outputs was computed already"):
@@ -149,16 +150,15 @@ def test_no_loss_says_why() -> None:
 
 
 def test_the_logits_of_a_tuple_are_found() -> None:
-    """The first of a tuple is the student's own loss, if it was given labels."""
-    student = tiny.llama(0)
-    attached = DistillationLoss(student, tiny.llama(1))
+    # the first of a tuple is the student's own loss, if it was called with labels
+    student, attached = _attached()
     want = attached(student(input_ids=IDS), IDS)
     assert attached(student(input_ids=IDS, labels=IDS, return_dict=False), IDS) == want
 
 
 @BOTH
 def test_positional_arguments_reach_the_teacher_by_their_names(heads: bool) -> None:
-    """GPT-2's second is not Llama's, nor is the third of PEFT's model that of its base."""
+    # GPT-2's second argument is not Llama's, nor the third of PEFT's model that of its base
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 32}
     gpt = tiny.build(transformers.GPT2LMHeadModel, transformers.GPT2Config, 0, **sizes)
     mask = torch.ones_like(IDS)
@@ -173,15 +173,14 @@ def test_positional_arguments_reach_the_teacher_by_their_names(heads: bool) -> N
 
 
 def test_arguments_that_cannot_be_named_are_refused() -> None:
-    student = tiny.llama(0)
-    attached = DistillationLoss(student, tiny.llama(1))
+    student, attached = _attached()
     forward = student.forward
     student.forward = lambda *given: forward(*given)
     with pytest.raises(TypeError, match=r"called with 1 positional .* names 0: call it with keyw"):
         attached(student(IDS), IDS)
 
 
-def test_a_loss_whose_head_is_left_out_later() -> None:
+def test_a_loss_whose_head_is_bypassed_later() -> None:
     student = tiny.llama(0).train()
     first = DistillationLoss(student, tiny.llama(1))
     want = first(student(input_ids=IDS), IDS)
@@ -195,32 +194,25 @@ def test_a_loss_whose_head_is_left_out_later() -> None:
 # ------------------------------------------------------------------ labels that are not shifted
 
 
-class _Aligned:
-    """A collator that shifts by itself."""
-
-    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = tiny.padded(rows)
-        batch["labels"] = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        return batch
+def _aligned(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a batch with shifted labels."""
+    inputs, labels = tiny.split(tiny.padded(rows))
+    return {**inputs, "labels": shifted(labels)}
 
 
 @BOTH
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_shift_false_in_a_trainer(heads: bool, accumulate: int, tmp_path: Path) -> None:
-    """Trainer counts labels[:, 1:] of causal models, whatever the loss does."""
+    # Trainer counts labels[:, 1:] of causal models, regardless of the loss
+    cut = {"gradient_accumulation_steps": accumulate, "max_steps": 2}
+    changes = {**cut, "per_device_train_batch_size": 4 // accumulate}
     losses = []
-    for shift, collator in ((True, tiny.padded), (False, _Aligned())):
-        settings = transformers.TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=4 // accumulate, max_steps=2,
-            gradient_accumulation_steps=accumulate, logging_steps=1, learning_rate=0.1,
-            optim="sgd", report_to="none", disable_tqdm=True, use_cpu=True, seed=1,
-            save_strategy="no",
-        )  # fmt: skip
-        trainer = KDTrainer(
-            tiny.llama(0), settings, teacher=tiny.llama(1), heads=heads, shift=shift,
-            train_dataset=tiny.ragged(8), data_collator=collator,
-        )  # fmt: skip
+    for shift, collator in ((True, tiny.padded), (False, _aligned)):
+        arguments = transformers.TrainingArguments(**tiny.settings(tmp_path, **changes))
+        data = {"train_dataset": tiny.ragged(8), "data_collator": collator}
+        options = {"teacher": tiny.llama(1), "heads": heads, "shift": shift}
+        trainer = KDTrainer(tiny.llama(0), arguments, **options, **data)
         trainer.train()
-        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        losses.append(tiny.logged(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert len(losses[0]) == 2

@@ -1,8 +1,7 @@
-"""The installed Liger alongside ours: all signatures, numbers of the chunked loss and of kernels.
+"""Compare with the installed Liger: all signatures, the chunked loss, Triton kernels.
 
-Its Triton kernels run interpreted, in a process of their own (liger_interpreted.py), since
-TRITON_INTERPRET is read when a kernel is decorated. tests/test_liger_formulas.py compares ours with
-Liger's formulas.
+The kernels run interpreted, in another process (liger_interpreted.py), since TRITON_INTERPRET is
+read when a kernel is decorated.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ MODULES = {
 
 
 def inputs(*leading: int, bias: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Positional tensors, the student's first two leaves; labels that ignore a few rows."""
+    """Return tensors, of which the first two are leaves, with labels that ignore rows; biases."""
     draw = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -49,15 +48,15 @@ def inputs(*leading: int, bias: bool = False) -> tuple[list[Tensor], dict[str, T
 
     labels = torch.randint(V, leading, generator=draw)
     labels.view(-1)[::4] = -100
-    tensors = [random(*leading, H_S).requires_grad_(), (0.4 * random(V, H_S)).requires_grad_(),
-               random(*leading, H_T), 0.4 * random(V, H_T), labels]  # fmt: skip
+    student = random(*leading, H_S).requires_grad_(), (0.4 * random(V, H_S)).requires_grad_()
+    tensors = [*student, random(*leading, H_T), 0.4 * random(V, H_T), labels]
     if not bias:
         return tensors, {}
     return tensors, {"student_bias": random(V).requires_grad_(), "teacher_bias": random(V)}
 
 
 def outcome(loss: Any, tensors: list[Tensor], biases: dict[str, Tensor]) -> list[Tensor]:
-    """The loss, or its parts, and the gradients under an upstream gradient that is not 1."""
+    """Return the loss or its parts, and gradients under an upstream gradient that is not 1."""
     result = loss(*tensors, **biases)
     parts = result if isinstance(result, tuple) else (result,)
     wanted = [x for x in [*tensors, *biases.values()] if x.requires_grad]
@@ -74,7 +73,6 @@ def check(tensors: list[Tensor], biases: dict[str, Tensor], **options: Any) -> N
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_every_beta_and_temperature_P09(beta: float, temperature: float) -> None:
-    """No factor T²; β = 0 and 1 are the two KL divergences."""
     check(*inputs(21), beta=beta, temperature=temperature)
 
 
@@ -88,7 +86,7 @@ def test_shapes_biases_chunks(leading: tuple[int, ...], bias: bool, chunk_size: 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.3, 0.9)])
 @pytest.mark.parametrize("parts", [False, True])
 def test_weights_and_parts(weights: tuple[float, float], parts: bool) -> None:
-    """Liger returns a part whose weight is 0 as well, in the order loss, soft, hard."""
+    """Compare parts whose weight is 0 too, in the order loss, soft, hard."""
     hard, soft = weights
     check(*inputs(21), weight_hard_loss=hard, weight_soft_loss=soft, return_soft_hard_loss=parts)
 
@@ -114,7 +112,6 @@ def parameters(call: Any) -> list[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_signatures_are_ligers(name: str) -> None:
-    """Names, order and defaults, of constructor and call."""
     module = importlib.import_module(f"liger_kernel.{MODULES[name]}")
     own, ours = getattr(module, name), getattr(liger, name)
     for method in ("__init__", "forward"):
@@ -123,12 +120,8 @@ def test_the_signatures_are_ligers(name: str) -> None:
 
 def test_the_signatures_of_the_functions() -> None:
     own = importlib.import_module("liger_kernel.transformers.functional")
-    for name in (
-        "liger_jsd",
-        "liger_kl_div",
-        "liger_fused_linear_jsd",
-        "liger_fused_linear_kl_div",
-    ):
+    names = ("jsd", "kl_div", "fused_linear_jsd", "fused_linear_kl_div")
+    for name in map("liger_{}".format, names):
         assert parameters(getattr(functional, name)) == parameters(getattr(own, name)), name
 
 

@@ -1,4 +1,4 @@
-"""Lightning: a real Trainer does what a plain loop over whole batches does."""
+"""Lightning: a real Trainer trains as a plain loop over whole batches does."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ from fused_kd.integrations.lightning import KDModule, TeacherCallback  # noqa: E
 from fused_kd.integrations.loop import head_of, headless, shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 
-RATE = 0.1
-SGD = partial(torch.optim.SGD, lr=RATE)
+SGD = partial(torch.optim.SGD, lr=tiny.SGD["learning_rate"])
 LOSS = KDLoss(temperature=2.0)
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, few batches
 
@@ -46,17 +44,11 @@ def _loader(rows: int, seed: int = 0) -> DataLoader[Any]:
     return DataLoader(tiny.ragged(seed=seed), batch_size=rows, collate_fn=tiny.padded)
 
 
-def _trainer(folder: Path, **options: Any) -> Any:
-    defaults = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
-        "enable_checkpointing": False, "default_root_dir": folder, "log_every_n_steps": 1,
-    }  # fmt: skip
-    return pl.Trainer(**{**defaults, **options})
+_trainer = tiny.lightning_trainer
 
 
 class _Seen(pl.Callback):
-    """The metrics after every optimizer step."""
+    """Keeps the metrics after every optimizer step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -67,33 +59,19 @@ class _Seen(pl.Callback):
 
 
 def _plain_loop(heads: bool, rows: int, epochs: int = 1) -> tuple[nn.Module, list[float]]:
-    """No framework, whole batches."""
+    """Train without a framework on whole batches."""
     model = StudentTeacherLoss(tiny.llama(0).train(), tiny.llama(1), LOSS, heads=heads)
-    optimizer = SGD(model.student.parameters())
-    losses = []
-    for batch in [*_loader(rows)] * epochs:
-        value = model(**batch)
-        assert isinstance(value, Tensor)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(value.item())
+    losses = tiny.plain_loop(model, [*_loader(rows)] * epochs)
     return model.student, losses
 
 
-def _close(first: nn.Module, second: nn.Module) -> None:
-    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_same_weights_as_a_plain_loop(heads: bool, accumulate: int, tmp_path: Path) -> None:
-    """P50: 4 ragged micro-batches of one row are one batch of four."""
+def test_the_weights_of_a_plain_loop_P50(heads: bool, accumulate: int, tmp_path: Path) -> None:
     module, seen = _module(heads), _Seen()
     trainer = _trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=[seen])
     trainer.fit(module, _loader(4 // accumulate))
     student, losses = _plain_loop(heads, 4)
-    _close(module.student, student)
+    tiny.assert_close(module.student, student)
     assert [step["train_loss"] for step in seen.steps] == pytest.approx(losses, rel=1e-5)
     for step in seen.steps:
         parts = 0.5 * step["train_hard"] + 0.5 * step["train_soft"]
@@ -105,7 +83,7 @@ def test_the_last_update_of_an_epoch_may_have_fewer_micro_batches(tmp_path: Path
     trainer = _trainer(tmp_path, accumulate_grad_batches=6)  # 16 rows: 6, 6, 4
     trainer.fit(module, _loader(1))
     assert trainer.global_step == 3
-    _close(module.student, _plain_loop(False, 6)[0])
+    tiny.assert_close(module.student, _plain_loop(False, 6)[0])
 
 
 def test_gradients_are_clipped_after_they_are_divided(tmp_path: Path) -> None:
@@ -134,14 +112,14 @@ def test_a_checkpoint_has_no_teacher_and_is_resumed_from(heads: bool, tmp_path: 
     assert kept.keys() == {f"student.{name}" for name in half.student.state_dict()}
     again = _module(heads)
     _trainer(tmp_path, max_epochs=2).fit(again, _loader(4), ckpt_path=path)
-    _close(again.student, whole.student)
+    tiny.assert_close(again.student, whole.student)
     loaded = KDModule.load_from_checkpoint(
         path, student=tiny.llama(2), teacher=tiny.llama(1), loss=LOSS, optimizer=SGD, heads=heads
     )
-    _close(loaded.student, half.student)
+    tiny.assert_close(loaded.student, half.student)
 
 
-def test_validation_is_a_mean_over_all_tokens(heads: bool, tmp_path: Path) -> None:
+def test_validation_is_a_mean_over_all_tokens_N_30(heads: bool, tmp_path: Path) -> None:
     module = _module(heads)
     teacher = deepcopy(module.teacher)
     trainer = _trainer(tmp_path)
@@ -153,7 +131,7 @@ def test_validation_is_a_mean_over_all_tokens(heads: bool, tmp_path: Path) -> No
     assert got == pytest.approx(want, rel=1e-5)
     (tested,) = trainer.test(module, _loader(3, seed=1), verbose=False)
     assert list(tested.values()) == pytest.approx(list(want.values()), rel=1e-5)
-    _close(module.teacher, teacher)
+    tiny.assert_close(module.teacher, teacher)
 
 
 def test_every_loader_of_several_has_its_means(heads: bool, tmp_path: Path) -> None:
@@ -172,7 +150,7 @@ def test_every_loader_of_several_has_its_means(heads: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_an_interrupted_evaluation_leaves_nothing(stage: str, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_leaves_no_sums(stage: str, tmp_path: Path) -> None:
     module = _module()
     run = partial(getattr(_trainer(tmp_path), stage), module, verbose=False)
     second_is_broken = DataLoader([*tiny.ragged(4), None], batch_size=4, collate_fn=tiny.padded)
@@ -184,7 +162,7 @@ def test_an_interrupted_evaluation_leaves_nothing(stage: str, tmp_path: Path) ->
 
 
 class _Empty(IterableDataset[Any]):
-    """Yields nothing, which its missing length does not say."""
+    """Yields nothing; its length is unknown."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -221,7 +199,7 @@ def test_mixed_precision(heads: bool, tmp_path: Path) -> None:
 
 
 class _Launcher(launchers._MultiProcessingLauncher):  # type: ignore[misc]
-    """Ends its ranks without Python's finalization."""
+    """Ends ranks without Python's finalization."""
 
     def _wrapping_function(self, *arguments: Any) -> None:
         run_rank(partial(super()._wrapping_function, *arguments))
@@ -236,16 +214,16 @@ class _Spawned(DDPStrategy):  # type: ignore[misc]
 
 @pytest.mark.slow
 def test_two_devices(tmp_path: Path) -> None:
-    """Two processes with 8 micro-batches of one row each, in whatever order: one batch of 16."""
+    # 8 micro-batches of one row in each process are one batch of 16, in any order
     module = _module(heads=True)
     strategy = _Spawned(start_method="spawn")
     options = {"devices": 2, "strategy": strategy, "accumulate_grad_batches": 8}
     _trainer(tmp_path, max_epochs=2, **options).fit(module, _loader(1))
-    _close(module.student, _plain_loop(True, 16, epochs=2)[0])
+    tiny.assert_close(module.student, _plain_loop(True, 16, epochs=2)[0])
 
 
 class _Own(pl.LightningModule):  # type: ignore[misc]
-    """As a user has it; the teacher's part of a batch is what the callback left there."""
+    """A user's module; the callback has stored the teacher's side in the batch."""
 
     def __init__(self, step: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> None:
         super().__init__()
@@ -274,12 +252,12 @@ def _heads_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return LOSS(side, batch["teacher"], shifted(batch["labels"]))
 
 
-def test_a_teacher_beside_a_module_of_ones_own(heads: bool, tmp_path: Path) -> None:
+def test_a_teacher_next_to_a_users_own_module(heads: bool, tmp_path: Path) -> None:
     module = _Own(_heads_step if heads else _logits_step)
     teacher = TeacherCallback(tiny.llama(1).train(), heads=heads)
     trainer = _trainer(tmp_path, callbacks=[teacher])
     trainer.fit(module, _loader(4), _loader(4, seed=1))
-    _close(module.student, _plain_loop(heads, 4)[0])
+    tiny.assert_close(module.student, _plain_loop(heads, 4)[0])
     assert trainer.callback_metrics["val_loss"] > 0
     assert not teacher.teacher.training
     path = tmp_path / "own.ckpt"

@@ -1,8 +1,9 @@
-"""A model's head is left out only where its logits are a multiple of what the head gives."""
+"""An lm_head is bypassed only if the logits are a multiple of its output."""
 
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import tiny
@@ -19,10 +20,7 @@ from fused_kd.integrations._common.models import check_models  # noqa: E402
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
 
 
-def _model(kind: str, **changes: object) -> nn.Module:
-    names = f"{kind}ForCausalLM", f"{kind}Config"
-    model, config = (getattr(transformers, name) for name in names)
-    return tiny.build(model, config, seed=0, **changes)
+_model = partial(tiny.of, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +33,7 @@ def _model(kind: str, **changes: object) -> nn.Module:
         ("Gemma2", {"final_logit_softcapping": None}),
     ],
 )
-def test_the_head_left_out_and_applied_again_gives_the_logits(
+def test_a_bypassed_head_applied_to_the_output_gives_the_logits(
     kind: str, changes: dict[str, object]
 ) -> None:
     model = _model(kind, **changes)
@@ -49,8 +47,7 @@ def test_the_head_left_out_and_applied_again_gives_the_logits(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_soft_capped_head_is_refused_also_where_the_logits_are_small(dtype: torch.dtype) -> None:
-    """P04: TRL#6629, the cap was dropped silently."""
+def test_a_soft_capped_head_is_refused_even_if_the_logits_are_small_P04(dtype: torch.dtype) -> None:
     model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
     with torch.no_grad():
         heads.head_of(model).weight.mul_(1e-3)
@@ -75,7 +72,7 @@ def test_the_scale_is_measured(
 
 
 class _Changed(nn.Module):
-    """A head, and something done to what it gives."""
+    """A head, whose output is changed."""
 
     def __init__(self, change: object, bias: bool = False) -> None:
         super().__init__()
@@ -89,13 +86,18 @@ class _Changed(nn.Module):
         return transformers.modeling_outputs.CausalLMOutput(logits=logits)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda x: x + 1.0, lambda x: x[..., :-1], lambda x: x.clamp(max=100.0), lambda x: -x.abs(),
-     lambda x: x.log_softmax(-1), lambda x: x * torch.arange(12)],
-    ids=["added", "cut", "clamped", "absolute", "normalised", "by-column"],
-)  # fmt: skip
-def test_whatever_is_no_factor_is_refused(change: object) -> None:
+CHANGES = {
+    "added": lambda x: x + 1.0,
+    "cut": lambda x: x[..., :-1],
+    "clamped": lambda x: x.clamp(max=100.0),
+    "absolute": lambda x: -x.abs(),
+    "normalized": lambda x: x.log_softmax(-1),
+    "by column": lambda x: x * torch.arange(12),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_any_change_but_a_factor_is_refused(change: object) -> None:
     with pytest.raises(ValueError, match="changes its logits"):
         heads.scale_of(_Changed(change))
 
@@ -131,16 +133,15 @@ class _Adapted(nn.Linear):
 def test_a_head_that_does_more_is_refused_by_name() -> None:
     model = tiny.llama(0)
     model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
-    with pytest.raises(
-        TypeError, match=r"plain nn.Linear; found a test_lm_heads\._Adapted.*heads=False"
-    ):
+    message = r"plain nn.Linear; found a test_lm_heads\._Adapted.*heads=False"
+    with pytest.raises(TypeError, match=message):
         heads.head_of(model)
     with pytest.raises(TypeError, match="found none"):
         heads.head_of(nn.Linear(2, 2))
 
 
-def test_the_weight_of_a_head_left_out_stays_in_the_graph() -> None:
-    """Or DistributedDataParallel would take it for unused."""
+def test_the_weight_of_a_bypassed_head_stays_in_the_graph() -> None:
+    # otherwise DistributedDataParallel would treat it as unused
     model = tiny.llama(0)
     with heads.headless(model):
         hidden = model(input_ids=IDS).logits
@@ -154,10 +155,10 @@ def test_the_weight_of_a_head_left_out_stays_in_the_graph() -> None:
     assert model.lm_head.weight.grad is None
 
 
-def test_a_deep_copy_leaves_out_its_own_head_in_its_own_mode() -> None:
-    """Of averaged weights, say, which are evaluated while the model trains."""
+def test_a_deep_copy_bypasses_its_own_head_in_its_own_mode() -> None:
+    # for example of averaged weights, which are evaluated while the model trains
     model = tiny.llama(0)
-    undo = heads.leave_out_head(model)
+    undo = heads.bypass_head(model)
     copy = deepcopy(model)
     with torch.no_grad():
         copy.lm_head.weight.mul_(2)

@@ -40,16 +40,15 @@ def test_logits_and_heads_train_the_same_weights(saved: list[str] | None) -> Non
     student, teacher = (_adapted(seed, modules_to_save=saved) for seed in (0, 1))
     batch = tiny.padded(tiny.ragged(4))
     found = []
-    for heads in (False, True):
+    for heads in tiny.BOTH:
         for adapter in (StudentTeacherLoss, DistillationLoss):
             mine = deepcopy(student).train()
             attached = adapter(mine, deepcopy(teacher).eval(), heads=heads)
-            given = dict(batch)
+            inputs, labels = tiny.split(batch)
             if isinstance(attached, StudentTeacherLoss):
-                value = attached(**given)
+                value = attached(**batch)
             else:
-                labels = given.pop("labels")
-                value = attached(mine(**given), labels)
+                value = attached(mine(**inputs), labels)
             value.backward()
             found.append((value.detach(), _gradients(mine)))
     for value, gradients in found[1:]:
@@ -59,9 +58,9 @@ def test_logits_and_heads_train_the_same_weights(saved: list[str] | None) -> Non
     assert bool(trained) == bool(saved)
 
 
-@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("heads", tiny.BOTH)
 def test_virtual_tokens_before_the_inputs_are_named(heads: bool) -> None:
-    """Those of a prefix are in the cache: they have no logits."""
+    # those of a prefix are in the cache, and have no logits
     batch = tiny.padded(tiny.ragged(2))
     rows = tuple(batch["labels"].shape)
 
@@ -71,14 +70,11 @@ def test_virtual_tokens_before_the_inputs_are_named(heads: bool) -> None:
         return made
 
     for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig):
-        message = (
-            rf"student's logits .*\({rows[0]}, {rows[1]}\); got rows \(2, {rows[1] + 3}\): PEFT"
-        )
+        message = rf"student's logits .*\(2, {rows[1]}\); got rows \(2, {rows[1] + 3}\): PEFT"
         with pytest.raises(ValueError, match=message):
             StudentTeacherLoss(tuned(kind), tiny.llama(1), heads=heads)(**batch)
-    assert torch.isfinite(
-        StudentTeacherLoss(tuned(peft.PrefixTuningConfig), tiny.llama(1), heads=heads)(**batch)
-    )
+    prefix = StudentTeacherLoss(tuned(peft.PrefixTuningConfig), tiny.llama(1), heads=heads)
+    assert torch.isfinite(prefix(**batch))
 
 
 def test_only_rows_beyond_the_labels_are_blamed_on_peft() -> None:

@@ -10,42 +10,33 @@ import tiny
 import torch
 from needs import need
 from torch import Tensor, nn
-from trl_training import build, conversations, prompts, settings, tokenizer
+from trl_training import conversations, models, settings, tokenizer
 
 need("transformers")
 need("accelerate")
 need("trl")
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
-from trl import DistillationConfig, DistillationTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
-from fused_kd import KDLoss  # noqa: E402
-from fused_kd.integrations.loop import shifted  # noqa: E402
-from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
 from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 from fused_kd.integrations.trl import generalized_jsd_loss, use_fused_kd  # noqa: E402
 
-#: Of an update: as one batch, and as four micro-batches.
-CUTS = ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})  # fmt: skip
+#: An update as one batch, and as four micro-batches.
+ROWS, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
+CUTS: tuple[dict[str, Any], ...] = ({ROWS: 4, STEPS: 1}, {ROWS: 1, STEPS: 4})
+EACH = pytest.mark.parametrize("heads", tiny.BOTH)
 
 
-def logged(trainer: Any, key: str) -> list[float]:
-    return [line[key] for line in trainer.state.log_history if key in line]
-
-
-@pytest.mark.parametrize("heads", [False, True])
+@EACH
 def test_accumulation_in_trl_changes_no_norm_N_17(tmp_path: Path, heads: bool) -> None:
-    """ms-swift#6663: since 0.24 TRL passes num_items_in_batch; loss and gradient norm grew by 4."""
+    # ms-swift#6663: since 0.24 TRL passes num_items_in_batch; loss and gradient norm grew by 4
     seen = []
     for cut in CUTS:
-        trainer = GKDTrainer(
-            model=build("Llama", 16, seed=1), teacher_model=build("Llama", 24, seed=2),
-            args=GKDConfig(**settings(tmp_path, lmbda=0.0, max_length=32, **cut)),
-            train_dataset=conversations(), processing_class=tokenizer(),
-        )  # fmt: skip
+        arguments = GKDConfig(**settings(tmp_path, lmbda=0.0, max_length=32, **cut))
+        data = {"train_dataset": conversations(), "processing_class": tokenizer()}
+        trainer = GKDTrainer(*models(), args=arguments, **data)
         use_fused_kd(trainer, heads=heads).train()
-        seen.append([logged(trainer, key) for key in ("loss", "grad_norm")])
+        seen.append([tiny.logged(trainer, key) for key in ("loss", "grad_norm")])
     for whole, parts in zip(*seen, strict=True):
         assert len(whole) == 3
         assert parts == pytest.approx(whole, rel=1e-4)
@@ -58,8 +49,6 @@ def test_messages_name_trls_own_argument() -> None:
 
 
 class NoKeywords(LlamaForCausalLM):  # type: ignore[misc]
-    """A model whose forward takes no keywords of a loss."""
-
     def forward(
         self,
         input_ids: Tensor,
@@ -70,117 +59,21 @@ class NoKeywords(LlamaForCausalLM):  # type: ignore[misc]
         return super().forward(input_ids, attention_mask, labels=labels, use_cache=use_cache)
 
 
-@pytest.mark.parametrize("heads", [False, True])
+@EACH
 def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, heads: bool) -> None:
-    """transformers#37766: num_items_in_batch was dropped, and the loss grew by the accumulation."""
+    # transformers#37766: num_items_in_batch was dropped, and the loss grew by the accumulation
     from transformers import LlamaConfig
 
     weights = []
     for cut in CUTS:
         student, teacher = (tiny.build(NoKeywords, LlamaConfig, seed) for seed in (0, 1))
-        trainer = Trainer(
-            student,
-            TrainingArguments(**settings(tmp_path, max_steps=1, max_grad_norm=0.0, **cut)),
-            train_dataset=tiny.ragged(), data_collator=tiny.padded,
-            compute_loss_func=DistillationLoss(student, teacher, heads=heads),
-        )  # fmt: skip
+        arguments = tiny.settings(tmp_path, max_steps=1, max_grad_norm=0.0, **cut)
+        loss = DistillationLoss(student, teacher, heads=heads)
+        data = {"train_dataset": tiny.ragged(), "data_collator": tiny.padded}
+        trainer = Trainer(student, TrainingArguments(**arguments), compute_loss_func=loss, **data)
         assert not trainer.model_accepts_loss_kwargs
         trainer.train()
         weights.append(nn.utils.parameters_to_vector(student.parameters()).detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
     before = tiny.build(NoKeywords, LlamaConfig, 0).parameters()
     assert (weights[0] - nn.utils.parameters_to_vector(before)).abs().max() > 1e-3
-
-
-# ---------------------------------------------------------------- a teacher that is one token off
-
-
-def pair(rolled: bool) -> tuple[nn.Module, nn.Module]:
-    """Return equal models; `rolled`: the teacher's hidden states and logits come a token late."""
-    student, teacher = build("Llama", 16, seed=1), build("Llama", 16, seed=1)
-    if rolled:
-        teacher.model.norm.register_forward_hook(lambda _, inputs, output: output.roll(1, 1))
-    return student, teacher
-
-
-def of_trainer(heads: bool, folder: Path, *models: nn.Module) -> float:
-    student, teacher = models
-    batch = tiny.padded(tiny.ragged(3))
-    labels = batch.pop("labels")
-    compute = DistillationLoss(student.train(), teacher, heads=heads)
-    compute(student(**batch), labels)
-    assert compute.training_parts.sums is not None
-    return compute.training_parts.sums[1].item()
-
-
-def of_module(heads: bool, folder: Path, *models: nn.Module) -> float:
-    return StudentTeacherLoss(*models, heads=heads).parts(**tiny.padded(tiny.ragged(3))).soft.item()
-
-
-def of_gkd(heads: bool, folder: Path, *models: nn.Module) -> float:
-    data = conversations(4)
-    trainer = GKDTrainer(
-        *models, args=GKDConfig(**settings(folder, lmbda=0.0, max_length=32)), train_dataset=data,
-        eval_dataset=data, processing_class=tokenizer(),
-    )  # fmt: skip
-    return use_fused_kd(trainer, heads=heads).evaluate()["eval_loss"]  # type: ignore[no-any-return]
-
-
-def of_distillation(heads: bool, folder: Path, *models: nn.Module) -> float:
-    trainer = DistillationTrainer(
-        *models, args=DistillationConfig(**settings(folder, max_completion_length=6)),
-        train_dataset=prompts(4), eval_dataset=prompts(4), processing_class=tokenizer(),
-    )  # fmt: skip
-    return use_fused_kd(trainer).evaluate()["eval_loss"]  # type: ignore[no-any-return]
-
-
-def of_lightning(heads: bool, folder: Path, *models: nn.Module) -> float:
-    """Return the loss by the callback; KDModule is a StudentTeacherLoss."""
-    pl = need("lightning").pytorch
-    from fused_kd.integrations.lightning import TeacherCallback
-
-    class Own(pl.LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.student = models[0]
-
-        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-            student = self.student(batch["input_ids"], batch["attention_mask"]).logits
-            self.log("soft", soft(student, batch["teacher"], shifted(batch["labels"])))
-
-    soft = KDLoss(hard_weight=0.0, soft_weight=1.0)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
-        callbacks=[TeacherCallback(models[1])],
-    )  # fmt: skip
-    loader = torch.utils.data.DataLoader(tiny.ragged(3), batch_size=3, collate_fn=tiny.padded)
-    return trainer.validate(Own(), loader, verbose=False)[0]["soft"]  # type: ignore[no-any-return]
-
-
-def of_model_optimizer(heads: bool, folder: Path, *models: nn.Module) -> float:
-    need("modelopt")
-    import modelopt.torch.distill as mtd
-
-    from fused_kd.integrations.model_optimizer import LogitsDistillationLoss
-
-    criterion = {("lm_head", "lm_head"): LogitsDistillationLoss(reduction="batchmean")}
-    config = {"teacher_model": models[1], "criterion": criterion}
-    model = mtd.convert(models[0], mode=[("kd_loss", config)])
-    model.train()
-    model(**tiny.padded(tiny.ragged(3)))
-    return model.compute_kd_loss().item()  # type: ignore[no-any-return]
-
-
-BOTH = [(of, heads) for of in (of_trainer, of_module, of_gkd) for heads in (False, True)]
-ALONE = [(of, False) for of in (of_distillation, of_lightning, of_model_optimizer)]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("adapter", "heads"), [*BOTH, *ALONE])
-def test_a_teacher_that_is_one_token_off_is_seen_N_23(
-    tmp_path: Path, adapter: Any, heads: bool
-) -> None:
-    """RLCSD#6, Model-Optimizer#1191: logits shifted twice, or by a micro-batch's length."""
-    assert abs(adapter(heads, tmp_path, *pair(rolled=False))) < 1e-5
-    assert adapter(heads, tmp_path, *pair(rolled=True)) > 0.05

@@ -1,6 +1,6 @@
-"""TRL's DistillationTrainer trains and logs as before; its loss, called as its versions call it.
+"""TRL's DistillationTrainer trains and logs as before, also as its older versions call the loss.
 
-On a CPU TRL's own loss runs its torch fallback, the same chunks without Triton.
+On a CPU TRL's own loss runs its torch fallback: the same chunks, without Triton.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from needs import need
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-from trl_training import BETAS, V, build, prompts, same, settings, tokenizer, trained
+from trl_training import BETAS, V, models, prompts, same, settings, tokenizer, trained
 
 need("trl")
 from trl import DistillationConfig, DistillationTrainer  # noqa: E402
@@ -36,25 +37,18 @@ OURS = partial(called, SIGNATURE, True, OPTIONS)
 
 
 def distillation(
-    folder: Path,
-    kind: str = "Llama",
-    changes: dict[str, Any] | None = None,
-    trainer: type[DistillationTrainer] = DistillationTrainer,
-    **given: Any,
+    folder: Path, family: str = "Llama", changes: Any = None, kind: Any = None, **given: Any
 ) -> DistillationTrainer:
-    """A trainer whose student, teacher and prompts are always the same."""
-    return trainer(
-        model=build(kind, 16, seed=1, **(changes or {})),
-        teacher_model=build(kind, 24, seed=2, **(changes or {})),
-        args=DistillationConfig(**settings(folder, **{"max_completion_length": 6, **given})),
-        train_dataset=prompts(),
-        eval_dataset=prompts(4),
-        processing_class=tokenizer(),
-    )
+    """Return a trainer whose student, teacher and prompts are always the same."""
+    arguments = DistillationConfig(**settings(folder, **{"max_completion_length": 6, **given}))
+    data = {"train_dataset": prompts(), "eval_dataset": prompts(4)}
+    pair = models(family, **(changes or {}))
+    made = kind or DistillationTrainer
+    return made(*pair, args=arguments, **data, processing_class=tokenizer())
 
 
 def entropy_of(trainer: DistillationTrainer) -> list[float | None]:
-    return [line["entropy"] for line in trainer.state.log_history if "entropy" in line]
+    return tiny.logged(trainer, "entropy")
 
 
 # ------------------------------------------------------------------------------ training
@@ -121,28 +115,18 @@ def test_only_this_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def tensors(bias: bool = True) -> dict[str, Any]:
-    """Make arguments of TRL's function; the student's are leaves."""
-    made: dict[str, Any] = {
-        "student_hidden_states": torch.randn(3, 5, 8),
-        "student_lm_head_weight": torch.randn(V, 8),
-        "student_lm_head_bias": torch.randn(V),
-        "teacher_hidden_states": torch.randn(3, 5, 12),
-        "teacher_lm_head_weight": torch.randn(V, 12),
-        "teacher_lm_head_bias": torch.randn(V),
-        "completion_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
-    }
-    if not bias:
-        made = {name: x for name, x in made.items() if not name.endswith("bias")}
-    for name in made:
-        if name.startswith("student"):
-            made[name].requires_grad_()
-    if OF_1_14:
-        made["chunk_size"] = 4
+    """Return arguments of TRL's function; the student's are leaves."""
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    made: dict[str, Any] = {"completion_mask": mask, **({"chunk_size": 4} if OF_1_14 else {})}
+    for model, hidden in (("student", 8), ("teacher", 12)):
+        shapes = {"hidden_states": (3, 5, hidden), "lm_head_weight": (V, hidden)}
+        for name, shape in (shapes | ({"lm_head_bias": (V,)} if bias else {})).items():
+            made[f"{model}_{name}"] = torch.randn(shape, requires_grad=model == "student")
     return made
 
 
 def outcome(loss: Any, given: dict[str, Any]) -> list[Tensor]:
-    """Loss, entropy, number of tokens, gradients."""
+    """Return loss, entropy, number of tokens and gradients."""
     value, entropy, count = loss(**given)
     leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
     return [value, entropy, count, *torch.autograd.grad(value, leaves)]
@@ -151,16 +135,16 @@ def outcome(loss: Any, given: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("beta", BETAS)
 def test_same_numbers(beta: float, temperature: float) -> None:
-    for bias, items, scales in (
-        (True, None, (1.0, 1.0)), (True, torch.tensor(7), (0.5, 0.3)), (False, 5, (0.5, 0.3)),
-    ):  # fmt: skip
-        given: dict[str, Any] = {
-            **tensors(bias), "beta": beta, "temperature": temperature, "num_items_in_batch": items,
-            "student_logit_scale": scales[0], "teacher_logit_scale": scales[1],
-        }  # fmt: skip
-        torch.testing.assert_close(
-            outcome(OURS, given), outcome(THEIRS, given), rtol=1e-4, atol=1e-5
-        )
+    scales = {"student_logit_scale": 0.5, "teacher_logit_scale": 0.3}
+    for bias, items, more in (
+        (True, None, {}),
+        (True, torch.tensor(7), scales),
+        (False, 5, scales),
+    ):
+        given = {**tensors(bias), "beta": beta, "temperature": temperature, **more}
+        given["num_items_in_batch"] = items
+        ours, theirs = (outcome(loss, given) for loss in (OURS, THEIRS))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_counts() -> None:
@@ -176,7 +160,7 @@ def test_narrow_hidden_states_of_a_wide_head() -> None:
         given[name] = given[name].detach().bfloat16().requires_grad_(name.startswith("student"))
     given["teacher_lm_head_weight"].requires_grad_()  # TRL does not freeze the teacher
     ours, theirs = (OURS(**given)[0], THEIRS(**given)[0])
-    rtol = 2e-3 if OF_1_14 else 1e-5  # before, TRL did not round the weights to 16 bits
+    rtol = 2e-3 if OF_1_14 else 1e-5  # 1.14 does not round the weights to 16 bits
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-6)
 
 
@@ -203,7 +187,7 @@ def one_process() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_process")
 def test_a_teachers_shards_are_gathered_and_a_trained_heads_are_refused() -> None:
-    """The backward of full_tensor() gives each shard the gradient of its own rank's tokens."""
+    """Refuse them: full_tensor()'s backward gives a shard the gradient of its rank's tokens."""
     given = {**tensors(), "beta": 0.1}
     mesh = init_device_mesh("cpu", (1,))
 
@@ -237,11 +221,11 @@ def before_scales(
 
 @pytest.mark.parametrize("version", [before_kernels, before_scales])
 def test_arguments_in_the_order_of_other_versions(version: Any) -> None:
-    """Their signatures alone: those versions cannot be installed beside this one."""
+    """Use their signatures only: those versions cannot be installed next to this one."""
     given = {**tensors(), "beta": 0.1, "num_items_in_batch": 5}
     signature = inspect.signature(version)
-    renamed = {"student_hidden": "student_hidden_states", "teacher_hidden": "teacher_hidden_states",
-               "mask": "completion_mask"}  # fmt: skip
+    renamed = {f"{m}_hidden": f"{m}_hidden_states" for m in ("student", "teacher")}
+    renamed["mask"] = "completion_mask"
     names = [name for name in signature.parameters][:10]
     values = [{**given, "chunk_size": 256}[renamed.get(name, name)] for name in names]
     loss, _, count = called(signature, False, OPTIONS, *values)
@@ -277,21 +261,19 @@ def test_a_scale_that_an_older_version_drops(
 
 def test_soft_capped_logits(tmp_path: Path) -> None:
     capped = {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
-    with pytest.raises(
-        ValueError, match=r"student soft-caps its logits .*=2\.0.*use TRL's own loss"
-    ):
+    with pytest.raises(ValueError, match=r"student soft-caps .*=2\.0.*use TRL's own loss"):
         use_fused_kd(distillation(tmp_path, "Gemma2", capped))
     given = {**tensors(), "beta": 0.5, "teacher_final_logit_softcapping": 3.0}
     with pytest.raises(ValueError, match="teacher soft-caps"):
         OURS(**given)
 
 
-def test_heads_are_measured_whatever_their_configuration_says(tmp_path: Path) -> None:
-    """TRL reads some names: of another's soft-cap it knows nothing, and leaves it out."""
+def test_heads_are_measured_regardless_of_their_configuration(tmp_path: Path) -> None:
+    """Check models that TRL would not: it reads some names of a soft-cap, but not all."""
     trainer = distillation(tmp_path)
     student = trainer.model
     capped = {"logits_soft_cap": 0.5, "lru_width": 16, "num_hidden_layers": 3}
-    trainer.model = build("RecurrentGemma", 16, seed=1, **capped)
+    trainer.model = tiny.of("RecurrentGemma", 1, **capped)
     with pytest.raises(ValueError, match=r"the student: RecurrentGemma.*changes its logits.*GKD"):
         use_fused_kd(trainer)
     trainer.model = student
@@ -312,11 +294,9 @@ def test_wrong_trainers_and_options(tmp_path: Path) -> None:
         use_fused_kd(trainer, heads=False)
     with pytest.raises(ValueError, match="memory_budget must be at least 1"):
         use_fused_kd(trainer, memory_budget=0)
-    with pytest.raises(
-        TypeError,
-        match=r"must not override DistillationTrainer\._compute_loss.*got OwnLoss\._compute_loss",
-    ):
-        use_fused_kd(distillation(tmp_path, trainer=OwnLoss))
+    message = r"must not override DistillationTrainer\._compute_loss.*got OwnLoss\._compute_loss"
+    with pytest.raises(TypeError, match=message):
+        use_fused_kd(distillation(tmp_path, kind=OwnLoss))
     trainer.teacher_model = None
     with pytest.raises(TypeError, match="must have a teacher_model"):
         use_fused_kd(trainer)

@@ -1,4 +1,4 @@
-"""TRL's GKDTrainer trains as before with fused_kd's loss; only the trainer asked for has it."""
+"""TRL's GKDTrainer trains as before with fused_kd's loss; other trainers are unchanged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from needs import need
 from torch import Tensor, nn
-from trl_training import BETAS, V, build, conversations, same, settings, tokenizer, trained
+from trl_training import BETAS, V, conversations, models, same, settings, tokenizer, trained
 
 transformers = need("transformers")
 need("trl")
+from tiny import BOTH  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
@@ -21,32 +22,19 @@ from fused_kd import Head, KDLoss  # noqa: E402
 from fused_kd.integrations.trl import restore, use_fused_kd  # noqa: E402
 from fused_kd.integrations.trl.trainers import models_of  # noqa: E402
 
-BOTH = (False, True)
 SCALED = {"Granite": {"logits_scaling": 3.0}, "Cohere": {"logit_scale": 0.3}}
-CAPPED = {
-    "final_logit_softcapping": 2.0,
-    "query_pre_attn_scalar": 8,
-    "attn_implementation": "eager",
-}
+CAPPED = {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
 
 
 def gkd(
-    folder: Path,
-    model: str = "Llama",
-    changes: dict[str, Any] | None = None,
-    kind: type[GKDTrainer] = GKDTrainer,
-    **given: Any,
+    folder: Path, family: str = "Llama", changes: Any = None, kind: Any = GKDTrainer, **given: Any
 ) -> GKDTrainer:
-    """A trainer whose student, teacher and data are always the same."""
+    """Return a trainer whose student, teacher and data are always the same."""
     usual = {"lmbda": 0.0, "max_length": 32, "max_new_tokens": 4}
-    return kind(
-        model=build(model, 16, seed=1, **(changes or {})),
-        teacher_model=build(model, 24, seed=2, **(changes or {})),
-        args=GKDConfig(**settings(folder, **{**usual, **given})),
-        train_dataset=conversations(),
-        eval_dataset=conversations(4),
-        processing_class=tokenizer(),
-    )
+    arguments = GKDConfig(**settings(folder, **{**usual, **given}))
+    data = {"train_dataset": conversations(), "eval_dataset": conversations(4)}
+    pair = models(family, **(changes or {}))
+    return kind(*pair, args=arguments, **data, processing_class=tokenizer())
 
 
 # ------------------------------------------------------------------------------ training
@@ -63,23 +51,20 @@ def test_training(tmp_path: Path, beta: float, accumulation: int) -> None:
         same(trained(use_fused_kd(make(), heads=heads, inplace=in_place)), theirs)
 
 
-def test_training_on_its_own_completions(tmp_path: Path) -> None:
-    make = partial(gkd, tmp_path, lmbda=1.0, max_steps=2)
-    theirs = trained(make())
-    for heads in BOTH:
-        same(trained(use_fused_kd(make(), heads=heads)), theirs)
+OTHERS = {"its own completions": {"lmbda": 1.0, "max_steps": 2}}
+OTHERS |= {family: {"family": family, "changes": changes} for family, changes in SCALED.items()}
 
 
-@pytest.mark.parametrize("model", SCALED)
-def test_scaled_logits(tmp_path: Path, model: str) -> None:
-    make = partial(gkd, tmp_path, model, SCALED[model])
+@pytest.mark.parametrize("given", OTHERS.values(), ids=OTHERS)
+def test_training_of_other_kinds(tmp_path: Path, given: dict[str, Any]) -> None:
+    make = partial(gkd, tmp_path, **given)
     theirs = trained(make())
     for heads in BOTH:
         same(trained(use_fused_kd(make(), heads=heads)), theirs)
 
 
 def test_soft_capped_logits(tmp_path: Path) -> None:
-    make = partial(gkd, tmp_path, "Gemma2", CAPPED)
+    make = partial(gkd, tmp_path, "Gemma2", {**CAPPED, "attn_implementation": "eager"})
     same(trained(use_fused_kd(make())), trained(make()))
     with pytest.raises(ValueError, match="soft-capping"):
         use_fused_kd(make(), heads=True)
@@ -114,7 +99,7 @@ def test_products_of_heads_run_under_the_trainers_autocast(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("heads", BOTH)
-def test_evaluation(tmp_path: Path, heads: bool) -> None:
+def test_evaluation_N_30(tmp_path: Path, heads: bool) -> None:
     own, ours = gkd(tmp_path), use_fused_kd(gkd(tmp_path), heads=heads)
     theirs = own.evaluate()["eval_loss"]
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs, rel=1e-5)
@@ -129,11 +114,11 @@ def test_evaluation(tmp_path: Path, heads: bool) -> None:
 @pytest.mark.parametrize("heads", BOTH)
 def test_only_this_trainer(tmp_path: Path, heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("generalized_jsd_loss", "compute_loss")
-    library = {name: vars(GKDTrainer)[name] for name in names}
+    in_trl = {name: vars(GKDTrainer)[name] for name in names}
     make = partial(gkd, tmp_path, max_steps=1)
     trainer, other = make(), make()
     assert use_fused_kd(use_fused_kd(trainer, heads=heads), heads=heads) is trainer
-    assert {name: vars(GKDTrainer)[name] for name in names} == library
+    assert {name: vars(GKDTrainer)[name] for name in names} == in_trl
     assert not set(names) & set(vars(other))
 
     def never(*arguments: Any, **keywords: Any) -> None:
@@ -188,8 +173,6 @@ class OwnLoss(GKDTrainer):
 
 
 class OwnStep(GKDTrainer):
-    """Adds to the loss, from the model's own outputs."""
-
     def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
         keywords["return_outputs"] = True
         loss, outputs = super().compute_loss(*arguments, **keywords)
@@ -197,23 +180,18 @@ class OwnStep(GKDTrainer):
 
 
 def test_subclasses(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError,
-        match=r"must not override GKDTrainer\.generalized_jsd_loss.*got OwnLoss\.gen",
-    ):
+    message = r"must not override GKDTrainer\.{0}.*got {1}\.{0}".format
+    with pytest.raises(TypeError, match=message("generalized_jsd_loss", "OwnLoss")):
         use_fused_kd(gkd(tmp_path, kind=OwnLoss))
-    with pytest.raises(
-        TypeError, match=r"must not override GKDTrainer\.compute_loss.*got OwnStep\.compute_loss"
-    ):
+    with pytest.raises(TypeError, match=message("compute_loss", "OwnStep")):
         use_fused_kd(gkd(tmp_path, kind=OwnStep), heads=True)
     same(trained(use_fused_kd(gkd(tmp_path, kind=OwnStep))), trained(gkd(tmp_path, kind=OwnStep)))
 
 
 def test_other_trainers(tmp_path: Path) -> None:
-    other = SFTTrainer(
-        build("Llama", 16, seed=1), SFTConfig(**settings(tmp_path)), train_dataset=conversations(),
-        processing_class=tokenizer(),
-    )  # fmt: skip
+    arguments, student = SFTConfig(**settings(tmp_path)), models()[0]
+    data = {"train_dataset": conversations(), "processing_class": tokenizer()}
+    other = SFTTrainer(student, arguments, **data)
     for trainer in (other, nn.Linear(1, 1), None):
         with pytest.raises(TypeError, match="trainer must be a GKDTrainer or a Distillation"):
             use_fused_kd(trainer)

@@ -1,8 +1,9 @@
-"""fused_kd's generalized_jsd_loss beside TRL's: numbers, views, memory, refusals."""
+"""Compare generalized_jsd_loss with TRL's: numbers, views, memory, refusals."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ def logits(batch: int = 3, length: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     return student, torch.randn(batch, length, V), labels
 
 
+def check(student: Tensor, *views: Tensor, **options: Any) -> None:
+    """Compare values and gradients by `student` of both losses, on views of logits."""
+    results = []
+    for loss in (generalized_jsd_loss, GKDTrainer.generalized_jsd_loss):
+        value = loss(*views, **options)
+        results.append((value, *torch.autograd.grad(value, student, retain_graph=True)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("beta", BETAS)
 def test_same_numbers(beta: float, temperature: float) -> None:
@@ -34,14 +44,9 @@ def test_same_numbers(beta: float, temperature: float) -> None:
     slices = itertools.cycle((slice(0, -1), slice(1, None)))
     cases = zip(denominators, slices, strict=False)
     for ((reduction, items), part), labels in itertools.product(cases, (targets, None)):
-        results = []
-        for loss in (generalized_jsd_loss, GKDTrainer.generalized_jsd_loss):
-            value = loss(
-                student_logits=student[:, part], teacher_logits=teacher[:, part], labels=labels,
-                beta=beta, temperature=temperature, reduction=reduction, num_items_in_batch=items,
-            )  # fmt: skip
-            results.append((value, *torch.autograd.grad(value, student)))
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+        options = {"labels": labels, "beta": beta, "temperature": temperature}
+        options |= {"reduction": reduction, "num_items_in_batch": items}
+        check(student, student[:, part], teacher[:, part], **options)
 
 
 def test_views_that_are_no_slices() -> None:
@@ -55,11 +60,7 @@ def test_views_that_are_no_slices() -> None:
         (student[:, ::2][:, :3].repeat(1, 2, 1), teacher[:, :-1]),
         (student[:, :-1, 1:-1], teacher[:, :-1, 2:]),
     ):
-        results = []
-        for loss in (generalized_jsd_loss, GKDTrainer.generalized_jsd_loss):
-            value = loss(s, t, labels, beta=0.3)
-            results.append((value, *torch.autograd.grad(value, student, retain_graph=True)))
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+        check(student, s, t, labels=labels, beta=0.3)
     detached = student.detach()[:, :-1].requires_grad_()
     value = generalized_jsd_loss(detached, teacher[:, :-1], labels)
     assert torch.autograd.grad(value, detached)[0].count_nonzero()

@@ -1,4 +1,4 @@
-"""A tokenizer, conversations and settings for trainers of TRL; nothing is downloaded."""
+"""A tokenizer, conversations and trainings for TRL; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -29,22 +29,20 @@ TEMPLATE = (
 )
 
 
-def build(kind: str, hidden: int, seed: int, **changes: Any) -> nn.Module:
-    """A small model of transformers; the same seed, the same weights."""
-    names = f"{kind}ForCausalLM", f"{kind}Config"
-    model, config = (getattr(transformers, name) for name in names)
-    return tiny.build(model, config, seed, hidden_size=hidden, **changes)
+def models(kind: str = "Llama", **changes: Any) -> tuple[nn.Module, nn.Module]:
+    """Return a student and a wider teacher, always with the same weights."""
+    return tiny.of(kind, 1, **changes), tiny.of(kind, 2, hidden_size=24, **changes)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Splits at spaces."""
+    """Return a tokenizer that splits at spaces."""
     entries = {word: i for i, word in enumerate(SPECIAL + WORDS)}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(entries, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=model, padding_side="left", **special
+    )
     made.chat_template = TEMPLATE
     return made
 
@@ -54,42 +52,38 @@ def words(count: int, first: int) -> str:
 
 
 def conversations(count: int = 16) -> Dataset:
-    """Prompts and answers of different lengths."""
-    rows = [
-        [
-            {"role": "user", "content": words(1 + i % 4, i)},
-            {"role": "assistant", "content": words(1 + (5 * i) % 11, 3 * i)},
-        ]
+    """Return prompts and answers of different lengths."""
+
+    def message(role: str, count: int, first: int) -> dict[str, str]:
+        return {"role": role, "content": words(count, first)}
+
+    pairs = [
+        [message("user", 1 + i % 4, i), message("assistant", 1 + (5 * i) % 11, 3 * i)]
         for i in range(count)
     ]
-    return Dataset.from_dict({"messages": rows})
+    return Dataset.from_dict({"messages": pairs})
 
 
 def prompts(count: int = 16) -> Dataset:
-    """Of different lengths; the student goes on."""
+    """Return prompts of different lengths, which the student completes."""
     return Dataset.from_dict({"prompt": [words(1 + i % 5, i) for i in range(count)]})
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """SGD: Adam would divide rounding errors by small gradients."""
-    usual = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 3,
-        "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "bf16": False,
-        "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "disable_tqdm": True, "gradient_checkpointing": False, "seed": 1,
-    }  # fmt: skip
-    return {**usual, **changes}
+    """Return arguments of a trainer of TRL, in float32 unless changed."""
+    usual = {"per_device_train_batch_size": 2, "bf16": False, "gradient_checkpointing": False}
+    return tiny.settings(folder, **{**usual, **changes})
 
 
 Run = tuple[list[float], list[Tensor]]
 
 
 def trained(trainer: Any) -> Run:
-    """The loss of every step, and the weights after the last."""
+    """Train; return the loss of every step and the weights after the last."""
     before = [p.detach().clone() for p in trainer.model.parameters()]
     torch.manual_seed(0)
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    losses = tiny.logged(trainer)
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     changes = [(a - b).abs().max().item() for a, b in zip(before, weights, strict=True)]
     assert len(losses) == trainer.args.max_steps
@@ -98,6 +92,6 @@ def trained(trainer: Any) -> Run:
 
 
 def same(ours: Run, theirs: Run) -> None:
-    """Losses and weights, to the rounding of float32."""
+    """Compare losses and weights, up to float32 rounding."""
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=2e-6)

@@ -1,4 +1,4 @@
-"""The supported frameworks: which versions were tested, which are installed."""
+"""The supported frameworks: tested and installed versions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from types import ModuleType
 
 @dataclass(frozen=True)
 class Framework:
-    """A row of ``python -m fused_kd.env``."""
+    """A framework that the tests compare with: a row of ``python -m fused_kd.env``."""
 
     package: str  # as imported
     distribution: str  # as installed
-    module: str  # of fused_kd.integrations; "" if a page of the docs is all it needs
-    tested: str  # the version that the tests and the example ran with; "" if none installs
+    module: str  # of fused_kd.integrations; "" if none is needed
+    tested: str  # version that the tests install
+    loss_only: bool = False  # whether only the file of its loss is loaded, without dependencies
 
     @property
     def installed(self) -> str | None:
@@ -29,13 +30,9 @@ class Framework:
     def status(self) -> str:
         """Return the installed and the tested version, as text for users."""
         installed = self.installed
-        if not self.tested:
-            tested = "by signature only, never run with it"
-        elif installed == self.tested:
-            tested = "tested with this version"
-        else:
-            tested = f"tested with {self.tested}"
-        return f"{installed or 'not installed'}; {tested}"
+        version = "this version" if installed == self.tested else self.tested
+        what = "loss tested" if self.loss_only else "tested"
+        return f"{installed or 'not installed'}; {what} with {version}"
 
 
 FRAMEWORKS = {
@@ -44,13 +41,11 @@ FRAMEWORKS = {
         Framework("transformers", "transformers", "transformers", "5.24.0"),
         Framework("trl", "trl", "trl", "1.16.0"),
         Framework("liger_kernel", "liger-kernel", "liger", "0.8.5"),
-        Framework("torchtune", "torchtune", "torchtune", "0.6.1"),
         Framework("modelopt", "nvidia-modelopt", "model_optimizer", "0.47.0"),
         Framework("lightning", "lightning", "lightning", "2.6.6"),
         Framework("accelerate", "accelerate", "", "1.15.0"),
-        Framework("nemo_automodel", "nemo-automodel", "automodel", ""),
-        Framework("distillkit", "distillkit", "distillkit", ""),
-        Framework("axolotl", "axolotl", "axolotl", ""),
+        Framework("nemo_automodel", "nemo-automodel", "automodel", "0.7.0", loss_only=True),
+        Framework("axolotl", "axolotl", "axolotl", "0.19.0", loss_only=True),
     )
 }
 

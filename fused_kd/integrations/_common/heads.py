@@ -1,4 +1,4 @@
-"""The lm_heads of Hugging Face language models: found, bypassed and probed.
+"""The lm_heads of Hugging Face language models: find, bypass and probe them.
 
 A model's ``forward`` ends with ``logits = f(lm_head(hidden))``. A loss that takes a
 :class:`fused_kd.Head` multiplies by the lm_head itself, chunk by chunk, so the model has to return
@@ -36,10 +36,10 @@ def head_of(model: nn.Module) -> nn.Linear:
     head = output_of(model)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = type(head)  # with its module: quantised layers are called Linear too
-        found = "none" if head is None else f"a {kind.__module__}.{kind.__qualname__}"
+        what = "none" if head is None else f"a {kind.__module__}.{kind.__qualname__}"
         raise TypeError(
             f"{type(model).__name__}: a Head needs an lm_head that is a plain nn.Linear; "
-            f"found {found}: use the model's logits (heads=False)"
+            f"found {what}: use the model's logits (heads=False)"
         )
     for module in {head, model.get_output_embeddings()}:  # type: ignore[operator]  # PEFT wraps it
         _check_untouched(module, type(model).__name__)
@@ -60,18 +60,18 @@ def output_of(model: nn.Module) -> Any:
     return next((copies[x] for x in output.active_adapters if x in copies), output.original_module)
 
 
-def is_left_out(model: nn.Module) -> bool:
-    """Return whether leave_out_head() is in force in the model, or was in the one copied."""
+def is_bypassed(model: nn.Module) -> bool:
+    """Return whether bypass_head() is in force in the model, or was in the one copied."""
     forward = getattr(output_of(model), "forward", None)
     return getattr(forward, "func", None) is _pass_or_forward
 
 
-def leave_out_head(model: nn.Module) -> Callable[[], None]:
+def bypass_head(model: nn.Module) -> Callable[[], None]:
     """Make the lm_head return its input while it trains; return a function that undoes this.
 
     The head's weight stays in the graph, without gradient from here. Otherwise
-    DistributedDataParallel, which looks for unused parameters from the model's outputs, would not
-    wait for the gradient that the loss gives it. A deep copy of the model does the same with the
+    DistributedDataParallel, which searches for unused parameters from the model's outputs, would
+    ignore the gradient that the loss adds to it. A deep copy of the model does the same with the
     copy's head. Must not be called twice, since the two could be undone in one order only:
     :func:`.models.check_models` refuses the second.
     """
@@ -81,7 +81,7 @@ def leave_out_head(model: nn.Module) -> Callable[[], None]:
 
 
 def passes_on(head: nn.Module) -> bool:
-    """Return whether a head changed by leave_out_head() returns its input now: while it trains.
+    """Return whether a head changed by bypass_head() returns its input now: while it trains.
 
     In training mode without gradients it does not, since generate() needs logits.
     """
@@ -193,26 +193,26 @@ def _check_untouched(head: nn.Module, name: str) -> None:
     before the forward, and parametrizations of the weight, act as always.
 
     Raises:
-        TypeError: The head has a hook on its output or gradient, or a forward of its own.
+        TypeError: The head has a hook on its output or gradient, or its own forward.
     """
     forward = vars(head).get("forward")
     source = getattr(forward, "func", forward)
-    found = None
+    cause = None
     if head._forward_hooks:
-        found = "register_forward_hook"
+        cause = "register_forward_hook"
     elif head._backward_pre_hooks:
-        found = "register_full_backward_pre_hook"
+        cause = "register_full_backward_pre_hook"
     elif forward is not None and source.__module__ != __name__ and not hasattr(head, "_hf_hook"):
-        found = "a forward method of its own"  # accelerate's, with _hf_hook, only moves tensors
-    if found is not None:
+        cause = "an assigned forward method"  # accelerate's, with _hf_hook, only moves tensors
+    if cause is not None:
         raise TypeError(
             f"{name}: a Head needs an lm_head whose output nothing else reads or changes; found "
-            f"{found} on it: remove that, or use the model's logits (heads=False)"
+            f"{cause} on it: remove that, or use the model's logits (heads=False)"
         )
 
 
 class _Pass(torch.autograd.Function):
-    """The first input; the others are in the graph, and get no gradient."""
+    """The identity of the first input; the others are in the graph, but get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...checks import may_read_values
-from .heads import is_left_out, output_of
+from .heads import is_bypassed, output_of
 from .labels import IGNORE_INDEX
 
 #: Names of the weight of a router's aux_loss.
@@ -29,7 +29,7 @@ _LIKE_XLM = ("xlm", "flaubert")
 #: End of the message of an adapter that has the argument shift.
 SHIFT_FALSE = (
     "if labels[i] belongs to logits[i] (of a causal model: if you have shifted them), pass "
-    "shift=False, or call KDLoss in a training loop of your own"
+    "shift=False, or call KDLoss in your own training loop"
 )
 
 
@@ -85,7 +85,7 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
         check_causal(student, teacher, SHIFT_FALSE)
     if _are_comparable(student, teacher, shift):
         check_vocabularies(student, teacher)
-    if is_left_out(student):
+    if is_bypassed(student):
         raise ValueError(
             "student's lm_head is already bypassed by another DistillationLoss, or student is a "
             "copy of such a model: call remove() on that loss first (loss.remove())"
@@ -164,7 +164,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         if value is not None and name.endswith(_STATES):
             raise ValueError(
                 f"{name} must not be in the batch, since the teacher is called with the student's "
-                "inputs and has embeddings of its own; got it: pass input_ids"
+                "inputs but has its own embeddings; got it: pass input_ids"
             )
         if value is not None and name in CACHES:
             raise ValueError(
@@ -251,7 +251,7 @@ def _check_shared(kind: str, student_parts: Iterable[Any], teacher_parts: Iterab
     shared = {id(x) for x in student_parts} & {id(x) for x in teacher_parts}
     if shared:
         raise ValueError(
-            f"teacher must be another model than the student, with {kind} of its own; got "
+            f"teacher must be another model than the student, with its own {kind}; got "
             f"{len(shared)} that are also the student's: copy.deepcopy the teacher, before "
             "get_peft_model makes a student of it"
         )
@@ -283,11 +283,11 @@ def _check_router(student: nn.Module) -> None:
     """
     config: Any = getattr(student, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = [getattr(x, n, None) for n in ROUTER_WEIGHTS for x in (student, text, config)]
-    weight = next((x for x in found if x is not None), 0.0)
+    weights = [getattr(x, n, None) for n in ROUTER_WEIGHTS for x in (student, text, config)]
+    weight = next((x for x in weights if x is not None), 0.0)
     if weight and any(getattr(x, "output_router_logits", False) for x in (text, config)):
         raise ValueError(
             f"student must not have output_router_logits=True: {type(student).__name__} would add "
-            f"its router's aux_loss, times {weight}, to a loss of its own, which is not used here; "
+            f"its router's aux_loss, times {weight}, to its own loss, which is not used here; "
             "set output_router_logits=False in its config to train without aux_loss"
         )

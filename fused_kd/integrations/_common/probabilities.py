@@ -34,8 +34,8 @@ def kl_from(
         probabilities: q; any dtype of logits.
         kept: which rows count.
         reduction: as of :func:`denominator`.
-        loss: called with the logits of q̂ (float32, or float64 for float64 probabilities, in memory
-            of their own), `token_weight` and `num_items`; returns the loss.
+        loss: called with the logits of q̂ (float32, or float64 for float64 probabilities, in a new
+            tensor), `token_weight` and `num_items`; returns the loss.
         name: what messages call the probabilities.
 
     Raises:

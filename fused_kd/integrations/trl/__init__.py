@@ -32,7 +32,7 @@ _KINDS: dict[str, tuple[bool, Callable[..., dict[str, Any]]]] = {
     "DistillationTrainer": (True, distillation.attributes),
 }
 #: Advice for a model whose labels TRL would shift by mistake.
-_SHIFTED = "TRL's trainers shift the labels; call KDLoss in a training loop of your own"
+_SHIFTED = "TRL's trainers shift the labels; call KDLoss in your own training loop"
 #: Name of the attribute that holds the replaced ones, and the mark of one that was not set.
 _REPLACED, _ABSENT = "_fused_kd_replaced", object()
 
@@ -51,9 +51,9 @@ def use_fused_kd(
     Args:
         trainer: a GKDTrainer or DistillationTrainer of TRL that has a teacher; or of a subclass
             that does not change their loss.
-        heads: leave the lm_heads out and give the loss a :class:`fused_kd.Head` for each side, so
-            that neither model makes logits. None: False for a GKDTrainer, True for a
-            DistillationTrainer, which never makes them.
+        heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each side to the loss, so
+            that neither model computes logits. None: False for a GKDTrainer, True for a
+            DistillationTrainer, which never computes them.
         entropy: whether a DistillationTrainer logs the student's mean entropy, which needs one more
             product with the student's head; otherwise it logs None.
         inplace: without `heads`: write the gradient over the student's logits.
@@ -64,8 +64,8 @@ def use_fused_kd(
         The trainer.
 
     Raises:
-        TypeError: The trainer is another one, has no teacher, or has a loss of its own; the version
-            of TRL is unknown; with `heads` an lm_head is not a plain nn.Linear.
+        TypeError: The trainer is another one, has no teacher, or has its own loss; the version of
+            TRL is unknown; with `heads` an lm_head is not a plain nn.Linear.
         ValueError: A model is not causal; the vocabularies differ; with `heads` logits are
             soft-capped, or scaled by another factor than TRL uses; an option is out of its range.
     """
@@ -82,7 +82,9 @@ def use_fused_kd(
     default, attributes_of = _KINDS[kind]
     heads = default if heads is None else heads
     if default and not heads:
-        raise ValueError(f"heads of a {kind} must be True, since it makes no logits; got {heads}")
+        raise ValueError(
+            f"heads of a {kind} must be True, since it makes no logits; got {heads}: leave it out"
+        )
     if inplace and heads:
         raise ValueError(
             "inplace must be False with heads=True, since logits are not stored; got True: use "

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...functional import kd_loss
 from ...modules import KDLoss
 from ...sides import Head
 from .._common.heads import TOLERANCE, scale_of
@@ -61,10 +60,9 @@ def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]
     for which, model in zip(_MODELS, models_of(trainer), strict=True):
         _check_head(which, model, is_scaled="student_logit_scale" in names)
     ours = partial(called, signature, entropy, options)
-    method = types.FunctionType(
-        own.__code__, {**own.__globals__, LOSS: ours}, own.__name__, own.__defaults__,
-        own.__closure__,
-    )  # fmt: skip
+    names_of_method = {**own.__globals__, LOSS: ours}
+    rest = own.__name__, own.__defaults__, own.__closure__
+    method = types.FunctionType(own.__code__, names_of_method, *rest)
     method.__kwdefaults__ = own.__kwdefaults__
     return {"_compute_loss": types.MethodType(method, trainer)}
 
@@ -118,11 +116,16 @@ def entropies(student: Head, labels: Tensor, temperature: float, options: dict[s
     """
     vocabulary = student.weight.shape[0]
     uniform = student.hidden.new_zeros(vocabulary).expand(*labels.shape, vocabulary)
-    lacking = kd_loss(
-        student, uniform, labels, hard_weight=0.0, soft_weight=1.0, divergence="reverse_kl",
-        temperature=temperature, soft_scale="none", reduction="none", **options,
-    )  # fmt: skip
-    return math.log(vocabulary) - as_tensor(lacking)
+    reverse_kl = KDLoss(
+        hard_weight=0.0,
+        soft_weight=1.0,
+        divergence="reverse_kl",
+        temperature=temperature,
+        soft_scale="none",
+        reduction="none",
+        **options,
+    )
+    return math.log(vocabulary) - as_tensor(reverse_kl(student, uniform, labels))
 
 
 def _head(model: str, inputs: dict[str, Any]) -> Head:

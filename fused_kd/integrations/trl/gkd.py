@@ -66,13 +66,13 @@ def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]
     installed = inspect.signature(class_of(trainer, KIND).generalized_jsd_loss)
     known = set(inspect.signature(generalized_jsd_loss).parameters) - {"options"}
     check_arguments(f"{KIND}.generalized_jsd_loss", installed.parameters, set(), known)
-    found = _liger_loss(trainer)
+    liger_loss = _liger_loss(trainer)
     KDLoss.like("trl", **options)  # refuses what is out of range
     if not heads:
-        return {**found, "generalized_jsd_loss": partial(generalized_jsd_loss, **options)}
+        return {**liger_loss, "generalized_jsd_loss": partial(generalized_jsd_loss, **options)}
     check_inherited(trainer, KIND, "compute_loss")
     ours = _Headless(trainer, options)
-    return {**found, "compute_loss": ours.compute_loss, "generalized_jsd_loss": ours.loss}
+    return {**liger_loss, "compute_loss": ours.compute_loss, "generalized_jsd_loss": ours.loss}
 
 
 class _Headless:
@@ -109,10 +109,9 @@ class _Headless:
     ) -> Tensor:
         """Compute generalized_jsd_loss, from hidden states while the models are headless."""
         if not self.is_headless:
-            return generalized_jsd_loss(
-                student_logits, teacher_logits, labels, beta, temperature, reduction,
-                num_items_in_batch, backend=self.options["backend"],
-            )  # fmt: skip
+            given = student_logits, teacher_logits, labels, beta, temperature, reduction
+            backend = self.options["backend"]
+            return generalized_jsd_loss(*given, num_items_in_batch, backend=backend)
         outputs = student_logits, teacher_logits
         student, teacher = map(side_of, models_of(self.trainer), outputs, self.scales)
         num_items = _num_items(student, labels, reduction, num_items_in_batch)

@@ -29,7 +29,7 @@ def models_of(trainer: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def check_inherited(trainer: object, kind: str, method: str) -> None:
-    """Refuse a subclass with a `method` of its own, which would no longer be called.
+    """Refuse a subclass that overrides a method, which would no longer be called.
 
     Raises:
         TypeError: There is one; or TRL's class has no such method, as in other versions.
@@ -44,21 +44,21 @@ def check_inherited(trainer: object, kind: str, method: str) -> None:
 
 
 def check_arguments(
-    function: str, found: Iterable[str], required: set[str], optional: set[str]
+    function: str, names: Iterable[str], required: set[str], optional: set[str]
 ) -> None:
     """Refuse a function of TRL whose arguments are not those of the known versions.
 
     Args:
         function: its name, for the message.
-        found: its arguments.
+        names: its arguments.
         required: the arguments that it must have.
         optional: the arguments that it may have.
 
     Raises:
         TypeError: It has others, or lacks one.
     """
-    names = set(found)
-    has, lacks = sorted(names - required - optional), sorted(required - names)
+    actual = set(names)
+    has, lacks = sorted(actual - required - optional), sorted(required - actual)
     wrong = [f"{verb} {what}" for verb, what in (("has", has), ("lacks", lacks)) if what]
     if wrong:
         raise TypeError(f"{function} {' and '.join(wrong)} {unknown_version()}")

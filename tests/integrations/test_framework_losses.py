@@ -1,0 +1,148 @@
+"""Compare with the losses of Automodel, axolotl and ms-swift: the files that are installed.
+
+The packages need training stacks that CI does not install, so only these files are loaded. Values
+and gradients, theirs and ours, are held against float64.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from needs import need_file
+from torch import Tensor
+
+from fused_kd import KDLoss
+from fused_kd.integrations import automodel, axolotl
+
+own_automodel = need_file("nemo-automodel", "nemo_automodel/components/loss/kd_loss.py")
+own_axolotl = need_file("axolotl", "axolotl/integrations/kd/topk_logprob/forward_kl.py")
+own_swift = need_file("ms-swift", "swift/rlhf_trainers/gkd_loss.py")
+
+B, S, V, K = 2, 6, 31, 4
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+TEMPERATURES = pytest.mark.parametrize("temperature", [1.0, 1.7])
+Loss = Callable[[Tensor], Tensor]
+
+
+def logits(dtype: torch.dtype = torch.float32) -> Tensor:
+    return (3 * torch.randn(B, S, V)).to(dtype)
+
+
+def outcome(loss: Loss, student: Tensor) -> list[Tensor]:
+    """Return a loss of the student's logits and its gradient, in float64."""
+    leaf = student.clone().requires_grad_()
+    value = loss(leaf)
+    return [x.detach().double() for x in (value, *torch.autograd.grad(3 * value, leaf))]
+
+
+def check(own: Loss, ours: Loss, exact: Loss, student: Tensor) -> None:
+    """Compare two losses with the exact one, of float64 logits."""
+    want = outcome(exact, student.double())
+    rounding = torch.finfo(student.dtype).eps / 2  # of the gradient
+    for loss in (own, ours):
+        for got, expected in zip(outcome(loss, student), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=max(2e-5, rounding), atol=1e-6)
+
+
+def parameters(call: Any) -> list[tuple[str, Any]]:
+    return [(p.name, p.default) for p in inspect.signature(call).parameters.values()]
+
+
+def test_the_signatures_are_the_same() -> None:
+    pairs = [(axolotl.loss, own_axolotl.loss)]
+    for ours, own in (
+        (automodel.KDLoss, own_automodel.KDLoss),
+        (axolotl.ChunkedTopKKDLoss, own_axolotl.ChunkedTopKKDLoss),
+    ):
+        pairs += [(ours, own), (ours.forward, own.forward)]
+    for ours, own in pairs:
+        assert parameters(ours) == parameters(own)
+
+
+# ------------------------------------------------------------------------------- a dense teacher
+
+
+@DTYPES
+@TEMPERATURES
+@pytest.mark.parametrize("count", [None, 11])
+@pytest.mark.parametrize("chunk_size", [0, 3])
+def test_automodel(
+    dtype: torch.dtype, temperature: float, count: int | None, chunk_size: int
+) -> None:
+    student, teacher, labels = logits(dtype), logits(dtype), torch.randint(V, (B, S))
+    labels[0, :2] = -100
+    kept = labels != -100
+
+    def exact(student: Tensor) -> Tensor:
+        p, q = ((x[kept] / temperature).log_softmax(-1) for x in (student, teacher.double()))
+        total = temperature**2 * (q.exp() * (q - p)).sum()
+        return total / (kept.sum() if count is None else count)
+
+    own, ours = (
+        partial(
+            module.KDLoss(temperature=temperature, chunk_size=chunk_size),
+            teacher_logits=teacher,
+            labels=labels,
+            num_batch_labels=count,
+        )
+        for module in (own_automodel, automodel)
+    )
+    check(own, ours, exact, student)
+    preset = KDLoss.like("automodel", temperature=temperature)
+    check(own, lambda s: preset(s, teacher, labels, num_items=count), exact, student)
+
+
+@TEMPERATURES
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_ms_swift_by_the_preset_of_trl(temperature: float, beta: float) -> None:
+    student, teacher, labels = logits(), logits(), torch.randint(V, (B, S))
+    labels[0, :2] = -100
+
+    def own(student: Tensor) -> Tensor:  # computes in the logits' dtype: exact in float64
+        signal = own_swift.TeacherOutput(full_logits=teacher.to(student.dtype))
+        total, count = own_swift.gkd_loss(student, signal, labels, beta, temperature)
+        return total / count
+
+    ours = KDLoss.like("trl", beta=beta, temperature=temperature)
+    check(own, lambda s: ours(s, teacher, labels), own, student)
+
+
+# ------------------------------------------------------------------------------- a top-k teacher
+
+
+@DTYPES
+@TEMPERATURES
+@pytest.mark.parametrize("count", [-1, 9])
+@pytest.mark.parametrize("chunks", [0, 1, 3, 8])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_axolotl(
+    dtype: torch.dtype, temperature: float, count: int, chunks: int, repeated: bool
+) -> None:
+    """Use log-probabilities that do not sum to 1, and a row without entries."""
+    student = logits(dtype)
+    logs, ids = logits()[:, : S - 1].log_softmax(-1).topk(K)  # a teacher of fewer tokens
+    mask = torch.rand(B, S - 1, K) > 0.3
+    mask[0, 1] = False
+    if repeated:
+        ids[..., 1] = ids[..., 0]
+        ids[1] = ids[1, :, :1]  # some entries of that token are masked
+    teacher = ids.where(mask, 0), logs, mask.long()
+
+    def exact(student: Tensor) -> Tensor:
+        p = (student[:, : S - 1] / temperature).log_softmax(-1).gather(-1, teacher[0])
+        terms = (logs.double().exp() * (logs.double() - p))[mask]
+        return terms.sum() / (count if count > 0 else len(terms))
+
+    def loss(module: Any, student: Tensor) -> Tensor:
+        if chunks:
+            made = module.ChunkedTopKKDLoss(chunks, temperature)
+            return made(student, *teacher, count)  # type: ignore[no-any-return]
+        return module.loss(student, *teacher, count, temperature)  # type: ignore[no-any-return]
+
+    ours = partial(loss, axolotl)
+    check(partial(loss, own_axolotl), ours, exact, student)
