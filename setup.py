@@ -1,4 +1,4 @@
-"""Builds the optional compiled modules: fused_kd._C (CPU) and fused_kd._cuda (CUDA devices).
+"""Build the optional compiled modules: fused_kd._C (CPU) and fused_kd._cuda (CUDA devices).
 
 Everything declarative is in pyproject.toml; files and flags are in csrc/kernel_sources.py. The
 modules are separate, so that the CPU's does not depend on what a CUDA toolkit makes of the other.

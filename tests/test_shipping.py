@@ -32,53 +32,44 @@ def test_the_api_page_is_up_to_date() -> None:
     assert page == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "run `make api`"
 
 
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `make dist` fills, from a copy of the tree: a build leaves files behind."""
+@pytest.mark.slow
+def test_make_dist(tmp_path: Path) -> None:
+    """The wheel is built from the sdist, so both are known to build."""
     for name in ("build", "auditwheel"):
         pytest.importorskip(name)
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no make, or no C++ compiler")
-    tree = tmp_path_factory.mktemp("shipping") / "tree"
     ignore = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*_not_built.txt", "out", "build")
-    shutil.copytree(ROOT, tree, ignore=ignore)
-    # this environment is taken as it is
-    _run("make", "-o", f"{sys.prefix}/.packages", "dist", f"VENV={sys.prefix}", cwd=tree)
-    return tree / "dist"
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)  # a build leaves files behind
+    environment = f"VENV={sys.prefix}"  # taken as it is: -o
+    _run("make", "-o", f"{sys.prefix}/.packages", "dist", environment, cwd=tmp_path / "tree")
+    sdist, wheel = sorted((tmp_path / "tree/dist").iterdir(), key=lambda path: path.suffix)
 
-
-@pytest.mark.slow
-def test_the_sdist_holds_what_a_build_needs(dist: Path) -> None:
-    """That it builds is shown by the wheel, which is built from it."""
-    (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
     assert {"setup.py", "csrc/kernel_sources.py", "csrc/cuda/launch.cu", "CHANGELOG.md"} <= names
-    tops = {name.partition("/")[0] for name in names}
-    assert not tops & {"tests", "benchmarks", "demo", "examples", "docs"}
+    assert not {x.partition("/")[0] for x in names} & {"tests", "benchmarks", "examples", "docs"}
 
-
-@pytest.mark.slow
-def test_the_wheel_has_a_manylinux_tag_and_works(dist: Path, tmp_path: Path) -> None:
-    (wheel,) = dist.glob("*.whl")
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.search(rf"-{python}-{python}-manylinux_2_\d+_\w+\.whl$", wheel.name)
     with zipfile.ZipFile(wheel) as content:
-        names = content.namelist()
-        content.extractall(tmp_path)
+        names = set(content.namelist())
+        content.extractall(tmp_path / "installed")
     assert {x.partition("/")[0].partition("-")[0] for x in names} == {"fused_kd"}
     assert not [x for x in names if x.endswith((".cpp", ".h", ".cu", ".o", "/_not_built.txt"))]
     assert "fused_kd/py.typed" in names
-    (module,) = tmp_path.glob("fused_kd/*.so")
+    (module,) = (tmp_path / "installed").glob("fused_kd/*.so")
     assert module.stat().st_size < 4 << 20, "without symbols"
+
     # an editable installation would lend its own module
     code = (
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
         f"{PARITY}print(fused_kd.__file__, compare(fused_kd, 'cpu', fused_kd))"
     )
-    where, error = _run(sys.executable, "-c", code, PYTHONPATH=str(tmp_path)).split()
-    assert where.startswith(str(tmp_path))
+    path = str(tmp_path / "installed")
+    where, error = _run(sys.executable, "-c", code, PYTHONPATH=path).split()
+    assert where.startswith(path)
     assert float(error) < 1e-6
 
 

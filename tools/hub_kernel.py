@@ -1,10 +1,10 @@
 """Lay out fused_kd as a kernel of the Hugging Face Hub: ``python tools/hub_kernel.py FOLDER``.
 
 The ``kernels`` package loads it with ``get_local_kernel(FOLDER)``, and from a repository of the Hub
-with ``get_kernel``. Kernels in Python need one folder per backend of torch, without versions; each
-holds the package without the compiled modules, the integrations, and what needs the command line.
-Several versions of a kernel, and an installed fused_kd, may be loaded by one process: operators and
-module have a name that is unique to the contents, and all imports are relative.
+with ``get_kernel``. A kernel in Python has a folder for each backend of torch; here each holds the
+package without compiled modules, integrations and command-line tools. One process may load several
+versions of a kernel, and fused_kd: module and operators have a name that is unique to the contents,
+and all imports are relative.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fused_kd"
 LEFT_OUT = {"integrations", "plan", "testing", "env.py"}
-#: As get_local_kernel names them; on a CPU the kernels run with TRITON_INTERPRET=1.
+#: On a CPU the Triton kernels run if TRITON_INTERPRET=1.
 BACKENDS = ("cuda", "rocm", "xpu", "cpu")
 METADATA = {
     "name": "fused-kd",
