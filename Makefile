@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 test test-slow test-peers: export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test test-slow test-peers examples bench bench-guard publish accuracy gpu-check \
-	gpu-objects gpu-cache lint format clean
+	gpu-objects gpu-cache api dist lint format clean
 
 # make demo ARGS="--steps 20"
 demo: $(VENV)/.demo
@@ -76,6 +76,17 @@ $(GPU_VENV)/.$(GPU_TRITON): requirements/dev.txt
 	$(GPU_VENV)/bin/pip install --quiet --no-deps triton==$(GPU_TRITON)
 	touch $@
 
+# docs/api.md from the docstrings.
+api: $(VENV)/.packages
+	PYTHONPATH=. $(BIN)/python docs/make_api.py
+
+# What is published, in dist/: the sdist, and the wheel of one Python, which is built from the sdist.
+# make dist PYTHON=python3.12 VENV=.venv-3.12
+dist: $(VENV)/.packages
+	FUSED_KD_BUILD=1 FUSED_KD_CUDA=0 $(BIN)/python -m build --no-isolation --outdir dist
+	PATH="$(BIN):$$PATH" auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,7 +99,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build out *.egg-info fused_kd/*.so fused_kd/*_not_built.txt
+	rm -rf $(VENV) $(GPU_VENV) build dist out *.egg-info fused_kd/*.so fused_kd/*_not_built.txt
 
 $(VENV)/.packages: requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)

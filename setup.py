@@ -1,4 +1,4 @@
-"""Builds the optional compiled modules: fused_kd._C (CPU) and fused_kd._cuda (CUDA devices).
+"""Build the optional compiled modules: fused_kd._C (CPU) and fused_kd._cuda (CUDA devices).
 
 Everything declarative is in pyproject.toml; files and flags are in csrc/kernel_sources.py. The
 modules are separate, so that the CPU's does not depend on what a CUDA toolkit makes of the other.
@@ -56,7 +56,7 @@ def main() -> None:
         raise SystemExit(
             f"building fused_kd needs setuptools>=77; got {__version__}: "
             "pip install --upgrade 'setuptools>=77', or compile in place with "
-            "'python setup.py build_ext --inplace', which any version can"
+            "'python setup.py build_ext --inplace', which works with any version"
         )
     os.chdir(ROOT)  # setuptools reads pyproject.toml and sources from the current directory
     extensions, not_built = [], {}
@@ -120,7 +120,7 @@ def decide() -> tuple[list[Extension], dict[str, str]]:
         is_demanded = wanted(variable) == "1"
         off = next((x for x in (variable, "FUSED_KD_BUILD") if wanted(x) == "0"), None)
         if off and not is_demanded:
-            reasons[name] = f"{off}=0 when it was installed"
+            reasons[name] = f"{off}=0 when it was built"
             continue
         try:
             extensions.append(make())
@@ -129,7 +129,7 @@ def decide() -> tuple[list[Extension], dict[str, str]]:
         except (ImportError, LookupError) as error:
             if is_demanded:
                 raise
-            hint = ": install that first" * isinstance(error, ImportError)
+            hint = f": pip install {error.name}" if isinstance(error, ImportError) else ""
             reasons[name] = f"{error} when it was built{hint}"
     return extensions, reasons
 
@@ -261,9 +261,7 @@ class BuildExtension(build_ext):
         except Exception as error:
             if flag("FUSED_KD_BUILD" if name == "_C" else "FUSED_KD_CUDA"):
                 raise
-            # the program and its exit status; the whole command line was printed
-            told = re.sub(r"Command '\['([^']*)'.*\]'", r"command '\1'", str(error).splitlines()[0])
-            write_reasons(self, {name: f"compiling it failed: {told}"})
+            write_reasons(self, {name: why_it_failed(error)})
 
     def copy_extensions_to_source(self) -> None:
         """Skip a module that could not be built: an editable install works without it."""
@@ -304,6 +302,15 @@ class BuildExtension(build_ext):
 
         nvcc = f"{CUDA_HOME}/bin/nvcc"
         self.spawn(cuda_toolkit.compile_command(nvcc, source, target, jobs()))
+
+
+def why_it_failed(error: Exception) -> str:
+    """Return the reason in one line; the whole command line was printed."""
+    line = str(error).splitlines()[0]
+    if "No such file or directory" in line:
+        program = re.findall("'(.+?)'", line)[0]
+        return f"no C++ compiler was found when it was built ({program}): e.g. apt install g++"
+    return "compiling it failed: " + re.sub(r"Command '\['(.*?)'.*\]'", r"command '\1'", line)
 
 
 class BuildPython(build_py):

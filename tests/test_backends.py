@@ -91,7 +91,7 @@ def test_the_first_automatic_choice_of_the_reference_is_warned_about(first: str)
     assert line.startswith(f"{first} fused_kd uses backend='reference' for cpu tensors, ")
     assert "slower than eager torch" in line
     assert "cpu: the compiled module " in line
-    assert "pip install --force-reinstall --no-deps ." in line
+    assert "pip install --force-reinstall --no-deps --no-cache-dir fused_kd" in line
 
 
 @pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason="the cpu backend cannot run")

@@ -218,7 +218,7 @@ def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
     )
     cuda, cpu = _ask(cuda_python, source, code).splitlines()
     assert cuda == "9.0 None"
-    assert cpu.endswith("FUSED_KD_BUILD=0 when it was installed")
+    assert cpu.endswith("FUSED_KD_BUILD=0 when it was built")
     # one that the sources have left behind is refused, by name
     with (source / "csrc" / "cuda" / "rows_f16.cu").open("a") as file:
         file.write("// changed\n")
@@ -249,7 +249,7 @@ def test_it_cannot_be_demanded_of_a_cpu_torch(build: str, tmp_path: Path) -> Non
     ("environment", "reason"),
     [
         ({}, "torch is not a CUDA build when it was built"),
-        ({"FUSED_KD_CUDA": "0"}, "FUSED_KD_CUDA=0 when it was installed"),
+        ({"FUSED_KD_CUDA": "0"}, "FUSED_KD_CUDA=0 when it was built"),
     ],
 )
 def test_the_cpu_module_does_not_need_it(

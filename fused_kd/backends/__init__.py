@@ -184,7 +184,8 @@ def _automatic(device: torch.device) -> str:
 
 #: The command that installs a fast backend, by device type.
 _REMEDIES = {
-    "cpu": "pip install --force-reinstall --no-deps .  (in a clone; needs a C++17 compiler)",
+    # without pip's cache, which keeps the wheel that was built without the kernels
+    "cpu": "pip install --force-reinstall --no-deps --no-cache-dir fused_kd  (in a clone: .)",
     "cuda": "pip install 'triton>=3.6'",
     "xpu": "pip install 'triton>=3.6'",
 }
