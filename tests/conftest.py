@@ -10,11 +10,11 @@ import pytest
 import torch
 
 if os.environ.get("FUSED_KD_EMULATED_CUDA"):  # see test_cuda_kernels.py: the suite on its kernels
-    import emulated_cuda
+    from support import emulated_cuda
 
     emulated_cuda.install_from_environment()
 
-from fast import HERE
+from support.backends import HERE
 
 torch.set_num_threads(2)  # few rows: the vocabulary is split over threads too
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mesh_checks
 import pytest
 import torch
 from processes import failures
+from support.distributed import MESH_CHECKS
 from torch import Tensor
 from torch import distributed as dist
 
@@ -132,4 +132,4 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
 )
 def test_the_terms_weigh_the_same_whatever_the_tensor_parallelism_N_18(tmp_path: Path) -> None:
     """NeMo RL#2745: the soft term divided by the count of all ranks, the hard by its replicas'."""
-    assert not (found := failures(mesh_checks.CHECKS, 4, tmp_path)), "\n".join(found)
+    assert not (found := failures(MESH_CHECKS, 4, tmp_path)), "\n".join(found)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import native_build
 import pytest
+from support import native_build
 
 
 @pytest.fixture(scope="module")

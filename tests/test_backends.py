@@ -110,7 +110,6 @@ def test_the_reference_multiplies_with_torch_and_cpu_with_its_own_product(
             loss = kd_loss(
                 student, teacher, labels, chunk_rows=3, reduction=reduction, backend=backend
             )
-            assert isinstance(loss, torch.Tensor)
             loss.sum().backward()
         names = {event.name for event in profile.events() or ()}
         of_ours = {name.removeprefix("fused_kd::") for name in names if "fused_kd::" in name}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import DTYPES
+from support.logits import DTYPES
 from torch import Tensor
 
 from fused_kd import ops
@@ -85,7 +85,7 @@ def walk_along_guard_pages() -> None:
     op = torch.ops.fused_kd
     info = cpu.build_info()
     assert info is not None
-    from fused_kd import _C  # type: ignore[attr-defined]
+    from fused_kd import _C
 
     sets = info["instruction_sets"]
     assert isinstance(sets, dict)

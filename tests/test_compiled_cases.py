@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fast import FAST
+from support.backends import FAST
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -6,10 +6,10 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-import native_build
 import numpy as np
 import pytest
 import torch
+from support import native_build
 
 from fused_kd import extension
 

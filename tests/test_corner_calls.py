@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import V
+from support.logits import V
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +33,7 @@ def test_labels_of_another_layout_are_refused_by_name(layout: str) -> None:
     with pytest.raises(TypeError, match="labels must be a dense"):
         kd_loss(student, teacher, other)
     with pytest.raises(TypeError, match="student must be"):
-        kd_loss("logits", teacher, other)  # type: ignore[call-overload]
+        kd_loss("logits", teacher, other)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {

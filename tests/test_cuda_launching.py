@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import native_build
+from support import native_build
 
 
 def test_what_a_kernel_may_use_is_set_once_for_each_device(tmp_path: Path) -> None:

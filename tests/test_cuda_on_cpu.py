@@ -10,10 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import native_build
 import numpy as np
 import pytest
 import torch
+from support import native_build
 
 SOURCES = native_build.ROOT / "tests" / "cuda_on_cpu"
 # -rdynamic: messages name the kernel. -O0: compiled in half the time.

@@ -13,9 +13,9 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import native_build
 import pytest
-from emulated_cuda import FLAGS
+from support import native_build
+from support.emulated_cuda import FLAGS
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import V
+from support.logits import V
 
 from fused_kd import Head, kd_loss
 

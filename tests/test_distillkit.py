@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make
+from support.logits import make
 from torch import Tensor
 
 from fused_kd.integrations.distillkit import DENSE_LOSSES, KLDLoss

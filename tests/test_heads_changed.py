@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, SmallLM
+from support.models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
 from fused_kd import KDLoss
@@ -67,7 +67,7 @@ def _capped_in_training(head: nn.Module, inputs: Any, logits: Tensor) -> Tensor 
 
 def _assigned_forward(head: nn.Linear) -> None:
     forward = head.forward
-    head.forward = lambda hidden: 3 * torch.tanh(forward(hidden) / 3)  # type: ignore[method-assign]
+    head.forward = lambda hidden: 3 * torch.tanh(forward(hidden) / 3)
 
 
 RIGHT: dict[str, Change] = {
@@ -95,7 +95,6 @@ REFUSED: dict[str, tuple[Change, str]] = {
 def _outcome(model: StudentTeacherLoss) -> tuple[Tensor, ...]:
     model.train()
     loss = model(input_ids=IDS, labels=LABELS)
-    assert isinstance(loss, Tensor)
     trained = list(model.student.parameters())
     return loss.detach(), *(
         torch.zeros(()) if g is None else g

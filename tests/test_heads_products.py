@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fast import formula_of
-from head_helpers import (
+from support.backends import formula_of
+from support.heads import (
     H_S,
     Heads,
     Outcome,
@@ -20,7 +20,7 @@ from head_helpers import (
     ours,
     truth,
 )
-from helpers import DTYPES, as_loss
+from support.logits import DTYPES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,7 +227,7 @@ def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
         given = products.Projection(*teacher[:3], torch.bfloat16)
     return driver.Problem(
         student=products.Projection(*student[:3], torch.bfloat16),
-        teacher=given,  # type: ignore[arg-type]
+        teacher=given,
         labels=None,
         w_hard=None,
         w_soft=None,
@@ -294,19 +294,19 @@ def test_cuda_student_logits(dtype: torch.dtype, inplace: bool, kept_rows: int |
     logits = F.linear(*heads.student).detach().requires_grad_()
     exact = logits.detach().double().requires_grad_()
     whole = F.linear(*(x.double() for x in heads.teacher))
-    want = as_loss(kd_loss(exact, whole, heads.labels, backend="reference"))
+    want = kd_loss(exact, whole, heads.labels, backend="reference")
     want.backward()
     with torch.no_grad():
         logits[::3] = torch.nan
         heads.teacher_hidden[::3] = torch.inf
     keywords: dict[str, Any] = {"chunk_rows": 10, "kept_rows": kept_rows, "inplace": inplace}
     given = logits * 1 if inplace else logits
-    loss = as_loss(kd_loss(given, heads.teacher_side, heads.labels, **keywords))
+    loss = kd_loss(given, heads.teacher_side, heads.labels, **keywords)
     (got,) = torch.autograd.grad(loss, logits)
     assert got.dtype == dtype
     assert not got[::3].any()
     assert distance(loss.detach(), want.detach()) <= 1e-6
-    assert distance(got, exact.grad) <= 1e-6 + torch.finfo(dtype).eps  # type: ignore[arg-type]
+    assert distance(got, exact.grad) <= 1e-6 + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -314,10 +314,10 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     heads = make_heads(dtype=dtype)
     sides = Head(*heads.student, scale=-0.3), Head(*heads.teacher, heads.bias.detach(), 1.7)
     student, teacher = (x.scale * F.linear(*x.to(torch.float64)[:3]) for x in sides)
-    want = as_loss(kd_loss(student, teacher, heads.labels, backend="reference"))
+    want = kd_loss(student, teacher, heads.labels, backend="reference")
     exact = torch.autograd.grad(want, heads.student)
     multiply_as_on_cuda(monkeypatch)
-    loss = as_loss(kd_loss(*sides, heads.labels, chunk_rows=10))
+    loss = kd_loss(*sides, heads.labels, chunk_rows=10)
     assert distance(loss.detach(), want.detach()) < 1e-6
     eps = torch.finfo(dtype).eps
     for mine, theirs in zip(torch.autograd.grad(loss, heads.student), exact, strict=True):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from head_helpers import H_S, distance, eager, make_heads, ours, truth
-from helpers import DTYPES
+from support.heads import H_S, distance, eager, make_heads, ours, truth
+from support.logits import DTYPES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES
+from support.logits import DTYPES
 from torch import Tensor
 
 from fused_kd import extension, kd_loss

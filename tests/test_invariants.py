@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fast import FAST, rows_and_gradient, scalar_and_gradient, threads
-from helpers import DTYPES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from support.backends import FAST, threads
+from support.logits import DTYPES, rows_and_gradient, scalar_and_gradient
 from torch import Tensor
 
 from fused_kd import kd_loss
@@ -140,7 +140,6 @@ def test_where_a_row_lies_changes_no_bit_R_52_R_53(
     leaf = flat[0].clone().requires_grad_()
     view = leaf.as_strided((rows, vocabulary), (vocabulary + gap, 1), lead)
     loss = kd_loss(view, teacher, labels, backend=backend)
-    assert isinstance(loss, Tensor)
     (gradient,) = torch.autograd.grad(loss, leaf)
     got = gradient.as_strided((rows, vocabulary), (vocabulary + gap, 1), lead)
     want = scalar_and_gradient(student, teacher.contiguous(), labels.clone(), backend=backend)

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from fast import scalar_and_gradient
-from head_helpers import make_heads, ours
-from helpers import make_ignored
+from support.heads import make_heads, ours
+from support.logits import make_ignored, scalar_and_gradient
 from torch import Tensor
 
 from fused_kd import Head, kd_loss

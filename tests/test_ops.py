@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES
+from support.logits import DTYPES
 from torch import Tensor
 
 from fused_kd import ops
@@ -52,7 +52,7 @@ def rows(
     """student, teacher, labels, w_hard, w_soft; one row is off."""
     weights: list[Tensor | None] = [torch.rand(N), torch.rand(N)]
     for weight in weights:
-        weight[1] = 0.0  # type: ignore[index]
+        weight[1] = 0.0
     if terms in ("soft", "neither"):
         weights[0] = None
     if terms in ("hard", "neither"):

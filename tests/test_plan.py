@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, as_loss
+from support.logits import DTYPES
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -68,14 +68,14 @@ def logits(*tensors: Tensor, inplace: bool = False) -> Tensor:
     hidden, weight, teacher_hidden, teacher_weight, labels = tensors
     teacher = F.linear(teacher_hidden, teacher_weight)
     student = F.linear(hidden, weight)
-    return as_loss(kd_loss(student, teacher, labels, temperature=2.0, inplace=inplace))
+    return kd_loss(student, teacher, labels, temperature=2.0, inplace=inplace)
 
 
 def heads(*tensors: Tensor, bias: Tensor | None = None, **keywords: Any) -> Tensor:
     hidden, weight, teacher_hidden, teacher_weight, labels = tensors
     teacher = Head(teacher_hidden, teacher_weight, None if bias is None else bias.detach())
     student = Head(hidden, weight, bias)
-    return as_loss(kd_loss(student, teacher, labels, temperature=2.0, **keywords))
+    return kd_loss(student, teacher, labels, temperature=2.0, **keywords)
 
 
 def step_peak(loss_of: Callable[..., Tensor], tensors: Tensors, **keywords: Any) -> int:
@@ -266,7 +266,7 @@ def test_the_budget_is_kept_with_teacher_logits(
 
     def step() -> None:
         loss = kd_loss(Head(hidden, weight), teacher, labels, memory_budget=budget)
-        as_loss(loss).backward()
+        loss.backward()
 
     assert cpu_peak(step).highest <= allowed(tensors, budget - unseen_bytes(products))
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import failures
+from support.processes import failures
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES
+from support.logits import DTYPES
 from torch import Tensor
 
 from fused_kd import extension

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import native_build
 import pytest
+from support import native_build
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from head_helpers import distance, make_heads
-from helpers import as_loss
+from support.heads import distance, make_heads
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -54,7 +53,7 @@ def chunked(student: Side, teacher: Side) -> dict[str, int]:
 
 def differentiated(loss: Any, student: Side, upstream: Tensor) -> list[Tensor]:
     """The loss and its gradients."""
-    loss = as_loss(loss)
+    loss = loss
     return [loss.detach(), *torch.autograd.grad(loss, leaves(student), upstream.to(loss.dtype))]
 
 
@@ -113,7 +112,7 @@ def test_scale_multiplies_the_logits(
         keywords: dict[str, Any] = {"temperature": 2.0, "reduction": reduction}
         loss = kd_loss(student, teacher, labels, chunk_rows=4, backend=backend, **keywords)
         want = kd_loss(logits_of(student), logits_of(teacher), labels, **keywords)
-        upstream = torch.rand(as_loss(want).shape)
+        upstream = torch.rand(want.shape)
         for got, exact in zip(
             *(differentiated(x, student, upstream) for x in (loss, want)), strict=True
         ):
@@ -124,8 +123,8 @@ def test_scale_multiplies_the_logits(
 def test_a_scale_that_leaves_nothing_is_refused(scale: float) -> None:
     student, teacher, labels = make("head, head")
     for name, sides in (
-        ("student", (student._replace(scale=scale), teacher)),  # type: ignore[union-attr]
-        ("teacher", (student, teacher._replace(scale=scale))),  # type: ignore[union-attr]
+        ("student", (student._replace(scale=scale), teacher)),
+        ("teacher", (student, teacher._replace(scale=scale))),
     ):
         with pytest.raises(ValueError, match=rf"{name}\.scale must not be 0 .*; got {scale}"):
             kd_loss(*sides, labels)
@@ -152,14 +151,13 @@ def test_rows_takes_the_rows_of_the_hidden_states(index: Any) -> None:
     assert part[1:] == head[1:]
     got = kd_loss(part, teacher[index], labels[index], reduction="none")
     want = kd_loss(head, teacher, labels, reduction="none")
-    torch.testing.assert_close(got, as_loss(want)[index])
+    torch.testing.assert_close(got, want[index])
 
 
 def test_one_row_of_hidden_states_is_one_row() -> None:
     student, teacher, labels = make("head, logits")
     assert isinstance(student, Head)
-    assert isinstance(teacher, Tensor)
     one = kd_loss(student.rows(1), teacher[1], labels[1], reduction="none")
-    many = as_loss(kd_loss(student, teacher, labels, reduction="none"))
-    assert as_loss(one).shape == ()
+    many = kd_loss(student, teacher, labels, reduction="none")
+    assert one.shape == ()
     torch.testing.assert_close(one, many[1])

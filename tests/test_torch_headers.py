@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from kernel_sources import TORCH_TARGET
-from native_build import COMPILER, need_compiler
+from support.native_build import COMPILER, need_compiler
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from native_build import COMPILER, ROOT, SANITIZE
 from torch import Tensor
 
 from fused_kd import backends
 from fused_kd.divergences import CODES
 from fused_kd.ops import STATS
 from fused_kd.options import Formula
+from support.native_build import COMPILER, ROOT, SANITIZE
 
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w"]
 FLAGS += ["-DFUSED_KD_CUDA_ON_CPU", "-DFUSED_KD_SMALL_SIZES", "-Itests/cuda_on_cpu"]
@@ -199,7 +199,7 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
 def installed(backend: EmulatedCUDA) -> Iterator[None]:
     """``backend="cuda"`` means this one."""
     before = backends._MODULES["cuda"]
-    backends._MODULES["cuda"] = backend  # type: ignore[assignment]
+    backends._MODULES["cuda"] = backend
     try:
         yield
     finally:
@@ -209,4 +209,4 @@ def installed(backend: EmulatedCUDA) -> Iterator[None]:
 def install_from_environment() -> None:
     """FUSED_KD_EMULATED_CUDA=<capability>:<library>, for this whole process."""
     capability, _, library = os.environ["FUSED_KD_EMULATED_CUDA"].partition(":")
-    backends._MODULES["cuda"] = EmulatedCUDA(Path(library), int(capability))  # type: ignore[assignment]
+    backends._MODULES["cuda"] = EmulatedCUDA(Path(library), int(capability))

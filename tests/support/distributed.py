@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, Block, SmallLM
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_kd import Head, KDLoss
 from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
+from support.models import VOCABULARY, Block, SmallLM
 
 STEPS, ROWS, LENGTH = 3, 2, 7
 CPU = torch.device("cpu")
@@ -276,3 +276,30 @@ FSDP_CHECKS: dict[str, Callable[[], None]] = {
     ),
     "the teacher is in no checkpoint": the_teacher_is_in_no_checkpoint,
 }
+
+
+def one_count_for_both_terms() -> None:
+    """Ranks of one tensor-parallel group have the same rows, which are counted once."""
+    rows, vocabulary = 12, 11
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(rows, vocabulary, generator=draw) for _ in range(2))
+    labels = torch.randint(vocabulary, (rows,), generator=draw)
+    labels[:7] = -100
+    loss = KDLoss(return_parts=True)
+    whole = loss(student, teacher, labels)
+    for tp in (1, 2, 4):
+        shape = dist.get_world_size() // tp, tp
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        group = mesh.get_group("dp")
+        share = rows // group.size()
+        first = share * mesh.get_local_rank("dp")  # the first ranks keep nothing
+        mine = slice(first, first + share)
+        num_items = global_num_items(labels[mine], group=group)
+        assert num_items == global_num_items(labels[mine]), tp  # copies on both sides of /
+        sums = torch.stack(loss(student[mine], teacher[mine], labels[mine], num_items=num_items))
+        dist.all_reduce(sums, group=group)
+        torch.testing.assert_close(sums / group.size(), torch.stack(whole))
+
+
+#: On a mesh of data-parallel and tensor-parallel ranks.
+MESH_CHECKS = {"one count for both terms": one_count_for_both_terms}

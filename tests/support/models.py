@@ -1,4 +1,4 @@
-"""A causal language model of plain torch that answers as those of transformers do."""
+"""A causal language model of plain torch with the interface of those of transformers."""
 
 from __future__ import annotations
 
