@@ -1,7 +1,4 @@
-"""The error rule (docs/numerics.md): fast backends against float64 truth and the eager baseline.
-
-The float32 reference is held to it in test_properties.py.
-"""
+"""The error rule (docs/numerics.md): every backend against float64 truth and the eager baseline."""
 
 from __future__ import annotations
 
@@ -72,13 +69,22 @@ def test_regimes(
     obey(backend, make_inputs(regime, 3, 2049, *dtypes), divergence)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=short)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_regimes_of_the_reference(
+    regime: str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    obey("reference", make_inputs(regime, 3, 101, *dtypes), divergence)
+
+
 # V = 1; less than a vector; vectors and a tail; a block less one, exactly one, and one more; two
 # blocks and a half, so that "inf_first" fills a whole first block
 @pytest.mark.parametrize("vocabulary", [1, 3, 33, 2047, 2048, 2049, 5000])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("regime", ["language_model", "inf_first"])
 @pytest.mark.parametrize("backend", FAST)
-def test_vocabularies_R_65(regime: str, divergence: str, vocabulary: int, backend: str) -> None:
+def test_vocabularies(regime: str, divergence: str, vocabulary: int, backend: str) -> None:
     for dtypes in ((SINGLE, SINGLE), (BRAIN, BRAIN)):
         obey(backend, make_inputs(regime, 2, vocabulary, *dtypes), divergence)
 
@@ -162,7 +168,7 @@ def test_everything(
             obey(backend, inputs, divergence, temperature, smoothing)
 
 
-# ------------------------------------------------------------------- values nobody wrote down
+# --------------------------------------------------------------------- values drawn at random
 
 finite = st.floats(-1e4, 1e4, width=16)
 extreme = st.sampled_from([-1e4, -300.0, -87.5, -1e-6, -0.0, 0.0, 88.75, 104.0, 1e4])
@@ -182,13 +188,20 @@ def any_rows(draw: st.DrawFn) -> Inputs:
     return Inputs(student.to(dtype), teacher.to(teacher_dtype), label)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
-@given(
+ANY = given(
     any_rows(),
     st.sampled_from(DIVERGENCES),
     st.sampled_from(TEMPERATURES),
     st.sampled_from([0.0, 0.1]),
 )
+
+
+def examples(number: int) -> settings:
+    return settings(max_examples=number, derandomize=True, deadline=None, database=None)
+
+
+@examples(60)
+@ANY
 @pytest.mark.parametrize("backend", FAST)
 def test_any_values_obey_the_error_rule(
     backend: str, inputs: Inputs, divergence: str, temperature: float, smoothing: float
@@ -197,13 +210,8 @@ def test_any_values_obey_the_error_rule(
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, derandomize=True, deadline=None, database=None)
-@given(
-    any_rows(),
-    st.sampled_from(DIVERGENCES),
-    st.sampled_from(TEMPERATURES),
-    st.sampled_from([0.0, 0.1]),
-)
+@examples(3000)
+@ANY
 @pytest.mark.parametrize("backend", FAST)
 def test_any_values_obey_the_error_rule_at_length(
     backend: str, inputs: Inputs, divergence: str, temperature: float, smoothing: float

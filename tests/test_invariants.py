@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.backends import FAST, threads
-from support.logits import DTYPES, rows_and_gradient, scalar_and_gradient
+from support.backends import FAST, HERE, threads
+from support.logits import DTYPES, SOFT, identical, rows_and_gradient, scalar_and_gradient
 from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.divergences import DIVERGENCES
 
-SOFT: dict[str, Any] = {"hard_weight": 0, "soft_weight": 1}
 few = settings(max_examples=12, derandomize=True, deadline=None, database=None)
 many = settings(
     max_examples=600,
@@ -45,11 +44,6 @@ def normal(
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=generator)).to(dtype)
-
-
-def identical(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y)
 
 
 # ------------------------------------------------------------------------ the bits of a row
@@ -84,7 +78,7 @@ def alone_or_in_company(
 @few
 @given(dtypes, divergences, vocabularies, scales, seeds)
 @pytest.mark.parametrize("backend", FAST)
-def test_a_rows_bits_depend_on_nothing_but_the_row_R_62(
+def test_a_rows_bits_depend_on_nothing_but_the_row(
     backend: str, dtype: torch.dtype, divergence: str, vocabulary: int, scale: float, seed: int
 ) -> None:
     alone_or_in_company(backend, dtype, divergence, vocabulary, scale, seed)
@@ -104,7 +98,7 @@ def test_a_rows_bits_depend_on_nothing_but_the_row_at_length(
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", FAST)
-def test_threads_over_the_vocabulary_change_no_bit_R_62(
+def test_threads_over_the_vocabulary_change_no_bit(
     backend: str, dtype: torch.dtype, divergence: str
 ) -> None:
     student, teacher = (normal(i, 1, 128256, scale=3.0, dtype=dtype) for i in (0, 1))
@@ -128,7 +122,7 @@ def test_threads_over_the_vocabulary_change_no_bit_R_62(
 @few
 @given(dtypes, st.integers(0, 9), st.integers(0, 9), st.integers(0, 5), vocabularies, seeds)
 @pytest.mark.parametrize("backend", FAST)
-def test_where_a_row_lies_changes_no_bit_R_52_R_53(
+def test_where_a_row_lies_changes_no_bit(
     backend: str, dtype: torch.dtype, lead: int, gap: int, shift: int, vocabulary: int, seed: int
 ) -> None:
     rows = 3
@@ -151,7 +145,7 @@ def test_where_a_row_lies_changes_no_bit_R_52_R_53(
 
 @few
 @given(divergences, vocabularies, scales, temperatures, dtypes, seeds)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", HERE)
 def test_equal_logits_give_exactly_nothing(
     backend: str,
     divergence: str,
@@ -170,7 +164,7 @@ def test_equal_logits_give_exactly_nothing(
 
 @few
 @given(divergences, vocabularies, scales, temperatures, seeds)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", HERE)
 def test_bounds_and_sums(
     backend: str, divergence: str, vocabulary: int, scale: float, temperature: float, seed: int
 ) -> None:
@@ -196,7 +190,7 @@ def test_bounds_and_sums(
 
 @few
 @given(divergences, st.integers(2, 3000), st.integers(-3000, 3000), seeds)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_shift_of_a_rows_logits_changes_nothing(
     backend: str, divergence: str, vocabulary: int, shift: int, seed: int
 ) -> None:
@@ -220,7 +214,7 @@ def test_a_shift_of_a_rows_logits_changes_nothing(
 
 @few
 @given(divergences, vocabularies, temperatures, seeds)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", HERE)
 def test_permuting_the_vocabulary(
     backend: str, divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
@@ -296,7 +290,7 @@ def test_the_limit_of_a_large_temperature(
 
 @few
 @given(divergences, vocabularies, st.sampled_from([0.5, 2.0, 4.0, 8.0]), seeds)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", HERE)
 def test_temperature_is_a_scaling(
     backend: str, divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
@@ -326,7 +320,7 @@ weights = st.just(0.0) | st.floats(2.0**-126, 3.0)
 
 @few
 @given(divergences, weights, weights, st.integers(1, 60), seeds)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", HERE)
 def test_linear_in_the_weights(
     backend: str, divergence: str, hard: float, soft: float, vocabulary: int, seed: int
 ) -> None:
@@ -348,7 +342,7 @@ def test_linear_in_the_weights(
 @few
 @given(divergences, st.lists(st.integers(0, 12), min_size=1, max_size=5), dtypes, seeds)
 @pytest.mark.parametrize("backend", FAST)
-def test_any_split_of_the_rows_equals_the_whole_R_40(
+def test_any_split_of_the_rows_equals_the_whole(
     backend: str, divergence: str, cuts: list[int], dtype: torch.dtype, seed: int
 ) -> None:
     rows, vocabulary = 12, 37
