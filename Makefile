@@ -18,16 +18,16 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/.built $(VENV)/.demo
-	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
+	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) --dist loadgroup $(ARGS)
 
 # The suite with other people's packages: the peers of the benchmarks agree with float64, pictures and
 # page are made, and the integrations train in the real frameworks.
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
-	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) --dist loadgroup tests/test_benchmark*.py tests/integrations $(ARGS)
 
 # A training run for each framework, with its own loss and with ours: about 20 minutes on two cores.
 # make examples ARGS="trl_gkd --steps 5"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.logits import DTYPES, TOLERANCE, N, V, gradient, identical, make, make_ignored
+from support.logits import TOLERANCE, N, V, gradient, identical, make, make_ignored
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,7 +21,6 @@ from fused_kd.testing import cpu_peak, eager_kd_loss
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, -3.0, 0.37, 65536.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scalar_upstream_gradient(backend: str, dtype: torch.dtype, scale: float) -> None:
     student, teacher, labels = make_ignored(dtype)
     loss = kd_loss(student, teacher, labels, temperature=2.0, backend=backend)
@@ -54,7 +53,6 @@ UPSTREAM = {
 
 
 @pytest.mark.parametrize("kind", UPSTREAM)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row_upstream_gradient(backend: str, dtype: torch.dtype, kind: str) -> None:
     student, teacher, labels = make_ignored(dtype)
     upstream = UPSTREAM[kind]()
@@ -86,7 +84,6 @@ def test_rows_reduced_by_the_caller(backend: str, reduce: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2**-21)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_not_finite_upstream_gradient_does_not_reach_ignored_rows(
     backend: str, reduction: str, dtype: torch.dtype
@@ -111,18 +108,19 @@ def test_each_term_alone_has_its_gradient(backend: str, weights: dict[str, float
     )
 
 
-def test_both_weights_zero_is_zero_with_a_graph(backend: str) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_both_weights_zero_is_zero_with_a_graph(backend: str, reduction: str) -> None:
     student, teacher, labels = make_ignored()
-    loss = kd_loss(student, teacher, labels, hard_weight=0, soft_weight=0, backend=backend)
+    weights = {"hard_weight": 0, "soft_weight": 0, "reduction": reduction}
+    loss = kd_loss(student, teacher, labels, backend=backend, **weights).sum()
     assert loss.item() == 0
-    assert torch.equal(gradient(loss, student), torch.zeros(N, V))
+    assert not gradient(loss, student).any()
 
 
 # ------------------------------------------------------------------------------ second backwards
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_retain_graph_gives_the_same_gradient_again(
     backend: str, dtype: torch.dtype, reduction: str
 ) -> None:
@@ -175,7 +173,6 @@ def test_a_gradient_penalty_beside_the_loss_raises(backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", ["logits", "in place", "heads"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_and_versions_are_untouched(
     backend: str, dtype: torch.dtype, kind: str, reduction: str
 ) -> None:
@@ -250,7 +247,6 @@ def test_every_subset_of_requires_grad(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_teacher_made_in_inference_mode(backend: str, dtype: torch.dtype, reduction: str) -> None:
     student, teacher, labels = make_ignored(dtype)
     with torch.inference_mode():
@@ -281,7 +277,6 @@ def test_an_unused_loss_passes_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("enabled", [torch.bfloat16, torch.float16, None])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_changes_nothing(
     backend: str, dtype: torch.dtype, enabled: torch.dtype | None
 ) -> None:
@@ -359,7 +354,6 @@ def test_nothing_waits_for_the_garbage_collector(
 
 
 @pytest.mark.parametrize("kind", ["mean", "none", "in place"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_read_on_the_host(backend: str, dtype: torch.dtype, kind: str) -> None:
     """A fake tensor has no value to read."""
     inplace, scalar = kind == "in place", kind != "none"

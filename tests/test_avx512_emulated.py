@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from support import native_build
 
+#: One worker builds what all of these tests use.
+pytestmark = pytest.mark.xdist_group("check programs")
+
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:

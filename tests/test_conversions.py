@@ -13,6 +13,9 @@ from support import native_build
 
 from fused_kd import extension
 
+#: One worker builds what all of these tests use.
+pytestmark = pytest.mark.xdist_group("conversions")
+
 DTYPES = {"bf16": 1, "f16": 2}  # csrc/problem.h
 #: float32 values, and the dtype that they are rounded to; the result is float32 again.
 RoundTrip = Callable[[np.ndarray[Any, Any], str], np.ndarray[Any, Any]]

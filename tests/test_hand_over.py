@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.heads import make_heads
-from support.logits import DTYPES, V, make_ignored
+from support.logits import V, make_ignored
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -57,7 +57,6 @@ def in_threads(function: Callable[[], Any]) -> list[Any]:
 
 
 @LEVELS
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_threads_in_the_backward_of_one_graph(
     backend: str, dtype: torch.dtype, make: Callable[..., Graph]
 ) -> None:
@@ -75,7 +74,6 @@ def test_two_threads_in_the_backward_of_one_graph(
                 torch.testing.assert_close(got, 2 * want, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place_one_of_two_threads_raises(backend: str, dtype: torch.dtype) -> None:
     student, teacher, labels = make_ignored(dtype)
     want = torch.autograd.grad(kd_loss(student, teacher, labels, backend=backend), student)
@@ -92,7 +90,6 @@ def test_in_place_one_of_two_threads_raises(backend: str, dtype: torch.dtype) ->
 
 @LEVELS
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_batch_of_upstream_gradients(
     backend: str, dtype: torch.dtype, reduction: str, make: Callable[..., Graph]
 ) -> None:
@@ -108,21 +105,17 @@ def test_a_batch_of_upstream_gradients(
 
 
 @LEVELS
-def test_a_batch_leaves_the_first_gradient_alone(backend: str, make: Callable[..., Graph]) -> None:
+@pytest.mark.parametrize("by_vmap", [False, True])
+def test_a_batch_leaves_the_first_gradient_alone(
+    backend: str, by_vmap: bool, make: Callable[..., Graph]
+) -> None:
     loss, inputs = make(torch.float32, backend=backend)
-    upstream = torch.tensor([2.0, 4.0])
-    batch = torch.autograd.grad(loss, inputs, upstream, is_grads_batched=True, retain_graph=True)
-    for got, want in zip(batch, torch.autograd.grad(loss, inputs), strict=True):
-        torch.testing.assert_close(got, torch.stack([2 * want, 4 * want]))
 
+    def backward(upstream: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, inputs, upstream, retain_graph=True, **keywords)
 
-@LEVELS
-def test_vmap_over_the_backward(backend: str, make: Callable[..., Graph]) -> None:
-    loss, inputs = make(torch.float32, backend=backend)
     upstream = torch.tensor([2.0, 4.0])
-    batch = torch.vmap(lambda one: torch.autograd.grad(loss, inputs, one, retain_graph=True))(
-        upstream
-    )
+    batch = torch.vmap(backward)(upstream) if by_vmap else backward(upstream, is_grads_batched=True)
     for got, want in zip(batch, torch.autograd.grad(loss, inputs), strict=True):
         torch.testing.assert_close(got, torch.stack([2 * want, 4 * want]))
 

@@ -17,10 +17,11 @@ from support.heads import (
     distance,
     make_heads,
     multiply_as_on_cuda,
+    near,
     ours,
     truth,
 )
-from support.logits import DTYPES
+from support.logits import identical
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +37,6 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return multiply_as_on_cuda(monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda(dtype: torch.dtype, as_on_cuda: list[tuple[Any, ...]]) -> None:
     heads = make_heads(dtype=dtype)
     heads.labels[::3] = -100
@@ -65,8 +65,7 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
         as_on_cuda.clear()
         got = ours(heads, kept_rows=bound)
         assert sum(call[0][0] for call in as_on_cuda if call[1] == (24, 131)) == bound
-        for mine, exact in zip(got, want, strict=True):
-            assert distance(mine, exact) < 1e-6
+        near(got, want, 1e-6)
 
 
 def test_cuda_too_few_kept_rows_are_not_a_number(
@@ -88,8 +87,7 @@ def test_cuda_autocast_casts_tiles(
         got = ours(heads)
     assert max(call[1][1] for call in as_on_cuda if call[0] == (37, 24)) == 50
     assert {call[2] for call in as_on_cuda} == {torch.bfloat16}
-    for mine, exact in zip(got, truth(heads), strict=True):
-        assert distance(mine, exact) < 2e-2
+    near(got, truth(heads), 2e-2)
 
 
 def test_cuda_float16_is_scaled_before_the_operand_is_rounded(
@@ -99,8 +97,7 @@ def test_cuda_float16_is_scaled_before_the_operand_is_rounded(
     with torch.autocast("cpu", torch.float16):
         got = ours(heads, torch.tensor(2.0**16), num_items=2.0**26)
     want = truth(heads, torch.tensor(2.0**16), num_items=2.0**26)
-    for mine, exact in zip(got, want, strict=True):
-        assert distance(mine, exact) < 2e-3
+    near(got, want, 2e-3)
 
 
 def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any, ...]]) -> None:
@@ -109,8 +106,7 @@ def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any,
     student, accumulate = heads.student_side, torch.bfloat16
     loss = kd_loss(student, logits, heads.labels, chunk_rows=16, grad_accum_dtype=accumulate)
     want = truth(heads)
-    for mine, exact in zip(torch.autograd.grad(loss, heads.student), want[1:], strict=True):
-        assert distance(mine, exact) < 2e-2
+    near(torch.autograd.grad(loss, heads.student), want[1:], 2e-2)
     assert (torch.bfloat16, torch.bfloat16) in {call[2:4] for call in as_on_cuda}
 
 
@@ -164,8 +160,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     got = torch.autograd.grad(loss, (heads.hidden, heads.weight))
     plain = heads.teacher if given == "head" else teacher
     want = _rounded_by_a_kernel_of_its_own(heads, plain, chunk_rows)
-    for mine, theirs in zip(got, want, strict=True):
-        assert torch.equal(mine, theirs)
+    identical(got, want)
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
@@ -285,7 +280,6 @@ def test_cuda_memory_of_a_chunk(
 
 @pytest.mark.parametrize("kept_rows", [None, 24, 30])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("as_on_cuda")
 def test_cuda_student_logits(dtype: torch.dtype, inplace: bool, kept_rows: int | None) -> None:
     """Ignored rows, which are not numbers, are masked, or left out as far as kept_rows says."""
@@ -320,8 +314,7 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     loss = kd_loss(*sides, heads.labels, chunk_rows=10)
     assert distance(loss.detach(), want.detach()) < 1e-6
     eps = torch.finfo(dtype).eps
-    for mine, theirs in zip(torch.autograd.grad(loss, heads.student), exact, strict=True):
-        assert distance(mine, theirs) <= 1e-6 + 2 * eps
+    near(torch.autograd.grad(loss, heads.student), exact, 1e-6 + 2 * eps)
 
 
 class _NothingWaits(TorchDispatchMode):
@@ -375,8 +368,7 @@ def test_nothing_waits_for_the_device(
     with _NothingWaits():
         loss = kd_loss(student, teacher, labels, chunk_rows=10, kept_rows=kept_rows)
         got = torch.autograd.grad(loss, heads.student)
-    for mine, exact in zip((loss, *got), truth(heads), strict=True):
-        assert distance(mine, exact) < 1e-6
+    near((loss, *got), truth(heads), 1e-6)
 
 
 def test_a_single_row_whose_entries_lie_apart() -> None:
@@ -387,8 +379,7 @@ def test_a_single_row_whose_entries_lie_apart() -> None:
     student = Head(apart, heads.weight, heads.bias)
     loss = kd_loss(student, heads.teacher_side.rows(0), heads.labels[0])
     got = torch.autograd.grad(loss, heads.student)
-    for mine, exact in zip((loss, *got), truth(heads), strict=True):
-        assert distance(mine, exact) < 1e-6
+    near((loss, *got), truth(heads), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.logits import DTYPES, TOLERANCE, gradient
+from support.logits import TOLERANCE, gradient
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -46,7 +46,6 @@ def run(student: Tensor, teacher: Side, labels: Tensor, **keywords: Any) -> Tens
     return kd_loss(student, teacher, labels, **{"temperature": 2.0, **chunks, **keywords})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(("scale", "ignored"), [(1.0, True), (-0.3, True), (-0.3, False)])
 @TEACHERS
@@ -74,7 +73,6 @@ def test_in_place_equals_out_of_place(
     assert not want[labels == -100].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @TEACHERS
 def test_only_the_slice_is_written(backend: str, kind: str, dtype: torch.dtype) -> None:
     leaf, _, teacher, labels = make(kind, dtype)
@@ -87,7 +85,6 @@ def test_only_the_slice_is_written(backend: str, kind: str, dtype: torch.dtype) 
     assert not torch.equal(whole[~rest], leaf[~rest])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @TEACHERS
 def test_the_gradient_has_the_memory_of_the_logits_and_is_given_once(
     backend: str, kind: str, dtype: torch.dtype
@@ -100,7 +97,6 @@ def test_the_gradient_has_the_memory_of_the_logits_and_is_given_once(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_second_backward_out_of_place_gives_the_same(
     backend: str, dtype: torch.dtype, reduction: str
 ) -> None:

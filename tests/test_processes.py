@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.processes import failures
+from support.processes import failures, run_python
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
 )
-ROOT = Path(__file__).resolve().parents[1]
 RANK = """
 import atexit, torch.distributed as dist
 from examples.ranks import run_rank
@@ -54,10 +51,7 @@ def test_a_rank_that_ends_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("last", "status"), [("pass", 0), ("raise ValueError('bad')", 1)])
 def test_the_status_of_a_rank(last: str, status: int) -> None:
     """Output arrives and Python does not finalize, which is what can abort."""
-    code = RANK.format(last=last)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True
-    )
+    ran = run_python("-c", RANK.format(last=last))
     assert ran.returncode == status, ran.stderr
     assert ran.stdout == "main ran\n"
     assert ("Traceback" in ran.stderr) == bool(status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import product as crossed
@@ -10,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import instruction_sets, needs_cpu, threads
 from support.logits import DTYPES
+from support.processes import PATH, passes, run_python
 from torch import Tensor
 
 from fused_kd import extension
 from fused_kd.testing import guarded
 
 _module = extension.cpu.load()
-pytestmark = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_not()))
+pytestmark = needs_cpu
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 2.0**-24  # of one rounding to float32
@@ -29,17 +30,7 @@ SHAPES = [(1, 1, 1), (1, 70, 3), (65, 1, 31), (5, 7, 2), (6, 16, 256), (13, 33, 
 SHAPES += [(11, 15, 513), (25, 63, 1030), (300, 17, 9), (3, 1030, 40), (4, 5, 0)]
 
 
-def _sets() -> list[Any]:
-    """Those compiled in; one that this processor lacks is skipped with its name."""
-    if _module is None:
-        return ["generic"]
-    return [
-        name if runs else pytest.param(name, marks=pytest.mark.skip(reason=f"no {name} here"))
-        for name, runs in _module.build_info()["instruction_sets"].items()
-    ]
-
-
-@pytest.fixture(params=_sets())
+@pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the instruction set that computes."""
     assert _module is not None
@@ -164,13 +155,8 @@ def test_bias_and_accumulation_into_strided_rows(isa: str) -> None:
 def test_a_row_has_the_same_bits_in_any_company(isa: str, dtype: torch.dtype) -> None:
     """Any number of rows and columns, any thread, any place in a tile."""
     a, b = torch.randn(310, 530).to(dtype), torch.randn(1100, 530).to(dtype).t()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         whole = _product(a, b, round_to=dtype)
-        for threads in (2, 3, 5):
-            torch.set_num_threads(threads)
-            assert torch.equal(_product(a, b, round_to=dtype), whole)
         for rows in (slice(0, 1), slice(5, 6), slice(3, 20), slice(250, 310)):
             assert torch.equal(_product(a[rows], b, round_to=dtype), whole[rows])
         for columns in (slice(0, 1), slice(30, 47), slice(1000, 1100)):
@@ -179,8 +165,9 @@ def test_a_row_has_the_same_bits_in_any_company(isa: str, dtype: torch.dtype) ->
         # the same values in the other layout
         other = _product(a.t().contiguous().t(), b.contiguous(), round_to=dtype)
         assert torch.equal(other, whole)
-    finally:
-        torch.set_num_threads(before)
+    for number in (2, 3, 5):
+        with threads(number):
+            assert torch.equal(_product(a, b, round_to=dtype), whole)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column(isa: str) -> None:
@@ -228,11 +215,8 @@ def walk_along_guard_pages() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages by mprotect: Linux")
 def test_guard_pages() -> None:
-    code = f"import sys; sys.path.insert(0, {__file__.rpartition('/')[0]!r}); "
-    code += "import test_product; test_product.walk_along_guard_pages()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    assert done.stdout == "walked\n"
+    code = "import test_product; test_product.walk_along_guard_pages()"
+    assert passes(run_python("-c", code, PYTHONPATH=PATH)) == "walked\n"
 
 
 def _bad_input() -> list[tuple[dict[str, Any], str]]:

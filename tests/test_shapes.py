@@ -24,13 +24,11 @@ from support.logits import (
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
-from fused_kd.divergences import DIVERGENCES
 from fused_kd.rows import logit_rows
 from fused_kd.testing import eager_kd_loss
 
 
 @pytest.mark.parametrize("soft_scale", ["t2", "none"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_against_the_eager_composition(
     backend: str, divergence: str, soft_scale: str
 ) -> None:
@@ -116,7 +114,6 @@ def test_labels_of_any_stride(backend: str) -> None:
 
 
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_are_independent(
     backend: str, dtype: torch.dtype, teacher_dtype: torch.dtype
 ) -> None:
@@ -160,7 +157,6 @@ NO_ROWS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", NO_ROWS)
 @pytest.mark.parametrize("kind", ["mean", "sum", "none", "in place"])
 def test_no_rows_in_any_layout(backend: str, kind: str, layout: str, dtype: torch.dtype) -> None:

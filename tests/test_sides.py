@@ -11,7 +11,6 @@ from support.heads import distance, make_heads
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
-from fused_kd.divergences import DIVERGENCES
 from fused_kd.sides import Side
 from fused_kd.testing import eager_kd_loss
 
@@ -70,8 +69,6 @@ def no_worse(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor]) -> 
         assert error <= 1.1 * allowed + slack, f"{error:.2e} > {allowed:.2e} + {slack:.0e}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_error_rule(pair: str, divergence: str, dtype: torch.dtype, backend: str) -> None:
     student, teacher, labels = make(pair, dtype)
@@ -117,17 +114,6 @@ def test_scale_multiplies_the_logits(
             *(differentiated(x, student, upstream) for x in (loss, want)), strict=True
         ):
             assert distance(got, exact) < 1e-5
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-30, -1e-30])
-def test_a_scale_that_leaves_nothing_is_refused(scale: float) -> None:
-    student, teacher, labels = make("head, head")
-    for name, sides in (
-        ("student", (student._replace(scale=scale), teacher)),
-        ("teacher", (student, teacher._replace(scale=scale))),
-    ):
-        with pytest.raises(ValueError, match=rf"{name}\.scale must not be 0 .*; got {scale}"):
-            kd_loss(*sides, labels)
 
 
 # ------------------------------------------------------------------------------- what a Head is

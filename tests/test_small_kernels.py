@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import needs_cpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import checks, kd_loss
-from fused_kd.backends import why_not
 
-_WHY_NOT = why_not("cpu", "cpu")
-pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
+pytestmark = needs_cpu
 
 FREE = ("view", "detach", "empty", "unsqueeze", "reshape", "alias", "expand")
 

@@ -7,29 +7,18 @@ may have imported them already.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support.processes import passes, run_python
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
 
 def _run(marker: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
-    done = subprocess.run(
-        [*command, "tests/triton_interpreted"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
+    passes(run_python(*command, "tests/triton_interpreted", TRITON_INTERPRET="1"))
 
 
 def test_interpreted_kernels() -> None:

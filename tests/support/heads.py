@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -100,6 +101,12 @@ def _differentiate(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | 
 def distance(got: Tensor, exact: Tensor) -> float:
     """Return the norm of the difference, relative to that of the exact value."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def near(got: Iterable[Tensor], want: Iterable[Tensor], bound: float) -> None:
+    """Assert that the distance of each tensor from the exact one is at most a bound."""
+    for mine, exact in zip(got, want, strict=True):
+        assert distance(mine, exact) <= bound
 
 
 def multiply_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:

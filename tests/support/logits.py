@@ -47,7 +47,7 @@ def pair(*shape: int, scale: float = 2.0, dtype: torch.dtype = torch.float32) ->
 
 def grown(*shape: int) -> Tensor:
     """Return a tensor that requires grad and is not a leaf."""
-    return torch.randn(*shape, requires_grad=True) * 1.0
+    return torch.randn(shape, requires_grad=True) * 1.0
 
 
 def logits(*rows: list[float], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 from examples.ranks import run_rank  # noqa: E402
 
+#: Of a Python that imports test files and the package.
+PATH = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "csrc"), str(ROOT)])
 #: A collective that a rank does not enter fails after this, and the test with it.
 TIMEOUT = timedelta(minutes=5)
 
