@@ -176,7 +176,7 @@ def test_a_gradient_penalty_beside_the_loss_raises(backend: str) -> None:
 def test_inputs_and_versions_are_untouched(
     backend: str, dtype: torch.dtype, kind: str, reduction: str
 ) -> None:
-    """Labels and weights too, which are views of what the caller goes on to use."""
+    # Labels and weights too, which are views of what the caller goes on to use.
     if (inplace := kind == "in place") and reduction != "mean":
         return
     student, teacher, _ = make(2, 4, dtype=dtype)
@@ -355,7 +355,7 @@ def test_nothing_waits_for_the_garbage_collector(
 
 @pytest.mark.parametrize("kind", ["mean", "none", "in place"])
 def test_nothing_is_read_on_the_host(backend: str, dtype: torch.dtype, kind: str) -> None:
-    """A fake tensor has no value to read."""
+    # A fake tensor has no value to read.
     inplace, scalar = kind == "in place", kind != "none"
     with FakeTensorMode():
         leaf = torch.randn(N, V, dtype=dtype, requires_grad=True)

@@ -127,7 +127,7 @@ PAIRS: dict[str, tuple[bool, bool]] = {  # is a Head: student, teacher
 
 
 def make_sides(pair: str, n: int) -> tuple[Side, Side, Tensor]:
-    """Sides of n rows as a model makes them, and labels; those of the student require grad."""
+    # Sides of n rows as a model makes them, and labels; those of the student require grad.
     sides: list[Side] = []
     for is_head, grad in zip(PAIRS[pair], (True, False), strict=True):
         hidden, weight = torch.randn(n, H), torch.randn(V, H)
@@ -200,7 +200,7 @@ def test_a_scheduled_module_and_other_numbers_of_rows_compile_twice_at_most(
 
 @pytest.mark.slow
 def test_gradients_of_a_16_bit_head_have_its_dtypes_in_a_trace() -> None:
-    """Eagerly a single chunk's weight gradient is made in 16 bits; no trace may expect that."""
+    # Eagerly a single chunk's weight gradient is made in 16 bits; no trace may expect that.
     student, teacher, labels = make_sides("heads", 6)
     assert isinstance(student, Head)
     brain = student.to(torch.bfloat16)
@@ -308,8 +308,7 @@ COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
     ["forward_kl", *(pytest.param(d, marks=pytest.mark.slow) for d in ("reverse_kl", "jsd"))],
 )
 def test_equal_sides_give_nothing(divergence: str, compiler: str, backend: str) -> None:
-    """A compiler may fuse the two sides differently."""
-
+    # A compiler may fuse the two sides differently.
     def loss(student: Tensor, teacher: Tensor) -> Any:
         return kd_loss(student, teacher, hard_weight=0, divergence=divergence, backend=backend)
 

@@ -53,7 +53,7 @@ def _pointer(values: np.ndarray[Any, Any]) -> ctypes.c_void_p:
 
 
 def _as_dtype(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    """Rounded by numpy (half) or torch (bfloat16), as float32."""
+    # Rounded by numpy (half) or torch (bfloat16), as float32.
     if dtype == "f16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
@@ -68,7 +68,7 @@ def _all_patterns(dtype: str) -> np.ndarray[Any, Any]:
 
 
 def _same(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
-    """The same bits, signs of zeros included; any NaN for a NaN."""
+    # The same bits, signs of zeros included; any NaN for a NaN.
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got[~nan].view(np.uint32), want[~nan].view(np.uint32))

@@ -59,7 +59,7 @@ def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _install(
     python: str, folder: Path, **environment: str
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """From a copy of the source into a folder of its own; that folder."""
+    # From a copy of the source into a folder of its own; that folder.
     source, target = copy_source(folder / "source"), folder / "installed"
     command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     done = _run([*command, "--target", str(target), "."], source, MAX_JOBS="2", **environment)
@@ -68,7 +68,7 @@ def _install(
 
 @pytest.fixture(scope="module")
 def package(cuda_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An installation with both modules."""
+    """Return an installation with both modules."""
     build = {"FUSED_KD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     target, done = _install(cuda_python, tmp_path_factory.mktemp("package"), **build)
     passes(done)
@@ -177,7 +177,7 @@ def test_a_compiler_that_fails_leaves_the_cpu_module(cuda_python: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels compiled alone, by a command that needs no torch."""
+    """Return the kernels compiled alone, by a command that needs no torch."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH")
     folder = tmp_path_factory.mktemp("objects")
@@ -243,7 +243,7 @@ def test_it_cannot_be_demanded_of_a_cpu_torch(build: str, tmp_path: Path) -> Non
 def test_the_cpu_module_does_not_need_it(
     tmp_path: Path, environment: dict[str, str], reason: str
 ) -> None:
-    """Only what is decided: test_build.py compiles the module for the CPU."""
+    # Only what is decided: test_build.py compiles the module for the CPU.
     environment = {"FUSED_KD_CUDA": "", **environment}
     source = copy_source(tmp_path / "s")
     command = [sys.executable, "setup.py", "build_py", "-d", str(tmp_path / "built")]

@@ -45,7 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=KINDS, autouse=True)
 def cuda(request: pytest.FixtureRequest, library: Path) -> Iterator[EmulatedCUDA]:
-    """Either kernel as ``backend="cuda"``."""
+    # Either kernel as ``backend="cuda"``.
     backend = EmulatedCUDA(library, KINDS[request.param])
     backend.seed(1)
     with installed(backend), one_thread():
@@ -173,7 +173,7 @@ LOWEST = torch.finfo(SINGLE).min
 # a warp's first groups are all masked by the lowest number; its second groups are not
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_a_reference_that_rises_from_the_lowest_number(divergence: str) -> None:
-    """A thread whose sum vanishes has nothing to rebase by a shift that is infinite."""
+    # A thread whose sum vanishes has nothing to rebase by a shift that is infinite.
     student, teacher, _ = make(12288, SINGLE, rows=1)
     masked, other = (student, teacher) if divergence == "forward_kl" else (teacher, student)
     masked[:, :256] = LOWEST
@@ -184,7 +184,7 @@ def test_a_reference_that_rises_from_the_lowest_number(divergence: str) -> None:
 
 
 def test_smoothing_over_the_lowest_number() -> None:
-    """A thread without entries has nothing to rebase either."""
+    # A thread without entries has nothing to rebase either.
     student, teacher, labels = make(12288, SINGLE, rows=1)
     for logits in (student, teacher):
         logits[:, :256] = LOWEST
@@ -196,7 +196,7 @@ def test_smoothing_over_the_lowest_number() -> None:
 
 
 def test_bits_depend_on_the_row_alone(cuda: EmulatedCUDA, divergence: str) -> None:
-    """R-62: not on the batch, nor on the order in which threads and blocks happen to run."""
+    # R-62: not on the batch, nor on the order in which threads and blocks happen to run.
     inputs = make(1203, BRAIN, rows=4)
     keywords = {"backend": "cuda", "divergence": divergence}
     rows, gradient = rows_and_gradient(*inputs, **keywords)
@@ -212,7 +212,7 @@ def test_bits_depend_on_the_row_alone(cuda: EmulatedCUDA, divergence: str) -> No
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) -> None:
-    """More rows than records in memory, some of them off; each as if it were alone."""
+    # More rows than records in memory, some of them off; each as if it were alone.
     student, teacher, labels = make(1203, SINGLE, rows=13)
     w = torch.tensor([0.5, 0.0, 0.25, 0.0, 0.0, 1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.0, 0.5])
     formula = formula_of(divergence=divergence, temperature=2.0)
@@ -230,7 +230,7 @@ def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) 
 
 
 def shifted(x: Tensor, offset: int) -> Tensor:
-    """The same rows, `offset` elements behind an address that is a multiple of 64; NaN around."""
+    """Return a copy `offset` elements behind a multiple of 64 bytes, with NaN around it."""
     memory = torch.full((x.numel() + 64 * 3,), NAN, dtype=x.dtype)
     start = (-memory.data_ptr() % 64) // x.element_size() + 64 + offset
     view = memory[start : start + x.numel()].view(x.shape)
@@ -286,7 +286,7 @@ def test_labels_outside_make_their_row_nan(cuda: EmulatedCUDA) -> None:
 def test_terms_that_are_off_for_a_row_are_not_read(
     cuda: EmulatedCUDA, divergence: str, smoothing: float, dtype: torch.dtype, vocabulary: int
 ) -> None:
-    """Rows: both terms, hard alone (a NaN teacher), soft alone, neither (NaN everywhere)."""
+    # Rows: both terms, hard alone (a NaN teacher), soft alone, neither (NaN everywhere).
     student, teacher, labels = make(vocabulary, SINGLE, rows=4)
     teacher = teacher.to(dtype)
     student[1, 5] = -INF  # present, if only the teacher's number says so
@@ -354,7 +354,7 @@ def test_gradient_in_the_forward_is_that_of_the_backward() -> None:
 def test_a_16_bit_gradient_of_float32_logits(
     cuda: EmulatedCUDA, divergence: str, vocabulary: int
 ) -> None:
-    """The float32 one, rounded once, in rows of any stride; nothing else is written."""
+    # The float32 one, rounded once, in rows of any stride; nothing else is written.
     keywords = {"temperature": 2.0, "beta": 0.3, "label_smoothing": 0.1}
     formula = formula_of(divergence=divergence, **keywords)
     student, teacher, labels = make(vocabulary, SINGLE, rows=5)
@@ -383,7 +383,7 @@ def test_a_16_bit_gradient_of_float32_logits(
 def test_heads_are_rounded_in_the_row_kernel(
     vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bits of a float32 gradient that a kernel of its own rounds."""
+    # The bits of a float32 gradient that a kernel of its own rounds.
     multiply_as_on_cuda(monkeypatch)
     heads = make_heads(rows=21, vocabulary=vocabulary, dtype=dtype)
 

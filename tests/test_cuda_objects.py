@@ -16,7 +16,7 @@ FLAGS = ["-O3", "-fmad=false"]
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[str]:
-    """A copy of the kernels' sources; the files that are compiled."""
+    """Return a copy of the kernels' sources; the files that are compiled."""
     target = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", target, ignore=shutil.ignore_patterns("__pycache__"))
     return sorted(str(path) for path in (target / "cuda").glob("*.cu"))
@@ -24,7 +24,7 @@ def sources(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, sources: list[str]) -> Path:
-    """Objects, as far as anyone looks at them, and their stamp."""
+    # Objects, as far as anyone looks at them, and their stamp.
     target = tmp_path / "objects"
     target.mkdir()
     for source in sources:
@@ -92,7 +92,7 @@ echo object > "$1"
 
 @pytest.mark.parametrize(("architectures", "threads"), [("9.0", False), ("8.0;9.0+PTX", True)])
 def test_the_command_that_compiles_them(architectures: str, threads: bool, tmp_path: Path) -> None:
-    """One call of nvcc for each file, its architectures at the same time; then the stamp."""
+    # One call of nvcc for each file, its architectures at the same time; then the stamp.
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(NVCC.replace("{folder}", str(tmp_path)))
@@ -114,7 +114,7 @@ def test_the_command_that_compiles_them(architectures: str, threads: bool, tmp_p
 
 
 def test_any_version_of_setuptools_compiles_in_place(tmp_path: Path) -> None:
-    """Older ones refuse pyproject.toml; only commands that need metadata ask for another."""
+    # Older ones refuse pyproject.toml; only commands that need metadata ask for another.
     code = "import runpy, setuptools; setuptools.__version__ = '68.0.0'; "
     code += "runpy.run_path('setup.py', run_name='__main__')"
     source = copy_source(tmp_path / "source")

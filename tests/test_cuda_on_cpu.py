@@ -158,7 +158,7 @@ def test_a_seed_repeats_a_run(programs: Programs) -> None:
 
 @pytest.mark.slow
 def test_without_assembly(tmp_path: Path) -> None:
-    """The stack switch of other processors."""
+    # The stack switch of other processors.
     for build, flags in BUILDS.items():
         source = SOURCES / "check_emulator.cpp"
         native_build.compile_one(*_command(tmp_path / build, *flags, "-DEMULATOR_UCONTEXT", source))
@@ -204,7 +204,7 @@ def test_every_half_is_widened_exactly(numbers: Numbers, name: str, dtype: torch
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_halves_are_rounded_as_torch_does(numbers: Numbers, name: str, dtype: torch.dtype) -> None:
-    """Around every value that is represented and every middle between two, and random words."""
+    # Around every value that is represented and every middle between two, and random words.
     words = np.arange(1 << 16, dtype=np.uint32)
     values = numbers(f"from_{name}", words)
     values = values[np.isfinite(values.view(np.float32))]
@@ -223,7 +223,7 @@ def test_halves_are_rounded_as_torch_does(numbers: Numbers, name: str, dtype: to
 
 
 def test_exponentials(numbers: Numbers) -> None:
-    """Within one unit in the last place of the true value; subnormal numbers are zeros."""
+    # Within one unit in the last place of the true value; subnormal numbers are zeros.
     random = np.random.default_rng(0)
     x = random.uniform(-152, 130, 1 << 20).astype(np.float32)
     x = np.concatenate([x, np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-40], np.float32)])
@@ -246,7 +246,7 @@ def test_exponentials(numbers: Numbers) -> None:
 
 
 def test_what_a_kernel_may_use_is_set_once_for_each_device(tmp_path: Path) -> None:
-    """A limit set for one launch would be lowered by another thread before it."""
+    # A limit set for one launch would be lowered by another thread before it.
     sources = native_build.ROOT / "tests" / "native"  # a runtime that records what it is asked
     program, runtime = tmp_path / "check_launching", f"-I{sources / 'fake_runtime'}"
     flags = [*native_build.FLAGS, runtime]

@@ -67,7 +67,7 @@ ORDERING = re.compile(
 
 
 def test_whatever_is_left_out_is_reported(tmp_path: Path) -> None:
-    """Every barrier, arrival and wait, one after another, in a copy."""
+    # Every barrier, arrival and wait, one after another, in a copy.
     source = (native_build.ROOT / "csrc" / "cuda" / "rows.cuh").read_text()
     places = list(ORDERING.finditer(source))
     assert len(places) >= 18

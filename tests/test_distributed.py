@@ -19,13 +19,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_distributed_data_parallel(ranks: int, tmp_path: Path) -> None:
-    """P10, P47, P50: the gradient's size, hangs, local counts."""
+    # P10, P47, P50: the gradient's size, hangs, local counts.
     assert not (found := failures(DDP_CHECKS, ranks, tmp_path)), "\n".join(found)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fully_shard(ranks: int, tmp_path: Path) -> None:
-    """P57: the lm_head is a DTensor but in the forward of what was sharded."""
+    # P57: the lm_head is a DTensor but in the forward of what was sharded.
     assert not (found := failures(FSDP_CHECKS, ranks, tmp_path)), "\n".join(found)
 
 

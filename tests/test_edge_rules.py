@@ -35,12 +35,12 @@ SEAMS = [0, 2047, 2048, 4095, 4096, V - 1]
 
 
 def logits(*row: float) -> Tensor:
-    """The logarithms of some weights: 0 is -inf."""
+    """Return the logarithms of some weights: 0 is -inf."""
     return torch.tensor([row]).log()
 
 
 def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """The same infinities and NaNs, and numbers equal to the dtype's rounding."""
+    # The same infinities and NaNs, and numbers equal to the dtype's rounding.
     for a, b in zip(got, want, strict=True):
         rtol = TOLERANCE[a.dtype]
         smallest = 2**-24 if a.dtype == torch.float16 else 1e-7
@@ -202,7 +202,7 @@ def test_whole_blocks_without_a_finite_logit(
 
 
 def test_one_finite_logit(backend: str, divergence: str) -> None:
-    """Segments and blocks without any other, before it and after it."""
+    # Segments and blocks without any other, before it and after it.
     one = torch.full((1, 100_000), -INF)
     one[0, 50_000] = 1.5
     label = torch.tensor([50_000])

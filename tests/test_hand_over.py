@@ -93,7 +93,7 @@ def test_in_place_one_of_two_threads_raises(backend: str, dtype: torch.dtype) ->
 def test_a_batch_of_upstream_gradients(
     backend: str, dtype: torch.dtype, reduction: str, make: Callable[..., Graph]
 ) -> None:
-    """torch.autograd.functional.jacobian(vectorize=True) does this."""
+    # torch.autograd.functional.jacobian(vectorize=True) does this.
     loss, inputs = make(dtype, backend=backend, reduction=reduction)
     upstream = torch.rand(3, *loss.shape)
     torch.autograd.grad(loss, inputs, upstream[0], retain_graph=True)  # takes the first gradient

@@ -63,7 +63,7 @@ def test_the_weight_gradient_is_as_exact_in_many_chunks() -> None:
 def test_a_bias_wider_than_its_head_keeps_its_digits(
     accumulate: torch.dtype, chunk_rows: int | None
 ) -> None:
-    """In one chunk too, whose weight gradient is accumulated in 16 bits."""
+    # In one chunk too, whose weight gradient is accumulated in 16 bits.
     narrow = make_heads(dtype=torch.bfloat16)
     for wide in (torch.float32, torch.float64):  # of which the sums are float32
         heads = narrow._replace(bias=narrow.bias.detach().to(wide).requires_grad_())
@@ -174,7 +174,7 @@ def test_rows_that_lie_apart_are_not_copied_together() -> None:
 
 
 def test_rows_at_an_offset_of_2_to_the_31() -> None:
-    """Address space, of which two rows of each model are touched."""
+    # Address space, of which two rows of each model are touched.
     heads = make_heads(rows=2, dtype=torch.bfloat16)
     want = ours(heads)
 
@@ -195,7 +195,7 @@ def test_any_strides() -> None:
     want = ours(heads, chunk_rows=10)
 
     def spread(x: torch.Tensor) -> torch.Tensor:
-        """The same values, no stride of which is 1."""
+        """Return the same values, no stride of which is 1."""
         return x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(x.requires_grad)
 
     def transposed(x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ def test_a_vocabulary_padded_with_minus_infinity_changes_nothing() -> None:
 
 
 def test_a_skewed_mask_in_chunks_of_any_height(backend: str) -> None:
-    """A mean over the chunks is another number than one over the tokens."""
+    # A mean over the chunks is another number than one over the tokens.
     plain = make_heads(rows=11)
     for first, last in ((2, 5), (0, 1), (3, 11)):  # all kept tokens follow each other
         labels = torch.full((11,), -100)

@@ -124,7 +124,7 @@ def test_a_changed_weight_is_used(which: str, change: str) -> None:
 
 
 def test_a_parametrization_is_trained() -> None:
-    """As an adapter of low rank is: its parameters get the gradients, the frozen weight none."""
+    # As an adapter of low rank is: its parameters get the gradients, the frozen weight none.
     want, got = (
         _outcome(_changed(heads, "student", _parametrized(_LowRank))) for heads in (False, True)
     )
@@ -137,7 +137,7 @@ def test_a_parametrization_is_trained() -> None:
 
 
 def test_an_adapter_of_a_tied_embedding_is_not_the_heads() -> None:
-    """As with PEFT: the embedding is adapted, the head multiplies by the shared weight alone."""
+    # As with PEFT: the embedding is adapted, the head multiplies by the shared weight alone.
     outcomes = []
     for heads in (False, True):
         torch.manual_seed(0)

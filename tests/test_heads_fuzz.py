@@ -103,7 +103,7 @@ def _side(tensors: list[Tensor | None], temperature: float) -> Side:
 
 
 def _within(got: Tensor, exact: Tensor, error: Tensor, may_overflow: Tensor) -> bool:
-    """Whether `got` is `exact` up to `error` and its own dtype's rounding, underflow included."""
+    """Return whether `got` is `exact` up to `error` and its dtype's rounding and underflow."""
     limits = torch.finfo(got.dtype)
     allowed = error + limits.eps * exact.abs() + limits.smallest_normal
     is_near = (got.double() - exact).abs() <= allowed
@@ -177,7 +177,7 @@ def test_tvd_of_any_heads(cases: int, backend: str) -> None:
 
 
 def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str) -> None:
-    """Products of finite numbers: +inf is NaN in its row, -inf is a probability of 0 or absent."""
+    # Products of finite numbers: +inf is NaN in its row, -inf is a probability of 0 or absent.
     up, down = 2.0**100, -(2.0**100)
     hidden = torch.tensor([[1.0, 0.0], [up, 0.0], [down, 0.0], [0.0, down]], requires_grad=True)
     weight = torch.tensor([[0.5, 0.0], [up, up], [0.0, 0.25]], requires_grad=True)

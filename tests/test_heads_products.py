@@ -71,7 +71,7 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
 def test_cuda_too_few_kept_rows_are_not_a_number(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the host does not look, rows must not be left out silently."""
+    # Where the host does not look, rows must not be left out silently.
     monkeypatch.setattr(checks, "_check_kept_rows", lambda *arguments: None)
     heads = make_heads()
     assert ours(heads, kept_rows=37).loss.isfinite()
@@ -113,7 +113,7 @@ def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any,
 def _rounded_by_a_kernel_of_its_own(
     heads: Heads, teacher: tuple[Tensor, Tensor] | Tensor | None, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by hidden states and weight, by way of a float32 gradient of the logits."""
+    """Return the gradients by hidden states and weight, from float32 ones of the logits."""
     dtype, rows = heads.hidden.dtype, heads.hidden.shape[0]
     hidden, weight = heads.hidden.detach(), heads.weight.detach()
     formula = formula_of()
@@ -146,7 +146,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     first_part: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit, although the gradient may take the place of logits not visited yet."""
+    # Bit for bit, although the gradient may take the place of logits not visited yet.
     monkeypatch.setattr(driver, "FIRST_PART", first_part)
     heads = make_heads(dtype=dtype)
     logits = F.linear(*heads.teacher).float()
@@ -164,7 +164,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors share no memory: a kernel reads while it writes."""
+    """Return whether two contiguous tensors share no memory: a kernel reads while it writes."""
     (a_begin, a_end), (b_begin, b_end) = ((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (a, b))
     return a_end <= b_begin or b_end <= a_begin
 
@@ -175,7 +175,7 @@ def _apart(a: Tensor, b: Tensor) -> bool:
 def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
     dtype: torch.dtype, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row kernel rounds the others; and no buffer but the logits' own with a teacher's head."""
+    # The row kernel rounds the others; and no buffer but the logits' own with a teacher's head.
     visits: list[tuple[int, bool, torch.dtype]] = []
     buffers: list[driver._HeadChunk] = []
 
@@ -216,7 +216,7 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
 
 
 def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
-    """What sizes are computed from."""
+    """Return what sizes are computed from."""
     given = teacher
     if isinstance(teacher, Head):
         given = products.Projection(*teacher[:3], torch.bfloat16)
@@ -245,8 +245,7 @@ def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
 def test_cuda_memory_of_a_chunk(
     given: str, gathered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the height of a chunk is computed from is what a chunk takes."""
-
+    # What the height of a chunk is computed from is what a chunk takes.
     def mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
         """Allocate nothing."""
         torch.ops.fused_kd.product_(out, a, b, None, torch.bfloat16, False, add)
@@ -282,7 +281,7 @@ def test_cuda_memory_of_a_chunk(
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.usefixtures("as_on_cuda")
 def test_cuda_student_logits(dtype: torch.dtype, inplace: bool, kept_rows: int | None) -> None:
-    """Ignored rows, which are not numbers, are masked, or left out as far as kept_rows says."""
+    # Ignored rows, which are not numbers, are masked, or left out as far as kept_rows says.
     heads = make_heads(dtype=dtype)
     heads.labels[::3] = -100
     logits = F.linear(*heads.student).detach().requires_grad_()
@@ -333,7 +332,7 @@ class _NothingWaits(TorchDispatchMode):
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """The first rows of each of 4 sequences: the leading dimensions do not fold."""
+    """Return the first rows of each of 4 sequences: the leading dimensions do not fold."""
     return F.pad(x.view(4, 9, -1), (0, 0, 0, 1), value=torch.nan)[:, :-1]
 
 
@@ -415,7 +414,7 @@ def test_products_of_each_backend() -> None:
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch has no CUDA kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_torch_adds_16_bit_products_to_float32(dtype: torch.dtype) -> None:
-    """Before torch 2.10 the CUDA kernel refused it. Its checks run without a device, too."""
+    # Before torch 2.10 the CUDA kernel refused it. Its checks run without a device, too.
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     a, b, out = torch.zeros(3, 4, dtype=dtype), torch.zeros(4, 5, dtype=dtype), torch.zeros(3, 5)
     add = torch.ops.aten.addmm.dtype_out

@@ -103,7 +103,7 @@ def test_an_infinite_loss_scale_leaves_ignored_rows_zero() -> None:
 
 
 def test_float16_is_scaled_before_it_is_rounded() -> None:
-    """Gradients that float16 would round to 0, but for the loss scale that comes from upstream."""
+    # Gradients that float16 would round to 0, but for the loss scale that comes from upstream.
     heads = make_heads(dtype=torch.float16)
     scale = torch.tensor(2.0**16)
     for height in (37, 5):
@@ -168,7 +168,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(dtype: torch.dtype) -> No
 def test_autocast_of_any_parameters(
     parameters: torch.dtype, bias: bool, enabled: torch.dtype
 ) -> None:
-    """Liger#305, #336: addmm was given two dtypes without bias, or with float32 master weights."""
+    # Liger#305, #336: addmm was given two dtypes without bias, or with float32 master weights.
     heads, hidden = make_heads(dtype=parameters), make_heads().hidden
     student = [hidden, heads.weight, *([heads.bias] if bias else [])]
     with torch.autocast("cpu", enabled):
@@ -208,7 +208,7 @@ def test_parameters_of_a_teacher_are_detached(name: str) -> None:
 
 
 def test_a_training_step_with_the_optimizer_between() -> None:
-    """The weight changes after the backward; a backward after the change is refused by torch."""
+    # The weight changes after the backward; a backward after the change is refused by torch.
     heads = make_heads()
     loss = kd_loss(Head(heads.hidden, heads.weight), heads.teacher_side, heads.labels)
     with torch.no_grad():
@@ -218,6 +218,6 @@ def test_a_training_step_with_the_optimizer_between() -> None:
 
 
 def test_eager_is_what_it_is_compared_with() -> None:
-    """The baseline of the error rule computes the same function."""
+    # The baseline of the error rule computes the same function.
     heads = make_heads()
     near(eager(heads), truth(heads), 1e-5)

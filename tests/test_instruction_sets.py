@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_no
 
 @pytest.fixture(params=instruction_sets())
 def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The compiled module, computing with one instruction set after the other."""
+    """Return the compiled module, computing with one instruction set after the other."""
     assert _module is not None
     _module.choose_instruction_set(request.param)
     assert _module.build_info()["instruction_set"] == request.param
@@ -65,7 +65,7 @@ def test_error_rule(
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[:4])
 def test_a_low_temperature_does_not_overflow(native: ModuleType, divergence: str) -> None:
-    """A later block whose maximum is a little above the first's: e^(4/T) is beyond float32."""
+    # A later block whose maximum is a little above the first's: e^(4/T) is beyond float32.
     student, teacher = 0.1 * torch.randn(2, 2, 6016)
     student[:, 3000], teacher[:, 3000], student[:, 3001] = 3.5, 3.4, 3.45
     labels = torch.tensor([3000, 5])
@@ -105,7 +105,7 @@ def _divergence(name: str, s: Any, t: Any, temperature: float, beta: float) -> A
 
 
 def test_rows_by_the_definitions(native: ModuleType, divergence: str) -> None:
-    """Losses and gradients by numpy alone: no reference backend, no autograd."""
+    # Losses and gradients by numpy alone: no reference backend, no autograd.
     generator = np.random.default_rng(0)
     student, teacher = generator.standard_normal((2, 4, 77)).astype(np.float32)
     labels = np.array([0, 76, 31, 5])
@@ -156,7 +156,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_name_in_the_environment_of_a_new_process() -> None:
-    """It fails at the first loss, by name; the report still comes out."""
+    # It fails at the first loss, by name; the report still comes out.
     code = """
 import torch, fused_kd
 from fused_kd import env

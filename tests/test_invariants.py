@@ -164,9 +164,8 @@ def test_bounds_and_sums(
 def test_a_shift_of_a_rows_logits_changes_nothing(
     backend: str, divergence: str, vocabulary: int, shift: int, seed: int
 ) -> None:
-    """Integers: the shift itself is exact in float32. Not a bit, where the maximum is subtracted;
-    what one rounding does, where it is folded into a multiply-add.
-    """
+    # Integers: the shift itself is exact in float32. Not a bit, where the maximum is subtracted;
+    # what one rounding does, where it is folded into a multiply-add.
     assume(divergence != "mse")
     student, teacher = (normal(seed + i, 2, vocabulary, scale=3.0).round() for i in (0, 1))
     labels = torch.tensor([0, vocabulary - 1])
@@ -236,7 +235,7 @@ def test_padding_with_absent_entries_and_ignored_rows(
 def test_the_limit_of_a_large_temperature(
     divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
-    """T²·KL → Σ(centred difference)²/(2V); a jsd is β(1-β) of it, and mse Σ difference²/V."""
+    # T²·KL → Σ(centred difference)²/(2V); a jsd is β(1-β) of it, and mse Σ difference²/V.
     assume(divergence != "tvd")
     student, teacher = (normal(seed + i, 3, vocabulary).double() for i in (0, 1))
     got = kd_loss(
@@ -261,7 +260,7 @@ def test_the_limit_of_a_large_temperature(
 def test_temperature_is_a_scaling(
     backend: str, divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
-    """f(z, T) = T²·f(z/T, 1), bit for bit where T is a power of two."""
+    # f(z, T) = T²·f(z/T, 1), bit for bit where T is a power of two.
     student, teacher = (normal(seed + i, 2, vocabulary, scale=2.0) for i in (0, 1))
     keywords: dict[str, Any] = {"divergence": divergence, "backend": backend, **SOFT}
     got = rows_and_gradient(student, teacher, temperature=temperature, **keywords)

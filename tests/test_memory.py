@@ -25,7 +25,7 @@ SHAPES = [(ROWS, VOCABULARY), (2 * ROWS, VOCABULARY), (ROWS, 2 * VOCABULARY)]
 
 
 def inputs(dtype: torch.dtype, rows: int = ROWS, vocabulary: int = VOCABULARY) -> list[Tensor]:
-    """Student (a leaf), teacher, labels."""
+    """Return student (a leaf), teacher, labels."""
     student, teacher = pair(rows, vocabulary, scale=1.0, dtype=dtype)
     return [student.requires_grad_(), teacher, torch.randint(vocabulary, (rows,))]
 
@@ -39,13 +39,13 @@ def small(rows: int) -> int:
 
 
 def check(peak: Peak, gradients: int, rows: int, size: int) -> None:
-    """At most `gradients` tensors of `size` bytes at once, and nothing else of that order."""
+    # At most `gradients` tensors of `size` bytes at once, and nothing else of that order.
     assert peak.highest <= gradients * size + small(rows), peak
     assert peak.largest <= (size if gradients else small(rows)), peak
 
 
 def test_the_probe_reads_a_known_figure() -> None:
-    """The recipe uses private attributes of torch: this pins what it reads."""
+    # The recipe uses private attributes of torch: this pins what it reads.
     logits = torch.randn(256, 32000, requires_grad=True)
     labels = torch.randint(32000, (256,))
     size = 256 * 32000 * 4
@@ -60,7 +60,7 @@ def test_the_probe_reads_a_known_figure() -> None:
 
 
 def test_the_probe_notices_an_upcast() -> None:
-    """Known-bad input: a float32 copy must fail what the losses are held to."""
+    # Known-bad input: a float32 copy must fail what the losses are held to.
     student, teacher, labels = inputs(torch.bfloat16)
 
     def upcast() -> Tensor:
@@ -193,5 +193,5 @@ print(peak)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_scratch_outside_torchs_allocator_is_small_too(fast: str) -> None:
-    """Resident pages of a whole process: a gradient would be 16 MiB."""
+    # Resident pages of a whole process: a gradient would be 16 MiB.
     assert int(passes(run_python("-c", RESIDENT, fast))) < MIB

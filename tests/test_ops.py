@@ -49,7 +49,7 @@ def rows(
     terms: str = "both",
     layout: str = "contiguous",
 ) -> list[Tensor | None]:
-    """student, teacher, labels, w_hard, w_soft; one row is off."""
+    # student, teacher, labels, w_hard, w_soft; one row is off.
     weights: list[Tensor | None] = [torch.rand(N), torch.rand(N)]
     for weight in weights:
         weight[1] = 0.0
@@ -66,13 +66,13 @@ def formula(divergence: str = "forward_kl", smoothing: float = 0.1) -> Formula:
 
 
 def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[Any, ...]:
-    """The numbers of `formula`, as the operators take them."""
+    """Return the numbers of `formula`, as the operators take them."""
     _, temperature, beta, _, _ = formula()
     return DIVERGENCES.index(divergence), temperature, beta, True, smoothing
 
 
 def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
-    """The arguments of an operator; statistics come from its forward."""
+    """Return the arguments of an operator; statistics come from its forward."""
     numeric = numbers(divergence)
     if name == "forward_backward_into":
         return *given, *numeric, torch.zeros(B, S, V, dtype=given[STUDENT].dtype)
@@ -200,7 +200,7 @@ def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dt
 def test_a_gradient_of_16_bits_is_the_rounded_one(
     backend: str, divergence: str, dtype: torch.dtype
 ) -> None:
-    """Bit for bit, with a term that is off, an absent label, and rows that are not finite."""
+    # Bit for bit, with a term that is off, an absent label, and rows that are not finite.
     run = named(backend).forward_backward
     for vocabulary, teacher_dtype in ((5, dtype), (64, torch.float32), (2111, torch.float32)):
         student, teacher = (3 * torch.randn(3, 4, vocabulary) for _ in range(2))
@@ -380,7 +380,7 @@ def test_a_place_for_the_gradient_is_refused() -> None:
 
 
 def test_a_label_outside_is_never_read() -> None:
-    """Python refuses it; the operator itself answers NaN, in that row alone."""
+    # Python refuses it; the operator itself answers NaN, in that row alone.
     given = rows()
     given[LABELS] = torch.tensor([0, V, -1, 2**62, -(2**63), 1])
     given[W_HARD] = torch.ones(N)

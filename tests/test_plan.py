@@ -29,7 +29,7 @@ SLACK = 256 * 1024
 
 @pytest.fixture(params=["as chosen", "torch"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The products of this machine, and those that it would have without the compiled module."""
+    """Return which products: this machine's, or those without the compiled module."""
     if request.param == "torch":
         for module in (driver, levels):
             monkeypatch.setattr(module, "products_for", lambda *_: TorchProducts())
@@ -37,7 +37,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def unseen_bytes(products: str) -> int:
-    """What the products allocate outside torch's allocator."""
+    """Return what the products allocate outside torch's allocator."""
     chosen = products_for("auto", torch.device("cpu"), torch.float32)
     if products == "torch" or not isinstance(chosen, CompiledProducts):
         return 0
@@ -45,7 +45,7 @@ def unseen_bytes(products: str) -> int:
 
 
 def make(rows: int, vocab: int, student: int, teacher: int, dtype: torch.dtype) -> Tensors:
-    """Hidden states and head of the student (leaves), of the teacher, labels."""
+    # Hidden states and head of the student (leaves), of the teacher, labels.
     shapes = ((rows, student), (vocab, student), (rows, teacher), (vocab, teacher))
     hidden, weight, *rest = (torch.randn(shape).to(dtype) for shape in shapes)
     labels = torch.randint(vocab, (rows,))
@@ -73,7 +73,7 @@ def heads(*tensors: Tensor, bias: Tensor | None = None, **keywords: Any) -> Tens
 
 
 def step_peak(loss_of: Callable[..., Tensor], tensors: Tensors, **keywords: Any) -> int:
-    """Bytes beyond the inputs of one forward and backward."""
+    """Return bytes beyond the inputs of one forward and backward."""
     for x in tensors[:2]:
         x.grad = None
     return cpu_peak(lambda: loss_of(*tensors, **keywords).backward()).highest
@@ -174,7 +174,7 @@ def rows_alone(tensors: Tensors, budget: int) -> Tensor:
 
 
 def slices(tensors: Tensors, budget: int) -> Tensor:
-    """Rows that do not fold into one dimension."""
+    """Return rows that do not fold into one dimension."""
     hidden, weight, teacher_hidden, teacher_weight, labels = tensors
     h, t, y = (x.unflatten(0, (4, -1))[:, 1:] for x in (hidden, teacher_hidden, labels))
     return heads(h, weight, t, teacher_weight, y, memory_budget=budget)
@@ -204,7 +204,7 @@ RUNS = [
 
 
 def allowed(tensors: Tensors, budget: int, narrow: bool = False) -> int:
-    """Gradients, one accumulator, and the budget, or the head's gradient when the chunk is gone."""
+    # Gradients, one accumulator, and the budget, or the head's gradient when the chunk is gone.
     hidden, weight = tensors[:2]
     total = weight.nbytes if narrow else weight.numel() * 4
     rounded = 0 if total == weight.nbytes else weight.nbytes

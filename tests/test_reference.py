@@ -88,7 +88,7 @@ CLOSED_FORMS = {
 @pytest.mark.parametrize("soft_scale", ["t2", "none"])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_closed_forms(backend: str, divergence: str, temperature: float, soft_scale: str) -> None:
-    """The temperature divides the logits, and its square multiplies the divergence."""
+    # The temperature divides the logits, and its square multiplies the divergence.
     dtype = torch.float64 if backend == "reference" else torch.float32
     sides = (temperature * logits(row, dtype=dtype) for row in (STUDENT, TEACHER))
     options = {"temperature": temperature, "soft_scale": soft_scale, "backend": backend}

@@ -16,7 +16,7 @@ SUITE = ["test_ops.py", "test_shapes.py", "test_inplace.py", "test_bounds.py", "
 
 
 def _libraries() -> list[str]:
-    """What must be loaded before Python: without libstdc++ the first C++ exception aborts."""
+    """Return what Python must preload: without libstdc++ the first C++ exception aborts."""
     found = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
         path = passes(run(native_build.COMPILER, f"-print-file-name={name}")).strip()
@@ -27,7 +27,7 @@ def _libraries() -> list[str]:
 
 
 def test_the_kernels_alone(tmp_path: Path) -> None:
-    """Buffers of exact size: all instruction sets, AVX-512 emulated."""
+    # Buffers of exact size: all instruction sets, AVX-512 emulated.
     native_build.need_compiler()
     _libraries()
     if native_build.X86:
@@ -40,7 +40,7 @@ def test_the_kernels_alone(tmp_path: Path) -> None:
 
 
 def test_the_extension_inside_torch(tmp_path: Path) -> None:
-    """The suite's own tests of the operators, with the module built with the sanitizers."""
+    # The suite's own tests of the operators, with the module built with the sanitizers.
     native_build.need_compiler()
     libraries = _libraries()
     source = native_build.copy_source(tmp_path / "source", "tests", "examples")

@@ -24,7 +24,7 @@ VERSION = "2.11.0"
 
 @pytest.fixture(scope="module")
 def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder include/ of a wheel of torch, which pip fetches without its dependencies."""
+    """Return include/ of a wheel of torch, which pip fetches without its dependencies."""
     need_compiler()
     folder = tmp_path_factory.mktemp("torch_headers")
     command = ["-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", folder]
@@ -55,7 +55,7 @@ def test_bindings(name: str, headers: Path) -> None:
 
 
 def test_they_are_the_older_headers(headers: Path, tmp_path: Path) -> None:
-    """What a later torch added is not there: else the check above would see nothing."""
+    # What a later torch added is not there: else the check above would see nothing.
     source = tmp_path / "version.cpp"
     major, minor, _ = VERSION.split(".")
     source.write_text(

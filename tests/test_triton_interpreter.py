@@ -16,15 +16,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _run(marker: str) -> None:
+def _run(marker: str, *files: str) -> None:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
-    passes(run_python(*command, "tests/triton_interpreted", TRITON_INTERPRET="1"))
+    files = tuple(f"tests/triton_interpreted/{name}" for name in files)
+    passes(run_python(*command, *files, TRITON_INTERPRET="1"))
 
 
-def test_interpreted_kernels() -> None:
-    _run("not slow")
+# two processes, for two workers
+@pytest.mark.parametrize("files", ["test_edges.py", "test_parity.py test_references.py"])
+def test_interpreted_kernels(files: str) -> None:
+    _run("not slow", *files.split())
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_in_every_regime() -> None:
-    _run("slow")
+    _run("slow", "test_parity.py")

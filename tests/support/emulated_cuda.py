@@ -175,7 +175,7 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
 
 @contextmanager
 def installed(backend: EmulatedCUDA) -> Iterator[None]:
-    """``backend="cuda"`` means this one."""
+    # ``backend="cuda"`` means this one.
     before = backends._MODULES["cuda"]
     backends._MODULES["cuda"] = backend
     try:
@@ -185,6 +185,6 @@ def installed(backend: EmulatedCUDA) -> Iterator[None]:
 
 
 def install_from_environment() -> None:
-    """FUSED_KD_EMULATED_CUDA=<capability>:<library>, for this whole process."""
+    # FUSED_KD_EMULATED_CUDA=<capability>:<library>, for this whole process.
     capability, _, library = os.environ["FUSED_KD_EMULATED_CUDA"].partition(":")
     backends._MODULES["cuda"] = EmulatedCUDA(Path(library), int(capability))

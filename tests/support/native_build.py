@@ -70,7 +70,7 @@ def copy_source(target: Path, *folders: str) -> Path:
 
 
 def _alias(name: str) -> str:
-    """dispatch.cpp names every table: one that isn't linked becomes the generic one."""
+    # dispatch.cpp names every table: one that isn't linked becomes the generic one.
     options = []
     for kind in ("kernels", "product"):
         mangled = [f"_ZN8fused_kd{len(f'{kind}_{x}')}{kind}_{x}E" for x in (name, "generic")]
