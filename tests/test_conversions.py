@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import native_build
-
-from fused_kd import extension
+from support.backends import instruction_sets
 
 #: One worker builds what all of these tests use.
 pytestmark = pytest.mark.xdist_group("conversions")
@@ -21,19 +20,9 @@ DTYPES = {"bf16": 1, "f16": 2}  # csrc/problem.h
 RoundTrip = Callable[[np.ndarray[Any, Any], str], np.ndarray[Any, Any]]
 
 
-def _sets() -> dict[str, bool]:
-    """Return whether this processor runs each instruction set."""
-    info = extension.cpu.build_info()
-    found: Any = {"generic": True} if info is None else info["instruction_sets"]
-    return dict(found)
-
-
-@pytest.fixture(scope="module", params=_sets())
+@pytest.fixture(scope="module", params=instruction_sets())
 def convert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RoundTrip:
     name = request.param
-    if not _sets()[name]:
-        pytest.skip(f"no {name} here")
-    native_build.need_compiler()
     path = native_build.build_conversions(tmp_path_factory.mktemp("conversions"), name)
     library = ctypes.CDLL(str(path))
 
