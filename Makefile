@@ -18,17 +18,17 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/.built $(VENV)/.demo
-	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) $(ARGS)
+	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) --dist loadgroup $(ARGS)
 
 # The suite with other packages installed: the methods of the benchmarks agree with float64, the
 # integrations train in the real frameworks, every example runs, and losses of frameworks that are
 # too large to install (requirements/losses.txt) are compared with ours.
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
-	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) tests/test_benchmark*.py tests/integrations $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) --dist loadgroup tests/test_benchmark*.py tests/integrations $(ARGS)
 
 # Time, memory and losses of the examples, with the framework's own loss and with ours: about 20
 # minutes on two cores. make examples ARGS=trl_gkd

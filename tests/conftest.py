@@ -10,18 +10,39 @@ import pytest
 import torch
 
 if os.environ.get("FUSED_KD_EMULATED_CUDA"):  # see test_cuda_kernels.py: the suite on its kernels
-    import emulated_cuda
+    from support import emulated_cuda
 
     emulated_cuda.install_from_environment()
 
-from fast import HERE
+from support.backends import FAST, HERE
+from support.logits import DTYPES
+
+from fused_kd.divergences import DIVERGENCES
 
 torch.set_num_threads(2)  # few rows: the vocabulary is split over threads too
 
+# Values that many tests take in turn. Of a session: hypothesis takes no fixture of a function.
 
-@pytest.fixture(params=HERE)
+
+@pytest.fixture(params=HERE, scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend in turn; one that cannot run is skipped with its reason."""
+    """Return the name of a backend; one that cannot run is skipped with its reason."""
+    return str(request.param)
+
+
+@pytest.fixture(params=FAST, scope="session")
+def fast(request: pytest.FixtureRequest) -> str:
+    """Return the name of a backend that is tested against the reference."""
+    return str(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=str, scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=DIVERGENCES, scope="session")
+def divergence(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 

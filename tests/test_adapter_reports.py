@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mesh_checks
 import pytest
 import torch
-from processes import failures
+from support.distributed import MESH_CHECKS
+from support.processes import failures
 from torch import Tensor
 from torch import distributed as dist
 
@@ -81,4 +81,4 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
 )
 def test_the_terms_weigh_the_same_with_tensor_parallelism_N_18(tmp_path: Path) -> None:
     # NeMo RL#2745: the soft term was divided by all ranks, the hard term by its replicas only
-    assert not (found := failures(mesh_checks.CHECKS, 4, tmp_path)), "\n".join(found)
+    assert not (found := failures(MESH_CHECKS, 4, tmp_path)), "\n".join(found)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import INF, make, make_ignored
+from support.logits import INF, make, make_ignored
 from torch import Tensor
 from torch import distributed as dist
 from torch.testing._internal.distributed import fake_pg

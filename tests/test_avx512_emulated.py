@@ -9,8 +9,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import native_build
 import pytest
+from support import native_build
+
+#: One worker builds what all of these tests use.
+pytestmark = pytest.mark.xdist_group("check programs")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.heads import make_heads
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -33,16 +34,18 @@ def make(n: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(n, V, requires_grad=True), torch.randn(n, V), labels
 
 
-def same(compiled: Any, eager: Any, *inputs: Tensor, **keywords: Any) -> None:
-    ours, theirs = compiled(*inputs, **keywords), eager(*inputs, **keywords)
+def same(
+    compiled: Any, eager: Any, arguments: Any, by: Any, rtol: float = 1e-5, atol: float = 1e-7
+) -> None:
+    """Assert that losses, parts and gradients agree."""
+    ours, theirs = compiled(*arguments), eager(*arguments)
     if isinstance(theirs, KDLossParts):
         torch.testing.assert_close(tuple(ours), tuple(theirs))
         ours, theirs = ours.loss, theirs.loss
     torch.testing.assert_close(ours, theirs)
     upstream = torch.randn(theirs.shape)
-    (got,) = torch.autograd.grad(ours, inputs[0], upstream)
-    (want,) = torch.autograd.grad(theirs, inputs[0], upstream)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    got, want = (torch.autograd.grad(x, by, upstream) for x in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
 # every branch that a trace may meet: reductions, weights, no labels, terms that are off
@@ -72,20 +75,43 @@ SOME = [
 @pytest.mark.parametrize(("keywords", "backend"), SOME)
 def test_the_function_traces_without_a_break(keywords: dict[str, Any], backend: str) -> None:
     def loss(s: Tensor, t: Tensor, y: Tensor) -> Any:
-        logits = s * 1.0
-        return kd_loss(logits, t, **{"labels": y, "backend": backend, **keywords})
+        return kd_loss(s * 1.0, t, **{"labels": y, "backend": backend, **keywords})
 
-    same(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, *make(4))
+    inputs = make(4)
+    same(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, inputs, inputs[:1])
 
 
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
-def test_a_changing_number_of_rows_compiles_twice_at_most(backend: str, reduction: str) -> None:
-    loss = KDLoss(temperature=2.0, reduction=reduction, backend=backend)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    for n in (4, 7, 9, 16, 5):
-        same(compiled, loss, *make(n))
-    assert counter.frame_count <= 2
+# gradients made in the forward, and in the backward
+@pytest.mark.parametrize(
+    ("keywords", "dtype"),
+    [
+        ({}, torch.float32),
+        ({}, torch.float16),
+        ({"reduction": "none"}, torch.float32),
+        ({"num_items": 5, "return_parts": True}, torch.float32),
+    ],
+)
+def test_heads_trace_without_a_break(keywords: dict[str, Any], dtype: torch.dtype) -> None:
+    heads = make_heads(dtype=dtype)
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        return kd_loss(Head(hidden, weight), heads.teacher_side, labels, chunk_rows=10, **keywords)
+
+    inputs = (heads.hidden, heads.weight, heads.labels)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    same(compiled, loss, inputs, inputs[:2], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_heads_trace_under_autocast() -> None:
+    heads = make_heads()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return kd_loss(Head(hidden, weight), heads.teacher_side, heads.labels)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, want = (f(heads.hidden, heads.weight) for f in (compiled, loss))
+    assert torch.equal(got, want)
 
 
 # ------------------------------------------------------------------ what varies during training
@@ -101,7 +127,7 @@ PAIRS: dict[str, tuple[bool, bool]] = {  # is a Head: student, teacher
 
 
 def make_sides(pair: str, n: int) -> tuple[Side, Side, Tensor]:
-    """Sides of n rows as a model makes them, and labels; those of the student require grad."""
+    # Sides of n rows as a model makes them, and labels; those of the student require grad.
     sides: list[Side] = []
     for is_head, grad in zip(PAIRS[pair], (True, False), strict=True):
         hidden, weight = torch.randn(n, H), torch.randn(V, H)
@@ -120,64 +146,61 @@ def compiles_twice_at_most(
     calls: list[tuple[Any, ...]],
     set_up: Callable[[int], object] = lambda call: None,
 ) -> None:
-    """The sides, labels and what varies as arguments: the numbers of eager in every call."""
+    """Assert that calls with these arguments give eager's numbers, from two graphs at most."""
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for number, arguments in enumerate(calls):
         set_up(number)
-        got, want = compiled(*arguments), function(*arguments)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        by = trained(arguments[0])
-        gradients = (torch.autograd.grad(x, by) for x in (got, want))
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+        same(compiled, function, arguments, trained(arguments[0]), rtol=1e-4, atol=1e-6)
     assert counter.frame_count <= 2
 
 
-VARYING: dict[str, Callable[[int], dict[str, Any]]] = {
-    "temperature": lambda i: {"temperature": 0.5 + i / 2},
-    "weights": lambda i: {"hard_weight": i / 13, "soft_weight": 1 - i / 13},
-    "num_items": lambda i: {"num_items": i},
-    "num_items that is a float": lambda i: {"num_items": i + 0.5},
-}
+def varying(i: int) -> dict[str, Any]:
+    weights = {"hard_weight": i / 13, "soft_weight": 1 - i / 13}
+    return {"temperature": 0.5 + i / 2, "num_items": i, **weights}
 
 
 @pytest.mark.parametrize(
-    ("compiler", "pair", "what"),
+    ("compiler", "pair", "values"),
     [
-        ("aot_eager", pair, what)
-        for pair in PAIRS
-        for what in ("temperature", "weights", "num_items")
-    ]
-    + [("aot_eager", "a head and logits", "num_items that is a float")]
-    + [pytest.param("inductor", p, "temperature", marks=pytest.mark.slow) for p in PAIRS],
+        *(("aot_eager", pair, varying) for pair in PAIRS),
+        ("aot_eager", "a head and logits", lambda i: {"num_items": i + 0.5}),
+        *(pytest.param("inductor", pair, varying, marks=pytest.mark.slow) for pair in PAIRS),
+    ],
 )
-def test_twelve_values_compile_twice_at_most(compiler: str, pair: str, what: str) -> None:
+def test_twelve_values_compile_twice_at_most(
+    compiler: str, pair: str, values: Callable[[int], dict[str, Any]]
+) -> None:
     def loss(s: Side, t: Side, y: Tensor, varying: dict[str, Any]) -> Any:
         return kd_loss(s, t, y, backend=QUICK, **varying)
 
     sides = make_sides(pair, 6)
-    compiles_twice_at_most(compiler, loss, [(*sides, VARYING[what](i)) for i in TWELVE])
+    compiles_twice_at_most(compiler, loss, [(*sides, values(i)) for i in TWELVE])
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_twelve_numbers_of_rows_compile_twice_at_most(pair: str) -> None:
-    loss = KDLoss(temperature=2.0, backend=QUICK)
-    compiles_twice_at_most("aot_eager", loss, [make_sides(pair, 1 + n) for n in TWELVE])
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_a_scheduled_module_compiles_twice_at_most(pair: str) -> None:
-    loss = KDLoss(backend=QUICK)
+@pytest.mark.parametrize(
+    ("pair", "backend", "reduction"),
+    [
+        *((pair, QUICK, "mean") for pair in PAIRS),
+        *(("logits", name, "mean") for name in {"reference"} - {QUICK}),
+        *(pytest.param("logits", n, "none", marks=pytest.mark.slow) for n in (QUICK, "reference")),
+    ],
+)
+def test_a_scheduled_module_and_other_numbers_of_rows_compile_twice_at_most(
+    pair: str, backend: str, reduction: str
+) -> None:
+    loss = KDLoss(backend=backend, reduction=reduction)
 
     def set_up(step: int) -> None:
         loss.temperature, loss.hard_weight = 1.5 + step / 4, (1 + step) / 14
 
-    compiles_twice_at_most("aot_eager", loss, [make_sides(pair, 6)] * 12, set_up)
+    calls = [make_sides(pair, 2 + n) for n in TWELVE]
+    compiles_twice_at_most("aot_eager", loss, calls, set_up)
 
 
 @pytest.mark.slow
 def test_gradients_of_a_16_bit_head_have_its_dtypes_in_a_trace() -> None:
-    """Eagerly a single chunk's weight gradient is made in 16 bits; no trace may expect that."""
+    # Eagerly a single chunk's weight gradient is made in 16 bits; no trace may expect that.
     student, teacher, labels = make_sides("heads", 6)
     assert isinstance(student, Head)
     brain = student.to(torch.bfloat16)
@@ -192,52 +215,76 @@ def test_gradients_of_a_16_bit_head_have_its_dtypes_in_a_trace() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-class Distilled(nn.Module):
-    """A model that computes its own loss, as trainers have it."""
+class Model(nn.Module):
+    """Embedding, one layer and a head, which computes its own loss, as trainers have it."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, heads: bool) -> None:
         super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body = nn.Embedding(V, H), nn.Linear(H, H)
         self.head = nn.Linear(H, V)
-        self.loss = KDLoss(temperature=2.0, backend=backend)
+        self.loss = KDLoss(temperature=2.0, backend=backend, chunk_rows=4 if heads else None)
 
-    def forward(self, hidden: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        loss = self.loss(self.head(hidden), teacher, labels)
-        assert isinstance(loss, Tensor)
-        return loss
+    def forward(self, ids: Tensor, taught: Tensor, head: Tensor, labels: Tensor) -> Any:
+        hidden = torch.tanh(self.body(self.embedding(ids)))
+        if self.loss.chunk_rows is None:
+            return self.loss(self.head(hidden), taught @ head.t(), labels)
+        student = Head(hidden, self.head.weight, self.head.bias)
+        return self.loss(student, Head(taught, head), labels)
+
+
+def train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
+    """Train three steps of other sizes; return the losses and the weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    draw = torch.Generator().manual_seed(0)
+    dtype, losses = model.head.weight.dtype, []
+    for length in (12, 21, 9):
+        ids, labels = (torch.randint(V, (3, length), generator=draw) for _ in range(2))
+        labels[:, :2] = -100
+        taught, head = (torch.randn(*n, 6, generator=draw).to(dtype) for n in ((3, length), (V,)))
+        loss = call(ids, taught, head, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return [*losses, *model.parameters()]
 
 
 # the gradient of float32 passes as it is, that of bfloat16 through a cast
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
+    ("compiler", "backend", "heads", "dtype"),
     [
-        (QUICK, torch.float32),
-        pytest.param(QUICK, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("reference", torch.float32, marks=pytest.mark.slow),
-        pytest.param("reference", torch.bfloat16, marks=pytest.mark.slow),
+        ("inductor", QUICK, False, torch.float32),
+        ("aot_eager", QUICK, True, torch.float32),
+        *(
+            pytest.param("inductor", *case, marks=pytest.mark.slow)
+            for case in (
+                (QUICK, True, torch.float32),
+                (QUICK, False, torch.bfloat16),
+                ("reference", False, torch.float32),
+            )
+        ),
     ],
     ids=str,
 )
-def test_a_model_with_the_module_in_inductor(backend: str, dtype: torch.dtype) -> None:
-    model = Distilled(backend).to(dtype)
-    compiled = torch.compile(model, fullgraph=True)
-    for n in (6, 10, 11):
-        hidden = torch.randn(n, H).to(dtype).requires_grad_()
-        _, teacher, labels = make(n)
-        parameters = [hidden, *model.parameters()]
-        ours, theirs = compiled(hidden, teacher, labels), model(hidden, teacher, labels)
-        torch.testing.assert_close(ours, theirs)
-        got = torch.autograd.grad(ours, parameters)
-        want = torch.autograd.grad(theirs, parameters)
-        tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {}
-        torch.testing.assert_close(got, want, **tolerance)  # type: ignore[arg-type]
+def test_training_around_a_loss(
+    compiler: str, backend: str, heads: bool, dtype: torch.dtype
+) -> None:
+    model, same = (Model(backend, heads).to(dtype) for _ in range(2))
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
+    got, want = train(model, compiled), train(same, same)
+    assert want[0] != want[1]
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(got, want, **tolerance)
+    assert counter.frame_count <= 2
 
 
-def test_a_label_out_of_range_is_nan_in_a_trace_R_34(backend: str) -> None:
+def test_a_label_out_of_range_is_nan_in_a_trace(backend: str) -> None:
     student, teacher, labels = make(4)
     labels[2] = V
     compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
     rows = compiled(student, teacher, labels, reduction="none", backend=backend)
-    assert isinstance(rows, Tensor)
     assert rows.isnan().tolist() == [False, False, True, False]
     (gradient,) = torch.autograd.grad(rows.sum(), student)
     assert gradient.isnan().all(1).tolist() == [False, False, True, False]
@@ -249,3 +296,85 @@ def test_a_graph_s_error_has_its_message() -> None:
     for fullgraph, name in ((True, "labels"), (False, "shift_labels")):
         with pytest.raises(Exception, match=f"{name} must have the leading shape"):
             torch.compile(loss, fullgraph=fullgraph, backend="eager")(s, t, y[1:])
+
+
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("backend", [QUICK, pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "divergence",
+    ["forward_kl", *(pytest.param(d, marks=pytest.mark.slow) for d in ("reverse_kl", "jsd"))],
+)
+def test_equal_sides_give_nothing(divergence: str, compiler: str, backend: str) -> None:
+    # A compiler may fuse the two sides differently.
+    def loss(student: Tensor, teacher: Tensor) -> Any:
+        return kd_loss(student, teacher, hard_weight=0, divergence=divergence, backend=backend)
+
+    student = (50 * torch.randn(1, 248_320)).bfloat16().requires_grad_()
+    got = torch.compile(loss, fullgraph=True, backend=compiler)(student, student.detach().clone())
+    assert got == 0
+    assert torch.count_nonzero(torch.autograd.grad(got, student)[0]) == 0
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_columns_of_minus_infinity(compiler: str, backend: str) -> None:
+    labels = torch.tensor([0, 1, 2, V - 1])
+
+    def loss(student: Tensor, teacher: Tensor) -> Any:
+        return kd_loss(student, teacher, labels, label_smoothing=0.1, backend=backend)
+
+    student, teacher = torch.randn(4, V), torch.randn(4, V)
+    student[:, 5:9] = teacher[:, 5:9] = teacher[:, 20] = -torch.inf
+    student.requires_grad_()
+    got = torch.compile(loss, fullgraph=True, backend=compiler)(student, teacher)
+    want = loss(student, teacher)
+    assert want.isfinite()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, student), torch.autograd.grad(want, student)
+    )
+
+
+@pytest.mark.parametrize("sides", ["logits", "heads"])
+def test_weights_and_counts_of_symbolic_sizes(sides: str) -> None:
+    student, teacher = torch.randn(V, 8, requires_grad=True), torch.randn(V, 8)
+
+    def loss(hidden: Tensor, labels: Tensor, weight: Tensor, count: Tensor) -> Any:
+        rows: dict[str, Any] = {"token_weight": weight, "num_items": count, "backend": QUICK}
+        if sides == "heads":
+            heads = Head(hidden, student), Head(hidden.detach(), teacher)
+            return kd_loss(*heads, labels, chunk_rows=3, **rows)
+        return kd_loss(hidden @ student.t(), hidden.detach() @ teacher.t(), labels, **rows)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend=counter)
+    for rows in (5, 11, 7):
+        hidden = torch.randn(rows, 8, requires_grad=True)
+        labels = torch.randint(V, (rows,)).int()
+        labels[0] = -100
+        arguments = (hidden, labels, torch.rand(rows), torch.tensor(3.0 * rows))
+        got, want = compiled(*arguments), loss(*arguments)
+        torch.testing.assert_close(got, want)
+        ours, theirs = (torch.autograd.grad(x, (hidden, student)) for x in (got, want))
+        torch.testing.assert_close(ours, theirs)
+    assert counter.frame_count <= 2
+
+
+SIDES = {"logits": lambda x, weight: x @ weight.t(), "head": Head}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("student", "teacher"), [("logits", "head"), ("head", "logits")])
+def test_a_default_device_changes_nothing(student: str, teacher: str, compiled: bool) -> None:
+    s, t, w_s, w_t = (torch.randn(n, H) for n in (4, 4, V, V))
+    arguments = SIDES[student](s, w_s), SIDES[teacher](t, w_t), torch.arange(4)
+
+    def loss() -> Tensor:
+        return kd_loss(*arguments, temperature=2.0)
+
+    expected = loss()
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    with torch.device("meta"):
+        assert torch.equal(run(), expected)

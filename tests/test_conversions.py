@@ -6,31 +6,23 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-import native_build
 import numpy as np
 import pytest
 import torch
+from support import native_build
+from support.backends import instruction_sets
 
-from fused_kd import extension
+#: One worker builds what all of these tests use.
+pytestmark = pytest.mark.xdist_group("conversions")
 
 DTYPES = {"bf16": 1, "f16": 2}  # csrc/problem.h
 #: float32 values, and the dtype that they are rounded to; the result is float32 again.
 RoundTrip = Callable[[np.ndarray[Any, Any], str], np.ndarray[Any, Any]]
 
 
-def _sets() -> dict[str, bool]:
-    """Return whether this processor runs each instruction set."""
-    info = extension.cpu.build_info()
-    found: Any = {"generic": True} if info is None else info["instruction_sets"]
-    return dict(found)
-
-
-@pytest.fixture(scope="module", params=_sets())
+@pytest.fixture(scope="module", params=instruction_sets())
 def convert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RoundTrip:
     name = request.param
-    if not _sets()[name]:
-        pytest.skip(f"no {name} here")
-    native_build.need_compiler()
     path = native_build.build_conversions(tmp_path_factory.mktemp("conversions"), name)
     library = ctypes.CDLL(str(path))
 
@@ -50,7 +42,7 @@ def _pointer(values: np.ndarray[Any, Any]) -> ctypes.c_void_p:
 
 
 def _as_dtype(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    """Rounded by numpy (half) or torch (bfloat16), as float32."""
+    # Rounded by numpy (half) or torch (bfloat16), as float32.
     if dtype == "f16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
@@ -65,7 +57,7 @@ def _all_patterns(dtype: str) -> np.ndarray[Any, Any]:
 
 
 def _same(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
-    """The same bits, signs of zeros included; any NaN for a NaN."""
+    # The same bits, signs of zeros included; any NaN for a NaN.
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got[~nan].view(np.uint32), want[~nan].view(np.uint32))

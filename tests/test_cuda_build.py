@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.native_build import copy_source
+from support.processes import passes, run
 
 from fused_kd import ops
 
@@ -31,20 +33,7 @@ OPERATORS += ["backward", "backward_", "rescale_", "scale_"]
 
 
 def _run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def _copy(target: Path) -> Path:
-    """What is built from: a build leaves files behind."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
-    for name in ("csrc", "fused_kd"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, target)
-    return target
+    return run(*command, cwd=cwd, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +59,8 @@ def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _install(
     python: str, folder: Path, **environment: str
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """From a copy of the source into a folder of its own; that folder."""
-    source, target = _copy(folder / "source"), folder / "installed"
+    # From a copy of the source into a folder of its own; that folder.
+    source, target = copy_source(folder / "source"), folder / "installed"
     command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     done = _run([*command, "--target", str(target), "."], source, MAX_JOBS="2", **environment)
     return target, done
@@ -79,17 +68,16 @@ def _install(
 
 @pytest.fixture(scope="module")
 def package(cuda_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An installation with both modules."""
+    """Return an installation with both modules."""
     build = {"FUSED_KD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     target, done = _install(cuda_python, tmp_path_factory.mktemp("package"), **build)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    passes(done)
     return target
 
 
 def _ask(python: str, package: Path, code: str, *arguments: str) -> str:
     done = _run([python, "-c", code, *arguments], package)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return passes(done)
 
 
 def _module(package: Path) -> Path:
@@ -189,27 +177,27 @@ def test_a_compiler_that_fails_leaves_the_cpu_module(cuda_python: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels compiled alone, by a command that needs no torch."""
+    """Return the kernels compiled alone, by a command that needs no torch."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH")
     folder = tmp_path_factory.mktemp("objects")
     command = [sys.executable, "setup.py", "-q", "cuda_objects", "--output", str(folder / "o")]
     build = {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "2"}
-    done = _run(command, _copy(folder / "source"), **build)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    done = _run(command, copy_source(folder / "source"), **build)
+    passes(done)
     return folder / "o"
 
 
 def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
     cuda_python: str, objects: Path, tmp_path: Path
 ) -> None:
-    source = _copy(tmp_path / "source")
+    source = copy_source(tmp_path / "source")
     # relative to the caller's directory, not to that of setup.py
-    build = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "FUSED_KD_CUDA_OBJECTS": objects.name,
-             "CUDA_HOME": str(tmp_path / "none"), "TORCH_CUDA_ARCH_LIST": ""}  # fmt: skip
+    build = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""}
+    build |= {"FUSED_KD_CUDA_OBJECTS": objects.name, "CUDA_HOME": str(tmp_path / "none")}
     command = [cuda_python, str(source / "setup.py"), "build_ext", "--inplace"]
     done = _run(command, objects.parent, **build)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    passes(done)
     assert "nvcc" not in done.stdout
     code = (
         "import torch, fused_kd._cuda as module; from fused_kd import extension\n"
@@ -239,7 +227,7 @@ needs_cpu_torch = pytest.mark.skipif(
 @pytest.mark.parametrize("build", ["", "0"])
 def test_it_cannot_be_demanded_of_a_cpu_torch(build: str, tmp_path: Path) -> None:
     asked = {"FUSED_KD_CUDA": "1", "FUSED_KD_BUILD": build}
-    done = _run([sys.executable, "setup.py", "build"], _copy(tmp_path / "s"), **asked)
+    done = _run([sys.executable, "setup.py", "build"], copy_source(tmp_path / "s"), **asked)
     assert done.returncode != 0
     assert "torch is not a CUDA build" in done.stderr.splitlines()[-1]
 
@@ -255,9 +243,9 @@ def test_it_cannot_be_demanded_of_a_cpu_torch(build: str, tmp_path: Path) -> Non
 def test_the_cpu_module_does_not_need_it(
     tmp_path: Path, environment: dict[str, str], reason: str
 ) -> None:
-    """Only what is decided: test_build.py compiles the module for the CPU."""
+    # Only what is decided: test_build.py compiles the module for the CPU.
     environment = {"FUSED_KD_CUDA": "", **environment}
-    source = _copy(tmp_path / "s")
+    source = copy_source(tmp_path / "s")
     command = [sys.executable, "setup.py", "build_py", "-d", str(tmp_path / "built")]
     done = _run(command, source, **environment)
     assert done.returncode == 0, done.stderr

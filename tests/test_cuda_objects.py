@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cuda_objects
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.native_build import copy_source
+from support.processes import ROOT, passes, run_python
 
 FLAGS = ["-O3", "-fmad=false"]
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[str]:
-    """A copy of the kernels' sources; the files that are compiled."""
+    """Return a copy of the kernels' sources; the files that are compiled."""
     target = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", target, ignore=shutil.ignore_patterns("__pycache__"))
     return sorted(str(path) for path in (target / "cuda").glob("*.cu"))
@@ -27,7 +24,7 @@ def sources(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, sources: list[str]) -> Path:
-    """Objects, as far as anyone looks at them, and their stamp."""
+    # Objects, as far as anyone looks at them, and their stamp.
     target = tmp_path / "objects"
     target.mkdir()
     for source in sources:
@@ -95,20 +92,16 @@ echo object > "$1"
 
 @pytest.mark.parametrize(("architectures", "threads"), [("9.0", False), ("8.0;9.0+PTX", True)])
 def test_the_command_that_compiles_them(architectures: str, threads: bool, tmp_path: Path) -> None:
-    """One call of nvcc for each file, its architectures at the same time; then the stamp."""
+    # One call of nvcc for each file, its architectures at the same time; then the stamp.
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(NVCC.replace("{folder}", str(tmp_path)))
     nvcc.chmod(0o755)
     notes = {path: path.read_text() for path in (ROOT / "fused_kd").glob("*_not_built.txt")}
-    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "MAX_JOBS": "3",
-                   "TORCH_CUDA_ARCH_LIST": architectures}  # fmt: skip
+    environment = {"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": architectures}
     output = tmp_path / "objects"  # the caller's directory, not that of setup.py
-    command = [sys.executable, str(ROOT / "setup.py"), "cuda_objects", "--output", "objects"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [ROOT / "setup.py", "cuda_objects", "--output", "objects"]
+    passes(run_python(*command, cwd=tmp_path, MAX_JOBS="3", **environment))
     calls = (tmp_path / "calls").read_text().splitlines()
     files = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     assert sorted(call.split()[-3].rpartition("/")[2] for call in calls) == files
@@ -121,20 +114,13 @@ def test_the_command_that_compiles_them(architectures: str, threads: bool, tmp_p
 
 
 def test_any_version_of_setuptools_compiles_in_place(tmp_path: Path) -> None:
-    """Older ones refuse pyproject.toml; only commands that need metadata ask for another."""
-    code = ("import setuptools, sys; setuptools.__version__ = '68.0.0'\n"
-            "import runpy; runpy.run_path('setup.py', run_name='__main__')\n")  # fmt: skip
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("csrc", "fused_kd"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
-        shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    shutil.copy(ROOT / "setup.py", source)
+    # Older ones refuse pyproject.toml; only commands that need metadata ask for another.
+    code = "import runpy, setuptools; setuptools.__version__ = '68.0.0'; "
+    code += "runpy.run_path('setup.py', run_name='__main__')"
+    source = copy_source(tmp_path / "source")
     (source / "pyproject.toml").write_text("[project]\nthis is what they would not read\n")
+    build = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "0"}
     for command, works in (("build_ext", True), ("bdist_wheel", False)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, command], cwd=source, capture_output=True, text=True,
-            env={**os.environ, "FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "0"}, check=False,
-        )  # fmt: skip
+        done = run_python("-c", code, command, cwd=source, **build)
         assert (done.returncode == 0) == works, done.stderr
         assert works or "needs setuptools>=77; got 68.0.0" in done.stderr

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import native_build
 import numpy as np
 import pytest
 import torch
+from support import native_build
+from support.processes import passes, run
+
+#: One worker builds what all of these tests use.
+pytestmark = pytest.mark.xdist_group("the emulator")
 
 SOURCES = native_build.ROOT / "tests" / "cuda_on_cpu"
 # -rdynamic: messages name the kernel. -O0: compiled in half the time.
@@ -27,38 +28,21 @@ RACE = 66  # ThreadSanitizer's exit status
 Programs = dict[str, Path]
 
 
-def _compile(job: tuple[Path, list[str]]) -> None:
-    target, arguments = job
-    command = [native_build.COMPILER, *native_build.FLAGS, "-I", str(SOURCES), *arguments]
-    done = subprocess.run(
-        [*command, "-o", str(target)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def _command(target: Path, *arguments: object) -> list[object]:
+    return [*native_build.FLAGS, "-I", SOURCES, *arguments, "-o", target]
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    native_build.need_compiler()
     folder = tmp_path_factory.mktemp("emulator")
-    jobs = [
-        (folder / name, [*flags, str(SOURCES / "check_emulator.cpp")])
-        for name, flags in BUILDS.items()
-    ]
-    with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:
-        list(pool.map(_compile, jobs[::-1]))  # the slowest are the last
+    source = SOURCES / "check_emulator.cpp"
+    jobs = [_command(folder / name, *flags, source) for name, flags in BUILDS.items()]
+    native_build.compile_all(jobs[::-1])  # the slowest are the last
     return {name: folder / name for name in BUILDS}
 
 
 def _run(program: Path, case: str, seeds: int) -> tuple[int, str]:
-    environment = {**os.environ, "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}"}
-    done = subprocess.run(
-        [str(program), case, str(seeds)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=120,
-    )
+    done = run(program, case, seeds, TSAN_OPTIONS=f"halt_on_error=1:exitcode={RACE}")
     text = done.stdout + done.stderr
     if "unexpected memory mapping" in text:
         pytest.skip("ThreadSanitizer cannot run here: the kernel randomises addresses too widely")
@@ -174,13 +158,11 @@ def test_a_seed_repeats_a_run(programs: Programs) -> None:
 
 @pytest.mark.slow
 def test_without_assembly(tmp_path: Path) -> None:
-    """The stack switch of other processors."""
-    native_build.need_compiler()
-    for build in BUILDS:
-        program = tmp_path / build
-        flags = [*BUILDS[build], "-DEMULATOR_UCONTEXT", str(SOURCES / "check_emulator.cpp")]
-        _compile((program, flags))
-        status, text = _run(program, "none", 8)
+    # The stack switch of other processors.
+    for build, flags in BUILDS.items():
+        source = SOURCES / "check_emulator.cpp"
+        native_build.compile_one(*_command(tmp_path / build, *flags, "-DEMULATOR_UCONTEXT", source))
+        status, text = _run(tmp_path / build, "none", 8)
         assert status == 0, text[-3000:]
         assert "0 wrong\n" in text  # AddressSanitizer adds a general warning about ucontext
 
@@ -192,9 +174,8 @@ Numbers = Callable[[str, np.ndarray], np.ndarray]
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
-    native_build.need_compiler()
     target = tmp_path_factory.mktemp("numbers") / "numbers.so"
-    _compile((target, ["-shared", "-fPIC", str(SOURCES / "check_numbers.cpp")]))
+    native_build.compile_one(*_command(target, "-shared", "-fPIC", SOURCES / "check_numbers.cpp"))
     function = ctypes.CDLL(str(target)).check_numbers
     function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
 
@@ -223,7 +204,7 @@ def test_every_half_is_widened_exactly(numbers: Numbers, name: str, dtype: torch
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_halves_are_rounded_as_torch_does(numbers: Numbers, name: str, dtype: torch.dtype) -> None:
-    """Around every value that is represented and every middle between two, and random words."""
+    # Around every value that is represented and every middle between two, and random words.
     words = np.arange(1 << 16, dtype=np.uint32)
     values = numbers(f"from_{name}", words)
     values = values[np.isfinite(values.view(np.float32))]
@@ -242,7 +223,7 @@ def test_halves_are_rounded_as_torch_does(numbers: Numbers, name: str, dtype: to
 
 
 def test_exponentials(numbers: Numbers) -> None:
-    """Within one unit in the last place of the true value; subnormal numbers are zeros."""
+    # Within one unit in the last place of the true value; subnormal numbers are zeros.
     random = np.random.default_rng(0)
     x = random.uniform(-152, 130, 1 << 20).astype(np.float32)
     x = np.concatenate([x, np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-40], np.float32)])
@@ -259,3 +240,15 @@ def test_exponentials(numbers: Numbers) -> None:
     unit = np.spacing(np.abs(rounded[finite]))
     assert np.max(np.abs(got[finite] - rounded[finite]) / unit) <= 1
     assert not np.any((got != 0) & (np.abs(got) < tiny))
+
+
+# ------------------------------------------------------------------------------------ launching
+
+
+def test_what_a_kernel_may_use_is_set_once_for_each_device(tmp_path: Path) -> None:
+    # A limit set for one launch would be lowered by another thread before it.
+    sources = native_build.ROOT / "tests" / "native"  # a runtime that records what it is asked
+    program, runtime = tmp_path / "check_launching", f"-I{sources / 'fake_runtime'}"
+    flags = [*native_build.FLAGS, runtime]
+    native_build.compile_one(*flags, sources / "check_launching.cpp", "-o", program)
+    assert passes(run(program)) == "ok\n"

@@ -6,16 +6,15 @@ accesses, whatever came first in that run.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import native_build
 import pytest
-from emulated_cuda import FLAGS
+from support import native_build
+from support.emulated_cuda import FLAGS
+from support.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -24,34 +23,22 @@ THREAD = ["-g", "-fsanitize=thread"]
 RACE = 66  # ThreadSanitizer's exit status
 
 
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(
-        command, cwd=native_build.ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def _build(folder: Path, flags: list[str], csrc: Path, kernels: list[str]) -> Path:
-    """The driver with the launchers and these kernel files of a copy of csrc/."""
+    """Compile the driver with the launchers and these kernel files of a copy of csrc/."""
     folder.mkdir()
     files = [DRIVER, *(csrc / "cuda" / name for name in ["launch.cu", *kernels])]
-    common = [native_build.COMPILER, *FLAGS, *flags, f"-I{csrc / 'cuda'}"]
-    objects = [str(folder / f"{file.stem}.o") for file in files]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = zip(files, objects, strict=True)
-        # the largest are the last
-        list(pool.map(_compile, [[*common, "-xc++", "-c", str(f), "-o", o] for f, o in jobs][::-1]))
+    common = [*FLAGS, *flags, f"-I{csrc / 'cuda'}", "-xc++", "-c"]
+    objects = [folder / f"{file.stem}.o" for file in files]
+    jobs = [[*common, file, "-o", to] for file, to in zip(files, objects, strict=True)]
+    native_build.compile_all(jobs[::-1])  # the largest are the last
     program = folder / "check_races"
-    _compile([native_build.COMPILER, *flags, "-rdynamic", *objects, "-o", str(program)])
+    native_build.compile_one(*flags, "-rdynamic", *objects, "-o", program)
     return program
 
 
 def _run(program: Path, seeds: int) -> tuple[int, str]:
     options = {"TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}", "ASAN_OPTIONS": ""}
-    done = subprocess.run(
-        [str(program), str(seeds)], env={**os.environ, **options},
-        capture_output=True, text=True, check=False, timeout=900,
-    )  # fmt: skip
+    done = run(program, seeds, **options)
     text = done.stdout + done.stderr
     if "unexpected memory mapping" in text:
         pytest.skip("ThreadSanitizer cannot run here: the kernel randomises addresses too widely")
@@ -63,7 +50,6 @@ def _run(program: Path, seeds: int) -> tuple[int, str]:
     ("flags", "seeds"), [(THREAD, 1), (native_build.SANITIZE, 2)], ids=["races", "memory"]
 )
 def test_every_launch(tmp_path: Path, flags: list[str], seeds: int) -> None:
-    native_build.need_compiler()
     kernels = ["rows_f32.cu", "rows_bf16.cu"]
     program = _build(tmp_path / "all", flags, native_build.ROOT / "csrc", kernels)
     status, text = _run(program, seeds)
@@ -81,8 +67,7 @@ ORDERING = re.compile(
 
 
 def test_whatever_is_left_out_is_reported(tmp_path: Path) -> None:
-    """Every barrier, arrival and wait, one after another, in a copy."""
-    native_build.need_compiler()
+    # Every barrier, arrival and wait, one after another, in a copy.
     source = (native_build.ROOT / "csrc" / "cuda" / "rows.cuh").read_text()
     places = list(ORDERING.finditer(source))
     assert len(places) >= 18

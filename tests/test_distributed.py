@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_checks import DDP_CHECKS, FSDP_CHECKS
-from processes import failures
+from support.distributed import DDP_CHECKS, FSDP_CHECKS
+from support.processes import failures
 from torch import distributed as dist
 
 from fused_kd.integrations.loop import divide_gradients, global_num_items
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_distributed_data_parallel(ranks: int, tmp_path: Path) -> None:
-    """P10, P47, P50: the gradient's size, hangs, local counts."""
+    # P10, P47, P50: the gradient's size, hangs, local counts.
     assert not (found := failures(DDP_CHECKS, ranks, tmp_path)), "\n".join(found)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fully_shard(ranks: int, tmp_path: Path) -> None:
-    """P57: the lm_head is a DTensor but in the forward of what was sharded."""
+    # P57: the lm_head is a DTensor but in the forward of what was sharded.
     assert not (found := failures(FSDP_CHECKS, ranks, tmp_path)), "\n".join(found)
 
 
@@ -40,7 +40,7 @@ def test_the_count_of_one_process() -> None:
         global_num_items()
     for bad, found in ((None, "NoneType"), (torch.ones(2), r"torch\.float32")):
         with pytest.raises(TypeError, match=f"labels must be tensors of integers; got {found}"):
-            global_num_items(bad)  # type: ignore[arg-type]
+            global_num_items(bad)
 
 
 def test_gradients_are_divided_in_place() -> None:
@@ -58,6 +58,6 @@ def test_gradients_are_divided_in_place() -> None:
         assert before.tolist() == [0.0, 0.0]
     assert without.grad is None
     with pytest.raises(TypeError, match=r"num_items must be a number or a 0-d .*got NoneType"):
-        divide_gradients([with_one], None)  # type: ignore[arg-type]
+        divide_gradients([with_one], None)
     with pytest.raises(ValueError, match=r"num_items must be a number or a 0-d .*got \(2,\)"):
         divide_gradients([with_one], torch.ones(2))

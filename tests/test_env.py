@@ -6,20 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.processes import run_python
 
 from fused_kd import env, extension
 
-ROOT = Path(__file__).resolve().parents[1]
 #: As a first statement: torch cannot be imported.
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
 
 
 def _run(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python("-c", code)
 
 
 def test_without_torch() -> None:
@@ -68,14 +66,6 @@ def test_variables_that_every_call_refuses_are_marked(
     monkeypatch.setattr(extension.cpu, "_tried", True)
     monkeypatch.setenv("FUSED_KD_BACKEND", "cpu")
     assert marked() == ["every call raises: no compiler"]
-
-
-@pytest.mark.skipif(extension.cpu.load() is None, reason=str(extension.cpu.why_not()))
-def test_an_unknown_instruction_set_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-m", "fused_kd.env"]
-    environment = {**os.environ, "FUSED_KD_CPU": "foo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "the cpu backend raises: FUSED_KD_CPU: expected one of " in done.stdout
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

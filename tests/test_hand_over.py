@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from head_helpers import make_heads
-from helpers import DTYPES, V, as_loss, make_ignored
+from support.heads import make_heads
+from support.logits import V, make_ignored
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -19,19 +19,19 @@ Graph = tuple[Tensor, tuple[Tensor, ...]]  # a loss, and what it is differentiat
 
 def from_logits(dtype: torch.dtype, **keywords: Any) -> Graph:
     student, teacher, labels = make_ignored(dtype)
-    return as_loss(kd_loss(student, teacher, labels, **keywords)), (student,)
+    return kd_loss(student, teacher, labels, **keywords), (student,)
 
 
 def from_heads(dtype: torch.dtype, **keywords: Any) -> Graph:
     heads = make_heads(rows=12, dtype=dtype)
     loss = kd_loss(heads.student_side, heads.teacher_side, heads.labels, chunk_rows=5, **keywords)
-    return as_loss(loss), heads.student
+    return loss, heads.student
 
 
 def from_logits_and_a_head(dtype: torch.dtype, **keywords: Any) -> Graph:
     student, _, labels = make_ignored(dtype)
     head = Head(torch.randn(len(labels), 4).to(dtype), torch.randn(V, 4).to(dtype))
-    return as_loss(kd_loss(student, head, labels, chunk_rows=2, **keywords)), (student,)
+    return kd_loss(student, head, labels, chunk_rows=2, **keywords), (student,)
 
 
 LEVELS = pytest.mark.parametrize("make", [from_logits, from_heads, from_logits_and_a_head])
@@ -57,7 +57,6 @@ def in_threads(function: Callable[[], Any]) -> list[Any]:
 
 
 @LEVELS
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_threads_in_the_backward_of_one_graph(
     backend: str, dtype: torch.dtype, make: Callable[..., Graph]
 ) -> None:
@@ -65,7 +64,7 @@ def test_two_threads_in_the_backward_of_one_graph(
     for _ in range(5):
         loss, inputs = make(dtype, backend=backend)
         found = in_threads(
-            lambda loss=loss, inputs=inputs: torch.autograd.grad(  # type: ignore[misc]
+            lambda loss=loss, inputs=inputs: torch.autograd.grad(
                 loss, inputs, upstream, retain_graph=True
             )
         )
@@ -75,12 +74,11 @@ def test_two_threads_in_the_backward_of_one_graph(
                 torch.testing.assert_close(got, 2 * want, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place_one_of_two_threads_raises(backend: str, dtype: torch.dtype) -> None:
     student, teacher, labels = make_ignored(dtype)
-    want = torch.autograd.grad(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
+    want = torch.autograd.grad(kd_loss(student, teacher, labels, backend=backend), student)
     logits = student * 1.0
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
+    loss = kd_loss(logits, teacher, labels, inplace=True, backend=backend)
     found = in_threads(
         lambda: torch.autograd.grad(loss, logits, torch.tensor(2.0), retain_graph=True)[0].clone()
     )
@@ -92,11 +90,10 @@ def test_in_place_one_of_two_threads_raises(backend: str, dtype: torch.dtype) ->
 
 @LEVELS
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_batch_of_upstream_gradients(
     backend: str, dtype: torch.dtype, reduction: str, make: Callable[..., Graph]
 ) -> None:
-    """torch.autograd.functional.jacobian(vectorize=True) does this."""
+    # torch.autograd.functional.jacobian(vectorize=True) does this.
     loss, inputs = make(dtype, backend=backend, reduction=reduction)
     upstream = torch.rand(3, *loss.shape)
     torch.autograd.grad(loss, inputs, upstream[0], retain_graph=True)  # takes the first gradient
@@ -108,21 +105,17 @@ def test_a_batch_of_upstream_gradients(
 
 
 @LEVELS
-def test_a_batch_leaves_the_first_gradient_alone(backend: str, make: Callable[..., Graph]) -> None:
+@pytest.mark.parametrize("by_vmap", [False, True])
+def test_a_batch_leaves_the_first_gradient_alone(
+    backend: str, by_vmap: bool, make: Callable[..., Graph]
+) -> None:
     loss, inputs = make(torch.float32, backend=backend)
-    upstream = torch.tensor([2.0, 4.0])
-    batch = torch.autograd.grad(loss, inputs, upstream, is_grads_batched=True, retain_graph=True)
-    for got, want in zip(batch, torch.autograd.grad(loss, inputs), strict=True):
-        torch.testing.assert_close(got, torch.stack([2 * want, 4 * want]))
 
+    def backward(upstream: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, inputs, upstream, retain_graph=True, **keywords)
 
-@LEVELS
-def test_vmap_over_the_backward(backend: str, make: Callable[..., Graph]) -> None:
-    loss, inputs = make(torch.float32, backend=backend)
     upstream = torch.tensor([2.0, 4.0])
-    batch = torch.vmap(lambda one: torch.autograd.grad(loss, inputs, one, retain_graph=True))(
-        upstream
-    )
+    batch = torch.vmap(backward)(upstream) if by_vmap else backward(upstream, is_grads_batched=True)
     for got, want in zip(batch, torch.autograd.grad(loss, inputs), strict=True):
         torch.testing.assert_close(got, torch.stack([2 * want, 4 * want]))
 
@@ -142,7 +135,7 @@ def test_a_batch_is_not_differentiated_again(
 def test_a_batch_in_place_is_refused(backend: str) -> None:
     student, teacher, labels = make_ignored()
     logits = student * 1.0
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
+    loss = kd_loss(logits, teacher, labels, inplace=True, backend=backend)
     with pytest.raises(RuntimeError, match=r"a batch of upstream gradients .*: pass inplace=False"):
         torch.autograd.grad(loss, logits, torch.ones(2), is_grads_batched=True)
 
@@ -152,10 +145,10 @@ def test_transforms_of_torch_func_are_refused(backend: str) -> None:
     heads = make_heads()
 
     def on_logits(x: Tensor) -> Tensor:
-        return as_loss(kd_loss(x, teacher, labels, backend=backend))
+        return kd_loss(x, teacher, labels, backend=backend)
 
     def on_hidden(x: Tensor) -> Tensor:
-        return as_loss(kd_loss(Head(x, heads.weight), heads.teacher_side, heads.labels))
+        return kd_loss(Head(x, heads.weight), heads.teacher_side, heads.labels)
 
     for function, x in ((on_logits, student), (on_hidden, heads.hidden.detach())):
         for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):

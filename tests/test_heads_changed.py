@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, SmallLM
+from support.models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
 from fused_kd import KDLoss
@@ -67,7 +67,7 @@ def _capped_in_training(head: nn.Module, inputs: Any, logits: Tensor) -> Tensor 
 
 def _assigned_forward(head: nn.Linear) -> None:
     forward = head.forward
-    head.forward = lambda hidden: 3 * torch.tanh(forward(hidden) / 3)  # type: ignore[method-assign]
+    head.forward = lambda hidden: 3 * torch.tanh(forward(hidden) / 3)
 
 
 RIGHT: dict[str, Change] = {
@@ -95,7 +95,6 @@ REFUSED: dict[str, tuple[Change, str]] = {
 def _outcome(model: StudentTeacherLoss) -> tuple[Tensor, ...]:
     model.train()
     loss = model(input_ids=IDS, labels=LABELS)
-    assert isinstance(loss, Tensor)
     trained = list(model.student.parameters())
     return loss.detach(), *(
         torch.zeros(()) if g is None else g
@@ -117,29 +116,28 @@ def _changed(heads: bool, which: str, change: Change) -> StudentTeacherLoss:
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("change", RIGHT)
 @pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
-def test_a_changed_weight_is_used_N_26(which: str, change: str) -> None:
+def test_a_changed_weight_is_used(which: str, change: str) -> None:
     want, got = (_outcome(_changed(heads, which, RIGHT[change])) for heads in (False, True))
     plain = _outcome(_changed(True, which, lambda head: None))
     assert (got[0] - plain[0]).abs() > 1e-4
-    for mine, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_parametrization_is_trained_N_26() -> None:
-    """As an adapter of low rank is: its parameters get the gradients, the frozen weight none."""
+def test_a_parametrization_is_trained() -> None:
+    # As an adapter of low rank is: its parameters get the gradients, the frozen weight none.
     want, got = (
         _outcome(_changed(heads, "student", _parametrized(_LowRank))) for heads in (False, True)
     )
-    adapter = [(mine, theirs) for mine, theirs in zip(got, want, strict=True) if mine.shape in
-               ((VOCABULARY, 2), (2, 16))]  # fmt: skip
+    shapes = ((VOCABULARY, 2), (2, 16))
+    adapter = [pair for pair in zip(got, want, strict=True) if pair[0].shape in shapes]
     assert len(adapter) == 2
     for mine, theirs in adapter:
         assert mine.norm() > 1e-3
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_an_adapter_of_a_tied_embedding_is_not_the_heads_N_26() -> None:
-    """As with PEFT: the embedding is adapted, the head multiplies by the shared weight alone."""
+def test_an_adapter_of_a_tied_embedding_is_not_the_heads() -> None:
+    # As with PEFT: the embedding is adapted, the head multiplies by the shared weight alone.
     outcomes = []
     for heads in (False, True):
         torch.manual_seed(0)
@@ -155,14 +153,14 @@ def test_an_adapter_of_a_tied_embedding_is_not_the_heads_N_26() -> None:
 
 @pytest.mark.parametrize("change", REFUSED)
 @pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
-def test_a_changed_output_is_refused_N_26(which: str, change: str) -> None:
+def test_a_changed_output_is_refused(which: str, change: str) -> None:
     register, name = REFUSED[change]
     with pytest.raises(TypeError, match=f"SmallLM: .* found {name} on it.*heads=False"):
         _outcome(_changed(True, which, register))
     _outcome(_changed(False, which, register))  # the logits are the model's own
 
 
-def test_what_leaves_a_head_out_is_no_change_N_26() -> None:
+def test_what_leaves_a_head_out_is_no_change() -> None:
     model = SmallLM(0)
     undo = bypass_head(model)
     assert scale_of(model) == 1.0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES
+from support.logits import DTYPES
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -103,7 +103,7 @@ def _side(tensors: list[Tensor | None], temperature: float) -> Side:
 
 
 def _within(got: Tensor, exact: Tensor, error: Tensor, may_overflow: Tensor) -> bool:
-    """Whether `got` is `exact` up to `error` and its own dtype's rounding, underflow included."""
+    """Return whether `got` is `exact` up to `error` and its dtype's rounding and underflow."""
     limits = torch.finfo(got.dtype)
     allowed = error + limits.eps * exact.abs() + limits.smallest_normal
     is_near = (got.double() - exact).abs() <= allowed
@@ -116,8 +116,8 @@ def _check(case: Drawn, backend: str) -> int:
     leaves = [None if x is None else x.clone().requires_grad_() for x in case.student]
     _, weight, bias = leaves
     losses = kd_loss(
-        Head(*leaves),  # type: ignore[arg-type]
-        Head(*case.teacher),  # type: ignore[arg-type]
+        Head(*leaves),
+        Head(*case.teacher),
         hard_weight=0.0,
         soft_weight=1.0,
         divergence="tvd",
@@ -126,7 +126,6 @@ def _check(case: Drawn, backend: str) -> int:
         chunk_rows=case.chunk_rows,
         backend=backend,
     )
-    assert isinstance(losses, Tensor)
     given = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad(losses, given, case.upstream.float())
 
@@ -152,7 +151,7 @@ def _check(case: Drawn, backend: str) -> int:
     x, w = (tensor.detach().double() for tensor in given[:2])
     assert x is not None
     largest, rounding = by_logits.abs() + moved, (p.shape[1] + len(p)) * EPS
-    rounding += 2**-8 if weight.dtype == torch.bfloat16 else 0.0  # type: ignore[union-attr]
+    rounding += 2**-8 if weight.dtype == torch.bfloat16 else 0.0
     wild_row, wild_any = wild[:, None], wild.any()
     bound = largest @ w.abs()
     error = moved @ w.abs() + rounding * bound
@@ -178,7 +177,7 @@ def test_tvd_of_any_heads(cases: int, backend: str) -> None:
 
 
 def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str) -> None:
-    """Products of finite numbers: +inf is NaN in its row, -inf is a probability of 0 or absent."""
+    # Products of finite numbers: +inf is NaN in its row, -inf is a probability of 0 or absent.
     up, down = 2.0**100, -(2.0**100)
     hidden = torch.tensor([[1.0, 0.0], [up, 0.0], [down, 0.0], [0.0, down]], requires_grad=True)
     weight = torch.tensor([[0.5, 0.0], [up, up], [0.0, 0.25]], requires_grad=True)
@@ -186,8 +185,7 @@ def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str)
     head = torch.tensor([[0.25, 0.0], [0.125, up], [0.0, 0.5]])
     options = {"hard_weight": 0.0, "soft_weight": 1.0, "divergence": "tvd", "backend": backend}
     sides = Head(hidden, weight), Head(taught, head)
-    loss = kd_loss(*sides, reduction="none", chunk_rows=2, **options)  # type: ignore[arg-type]
-    assert isinstance(loss, Tensor)
+    loss = kd_loss(*sides, reduction="none", chunk_rows=2, **options)
     with torch.no_grad():
         logits, teacher = hidden @ weight.t(), taught @ head.t()
     assert logits[:, 1].tolist() == [up, math.inf, -math.inf, -math.inf]
@@ -201,7 +199,6 @@ def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str)
     assert by_hidden.isnan().any(1).tolist() == [False, True, False, False]
     assert by_weight.isnan().all()  # a sum over the rows
     labels = torch.tensor([0, -100, 0, 0])
-    got = kd_loss(*sides, labels, chunk_rows=2, **options)  # type: ignore[arg-type]
-    assert isinstance(got, Tensor)
+    got = kd_loss(*sides, labels, chunk_rows=2, **options)
     for gradient in (got.detach(), *torch.autograd.grad(got, (hidden, weight))):
         assert gradient.isfinite().all()  # an ignored row leaks nothing

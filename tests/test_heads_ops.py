@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from head_helpers import H_S, H_T, make_heads
+from support.heads import H_S, H_T, make_heads
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import Head, kd_loss
@@ -85,7 +86,6 @@ def test_flop_counter_mode_counts_the_products(wanted: tuple[bool, bool], reduct
                 soft_weight=soft_weight,
                 reduction=reduction,
             )
-            assert isinstance(loss, Tensor)
             if any(wanted):
                 loss.sum().backward()
         again = 2 if reduction == "none" and any(wanted) else 1  # the logits, in the backward
@@ -93,14 +93,30 @@ def test_flop_counter_mode_counts_the_products(wanted: tuple[bool, bool], reduct
         assert counter.get_total_flops() == want
 
 
-def test_flop_counter_mode_counts_the_teachers_product_beside_the_students_logits() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_next_to_a_head_are_an_operator(inplace: bool) -> None:
+    # A mode that counts or fakes operators sees it.
     heads = make_heads()
     logits = F.linear(*heads.student)
     with FlopCounterMode(display=False) as counter:
-        loss = kd_loss(logits, heads.teacher_side, heads.labels)
-        assert isinstance(loss, Tensor)
+        loss = kd_loss(logits, heads.teacher_side, heads.labels, inplace=inplace)
         torch.autograd.grad(loss, logits)
     assert counter.get_total_flops() == 2 * logits.numel() * H_T
+    with FakeTensorMode() as mode:
+        fake, hidden, weight, labels = map(
+            mode.from_tensor, (heads.bias.expand(37, 131), *heads.teacher, heads.labels)
+        )
+        assert kd_loss(fake * 1, Head(hidden, weight), labels, inplace=inplace).shape == ()
+
+
+def test_a_weight_that_underflows_reports_its_term() -> None:
+    heads = make_heads()
+    options = {"hard_weight": 1e-30, "soft_weight": 1.0, "return_parts": True}
+    small = heads.student_side._replace(scale=1e-16)
+    got = kd_loss(small, heads.teacher_side, heads.labels, **options)
+    logits = 1e-16 * F.linear(*heads.student)
+    want = kd_loss(logits, heads.teacher_side, heads.labels, **options)
+    torch.testing.assert_close(got.hard, want.hard)
 
 
 def test_a_row_counts_if_either_of_its_terms_does() -> None:

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fast import formula_of
-from head_helpers import (
+from support.backends import formula_of
+from support.heads import (
     H_S,
     Heads,
     Outcome,
     distance,
     make_heads,
     multiply_as_on_cuda,
+    near,
     ours,
     truth,
 )
-from helpers import DTYPES, as_loss
+from support.logits import identical
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +37,6 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return multiply_as_on_cuda(monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda(dtype: torch.dtype, as_on_cuda: list[tuple[Any, ...]]) -> None:
     heads = make_heads(dtype=dtype)
     heads.labels[::3] = -100
@@ -65,14 +65,13 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
         as_on_cuda.clear()
         got = ours(heads, kept_rows=bound)
         assert sum(call[0][0] for call in as_on_cuda if call[1] == (24, 131)) == bound
-        for mine, exact in zip(got, want, strict=True):
-            assert distance(mine, exact) < 1e-6
+        near(got, want, 1e-6)
 
 
 def test_cuda_too_few_kept_rows_are_not_a_number(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the host does not look, rows must not be left out silently."""
+    # Where the host does not look, rows must not be left out silently.
     monkeypatch.setattr(checks, "_check_kept_rows", lambda *arguments: None)
     heads = make_heads()
     assert ours(heads, kept_rows=37).loss.isfinite()
@@ -88,8 +87,7 @@ def test_cuda_autocast_casts_tiles(
         got = ours(heads)
     assert max(call[1][1] for call in as_on_cuda if call[0] == (37, 24)) == 50
     assert {call[2] for call in as_on_cuda} == {torch.bfloat16}
-    for mine, exact in zip(got, truth(heads), strict=True):
-        assert distance(mine, exact) < 2e-2
+    near(got, truth(heads), 2e-2)
 
 
 def test_cuda_float16_is_scaled_before_the_operand_is_rounded(
@@ -99,8 +97,7 @@ def test_cuda_float16_is_scaled_before_the_operand_is_rounded(
     with torch.autocast("cpu", torch.float16):
         got = ours(heads, torch.tensor(2.0**16), num_items=2.0**26)
     want = truth(heads, torch.tensor(2.0**16), num_items=2.0**26)
-    for mine, exact in zip(got, want, strict=True):
-        assert distance(mine, exact) < 2e-3
+    near(got, want, 2e-3)
 
 
 def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any, ...]]) -> None:
@@ -109,15 +106,14 @@ def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any,
     student, accumulate = heads.student_side, torch.bfloat16
     loss = kd_loss(student, logits, heads.labels, chunk_rows=16, grad_accum_dtype=accumulate)
     want = truth(heads)
-    for mine, exact in zip(torch.autograd.grad(loss, heads.student), want[1:], strict=True):
-        assert distance(mine, exact) < 2e-2
+    near(torch.autograd.grad(loss, heads.student), want[1:], 2e-2)
     assert (torch.bfloat16, torch.bfloat16) in {call[2:4] for call in as_on_cuda}
 
 
 def _rounded_by_a_kernel_of_its_own(
     heads: Heads, teacher: tuple[Tensor, Tensor] | Tensor | None, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by hidden states and weight, by way of a float32 gradient of the logits."""
+    """Return the gradients by hidden states and weight, from float32 ones of the logits."""
     dtype, rows = heads.hidden.dtype, heads.hidden.shape[0]
     hidden, weight = heads.hidden.detach(), heads.weight.detach()
     formula = formula_of()
@@ -150,7 +146,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     first_part: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit, although the gradient may take the place of logits not visited yet."""
+    # Bit for bit, although the gradient may take the place of logits not visited yet.
     monkeypatch.setattr(driver, "FIRST_PART", first_part)
     heads = make_heads(dtype=dtype)
     logits = F.linear(*heads.teacher).float()
@@ -164,12 +160,11 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     got = torch.autograd.grad(loss, (heads.hidden, heads.weight))
     plain = heads.teacher if given == "head" else teacher
     want = _rounded_by_a_kernel_of_its_own(heads, plain, chunk_rows)
-    for mine, theirs in zip(got, want, strict=True):
-        assert torch.equal(mine, theirs)
+    identical(got, want)
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors share no memory: a kernel reads while it writes."""
+    """Return whether two contiguous tensors share no memory: a kernel reads while it writes."""
     (a_begin, a_end), (b_begin, b_end) = ((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (a, b))
     return a_end <= b_begin or b_end <= a_begin
 
@@ -180,7 +175,7 @@ def _apart(a: Tensor, b: Tensor) -> bool:
 def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
     dtype: torch.dtype, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row kernel rounds the others; and no buffer but the logits' own with a teacher's head."""
+    # The row kernel rounds the others; and no buffer but the logits' own with a teacher's head.
     visits: list[tuple[int, bool, torch.dtype]] = []
     buffers: list[driver._HeadChunk] = []
 
@@ -221,13 +216,13 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
 
 
 def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
-    """What sizes are computed from."""
+    """Return what sizes are computed from."""
     given = teacher
     if isinstance(teacher, Head):
         given = products.Projection(*teacher[:3], torch.bfloat16)
     return driver.Problem(
         student=products.Projection(*student[:3], torch.bfloat16),
-        teacher=given,  # type: ignore[arg-type]
+        teacher=given,
         labels=None,
         w_hard=None,
         w_soft=None,
@@ -250,8 +245,7 @@ def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
 def test_cuda_memory_of_a_chunk(
     given: str, gathered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the height of a chunk is computed from is what a chunk takes."""
-
+    # What the height of a chunk is computed from is what a chunk takes.
     def mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
         """Allocate nothing."""
         torch.ops.fused_kd.product_(out, a, b, None, torch.bfloat16, False, add)
@@ -285,28 +279,27 @@ def test_cuda_memory_of_a_chunk(
 
 @pytest.mark.parametrize("kept_rows", [None, 24, 30])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("as_on_cuda")
 def test_cuda_student_logits(dtype: torch.dtype, inplace: bool, kept_rows: int | None) -> None:
-    """Ignored rows, which are not numbers, are masked, or left out as far as kept_rows says."""
+    # Ignored rows, which are not numbers, are masked, or left out as far as kept_rows says.
     heads = make_heads(dtype=dtype)
     heads.labels[::3] = -100
     logits = F.linear(*heads.student).detach().requires_grad_()
     exact = logits.detach().double().requires_grad_()
     whole = F.linear(*(x.double() for x in heads.teacher))
-    want = as_loss(kd_loss(exact, whole, heads.labels, backend="reference"))
+    want = kd_loss(exact, whole, heads.labels, backend="reference")
     want.backward()
     with torch.no_grad():
         logits[::3] = torch.nan
         heads.teacher_hidden[::3] = torch.inf
     keywords: dict[str, Any] = {"chunk_rows": 10, "kept_rows": kept_rows, "inplace": inplace}
     given = logits * 1 if inplace else logits
-    loss = as_loss(kd_loss(given, heads.teacher_side, heads.labels, **keywords))
+    loss = kd_loss(given, heads.teacher_side, heads.labels, **keywords)
     (got,) = torch.autograd.grad(loss, logits)
     assert got.dtype == dtype
     assert not got[::3].any()
     assert distance(loss.detach(), want.detach()) <= 1e-6
-    assert distance(got, exact.grad) <= 1e-6 + torch.finfo(dtype).eps  # type: ignore[arg-type]
+    assert distance(got, exact.grad) <= 1e-6 + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -314,14 +307,13 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     heads = make_heads(dtype=dtype)
     sides = Head(*heads.student, scale=-0.3), Head(*heads.teacher, heads.bias.detach(), 1.7)
     student, teacher = (x.scale * F.linear(*x.to(torch.float64)[:3]) for x in sides)
-    want = as_loss(kd_loss(student, teacher, heads.labels, backend="reference"))
+    want = kd_loss(student, teacher, heads.labels, backend="reference")
     exact = torch.autograd.grad(want, heads.student)
     multiply_as_on_cuda(monkeypatch)
-    loss = as_loss(kd_loss(*sides, heads.labels, chunk_rows=10))
+    loss = kd_loss(*sides, heads.labels, chunk_rows=10)
     assert distance(loss.detach(), want.detach()) < 1e-6
     eps = torch.finfo(dtype).eps
-    for mine, theirs in zip(torch.autograd.grad(loss, heads.student), exact, strict=True):
-        assert distance(mine, theirs) <= 1e-6 + 2 * eps
+    near(torch.autograd.grad(loss, heads.student), exact, 1e-6 + 2 * eps)
 
 
 class _NothingWaits(TorchDispatchMode):
@@ -340,7 +332,7 @@ class _NothingWaits(TorchDispatchMode):
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """The first rows of each of 4 sequences: the leading dimensions do not fold."""
+    """Return the first rows of each of 4 sequences: the leading dimensions do not fold."""
     return F.pad(x.view(4, 9, -1), (0, 0, 0, 1), value=torch.nan)[:, :-1]
 
 
@@ -375,8 +367,7 @@ def test_nothing_waits_for_the_device(
     with _NothingWaits():
         loss = kd_loss(student, teacher, labels, chunk_rows=10, kept_rows=kept_rows)
         got = torch.autograd.grad(loss, heads.student)
-    for mine, exact in zip((loss, *got), truth(heads), strict=True):
-        assert distance(mine, exact) < 1e-6
+    near((loss, *got), truth(heads), 1e-6)
 
 
 def test_a_single_row_whose_entries_lie_apart() -> None:
@@ -387,8 +378,7 @@ def test_a_single_row_whose_entries_lie_apart() -> None:
     student = Head(apart, heads.weight, heads.bias)
     loss = kd_loss(student, heads.teacher_side.rows(0), heads.labels[0])
     got = torch.autograd.grad(loss, heads.student)
-    for mine, exact in zip((loss, *got), truth(heads), strict=True):
-        assert distance(mine, exact) < 1e-6
+    near((loss, *got), truth(heads), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -424,7 +414,7 @@ def test_products_of_each_backend() -> None:
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch has no CUDA kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_torch_adds_16_bit_products_to_float32(dtype: torch.dtype) -> None:
-    """Before torch 2.10 the CUDA kernel refused it. Its checks run without a device, too."""
+    # Before torch 2.10 the CUDA kernel refused it. Its checks run without a device, too.
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     a, b, out = torch.zeros(3, 4, dtype=dtype), torch.zeros(4, 5, dtype=dtype), torch.zeros(3, 5)
     add = torch.ops.aten.addmm.dtype_out

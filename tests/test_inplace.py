@@ -1,57 +1,131 @@
-"""inplace=True: the gradient over the student's memory, and every way to refuse it."""
+"""inplace=True: the gradient over the student's memory, next to a teacher's logits or Head.
+
+What is refused before anything is written is in test_bad_input.py.
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, TOLERANCE, N, V, as_loss, gradient, grown, make_ignored
+from support.logits import TOLERANCE, gradient
+from torch import Tensor
 
-from fused_kd import kd_loss
-from fused_kd.testing import eager_kd_loss
+from fused_kd import Head, kd_loss
+from fused_kd.sides import Side
+
+B, S, V, H = 3, 4, 57, 10
+TEACHERS = pytest.mark.parametrize("kind", ["logits", "head"])
+
+#: (B, S, V) logits of a model from a larger tensor; the last two do not collapse to rows (N, V).
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda x: x[:, 1:, :-3].contiguous(),
+    "rows with a gap": lambda x: x.flatten(0, 1)[:12, :V].unflatten(0, (B, S)),
+    "a slice of the sequence": lambda x: x[:, :-1, 3:],
+    "batch and sequence exchanged": lambda x: x.transpose(0, 1)[:B, :S, :V],
+}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 2.0, -0.7])
-def test_in_place_gives_the_same_gradient_in_the_students_memory(
-    backend: str, dtype: torch.dtype, scale: float
+def make(
+    kind: str, dtype: torch.dtype = torch.float32, view: str = "whole"
+) -> tuple[Tensor, Tensor, Side, Tensor]:
+    """Return a leaf, the logits that are computed of it, a teacher, labels with ignored rows."""
+    shape = (S, B, V + 3) if "exchanged" in view else (B, S + 1, V + 3)
+    leaf = (2 * torch.randn(shape)).to(dtype).requires_grad_()
+    head = Head(torch.randn(B, S, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V))
+    labels = torch.randint(V, (B, S))
+    labels[0, 1] = labels[2, :2] = -100
+    teacher = head if kind == "head" else torch.randn(B, S, V).to(dtype)
+    return leaf, VIEWS[view](leaf * 1.0), teacher, labels
+
+
+def run(student: Tensor, teacher: Side, labels: Tensor, **keywords: Any) -> Tensor:
+    chunks = {"chunk_rows": 5} if isinstance(teacher, Head) else {}
+    return kd_loss(student, teacher, labels, **{"temperature": 2.0, **chunks, **keywords})
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("scale", "ignored"), [(1.0, True), (-0.3, True), (-0.3, False)])
+@TEACHERS
+def test_in_place_equals_out_of_place(
+    backend: str, kind: str, scale: float, ignored: bool, view: str, dtype: torch.dtype
 ) -> None:
-    student, teacher, labels = make_ignored(dtype)
-    want = gradient(scale * as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
-    logits = student * 1.0
-    address = logits.data_ptr()
-    loss = scale * as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
-    (got,) = torch.autograd.grad(loss, logits)
-    assert got.data_ptr() == address
-    # a scale is applied to the rounded gradient of 16 bits here: one more rounding
-    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+    leaf, logits, teacher, labels = make(kind, dtype, view)
+    if not ignored:  # the rows of a chunk then follow each other
+        labels = labels.clamp(min=0)
+    before = logits.detach().clone()
+    out_of_place = scale * run(logits, teacher, labels, backend=backend)
+    want, by_leaf = torch.autograd.grad(out_of_place, (logits, leaf), retain_graph=True)
+    assert torch.equal(logits, before)
+    alone = before.contiguous().requires_grad_()
+    loss = scale * run(alone, teacher, labels, backend=backend)
+    assert torch.equal(loss, out_of_place)
+    assert torch.equal(gradient(loss, alone), want)
+    loss = scale * run(logits, teacher, labels, inplace=True, backend=backend)
+    assert torch.equal(loss, out_of_place)
+    # over a teacher's logits, a scale is applied to the rounded gradient: one more rounding
+    exact = {"rtol": 0, "atol": 0} if kind == "head" or scale == 1 else TOLERANCE[dtype]
+    # not by the logits: a view whose memory was written to has another node in the graph
+    torch.testing.assert_close(gradient(loss, leaf), by_leaf, **exact)
+    torch.testing.assert_close(logits.detach(), want, **exact)
+    assert not want[labels == -100].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_place_reaches_the_leaf(backend: str, dtype: torch.dtype) -> None:
-    student, teacher, labels = make_ignored(dtype)
-    want = gradient(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
-    loss = as_loss(kd_loss(student * 1.0, teacher, labels, inplace=True, backend=backend))
-    torch.testing.assert_close(gradient(loss, student), want, **TOLERANCE[dtype])
+@TEACHERS
+def test_only_the_slice_is_written(backend: str, kind: str, dtype: torch.dtype) -> None:
+    leaf, _, teacher, labels = make(kind, dtype)
+    whole = leaf * 1.0
+    part = VIEWS["a slice of the sequence"](whole)
+    gradient(run(part, teacher, labels, inplace=True, backend=backend), leaf)
+    rest = torch.ones(whole.shape, dtype=torch.bool)
+    rest[:, :-1, 3:] = False
+    assert torch.equal(whole[rest], leaf[rest])
+    assert not torch.equal(whole[~rest], leaf[~rest])
 
 
-def test_in_place_bumps_the_version_so_that_saved_values_raise_R_18(backend: str) -> None:
-    student, teacher, labels = make_ignored()
-    logits = student * 1.0
-    probabilities = logits.square()  # saves logits
-    version = logits._version
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
+@TEACHERS
+def test_the_gradient_has_the_memory_of_the_logits_and_is_given_once(
+    backend: str, kind: str, dtype: torch.dtype
+) -> None:
+    _, logits, teacher, labels = make(kind, dtype)
+    loss = run(logits, teacher, labels, inplace=True, backend=backend)
+    assert gradient(loss, logits, retain_graph=True).data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="a second backward after inplace=True"):
+        gradient(loss, logits)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward_out_of_place_gives_the_same(
+    backend: str, dtype: torch.dtype, reduction: str
+) -> None:
+    # Next to a Head; of logits it is in test_autograd.py.
+    _, logits, teacher, labels = make("head", dtype, "a slice of the sequence")
+    loss = run(logits, teacher, labels, reduction=reduction, backend=backend)
+    upstream = torch.full(loss.shape, 2.0)
+    first = gradient(loss, logits, upstream, retain_graph=True)
+    kept = first.clone()
+    second = gradient(loss, logits, upstream, retain_graph=True)
+    assert torch.equal(first, kept)
+    assert torch.equal(second, gradient(loss, logits, upstream))
+    torch.testing.assert_close(second, first, **TOLERANCE[dtype])
+
+
+@TEACHERS
+def test_values_that_autograd_saved_before_raise(backend: str, kind: str) -> None:
+    _, logits, teacher, labels = make(kind)
+    squares, version = logits.square(), logits._version
+    loss = run(logits, teacher, labels, inplace=True, backend=backend)
     assert logits._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss + probabilities.sum()).backward()
+        (loss + squares.sum()).backward()
 
 
-def test_a_write_between_forward_and_backward_raises(backend: str) -> None:
-    student, teacher, labels = make_ignored()
-    logits = student * 1.0
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
+@TEACHERS
+def test_a_write_between_forward_and_backward_raises(backend: str, kind: str) -> None:
+    _, logits, teacher, labels = make(kind)
+    loss = run(logits, teacher, labels, inplace=True, backend=backend)
     with torch.no_grad():
         logits.zero_()
     with pytest.raises(RuntimeError, match=r"an input of the loss was written to .* inplace=True"):
@@ -59,132 +133,37 @@ def test_a_write_between_forward_and_backward_raises(backend: str) -> None:
 
 
 def test_two_slices_of_one_tensor_raise_and_name_inplace(backend: str) -> None:
-    student, teacher, labels = make_ignored()
-    logits, half = student * 1.0, N // 2
-    for part in (slice(0, half), slice(half, N)):  # one slice alone works
-        loss = kd_loss(logits[part], teacher[part], labels[part], inplace=True, backend=backend)
-        if part.start == 0:
-            first = as_loss(loss)
-    as_loss(loss).backward(retain_graph=True)
+    _, logits, teacher, labels = make("logits")
+    first, second = (
+        run(logits[part], teacher[part], labels[part], inplace=True, backend=backend)
+        for part in (slice(0, 1), slice(1, 3))
+    )
+    second.backward(retain_graph=True)  # one slice alone works
     with pytest.raises(RuntimeError, match=r"inplace=True.* another slice of the same tensor"):
         first.backward()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_second_backward_in_place_raises(backend: str, dtype: torch.dtype) -> None:
-    student, teacher, labels = make_ignored(dtype)
-    logits = student * 1.0
-    loss = as_loss(kd_loss(logits, teacher, labels, inplace=True, backend=backend))
-    torch.autograd.grad(loss, logits, retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward after inplace=True"):
-        torch.autograd.grad(loss, logits)
-
-
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_in_place_writes_nothing_without_gradients(backend: str, context: Any) -> None:
-    student, teacher, labels = make_ignored()
-    before = student.detach().clone()
+@TEACHERS
+def test_nothing_is_written_without_gradients(backend: str, kind: str, context: Any) -> None:
+    _, logits, teacher, labels = make(kind)
+    before, version = logits.detach().clone(), logits._version
     with context():
-        loss = kd_loss(student, teacher, labels, inplace=True, backend=backend)
-    assert torch.equal(student, before)
-    torch.testing.assert_close(loss, eager_kd_loss(student, teacher, labels).detach())
-    plain = student.detach().expand(N, V)
-    kd_loss(plain, teacher, labels, inplace=True, backend=backend)
-    assert torch.equal(plain, before)
+        loss = run(logits, teacher, labels, inplace=True, backend=backend)
+    detached = run(logits.detach(), teacher, labels, inplace=True, backend=backend)
+    expanded = logits.detach()[:1].expand(logits.shape)  # entries share memory
+    run(expanded, teacher, labels, inplace=True, backend=backend)
+    assert torch.equal(logits, before)
+    assert logits._version == version
+    want = run(logits, teacher, labels, backend=backend)
+    assert torch.equal(loss, want)
+    assert torch.equal(detached, want)
 
 
-def test_in_place_in_a_view_of_the_students_memory(backend: str) -> None:
-    student, teacher, labels = make_ignored()
-    want = gradient(as_loss(kd_loss(student, teacher, labels, backend=backend)), student)
-    wide = torch.cat([student, torch.zeros(N, 5)], 1)
-    loss = as_loss(kd_loss(wide[:, :V], teacher, labels, inplace=True, backend=backend))
-    assert torch.equal(wide[:, V:], torch.zeros(N, 5))
-    torch.testing.assert_close(gradient(loss, student), want, **TOLERANCE[torch.float32])
-
-
-# -------------------------------------------------------------------------------------- refused
-
-INPLACE = {
-    "a leaf": (torch.randn(2, 3, 5, requires_grad=True), "student logits that a model computed"),
-    "expanded": (grown(2, 1, 5).expand(2, 3, 5), "whose entries do not share memory; got shape"),
-    "overlapping": (grown(40).as_strided((2, 3, 5), (15, 4, 1)), "do not share memory"),
-    "transposed vocabulary": (grown(2, 5, 3).mT, "a last stride of 1 and leading dimensions"),
-    "leading dimensions that do not fold": (
-        grown(4, 6, 8, 5)[:3, :4, :6],
-        "a last stride of 1 and leading dimensions",
-    ),
-}
-
-
-class _Identity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
-
-
-_FORBIDDEN = "student logits that autograd lets be written to; got a view made by chunk, split"
-INPLACE |= {
-    "a chunk": (grown(4, 3, 5).chunk(2)[0], _FORBIDDEN),
-    "a slice of a split": (grown(4, 3, 5).split(2)[1][:1], _FORBIDDEN),
-    "unbound": (grown(4, 3, 5).unbind(1)[2], _FORBIDDEN),
-    "a custom Function's view": (_Identity.apply(grown(2, 3, 5)), _FORBIDDEN),  # type: ignore[no-untyped-call]
-}
-
-
-@pytest.mark.parametrize("case", INPLACE)
-def test_inplace_writes_nothing_where_it_cannot(case: str, backend: str) -> None:
-    student, message = INPLACE[case]
-    before, version = student.detach().clone(), student._version
-    with pytest.raises(ValueError, match=re.escape(message)):
-        kd_loss(
-            student,
-            torch.randn(student.shape),
-            torch.zeros(student.shape[:-1], dtype=torch.int64),
-            inplace=True,
-            backend=backend,
-        )
-    assert torch.equal(student, before)
-    assert student._version == version
-
-
-def test_a_bad_label_in_place_writes_nothing(backend: str) -> None:
-    student, labels = grown(2, 3, 5), torch.full((2, 3), 7)
-    before = student.detach().clone()
-    with pytest.raises(ValueError, match="labels must be in"):
-        kd_loss(student, torch.randn(2, 3, 5), labels, inplace=True, backend=backend)
-    assert torch.equal(student, before)
-
-
-def test_an_empty_batch_in_place(backend: str) -> None:
-    student = grown(0, 5)
-    student.retain_grad()
-    labels = torch.zeros(0, dtype=torch.int64)
-    kd_loss(student, torch.randn(0, 5), labels, inplace=True, backend=backend).backward()  # type: ignore[union-attr]
-    assert student.grad is not None
-
-
-def test_a_view_of_a_parameter_is_refused(backend: str) -> None:
-    parameter = torch.randn(4, 50).requires_grad_()
-    before = parameter.detach().clone()
-    with pytest.raises(ValueError, match="a leaf tensor that requires grad, or a view of one"):
-        kd_loss(
-            parameter.view(2, 2, 50),
-            torch.randn(2, 2, 50),
-            torch.zeros(2, 2, dtype=torch.int64),
-            inplace=True,
-            backend=backend,
-        )
-    assert torch.equal(parameter, before)
-
-
-def test_a_teacher_that_partly_shares_the_students_memory_is_refused(backend: str) -> None:
-    both = grown(5, 50)
-    labels = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="a teacher in its own memory"):
-        kd_loss(both[1:], both.detach()[:-1], labels, inplace=True, backend=backend)
-    loss = kd_loss(both, both.detach(), torch.zeros(5, dtype=torch.int64), inplace=True)
-    assert loss.isfinite()  # type: ignore[union-attr]
+def test_logits_that_do_not_collapse_are_copied_out_of_place(backend: str) -> None:
+    base = torch.randn(2, 2, 6, 3, V, requires_grad=True)
+    student = base[:, :1, :2].transpose(2, 3)
+    teacher = Head(torch.randn(*student.shape[:-1], H), torch.randn(V, H))
+    labels = torch.randint(V, student.shape[:-1])
+    want = gradient(run(student.contiguous(), teacher, labels, backend=backend), base)
+    assert torch.equal(gradient(run(student, teacher, labels, backend=backend), base), want)

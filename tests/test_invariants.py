@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fast import FAST, rows_and_gradient, scalar_and_gradient, threads
-from helpers import DTYPES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from support.backends import threads
+from support.logits import DTYPES, SOFT, identical, rows_and_gradient, scalar_and_gradient
 from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.divergences import DIVERGENCES
 
-SOFT: dict[str, Any] = {"hard_weight": 0, "soft_weight": 1}
 few = settings(max_examples=12, derandomize=True, deadline=None, database=None)
 many = settings(
     max_examples=600,
@@ -45,11 +44,6 @@ def normal(
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=generator)).to(dtype)
-
-
-def identical(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y)
 
 
 # ------------------------------------------------------------------------ the bits of a row
@@ -81,55 +75,28 @@ def alone_or_in_company(
         identical(single, first)
 
 
+DRAWN = given(
+    dtype=dtypes, divergence=divergences, vocabulary=vocabularies, scale=scales, seed=seeds
+)
+
+
 @few
-@given(dtypes, divergences, vocabularies, scales, seeds)
-@pytest.mark.parametrize("backend", FAST)
-def test_a_rows_bits_depend_on_nothing_but_the_row_R_62(
-    backend: str, dtype: torch.dtype, divergence: str, vocabulary: int, scale: float, seed: int
-) -> None:
-    alone_or_in_company(backend, dtype, divergence, vocabulary, scale, seed)
+@DRAWN
+def test_a_rows_bits_depend_on_nothing_but_the_row(fast: str, **drawn: Any) -> None:
+    alone_or_in_company(fast, **drawn)
 
 
 @pytest.mark.slow
 @many
-@given(dtypes, divergences, vocabularies, scales, seeds)
-@pytest.mark.parametrize("backend", FAST)
-def test_a_rows_bits_depend_on_nothing_but_the_row_at_length(
-    backend: str, dtype: torch.dtype, divergence: str, vocabulary: int, scale: float, seed: int
-) -> None:
-    alone_or_in_company(backend, dtype, divergence, vocabulary, scale, seed)
-
-
-# few rows of a long vocabulary: the vocabulary is split over the threads
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", FAST)
-def test_threads_over_the_vocabulary_change_no_bit_R_62(
-    backend: str, dtype: torch.dtype, divergence: str
-) -> None:
-    student, teacher = (normal(i, 1, 128256, scale=3.0, dtype=dtype) for i in (0, 1))
-    results = []
-    for number in (1, 2, 3, 8):
-        with threads(number):
-            results.append(
-                scalar_and_gradient(
-                    student,
-                    teacher,
-                    torch.tensor([77777]),
-                    divergence=divergence,
-                    temperature=2.0,
-                    backend=backend,
-                )
-            )
-    for other in results[1:]:
-        identical(other, results[0])
+@DRAWN
+def test_a_rows_bits_depend_on_nothing_but_the_row_at_length(fast: str, **drawn: Any) -> None:
+    alone_or_in_company(fast, **drawn)
 
 
 @few
 @given(dtypes, st.integers(0, 9), st.integers(0, 9), st.integers(0, 5), vocabularies, seeds)
-@pytest.mark.parametrize("backend", FAST)
-def test_where_a_row_lies_changes_no_bit_R_52_R_53(
-    backend: str, dtype: torch.dtype, lead: int, gap: int, shift: int, vocabulary: int, seed: int
+def test_where_a_row_lies_changes_no_bit(
+    fast: str, dtype: torch.dtype, lead: int, gap: int, shift: int, vocabulary: int, seed: int
 ) -> None:
     rows = 3
     flat = [torch.full((lead + rows * (vocabulary + gap),), math.nan, dtype=dtype) for _ in (0, 1)]
@@ -139,11 +106,10 @@ def test_where_a_row_lies_changes_no_bit_R_52_R_53(
     labels = torch.arange(shift + rows)[shift:] % vocabulary
     leaf = flat[0].clone().requires_grad_()
     view = leaf.as_strided((rows, vocabulary), (vocabulary + gap, 1), lead)
-    loss = kd_loss(view, teacher, labels, backend=backend)
-    assert isinstance(loss, Tensor)
+    loss = kd_loss(view, teacher, labels, backend=fast)
     (gradient,) = torch.autograd.grad(loss, leaf)
     got = gradient.as_strided((rows, vocabulary), (vocabulary + gap, 1), lead)
-    want = scalar_and_gradient(student, teacher.contiguous(), labels.clone(), backend=backend)
+    want = scalar_and_gradient(student, teacher.contiguous(), labels.clone(), backend=fast)
     identical((loss.detach(), got), want)
 
 
@@ -152,7 +118,6 @@ def test_where_a_row_lies_changes_no_bit_R_52_R_53(
 
 @few
 @given(divergences, vocabularies, scales, temperatures, dtypes, seeds)
-@pytest.mark.parametrize("backend", FAST)
 def test_equal_logits_give_exactly_nothing(
     backend: str,
     divergence: str,
@@ -171,7 +136,6 @@ def test_equal_logits_give_exactly_nothing(
 
 @few
 @given(divergences, vocabularies, scales, temperatures, seeds)
-@pytest.mark.parametrize("backend", FAST)
 def test_bounds_and_sums(
     backend: str, divergence: str, vocabulary: int, scale: float, temperature: float, seed: int
 ) -> None:
@@ -197,13 +161,11 @@ def test_bounds_and_sums(
 
 @few
 @given(divergences, st.integers(2, 3000), st.integers(-3000, 3000), seeds)
-@pytest.mark.parametrize("backend", FAST)
 def test_a_shift_of_a_rows_logits_changes_nothing(
     backend: str, divergence: str, vocabulary: int, shift: int, seed: int
 ) -> None:
-    """Integers: the shift itself is exact in float32. Not a bit, where the maximum is subtracted;
-    what one rounding does, where it is folded into a multiply-add.
-    """
+    # Integers: the shift itself is exact in float32. Not a bit, where the maximum is subtracted;
+    # what one rounding does, where it is folded into a multiply-add.
     assume(divergence != "mse")
     student, teacher = (normal(seed + i, 2, vocabulary, scale=3.0).round() for i in (0, 1))
     labels = torch.tensor([0, vocabulary - 1])
@@ -221,7 +183,6 @@ def test_a_shift_of_a_rows_logits_changes_nothing(
 
 @few
 @given(divergences, vocabularies, temperatures, seeds)
-@pytest.mark.parametrize("backend", FAST)
 def test_permuting_the_vocabulary(
     backend: str, divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
@@ -245,16 +206,15 @@ def test_permuting_the_vocabulary(
 
 @few
 @given(divergences, st.integers(1, 2100), st.integers(1, 2100), dtypes, seeds)
-@pytest.mark.parametrize("backend", FAST)
 def test_padding_with_absent_entries_and_ignored_rows(
-    backend: str, divergence: str, vocabulary: int, padding: int, dtype: torch.dtype, seed: int
+    fast: str, divergence: str, vocabulary: int, padding: int, dtype: torch.dtype, seed: int
 ) -> None:
     student, teacher = (normal(seed + i, 2, vocabulary, dtype=dtype) for i in (0, 1))
     labels = torch.tensor([0, vocabulary - 1])
     keywords: dict[str, Any] = {
         "divergence": divergence,
         "label_smoothing": 0.2,
-        "backend": backend,
+        "backend": fast,
     }
     value, gradient = scalar_and_gradient(student, teacher, labels, **keywords)
     wide = [F.pad(x, (0, padding), value=-math.inf) for x in (student, teacher)]
@@ -275,7 +235,7 @@ def test_padding_with_absent_entries_and_ignored_rows(
 def test_the_limit_of_a_large_temperature(
     divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
-    """T²·KL → Σ(centred difference)²/(2V); a jsd is β(1-β) of it, and mse Σ difference²/V."""
+    # T²·KL → Σ(centred difference)²/(2V); a jsd is β(1-β) of it, and mse Σ difference²/V.
     assume(divergence != "tvd")
     student, teacher = (normal(seed + i, 3, vocabulary).double() for i in (0, 1))
     got = kd_loss(
@@ -297,11 +257,10 @@ def test_the_limit_of_a_large_temperature(
 
 @few
 @given(divergences, vocabularies, st.sampled_from([0.5, 2.0, 4.0, 8.0]), seeds)
-@pytest.mark.parametrize("backend", FAST)
 def test_temperature_is_a_scaling(
     backend: str, divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
-    """f(z, T) = T²·f(z/T, 1), bit for bit where T is a power of two."""
+    # f(z, T) = T²·f(z/T, 1), bit for bit where T is a power of two.
     student, teacher = (normal(seed + i, 2, vocabulary, scale=2.0) for i in (0, 1))
     keywords: dict[str, Any] = {"divergence": divergence, "backend": backend, **SOFT}
     got = rows_and_gradient(student, teacher, temperature=temperature, **keywords)
@@ -327,7 +286,6 @@ weights = st.just(0.0) | st.floats(2.0**-126, 3.0)
 
 @few
 @given(divergences, weights, weights, st.integers(1, 60), seeds)
-@pytest.mark.parametrize("backend", FAST)
 def test_linear_in_the_weights(
     backend: str, divergence: str, hard: float, soft: float, vocabulary: int, seed: int
 ) -> None:
@@ -348,16 +306,15 @@ def test_linear_in_the_weights(
 
 @few
 @given(divergences, st.lists(st.integers(0, 12), min_size=1, max_size=5), dtypes, seeds)
-@pytest.mark.parametrize("backend", FAST)
-def test_any_split_of_the_rows_equals_the_whole_R_40(
-    backend: str, divergence: str, cuts: list[int], dtype: torch.dtype, seed: int
+def test_any_split_of_the_rows_equals_the_whole(
+    fast: str, divergence: str, cuts: list[int], dtype: torch.dtype, seed: int
 ) -> None:
     rows, vocabulary = 12, 37
     student, teacher = (normal(seed + i, rows, vocabulary, dtype=dtype) for i in (0, 1))
     labels = torch.arange(rows) % vocabulary
     labels[seed % rows] = labels[(seed // 7) % rows] = -100
     kept = int((labels != -100).sum())
-    keywords: dict[str, Any] = {"divergence": divergence, "backend": backend, "num_items": kept}
+    keywords: dict[str, Any] = {"divergence": divergence, "backend": fast, "num_items": kept}
     whole = scalar_and_gradient(student, teacher, labels, **keywords)
     bounds = [0, *sorted(cuts), rows]
     pieces = [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from head_helpers import Heads, make_heads
+from support.heads import Heads, make_heads
 from torch import Tensor, nn
 
 from fused_kd.integrations import liger

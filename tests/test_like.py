@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import N, V, make, make_ignored
+from support.logits import N, V, make, make_ignored
 from torch import Tensor
 
 from fused_kd import Head, KDLoss

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 import torch.nn.functional as F
-from fast import scalar_and_gradient
-from head_helpers import make_heads, ours
-from helpers import make_ignored
+from support.heads import make_heads, ours
+from support.logits import identical, make_ignored, scalar_and_gradient
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -29,14 +27,14 @@ from torch.distributed.tensor.parallel import loss_parallel  # noqa: E402
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """A group of this process alone."""
+    """Return a group of this process alone."""
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
 
-def test_plain_tensors_are_unaffected_N_37(backend: str, mesh: DeviceMesh) -> None:
+def test_plain_tensors_are_unaffected(backend: str, mesh: DeviceMesh) -> None:
     student, teacher, labels = make_ignored()
     want = scalar_and_gradient(student, teacher, labels, divergence="reverse_kl", backend=backend)
     heads = make_heads()
@@ -50,11 +48,10 @@ def test_plain_tensors_are_unaffected_N_37(backend: str, mesh: DeviceMesh) -> No
         sharded = distribute_tensor(student.detach(), mesh, [Shard(1)]).requires_grad_()
         F.cross_entropy(sharded, labels.clamp(min=0)).backward()
     assert isinstance(sharded.grad, type(sharded))
-    for mine, theirs in zip((*got, *inside), (*want, *from_heads), strict=True):
-        assert torch.equal(mine, theirs)
+    identical((*got, *inside), (*want, *from_heads))
 
 
-def test_dtensors_are_refused_N_37(backend: str, mesh: DeviceMesh) -> None:
+def test_dtensors_are_refused(backend: str, mesh: DeviceMesh) -> None:
     student, teacher, labels = make_ignored()
     heads = make_heads()
 

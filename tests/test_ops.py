@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES
+from support.backends import needs_cpu
+from support.logits import identical
 from torch import Tensor
 
 from fused_kd import ops
-from fused_kd.backends import named, reference, why_not
+from fused_kd.backends import named, reference
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.options import Formula, KDOptions, temperature_tensor
 
-_WHY_NOT = why_not("cpu", "cpu")
-pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
+pytestmark = needs_cpu
 
 B, S, V = 2, 3, 5
 N = B * S
@@ -49,10 +49,10 @@ def rows(
     terms: str = "both",
     layout: str = "contiguous",
 ) -> list[Tensor | None]:
-    """student, teacher, labels, w_hard, w_soft; one row is off."""
+    # student, teacher, labels, w_hard, w_soft; one row is off.
     weights: list[Tensor | None] = [torch.rand(N), torch.rand(N)]
     for weight in weights:
-        weight[1] = 0.0  # type: ignore[index]
+        weight[1] = 0.0
     if terms in ("soft", "neither"):
         weights[0] = None
     if terms in ("hard", "neither"):
@@ -66,13 +66,13 @@ def formula(divergence: str = "forward_kl", smoothing: float = 0.1) -> Formula:
 
 
 def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[Any, ...]:
-    """The numbers of `formula`, as the operators take them."""
+    """Return the numbers of `formula`, as the operators take them."""
     _, temperature, beta, _, _ = formula()
     return DIVERGENCES.index(divergence), temperature, beta, True, smoothing
 
 
 def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
-    """The arguments of an operator; statistics come from its forward."""
+    """Return the arguments of an operator; statistics come from its forward."""
     numeric = numbers(divergence)
     if name == "forward_backward_into":
         return *given, *numeric, torch.zeros(B, S, V, dtype=given[STUDENT].dtype)
@@ -85,22 +85,18 @@ def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tu
     return *given, stats, *numeric, torch.tensor(0.75), made
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *({"layout": layout} for layout in LAYOUTS),
+        *({"dtypes": dtypes} for dtypes in DTYPE_PAIRS[1:]),
+        *({"terms": terms} for terms in TERMS[1:]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
-def test_opcheck_layouts(name: str, layout: str) -> None:
-    torch.library.opcheck(op(name), arguments(name, rows(layout=layout)))
-
-
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[1:])
-@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
-def test_opcheck_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    torch.library.opcheck(op(name), arguments(name, rows(dtypes)))
-
-
-@pytest.mark.parametrize("terms", TERMS[1:])
-@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
-def test_opcheck_optional_arguments(name: str, terms: str) -> None:
-    torch.library.opcheck(op(name), arguments(name, rows(terms=terms)))
+def test_opcheck(name: str, kind: dict[str, Any]) -> None:
+    torch.library.opcheck(op(name), arguments(name, rows(**kind)))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:])
@@ -114,7 +110,6 @@ def test_opcheck_a_gradient_of_16_bits(dtype: torch.dtype) -> None:
     torch.library.opcheck(op("forward_backward_into"), (*rows(), *numbers(), into))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_scale(dtype: torch.dtype) -> None:
     torch.library.opcheck(op("scale_"), (logits(dtype), torch.tensor(0.5)))
 
@@ -171,11 +166,11 @@ def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: st
         again = op(name)(over, *given[1:], *stats, *numbers())
         versions.append(over)
         if again is not None:
-            assert all(map(torch.equal, again, plain))
+            identical(again, plain)
     versions.append(logits(dtypes[0], layout))
     again = op("forward_backward_into")(*given, *numbers(), versions[-1])
-    assert all(map(torch.equal, again, plain))
-    assert all(map(torch.equal, op("forward")(*given, *numbers()), plain))
+    identical(again, plain)
+    identical(op("forward")(*given, *numbers()), plain)
     assert not grad.isnan().any()
     for version in versions:
         assert torch.equal(version, grad)
@@ -201,12 +196,11 @@ def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_gradient_of_16_bits_is_the_rounded_one(
     backend: str, divergence: str, dtype: torch.dtype
 ) -> None:
-    """Bit for bit, with a term that is off, an absent label, and rows that are not finite."""
+    # Bit for bit, with a term that is off, an absent label, and rows that are not finite.
     run = named(backend).forward_backward
     for vocabulary, teacher_dtype in ((5, dtype), (64, torch.float32), (2111, torch.float32)):
         student, teacher = (3 * torch.randn(3, 4, vocabulary) for _ in range(2))
@@ -247,7 +241,8 @@ def test_no_rows_is_no_error() -> None:
 
 
 STUDENT, TEACHER, LABELS, W_HARD, W_SOFT = range(5)
-# position, what stands there, the sentence
+ELSEWHERE = "must be on one device; got cpu and meta"
+# position, value, message
 WRONG = {
     "student 2-D": (STUDENT, torch.zeros(N, V), r"student must be \(B, S, V\); got 2"),
     "teacher 4-D": (TEACHER, torch.zeros(1, B, S, V), r"teacher must be \(B, S, V\); got 4"),
@@ -270,13 +265,16 @@ WRONG = {
     "w_hard long": (W_HARD, torch.zeros(N + 1), "w_hard must be contiguous with 6 elements; got 7"),
     "w_hard float64": (W_HARD, torch.zeros(N).double(), "w_hard has the wrong device or dtype"),
     "w_soft strided": (W_SOFT, torch.zeros(N, 2)[:, 0], "w_soft must be contiguous"),
+    **{
+        f"{name} elsewhere": (position, torch.empty(*shape, dtype=dtype, device="meta"), ELSEWHERE)
+        for name, position, shape, dtype in (
+            ("teacher", TEACHER, (B, S, V), torch.float32),
+            ("labels", LABELS, (N,), torch.int64),
+            ("w_hard", W_HARD, (N,), torch.float32),
+            ("w_soft", W_SOFT, (N,), torch.float32),
+        )
+    },
     "w_soft bfloat16": (W_SOFT, torch.zeros(N).bfloat16(), "w_soft has the wrong device or dtype"),
-}
-META = {
-    "teacher": (TEACHER, torch.zeros(B, S, V, device="meta")),
-    "labels": (LABELS, torch.zeros(N, dtype=torch.int64, device="meta")),
-    "w_hard": (W_HARD, torch.zeros(N, device="meta")),
-    "w_soft": (W_SOFT, torch.zeros(N, device="meta")),
 }
 
 
@@ -291,16 +289,6 @@ def test_wrong_tensors_are_refused(name: str, wrong: str) -> None:
     for now, was in zip(good, before, strict=True):
         if isinstance(now, Tensor):
             assert torch.equal(now, was), "something was written"
-
-
-@pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
-@pytest.mark.parametrize("wrong", META)
-def test_a_tensor_elsewhere_is_refused(name: str, wrong: str) -> None:
-    good = list(arguments(name, rows()))
-    position, value = META[wrong]
-    good[position] = value
-    with pytest.raises(RuntimeError, match="must be on one device; got cpu and meta"):
-        op(name)(*good)
 
 
 @pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
@@ -332,32 +320,39 @@ def test_wrong_numbers_are_refused(position: int, value: Any, message: str) -> N
         op("forward")(*rows(), *wrong)
 
 
-@pytest.mark.parametrize("name", GRADIENT_OPS)
-def test_statistics_of_another_forward_are_refused(name: str) -> None:
-    good = list(arguments(name, rows()))
-    for stats, message in (
-        (torch.zeros(N, ops.STATS - 1), "stats must be contiguous with 66 elements; got 60"),
-        (torch.zeros(N + 1, ops.STATS), "stats must be contiguous with 66 elements; got 77"),
-        (torch.zeros(ops.STATS, N).mT, "stats must be contiguous"),
-        (torch.zeros(N, ops.STATS).double(), "stats has the wrong device or dtype"),
-    ):
-        good[5] = stats
-        with pytest.raises(RuntimeError, match=message):
-            op(name)(*good)
+# operator, positions from the end, values, message
+GRAD, SCALE, STATISTICS = -1, -2, 5
+REFUSED: list[tuple[str, int, Tensor, str]] = [
+    *(
+        (name, STATISTICS, stats, message)
+        for name in GRADIENT_OPS
+        for stats, message in (
+            (torch.zeros(N, ops.STATS - 1), "stats must be contiguous with 66 elements; got 60"),
+            (torch.zeros(N + 1, ops.STATS), "stats must be contiguous with 66 elements; got 77"),
+            (torch.zeros(ops.STATS, N).mT, "stats must be contiguous"),
+            (torch.zeros(N, ops.STATS).double(), "stats has the wrong device or dtype"),
+        )
+    ),
+    ("rescale_", SCALE, torch.ones(2), "scale must be one CPU float32"),
+    ("rescale_", GRAD, torch.zeros(B, S, V - 1), "grad must have the student's shape"),
+    ("rescale_", GRAD, torch.zeros(B, S + 1, V), "grad must have the student's shape"),
+    ("rescale_", GRAD, torch.zeros(B, S, V).half(), "grad must have the student's dtype"),
+    ("rescale_", GRAD, torch.zeros(B, V, S).mT, "grad must have last stride 1"),
+    ("scale_", 1, torch.ones(2), "factor must be one"),
+    ("scale_", 1, torch.tensor(2.0).double(), "factor must be one CPU float32"),
+    ("scale_", 0, torch.zeros(B, S, V).double(), "grad must be float32, bfloat16"),
+    ("scale_", 0, torch.zeros(S, V), r"grad must be \(B, S, V\)"),
+    ("scale_", 0, torch.zeros(B, V, S).mT, "grad must have last stride 1"),
+]
 
 
-def test_another_gradient_is_refused() -> None:
-    good = arguments("rescale_", rows())[:-1]
-    with pytest.raises(RuntimeError, match="scale must be one CPU float32"):
-        op("rescale_")(*good[:-1], torch.ones(2), torch.zeros(B, S, V))
-    for grad, message in (
-        (torch.zeros(B, S, V - 1), "grad must have the student's shape"),
-        (torch.zeros(B, S + 1, V), "grad must have the student's shape"),
-        (torch.zeros(B, S, V).half(), "grad must have the student's dtype"),
-        (torch.zeros(B, V, S).mT, "grad must have last stride 1"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            op("rescale_")(*good, grad)
+@pytest.mark.parametrize(("name", "position", "value", "message"), REFUSED, ids=lambda x: None)
+def test_another_gradient_is_refused(name: str, position: int, value: Tensor, message: str) -> None:
+    scaled = [torch.zeros(B, S, V), torch.tensor(2.0)]
+    good = scaled if name == "scale_" else list(arguments(name, rows()))
+    good[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        op(name)(*good)
 
 
 BRAIN_ROWS = [torch.zeros(B, S, V).bfloat16()] * 2
@@ -384,20 +379,8 @@ def test_a_place_for_the_gradient_is_refused() -> None:
     assert not memory.any(), "something was written"
 
 
-def test_scale_refuses() -> None:
-    for grad, factor, message in (
-        (torch.zeros(B, S, V), torch.ones(2), "factor must be one"),
-        (torch.zeros(B, S, V), torch.tensor(2.0).double(), "factor must be one CPU float32"),
-        (torch.zeros(B, S, V).double(), torch.tensor(2.0), "grad must be float32, bfloat16"),
-        (torch.zeros(S, V), torch.tensor(2.0), r"grad must be \(B, S, V\)"),
-        (torch.zeros(B, V, S).mT, torch.tensor(2.0), "grad must have last stride 1"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            op("scale_")(grad, factor)
-
-
 def test_a_label_outside_is_never_read() -> None:
-    """Python refuses it; the operator itself answers NaN, in that row alone."""
+    # Python refuses it; the operator itself answers NaN, in that row alone.
     given = rows()
     given[LABELS] = torch.tensor([0, V, -1, 2**62, -(2**63), 1])
     given[W_HARD] = torch.ones(N)

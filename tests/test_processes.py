@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from processes import failures
+from support.processes import failures, run_python
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
 )
-TESTS = Path(__file__).resolve().parent
 RANK = """
 import atexit, torch.distributed as dist
-from ranks import run_rank
+from support.ranks import run_rank
 
 def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -53,11 +50,8 @@ def test_a_rank_that_ends_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("last", "status"), [("pass", 0), ("raise ValueError('bad')", 1)])
 def test_the_status_of_a_rank(last: str, status: int) -> None:
-    """Output arrives and Python does not finalize, which is what can abort."""
-    code = RANK.format(last=last)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=TESTS, env=os.environ, capture_output=True, text=True
-    )
+    # Output arrives and Python does not finalize, which is what can abort.
+    ran = run_python("-c", RANK.format(last=last))
     assert ran.returncode == status, ran.stderr
     assert ran.stdout == "main ran\n"
     assert ("Traceback" in ran.stderr) == bool(status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import product as crossed
@@ -10,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES
+from support.backends import instruction_sets, needs_cpu, threads
+from support.logits import DTYPES
+from support.processes import PATH, passes, run_python
 from torch import Tensor
 
 from fused_kd import extension
 from fused_kd.testing import guarded
 
 _module = extension.cpu.load()
-pytestmark = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_not()))
+pytestmark = needs_cpu
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 2.0**-24  # of one rounding to float32
@@ -29,19 +30,9 @@ SHAPES = [(1, 1, 1), (1, 70, 3), (65, 1, 31), (5, 7, 2), (6, 16, 256), (13, 33, 
 SHAPES += [(11, 15, 513), (25, 63, 1030), (300, 17, 9), (3, 1030, 40), (4, 5, 0)]
 
 
-def _sets() -> list[Any]:
-    """Those compiled in; one that this processor lacks is skipped with its name."""
-    if _module is None:
-        return ["generic"]
-    return [
-        name if runs else pytest.param(name, marks=pytest.mark.skip(reason=f"no {name} here"))
-        for name, runs in _module.build_info()["instruction_sets"].items()
-    ]
-
-
-@pytest.fixture(params=_sets())
+@pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the instruction set that computes."""
+    """Return the name of the instruction set that computes."""
     assert _module is not None
     _module.choose_instruction_set(request.param)
     yield request.param
@@ -56,7 +47,7 @@ def _product(
     round_a: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Accumulates onto `out` if there is one."""
+    # Accumulates onto `out` if there is one.
     accumulate = out is not None
     if out is None:
         out = torch.full((a.shape[0], b.shape[1]), float("nan"))
@@ -65,7 +56,7 @@ def _product(
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
-    """Contiguous along "rows" or "columns", between values that must not be read."""
+    # Contiguous along "rows" or "columns", between values that must not be read.
     shape = (rows, columns) if layout == "rows" else (columns, rows)
     memory = torch.full((shape[0], shape[1] + 3), float("nan"), dtype=dtype)
     memory[:, : shape[1]] = torch.randn(shape)
@@ -76,7 +67,7 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
 def _as_multiplied(
     a: Tensor, b: Tensor, round_to: torch.dtype, round_a: bool, isa: str
 ) -> tuple[Tensor, Tensor]:
-    """The operands' values after the rounding that the operator promises."""
+    """Return the operands' values after the rounding that the operator promises."""
     pairs = isa == "avx512_bf16" and round_to == BF16
     if round_to != F32:
         b = b.to(round_to)
@@ -93,7 +84,7 @@ def _assert_close(got: Tensor, want: Tensor, terms: Tensor, roundings: int) -> N
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_dtype_and_layout(isa: str, shape: tuple[int, int, int]) -> None:
-    """Within the bound of float32 sums of exactly the rounded operands."""
+    # Within the bound of float32 sums of exactly the rounded operands.
     M, N, K = shape
     layouts = list(crossed(("rows", "columns"), repeat=2))
     cases = crossed(DTYPES, DTYPES, DTYPES, (False, True))
@@ -106,7 +97,7 @@ def test_every_dtype_and_layout(isa: str, shape: tuple[int, int, int]) -> None:
 
 
 def test_values_are_rounded_to_nearest_even(isa: str) -> None:
-    """One term per sum shows the operands themselves: ties, subnormals, infinities, NaN."""
+    # One term per sum shows the operands themselves: ties, subnormals, infinities, NaN.
     patterns = torch.tensor([0x3F80, 0x3F81, 0x0001, 0x7F7F, 0xFF7F, 0x7F80, 0x8000, 0x7FFF])
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     words = ((patterns[:, None] << 16) | low).flatten().to(torch.int64)
@@ -128,7 +119,7 @@ def test_values_are_rounded_to_nearest_even(isa: str) -> None:
 
 
 def test_rounding_is_that_of_rounded_operands(isa: str) -> None:
-    """The same bits as operands rounded before the call, or not rounded where not asked for."""
+    # The same bits as operands rounded before the call, or not rounded where not asked for.
     a, b = torch.randn(20, 300), torch.randn(300, 45)
     for round_to in (BF16, F16):
         rounded_a, rounded_b = a.to(round_to), b.to(round_to)
@@ -162,15 +153,10 @@ def test_bias_and_accumulation_into_strided_rows(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_row_has_the_same_bits_in_any_company(isa: str, dtype: torch.dtype) -> None:
-    """Any number of rows and columns, any thread, any place in a tile."""
+    # Any number of rows and columns, any thread, any place in a tile.
     a, b = torch.randn(310, 530).to(dtype), torch.randn(1100, 530).to(dtype).t()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         whole = _product(a, b, round_to=dtype)
-        for threads in (2, 3, 5):
-            torch.set_num_threads(threads)
-            assert torch.equal(_product(a, b, round_to=dtype), whole)
         for rows in (slice(0, 1), slice(5, 6), slice(3, 20), slice(250, 310)):
             assert torch.equal(_product(a[rows], b, round_to=dtype), whole[rows])
         for columns in (slice(0, 1), slice(30, 47), slice(1000, 1100)):
@@ -179,8 +165,9 @@ def test_a_row_has_the_same_bits_in_any_company(isa: str, dtype: torch.dtype) ->
         # the same values in the other layout
         other = _product(a.t().contiguous().t(), b.contiguous(), round_to=dtype)
         assert torch.equal(other, whole)
-    finally:
-        torch.set_num_threads(before)
+    for number in (2, 3, 5):
+        with threads(number):
+            assert torch.equal(_product(a, b, round_to=dtype), whole)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column(isa: str) -> None:
@@ -198,14 +185,14 @@ def test_what_is_not_finite_stays_in_its_row_and_column(isa: str) -> None:
 
 
 def _guarded(values: Tensor, side: str, transposed: bool) -> Tensor:
-    """A copy, perhaps of the other layout, at a page that can't be touched."""
+    """Return a copy, perhaps of the other layout, at a page that can't be touched."""
     laid = values.t() if transposed else values
     copy = guarded(laid.numel(), laid.dtype, side).copy_(laid.flatten()).view(laid.shape)
     return copy.t() if transposed else copy
 
 
 def walk_along_guard_pages() -> None:
-    """In a process of its own: every tensor ends, or begins, at a page that can't be touched."""
+    # In a process of its own: every tensor ends, or begins, at a page that can't be touched.
     assert _module is not None
     torch.set_num_threads(1)
     found = _module.build_info()["instruction_sets"]
@@ -228,11 +215,8 @@ def walk_along_guard_pages() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages by mprotect: Linux")
 def test_guard_pages() -> None:
-    code = f"import sys; sys.path.insert(0, {__file__.rpartition('/')[0]!r}); "
-    code += "import test_product; test_product.walk_along_guard_pages()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    assert done.stdout == "walked\n"
+    code = "import test_product; test_product.walk_along_guard_pages()"
+    assert passes(run_python("-c", code, PYTHONPATH=PATH)) == "walked\n"
 
 
 def _bad_input() -> list[tuple[dict[str, Any], str]]:

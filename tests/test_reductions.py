@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, N, V, check, make
-from torch import Tensor
+from support.logits import N, check, gradient, make, pair, scalar_and_gradient
 
-from fused_kd import KDLossParts, kd_loss
-from fused_kd.divergences import DIVERGENCES
+from fused_kd import kd_loss
 from fused_kd.testing import eager_kd_loss
 
 
@@ -22,22 +19,52 @@ def test_no_labels(backend: str) -> None:
     check(got, want, student)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("ignore_index", [-100, 0, 7])
-def test_ignored_rows_count_in_neither_term_R_36(
+# in the vocabulary, at both ends, in the padding of a last block of 2048, beyond
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 2050, 2056, 4096])
+def test_ignored_rows_count_in_neither_term(
     backend: str, divergence: str, ignore_index: int
 ) -> None:
-    student, teacher, labels = make()
+    student, teacher = pair(N, 2051)
+    labels = torch.randint(4, 2050, (N,))
     labels[0] = labels[3] = ignore_index
-    kept = labels != ignore_index
-    got = kd_loss(
-        student, teacher, labels, divergence=divergence, ignore_index=ignore_index, backend=backend
-    )
-    want = eager_kd_loss(student[kept], teacher[kept], labels[kept], divergence=divergence)
-    check(got, want, student)
+    kept = torch.tensor([1, 2, 4, 5])
+    options = {"divergence": divergence, "label_smoothing": 0.1}
+    leaf = student[kept].requires_grad_()
+    want = eager_kd_loss(leaf, teacher[kept], labels[kept], **options)
+    student[0], student[3, 1], teacher[3] = torch.nan, torch.inf, torch.nan
+    options |= {"ignore_index": ignore_index, "backend": backend}
+    for reduction, count in (("mean", 1), ("sum", 4)):
+        got = scalar_and_gradient(student, teacher, labels, reduction=reduction, **options)
+        torch.testing.assert_close(got[0], count * want.detach(), rtol=1e-5, atol=1e-6)
+        by_kept = count * gradient(want, leaf, retain_graph=True)
+        torch.testing.assert_close(got[1][kept], by_kept, rtol=1e-4, atol=1e-7)
+        assert not got[1][[0, 3]].any()
 
 
-def test_label_zero_counts_R_45(backend: str) -> None:
+def test_the_mean_is_over_the_kept_rows(backend: str) -> None:
+    student = torch.tensor([[0.0, 0.0], [1.0, 5.0], [0.0, 0.0], [9.0, 2.0]]).log_softmax(1)
+    student[2] = torch.tensor([0.25, 0.75]).log()
+    teacher = torch.full((4, 2), 0.5).log()
+    labels = torch.tensor([-100, -100, 0, -100])
+    hard, soft = 1.3862943611, 0.1438410362  # log 4, and log 2 - log 3 / 2, by hand
+    for divisor, items in ((1, None), (4, 4)):
+        got = kd_loss(student, teacher, labels, hard_weight=0.25, num_items=items, backend=backend)
+        want = torch.tensor((0.25 * hard + 0.5 * soft) / divisor)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+def test_a_mean_of_a_million_rows(backend: str) -> None:
+    student, teacher = torch.randn(2, 2**20, 4)
+    labels = torch.randint(4, (2**20,))
+    loss, by_student = scalar_and_gradient(student, teacher, labels, backend=backend)
+    leaf = student.double().requires_grad_()
+    want = eager_kd_loss(leaf, teacher.double(), labels)
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-6, atol=0)
+    exact = gradient(want, leaf)
+    assert (by_student.double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_label_zero_counts(backend: str) -> None:
     student, teacher, _ = make()
     labels = torch.zeros(N, dtype=torch.int64)
     check(
@@ -45,43 +72,6 @@ def test_label_zero_counts_R_45(backend: str) -> None:
         eager_kd_loss(student, teacher, labels, ignore_index=-1),
         student,
     )
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_kept_row_is_zero_with_a_graph_R_32_R_33(
-    backend: str, reduction: str, weighted: bool
-) -> None:
-    student, teacher, _ = make()
-    labels = torch.full((N,), -100)
-    weight = torch.rand(N) if weighted else None
-    parts = kd_loss(
-        student,
-        teacher,
-        labels,
-        token_weight=weight,
-        reduction=reduction,
-        return_parts=True,
-        backend=backend,
-    )
-    assert isinstance(parts, KDLossParts)
-    for part in parts:
-        assert torch.equal(part, torch.zeros_like(part))
-    (gradient,) = torch.autograd.grad(parts.loss.sum(), student)
-    assert torch.equal(gradient, torch.zeros(N, V))
-
-
-@pytest.mark.parametrize("zero", ["weights", "num_items"])
-def test_a_zero_denominator_that_is_a_tensor_gives_zero_R_40(backend: str, zero: str) -> None:
-    student, teacher, labels = make()
-    keywords: dict[str, Any] = (
-        {"token_weight": torch.zeros(N)} if zero == "weights" else {"num_items": torch.tensor(0)}
-    )
-    loss = kd_loss(student, teacher, labels, backend=backend, **keywords)
-    assert isinstance(loss, Tensor)
-    assert loss.item() == 0
-    (gradient,) = torch.autograd.grad(loss, student)
-    assert torch.equal(gradient, torch.zeros(N, V))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.int64, bool])
@@ -124,20 +114,6 @@ def test_num_items_is_the_denominator(backend: str, num_items: Any) -> None:
     check(got, want, student)
 
 
-@pytest.mark.parametrize("kind", [int, torch.tensor])
-def test_any_split_with_num_items_equals_the_whole_R_40(backend: str, kind: Any) -> None:
-    student, teacher, labels = make()
-    labels[0] = labels[4] = -100
-    kept = kind(4)
-    for split in (1, 2, 5):
-        whole = kd_loss(student, teacher, labels, backend=backend)
-        pieces = [
-            kd_loss(student[part], teacher[part], labels[part], num_items=kept, backend=backend)
-            for part in (slice(None, split), slice(split, None))
-        ]
-        check(sum(pieces), whole, student)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_parts(backend: str, reduction: str) -> None:
     student, teacher, labels = make()
@@ -147,7 +123,6 @@ def test_parts(backend: str, reduction: str) -> None:
     parts = kd_loss(
         student, teacher, labels, return_parts=True, backend=backend, **keywords, **weights
     )
-    assert isinstance(parts, KDLossParts)
     check(parts.loss, eager_kd_loss(student, teacher, labels, **keywords, **weights), student)
     hard = eager_kd_loss(student, teacher, labels, hard_weight=1, soft_weight=0, **keywords)
     soft = eager_kd_loss(student, teacher, labels, hard_weight=0, soft_weight=1, **keywords)
@@ -160,12 +135,10 @@ def test_a_term_of_weight_zero_is_not_computed_and_reported_as_zero(backend: str
     student, teacher, labels = make()
     if off == "soft_weight":
         teacher = torch.full_like(teacher, torch.nan)
-    parts = kd_loss(student, teacher, labels, return_parts=True, backend=backend, **{off: 0.0})  # type: ignore[arg-type]
-    assert isinstance(parts, KDLossParts)
+    parts = kd_loss(student, teacher, labels, return_parts=True, backend=backend, **{off: 0.0})
     assert (parts.hard if off == "hard_weight" else parts.soft).item() == 0
     assert parts.loss.isfinite()
-    (gradient,) = torch.autograd.grad(parts.loss, student)
-    assert gradient.isfinite().all()
+    assert gradient(parts.loss, student).isfinite().all()
 
 
 # 156 is -100 in eight bits: labels are compared as what they say
@@ -174,27 +147,12 @@ def test_narrow_labels_do_not_wrap_into_ignore_index(backend: str) -> None:
     labels = torch.tensor([156, 44, 7])
     for ignore_index in (-100, 300):
         options = {"reduction": "none", "backend": backend, "ignore_index": ignore_index}
-        got = kd_loss(student, teacher, labels.to(torch.uint8), **options)  # type: ignore[arg-type]
-        want = kd_loss(student, teacher, labels, **options)  # type: ignore[arg-type]
-        assert torch.equal(got, want)  # type: ignore[arg-type]
+        got = kd_loss(student, teacher, labels.to(torch.uint8), **options)
+        want = kd_loss(student, teacher, labels, **options)
+        assert torch.equal(got, want)
 
 
 def test_token_weights_whose_sum_overflows(backend: str) -> None:
     student, teacher, labels = torch.randn(3, 30), torch.randn(3, 30), torch.tensor([1, 2, 3])
     huge = kd_loss(student, teacher, labels, token_weight=torch.full((3,), 2e38), backend=backend)
     torch.testing.assert_close(huge, kd_loss(student, teacher, labels, backend=backend))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_infinite_upstream_leaves_ignored_rows_at_zero(dtype: torch.dtype, backend: str) -> None:
-    student = torch.randn(3, 30).to(dtype).requires_grad_()
-    loss = kd_loss(student, torch.randn(3, 30), torch.tensor([-100, 2, 3]), backend=backend)
-    loss.backward(torch.tensor(math.inf))  # type: ignore[union-attr]
-    assert student.grad is not None
-    assert not student.grad[0].any()
-
-
-def test_a_range_check_sees_parameters(backend: str) -> None:
-    labels = torch.nn.Parameter(torch.tensor([0, 99]), requires_grad=False)
-    with pytest.raises(ValueError, match="got 99 at position 1"):
-        kd_loss(torch.randn(2, 30), torch.randn(2, 30), labels, backend=backend)

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_loss
+from support.backends import needs_cpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import checks, kd_loss
-from fused_kd.backends import why_not
 
-_WHY_NOT = why_not("cpu", "cpu")
-pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"backend cpu: {_WHY_NOT}")
+pytestmark = needs_cpu
 
 FREE = ("view", "detach", "empty", "unsqueeze", "reshape", "alias", "expand")
 
@@ -49,7 +47,7 @@ def test_an_ordinary_step(return_parts: bool, monkeypatch: pytest.MonkeyPatch) -
     labels = torch.tensor([[0, 1, 2], [3, 4, -100]])
     with _Count() as counted:
         result = kd_loss(student, teacher, labels, return_parts=return_parts)
-        loss = result.loss if return_parts else as_loss(result)  # type: ignore[union-attr]
+        loss = result.loss if return_parts else result
         loss.backward()
     at = ORDINARY.index("ones_like")
     assert counted.names == [*ORDINARY[:at], *(PARTS if return_parts else []), *ORDINARY[at:]]

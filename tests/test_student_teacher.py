@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, SmallLM
+from support.models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
 from fused_kd import KDLoss, KDLossParts

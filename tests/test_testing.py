@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.logits import identical
 from torch import Tensor
 
 from fused_kd.testing import (
@@ -51,14 +52,14 @@ BAD: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_the_comparator_fails_on_bad_input_R_65(case: str) -> None:
+def test_the_comparator_fails_on_bad_input(case: str) -> None:
     got, truth = BAD[case]()
     with pytest.raises(AssertionError):
         assert_no_worse(got, truth, truth.float(), 1e-6)
 
 
 @pytest.mark.parametrize("case", [c for c in BAD if "NaN" in c or "inf" in c])
-def test_a_failing_baseline_excuses_nobody_R_65(case: str) -> None:
+def test_a_failing_baseline_excuses_nobody(case: str) -> None:
     got, truth = BAD[case]()
     with pytest.raises(AssertionError):
         assert_no_worse(got, truth, got, 1e-6)
@@ -129,7 +130,7 @@ def obey(
     regime: str,
     dtype: torch.dtype,
 ) -> None:
-    """The rule, on a reference whose float32 results are changed."""
+    # The rule, on a reference whose float32 results are changed.
     whole = error_rule.evaluate
 
     def evaluate(loss: Any, inputs: Any, upstream: Tensor, **keywords: Any) -> Result:
@@ -180,8 +181,7 @@ def test_inputs_are_repeatable_and_as_asked(regime: str) -> None:
     assert first.student.dtype == torch.bfloat16
     assert first.teacher.dtype == torch.float16
     assert first.student.shape == first.teacher.shape == (3, 40)
-    for a, b in zip(first, again, strict=True):
-        assert torch.equal(a, b)
+    identical(first, again)
     other = make_inputs(regime, 3, 40, seed=1)
     assert regime == "constant" or not torch.equal(other.student, make_inputs(regime, 3, 40)[0])
 

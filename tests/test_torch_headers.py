@@ -6,32 +6,29 @@ not installed. An older torch may spell what is used differently, though its ver
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 from kernel_sources import TORCH_TARGET
-from native_build import COMPILER, need_compiler
+from support.native_build import COMPILER, need_compiler
+from support.processes import ROOT, passes, run, run_python
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 BINDINGS = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp"))
 VERSION = "2.11.0"
 
 
 @pytest.fixture(scope="module")
 def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder include/ of a wheel of torch, which pip fetches without its dependencies."""
+    """Return include/ of a wheel of torch, which pip fetches without its dependencies."""
     need_compiler()
     folder = tmp_path_factory.mktemp("torch_headers")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir"]
-    done = subprocess.run([*command, "-d", str(folder), f"torch=={VERSION}"],
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    command = ["-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", folder]
+    done = run_python(*command, f"torch=={VERSION}")
     if done.returncode != 0:
         pytest.skip(f"pip cannot get torch {VERSION}: {done.stderr[-300:]}")
     (wheel,) = folder.glob("torch-*.whl")
@@ -44,23 +41,21 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _check(source: Path, headers: Path) -> subprocess.CompletedProcess[str]:
     pybind11 = pytest.importorskip("pybind11")
-    folders = [pybind11.get_include(), str(headers), str(headers / "torch/csrc/api/include"),
-               sysconfig.get_paths()["include"]]  # fmt: skip
-    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror",
-               "-Wno-unused-parameter", "-Wno-psabi", TORCH_TARGET, "-DUSE_CUDA", "-DFUSED_KD_X86",
-               *(f"-isystem{folder}" for folder in folders), str(source)]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "LC_ALL": "C"},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    folders = [pybind11.get_include(), headers, headers / "torch/csrc/api/include"]
+    folders.append(sysconfig.get_paths()["include"])
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    flags += ["-Wno-unused-parameter", TORCH_TARGET, "-DUSE_CUDA", "-DFUSED_KD_X86"]
+    return run(COMPILER, *flags, *(f"-isystem{f}" for f in folders), source, LC_ALL="C")
 
 
 @pytest.mark.parametrize("name", BINDINGS)
 def test_bindings(name: str, headers: Path) -> None:
     done = _check(ROOT / "csrc" / "bindings" / name, headers)
-    assert done.returncode == 0, done.stderr[-3000:]
+    passes(done)
 
 
 def test_they_are_the_older_headers(headers: Path, tmp_path: Path) -> None:
-    """What a later torch added is not there: else the check above would see nothing."""
+    # What a later torch added is not there: else the check above would see nothing.
     source = tmp_path / "version.cpp"
     major, minor, _ = VERSION.split(".")
     source.write_text(
@@ -68,4 +63,4 @@ def test_they_are_the_older_headers(headers: Path, tmp_path: Path) -> None:
         f"static_assert(TORCH_VERSION_MAJOR == {major} && TORCH_VERSION_MINOR == {minor});\n"
     )
     done = _check(source, headers)
-    assert done.returncode == 0, done.stderr[-3000:]
+    passes(done)

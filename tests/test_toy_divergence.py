@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from support.native_build import copy_source
+from support.processes import passes, run_python
 
 # The toy is ½ forward_kl + β tvd. It has a sum of the first pass and those of a second one, β in
 # value, constants and gradient, and an infinity with a finite gradient: no other divergence has all
@@ -139,26 +135,14 @@ except ValueError as error:
 @pytest.mark.slow
 def test_a_divergence_is_one_block_per_language(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for folder in ("fused_kd", "csrc"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, tmp_path)
+    copy_source(tmp_path)
     for file, before, text in EDITS:
         path = tmp_path / file
         source = path.read_text()
         assert source.count(before) == 1, (file, before)
         path.write_text(source.replace(before, text + before))
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = os.environ | {"FUSED_KD_CUDA": "0", "FUSED_KD_BUILD": "1"}
-    subprocess.run(build, cwd=tmp_path, env=environment, check=True)
-    environment |= {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", PARITY],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("parity, beta"), result.stdout
+    build = {"FUSED_KD_CUDA": "0", "FUSED_KD_BUILD": "1"}
+    passes(run_python("setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path, **build))
+    interpreted = {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    printed = passes(run_python("-c", PARITY, cwd=tmp_path, **interpreted))
+    assert printed.startswith("parity, beta"), printed

@@ -7,35 +7,27 @@ may have imported them already.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support.processes import passes, run_python
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
 
-def _run(marker: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
-    done = subprocess.run(
-        [*command, "tests/triton_interpreted"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def _run(marker: str, *files: str) -> None:
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
+    files = tuple(f"tests/triton_interpreted/{name}" for name in files)
+    passes(run_python(*command, *files, TRITON_INTERPRET="1"))
 
 
-def test_interpreted_kernels() -> None:
-    _run("not slow")
+# two processes, for two workers
+@pytest.mark.parametrize("files", ["test_edges.py", "test_parity.py test_references.py"])
+def test_interpreted_kernels(files: str) -> None:
+    _run("not slow", *files.split())
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_in_every_regime() -> None:
-    _run("slow")
+    _run("slow", "test_parity.py")

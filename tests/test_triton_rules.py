@@ -84,7 +84,7 @@ def _key() -> str:
 def test_a_changed_rule_is_compiled_again(
     member: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton sees formulas as values: what it hashes of them is the rule's own text."""
+    # Triton sees formulas as values: what it hashes of them is the rule's own text.
     before = _key()
     with monkeypatch.context() as patch:
         patch.setattr(rules.ForwardKL, member, other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fast import one_thread
+from support.backends import one_thread
 
 
 @pytest.fixture(autouse=True)

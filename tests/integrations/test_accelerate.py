@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from needs import need
-from processes import failures
+from support.processes import failures
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from head_helpers import H_S, H_T
 from needs import need
+from support.heads import H_S, H_T
 from torch import Tensor
 
 need("liger_kernel")

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from needs import need
-from processes import run_rank
+from support.ranks import run_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from needs import need
-from processes import failures
+from support.processes import failures
 from torch import Tensor, nn
 
 need("transformers")

@@ -37,6 +37,6 @@ def numbers(**changes: Any) -> tuple[Any, ...]:
 
 
 def rows(n: int = 3, v: int = V, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """student, teacher (1, n, v), labels, w_hard, w_soft."""
+    # student, teacher (1, n, v), labels, w_hard, w_soft.
     student, teacher = (torch.randn(1, n, v).to(dtype) for _ in range(2))
     return student, teacher, torch.randint(v, (n,)), torch.rand(n) + 0.5, torch.rand(n) + 0.5

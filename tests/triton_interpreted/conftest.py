@@ -38,5 +38,5 @@ else:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    """No warnings of entries that a `where` drops afterwards."""
+    # No warnings of entries that a `where` drops afterwards.
     warnings.filterwarnings("ignore", category=RuntimeWarning)

@@ -1,16 +1,19 @@
-"""Builds the C++ programs and libraries of tests/native/ with the compiler alone: no torch."""
+"""Build the C++ programs and libraries of tests/ with the compiler alone: no torch."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from kernel_sources import AVX2, HOST_FLAGS, KERNEL_FLAGS, ROOT, X86
+from kernel_sources import AVX2, HOST_FLAGS, INSTRUCTION_SETS, KERNEL_FLAGS, ROOT, X86
+
+from support.processes import passes
+from support.processes import run as run_command
 
 COMPILER = os.environ.get("CXX", "g++")
 
@@ -20,12 +23,18 @@ SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
 SANITIZE += ["-fno-sanitize-recover=undefined"]
 EMULATED = [*AVX2, "-include", "tests/native/avx512_emulated.h"]
 
-#: Instruction set: its own flags here. AVX-512 is emulated, on any processor with AVX2.
+_CPU = Path("/proc/cpuinfo")
+_FEATURES = set(_CPU.read_text().split()) if _CPU.exists() else set()
+#: Instruction set: its flags here. AVX-512 is emulated with AVX2 by a header, which takes four
+#: times as long to compile, if this processor lacks it.
 TABLES: dict[str, list[str]] = {"generic": []}
 if X86:
     TABLES["avx2"] = AVX2
     TABLES["avx512"] = EMULATED
     TABLES["avx512_bf16"] = [*EMULATED, "-DEMULATE_AVX512BF16"]
+NATIVE = dict(TABLES)
+if "avx512_bf16" in _FEATURES:
+    NATIVE["avx512_bf16"] = INSTRUCTION_SETS["avx512_bf16"]
 
 
 def need_compiler() -> None:
@@ -34,20 +43,34 @@ def need_compiler() -> None:
 
 
 def need_avx2() -> None:
-    """Skips where the emulation cannot run."""
-    if not X86 or "avx2" not in Path("/proc/cpuinfo").read_text():
+    """Skip if the emulation cannot run."""
+    if not X86 or "avx2" not in _FEATURES:
         pytest.skip("AVX-512 is emulated with AVX2: this processor has none")
 
 
-def _compile(job: tuple[Path, list[str]]) -> None:
-    target, arguments = job
-    command = [COMPILER, *FLAGS, *arguments, "-c", "-o", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def compile_one(*arguments: object) -> None:
+    need_compiler()
+    passes(run_command(COMPILER, *arguments, cwd=ROOT))
+
+
+def compile_all(commands: Sequence[Sequence[object]]) -> None:
+    """Run the compiler for each list of arguments, several at a time."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda command: compile_one(*command), commands))
+
+
+def copy_source(target: Path, *folders: str) -> Path:
+    """Copy what a build needs: it leaves files behind."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
+    for name in ("csrc", "fused_kd", *folders):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, target)
+    return target
 
 
 def _alias(name: str) -> str:
-    """dispatch.cpp names every table: one that isn't linked becomes the generic one."""
+    # dispatch.cpp names every table: one that isn't linked becomes the generic one.
     options = []
     for kind in ("kernels", "product"):
         mangled = [f"_ZN8fused_kd{len(f'{kind}_{x}')}{kind}_{x}E" for x in (name, "generic")]
@@ -55,17 +78,22 @@ def _alias(name: str) -> str:
     return ",".join(["-Wl", *options])
 
 
-def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path, Path, Path]:
-    """Compiles check_kernels, check_rows and check_product with these tables; the programs.
+def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]:
+    """Compile check_kernels, check_rows and check_product with these tables.
 
     Every table counts as one that the processor has: the last two take by name those to run.
+    With sanitizers AVX-512 is always emulated.
+
+    Returns:
+        The programs.
     """
     extra = SANITIZE if sanitize else []
+    flags = TABLES if sanitize else NATIVE
     pointers = ",".join(f"&kernels_{name}" for name in tables)
     everywhere = ["-DFUSED_KD_X86"] if X86 else []
     # the largest first
     units = [f"{kind}_{name}" for kind in ("rows", "product") for name in tables[::-1]]
-    jobs = {unit: [*TABLES[unit.partition("_")[2]], f"csrc/cpu/{unit}.cpp"] for unit in units}
+    jobs = {unit: [*flags[unit.partition("_")[2]], f"csrc/cpu/{unit}.cpp"] for unit in units}
     jobs["check_kernels"] = [f"-DTABLES={pointers}", "tests/native/check_kernels.cpp"]
     for name in ("check_rows", "check_product"):
         jobs[name] = [f"tests/native/{name}.cpp"]
@@ -73,8 +101,7 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path
         jobs[name] = [f"csrc/cpu/{name}.cpp"]
     jobs["dispatch"] = [*everywhere, "-D__builtin_cpu_supports(x)=1", "csrc/cpu/dispatch.cpp"]
     objects = {name: folder / f"{name}.o" for name in jobs}
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(_compile, [(objects[name], [*extra, *jobs[name]]) for name in jobs]))
+    compile_all([[*FLAGS, *extra, *jobs[name], "-c", "-o", objects[name]] for name in jobs])
     kernels = [objects[unit] for unit in units]
     aliases = [_alias(name) for name in TABLES if name not in tables]
     programs = {
@@ -83,12 +110,10 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> tuple[Path
         "check_product": ["check_product", "product", "dispatch"],
     }
     for program, parts in programs.items():
-        files = [str(path) for path in [*kernels, *(objects[part] for part in parts)]]
-        link = [*aliases, "-pthread"] if "dispatch" in parts else ["-pthread"]
-        command = [COMPILER, *extra, *files, *link, "-o", str(folder / program)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "check_kernels", folder / "check_rows", folder / "check_product"
+        files = [*kernels, *(objects[part] for part in parts)]
+        link = aliases if "dispatch" in parts else []
+        compile_one(*extra, *files, *link, "-pthread", "-o", folder / program)
+    return [folder / program for program in programs]
 
 
 def build_conversions(folder: Path, name: str) -> Path:
@@ -100,18 +125,12 @@ def build_conversions(folder: Path, name: str) -> Path:
     kernels = f"csrc/cpu/rows_{name}.cpp"
     defines = re.findall(r"#define (FUSED_KD_\w+) (\w+)", (ROOT / kernels).read_text())
     target = folder / f"conversions_{name}.so"
-    command = [COMPILER, *HOST_FLAGS, *KERNEL_FLAGS[kernels], "-Werror"]
+    command = [*HOST_FLAGS, *KERNEL_FLAGS[kernels], "-Werror"]
     command += [f"-D{key}={value}" for key, value in defines]
-    command += ["-shared", "tests/native/conversions.cpp", "-o", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compile_one(*command, "-shared", "tests/native/conversions.cpp", "-o", target)
     return target
 
 
 def run(program: Path, *arguments: str) -> None:
-    """Runs a check program; its output is the failure's message."""
-    done = subprocess.run(
-        [str(program), *arguments], capture_output=True, text=True, check=False, timeout=900
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert done.stdout.strip().endswith(" 0 failed"), done.stdout
+    """Run a check program; its output is the failure's message."""
+    assert passes(run_command(program, *arguments)).strip().endswith(" 0 failed")

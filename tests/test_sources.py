@@ -1,13 +1,16 @@
-"""The files of the package import each other in one direction."""
+"""Rules of the sources: imports in one direction, 64-bit sizes, formulas in the docs."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from fused_kd.divergences import DIVERGENCES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +23,7 @@ FILES = {name_of(path): path for path in (ROOT / "fused_kd").rglob("*.py")}
 
 
 def imported(name: str) -> Iterator[str]:
-    """Files that are imported when `name` is; not those that a function imports later."""
+    """Yield the files that are imported when `name` is; not those that a function imports later."""
     package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
     statements: list[ast.AST] = [ast.parse(FILES[name].read_text(encoding="utf-8"))]
     while statements:
@@ -43,3 +46,20 @@ def test_no_imports_go_in_circles() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_no_int_holds_a_size_or_an_offset() -> None:
+    narrow = re.compile(
+        r"\b(?:int|unsigned|long|u?int32_t)\s+(?:\w*(?:stride|numel|row|offset)\w*|[NV])\s*[;,)=]"
+    )
+    files = [f for f in (ROOT / "csrc").rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert len(files) > 5
+    assert narrow.search("int row_stride = 3;")  # it can fail
+    for file in files:
+        assert not (found := narrow.search(file.read_text())), (file.name, found)
+
+
+def test_every_divergence_has_a_row_of_formulas() -> None:
+    page = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+    section = page.partition("## Formulas")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|.* \d \|$", section, re.MULTILINE)) == DIVERGENCES

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from native_build import COMPILER, ROOT, SANITIZE
 from torch import Tensor
 
 from fused_kd import backends
 from fused_kd.divergences import CODES
 from fused_kd.ops import STATS
 from fused_kd.options import Formula
+from support.native_build import SANITIZE, compile_all, compile_one
 
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w"]
 FLAGS += ["-DFUSED_KD_CUDA_ON_CPU", "-DFUSED_KD_SMALL_SIZES", "-Itests/cuda_on_cpu"]
@@ -28,67 +26,47 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS, GRADIENT, RESCALE, SCALE = range(4)
 
 
+INT, INT64, DOUBLE = ctypes.c_int, ctypes.c_int64, ctypes.c_double
+POINTER = ctypes.c_void_p
+
+
+def _fields(*groups: tuple[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, kind) for names, kind in groups for name in names.split()]
+
+
 class _Rows(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int),
-        ("inner", ctypes.c_int64),
-        ("outer_stride", ctypes.c_int64),
-        ("inner_stride", ctypes.c_int64),
-    ]
+    _fields_ = _fields(
+        ("data", POINTER), ("dtype", INT), ("inner outer_stride inner_stride", INT64)
+    )
 
 
 class _Problem(ctypes.Structure):
     """csrc/problem.h"""
 
-    _fields_ = [
-        ("N", ctypes.c_int64),
-        ("V", ctypes.c_int64),
-        ("student", _Rows),
-        ("teacher", _Rows),
-        ("grad", _Rows),
-        ("labels", ctypes.c_void_p),
-        ("w_hard", ctypes.c_void_p),
-        ("w_soft", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("divergence", ctypes.c_int),
-        ("temperature", ctypes.c_double),
-        ("beta", ctypes.c_double),
-        ("soft_factor", ctypes.c_double),
-        ("label_smoothing", ctypes.c_double),
-        ("hard", ctypes.c_void_p),
-        ("soft", ctypes.c_void_p),
-        ("stats", ctypes.c_void_p),
-    ]
+    _fields_ = _fields(
+        ("N V", INT64),
+        ("student teacher grad", _Rows),
+        ("labels w_hard w_soft scale", POINTER),
+        ("divergence", INT),
+        ("temperature beta soft_factor label_smoothing", DOUBLE),
+        ("hard soft stats", POINTER),
+    )
 
 
 class _Device(ctypes.Structure):
     """csrc/cuda/launch.h"""
 
-    _fields_ = [
-        ("multiprocessors", ctypes.c_int),
-        ("bytes_of_three", ctypes.c_int),
-        ("bytes_of_two", ctypes.c_int),
-        ("cluster", ctypes.c_int),
-    ]
+    _fields_ = _fields(("multiprocessors bytes_of_three bytes_of_two cluster", INT))
 
 
 def build(folder: Path, sanitize: bool = False) -> Path:
-    """Compiles the backend for the CPU; the shared library."""
+    """Compile the backend for the CPU; return the shared library."""
     extra = SANITIZE if sanitize else []
-    objects = [str(folder / f"{Path(name).stem}.o") for name in FILES]
-
-    def compile_one(job: tuple[str, str]) -> None:
-        command = [COMPILER, *FLAGS, *extra, "-x", "c++", "-c", job[0], "-o", job[1]]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, zip(FILES, objects, strict=True)))
+    objects = [folder / f"{Path(name).stem}.o" for name in FILES]
+    pairs = zip(FILES, objects, strict=True)
+    compile_all([[*FLAGS, *extra, "-x", "c++", "-c", name, "-o", to] for name, to in pairs])
     library = folder / "rows_on_cpu.so"
-    command = [COMPILER, *extra, "-shared", *objects, "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compile_one(*extra, "-shared", *objects, "-o", library)
     return library
 
 
@@ -130,7 +108,7 @@ class EmulatedCUDA:
         *rows, stats, formula = rows
         grad = rows[0] if inplace else _garbage(rows[0].shape, rows[0].dtype)
         self._run(GRADIENT, _problem((*rows, formula), grad, stats=stats))
-        return cast(Tensor, grad)
+        return grad
 
     def rescale(self, grad: Tensor, scale: Tensor, *rows: Any) -> None:
         *rows, stats, formula = rows
@@ -197,9 +175,9 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
 
 @contextmanager
 def installed(backend: EmulatedCUDA) -> Iterator[None]:
-    """``backend="cuda"`` means this one."""
+    # ``backend="cuda"`` means this one.
     before = backends._MODULES["cuda"]
-    backends._MODULES["cuda"] = backend  # type: ignore[assignment]
+    backends._MODULES["cuda"] = backend
     try:
         yield
     finally:
@@ -207,6 +185,6 @@ def installed(backend: EmulatedCUDA) -> Iterator[None]:
 
 
 def install_from_environment() -> None:
-    """FUSED_KD_EMULATED_CUDA=<capability>:<library>, for this whole process."""
+    # FUSED_KD_EMULATED_CUDA=<capability>:<library>, for this whole process.
     capability, _, library = os.environ["FUSED_KD_EMULATED_CUDA"].partition(":")
-    backends._MODULES["cuda"] = EmulatedCUDA(Path(library), int(capability))  # type: ignore[assignment]
+    backends._MODULES["cuda"] = EmulatedCUDA(Path(library), int(capability))

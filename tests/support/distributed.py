@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, Block, SmallLM
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_kd import Head, KDLoss
 from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted
 from fused_kd.integrations.student_teacher import StudentTeacherLoss
+from support.models import VOCABULARY, Block, SmallLM
 
 STEPS, ROWS, LENGTH = 3, 2, 7
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class Case:
         return StudentTeacherLoss(*models, KDLoss(temperature=2.0), heads=self.heads)
 
     def train(self, model: nn.Module, rank: int | None) -> Tensor:
-        """The loss of every step, (STEPS,); of a rank: its share, times the number of ranks."""
+        """Return the loss of every step, (STEPS,); of a rank: its share times the ranks."""
         optimizer = torch.optim.SGD(student_of(model).parameters(), lr=0.5)
         losses = torch.zeros(STEPS)
         for step in range(STEPS):
@@ -74,7 +74,7 @@ class Case:
         return losses
 
     def backward_of_all(self, model: nn.Module, parts: list[Batch]) -> Tensor:
-        """Of the micro-batches of a rank."""
+        # Of the micro-batches of a rank.
         num_items = global_num_items(*(shifted(part["labels"]) for part in parts))
         loss = torch.zeros(())
         for i, part in enumerate(parts):
@@ -91,7 +91,7 @@ class Case:
         return loss.detach()
 
     def batches(self, step: int, rank: int | None) -> list[Batch]:
-        """The micro-batches of a rank; of None: the whole batch of all, in one."""
+        """Return the micro-batches of a rank; of None: the whole batch of all, in one."""
         generator = torch.Generator().manual_seed(step)
         count = dist.get_world_size() * self.micro_batches * ROWS
         ids = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
@@ -116,7 +116,7 @@ def whole(x: Any) -> Tensor:
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients meet in the last micro-batch's backward."""
+    # Gradients meet in the last micro-batch's backward.
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
     elif isinstance(model, (DistributedDataParallel, FSDP1)) and not last:
@@ -125,7 +125,7 @@ def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def shard(model: StudentTeacherLoss, teacher_apart: bool = False, **options: Any) -> nn.Module:
-    """FSDP2: every block for itself; embeddings, norms and heads belong to the outermost."""
+    # FSDP2: every block for itself; embeddings, norms and heads belong to the outermost.
     options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [*model.student.blocks, *model.teacher.blocks]:
         fully_shard(block, **options)
@@ -135,13 +135,13 @@ def shard(model: StudentTeacherLoss, teacher_apart: bool = False, **options: Any
 
 
 def shard_flat(model: StudentTeacherLoss) -> nn.Module:
-    """Shard by FSDP1. Frozen weights share a flat parameter with others: views have a graph."""
+    # Shard by FSDP1. Frozen weights share a flat parameter with others: views have a graph.
     policy = ModuleWrapPolicy({Block})
     return FSDP1(model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)
 
 
 def a_mean_of_means_is_another() -> None:
-    """What the other checks would not notice, they could not check."""
+    # What the other checks would not notice, they could not check.
     case = Case(DistributedDataParallel)
     model = case.wrap(case.distilled())
     (batch,) = case.batches(0, dist.get_rank())
@@ -180,8 +180,8 @@ class Gathers(TorchDispatchMode):
 
 
 def the_head_is_gathered_once() -> None:
-    """In a whole step, with all else that is in no block. The student's blocks are gathered twice,
-    the teacher's once: nothing of it is prefetched for the backward."""
+    # In a whole step, with all else that is in no block. The student's blocks are gathered twice,
+    # the teacher's once: nothing of it is prefetched for the backward.
     model = shard(Case(shard).distilled())
     model.student.blocks[0].set_modules_to_backward_prefetch([model])
     (batch,) = Case(shard).batches(0, dist.get_rank())
@@ -195,7 +195,7 @@ def the_head_is_gathered_once() -> None:
 
 
 def a_sharded_head_is_refused_outside_the_forward() -> None:
-    """P57: CCE#31, torchtune#2800."""
+    # P57: CCE#31, torchtune#2800.
     model = shard(Case(shard).distilled())
     head, hidden = model.student.lm_head, torch.randn(3, 16)
     with pytest.raises(TypeError, match=r"student\.weight must be a local .* a DTensor"):
@@ -276,3 +276,30 @@ FSDP_CHECKS: dict[str, Callable[[], None]] = {
     ),
     "the teacher is in no checkpoint": the_teacher_is_in_no_checkpoint,
 }
+
+
+def one_count_for_both_terms() -> None:
+    # Ranks of one tensor-parallel group have the same rows, which are counted once.
+    rows, vocabulary = 12, 11
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(rows, vocabulary, generator=draw) for _ in range(2))
+    labels = torch.randint(vocabulary, (rows,), generator=draw)
+    labels[:7] = -100
+    loss = KDLoss(return_parts=True)
+    whole = loss(student, teacher, labels)
+    for tp in (1, 2, 4):
+        shape = dist.get_world_size() // tp, tp
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        group = mesh.get_group("dp")
+        share = rows // group.size()
+        first = share * mesh.get_local_rank("dp")  # the first ranks keep nothing
+        mine = slice(first, first + share)
+        num_items = global_num_items(labels[mine], group=group)
+        assert num_items == global_num_items(labels[mine]), tp  # copies on both sides of /
+        sums = torch.stack(loss(student[mine], teacher[mine], labels[mine], num_items=num_items))
+        dist.all_reduce(sums, group=group)
+        torch.testing.assert_close(sums / group.size(), torch.stack(whole))
+
+
+#: On a mesh of data-parallel and tensor-parallel ranks.
+MESH_CHECKS = {"one count for both terms": one_count_for_both_terms}

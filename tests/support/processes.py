@@ -1,8 +1,10 @@
-"""A function in several real processes that talk over gloo, and what it gave in each."""
+"""Other processes: commands, and functions on several ranks that communicate over gloo."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,16 +13,42 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from ranks import run_rank
 from torch import distributed as dist
 from torch import multiprocessing
 
-#: A collective that not every rank comes to fails after this, and the test with it.
+from .ranks import run_rank
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Of a Python that imports test files and the package.
+PATH = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "csrc"), str(ROOT)])
+#: A collective that a rank does not enter fails after this, and the test with it.
 TIMEOUT = timedelta(minutes=5)
 
 
+def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with these variables added to the environment; any status is returned."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run_python(*arguments: object, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, *arguments, **keywords)
+
+
+def passes(done: subprocess.CompletedProcess[str]) -> str:
+    """Assert that a command succeeded; return what it printed."""
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
 def failures(checks: dict[str, Callable[[], None]], ranks: int, folder: Path) -> list[str]:
-    """Runs all checks, one after the other, on every rank of one process group.
+    """Run all checks, one after the other, on every rank of one process group.
 
     Args:
         checks: functions of a module, by name.

@@ -1,13 +1,13 @@
-"""What the tests of heads share: inputs, the float64 truth, the eager composition."""
+"""Inputs of heads, the float64 truth, the eager composition, and what a GPU would multiply."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import as_loss
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 def make_heads(
     rows: int = 37, vocabulary: int = 131, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Heads:
-    """Logits of a few units; labels that ignore nothing."""
+    """Return heads whose logits are a few units; labels that ignore nothing."""
     draw = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
@@ -73,21 +73,21 @@ def make_heads(
 
 
 def ours(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """kd_loss of two heads, and its gradients."""
+    """Return kd_loss of two heads, and its gradients."""
     loss = kd_loss(heads.student_side, heads.teacher_side, heads.labels, **keywords)
-    return _differentiate(as_loss(loss), heads.student, upstream)
+    return _differentiate(loss, heads.student, upstream)
 
 
 def truth(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """The float64 reference on whole logits."""
+    """Return the same of the float64 reference on whole logits."""
     student = [x.detach().double().requires_grad_() for x in heads.student]
     teacher = F.linear(*(x.double() for x in heads.teacher))
     loss = kd_loss(F.linear(*student), teacher, heads.labels, backend="reference", **keywords)
-    return _differentiate(as_loss(loss), tuple(student), upstream)
+    return _differentiate(loss, tuple(student), upstream)
 
 
 def eager(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """What a careful user composes, in the inputs' own dtype."""
+    """Return what a careful user composes, in the inputs' own dtype."""
     logits = F.linear(*heads.student), F.linear(*heads.teacher)
     loss = eager_kd_loss(*logits, heads.labels, **keywords)
     return _differentiate(loss, heads.student, upstream)
@@ -99,12 +99,18 @@ def _differentiate(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | 
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
-    """The norm of the difference, relative to that of the exact value."""
+    """Return the norm of the difference, relative to that of the exact value."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
+def near(got: Iterable[Tensor], want: Iterable[Tensor], bound: float) -> None:
+    """Assert that the distance of each tensor from the exact one is at most a bound."""
+    for mine, exact in zip(got, want, strict=True):
+        assert distance(mine, exact) <= bound
+
+
 def multiply_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """CudaProducts and masked rows; each product in float64, after what cuBLAS asks of dtypes.
+    """Use CudaProducts and masked rows; compute in float64 after cuBLAS's checks of dtypes.
 
     Returns:
         The calls so far: shapes of both operands, their dtype, that of the result, whether added.

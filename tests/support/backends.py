@@ -1,0 +1,66 @@
+"""The backends and instruction sets that are tested, and the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from fused_kd import extension
+from fused_kd.backends import why_not
+from fused_kd.options import BACKENDS, Formula, KDOptions, temperature_tensor
+
+
+def _parameter(name: str, reason: str | None) -> Any:
+    return pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+
+
+_REASONS = {name: why_not(name, "cpu") for name in BACKENDS}
+#: For CPU tensors: one that cannot run is skipped with its reason; a GPU's backend is included if
+#: it runs on them (an interpreter).
+FAST = [
+    _parameter(name, reason and f"backend {name}: {reason}")
+    for name, reason in _REASONS.items()
+    if name == "cpu" or (name != "reference" and reason is None)
+]
+HERE = ["reference", *FAST]
+needs_cpu = pytest.mark.skipif(
+    _REASONS["cpu"] is not None, reason=f"backend cpu: {_REASONS['cpu']}"
+)
+
+
+def instruction_sets() -> list[Any]:
+    """Return those compiled in; one that this processor lacks is skipped with its name."""
+    info: Any = extension.cpu.build_info() or {"instruction_sets": {"generic": True}}
+    return [
+        _parameter(name, None if runs else f"no {name} here")
+        for name, runs in info["instruction_sets"].items()
+    ]
+
+
+def formula_of(**keywords: Any) -> Formula:
+    """Return what a row kernel computes for keywords of kd_loss."""
+    options = KDOptions(**keywords)
+    temperature = temperature_tensor(options)
+    return Formula(
+        options.divergence, temperature, options.beta, options.soft_scale, options.label_smoothing
+    )
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Set torch's number of threads, and the former one afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Compute on one thread, which is fastest for small tensors."""
+    return threads(1)
