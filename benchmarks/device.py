@@ -28,7 +28,7 @@ from fused_kd.testing import cpu_peak
 from .measuring import Clock, time_once
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The backends under test, and what stands in for both where there is no GPU.
+#: The backends under test, and the one that replaces both without a GPU.
 BACKENDS, STAND_IN = ("cuda", "triton"), "cpu"
 #: Clock cycles for which a GPU is kept busy before a timed call (about a millisecond): the host
 #: gets ahead, so that the time is the device's and not that of launching.
@@ -36,13 +36,13 @@ HEAD_START = 2_000_000
 
 
 def backends(device: str) -> dict[str, str | None]:
-    """The backends to look at on this device, and why one cannot run."""
+    """Return the backends of this device, each with the reason why it cannot run or None."""
     names = BACKENDS if device == "cuda" else (STAND_IN,)
     return {name: why_not(name, device) for name in names}
 
 
 def clock(device: str) -> Clock:
-    """Times a call: by events of the GPU, or by the host's clock."""
+    """Return what times a call: events of the GPU, or the host's clock."""
     return _events if device == "cuda" else time_once
 
 
@@ -61,7 +61,7 @@ def _events(call: Callable[[], object]) -> tuple[float, bool]:
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """What the allocator handed out at most during the call, above the level before it.
+    """Return the peak of what the allocator had allocated during a call, beyond the level before.
 
     Give it a call that has been made before, or what is allocated once counts too.
     """
@@ -78,7 +78,7 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def room(device: str) -> int:
-    """Bytes that the device has for tensors."""
+    """Return the bytes that the device has for tensors."""
     if device == "cpu":
         return 2**30
     free, _ = torch.cuda.mem_get_info()
@@ -86,7 +86,7 @@ def room(device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Gives what is not in use back to the device."""
+    """Return what is not in use to the device."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -99,44 +99,37 @@ class Budget:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
+        """Return the seconds that are left."""
         return self._end - time.monotonic()
 
     def allows(self, seconds: float) -> bool:
+        """Return True if more than these seconds are left."""
         return self.left() > seconds
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    found, info = report(), extension.cpu.build_info()
+    """Return what a figure depends on besides the code."""
+    facts, info = report(), extension.cpu.build_info() or {}
+    versions, processor = facts["versions"], facts["processor"]["name"]
+    # the compiler of CUDA C++, where torch's extension builder would look for it
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    nvcc = next((path for home in homes if home and (path := shutil.which(f"{home}/bin/nvcc"))), "")
     return {
-        "device": _processor_name(found) if device == "cpu" else torch.cuda.get_device_name(),
+        "device": f"CPU: {processor}" if device == "cpu" else torch.cuda.get_device_name(),
         **({} if device == "cpu" else _card()),
-        "processor": found["processor"]["name"],
+        "processor": processor,
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction_set": "none (not built)" if info is None else info["instruction_set"],
-        "compiler": None if info is None else info["compiler"],
-        **{key: found["versions"][key] for key in ("torch", "cuda", "triton", "python")},
-        "nvcc": _said(_nvcc() or "nvcc", "--version").split("release ")[-1].split(",")[0] or None,
+        "instruction_set": info.get("instruction_set", "none (not built)"),
+        "compiler": info.get("compiler"),
+        **{key: versions[key] for key in ("torch", "cuda", "triton", "python")},
+        "nvcc": _output(nvcc or "nvcc", "--version").split("release ")[-1].split(",")[0] or None,
         "backends": {name: why or "available" for name, why in backends(device).items()},
-        "fused_kd": found["versions"]["fused_kd"],
+        "fused_kd": versions["fused_kd"],
         "commit": _commit(),
-        "platform": found["versions"]["platform"],
-        "huge_pages": _huge_pages(),
+        "platform": versions["platform"],
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }
-
-
-def _huge_pages() -> str:
-    try:
-        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return "unknown"
-    return text.split("[")[-1].split("]")[0] if "[" in text else text.strip()
-
-
-def _processor_name(found: dict[str, Any]) -> str:
-    return f"CPU: {found['processor']['name']}"
 
 
 def _card() -> dict[str, Any]:
@@ -147,26 +140,18 @@ def _card() -> dict[str, Any]:
         "multiprocessors": card.multi_processor_count,
         "memory_bytes": card.total_memory,
         "l2_bytes": getattr(card, "L2_cache_size", None),
-        "driver": _said(*query).split("\n")[0] or None,
+        "driver": _output(*query).split("\n")[0] or None,
         "devices": torch.cuda.device_count(),
     }
 
 
-def _nvcc() -> str | None:
-    """The compiler of CUDA C++, where torch's extension builder would look for it."""
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    places = os.pathsep.join(str(Path(home) / "bin") for home in homes if home)
-    return shutil.which("nvcc") or shutil.which("nvcc", path=places)
-
-
 def _commit() -> str | None:
-    commit = _said("git", "rev-parse", "--short", "HEAD")
-    changed = _said("git", "status", "--porcelain", "--untracked-files=no")
-    return f"{commit} and changes" if commit and changed else commit or None
+    commit = _output("git", "describe", "--always", "--exclude=*", "--dirty= and changes")
+    return commit or None
 
 
-def _said(*command: str) -> str:
-    """What a program prints; nothing where it cannot run."""
+def _output(*command: str) -> str:
+    """Return what a program prints; nothing if it cannot run."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
@@ -177,7 +162,7 @@ def _said(*command: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the environment; exit status 1 where there is no such device."""
+    """Print the environment; return 1 if there is no such device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     device = parser.parse_args(arguments).device

@@ -1,4 +1,4 @@
-"""What takes part in a benchmark: ours, the compositions of plain torch, and the peers."""
+"""A method: one way to compute the loss, ours, in plain torch, or a peer's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cases import Case
@@ -19,23 +20,23 @@ Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Method:
     """One loss that can be measured.
 
     Args:
-        key: how options and results call it.
-        title: how tables and pictures call it.
+        key: its name in options and results.
+        title: its name in tables and pictures.
         level: of its arguments: "logits" or "heads".
-        build: makes the loss of a case; called only where `why_not` finds nothing.
-        why_not: why it cannot take part in a case (not installed, no such divergence, no GPU).
+        build: makes the loss of a case; called only if `why_not` returns None.
+        why_not: the reason why it cannot run a case (not installed, no such divergence, no GPU).
         package: the distribution that it comes from; None: torch or ours.
         computes: the keywords of eager_kd_loss for what it computes; None: exactly the case's.
-        nearest: where that is not what the case asks for, what it is, in a few words.
-        compared: what is held to the float64 reference: "loss", "gradients", or both.
-        is_ours: whether it must be right, and is what others are compared with.
+        nearest: if that is not what the case asks for, what it is, in a few words.
+        compared: what is compared with the float64 reference: "loss", "gradients", or both.
+        is_ours: it must be right, and others are compared with it.
         compiles: its first call on a size takes seconds.
         most_rows: of the (rows, V) matrices that it holds at a time; None: all rows.
-        matrices: about how many float32 (rows, V) it holds at its peak: is there memory for it?
+        matrices: about how many float32 (rows, V) it holds at its peak.
     """
 
     key: str
@@ -53,19 +54,32 @@ class Entrant:
     matrices: float = 9.0
 
     def keywords(self, case: Case) -> dict[str, Any]:
-        """Of eager_kd_loss: what it computes."""
+        """Return the keywords of eager_kd_loss for what it computes."""
         return case.keywords if self.computes is None else self.computes(case)
 
     def version(self) -> str | None:
-        """Of the distribution that it comes from."""
+        """Return the version of its distribution; None if there is none."""
         try:
             return None if self.package is None else importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
             return None
 
 
+def needs(module: str, *divergences: str, gpu: bool = False) -> Callable[[Case], str | None]:
+    """Return a `why_not` for a loss of this module, with these divergences; none: any."""
+
+    def why_not(case: Case) -> str | None:
+        if divergences and case.divergence not in divergences:
+            return f"it has no {case.divergence}"
+        if gpu and case.device != "cuda":
+            return "its kernels need a GPU"
+        return cannot_import(module)
+
+    return why_not
+
+
 def cannot_import(module: str) -> str | None:
-    """Why a module cannot be imported, in one line; None if it can."""
+    """Return why a module cannot be imported, in one line; None if it can."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -75,11 +89,11 @@ def cannot_import(module: str) -> str | None:
     return None
 
 
-def needs_gpu(case: Case) -> str | None:
-    """For a loss that is a Triton or CUDA kernel."""
-    return None if case.device == "cuda" else "its kernels need a GPU"
+def with_cross_entropy(soft: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """Add half the cross-entropy to half a peer's divergence on logits, T² included.
 
-
-def only(case: Case, *divergences: str) -> str | None:
-    """For a loss that has not all of them."""
-    return None if case.divergence in divergences else f"it has no {case.divergence}"
+    It is the cross-entropy of transformers, which converts the logits to float32 first.
+    """
+    return lambda student, teacher, labels: (
+        0.5 * F.cross_entropy(student.float(), labels) + 0.5 * soft(student, teacher, labels)
+    )
