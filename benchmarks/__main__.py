@@ -19,7 +19,7 @@ from fused_kd.divergences import DIVERGENCES
 from fused_kd.options import KDOptions
 from fused_kd.plan.models import MODELS
 
-from . import compare, device, picture, records, tables
+from . import compare, device, picture, publish, records
 from .cases import DTYPES, LOGITS, Case
 from .methods import METHODS
 from .one_case import Task
@@ -220,7 +220,7 @@ def _plot(report: Report, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     pictures, page = list(picture.draw(report, folder)), folder / "report.md"
     shown = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
-    page.write_text(f"# Benchmarks\n\n{shown}\n\n{tables.page(report)}\n")
+    page.write_text(f"# Benchmarks\n\n{shown}\n\n{publish.page(report)}\n")
     print(*pictures, page, sep="\n")
     return 0
 

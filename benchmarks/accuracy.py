@@ -36,7 +36,7 @@ from fused_kd.testing import REGIMES, Inputs, Result, conditioning, make_inputs,
 from . import records, schema
 from .cases import DTYPES, Case
 from .device import environment
-from .report import Parser, markdown_table, show, writable_file
+from .report import Parser, between_markers, markdown_table
 
 NAME, SUITE = "accuracy", "units"  # of its markers, of its records
 TEMPERATURES = (1.0, 2.0)
@@ -88,7 +88,8 @@ def measure(case: Case, backend: str, writer: records.Writer) -> None:
     for key, title, result in (("kdloss", "KDLoss", ours), ("eager", "eager", eager)):
         error = errors_of(result, truth, inputs, upstream, KDOptions(**case.keywords))
         about = key, title, key == "kdloss", "measured"
-        writer.add(schema.Result(SUITE, case.sizes, *about, error=error))
+        if error:
+            writer.add(schema.Result(SUITE, case.sizes, *about, error=error))
 
 
 def accuracy_table(report: records.Report) -> str:
@@ -105,7 +106,10 @@ def accuracy_table(report: records.Report) -> str:
     worst = rows.groupby([*by, "title"], sort=False)[parts].max().unstack("title", sort=False)
     cells = [[dtype, f"`{divergence}`", *(f"{row[part, title]:.2f}" for part, title in COLUMNS)]
              for (dtype, divergence), row in worst.iterrows()]  # fmt: skip
-    head = [*by, *(PARTS[part] if title == "KDLoss" else "eager" for part, title in COLUMNS)]
+    head = [
+        *by,
+        *(PARTS[part] + ("" if title == "KDLoss" else ", eager") for part, title in COLUMNS),
+    ]
     table = markdown_table(head, cells, left=2)
     if lost.empty:
         return table
@@ -119,13 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, or write it; return the exit status."""
     parser = Parser(prog="python -m benchmarks.accuracy", description=__doc__)
     add = parser.add_argument
-    add("--write", type=writable_file, metavar="FILE", help="between the markers of this file")
+    add("--write", type=Path, metavar="FILE", help="between the markers of this file")
     add("--output", type=Path, metavar="FILE", default=Path("out/accuracy.jsonl"))
     add("--backend", choices=BACKENDS, default="cpu", help="default: %(default)s")
     options = parser.parse_args(arguments)
     if (reason := why_not(options.backend, "cpu")) is not None:
         parser.error(f"the {options.backend} backend cannot run: {reason}")
-    parser.check_markers(options.write, NAME)
     torch.set_num_threads(1)
     here = environment()
     grid = product(DTYPES, DIVERGENCES, REGIMES, TEMPERATURES, SHAPES)
@@ -138,7 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(case, options.backend, writer)
     note = (f"`python -m benchmarks.accuracy`, backend {options.backend}, "
             f"{here['instruction_set']}, torch {here['torch']}")  # fmt: skip
-    show(f"{accuracy_table(records.read([options.output]))}\n\n{note}", options.write, NAME)
+    text = f"{accuracy_table(records.read([options.output]))}\n\n{note}"
+    if options.write is None:
+        print(text)
+    else:
+        options.write.write_text(between_markers(options.write.read_text(), text, NAME))
     return 0
 
 

@@ -19,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .cuda_executed import Executed, Planner, execute, labels_of, same_code
 from .executed_tables import executed_table, executed_text, functions_table, opcodes_table
-from .report import Parser, markdown_table, show, writable_file
+from .report import Parser, Progress, markdown_table, show, writable_file
 from .sass import Code, disassemble, find_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,11 +156,11 @@ def compile_all(targets: Sequence[str], folder: Path) -> Compiled:
     """The three files of the row kernels; MAX_JOBS at a time."""
     jobs = [(dtype, target) for target in targets for dtype in DTYPES]
     found = Compiled([], {})
-    with tqdm(desc="compiling", total=len(jobs), disable=None) as progress:
+    with Progress("compiling", len(jobs)) as progress:
 
         def compile_one(job: tuple[str, str]) -> tuple[Path, list[Instance]]:
             done = compile_cubin(SOURCES / f"rows_{job[0]}.cu", job[1], folder)
-            progress.update()
+            progress.advance(f"rows_{job[0]}.cu for sm_{job[1]}")
             return done
 
         with ThreadPoolExecutor(jobs_at_once()) as pool:
@@ -241,14 +239,13 @@ def executed(divergences: Sequence[str], folder: Path, sources: Path = SOURCES) 
     planner = Planner(sources, NVCC_FLAGS, folder)
     jobs = [(name, label) for name in divergences for label in labels_of(name)]
     found = []
-    bar = tqdm(desc="counting", total=len(jobs), disable=None)
-    with bar as progress, ThreadPoolExecutor(jobs_at_once()) as pool:
+    with Progress("counting", len(jobs)) as progress, ThreadPoolExecutor(jobs_at_once()) as pool:
         codes = pool.map(lambda name: cluster_code(name, folder, sources), divergences)
         for divergence, code in zip(divergences, codes, strict=True):
             for label in labels_of(divergence):
                 number = DIVERGENCES.index(divergence)
                 found.append(execute(divergence, number, label, code, planner))
-                progress.update()
+                progress.advance(f"{divergence}, {label}")
     return found
 
 

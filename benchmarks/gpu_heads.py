@@ -12,9 +12,9 @@ from fused_kd.options import MIB
 
 from .cases import HEADS, Case
 from .device import Budget, peak_bytes, room
+from .entrants.ours import with_heads
 from .gpu_options import make_parser, parse, usable
 from .gpu_timing import Times
-from .methods.ours import with_heads
 from .problems import HeadsProblem
 
 SIZE, TINY = (8192, 151_936, 2048, 4096), (5, 33, 8, 12)
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         times = Times(options.device, file)
         problem = HeadsProblem(case)
         group = f"{case.dtype} V={v} H={student}/{teacher}"
-        floor = times.measure("four products", problem.lower_bound())
+        floor = times.measure("four products", problem.floor())
         rate = None if floor is None else f"{case.flops / floor / 1e12:.1f}"
         times.show("four products", floor, None, group=group, teraflops=rate)
         for backend in usable(options):

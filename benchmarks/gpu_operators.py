@@ -66,7 +66,7 @@ def _cases(device: str) -> list[Case]:
 def _measure(case: Case, names: Sequence[str], times: Times, budget: Budget) -> None:
     problem = LogitsProblem(case)
     group = f"{case.dtype} V={case.v}"
-    copy = times.measure(f"{group} copy", problem.lower_bound())
+    copy = times.measure(f"{group} copy", problem.floor())
     if copy is None:
         return
     rate = f"{2 * case.matrix_bytes / copy / 1e12:.3f}"

@@ -17,7 +17,7 @@ import torch
 
 from . import device, errors, lower_bounds
 from .cases import HEADS, LOGITS, STEP, Case
-from .measuring import Turn, available_memory, interleave, process_peak
+from .measuring import Turn, interleave, process_peak
 from .methods import METHODS, Loss, Method
 from .methods.ours import FORWARD
 from .problems import HeadsProblem, LogitsProblem, Problem
@@ -78,7 +78,7 @@ def run_task(task: Task, emit: Emit) -> None:
     started = time.monotonic()
     if task.threads is not None:
         torch.set_num_threads(task.threads)
-    free, needed = _free(task.case), task.case.input_bytes
+    free, needed = device.room(task.case.device), task.case.input_bytes
     if needed > free:
         for name in task.methods:
             why = f"the inputs need {_gib(needed)}, {_gib(free)} are free"
@@ -167,7 +167,7 @@ class _Run:
         method, case = METHODS[name], self.case
         rows = min(case.n, method.most_rows or case.n)
         needed = int(4 * case.v * (method.matrices * rows + WEIGHTS * case.student_hidden))
-        if needed > (free := _free(case)):
+        if needed > (free := device.room(case.device)):
             raise Rejected("no memory", f"needs {_gib(needed)}, {_gib(free)} are free")
         rows = FIRST_ROWS
         while self.bound is not None and self.bound.is_slow and rows < case.n:
@@ -237,10 +237,6 @@ class _Run:
         """Drop what was compiled, if anything is."""
         if self._compiles:
             torch.compiler.reset()
-
-
-def _free(case: Case) -> int:
-    return available_memory() if case.device == "cpu" else device.room(case.device)
 
 
 def _gib(size: float) -> str:

@@ -1,8 +1,7 @@
 """The tensors of a case, and what a method is called with.
 
-Every problem has `call` (forward and backward as one thing to time), `restore` (of what a call may
-have overwritten), and `few`, `outcome`, `exact`: a few rows, a method's loss and gradients on them,
-and those of the float64 reference.
+Every problem has `call(loss, rows)`, which returns forward and backward of the whole public call on
+the first rows (None: all), and `few()`, copies of a few rows as the arguments of a loss.
 """
 
 from __future__ import annotations
@@ -40,16 +39,8 @@ class Problem:
     def __init__(self, case: Case) -> None:
         self.case = case
 
-    def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
-        """Return forward and backward of the whole public call on the first rows (None: all)."""
-        raise NotImplementedError
-
     def restore(self) -> None:
         """Undo what a call may have written over its inputs."""
-
-    def few(self) -> tuple[Tensor, ...]:
-        """Return copies of a few rows as the arguments of a loss, in the case's dtype."""
-        raise NotImplementedError
 
     def outcome(self, loss: Loss) -> Outcome:
         """Return a method's loss and gradients on a few rows."""
@@ -102,7 +93,8 @@ class LogitsProblem(Problem):
         self._weight = torch.ones((), device=device, requires_grad=True)
 
     def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
-        student, teacher, labels = (x[:rows] for x in self.buffers)
+        buffers = self._student, self._teacher, self._labels
+        student, teacher, labels = (x[:rows] for x in buffers)
 
         def run() -> None:
             value = loss(_LastLayer.apply(self._weight, student), teacher, labels)
@@ -113,11 +105,6 @@ class LogitsProblem(Problem):
 
     def restore(self) -> None:
         self._student.copy_(self._original)
-
-    @property
-    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits (N, V) of student and teacher, and labels, which the calls use."""
-        return self._student, self._teacher, self._labels
 
     def few(self) -> tuple[Tensor, ...]:
         original = self._original, self._teacher, self._labels

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import picture, records, tables
+from . import goals, picture, records, tables
 from .cases import HEADS, LOGITS
 from .methods.ours import IN_PLACE, KDLOSS, WITH_HEADS
 from .records import Report
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         last, note = tables.frame(reports[-1]), tables.machine(reports[-1].environment)
         texts = {
             README: {"headline": headline(reports[-1]), "benchmarks": readme(last, note)},
-            DOCUMENT: {"benchmarks": "\n\n".join(map(tables.page, reversed(reports)))},
+            DOCUMENT: {"benchmarks": "\n\n".join(map(page, reversed(reports)))},
         }
         for name, parts in texts.items():
             old = new = (root / name).read_text()
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             path.write_text(picture.of_sweeps(sweeps, "v", note))
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    print("\n".join(differences if is_check else [f"written: {README}, {DOCUMENT}, {PICTURE}"]))
+    for line in differences if is_check else [f"written: {README}, {DOCUMENT}, {PICTURE}"]:
+        print(line)
     return 1 if is_check and differences else 0
 
 
@@ -76,6 +77,22 @@ def read_all(root: Path) -> list[Report]:
     if not machines:
         raise ValueError("benchmarks/results: there are no results (*.jsonl)")
     return [records.read(paths) for paths in machines.values()]
+
+
+def page(report: Report) -> str:
+    """Return everything about a machine's results in Markdown."""
+    found = tables.frame(report)
+    parts = [f"### {tables.machine(report.environment)}"]
+    for suite, rows in found.groupby("suite", sort=False):
+        parts.append(f"#### {suite}")
+        for title, table in tables.overviews(rows):
+            parts += [f"{title}:", table]
+        if lines := tables.faster(rows) + tables.left_out(rows):
+            parts.append("\n".join(lines))
+    checked = goals.check(found, report.environment.get("memory_bytes"))
+    return "\n\n".join(
+        [*parts, *(["#### Goals", tables.markdown(checked)] if len(checked) else [])]
+    )
 
 
 def headline(report: Report) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .cases import Case
-from .schema import Bound, Done, Record, Result, Run, dump, dumps, load
+from .schema import Bound, Done, Record, Result, Run, dump, load
 
 #: What must be the same for results to be in one file.
 SAME = ("device", "processor", "instruction_set", "driver", "threads", "torch", "fused_kd",
@@ -24,10 +24,6 @@ class Writer:
     def add(self, record: Record) -> None:
         """Append a record."""
         print(dump(record), file=self._stream, flush=True)
-
-    def write(self, kind: str, **content: Any) -> None:
-        """Append a line of a kind of its own."""
-        print(dumps(kind, content), file=self._stream, flush=True)
 
 
 @dataclass
@@ -48,17 +44,18 @@ class Report:
         """Return the results of a case."""
         return [x for key, x in self.results.items() if key[:2] == (suite, case)]
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record | str | None) -> None:
         """Add a record; raise TypeError if its case has other fields than a Case."""
         if isinstance(record, Run):
             self.runs.append(record)
+        if not isinstance(record, Bound | Result | Done):
             return
         key = record.suite, Case(**record.case)
         if isinstance(record, Bound):
             self.bounds[key] = record
         elif isinstance(record, Result):
             self.results[(*key, record.method)] = record
-        elif isinstance(record, Done):
+        else:
             self.done.add(key)
 
 

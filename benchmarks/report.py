@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -45,29 +44,12 @@ def between_markers(document: str, text: str, name: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
-def show(text: str, file: Path | None, name: str) -> None:
-    """Print a table, or write it between the markers of a file."""
-    if file is None:
-        print(text)
-    else:
-        file.write_text(between_markers(file.read_text(), text, name))
-        print(f"table written to {file}")
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with exit status 2."""
 
     def error(self, message: str) -> Any:
         """End the process."""
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def check_markers(self, file: Path | None, name: str) -> None:
-        """Check, before anything is measured, that `show` will be able to write."""
-        if file is not None:
-            try:
-                between_markers(file.read_text(), "", name)
-            except (ValueError, OSError) as error:
-                self.error(f"{file}: {error}")
 
 
 def positive_int(text: str) -> int:
@@ -86,12 +68,3 @@ def positive_float(text: str) -> float:
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a finite number above 0; got {text!r}")
     return value
-
-
-def writable_file(text: str) -> Path:
-    """Return an option's value (for `type=`)."""
-    try:
-        Path(text).open("a").close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from error
-    return Path(text)

@@ -1,8 +1,4 @@
-"""The records of a file of results: JSON lines, each with "schema", "kind" and these fields.
-
-GPU scripts write lines of other kinds into files of their own. This module imports nothing of the
-package, so that a machine can be checked before it is built.
-"""
+"""The records of a file of results: JSON lines, each with "schema", "kind" and these fields."""
 
 from __future__ import annotations
 
@@ -73,14 +69,10 @@ Record = Run | Bound | Result | Done
 KINDS = {"run": Run, "bound": Bound, "result": Result, "done": Done}
 
 
-def dumps(kind: str, fields: dict[str, Any]) -> str:
-    """Return a line."""
-    return json.dumps({"schema": SCHEMA, "kind": kind, **fields}, ensure_ascii=False)
-
-
 def dump(record: Record) -> str:
     """Return a record as a line."""
-    return dumps(type(record).__name__.lower(), asdict(record))
+    head = {"schema": SCHEMA, "kind": type(record).__name__.lower()}
+    return json.dumps({**head, **asdict(record)}, ensure_ascii=False)
 
 
 def load(text: str) -> Record:

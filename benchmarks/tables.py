@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from fused_kd.options import MIB
 
-from . import goals
 from .cases import Case
 from .methods.ours import KDLOSS, WITH_HEADS
 from .records import Report
@@ -263,17 +262,3 @@ def left_out(found: DataFrame) -> list[str]:
         some = "" if count == cases[title] else f" (in {count} of {cases[title]} cases)"
         lines.append(f"* left out: {title}: {why}{some}")
     return lines
-
-
-def page(report: Report) -> str:
-    """Return everything about a machine's results in Markdown."""
-    found = frame(report)
-    parts = [f"### {machine(report.environment)}"]
-    for suite, rows in found.groupby("suite", sort=False):
-        parts.append(f"#### {suite}")
-        for title, table in overviews(rows):
-            parts += [f"{title}:", table]
-        if lines := faster(rows) + left_out(rows):
-            parts.append("\n".join(lines))
-    checked = goals.check(found, report.environment.get("memory_bytes"))
-    return "\n\n".join([*parts, *(["#### Goals", markdown(checked)] if len(checked) else [])])

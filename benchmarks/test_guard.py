@@ -1,8 +1,8 @@
 """Regression guards: ``pytest benchmarks --benchmark-only``. Ratios of one run, no absolute times.
 
 The suite "guard" on one thread must show no regression against ``baseline_SET.jsonl`` of the
-instruction set in use, which ``python -m benchmarks run guard --threads 1 --output`` that file
-``--overwrite`` replaces (on a quiet machine, after a change that is meant).
+instruction set in use, which ``python -m benchmarks run guard --threads 1 --overwrite --output``
+that file replaces (on a quiet machine, after a change that is meant).
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ from . import compare, device, one_case, records, schema
 SLACK, SLACK_ELSEWHERE = 0.5, 2.0
 #: A ratio above the limit is measured again this often: a regression stays, a disturbance goes.
 TRIES = 3
-
-OPTIONS = cli.make_parser().parse_args(["run", "guard", "--threads", "1"])
-TASKS = [*cli.tasks(OPTIONS)]
+TASKS = [*cli.tasks(cli.make_parser().parse_args(["run", "guard", "--threads", "1"]))]
 
 
 @pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason=f"cpu: {why_not('cpu', 'cpu')}")
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.case.name.replace(" ", "-"))
-def test_no_ratio_to_the_lower_bound_grew(task, benchmark) -> None:
-    threads, here = torch.get_num_threads(), device.environment()
+def test_no_ratio_to_the_lower_bound_grew(task, benchmark, request) -> None:
+    here = device.environment()
+    request.addfinalizer(lambda: torch.set_num_threads(here["threads"]))
     path = Path(__file__).with_name(f"baseline_{here['instruction_set']}.jsonl")
     if not path.exists():
         pytest.skip(f"there is no {path.name}: python -m benchmarks run guard makes one")
     baseline = records.read([path])
-    key = task.suite, task.case
-    before = records.Report(baseline.runs, {key: baseline.bounds[key]})
-    for result in baseline.of(*key):
-        before.add(result)
+    before, key = records.Report(baseline.runs), (task.suite, task.case)
+    for record in (baseline.bounds[key], *baseline.of(*key)):
+        before.add(record)
     is_same = baseline.environment["processor"] == here["processor"]
 
     def ratios() -> tuple[str, bool]:
@@ -45,11 +43,7 @@ def test_no_ratio_to_the_lower_bound_grew(task, benchmark) -> None:
         one_case.run_task(task, after.add)
         return compare.compare(before, after, SLACK if is_same else SLACK_ELSEWHERE)
 
-    try:
-        text, ok = benchmark.pedantic(ratios, rounds=1)
-        for _ in range(TRIES - 1):
-            if not ok:
-                text, ok = ratios()
-        assert ok, text
-    finally:
-        torch.set_num_threads(threads)
+    results = [benchmark.pedantic(ratios)]
+    while not results[-1][1] and len(results) < TRIES:
+        results.append(ratios())
+    assert results[-1][1], results[-1][0]

@@ -7,25 +7,26 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import picture
+from benchmarks.pictures import style
 
 #: Inches of a panel, of the heading; panels in a row.
 WIDTH, HEIGHT, MARGIN, COLUMNS = 3.4, 2.4, 0.55, 4
-OWN, OURS = picture.COLOURS["eager"], picture.COLOURS["kdloss"]
+OWN, OURS = style.FAMILIES["eager"], style.FAMILIES["kdloss"]
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> str:
     """An SVG; it names the digest of what it shows.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ValueError: there is no matplotlib.
     """
+    style.need_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 
     rows = -(-len(lines) // COLUMNS)
     height = rows * HEIGHT + MARGIN
-    with matplotlib.rc_context(picture.SETTINGS):
+    with matplotlib.rc_context(style.SETTINGS):
         figure = Figure(figsize=(COLUMNS * WIDTH, height))
         figure.subplots_adjust(left=0.04, right=0.99, top=1 - 0.95 * MARGIN / height - 0.03,
                                bottom=0.5 / height, wspace=0.22, hspace=0.6)  # fmt: skip
@@ -40,7 +41,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> str:
         figure.text(0.012, heading, "Loss by step:", fontsize=12, weight="bold")
         figure.text(0.115, heading, "the framework's own loss (broad)", fontsize=12, color=OWN)
         figure.text(0.34, heading, "fused_kd (narrow)", fontsize=12, color=OURS, weight="bold")
-    return picture.svg(figure, digest(lines))
+    return style.svg(figure, digest(lines))
 
 
 def digest(lines: Sequence[dict[str, Any]]) -> str:

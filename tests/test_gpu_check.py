@@ -105,7 +105,7 @@ def test_every_part(which: str, tmp_path: Path) -> None:
     for name in {"smoke", "operators", "heads-times", "triton", *gpu_parts.SUITES} & set(wanted):
         assert found[name], name
     for suite in set(gpu_parts.SUITES) & set(wanted):
-        assert {line["kind"] for line in found[suite]} == {"run", "bound", "result", "done"}
+        assert {line["kind"] for line in found[suite]} == {"run", "floor", "result", "done"}
 
 
 @needs_cpu
@@ -124,11 +124,11 @@ def test_the_suites_run_as_they_are_called(
     parser = cli.make_parser()
     parsed = parser.parse_args([*real, "--device", "cuda", "--seconds", "60"])
     assert parsed.n == [8192]
-    assert set(parsed.peers) <= {method.key for method in cli.METHODS.values()}
+    assert set(parsed.peers) <= {entrant.key for entrant in cli.ENTRANTS.values()}
     assert cli.main([*tiny, "--device", "cpu", "--seconds", "600"]) == 0
     found = records.read([tmp_path / f"{suite}.jsonl"])
-    assert {result.status for result in found.results.values()} <= {"measured", "skipped"}
-    assert found.bounds
+    assert {line["status"] for line in found.results.values()} <= {"measured", "skipped"}
+    assert found.floors
 
 
 # --------------------------------------------------------------------------------- the plan

@@ -21,37 +21,23 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """One loss that can be measured.
+    """One loss that can be measured."""
 
-    Args:
-        key: its name in options and results.
-        title: its name in tables and pictures.
-        level: of its arguments: "logits" or "heads".
-        build: makes the loss of a case; called only if `why_not` returns None.
-        why_not: the reason why it cannot run a case (not installed, no such divergence, no GPU).
-        package: the distribution that it comes from; None: torch or ours.
-        computes: the keywords of eager_kd_loss for what it computes; None: exactly the case's.
-        nearest: if that is not what the case asks for, what it is, in a few words.
-        compared: what is compared with the float64 reference: "loss", "gradients", or both.
-        is_ours: it must be right, and others are compared with it.
-        compiles: its first call on a size takes seconds.
-        most_rows: of the (rows, V) matrices that it holds at a time; None: all rows.
-        matrices: about how many float32 (rows, V) it holds at its peak.
-    """
-
-    key: str
-    title: str
-    level: str
-    build: Callable[[Case], Loss]
+    key: str  # its name in options and results
+    title: str  # its name in tables and pictures
+    level: str  # of its arguments: "logits" or "heads"
+    build: Callable[[Case], Loss]  # called only if `why_not` returns None
+    #: Returns why it cannot run a case: it is not installed, has no such divergence, needs a GPU.
     why_not: Callable[[Case], str | None] = lambda case: None
-    package: str | None = None
+    package: str | None = None  # the distribution that it comes from; None: torch or ours
+    #: Returns the keywords of eager_kd_loss for what it computes; None: exactly the case's.
     computes: Callable[[Case], dict[str, Any]] | None = None
-    nearest: str = ""
-    compared: tuple[str, ...] = ("loss", "gradients")
-    is_ours: bool = False
-    compiles: bool = False
-    most_rows: int | None = None
-    matrices: float = 9.0
+    nearest: str = ""  # if that is not what the case asks for, what it is, in a few words
+    compared: tuple[str, ...] = ("loss", "gradients")  # with the float64 reference
+    is_ours: bool = False  # it must be right, and others are compared with it
+    compiles: bool = False  # its first call on a size takes seconds
+    most_rows: int | None = None  # of the (rows, V) matrices that it holds at a time; None: all
+    matrices: float = 9.0  # about how many float32 (rows, V) it holds at its peak
 
     def keywords(self, case: Case) -> dict[str, Any]:
         """Return the keywords of eager_kd_loss for what it computes."""

@@ -20,12 +20,10 @@ def eager(case: Case) -> Loss:
     """Return the baseline; with heads, after the logits of both models."""
     keywords = case.keywords
 
-    def on_logits(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def on_logits(student, teacher, labels):
         return eager_kd_loss(student, teacher, labels, **keywords)
 
-    def from_hidden(
-        hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, labels: Tensor
-    ) -> Tensor:
+    def from_hidden(hidden, weight, teacher, head, labels):
         with torch.no_grad():
             teacher_logits = F.linear(teacher, head)
         return on_logits(F.linear(hidden, weight), teacher_logits, labels)

@@ -38,7 +38,7 @@ def _logits(case: Case) -> Loss:
     soften = F.softmax if case.divergence == "tvd" else F.log_softmax
     cross_entropy, t = LigerCrossEntropyLoss(), case.temperature
 
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def loss(student, teacher, labels):
         soft = divergence(*(soften(x.float() / t, -1) for x in (student, teacher)))
         return 0.5 * cross_entropy(student, labels) + 0.5 * t**2 * soft
 
@@ -76,10 +76,10 @@ def _fused_kl(case: Case) -> Loss:
 
     divergence = LigerFusedLinearKLDivLoss(temperature=case.temperature)
 
-    def soft(hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, y: Tensor) -> Tensor:
+    def soft(hidden, weight, teacher, head, labels):
         with torch.no_grad():
             target = F.softmax(F.linear(teacher, head).float() / case.temperature, -1)
-        return divergence(hidden, weight, target, y)
+        return divergence(hidden, weight, target, labels)
 
     return _with_cross_entropy(soft, case)
 

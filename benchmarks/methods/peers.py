@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..cases import HEADS, LOGITS, Case
 from .base import Loss, Method, needs, with_cross_entropy
 
@@ -23,9 +21,7 @@ def _fla(case: Case) -> Loss:
     divergence, cross_entropy = FusedKLDivLoss(), FusedLinearCrossEntropyLoss()
     t = case.temperature
 
-    def loss(
-        hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, labels: Tensor
-    ) -> Tensor:
+    def loss(hidden, weight, teacher, head, labels):
         soft = divergence(hidden / t, teacher / t, weight, head)
         return 0.5 * cross_entropy(hidden, labels, weight) + 0.5 * t**2 * soft
 

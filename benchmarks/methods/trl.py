@@ -5,8 +5,6 @@ Both have the forward KL at beta 0 and the reverse one at beta 1, and no T².
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..cases import HEADS, LOGITS, Case
 from .base import Loss, Method, needs, with_cross_entropy
 
@@ -37,9 +35,7 @@ def _heads(case: Case) -> Loss:
 
     keywords = {"beta": BETA[case.divergence], "temperature": case.temperature}
 
-    def loss(
-        hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, labels: Tensor
-    ) -> Tensor:
+    def loss(hidden, weight, teacher, head, labels):
         log_probabilities, *_ = ChunkedLogProbFunction.apply(
             hidden, weight, None, labels, 1.0, TILE, None, 1.0, ("log_probs",)
         )
