@@ -94,7 +94,7 @@ def _panels(axes: Sequence[Any], group: DataFrame, size: str) -> None:
             key, is_ours = rows.method.iloc[0], rows.is_ours.iloc[0]
             family = next((name for name in COLOURS if key.startswith(name)), None)
             axis.plot(
-                rows[size], rows[column] / per, label=title, color=COLOURS.get(family),
+                rows[size], rows[column] / per, label=title, color=COLOURS.get(family, "#7f7f7f"),
                 marker=MARKERS[number % len(MARKERS)], linewidth=2.4 if is_ours else 1.2,
             )  # fmt: skip
         bounds = group.dropna(subset="bound").drop_duplicates(size)
@@ -104,4 +104,5 @@ def _panels(axes: Sequence[Any], group: DataFrame, size: str) -> None:
         axis.set(xscale="log", yscale="log", xlabel=size.upper(), ylabel=label, title=setting)
         axis.set_xticks(values := sorted(group[size].unique()), map(str, values), minor=False)
         axis.set_xticks([], minor=True)
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    lines = axes[0].get_legend_handles_labels()
+    axes[1].legend(*lines, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
