@@ -1,7 +1,7 @@
 """Whether a file of results is as good as another one: by ratios, not by times.
 
 The time of a method over that of the baseline in the same case and file does not move with the
-machine's speed. The baseline is the lower bound, eager torch if there is none, or a method by name.
+machine's speed. The baseline is its lower bound, eager torch if there is none, or a method by name.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def compare(
 def _with_ratios(report: Report, against: str) -> DataFrame:
     found = frame(report)
     found = found[found.status != "skipped"].copy()
-    bound = found.bound.fillna(seconds_of(found, "eager"))
-    found["ratio"] = found.seconds / (bound if against == BOUND else seconds_of(found, against))
+    if against == BOUND:
+        found["ratio"] = (1 / found.share).fillna(found.seconds / seconds_of(found, "eager"))
+    else:
+        found["ratio"] = found.seconds / seconds_of(found, against)
     return found
 
 

@@ -38,12 +38,17 @@ def test_no_ratio_to_the_lower_bound_grew(task, benchmark, request) -> None:
         before.add(record)
     is_same = baseline.environment["processor"] == here["processor"]
 
-    def ratios() -> tuple[str, bool]:
-        after = records.Report([schema.Run(here, {}, [])])
-        one_case.run_task(task, after.add)
-        return compare.compare(before, after, SLACK if is_same else SLACK_ELSEWHERE)
+    after = records.Report([schema.Run(here, {}, [])])
 
-    results = [benchmark.pedantic(ratios)]
-    while not results[-1][1] and len(results) < TRIES:
-        results.append(ratios())
-    assert results[-1][1], results[-1][0]
+    def keep_best(record: schema.Record | str | None) -> None:
+        old = after.results.get((*key, getattr(record, "method", "")))
+        if old is None or (record.bound_share or 0.0) > (old.bound_share or 0.0):
+            after.add(record)
+
+    benchmark.pedantic(lambda: one_case.run_task(task, keep_best))
+    for left in reversed(range(TRIES)):
+        text, ok = compare.compare(before, after, SLACK if is_same else SLACK_ELSEWHERE)
+        if ok or not left:
+            break
+        one_case.run_task(task, keep_best)
+    assert ok, text

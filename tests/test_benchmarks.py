@@ -262,7 +262,9 @@ def _text(path: Path) -> str:
 
 def _slower(factor: float) -> Callable[[Result], Result]:
     return lambda result: replace(
-        result, time={**result.time, "median_s": factor * result.time["median_s"]}
+        result,
+        time={**result.time, "median_s": factor * result.time["median_s"]},
+        bound_share=result.bound_share / factor,
     )
 
 
