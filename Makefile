@@ -35,16 +35,17 @@ test-peers: $(VENV)/.peers
 examples: $(VENV)/.peers
 	$(BIN)/python examples/measure.py $(ARGS)
 
-# Every suite on this CPU with every peer that installs, then pictures and a page: about two hours on
+# All suites on this CPU with all peers that install, then pictures and a page: about two hours on
 # two cores, 16 GiB. make bench ARGS="logits --v 32000"; after an interruption ARGS=--resume
 bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks run --output out/benchmarks/cpu.jsonl $(ARGS); status=$$?; \
 	$(BIN)/python -m benchmarks plot out/benchmarks/cpu.jsonl --output out/benchmarks && exit $$status
 
-# README's and docs/benchmarks.md's tables and picture, from the committed results.
+# Tables and picture of README and docs/benchmarks.md, from the committed results.
 publish: $(VENV)/.peers
 	$(BIN)/python -m benchmarks.publish $(ARGS)
 
+# No ratio of ours to the lower bound grew against benchmarks/baseline_*.jsonl.
 bench-guard: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 

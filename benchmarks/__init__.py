@@ -1,11 +1,11 @@
-"""Time, memory and accuracy of the losses, ours and every peer's, side by side in one run.
+"""Time, memory and accuracy of the losses, ours and all peers', side by side in one run.
 
 ``python -m benchmarks run|plot|compare|list`` is what users need; docs/benchmarks.md explains it.
-The way of the data: ``__main__`` (options) → ``suites`` (cases, entrants) → ``runner`` (a process
+The way of the data: ``__main__`` (options) → ``suites`` (cases, methods) → ``runner`` (a process
 for each case) → ``one_case`` (right? how large? how fast?) → ``records`` (the file of results), and
-from there to ``tables``, ``goals``, ``pictures``, ``page``, ``compare`` and ``publish``.
+from there to ``tables``, ``goals``, ``picture``, ``compare`` and ``publish``.
 
-Beside it: ``accuracy`` (errors by row, for docs/numerics.md), ``guard`` (regressions, by ratios),
-``gpu_check`` (everything on a GPU machine; ``gpu_parts`` is its plan, the other ``gpu_*`` its
-parts), and what kernels compile to (``cuda_resources``, ``triton_resources``).
+Besides: ``accuracy`` (errors by row, for docs/numerics.md), ``test_guard`` (regressions, by
+ratios), ``gpu_check`` (everything on a GPU machine; ``gpu_parts`` is its plan, the other ``gpu_*``
+its parts), and what kernels compile to (``cuda_resources``, ``triton_resources``).
 """

@@ -1,14 +1,14 @@
-"""``python -m benchmarks run|plot|compare|list``: ours and every peer, in one run.
+"""``python -m benchmarks run|plot|compare|list``: our losses and all peers, in one run.
 
 Bad options end in one line and exit status 2; a run in which something crashed or ours is wrong, or
-a comparison that finds a difference, with 1; an interrupted run, whose results are kept, with 130.
+a comparison that finds a regression, with 1; an interrupted run, whose results are kept, with 130.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,252 +19,225 @@ from fused_kd.divergences import DIVERGENCES
 from fused_kd.options import KDOptions
 from fused_kd.plan.models import MODELS
 
-from . import compare, device, page, pictures, records, runner, tables
+from . import compare, device, picture, publish, records
 from .cases import DTYPES, LOGITS, Case
-from .entrants import ENTRANTS
+from .methods import METHODS
 from .one_case import Task
-from .report import Parser, positive_float, positive_int, show_environment, table
-from .suites import SUITES
+from .records import Report, Writer
+from .report import Parser, positive_float, positive_int, table
+from .runner import run
+from .schema import Run
+from .suites import ACCURACY, GUARD, SUITES
 
-COMMANDS = ("run", "plot", "compare", "list")
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
-    options = parser.parse_args(given)
-    if options.command == "run":
-        return _run(parser, options, given)
-    if options.command == "list":
-        return _list()
+    options = parser.parse_args(words)
     try:
+        if options.command == "run":
+            return _run(options, words)
+        if options.command == "list":
+            return _list()
         if options.command == "compare":
             before, after = (records.read([path]) for path in options.files)
-            text, is_same = compare.compare(before, after, options.tolerance)
+            text, ok = compare.compare(before, after, options.tolerance, options.against)
             print(text)
-            return 0 if is_same else 1
-        return _plot(runner.read_together(options.files), options.output)
-    except (ValueError, OSError) as error:
+            return 0 if ok else 1
+        return _plot(records.read(options.files, together=True), options.output)
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-        raise AssertionError from error  # not reached
 
 
 def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    commands = parser.add_subparsers(dest="command", required=True)
     _run_options(commands.add_parser("run", help="measure suites, into a file of results"))
     plot = commands.add_parser("plot", help="pictures and a page of files of results")
     plot.add_argument("files", nargs="+", type=Path, metavar="FILE")
     plot.add_argument("--output", type=Path, default=Path("out/benchmarks"), metavar="DIR")
-    both = commands.add_parser("compare", help="whether two files of results agree")
-    both.add_argument("files", nargs=2, type=Path, metavar="FILE")
-    both.add_argument("--tolerance", type=positive_float, default=compare.TOLERANCE,
-                      help="of every ratio (default: %(default)s)")  # fmt: skip
-    commands.add_parser("list", help="suites, losses and why one cannot run here, models")
+    both = commands.add_parser("compare", help="whether the second file has a regression")
+    add = both.add_argument
+    add("files", nargs=2, type=Path, metavar="FILE")
+    add("--tolerance", type=positive_float, default=compare.TOLERANCE, help="default: %(default)g")
+    add("--against", default=compare.BOUND, metavar="KEY", help="a method; default: %(default)s")
+    commands.add_parser("list", help="suites, methods and why one cannot run here, models")
     return parser
 
 
-# ---------------------------------------------------------------------------------------- run
-
-
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("suites", nargs="*", metavar="SUITE", help=f"of {' '.join(SUITES)} (default: all)")
+    add, keys = parser.add_argument, [method.key for method in METHODS.values()]
+    add(
+        "suites", nargs="*", metavar="SUITE", help=f"of {' '.join(SUITES)} (default: all but guard)"
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    add("--dtype", nargs="+", choices=list(DTYPES), metavar="DTYPE",
-        help=f"of {' '.join(DTYPES)} (default: bf16 fp32, or the suite's)")  # fmt: skip
+    add("--dtype", nargs="+", choices=list(DTYPES), help="default: bf16 fp32, or the suite's")
     add("--n", nargs="+", type=positive_int, help="rows (default: 512)")
     add("--v", nargs="+", type=positive_int, help="vocabularies (default: 32000 128256 262144)")
-    add("--hidden", nargs=2, type=positive_int, metavar=("H_s", "H_t"),
-        help="hidden sizes of student and teacher (default: 1024 2048)")  # fmt: skip
-    add("--model", help="vocabulary and student's hidden size of this model (see list)")
-    add("--teacher-model", metavar="MODEL", help="the teacher's hidden size, likewise")
-    add("--temperature", nargs="+", type=positive_float, default=[2.0], help="default: 2")
-    add("--divergence", nargs="+", choices=[*DIVERGENCES, "all"], default=["forward_kl"],
-        help=f"of {' '.join(DIVERGENCES)} all (default: forward_kl)")  # fmt: skip
-    add("--peers", nargs="+", default=[], metavar="KEY", help="these losses alone (see list)")
-    add("--skip", nargs="+", default=[], metavar="KEY", help="all losses but these")
+    hidden = "hidden sizes of student and teacher (default: 1024 2048)"
+    add("--hidden", nargs=2, type=positive_int, metavar=("H_s", "H_t"), help=hidden)
+    models = {"choices": list(MODELS), "metavar": "MODEL"}
+    add("--model", **models, help="vocabulary and student's hidden size of this model (see list)")
+    add("--teacher-model", **models, help="the teacher's hidden size, likewise")
+    add("--temperature", nargs="+", type=_temperature, default=[2.0], help="default: 2")
+    add("--divergence", nargs="+", choices=[*DIVERGENCES, "all"], help="default: forward_kl")
+    add("--peers", nargs="+", default=[], choices=keys, metavar="KEY", help="these methods alone")
+    add("--skip", nargs="+", default=[], choices=keys, metavar="KEY", help="all methods but these")
     add("--repeats", type=positive_int, default=15, help="of each, at most (default: 15)")
-    add("--seconds-each", type=positive_float, default=8.0, metavar="S",
-        help="that the repeats of one loss may take together (default: %(default)g)")  # fmt: skip
-    add("--limit-seconds", type=positive_float, default=30.0, metavar="S",
-        help="of a call; slower methods get no time (default: %(default)g)")  # fmt: skip
+    each = "that the repeats of one method may take together (default: %(default)g)"
+    add("--seconds-each", type=positive_float, default=8.0, metavar="S", help=each)
+    limit = "of a call; slower methods get no time (default: %(default)g)"
+    add("--limit-seconds", type=positive_float, default=30.0, metavar="S", help=limit)
     add("--seconds", type=positive_float, help="for everything; nothing is begun after that")
     add("--threads", type=positive_int, help="default: torch's choice")
-    add("--in-process", action="store_true",
-        help="no process for each case: quicker, but a crash ends the run")  # fmt: skip
-    add("--output", type=Path, default=Path("out/benchmarks.jsonl"), metavar="FILE",
-        help="default: %(default)s")  # fmt: skip
-    add("--resume", action="store_true", help="measure what the output does not have yet")
-    add("--overwrite", action="store_true", help="replace the contents of the output")
+    process = "no process for each case: quicker, but a crash ends the run"
+    add("--in-process", action="store_true", help=process)
+    output = Path("out/benchmarks.jsonl")
+    add("--output", type=Path, default=output, metavar="FILE", help="default: %(default)s")
+    exclusive = parser.add_mutually_exclusive_group().add_argument
+    exclusive("--resume", action="store_true", help="measure what the output does not have yet")
+    exclusive("--overwrite", action="store_true", help="replace the contents of the output")
 
 
-def _run(parser: Parser, options: argparse.Namespace, given: Sequence[str]) -> int:
-    _check(parser, options)
+def _temperature(text: str) -> float:
+    try:
+        return KDOptions(temperature=float(text)).temperature
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Measure what the output does not have yet.
+
+    Raises:
+        ValueError: If the options cannot be used, or the output can not.
+    """
+    _check(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    tasks, here = _tasks(options), device.environment(options.device)
-    if not tasks:
-        parser.error("--peers, --skip: no method left to measure")
-    report = _earlier(parser, options, here)
-    waiting = [_together(report, task) for task in tasks if not _is_there(report, task)]
-    if len(waiting) < len(tasks):
-        print(f"{len(tasks) - len(waiting)} of {len(tasks)} cases are there already")
-    show_environment(f"benchmarks: {len(waiting)} cases", here)
-
-    def show(task: Task) -> None:
-        if task.times:
-            found = records.read([options.output])
-            print(f"\n{tables.case_table(found, task.suite, task.case)}", flush=True)
-
-    try:
-        with options.output.open("a") as file:
-            failed = runner.run(waiting, file, here, given, show, options.seconds,
-                                isolate=not options.in_process)  # fmt: skip
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; what is measured is kept: --resume --output {options.output}")
-        return INTERRUPTED
-    found = records.read([options.output])
-    for suite in dict.fromkeys(task.suite for task in tasks):
-        print(f"\n{tables.conclusion(found, suite)}", flush=True)
-    print(f"\n{tables.goals_table(found)}\nwritten to {options.output}", flush=True)
-    return 1 if failed or _ours_failed(found, tasks) else 0
-
-
-def _is_there(report: records.Report, task: Task) -> bool:
-    """Return True if a file has the complete case, with all methods of the task."""
-    key = task.suite, task.case.name
-    keys = (ENTRANTS[name].key for name in task.entrants)
-    return key in report.done and all((*key, one) in report.results for one in keys)
+    wanted = list(tasks(options))
+    if not wanted:
+        raise ValueError("--peers, --skip: no method left to measure")
+    packages = {method.package: method.version() for method in METHODS.values()}
+    here = {name: version for name, version in packages.items() if name and version}
+    begin = Run(device.environment(options.device), here, list(words))
+    report = _earlier(options, begin)
+    waiting = [_together(report, task) for task in wanted if not _is_complete(report, task)]
+    print(f"{len(wanted) - len(waiting)} of {len(wanted)} cases are there already")
+    for name, value in begin.environment.items():
+        print(f"  {name.replace('_', ' '):<16} {value}", flush=True)
+    with options.output.open("a") as file:
+        try:
+            isolate = not options.in_process
+            failed = run(waiting, Writer(file), begin, options.seconds, isolate)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; what is measured is kept: --resume --output {options.output}")
+            return INTERRUPTED
+    report = records.read([options.output])
+    wrong = [
+        result for task in wanted for result in report.of(task.suite, task.case)
+        if result.is_ours and result.status in ("wrong", "failed")
+    ]  # fmt: skip
+    for result in wrong:
+        print(f"FAILED {result.title}, {Case(**result.case).name}: {result.why}")
+    print(
+        f"written to {options.output}; tables and pictures: python -m benchmarks plot", flush=True
+    )
+    return 1 if failed or wrong else 0
 
 
-def _together(report: records.Report, task: Task) -> Task:
-    """Add the methods that the file has in this case: times of two runs cannot be compared."""
-    keys = {line["entrant"] for line in report.of(task.suite, task.case)}
-    keys.update(ENTRANTS[name].key for name in task.entrants)
-    return replace(task, entrants=tuple(SUITES[task.suite].takes(task.case, keys, ())))
-
-
-def _ours_failed(report: records.Report, tasks: Sequence[Task]) -> bool:
-    """Print each of ours that is wrong or raised; return True if there is one."""
-    lines = [line for task in tasks for line in report.of(task.suite, task.case)
-             if line["is_ours"] and line["status"] in ("wrong", "failed")]  # fmt: skip
-    for line in lines:
-        print(f"FAILED {line['title']}, {line['case_name']}: {line['why']}", flush=True)
-    return bool(lines)
-
-
-def _check(parser: Parser, options: argparse.Namespace) -> None:
-    """Check all options before anything is measured."""
+def _check(options: argparse.Namespace) -> None:
+    """Complete the options, or raise ValueError with the reason why they cannot be used."""
     for name in options.suites:
         if name not in SUITES:
-            parser.error(f"unknown suite {name!r}; there are {' '.join(SUITES)}")
-    keys = dict.fromkeys(entrant.key for entrant in ENTRANTS.values())
-    for option in ("peers", "skip"):
-        for key in getattr(options, option):
-            if key not in keys:
-                parser.error(f"--{option}: unknown loss {key!r}; there are {' '.join(keys)}")
-    for option in ("model", "teacher_model"):
-        name = getattr(options, option)
-        if name is not None and name not in MODELS:
-            where = "--" + option.replace("_", "-")
-            parser.error(f"{where}: unknown model {name!r}; see python -m benchmarks list")
+            raise ValueError(f"unknown suite {name!r}; there are {' '.join(SUITES)}")
     if options.model is not None:
         vocabulary, hidden = MODELS[options.model]
         teacher = MODELS[options.teacher_model or options.model][1]
         options.v, options.hidden = options.v or [vocabulary], options.hidden or [hidden, teacher]
     elif options.teacher_model is not None:
-        parser.error("--teacher-model needs --model")
-    if "all" in options.divergence:
+        raise ValueError("--teacher-model needs --model")
+    if "all" in (options.divergence or ()):
         options.divergence = list(DIVERGENCES)
-    for temperature in options.temperature:
-        try:
-            KDOptions(temperature=temperature)
-        except ValueError as error:
-            parser.error(f"--temperature: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device: torch {torch.__version__} finds no CUDA device")
+        raise ValueError(f"--device: torch {torch.__version__} finds no CUDA device")
     if options.device == "cpu" and (why := why_not("cpu", "cpu")) is not None:
-        parser.error(f"the cpu backend cannot run: {why}")
-    if options.resume and options.overwrite:
-        parser.error("--resume keeps the output and --overwrite does not: give one of them")
+        raise ValueError(f"the cpu backend cannot run: {why}")
 
 
-def _tasks(options: argparse.Namespace) -> list[Task]:
-    """Return the tasks of the chosen suites."""
-    found = []
-    for name in options.suites or SUITES:
-        suite = SUITES[name]
-        for case in dict.fromkeys(suite.cases(options)):
-            keys = suite.takes(case, options.peers, options.skip)
-            if not keys:
-                continue
-            found.append(Task(name, case, tuple(keys), suite.times, options.repeats,
-                              options.seconds_each, options.limit_seconds,
-                              options.threads))  # fmt: skip
-    return found
+def tasks(options: argparse.Namespace) -> Iterator[Task]:
+    """Yield the tasks of the options."""
+    usual = [name for name in SUITES if name != GUARD]
+    limits = options.repeats, options.seconds_each, options.limit_seconds, options.threads
+    for name in options.suites or usual:
+        for case in dict.fromkeys(SUITES[name].cases(options)):
+            if keys := SUITES[name].takes(case, options.peers, options.skip):
+                yield Task(name, case, tuple(keys), name != ACCURACY, *limits)
 
 
-def _earlier(
-    parser: Parser, options: argparse.Namespace, here: dict[str, object]
-) -> records.Report:
+def _is_complete(report: Report, task: Task) -> bool:
+    """Return True if a file has the complete case, with all methods of the task."""
+    key = task.suite, task.case
+    keys = [METHODS[name].key for name in task.methods]
+    return key in report.done and all((*key, method) in report.results for method in keys)
+
+
+def _together(report: Report, task: Task) -> Task:
+    """Add the methods that the file has in this case: times of two runs cannot be compared."""
+    keys = {result.method for result in report.of(task.suite, task.case)}
+    keys.update(METHODS[name].key for name in task.methods)
+    return replace(task, methods=tuple(SUITES[task.suite].takes(task.case, keys, ())))
+
+
+def _earlier(options: argparse.Namespace, begin: Run) -> Report:
     """Return the report in the output; refuse to lose or mix results, and an unusable output."""
-    path, report = options.output, records.Report()
-    try:
-        if path.exists() and not path.is_file():
-            parser.error(f"--output: cannot write '{path}': it is no file")
-        has_lines = path.exists() and path.stat().st_size > 0
-        if has_lines and not (options.resume or options.overwrite):
-            parser.error(f"--output: {path} is not empty; --resume, --overwrite, or another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-        if has_lines:  # nothing else is written over either
-            report = records.read([path])
-    except OSError as error:
-        parser.error(f"--output: cannot write '{path}': {error.strerror}")
-    except ValueError as error:
-        parser.error(f"--output: {error}")
+    path = options.output
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output: cannot write '{path}': it is no file")
+    path.open("a").close()
+    if not path.stat().st_size:
+        return Report()
+    if not (options.resume or options.overwrite):
+        raise ValueError(f"--output: {path} is not empty; --resume, --overwrite, or another name")
+    report = records.read([path])  # no other file is written over or appended to
     if options.overwrite:
         path.write_text("")
-        return records.Report()
-    now = {"environment": here, "packages": runner.packages()}
-    if report.runs and (found := runner.differences(report.runs[-1], now)):
-        parser.error(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
-    if records.cut_off(path):  # it may have been a whole one, which is counted no more
-        report = records.read([path]) if path.stat().st_size else records.Report()
+        return Report()
+    if found := records.differences(report.runs[-1], begin):
+        raise ValueError(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
+    content = path.read_bytes()  # a last line that does not end is dropped
+    path.write_bytes(content[: content.rfind(b"\n") + 1])
     return report
 
 
-# ----------------------------------------------------------------------------- plot and list
-
-
-def _plot(report: records.Report, folder: Path) -> int:
+def _plot(report: Report, folder: Path) -> int:
+    """Write the page and the pictures of a report, and print where they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = pictures.draw(report, folder)
-    written = page.write(report, folder / "report.html")
-    for path in [*made, written]:
-        print(path)
+    pictures, page = list(picture.draw(report, folder)), folder / "report.md"
+    shown = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
+    page.write_text(f"# Benchmarks\n\n{shown}\n\n{publish.page(report)}\n")
+    print(*pictures, page, sep="\n")
     return 0
 
 
 def _list() -> int:
-    print(table(["suite", "what"], [[suite.name, suite.what] for suite in SUITES.values()]))
-    print()
+    print(table(["suite", "what"], [[name, suite.what] for name, suite in SUITES.items()]))
     where = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for entrant in ENTRANTS.values():
-        hidden = (0, 0) if entrant.level == LOGITS else (8, 8)
-        cases = (Case(8, 64, "fp32", 2.0, divergence, entrant.level, *hidden, where)
-                 for divergence in DIVERGENCES)  # fmt: skip
-        reasons = [entrant.why_not(case) for case in cases]
-        why = None if None in reasons else reasons[0]
-        rows.append([entrant.key, entrant.level, entrant.title, entrant.version() or "",
-                     why or "runs here", entrant.nearest])  # fmt: skip
-    print(table(["loss", "level", "", "version", f"on {where}", "computes instead"], rows))
-    print()
+    for method in METHODS.values():
+        hidden = (0, 0) if method.level == LOGITS else (8, 8)
+        cases = (Case(8, 64, "fp32", 2.0, d, method.level, *hidden, where) for d in DIVERGENCES)
+        reasons = [method.why_not(case) for case in cases]
+        why = "runs here" if None in reasons else reasons[0]
+        words = method.key, method.level, method.title, method.version() or "", why, method.nearest
+        rows.append(list(words))
+    head = ["method", "level", "", "version", f"on {where}", "computes instead"]
+    print(f"\n{table(head, rows)}\n")
     print(table(["model", "V", "H"], [[m, str(v), str(h)] for m, (v, h) in MODELS.items()]))
     return 0
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from fused_kd.testing import DTYPES
 
-#: States of a token, of its hidden size each, that the layers of a training step hold, about.
-LAYER_STATES = 16
-#: What the suites measure: a loss of logits, a loss of heads (hidden states and lm_heads), a
-#: training step.
+#: What a case gives a method: logits, heads (hidden states and lm_heads), or a training step.
 LOGITS, HEADS, STEP = "logits", "heads", "step"
+#: Hidden states for each token that the layers of a training step hold, about.
+LAYER_STATES = 16
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,18 @@ class Case:
 
     @property
     def keywords(self) -> dict[str, Any]:
+        """Return the keywords of KDLoss."""
         return {"temperature": self.temperature, "divergence": self.divergence}
 
     @property
     def itemsize(self) -> int:
+        """Return the bytes of an element."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def matrix_bytes(self) -> int:
-        """Of one (N, V) matrix of logits."""
+        """Return the bytes of one (N, V) matrix of logits."""
         return self.n * self.v * self.itemsize
-
-    @property
-    def expected_bytes(self) -> dict[str, int]:
-        """Return the least possible traffic with main memory."""
-        return {"forward_backward": 3 * self.matrix_bytes, "forward": 2 * self.matrix_bytes}
 
     @property
     def flops(self) -> int:
@@ -53,17 +49,12 @@ class Case:
         return 2 * self.n * self.v * (3 * self.student_hidden + self.teacher_hidden)
 
     @property
-    def teacher_flops(self) -> int:
-        """Of the one product among them that a loss without a teacher does not need."""
-        return 2 * self.n * self.v * self.teacher_hidden
-
-    @property
     def input_bytes(self) -> int:
-        """What has to be there before anything is measured, about."""
+        """Return about how many bytes are allocated before anything is measured."""
         rows, hidden = self.n + self.v, self.student_hidden + self.teacher_hidden
         if self.level == LOGITS:
-            return 3 * self.matrix_bytes  # the student's twice, to bring them back
-        if self.level == HEADS:  # in float32 too, where the floor of 16 bits needs it
+            return 3 * self.matrix_bytes  # the student's twice, to restore them
+        if self.level == HEADS:  # in float32 too, if the lower bound of 16 bits needs it
             return rows * hidden * (self.itemsize if self.itemsize == 4 else self.itemsize + 4)
         weights = 2 * self.v * (4 * self.student_hidden + self.teacher_hidden)
         return (weights + LAYER_STATES * self.n * hidden) * self.itemsize
@@ -77,20 +68,32 @@ class Case:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """For a line of results; what the level does not have is left out."""
-        found = asdict(self)
-        if self.level == LOGITS:
-            del found["student_hidden"], found["teacher_hidden"]
-        return found
+        """Return the fields for a record."""
+        return asdict(self)
 
     @property
     def name(self) -> str:
-        """Unique among cases, for people."""
-        hidden = "" if self.level == LOGITS else f" H={self.student_hidden}/{self.teacher_hidden}"
-        where = "" if self.device == "cpu" else f" {self.device}"
-        kind = "" if self.regime == "randn" else f" {self.regime}"
-        return (f"{self.level} {self.dtype} N={self.n} V={self.v}{hidden} T={self.temperature:g} "
-                f"{self.divergence}{kind}{where}")  # fmt: skip
+        """Return a name for people, unique among cases."""
+        return f"{self.level} {self.setting('level')}"
+
+    def setting(self, *without: str) -> str:
+        """Return the case in words, without some of its sizes."""
+        words = {
+            "level": {LOGITS: "logits", HEADS: "hidden states"}.get(self.level, "training step"),
+            "dtype": self.dtype,
+            "n": f"N={self.n}",
+            "v": f"V={self.v}",
+            "hidden": f"H={self.student_hidden}/{self.teacher_hidden}",
+            "temperature": f"T={self.temperature:g}",
+            "divergence": self.divergence,
+            "regime": self.regime,
+            "device": self.device,
+        }
+        usual = {"hidden": "H=0/0", "regime": "randn", "device": "cpu"}
+        return " ".join(
+            word for key, word in words.items() if key not in without and word != usual.get(key)
+        )
 
     def with_(self, **changes: Any) -> Case:
+        """Return the case with other sizes."""
         return replace(self, **changes)

@@ -1,9 +1,4 @@
-"""How things are measured: interleaved repetitions, disturbed ones told apart, peaks of memory.
-
-Contestants take turns (A B C A B C ...), so that drift of the machine hits all alike, and what is
-reported is the median and the quartiles. A repetition during which threads of ours waited for a
-processor that somebody else held is measured again, a limited number of times.
-"""
+"""How things are measured: interleaved repetitions, disturbed ones told apart, peaks of memory."""
 
 from __future__ import annotations
 
@@ -21,155 +16,87 @@ from typing import Any
 Clock = Callable[[Callable[[], object]], tuple[float, bool]]
 #: A repetition is disturbed if our threads waited this share of it for a processor.
 DISTURBED = 0.03
-#: Rounds of repeats beyond the wanted number, as a multiple of it, while disturbed ones recur.
-PATIENCE = 2
-#: Calls of each contestant before the first that counts.
-WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One thing to time.
-
-    Args:
-        name: unique among those measured together.
-        call: what is timed.
-        restore: run before every call, outside the timed region.
-        repeats: calls wanted; None: as many as the others.
-        patience: rounds of repeats beyond the wanted number, as a multiple of it.
-    """
-
-    name: str
-    call: Callable[[], object]
-    restore: Callable[[], object] = lambda: None
-    repeats: int | None = None
-    patience: int = PATIENCE
 
 
 @dataclass
-class Timing:
-    """Seconds of the repetitions of one contestant."""
+class Turn:
+    """One call to time, and the seconds of its repetitions."""
 
-    name: str
+    name: str  # unique among those measured together
+    call: Callable[[], object]
+    restore: Callable[[], object]  # run before every call, outside the timed region
+    wanted: int
+    most: int  # calls, while disturbed ones recur
     clean: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
-    wanted: int = 0
     error: Exception | None = None  # it raised, and is not called again
 
-    def take(self, contestant: Contestant, clock: Clock) -> None:
-        """One repetition."""
-        if self.error is not None:
-            return
+    def take(self, clock: Clock) -> None:
+        """Measure one repetition."""
         try:
-            contestant.restore()
-            seconds, is_disturbed = clock(contestant.call)
-        except Exception as error:  # the others go on
+            self.restore()
+            seconds, is_disturbed = clock(self.call)
+        except Exception as error:  # the others continue
             self.error = error
-            return
-        (self.disturbed if is_disturbed else self.clean).append(seconds)
+        else:
+            (self.disturbed if is_disturbed else self.clean).append(seconds)
 
-    def wants_more(self, patience: int) -> bool:
-        """Whether it is to be measured again, so many times its repeats at most."""
+    @property
+    def is_complete(self) -> bool:
+        """Return True if there are enough undisturbed repetitions, or no more are allowed."""
         calls = len(self.clean) + len(self.disturbed)
-        return self.error is None and self.noisy and calls < self.wanted * (1 + patience)
+        return self.error is not None or len(self.clean) >= self.wanted or calls >= self.most
 
-    @property
-    def samples(self) -> list[float]:
-        """The undisturbed repetitions, filled up with the fastest disturbed ones if too few."""
+    def time(self) -> dict[str, Any]:
+        """Return the "time" of a record; disturbed repetitions count only if others lack."""
         missing = max(0, self.wanted - len(self.clean))
-        return self.clean + sorted(self.disturbed)[:missing]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.samples) < 2:
-            return self.median, self.median
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return low, high
-
-    @property
-    def noisy(self) -> bool:
-        """Too few undisturbed repetitions: the figure may be too high."""
-        return len(self.clean) < self.wanted
-
-    def cells(self, unit: float = 1e-3, digits: int = 1) -> list[str]:
-        """Median and quartiles for a table, in units of so many seconds."""
-        low, high = (f"{q / unit:.{digits}f}" for q in self.quartiles)
-        mark = " noisy" if self.noisy else ""
-        return [f"{self.median / unit:.{digits}f}", f"[{low}, {high}]{mark}"]
-
-    def as_dict(self) -> dict[str, Any]:
-        """What goes into the results file."""
-        low, high = self.quartiles
+        samples = self.clean + sorted(self.disturbed)[:missing]
+        several = samples if len(samples) > 1 else samples * 2
+        low, median, high = statistics.quantiles(several, n=4, method="inclusive")
         return {
-            "median_s": self.median,
+            "median_s": median,
             "quartiles_s": [low, high],
-            "fastest_s": min(self.samples),
-            "repeats": len(self.samples),
+            "fastest_s": min(samples),
+            "repeats": len(samples),
             "undisturbed": len(self.clean),
         }
 
 
-def interleave(
-    contestants: Sequence[Contestant],
-    repeats: int,
-    advance: Callable[[str], object] = lambda name: None,
-    clock: Clock | None = None,
-    warm_up: int = WARM_UP,
-) -> dict[str, Timing]:
-    """Times each contestant `repeats` times, in turns, after a warm-up.
+def interleave(turns: Sequence[Turn], clock: Clock, advance: Callable[[str], object]) -> None:
+    """Time each call its wanted number of times, in turns: A B C A B C ...
 
-    Args:
-        contestants: each with its own or this number of repeats.
-        repeats: of those that do not say.
-        advance: called with a contestant's name before every call that counts.
-        clock: what times a call; None: :func:`time_once`.
-        warm_up: calls of each before the first that counts.
+    So drift of the machine affects all of them equally. Fewer repeats are spread over all rounds.
+    `advance` is called with the name before every call.
     """
-    timings = {c.name: Timing(c.name, wanted=c.repeats or repeats) for c in contestants}
-    assert len(timings) == len(contestants), "two contestants of one name"
-
-    def repeat(one: Contestant) -> None:
-        advance(one.name)
-        timings[one.name].take(one, clock or time_once)
-
-    for one in contestants:
-        for _ in range(warm_up):
-            one.restore()
-            one.call()
-    rounds = max((t.wanted for t in timings.values()), default=0)
-    for turn in range(rounds):
-        for one in contestants:
-            # fewer repeats are spread over all rounds
-            before, after = (int(t * timings[one.name].wanted / rounds + 0.5)
-                             for t in (turn, turn + 1))  # fmt: skip
-            if after > before:
-                repeat(one)
-    while waiting := [c for c in contestants if timings[c.name].wants_more(c.patience)]:
-        for one in waiting:
-            repeat(one)
-    return timings
+    rounds = max((turn.wanted for turn in turns), default=0)
+    for number in range(rounds):
+        for turn in turns:
+            before, after = (int(t * turn.wanted / rounds + 0.5) for t in (number, number + 1))
+            if after > before and turn.error is None:
+                advance(turn.name)
+                turn.take(clock)
+    while waiting := [turn for turn in turns if not turn.is_complete]:
+        for turn in waiting:
+            advance(turn.name)
+            turn.take(clock)
 
 
 def time_once(call: Callable[[], object]) -> tuple[float, bool]:
-    """Seconds by the host's clock, and whether our threads waited for a processor."""
+    """Return the host's seconds of a call, and whether our threads waited for a processor."""
     gc.disable()
     try:
-        waited = waiting_for_processor()
+        waited = _waiting_for_processor()
         start = time.perf_counter()
         call()
         seconds = time.perf_counter() - start
-        waited = waiting_for_processor() - waited
+        waited = _waiting_for_processor() - waited
     finally:
         gc.enable()
     return seconds, waited > DISTURBED * seconds
 
 
-def waiting_for_processor() -> float:
-    """Seconds that the threads of this process have been ready to run and did not; 0 if unknown."""
+def _waiting_for_processor() -> float:
+    """Return the seconds that this process's threads were ready and did not run; 0 if unknown."""
     total = 0
     for entry in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -180,10 +107,10 @@ def waiting_for_processor() -> float:
 
 
 def process_peak(call: Callable[[], object]) -> int | None:
-    """Bytes by which the resident memory of the process rose during `call`; None if unknown.
+    """Return by how many bytes the process's resident memory rose during a call; None: unknown.
 
-    Sees what torch's allocator does not, and pages only where they are touched: give it a call
-    that has been made before. What the heap has left over is given back first.
+    It sees what torch's allocator does not, and pages only if they are touched: give it a call that
+    was made before. Free heap is returned to the system first.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -191,35 +118,26 @@ def process_peak(call: Callable[[], object]) -> int | None:
         trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        before = _resident("VmRSS")
+        before = _bytes("/proc/self/status", "VmRSS")
     except OSError:
         call()
         return None
     kept = call()
-    peak = _resident("VmHWM")
+    peak = _bytes("/proc/self/status", "VmHWM")
     del kept
     return max(0, peak - before)
 
 
-def _resident(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def available_memory() -> int:
+    """Return the bytes that may be allocated before the machine swaps; all there are if unknown."""
+    try:
+        return _bytes("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return sys.maxsize
+
+
+def _bytes(path: str, name: str) -> int:
+    for line in Path(path).read_text().splitlines():
         if line.startswith(name + ":"):
             return 1024 * int(line.split()[1])
-    raise OSError(f"no {name}")
-
-
-def available_memory() -> int:
-    """Bytes that may be allocated before the machine swaps or kills; all there are if unknown."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return sys.maxsize
-
-
-def ratio(numerator: Timing | float, denominator: Timing | float) -> float:
-    """Of medians."""
-    top, bottom = (x.median if isinstance(x, Timing) else x for x in (numerator, denominator))
-    return top / bottom
+    raise OSError(f"no {name} in {path}")

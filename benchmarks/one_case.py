@@ -1,22 +1,12 @@
-"""One case of a suite, measured: in a process of its own, so that a crash ends no more than it.
-
-``python -m benchmarks.one_case JSON PARENT`` (a :class:`Task`, the process that it ends with)
-prints lines of results as records.py describes them, and lines of the kind "progress" ("share",
-"note", "running").
-"""
+"""One case of a suite, measured: for each method, is it right, how large, how fast."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import json
-import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 # What eager needs at large sizes leaves no room for fragments on a GPU.
@@ -25,38 +15,30 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
 
-from . import device, errors, floors, records
+from . import device, errors, lower_bounds
 from .cases import HEADS, LOGITS, STEP, Case
-from .entrants import ENTRANTS, Entrant, Loss
-from .measuring import (
-    PATIENCE,
-    Contestant,
-    Timing,
-    available_memory,
-    interleave,
-    process_peak,
-)
+from .measuring import Turn, interleave, process_peak
+from .methods import METHODS, Loss, Method
+from .methods.ours import FORWARD
 from .problems import HeadsProblem, LogitsProblem, Problem
+from .schema import Bound, Done, Record, Result
 from .training_step import StepProblem, after_heads
 
-Emit = Callable[..., None]
+#: Takes a record, or the key in METHODS of what runs now: None for nothing that may crash.
+Emit = Callable[[Record | str | None], None]
 PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     LOGITS: LogitsProblem,
     HEADS: HeadsProblem,
     STEP: StepProblem,
 }
 
-#: Relative errors beyond which an entrant computes something else: by float32 and by 16-bit inputs.
-WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
-#: Weight-shaped float32 buffers that an entrant may hold besides its matrices.
+#: Weight-shaped float32 buffers that a method may hold besides its matrices.
 WEIGHTS = 3
-#: Rows that are tried first where a call on all may take too long, and how many times as many next.
+#: Rows that are tried first if a call on all may take too long, and how many times as many next.
 FIRST_ROWS, MORE_ROWS = 8, 4
-#: Repeats at least; where a call takes more seconds than LONG, two. What takes more than BRIEF is
-#: not measured again where it was disturbed.
-LEAST_REPEATS, LONG, BRIEF = 3, 5.0, 0.5
-#: Of Linux's prctl: the signal to get when the parent ends.
-PR_SET_PDEATHSIG = 1
+#: Repeats at least; if a call takes more seconds than LONG, two. A call of more than BRIEF is not
+#: repeated because it was disturbed, others up to PATIENCE times the wanted repeats.
+LEAST_REPEATS, LONG, BRIEF, PATIENCE = 3, 5.0, 0.5, 3
 
 
 @dataclass(frozen=True)
@@ -65,318 +47,202 @@ class Task:
 
     suite: str
     case: Case
-    entrants: tuple[str, ...]  # keys of ENTRANTS
+    methods: tuple[str, ...]  # keys of METHODS
     times: bool = True  # and memory; else errors alone
     repeats: int = 15  # at most
-    seconds_each: float = 8.0  # that the repeats of an entrant may take together
+    seconds_each: float = 8.0  # that the repeats of a method may take together
     limit_seconds: float = 30.0  # of one call on all rows; slower ones have "no time"
     threads: int | None = None
     seconds: float | None = None  # for all of it; what is not begun by then has "no time"
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return the fields that all of its records have."""
+        return {"suite": self.suite, "case": self.case.sizes}
 
-    @classmethod
-    def from_json(cls, text: str) -> Task:
-        found = json.loads(text)
-        return cls(**{**found, "case": Case(**found["case"]), "entrants": tuple(found["entrants"])})
+    def result(self, method: Method, status: str, why: str = "", **more: Any) -> Result:
+        """Return the record of a method."""
+        names = {"method": method.key, "title": method.title, "is_ours": method.is_ours}
+        return Result(**self.about, **names, nearest=method.nearest, status=status, why=why, **more)
 
 
-@dataclass
-class Line:
-    """What is known of an entrant; what :func:`run_task` writes of it in the end."""
-
-    name: str  # its key in ENTRANTS
-    entrant: Entrant
-    error: dict[str, float | None]
-    loss: Loss
-    memory: dict[str, int | None] | None = None
-    repeats: int = 1
-    patience: int = 0
+class Rejected(Exception):
+    """Raised with the status and the reason of a method that is not measured further."""
 
 
 def run_task(task: Task, emit: Emit) -> None:
-    """Everything about one case; `emit(kind, **content)` is called as it comes.
+    """Measure one case and emit its records.
 
-    A case in which the time was up has no line "done": it is for another run to complete.
+    A case that the clock cut off has no record "done": another run completes it.
     """
-    started, case, is_cut = time.monotonic(), task.case, False
+    started = time.monotonic()
     if task.threads is not None:
         torch.set_num_threads(task.threads)
-    free = _free(case)
-    if case.input_bytes > free:
-        why = f"the inputs need {_gib(case.input_bytes)}, {_gib(free)} are free"
-        for name in task.entrants:
-            emit("result", **result(task, ENTRANTS[name], "no memory", why))
+    free, needed = device.room(task.case.device), task.case.input_bytes
+    if needed > free:
+        for name in task.methods:
+            why = f"the inputs need {_gib(needed)}, {_gib(free)} are free"
+            emit(task.result(METHODS[name], "no memory", why))
+        is_cut = False
     else:
-        run = _Run(task, emit)
-        run.run()
-        is_cut = run.is_cut
+        is_cut = _Run(task, emit).run()
     gc.collect()
-    device.release(case.device)
+    device.release(task.case.device)
     if not is_cut:
-        emit("done", **_about(task), threads=torch.get_num_threads(),
-             seconds=round(time.monotonic() - started, 1))  # fmt: skip
+        seconds = round(time.monotonic() - started, 1)
+        emit(Done(**task.about, seconds=seconds, threads=torch.get_num_threads()))
 
 
-def result(task: Task, entrant: Entrant, status: str, why: str, **more: Any) -> dict[str, Any]:
-    """What a line of the kind "result" holds."""
-    known = {"error": None, "time": None, "memory": None, "floor_share": None}
-    return {
-        **_about(task), "entrant": entrant.key, "title": entrant.title, "is_ours": entrant.is_ours,
-        "status": status, "why": why, "nearest": entrant.nearest, **known,
-        **floors.work(task.case, entrant), **more,
-    }  # fmt: skip
+class _Run:
+    """The steps of one case."""
 
+    def __init__(self, task: Task, emit: Emit) -> None:
+        self.task, self.case, self._emit = task, task.case, emit
+        self._budget = None if task.seconds is None else device.Budget(task.seconds)
+        self._is_cut = False
+        # importing the compiler takes seconds, which a run without compiled methods saves
+        self._compiles = any(METHODS[name].compiles for name in task.methods)
+        self._forget()  # or one size would be taken for one too many, and run eagerly
+        self.problem = PROBLEMS[self.case.level](self.case)
+        self.bound: lower_bounds.LowerBound | None = None
+        self.losses: dict[str, Loss] = {}
+        #: What is known of each method: fields of its Result.
+        self.known: dict[str, dict[str, Any]] = {name: {} for name in task.methods}
 
-def _about(task: Task) -> dict[str, Any]:
-    return {"suite": task.suite, "case": task.case.sizes, "case_name": task.case.name}
+    def run(self) -> bool:
+        """Emit all results; return True if the clock cut the case off."""
+        names = [name for name in self.task.methods if self._guarded(self._check, name)]
+        if self.task.times:
+            self.bound = lower_bounds.lower_bound(self.problem, self.task.limit_seconds)
+            names = [name for name in names if self._guarded(self._fits, name)]
+            self._forget()  # what was compiled for a few rows, and may have become dynamic
+            turns = [turn for name in names if (turn := self._guarded(self._prepare, name))]
+            self._time(turns)
+        return self._is_cut
 
+    def _guarded(self, step: Callable[[str], Any], name: str) -> Any:
+        """Return what a step with one method returns; False if its result is final."""
+        self._emit(name)
+        try:
+            if self._budget is not None and not self._budget.allows(0.0):
+                self._is_cut = True
+                raise Rejected("no time", "the time is up")
+            return step(name)
+        except Rejected as rejected:
+            self._result(name, *rejected.args)
+        except torch.OutOfMemoryError:
+            self._result(name, "no memory", "the GPU's memory does not suffice")
+        except Exception as error:  # of a peer, of a compiler: the others continue
+            self._result(name, "failed", one_line(error))
+        finally:
+            self._emit(None)
+            self.problem.restore()
+            device.release(self.case.device)
+        return False
 
-def _free(case: Case) -> int:
-    return available_memory() if case.device == "cpu" else device.room(case.device)
+    def _check(self, name: str) -> bool:
+        """Compare a method with float64."""
+        method = METHODS[name]
+        case = self.case.with_(level=method.level)
+        if (why := method.why_not(case)) is not None:
+            raise Rejected("skipped", why)
+        loss = method.build(case)
+        self.losses[name] = after_heads(loss, method.level) if self.case.level == STEP else loss
+        error = errors.of(self.problem, method, self.losses[name])
+        self.known[name]["error"] = error
+        worst = errors.worst(error.values())
+        if self.case.regime == "randn" and (worst or 0.0) >= errors.WRONG[self.case.dtype]:
+            raise Rejected("wrong", f"a relative error of {worst:.2g}")
+        if not self.task.times:
+            raise Rejected("measured")
+        return True
+
+    def _fits(self, name: str) -> bool:
+        """Reject what exceeds the memory, or surely the time of a call.
+
+        If a call may take hours, more and more rows are tried first. Nothing is concluded from
+        fewer rows than exceed the limit themselves, since products of a few run differently, nor
+        from a first call, which compiles and allocates.
+        """
+        method, case = METHODS[name], self.case
+        rows = min(case.n, method.most_rows or case.n)
+        needed = int(4 * case.v * (method.matrices * rows + WEIGHTS * case.student_hidden))
+        if needed > (free := device.room(case.device)):
+            raise Rejected("no memory", f"needs {_gib(needed)}, {_gib(free)} are free")
+        rows = FIRST_ROWS
+        while self.bound is not None and self.bound.is_slow and rows < case.n:
+            call = self.problem.call(self.losses[name], rows)
+            seconds = lower_bounds.fastest(call, 0.0, case.device)
+            if seconds > self.task.limit_seconds:
+                seconds = lower_bounds.fastest(call, 0.0, case.device)
+            self._check_limit(f"{rows} rows alone", seconds)
+            rows *= MORE_ROWS
+        return True
+
+    def _prepare(self, name: str) -> Turn:
+        """Measure memory and one call, which must not exceed the limit."""
+        call, where, seconds = self.problem.call(self.losses[name]), self.case.device, [0.0]
+        if METHODS[name].compiles or where != "cpu" or self.case.level == STEP:
+            call()  # compiles, tunes, allocates what is kept
+            self.problem.restore()
+        allocator = device.peak_bytes(call, where)
+        self.problem.restore()
+
+        def timed() -> None:
+            seconds[0] = device.clock(where)(call)[0]
+
+        process = process_peak(timed) if where == "cpu" else timed()
+        self.known[name]["memory"] = {"allocator_bytes": allocator, "process_bytes": process}
+        self._check_limit("a call", seconds[0])
+        return self._turn(name, call, seconds[0], PATIENCE if seconds[0] < BRIEF else 1)
+
+    def _check_limit(self, what: str, seconds: float) -> None:
+        if seconds > self.task.limit_seconds:
+            limit = f"the limit is {self.task.limit_seconds:g} s"
+            raise Rejected("no time", f"{what} took {seconds:.3g} s, {limit}")
+
+    def _turn(self, name: str, call: Callable[[], object], seconds: float, patience: int) -> Turn:
+        least = LEAST_REPEATS if seconds < LONG else 2
+        fitting = int(self.task.seconds_each / max(seconds, 1e-9))
+        wanted = min(self.task.repeats, max(least, fitting))
+        return Turn(name, call, self.problem.restore, wanted, patience * wanted)
+
+    def _time(self, turns: list[Turn]) -> None:
+        """Time all methods in turns, with the lower bound first."""
+        bound, least = self.bound, None
+        first = [] if bound is None else [self._turn("", bound.call, bound.seconds, 1)]
+        interleave(
+            [*first, *turns], device.clock(self.case.device), lambda x: self._emit(x or None)
+        )
+        if bound is not None and first[0].error is None:
+            time = first[0].time()
+            least, rate = bound.least(time["median_s"], self.case)
+            names = {"name": bound.name, "why": bound.why}
+            self._emit(Bound(**self.task.about, **names, seconds=least, rate=rate, time=time))
+        for turn in turns:
+            method, known = METHODS[turn.name], self.known[turn.name]
+            if turn.error is not None:
+                self._result(turn.name, "failed", one_line(turn.error))
+                continue
+            known["time"] = turn.time()
+            if least is not None and not method.nearest:
+                own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # writes no gradient
+                known["bound_share"] = own / known["time"]["median_s"]
+            self._result(turn.name, "measured")
+
+    def _result(self, name: str, status: str, why: str = "") -> None:
+        self._emit(self.task.result(METHODS[name], status, why, **self.known[name]))
+
+    def _forget(self) -> None:
+        """Drop what was compiled, if anything is."""
+        if self._compiles:
+            torch.compiler.reset()
 
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-class _Run:
-    """The steps of one case: right? how large? how fast?"""
-
-    def __init__(self, task: Task, emit: Emit) -> None:
-        self.task, self.case, self._emit = task, task.case, emit
-        self._until = math.inf if task.seconds is None else time.monotonic() + task.seconds
-        self.is_cut = False  # the time was up before somebody was measured
-        self._steps, self._all = 0, 4 * len(task.entrants)
-        self._progress("the inputs")
-        # importing the compiler takes seconds, in which all that does not compile is measured
-        self._compiles = any(ENTRANTS[name].compiles for name in task.entrants)
-        self._forget()  # or one size would be taken for one too many, and run eagerly
-        self.problem = PROBLEMS[task.case.level](task.case)
-        self.floor: floors.Floor | None = None
-
-    def run(self) -> None:
-        if self.task.times:
-            self.floor = floors.floor(self.problem, self.task.limit_seconds)
-        checked = [line for name in self.task.entrants if (line := self._check(name))]
-        if not self.task.times:
-            return
-        fitting = [line for line in checked if self._guarded(line, self._fits)]
-        self._forget()  # what was compiled for a few rows, and may have become dynamic
-        self._time([line for line in fitting if self._guarded(line, self._prepare)])
-
-    def _forget(self) -> None:
-        """Drops what was compiled, where anything is."""
-        if self._compiles:
-            torch.compiler.reset()
-
-    # -------------------------------------------------------------------------- right?
-
-    def _check(self, name: str) -> Line | None:
-        """Compared with float64; None where that is the last word on it."""
-        entrant = ENTRANTS[name]
-        self._progress(f"errors of {entrant.title}", name)
-        case = self.case.with_(level=entrant.level)
-        why = entrant.why_not(case)
-        if why is not None:
-            return self._result(entrant, "skipped", why)
-        if self._is_late(entrant):
-            return None
-        try:
-            loss = entrant.build(case)
-            if self.case.level == STEP:
-                loss = after_heads(loss, entrant.level)
-            line = Line(name, entrant, errors.of(self.problem, entrant, loss), loss)
-        except Exception as error:  # of a peer, of a compiler: the others go on
-            return self._result(entrant, "failed", _said(error))
-        worst = errors.worst(line.error.values())
-        is_right = worst is None or worst < WRONG[self.case.dtype]  # a NaN is below nothing
-        if not is_right and self.case.regime == "randn":
-            return self._result(entrant, "wrong", f"a relative error of {worst:.2g}", line)
-        if not self.task.times:
-            self._result(entrant, "measured", line=line)
-        return line
-
-    # -------------------------------------------------------------------- how large, how fast?
-
-    def _guarded(self, line: Line, step: Callable[[Line], bool]) -> bool:
-        """A step with one entrant; False where that is the last word on it."""
-        if self._is_late(line.entrant):
-            return False
-        try:
-            return step(line)
-        except torch.OutOfMemoryError:
-            self._result(line.entrant, "no memory", "the GPU's memory does not suffice", line)
-        except Exception as error:
-            self._result(line.entrant, "failed", _said(error), line)
-        finally:
-            self.problem.restore()
-            device.release(self.case.device)
-        return False
-
-    def _fits(self, line: Line) -> bool:
-        """Into memory, and into the time of a call."""
-        self._progress(f"a few rows of {line.entrant.title}", line.name)
-        needed, free = self._needed(line.entrant), _free(self.case)
-        if needed > free:
-            why = f"needs {_gib(needed)}, {_gib(free)} are free"
-            self._result(line.entrant, "no memory", why, line)
-            return False
-        if self.floor is not None and self.floor.is_slow and (why := self._exceeds(line)):
-            self._result(line.entrant, "no time", why, line)
-            return False
-        return True
-
-    def _prepare(self, line: Line) -> bool:
-        """Measures memory and one call, which is held to the limit."""
-        self._progress(f"memory of {line.entrant.title}", line.name)
-        call = self.problem.call(line.loss)
-        if line.entrant.compiles or self.case.device != "cpu" or self.case.level == STEP:
-            self._first(call)
-        seconds, line.memory = self._peaks(call)
-        if seconds > self.task.limit_seconds:
-            self._result(line.entrant, "no time", self._limited("a call", seconds), line)
-            return False
-        line.repeats = self._repeats(seconds)
-        line.patience = PATIENCE if seconds < BRIEF else 0
-        return True
-
-    def _time(self, lines: list[Line]) -> None:
-        contestants = [
-            Contestant(line.name, self.problem.call(line.loss), self.problem.restore,
-                       line.repeats, line.patience)
-            for line in lines
-        ]  # fmt: skip
-        if self.floor is not None:
-            repeats = self._repeats(self.floor.seconds)
-            reference = Contestant(floors.NAME, self.floor.call, self.problem.restore, repeats)
-            contestants.insert(0, reference)
-        self._all = self._steps + sum(one.repeats or 1 for one in contestants)
-        timings = interleave(contestants, 1, lambda name: self._progress(f"time of {name}", name),
-                             clock=device.clock(self.case.device), warm_up=0)  # fmt: skip
-        if self.floor is not None and timings[floors.NAME].error is None:
-            self.floor.take(timings[floors.NAME])
-            self._emit("floor", **_about(self.task), **self.floor.as_dict(self.case))
-        for line in lines:
-            timing = timings[line.name]
-            if timing.error is not None:
-                self._result(line.entrant, "failed", _said(timing.error), line)
-            else:
-                self._result(line.entrant, "measured", line=line, timing=timing)
-
-    def _first(self, call: Callable[[], object]) -> None:
-        """Compiles, tunes, allocates what stays."""
-        call()
-        self.problem.restore()
-
-    def _peaks(self, call: Callable[[], object]) -> tuple[float, dict[str, int | None]]:
-        """Seconds of a call, and its peaks in bytes beyond the inputs."""
-        clock, seconds, process = device.clock(self.case.device), list[float](), None
-        allocator = device.peak_bytes(call, self.case.device)
-        self.problem.restore()
-        if self.case.device == "cpu":
-            process = process_peak(lambda: seconds.append(clock(call)[0]))
-        else:
-            seconds.append(clock(call)[0])
-        return seconds[0], {"allocator_bytes": allocator, "process_bytes": process}
-
-    def _repeats(self, seconds: float) -> int:
-        least = LEAST_REPEATS if seconds < LONG else 2
-        fitting = int(self.task.seconds_each / max(seconds, 1e-9))
-        return min(self.task.repeats, max(least, fitting))
-
-    def _exceeds(self, line: Line) -> str:
-        """What shows on more and more rows that a call exceeds the limit; "" if nothing does.
-
-        So that none is begun that takes hours. Nothing is concluded from fewer rows than take so
-        long themselves, products of a few run differently, nor from a first call, which compiles
-        and allocates.
-        """
-        rows = FIRST_ROWS
-        while rows < self.case.n:
-            call = self.problem.call(line.loss, rows)
-            seconds = floors.fastest(call, 0.0, self.case.device)
-            if seconds > self.task.limit_seconds:
-                seconds = floors.fastest(call, 0.0, self.case.device)
-            if seconds > self.task.limit_seconds:
-                return self._limited(f"{rows} rows alone", seconds)
-            rows *= MORE_ROWS
-        return ""
-
-    def _limited(self, what: str, seconds: float) -> str:
-        return f"{what} took {seconds:.3g} s, the limit is {self.task.limit_seconds:g} s"
-
-    def _needed(self, entrant: Entrant) -> int:
-        """Bytes beyond the inputs, roughly."""
-        rows = min(self.case.n, entrant.most_rows or self.case.n)
-        return int(4 * self.case.v * (entrant.matrices * rows + WEIGHTS * self.case.student_hidden))
-
-    # ---------------------------------------------------------------------------- results
-
-    def _is_late(self, entrant: Entrant) -> bool:
-        """Whether the time is up, which is then the last word."""
-        late = time.monotonic() > self._until
-        if late:
-            self.is_cut = True
-            self._result(entrant, "no time", "the time is up")
-        return late
-
-    def _result(
-        self,
-        entrant: Entrant,
-        status: str,
-        why: str = "",
-        line: Line | None = None,
-        timing: Timing | None = None,
-    ) -> None:
-        more: dict[str, Any] = {}
-        if line is not None:
-            more = {"error": line.error, "memory": line.memory}
-        if timing is not None:
-            more["time"] = timing.as_dict()
-            if self.floor is not None and not entrant.nearest:
-                least = self.floor.seconds_of(entrant.key, self.case)
-                more["floor_share"] = least / timing.median
-        self._emit("result", **result(self.task, entrant, status, why, **more))
-
-    def _progress(self, note: str, running: str | None = None) -> None:
-        """`running`: which entrant is, should it crash."""
-        self._steps += 1
-        share = min(1.0, self._steps / max(1, self._all))
-        self._emit("progress", share=share, note=note, running=running)
-
-
-def _said(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return what an exception says, without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _ends_with(parent: int) -> bool:
-    """Has the system end this process when its parent ends; False if that has happened already.
-
-    A run that is killed must release the machine, and must not disturb the next one. If there is
-    no such call, the first line that has no reader ends the process.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux's
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    return os.getppid() == parent
-
-
-def main() -> int:
-    """Reads the task from the command line; nothing but results goes to standard output."""
-    task = Task.from_json(sys.argv[1])
-    if not _ends_with(int(sys.argv[2])):
-        return 1
-    results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what peers print
-
-    def emit(kind: str, **content: Any) -> None:
-        print(records.dumps({"kind": kind, **content}), file=results, flush=True)
-
-    run_task(task, emit)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

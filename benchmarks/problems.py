@@ -1,8 +1,7 @@
-"""The tensors of a case, and what an entrant is asked to do with them.
+"""The tensors of a case, and what a method is called with.
 
-Every problem offers: :meth:`call`, forward and backward as one thing to time; :meth:`restore`, to
-bring back what a call may have overwritten; :meth:`outcome` and :meth:`exact`, an entrant's loss
-and gradients on a few rows, and the float64 reference for what it computes.
+Every problem has `call(loss, rows)`, which returns forward and backward of the whole public call on
+the first rows (None: all), and `few()`, copies of a few rows as the arguments of a loss.
 """
 
 from __future__ import annotations
@@ -13,81 +12,72 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd import kd_loss
+from fused_kd import Head, kd_loss
 from fused_kd.testing import make_inputs
 
 from .cases import DTYPES, LOGITS, Case
-from .entrants.base import Loss
+from .methods.base import Loss
 
-#: Rows on which a method is compared with float64; with heads, where that multiplies whole
+#: Rows on which a method is compared with float64; with heads, because that multiplies whole
 #: weights, also the largest number of vocabulary entries.
 CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
 
 
 class Outcome(NamedTuple):
-    """A loss and its gradients; empty where the loss is not attached to a graph."""
+    """A loss and its gradients; none if the loss is not attached to a graph."""
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
 
 
 class Problem:
-    """What both levels share."""
+    """What is common to all levels."""
+
+    #: The positions of the tensors of `few` by which the gradients are taken.
+    leaves: tuple[int, ...] = (0, 1)
 
     def __init__(self, case: Case) -> None:
         self.case = case
 
-    def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
-        """Forward and backward of the whole public call on the first rows (None: all)."""
-        raise NotImplementedError
-
     def restore(self) -> None:
-        """Undoes what a call may have written over its inputs."""
-
-    def few(self) -> tuple[Tensor, ...]:
-        """A few rows as the arguments of a loss, in the case's dtype, nothing shared."""
-        raise NotImplementedError
-
-    def leaves(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-        """Which of them the student's gradients are taken by."""
-        raise NotImplementedError
+        """Undo what a call may have written over its inputs."""
 
     def outcome(self, loss: Loss) -> Outcome:
-        """Of an entrant, on a few rows."""
-        return _outcome(loss, self.few(), self.leaves(self.few()))
+        """Return a method's loss and gradients on a few rows."""
+        return _outcome(loss, self.few(), self.leaves)
 
     def exact(self, keywords: dict[str, Any]) -> Outcome:
-        """Of the reference in float64 with these keywords, on the same rows."""
+        """Return the float64 reference's with these keywords, on the same rows."""
         double = tuple(x.double() if x.is_floating_point() else x for x in self.few())
 
         def loss(*tensors: Tensor) -> Tensor:
-            *models, labels = tensors
+            *sides, labels = tensors
             if self.case.level != LOGITS:
-                models = [models[0] @ models[1].t(), models[2] @ models[3].t()]
-            value = kd_loss(*models, labels, backend="reference", **keywords)
-            assert isinstance(value, Tensor)
-            return value
+                sides = [Head(*sides[:2]), Head(*sides[2:])]
+            return kd_loss(*sides, labels, backend="reference", **keywords)
 
-        return _outcome(loss, double, self.leaves(double))
+        return _outcome(loss, double, self.leaves)
 
 
 def _outcome(loss: Loss, tensors: tuple[Tensor, ...], leaves: tuple[int, ...]) -> Outcome:
     by = [tensors[i].detach().clone().requires_grad_() for i in leaves]
-    given = list(tensors)
+    arguments = list(tensors)
     for i, leaf in zip(leaves, by, strict=True):
-        given[i] = leaf * 1  # no leaf: it may be written over
-    value = loss(*given)
+        arguments[i] = leaf * 1  # no leaf: it may be written over
+    value = loss(*arguments)
     if not value.requires_grad:
         return Outcome(value, ())
     return Outcome(value.detach(), torch.autograd.grad(value, by))
 
 
 class LogitsProblem(Problem):
-    """Logits of both models in buffers that lie ready.
+    """Logits of both models in existing buffers.
 
     The student's are the output of an autograd node, as a model's are, which drops the gradient
-    that it gets, as a model's last layer does once it has used it.
+    that it receives, as a model's last layer does after it used it.
     """
+
+    leaves = (0,)
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         super().__init__(case)
@@ -97,40 +87,31 @@ class LogitsProblem(Problem):
             self._original, self._teacher = (_random(shape, kind, generator) for _ in range(2))
             self._labels = torch.randint(case.v, (case.n,), generator=generator, device=device)
         else:
-            made = make_inputs(case.regime, case.n, case.v, kind, seed=seed)
-            self._original, self._teacher, self._labels = (x.to(device) for x in made)
+            inputs = make_inputs(case.regime, case.n, case.v, kind, seed=seed)
+            self._original, self._teacher, self._labels = (x.to(device) for x in inputs)
         self._student = self._original.clone()
         self._weight = torch.ones((), device=device, requires_grad=True)
 
     def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
-        student, teacher, labels = (x[:rows] for x in (self._student, self._teacher, self._labels))
+        buffers = self._student, self._teacher, self._labels
+        student, teacher, labels = (x[:rows] for x in buffers)
 
         def run() -> None:
-            logits = _LastLayer.apply(self._weight, student)  # type: ignore[no-untyped-call]
-            value = loss(logits, teacher, labels)
+            value = loss(_LastLayer.apply(self._weight, student), teacher, labels)
             if value.requires_grad:
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
 
         return run
 
     def restore(self) -> None:
         self._student.copy_(self._original)
 
-    @property
-    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Student's and teacher's logits (N, V), and labels, as they are; the calls use them."""
-        return self._student, self._teacher, self._labels
-
     def few(self) -> tuple[Tensor, ...]:
-        return tuple(
-            x[:CHECKED_ROWS].clone() for x in (self._original, self._teacher, self._labels)
-        )
+        original = self._original, self._teacher, self._labels
+        return tuple(x[:CHECKED_ROWS].clone() for x in original)
 
-    def leaves(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-        return (0,)
-
-    def floor(self) -> Callable[[], object]:
-        """One (N, V) matrix read, one written, both touched before."""
+    def lower_bound(self) -> Callable[[], object]:
+        """Return a call that reads one (N, V) matrix and writes one."""
         return lambda: self._student.copy_(self._teacher)
 
 
@@ -160,21 +141,18 @@ class HeadsProblem(Problem):
     def few(self) -> tuple[Tensor, ...]:
         rows, entries = slice(CHECKED_ROWS), slice(CHECKED_VOCABULARY)
         labels = self.labels[rows] % min(CHECKED_VOCABULARY, self.case.v)
-        return (self.hidden[rows], self.weight.detach()[entries], self.teacher[rows],
-                self.head[entries], labels)  # fmt: skip
+        weights = self.weight.detach()[entries], self.head[entries]
+        return self.hidden[rows], weights[0], self.teacher[rows], weights[1], labels
 
-    def leaves(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-        return (0, 1)
-
-    def floor(
+    def lower_bound(
         self, rows: int | None = None, dtype: torch.dtype | None = None
     ) -> Callable[[], object]:
-        """The four products of whole matrices, one after the other.
+        """Return the four products of whole matrices, one after the other.
 
         The student's logits stand in for their gradient: they have its shape.
         """
-        given = (self.hidden[:rows], self.weight, self.teacher[:rows], self.head)
-        hidden, weight, teacher, head = (x.detach().to(dtype or x.dtype) for x in given)
+        tensors = (self.hidden[:rows], self.weight, self.teacher[:rows], self.head)
+        hidden, weight, teacher, head = (x.detach().to(dtype or x.dtype) for x in tensors)
 
         def run() -> None:
             logits = torch.mm(hidden, weight.t())
@@ -188,7 +166,7 @@ class HeadsProblem(Problem):
 def _random(
     shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, scale: float = 2.0
 ) -> Tensor:
-    """Normal numbers, made in pieces so that no large float32 copy is."""
+    """Return normal numbers, made in pieces so that no large float32 copy is."""
     result = torch.empty(shape, dtype=dtype, device=generator.device)
     for piece in torch.split(result.view(-1), 2**22 if result.is_cpu else 2**28):
         piece.copy_(scale * torch.randn(len(piece), generator=generator, device=result.device))
@@ -196,7 +174,7 @@ def _random(
 
 
 class _LastLayer(torch.autograd.Function):
-    """Hands out logits that lie ready, and takes their gradient."""
+    """Outputs existing logits, and takes their gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:

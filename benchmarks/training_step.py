@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cases import DTYPES, LOGITS, Case
-from .entrants.base import Loss
+from .methods.base import Loss
 from .problems import CHECKED_ROWS, CHECKED_VOCABULARY, Problem
 
 #: Tokens of a sequence, entries of an attention head, layers of student and teacher.
@@ -18,7 +18,7 @@ LEARNING_RATE = 1e-5
 
 
 def whole_sequences(tokens: int) -> int:
-    """So many tokens, or the next number of them that makes whole sequences."""
+    """Return the next number of tokens that makes whole sequences."""
     return tokens if tokens <= LENGTH else LENGTH * -(-tokens // LENGTH)
 
 
@@ -27,57 +27,41 @@ class Decoder(nn.Module):
 
     def __init__(self, vocabulary: int, hidden: int, layers: int) -> None:
         super().__init__()
+        # as many attention heads as divide the hidden size, of HEAD entries or a few more
+        heads = next(n for n in range(max(1, hidden // HEAD), 0, -1) if hidden % n == 0)
+        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(hidden, _heads(hidden), 4 * hidden, dropout=0.0,
-                                       batch_first=True, norm_first=True)
-            for _ in range(layers)
-        )  # fmt: skip
+            nn.TransformerEncoderLayer(hidden, heads, 4 * hidden, **options) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, vocabulary, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Hidden states (N, H) of ids (B, S), N = B·S."""
-        x = self.embedding(ids)
-        mask = nn.Transformer.generate_square_subsequent_mask(
-            ids.shape[1], device=x.device, dtype=x.dtype
-        )
+        """Return the hidden states (N, H) of ids (B, S), N = B·S."""
+        x, length = self.embedding(ids), ids.shape[1]
+        make_mask = nn.Transformer.generate_square_subsequent_mask
+        mask = make_mask(length, device=x.device, dtype=x.dtype)
         for layer in self.layers:
             x = layer(x, src_mask=mask, is_causal=True)
-        result: Tensor = self.norm(x).flatten(0, 1)
-        return result
-
-
-def _heads(hidden: int) -> int:
-    """As many as divide the hidden size, of HEAD entries or a few more."""
-    return next(n for n in range(max(1, hidden // HEAD), 0, -1) if hidden % n == 0)
+        return self.norm(x).flatten(0, 1)
 
 
 class StepProblem(Problem):
-    """Student, frozen teacher, one batch, and AdamW.
-
-    A loss is called with hidden states and weights; :func:`after_heads` converts a loss of
-    logits to that.
-    """
+    """Student, frozen teacher, one batch, and AdamW; a loss takes hidden states and weights."""
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         super().__init__(case)
-        if whole_sequences(case.n) != case.n:
-            raise ValueError(f"N must be up to {LENGTH} or a multiple of it; got {case.n}")
         torch.manual_seed(seed)
-        dtype, device = DTYPES[case.dtype], case.device
-        self._student, self._teacher = (
-            Decoder(case.v, hidden, layers).to(device, dtype)
-            for hidden, layers in ((case.student_hidden, STUDENT_LAYERS),
-                                   (case.teacher_hidden, TEACHER_LAYERS))
-        )  # fmt: skip
+        sizes = (case.student_hidden, STUDENT_LAYERS), (case.teacher_hidden, TEACHER_LAYERS)
+        models = (Decoder(case.v, *size).to(case.device, DTYPES[case.dtype]) for size in sizes)
+        self._student, self._teacher = models
         self._teacher.requires_grad_(False).eval()
         length = min(LENGTH, case.n)
-        self._ids = torch.randint(case.v, (case.n // length, length), device=device)
+        self._ids = torch.randint(case.v, (case.n // length, length), device=case.device)
         self._labels = self._ids.roll(-1, 1).flatten()
-        self._optimizer = torch.optim.AdamW(
-            self._student.parameters(), lr=LEARNING_RATE, fused=True
-        )
+        parameters = self._student.parameters()
+        self._optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
     def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
         def run() -> None:
@@ -85,35 +69,26 @@ class StepProblem(Problem):
                 teacher_hidden = self._teacher(self._ids)
             hidden = self._student(self._ids)
             heads = self._student.head.weight, self._teacher.head.weight
-            value = loss(hidden, heads[0], teacher_hidden, heads[1], self._labels)
-            value.backward()  # type: ignore[no-untyped-call]
+            loss(hidden, heads[0], teacher_hidden, heads[1], self._labels).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
 
         return run
 
     def few(self) -> tuple[Tensor, ...]:
-        models = self._student, self._teacher
+        labels = self._labels[:CHECKED_ROWS] % min(CHECKED_VOCABULARY, self.case.v)
         with torch.no_grad():
             pairs = [
                 (model(self._ids[:1])[:CHECKED_ROWS], model.head.weight[:CHECKED_VOCABULARY])
-                for model in models
+                for model in (self._student, self._teacher)
             ]
-        labels = self._labels[:CHECKED_ROWS] % min(CHECKED_VOCABULARY, self.case.v)
         return (*pairs[0], *pairs[1], labels)
-
-    def leaves(self, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-        return (0, 1)
 
 
 def after_heads(loss: Loss, level: str) -> Loss:
     """Return a loss of logits as one of hidden states and weights; others unchanged."""
     if level != LOGITS:
         return loss
-
-    def whole(
-        hidden: Tensor, weight: Tensor, teacher: Tensor, head: Tensor, labels: Tensor
-    ) -> Tensor:
-        return loss(F.linear(hidden, weight), F.linear(teacher, head), labels)
-
-    return whole
+    return lambda hidden, weight, teacher, head, labels: loss(
+        F.linear(hidden, weight), F.linear(teacher, head), labels
+    )
