@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("fused_kd", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml", "README.md")
