@@ -45,23 +45,14 @@ TOOLS = ("GPU", "ncu", "compute-sanitizer", "nvidia-smi")
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the check.
-
-    Args:
-        name: in reports, and of its file of results.
-        run: FIRST or SECOND.
-        seconds: of the run that it is meant to have.
-        backend: under test.
-        command: {python}, {device}, {seconds}, {output} are filled in.
-        tiny: the command for --device cpu, if that is another one.
-    """
+    """A part; {python}, {device}, {seconds}, {output} are filled in in its commands."""
 
     name: str
     run: str
-    seconds: float
-    backend: str
+    seconds: float  # of the run that it is meant to have
+    backend: str  # under test
     command: str
-    tiny: str = ""
+    tiny: str = ""  # the command for --device cpu, if that is another one
 
 
 _NONE = TOOLS[0]

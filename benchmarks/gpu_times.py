@@ -48,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _launch(backend, [_logits(session, rows, *size) for size in sizes[:2]])
             continue
         for i, (dtype, v) in enumerate(sizes):
-            if not session.skips(f"{backend} {dtype} V={v}"):
-                divergences = DIVERGENCES if i == 0 else DIVERGENCES[:1]
-                student, teacher = _logits(session, rows, dtype, v)
-                _time_operators(session, backend, f"{dtype} V={v}", student, teacher, divergences)
+            size, divergences = f"{dtype} V={v}", DIVERGENCES if i == 0 else DIVERGENCES[:1]
+            if session.skips(f"{backend} {size}"):
+                break
+            sides = session.call(size, lambda dtype=dtype, v=v: _logits(session, rows, dtype, v))
+            if sides is not None:  # else the memory did not suffice
+                _time_operators(session, backend, size, sides, divergences)
     return 1 if session.failed else 0
 
 
@@ -67,11 +69,11 @@ def _time_operators(
     session: Session,
     backend: str,
     size: str,
-    student: Tensor,
-    teacher: Tensor,
+    sides: tuple[Tensor, Tensor],
     divergences: Sequence[str],
 ) -> None:
     """Measure all operators with the first divergence, forward_backward with the others."""
+    student, teacher = sides
     original = student.clone()
     copy = session.time(f"{size} copy of a matrix", lambda: student.copy_(teacher))
     if copy is None:

@@ -1,4 +1,4 @@
-"""Both GPU backends in use: the same bits, backward passes, graphs, streams, memory, compilation."""
+"""Both GPU backends in use: same bits, backward passes, graphs, streams, memory, compilation."""
 
 from __future__ import annotations
 
