@@ -63,13 +63,13 @@ GPU_ARCH ?= 9.0
 gpu-objects: $(VENV)/.packages
 	TORCH_CUDA_ARCH_LIST="$(GPU_ARCH)" $(BIN)/python setup.py -q cuda_objects --output out/gpu_objects
 
-# The Triton kernels that the check launches, compiled for FUSED_KD_TRITON_CACHE: by the Python and the
+# The Triton kernels that the check launches, compiled into out/gpu_cache: by the Python and the
 # Triton of the machine with the GPU, or its Triton does not find them.
 GPU_PYTHON ?= python3.12
 GPU_TRITON ?= 3.6.0
 GPU_VENV := .venv-gpu
 gpu-cache: $(GPU_VENV)/.$(GPU_TRITON)
-	$(GPU_VENV)/bin/python -m benchmarks.gpu_cache --output out/gpu_cache $(ARGS)
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_cache $(ARGS)
 
 $(GPU_VENV)/.$(GPU_TRITON): requirements/dev.txt
 	$(GPU_PYTHON) -m venv $(GPU_VENV)

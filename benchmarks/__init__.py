@@ -6,6 +6,6 @@ for each case) → ``one_case`` (right? how large? how fast?) → ``records`` (t
 from there to ``tables``, ``goals``, ``picture``, ``compare`` and ``publish``.
 
 Besides: ``accuracy`` (errors by row, for docs/numerics.md), ``test_guard`` (regressions, by
-ratios), ``gpu_check`` (everything on a GPU machine; ``gpu_parts`` is its plan, the other ``gpu_*``
+ratios), ``gpu_check`` (everything on a GPU machine; the other ``gpu_*`` are
 its parts), and what kernels compile to (``cuda_resources``, ``triton_resources``).
 """

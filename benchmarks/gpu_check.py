@@ -1,158 +1,228 @@
 """``python -m benchmarks.gpu_check``: builds, tests, measures and checks the memory on a GPU.
 
 Two runs, so that what the first shows can be mended before the second (--run first, --run second;
-both without it). Each part is a process of its own that keeps to its share of --minutes; one that
-fails, hangs or loses the device does not stop the next.
+both without it): PARTS below, the most informative first. Each part is a process of its own with a
+time limit; one that fails, hangs or loses the device does not stop the next. A part that needs less
+than its time leaves the rest to the later ones of its run.
 
-first, 4 minutes, the CUDA kernels:
-  build             the CUDA module, in place; from objects if FUSED_KD_CUDA_OBJECTS names them
-  smoke             every divergence, dtype and cluster size against float64
-  operators         each operator by itself, over a copy's time
-  ncu               occupancy, memory, issue slots of three kernels
-  cuda-tests        the tests marked gpu
-  heads-times       the loss of heads by rows of a chunk, over its four products
-second, 5 minutes:
-  triton            the smoke of the Triton kernels, whose programs wait for each other; 30 s
-  triton-operators, triton-tests
-  logits, heads     those suites of `python -m benchmarks run`, with eager torch
-  peers             the same at one size with torch.compile and Liger
-  memory            small shapes under compute-sanitizer, the CUDA kernels alone
-
-Needs what it measures, uses what it finds, and goes on without the rest. Left in --output:
-gpu_check.json (everything; rewritten before and after each part), gpu_check.log (all output, as it
-came), <part>.jsonl. --device cpu runs all of it at tiny sizes, the CPU's backend standing in.
+Left in --output, written as it comes: gpu_check.log (all output), and the results of each part,
+<part>.jsonl. The console shows a part's output when it has ended. --device cpu runs all of it at
+tiny sizes, the CPU's backend standing in.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import importlib.util
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from . import gpu_process, triton_cache
-from .gpu_parts import MINUTES, PARTS, minutes, names
-from .gpu_process import Part, Run
-from .report import Parser, positive_float, table
-from .schema import SCHEMA
+import torch
 
-#: Seconds kept for the report.
-RESERVE = 4.0
-#: Seconds that a part gets even if others took too long.
-LEAST = 10.0
+ROOT = Path(__file__).resolve().parents[1]
+FIRST, SECOND = "first", "second"
+PROCESSORS = os.cpu_count() or 1
+#: Triton's cache, from the folder of the repository; gpu_cache.py fills it beforehand.
+CACHE = "out/gpu_cache"
+#: The tests marked gpu, the most informative first, and the seconds that one may take.
+TESTS, TEST_SECONDS = ("test_gpu", "test_gpu_running", "test_gpu_heads"), 45
+#: Seconds kept for a part that ends by itself before it is ended, and the least that a part gets.
+GRACE, LEAST = 6.0, 10.0
+#: Lines of a part's output that are repeated in the report, and how many at most.
+NOTED, MOST = ("FAILED", "ERROR", "==ERROR==", "========= ERROR", "LEFT OUT", "SKIPPED"), 40
+#: What a part needs if its command has the word: it is skipped without.
+TOOLS = ("GPU", "ncu", "compute-sanitizer", "nvidia-smi")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part; {python}, {device}, {seconds}, {output} are filled in in its commands."""
+
+    name: str
+    run: str
+    seconds: float  # of the run that it is meant to have
+    backend: str  # under test
+    command: str
+    tiny: str = ""  # the command for --device cpu, if that is another one
+
+
+_NONE = TOOLS[0]
+_SMOKE, _TIMES = "{python} -m benchmarks.gpu_smoke", "{python} -m benchmarks.gpu_times"
+_PYTEST = (
+    "{python} -m pytest -m gpu -p gpu_plugin -p no:cacheprovider --durations=5 -rs --tb=short "
+    f"-o faulthandler_timeout={TEST_SECONDS} -o faulthandler_exit_on_timeout=true "
+    + " ".join(f"tests/{name}.py" for name in TESTS)
+)
+if importlib.util.find_spec("xdist") is not None:
+    _PYTEST += f" -n {max(1, min(12, 3 * PROCESSORS // 4))} --dist loadgroup"
+# time, occupancy, memory, issue slots, instructions and registers of the third to fifth launch of
+# a row kernel of either backend; clocks are left alone
+_NCU = (
+    "ncu --clock-control none --print-kernel-base function --kernel-name regex:rows "
+    "--launch-skip 2 --launch-count 3 --metrics gpu__time_duration.sum,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active,"
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum.per_second,"
+    "sm__inst_issued.avg.pct_of_peak_sustained_active,smsp__inst_executed.sum,"
+    "launch__registers_per_thread "
+)
+_SUITE = (
+    "{python} -m benchmarks run --in-process --device {device} --seconds {seconds} "
+    "--output {output}"
+)
+_OURS = (
+    "--peers kdloss kdloss-inplace kdloss-forward kdloss-triton kdloss-heads kdloss-heads-triton "
+    "eager"
+)
+_PEERS = "--peers kdloss kdloss-heads"
+_REAL, _TINY = "--n 8192 --repeats 10 --seconds-each 2", "--n 5 --repeats 2 --dtype bf16 --v 33"
+_ONE, _LOGITS = "--dtype bf16 --v 151936 --hidden 2048 4096", "--v 151936 32000 262144 128256"
+_FEW = f"--hidden 8 12 {_TINY}"
+# racecheck does not follow barriers that bulk copies complete: it is left to the emulator
+_SANITIZER = "compute-sanitizer --error-exitcode 97 --print-limit 20 --tool"
+_SLICES = max(1, PROCESSORS // 2)
+_SLICED = f"bash -c 'seq 0 {_SLICES - 1} | xargs -P {_SLICES} -I% \"$@\" --slice % {_SLICES}' -"
+_EXPECT_97 = "bash -c '\"$@\"; test $? = 97' -"
+
+PARTS = (
+    Part("build", FIRST, 70, "cuda", "{python} setup.py build_ext --inplace", tiny=_NONE),
+    Part("smoke", FIRST, 30, "cuda", _SMOKE),
+    Part("operators", FIRST, 35, "cuda", f"{_TIMES} operators"),
+    Part("ncu", FIRST, 30, "cuda", f"{_NCU}{_TIMES} launch", tiny=_NONE),
+    Part("cuda-tests", FIRST, 55, "cuda", _PYTEST),
+    Part("heads-times", FIRST, 20, "cuda", f"{_TIMES} heads"),
+    # programs that wait for each other: no emulation can vouch for that
+    Part("triton", SECOND, 30, "triton", _SMOKE),
+    Part("triton-operators", SECOND, 25, "triton", f"{_TIMES} operators"),
+    Part("triton-tests", SECOND, 90, "triton", _PYTEST),
+    Part("logits", SECOND, 35, "", f"{_SUITE} logits --dtype bf16 fp32 {_LOGITS} {_REAL} {_OURS}",
+         tiny=f"{_SUITE} logits {_TINY} {_OURS}"),
+    Part("heads", SECOND, 20, "", f"{_SUITE} heads {_ONE} {_REAL} {_OURS}",
+         tiny=f"{_SUITE} heads {_FEW} {_OURS}"),
+    # torch.compile and Liger compile for longer than all else takes: one size
+    Part("peers", SECOND, 50, "",
+         f"{_SUITE} logits heads {_ONE} {_REAL} {_PEERS} compile liger liger-fused-kl",
+         tiny=f"{_SUITE} logits heads {_FEW} {_PEERS} eager"),
+    Part("memcheck", SECOND, 22, "cuda", f"{_SLICED} {_SANITIZER} memcheck {_SMOKE}",
+         tiny=f"{_SLICED} {_SMOKE}"),
+    Part("synccheck", SECOND, 17, "cuda", f"{_SLICED} {_SANITIZER} synccheck {_SMOKE}",
+         tiny=_NONE),
+    # a write out of bounds, which shows that the sanitizer works on this machine
+    Part("planted", SECOND, 11, "cuda", f"{_EXPECT_97} {_SANITIZER} memcheck {_SMOKE} --planted",
+         tiny=_NONE),
+)  # fmt: skip
+ENVIRONMENT = (
+    Part("environment", "", 20, "", "{python} -m fused_kd.env"),
+    Part("card", "", 10, "", "nvidia-smi", tiny=_NONE),
+    Part("commit", "", 10, "", "git describe --always --dirty"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; return 0 if none failed, else 1."""
-    start = time.monotonic()
     options = _parse(arguments)
-    try:
-        found = gpu_process.environment(options.device)
-    except LookupError as error:
-        print(f"python -m benchmarks.gpu_check: error: {error}; --device cpu tries everything at "
-              "tiny sizes", file=sys.stderr)  # fmt: skip
-        return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    for old in ("gpu_check.json", *(f"{name}.jsonl" for name in options.part)):
-        (options.output / old).unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, _terminated)  # a part under way is ended, not left behind
-    with (options.output / "gpu_check.log").open("w") as log:
-        run = Run(options.device, options.output.resolve(), log, found)
-        run.say("\n".join(f"{key:<16} {value}" for key, value in found.items()))
-        _use_cache(run)
-        parts: list[Part] = []
-        for i, name in enumerate(options.part):
-            left = 60 * options.minutes - RESERVE - (time.monotonic() - start)
-            share = PARTS[name].share / sum(PARTS[later].share for later in options.part[i:])
-            limit = min(PARTS[name].most, max(LEAST, left * share))
-            parts.append(Part(name, "running", limit=round(limit, 1)))
-            _write(run, parts, options.part)
-            _run_part(run, parts[-1])
-            _write(run, parts, options.part)
-        _report(run, parts, time.monotonic() - start)
-    return 1 if any(part.status == "failed" for part in parts) else 0
+    log = options.output / "gpu_check.log"
+    log.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the part too
+    report = []
+    for run in ("", FIRST, SECOND):
+        end = time.monotonic()
+        for part in (part for part in (*ENVIRONMENT, *options.parts) if part.run == run):
+            end += options.stretch * part.seconds
+            limit = max(LEAST, end - time.monotonic())
+            report.append(run_part(part, options.device, limit, log))
+    text = "\n".join(line for lines in report for line in lines)
+    print(f"\n{text}")
+    log.open("a").write(f"\n{text}\n")
+    return 1 if any(": failed" in lines[0] for lines in report) else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.gpu_check", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("gpu_check", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--run", choices=list(MINUTES), help="the parts of this run alone (default: of both)")
-    add("--part", nargs="+", choices=list(PARTS), metavar="PART",
-        help="these parts alone, in their usual order")  # fmt: skip
-    add("--minutes", type=positive_float,
-        help="for all of it (default: those of the runs that the parts belong to)")  # fmt: skip
+    add("--run", choices=(FIRST, SECOND), help="only the parts of this run (default: both)")
+    add("--part", nargs="+", choices=[part.name for part in PARTS], help="only these parts")
+    add("--minutes", type=float, help="for all of it (default: the sum of the parts' seconds)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    add("--output", type=Path, default=Path("out/gpu_check"), metavar="DIR",
-        help="default: %(default)s")  # fmt: skip
+    add("--output", type=Path, default=Path("out/gpu_check"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.run and options.part:
-        parser.error("--run and --part both choose the parts: give one of them")
-    chosen = names([options.run] if options.run else MINUTES)
-    options.part = [name for name in chosen if not options.part or name in options.part]
-    options.minutes = options.minutes or minutes(options.part)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; --device cpu tries everything at tiny sizes")
+    options.output = options.output.resolve()
+    parts = [part for part in PARTS if options.run in (None, part.run)]
+    options.parts = [part for part in parts if not options.part or part.name in options.part]
+    planned = sum(part.seconds for part in options.parts)
+    options.stretch = 60 * options.minutes / planned if options.minutes and planned else 1.0
     return options
 
 
-def _use_cache(run: Run) -> None:
-    """Have Triton take binaries from where FUSED_KD_TRITON_CACHE says, if it does."""
-    source = os.environ.get(triton_cache.VARIABLE)
-    if source:
-        target = run.output / "triton_cache"
-        found = triton_cache.install(Path(source), target)
-        run.variables["TRITON_CACHE_DIR"] = str(target)
-        run.say(f"Triton's cache begins with {found} binaries of {source}")
+def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
+    """Run a part; return its lines of the report, the first of which says how it went."""
+    seconds, begin = max(1.0, limit - GRACE), time.monotonic()
+    results = log.with_name(f"{part.name}.jsonl")
+    results.unlink(missing_ok=True)
+    text = part.tiny if part.tiny and device == "cpu" else part.command
+    python, path = shlex.quote(sys.executable), shlex.quote(str(results))
+    command = shlex.split(text.format(python=python, device=device, seconds=seconds, output=path))
+    environment = _environment(part, device, seconds, results)
+    for tool in set(TOOLS) & set(command):
+        if shutil.which(tool, path=environment["PATH"]) is None:
+            return [f"{part.name}: skipped, there is no {tool}"]
+    with log.open("a") as file:
+        file.write(f"\n===== {part.name}: at most {limit:.0f} s\n{shlex.join(command)}\n")
+        file.flush()
+        start = file.tell()
+        options = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "stdout": file}
+        process = subprocess.Popen(
+            command, stderr=subprocess.STDOUT, start_new_session=True, **options
+        )
+        try:
+            status: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # those that it started, too
+            process.wait()
+    output = log.read_bytes()[start:].decode(errors="replace")
+    went = {0: "passed", None: "failed, it had to be ended"}.get(status, f"failed with {status}")
+    summary = f"{part.name}: {went}, {time.monotonic() - begin:.0f} s of {limit:.0f}"
+    print(f"\n===== {part.name}\n{output}===== {summary}", flush=True)
+    notes = [f"    {x[:400]}" for x in output.splitlines() if x.startswith(NOTED)]
+    return [summary, *notes[:MOST]]
 
 
-def _terminated(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
-def _run_part(run: Run, part: Part) -> None:
-    run.say(f"\n===== {part.name}: at most {part.limit:.0f} s")
-    begin = time.monotonic()
-    try:
-        PARTS[part.name].action(run, part)
-    except Exception as error:  # the next part runs all the same
-        part.status = "failed"
-        part.notes.append(f"FAILED {part.name}: {type(error).__name__}: {error}")
-    part.seconds = round(time.monotonic() - begin, 1)
-    run.say(f"===== {part.name}: {part.status} after {part.seconds:.0f} s")
-
-
-def _write(run: Run, parts: Sequence[Part], chosen: Sequence[str]) -> None:
-    """Rewrite the JSON file: it holds what there is, should the next part be the last."""
-    measured: dict[str, list[Any]] = {}
-    for name in chosen:
-        lines = run.output / f"{name}.jsonl"
-        found = lines.read_text().splitlines() if lines.exists() else []
-        if found:
-            measured[name] = [json.loads(line) for line in found if line.endswith("}")]
-    content = {
-        "schema": SCHEMA,
-        "environment": run.environment,
-        "parts": [asdict(part) for part in parts],
-        "not_run": list(chosen[len(parts) :]),
-        **measured,
+def _environment(part: Part, device: str, seconds: float, results: Path) -> dict[str, str]:
+    read, join = os.environ.get, os.pathsep.join
+    environment = {
+        **os.environ,
+        "GPU_CHECK_DEVICE": device,
+        "GPU_CHECK_BACKENDS": part.backend,
+        "GPU_CHECK_UNTIL": str(time.time() + seconds),
+        "GPU_CHECK_OUTPUT": str(results),
+        "PATH": join([read("PATH", os.defpath), f"{read('CUDA_HOME', '/usr/local/cuda')}/bin"]),
+        "PYTHONPATH": join([str(ROOT / "tests"), read("PYTHONPATH", "")]),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": CACHE,
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
-    (run.output / "gpu_check.json").write_text(text + "\n")
-
-
-def _report(run: Run, parts: Sequence[Part], seconds: float) -> None:
-    rows = [[p.name, p.status, f"{p.seconds:.0f}", f"{p.limit:.0f}", str(len(p.notes))]
-            for p in parts]  # fmt: skip
-    run.say("\n" + table(["part", "", "s", "at most", "notes"], rows))
-    for part in parts:
-        for note in part.notes[:40]:
-            run.say(f"{part.name}: {note}")
-    run.say(f"{run.environment['device']}: {seconds:.0f} s in all; written to {run.output}")
+    if "setup.py" in part.command:  # the CUDA module alone, for this card or from objects
+        environment |= {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "MAX_JOBS": str(PROCESSORS)}
+        if not {"FUSED_KD_CUDA_OBJECTS", "TORCH_CUDA_ARCH_LIST"} & set(os.environ):
+            major, minor = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+            environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
+    if "compute-sanitizer" in part.command:  # a cache would hide a use after a free
+        environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    return environment
 
 
 if __name__ == "__main__":

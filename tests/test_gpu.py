@@ -18,7 +18,6 @@ from gpu_device import (
     few_here,
     gradient,
     heavy,
-    in_time,  # noqa: F401  a fixture
     loss_of,
     made,
     obey,

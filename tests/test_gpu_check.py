@@ -1,340 +1,273 @@
-"""The command for a GPU machine, as far as it runs without one: on the CPU, at tiny sizes."""
+"""The check of a GPU machine, as far as it runs without one: on the CPU, at tiny sizes."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fast import needs_cpu, one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import (  # noqa: E402
-    __main__ as cli,
-)
-from benchmarks import (  # noqa: E402
-    device,
-    gpu_check,
-    gpu_guard,
-    gpu_parts,
-    gpu_process,
-    records,
-)
-from benchmarks.gpu_parts import FIRST, SECOND, Plan  # noqa: E402
+from benchmarks import gpu_check, gpu_smoke, gpu_times  # noqa: E402
+from benchmarks.gpu_check import FIRST, PARTS, SECOND, Part  # noqa: E402
+from fused_kd.divergences import DIVERGENCES  # noqa: E402
 
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+PAGE = ROOT / "docs" / "internals" / "gpu_check.md"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _handler() -> Iterator[None]:
-    """The command takes the signal for itself."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
+def _run(*command: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
     )
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "gpu_check.json").read_text())
-    return found
-
-
-# ------------------------------------------------------------------------------ all of it, tiny
-
-
-@needs_cpu
-def test_the_tests_for_a_gpu_run_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu_process, "environment", lambda device: {"device": device})
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = ["--device", "cpu", "--part", "cuda-tests", "--output", str(tmp_path)]
-    assert gpu_check.main(options) == 0, capsys.readouterr().out[-3000:]
-    (part,) = _report(tmp_path)["parts"]
-    assert (part["name"], part["status"]) == ("cuda-tests", "passed")
-    log = (tmp_path / "gpu_check.log").read_text()
-    for name in gpu_parts.TESTS:
-        assert f"tests/{name} ." in log
-    # nothing was left out on the way
-    assert not [note for note in part["notes"] if not note.startswith("SKIPPED")]
-
-
-def test_every_file_of_tests_for_a_gpu_is_run() -> None:
-    marked = [
-        path.name
-        for path in (ROOT / "tests").glob("test_gpu*.py")
-        if "pytest.mark.gpu" in path.read_text() and path.name != Path(__file__).name
-    ]
-    assert sorted(marked) == sorted(gpu_parts.TESTS)
-
-
-@needs_cpu
-@pytest.mark.slow
-@pytest.mark.parametrize("which", [FIRST, SECOND])
-def test_every_part(which: str, tmp_path: Path) -> None:
-    done = _run("--device", "cpu", "--run", which, "--output", str(tmp_path), "--minutes", "12")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    found = _report(tmp_path)
-    assert found["environment"]["backends"] == {"cpu": "available"}
-    statuses = {part["name"]: part["status"] for part in found["parts"]}
-    wanted = {name: "passed" for name in gpu_parts.names([which])}
-    assert statuses == ({**wanted, "build": "skipped"} if which == FIRST else wanted)
-    for name in {"smoke", "operators", "heads-times", "triton", *gpu_parts.SUITES} & set(wanted):
-        assert found[name], name
-    for suite in set(gpu_parts.SUITES) & set(wanted):
-        assert {line["kind"] for line in found[suite]} == {"run", "floor", "result", "done"}
-
-
-@needs_cpu
-@pytest.mark.parametrize("suite", gpu_parts.SUITES)
-def test_the_suites_run_as_they_are_called(
-    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[tuple[str, ...]] = []
-    monkeypatch.setattr(gpu_parts, "script", lambda run, part, *words: commands.append(words))
-    for where in ("cuda", "cpu"):
-        with (tmp_path / "log").open("w") as log:
-            run = gpu_process.Run(where, tmp_path, log, {})
-            gpu_parts.PARTS[suite].action(run, gpu_process.Part(suite))
-    (module, *real), (_, *tiny) = commands
-    assert module == "benchmarks"
-    parser = cli.make_parser()
-    parsed = parser.parse_args([*real, "--device", "cuda", "--seconds", "60"])
-    assert parsed.n == [8192]
-    assert set(parsed.peers) <= {entrant.key for entrant in cli.ENTRANTS.values()}
-    assert cli.main([*tiny, "--device", "cpu", "--seconds", "600"]) == 0
-    found = records.read([tmp_path / f"{suite}.jsonl"])
-    assert {line["status"] for line in found.results.values()} <= {"measured", "skipped"}
-    assert found.floors
-
-
-# --------------------------------------------------------------------------------- the plan
-
-
-def test_the_runs_have_their_minutes_and_their_order() -> None:
-    for run, minutes in gpu_parts.MINUTES.items():
-        shares = [plan.share for plan in gpu_parts.PARTS.values() if plan.run == run]
-        assert sum(shares) <= 60 * minutes
-    first, second = (gpu_parts.names([run]) for run in (FIRST, SECOND))
-    assert [*first, *second] == list(gpu_parts.PARTS)
-    # whether it is right before how fast it is; what can hang, and what tells least, last
-    assert first[:3] == ["build", "smoke", "operators"]
-    assert second[0] == "triton"
-    assert second[-2:] == ["peers", "memory"]
-    assert gpu_parts.PARTS["triton"].most <= 40
-    assert gpu_parts.minutes(["smoke"]) == 4
-    assert gpu_parts.minutes(["smoke", "memory"]) == 9
-
-
-def test_the_page_has_the_plan() -> None:
-    page = (ROOT / "docs" / "backends.md").read_text()
-    rows = re.findall(r"^\| `([a-z-]+)` \| (\d+) s \|", page, re.MULTILINE)
-    assert rows == [(name, f"{plan.share:.0f}") for name, plan in gpu_parts.PARTS.items()]
-
-
-def test_a_run_or_parts_are_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _fake_parts(monkeypatch, smoke="", memory="")
-    for options, names in (
-        (["--run", "first"], ["smoke"]),
-        (["--run", "second"], ["memory"]),
-        (["--part", "memory", "smoke"], ["smoke", "memory"]),
-        ([], ["smoke", "memory"]),
-    ):
-        assert gpu_check.main([*options, "--output", str(tmp_path)]) == 0
-        assert [part["name"] for part in _report(tmp_path)["parts"]] == names
-    with pytest.raises(SystemExit):
-        gpu_check.main(["--run", "first", "--part", "smoke"])
-    assert "give one of them" in capsys.readouterr().err
-
-
-# --------------------------------------------------------------------------------- the driver
-
-
-def _fake_parts(monkeypatch: pytest.MonkeyPatch, **codes: str) -> None:
-    """Parts of these names that run a piece of Python."""
-
-    def call(code: str) -> Any:
-        return lambda run, part: gpu_process.call(run, part, [sys.executable, "-c", code], {})
-
-    plans = {
-        name: Plan(gpu_parts.PARTS[name].run, 50.0, call(code)) for name, code in codes.items()
-    }
-    for module in (gpu_check, gpu_parts):
-        monkeypatch.setattr(module, "PARTS", plans)
-    monkeypatch.setattr(gpu_process, "environment", lambda device: {"device": "a card"})
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "results.jsonl"
+    monkeypatch.setenv("GPU_CHECK_DEVICE", "cpu")
+    monkeypatch.setenv("GPU_CHECK_OUTPUT", str(path))
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    return path
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hang = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '99'])"
-    _fake_parts(monkeypatch, build="print('LEFT OUT x: y'); raise SystemExit(7)", smoke=hang,
-                operators=f"raise SystemExit({gpu_guard.LOST})",
-                ncu=f"raise SystemExit({gpu_guard.HUNG})", logits="print('done')")  # fmt: skip
-    monkeypatch.setattr(gpu_check, "LEAST", 1.5)
-    begin = time.monotonic()
-    assert gpu_check.main(["--output", str(tmp_path), "--minutes", "0.01"]) == 1
-    assert time.monotonic() - begin < 60
-    parts = {part["name"]: part for part in _report(tmp_path)["parts"]}
-    statuses = {name: part["status"] for name, part in parts.items()}
-    assert statuses == {"build": "failed", "smoke": "failed", "operators": "failed",
-                        "ncu": "failed", "logits": "passed"}  # fmt: skip
-    assert parts["build"]["notes"] == ["LEFT OUT x: y"]
-    assert parts["smoke"]["notes"] == ["FAILED smoke: ended after 2 s, unfinished"]
-    assert "context was lost" in parts["operators"]["notes"][0]
-    assert "did not return" in parts["ncu"]["notes"][0]
-    assert "build: LEFT OUT x: y" in capsys.readouterr().out
-    assert "begun\n" in (tmp_path / "gpu_check.log").read_text()
-
-
-def test_all_well_is_exit_status_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fake_parts(monkeypatch, smoke="", operators="print('x' * 2000000)")
-    assert gpu_check.main(["--output", str(tmp_path)]) == 0
-    assert (tmp_path / "gpu_check.log").stat().st_size < 10**5
-    assert [part["name"] for part in _report(tmp_path)["parts"]] == ["smoke", "operators"]
-
-
-def test_the_parts_take_binaries_from_a_cache_that_was_made_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cache" / "HASH").mkdir(parents=True)
-    (tmp_path / "cache" / "HASH" / "kernel.cubin").write_text("binary")
-    monkeypatch.setenv("FUSED_KD_TRITON_CACHE", str(tmp_path / "cache"))
-    _fake_parts(monkeypatch, triton="import os; print('in', os.environ['TRITON_CACHE_DIR'])")
-    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 0
-    log = (tmp_path / "out" / "gpu_check.log").read_text()
-    assert f"begins with 1 binaries of {tmp_path / 'cache'}\n" in log
-    assert f"\nin {tmp_path / 'out' / 'triton_cache'}\n" in log
+    codes = {
+        "bad": 'print("LEFT OUT x"); exit(7)',
+        "hangs": 'import subprocess; print("begun"); subprocess.run(["sleep", "99"])',
+        "tool": "import nothing",
+        "good": "0",
+    }
+    parts = [Part(name, FIRST, 1, "", f"{{python}} -c '{code}'") for name, code in codes.items()]
+    monkeypatch.setattr(gpu_check, "TOOLS", ("import nothing",))
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.setattr(gpu_check, "ENVIRONMENT", ())
+    monkeypatch.setattr(gpu_check, "LEAST", 3.0)
+    options = ["--device", "cpu", "--output", str(tmp_path)]
+    assert gpu_check.main(options) == 1
+    log = (tmp_path / "gpu_check.log").read_text()
+    assert "begun\n" in log
+    report = [re.sub(r", \d+ s of \d+", "", line) for line in log.splitlines()[-5:]]
+    bad = ["bad: failed with 7", "    LEFT OUT x", "hangs: failed, it had to be ended"]
+    assert report == [*bad, "tool: skipped, there is no import nothing", "good: passed"]
+    assert gpu_check.main([*options, "--part", "good"]) == 0
 
 
-TERMINATED = """
-import sys
-from pathlib import Path
-from benchmarks import gpu_check, gpu_parts, gpu_process
-from benchmarks.gpu_parts import Plan
-
-def part(code):
-    return lambda run, part: gpu_process.call(run, part, [sys.executable, "-c", code], {})
-
-sleep = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
-plans = {"smoke": Plan("first", 1.0, part("print('first')")), "memory": Plan("second", 9.0, part(sleep))}
-gpu_check.PARTS = gpu_parts.PARTS = plans
-gpu_process.environment = lambda device: {"device": "a card"}
-sys.exit(gpu_check.main(["--output", sys.argv[1]]))
-"""  # noqa: E501
+def test_the_plan() -> None:
+    for run, minutes in ((FIRST, 4), (SECOND, 5)):
+        assert sum(part.seconds for part in PARTS if part.run == run) <= 60 * minutes
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\d+) s \|", PAGE.read_text(), re.MULTILINE)
+    assert rows == [(part.name, str(part.seconds)) for part in PARTS]
+    tests = {
+        x.stem for x in (ROOT / "tests").glob("test_gpu*.py") if "pytest.mark.gpu" in x.read_text()
+    }
+    assert tests - {Path(__file__).stem} == set(gpu_check.TESTS)
 
 
-def test_what_was_printed_and_measured_survives_a_signal(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", TERMINATED, str(tmp_path)], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    assert process.stdout is not None
-    lines: list[str] = []
-    while not (lines and lines[-1].startswith("pid ")):
-        lines.append(process.stdout.readline())
-        assert lines[-1], lines
-    # as a kill would leave it
-    statuses = {part["name"]: part["status"] for part in _report(tmp_path)["parts"]}
-    assert statuses == {"smoke": "passed", "memory": "running"}
-    assert lines[-1] in (tmp_path / "gpu_check.log").read_text()
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):  # it did not leave the part behind
-        os.kill(int(lines[-1].split()[1]), 0)
+def test_the_build_is_of_the_cuda_module_for_this_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (9, 0))
+    names = ("FUSED_KD_BUILD", "FUSED_KD_CUDA", "TORCH_CUDA_ARCH_LIST")
+    for objects, want in ((None, ["0", "1", "9.0"]), ("folder", ["0", "1", None])):
+        if objects:  # their stamp has the architecture
+            monkeypatch.setenv("FUSED_KD_CUDA_OBJECTS", objects)
+        found = gpu_check._environment(PARTS[0], "cuda", 1.0, Path())
+        assert [found.get(name) for name in names] == want
 
 
-def test_without_pytest_the_tests_are_skipped_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("found", [("0", "97"), ("0", "0"), ("97", "97")])
+def test_a_sanitizer_that_finds_nothing_is_found_out(
+    found: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu_process, "environment", lambda device: {"device": "a card"})
-    assert gpu_check.main(["--output", str(tmp_path), "--part", "cuda-tests"]) == 0
-    (part,) = _report(tmp_path)["parts"]
-    assert (part["status"], part["notes"]) == ("skipped", ["SKIPPED pytest is not installed"])
+    """Exit status 0 for the cases and 97 for the planted write, or the part has failed."""
+    tool = tmp_path / "compute-sanitizer"
+    code = f"case $* in *planted) exit {found[1]};; *) exit {found[0]};; esac"
+    tool.write_text(f"#!/bin/sh\n{code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    parts = [part for part in PARTS if part.name in ("memcheck", "planted")]
+    for part, status, right in zip(parts, found, ("0", "97"), strict=True):
+        summary, *_ = gpu_check.run_part(replace(part, tiny=""), "cpu", 60, tmp_path / "log")
+        assert (": passed" in summary) == (status == right)
 
 
-# with nvcc or objects, the CUDA backend must be there after the build; without, there is no build
+@pytest.mark.parametrize("extra", [0, 800])  # bytes of a block besides its slice
+def test_the_cases_reach_each_size_of_a_cluster(extra: int) -> None:
+    """By the rule of csrc/cuda/launch.cu, on a multiprocessor with 228 KiB of shared memory."""
+    of_three, of_two = 233472 // 3 - 1024, 233472 // 2 - 1024
+    limits = {1: of_three, 2: of_three, 4: of_three, 8: of_three, 16: of_two}
+    every = gpu_smoke.cases("cuda")
+    assert {case.divergence for case in every[:20]} == {DIVERGENCES[0]}
+    assert len({case[:3] for case in every}) == 9 * len(DIVERGENCES)
+    for dtype, ladder in gpu_smoke.LADDER.items():
+        group = 2 * 8 * gpu_smoke.DTYPES[dtype].itemsize
+        for blocks, v in ladder.items():
+            sizes = {n: -(-v // 8 // n) * group + extra for n in limits}
+            assert next((n for n in limits if sizes[n] <= limits[n]), 0) == blocks, (dtype, v)
+            assert {(name, dtype, dtype, v) for name in DIVERGENCES} <= set(every)
+
+
+WRONG = {
+    "gradient": "gradient of rows: error 0.0",
+    "loss": "losses: error 0.001",
+    "nan": "losses: error nan",
+    "raises": "RuntimeError: no such kernel",
+    "margin": "entries written outside of the rows: error 1",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_smoke_finds_what_is_wrong(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = gpu_smoke.kd_loss
+
+    def broken(student: Any, *rest: Any, **keywords: Any) -> Any:
+        loss = right(student, *rest, **keywords)
+        if keywords["backend"] == "reference" or keywords["divergence"] != "jsd":
+            return loss
+        if wrong == "raises":
+            raise RuntimeError("no such kernel")
+        if wrong == "margin" and student._base is not None:
+            student._base[-1] = 0.0
+        scale = {"nan": float("nan"), "loss": 1.001}.get(wrong, 1.0)
+        return scale * loss + (0.02 if wrong == "gradient" else 0.0) * (loss - loss.detach())
+
+    monkeypatch.setattr(gpu_smoke, "kd_loss", broken)
+    assert gpu_smoke.main(["--slice", "0", "4"]) == 1
+    failures = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAILED")]
+    assert all("'jsd'" in line for line in failures)
+    assert any(WRONG[wrong] in line for line in failures)
+    monkeypatch.setenv("GPU_CHECK_UNTIL", "1")
+    assert gpu_smoke.main([]) == 0
+    assert "LEFT OUT cpu: 75 of 75 cases" in capsys.readouterr().out
+
+
+GUARDED = """
+import threading
+from benchmarks import gpu_session
+gpu_session.PATIENCE, session = 1, gpu_session.Session()
+def fail(): raise RuntimeError("a trap")
+session.call("first", fail)
+{code}
+print("went on", session.failed)
+"""
+ENDS = {
+    "session.call('second', fail)": "went on 2",
+    "session.synchronize = fail; session.call('second', int)": "RuntimeError: a trap",
+    "session.call('second', threading.Event().wait)": "Timeout",
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_a_lost_context_and_a_hang_end_a_script(code: str, results: Path) -> None:
+    done = _run("-c", GUARDED.format(code=code))
+    assert ENDS[code] in done.stdout + done.stderr
+    assert ("went on" in done.stdout) == ("went on" in ENDS[code]) == (done.returncode == 0)
+    assert json.loads(results.read_text().splitlines()[-1]) == {"begins": "second"}
+
+
+def test_every_operator_is_timed_and_a_failure_does_not_stop_the_next(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = gpu_times.whole_calls
+    bad = {"fails": (3, lambda: 1 / 0)}
+    monkeypatch.setattr(gpu_times, "whole_calls", lambda *x: {**bad, **calls(*x)})
+    assert gpu_times.main(["operators"]) == 1
+    assert "FAILED cpu bf16 V=33 fails: ZeroDivisionError" in capsys.readouterr().out
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {x["what"]: x for x in lines if "bf16" in x.get("what", "")}
+    copy = found.pop("bf16 V=33 copy of a matrix")["seconds"]
+    assert len(found) == 1 + 6 + 2 + 4
+    bounds = {"forward_kl forward": 1, "mse forward_backward": 1.5, "KDLoss in place": 1.5}
+    for name, factor in bounds.items():
+        assert found[f"cpu bf16 V=33 {name}"]["bound"] == pytest.approx(factor * copy)
+        assert found[f"cpu bf16 V=33 {name}"]["seconds"] > 0
+
+
+SUITE = """
+import os, threading, torch
+torch.cuda.empty_cache = torch.cuda.synchronize = lambda: None
+
+def test_compiled(): pass
+def test_bad():
+    if "LOSE" in os.environ: torch.cuda.synchronize = lambda: int("no device")
+    assert 1 + 1 == 3, "arithmetic"
+def test_after():
+    if "HANG" in os.environ: threading.Event().wait()
+"""
+
+
 @pytest.mark.parametrize(
-    ("nvcc", "objects", "state", "status"),
+    ("variable", "options", "status", "words"),
     [
-        ("13.0", None, "was not built", "failed"),
-        ("13.0", None, "available", "passed"),
-        (None, "/objects", "was not built", "failed"),
-        (None, None, "was not built", "skipped"),
+        ("HANG", "", 1, "in test_after"),
+        ("LOSE", "", 3, "the device's context is lost"),
+        ("LOSE", "-n1", 1, "PASSED test_them.py::test_after"),
+        ("GPU_CHECK_UNTIL", "-rs", 0, "LEFT OUT"),
     ],
 )
-def test_the_build_is_of_the_cuda_module_alone(
-    nvcc: str | None, objects: str | None, state: str, status: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    found = {"device": "a card", "capability": "9.0", "nvcc": nvcc,
-             "backends": {"cuda": state, "triton": "available"}}  # fmt: skip
-    monkeypatch.setattr(gpu_process, "environment", lambda device: found)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.delenv("FUSED_KD_CUDA_OBJECTS", raising=False)
-    if objects:
-        monkeypatch.setenv("FUSED_KD_CUDA_OBJECTS", objects)
-    calls: list[tuple[list[str], dict[str, str]]] = []
-
-    def call(run: Any, part: Any, command: list[str], environment: dict[str, str]) -> None:
-        calls.append((command, environment))
-        part.status = "passed"
-
-    monkeypatch.setattr(gpu_parts, "call", call)
-    code = gpu_check.main(["--output", str(tmp_path), "--part", "build"])
-    (part,) = _report(tmp_path)["parts"]
-    assert (part["status"], code) == (status, int(status == "failed"))
-    assert bool(part["notes"]) == (status != "passed")
-    if status == "skipped":
-        assert not calls
-        return
-    ((command, environment),) = calls
-    assert command == [sys.executable, "setup.py", "build_ext", "--inplace"]
-    assert (environment["FUSED_KD_BUILD"], environment["FUSED_KD_CUDA"]) == ("0", "1")
-    # what the objects are for is for their stamp to say
-    assert environment.get("TORCH_CUDA_ARCH_LIST") == (None if objects else "9.0")
+def test_the_plugin_shows_a_failure_at_once_and_ends_what_cannot_go_on(
+    variable: str, options: str, status: int, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "test_them.py").write_text(SUITE)
+    ini = ("-o", "faulthandler_timeout=1", "-o", "faulthandler_exit_on_timeout=true")
+    command = ("-m", "pytest", "-p", "gpu_plugin", "-v", *ini, *options.split())
+    done = _run(*command, folder=tmp_path, **{variable: "1", "GPU_CHECK_DEVICE": "cuda"})
+    assert done.returncode == status, done.stdout + done.stderr
+    assert words in done.stdout + done.stderr
+    assert status == 0 or "FAILED test_them.py::test_bad (call)" in done.stderr
 
 
-def test_the_process_that_builds_does_not_load_the_modules() -> None:
-    code = "import sys, benchmarks.gpu_check; sys.exit('fused_kd' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-@no_gpu
-def test_without_a_gpu_the_environment_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert device.main([]) == 1
-    assert "finds no CUDA device" in capsys.readouterr().err
-
-
-@no_gpu
 @pytest.mark.slow
-def test_without_a_gpu_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = _run("--output", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert "finds no CUDA device; --device cpu tries everything at tiny sizes" in line
+@pytest.mark.parametrize("run", [FIRST, SECOND])
+def test_every_part(run: str, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--run", run, "--minutes", "12", "--output", str(tmp_path))
+    done = _run("-m", "benchmarks.gpu_check", *options)
+    assert done.returncode == 0, done.stdout[-3000:]
+    for part in PARTS:
+        if part.run == run and part.tiny != gpu_check._NONE:
+            assert f"\n{part.name}: passed" in done.stdout
+            if "tests" not in part.name:
+                assert (tmp_path / f"{part.name}.jsonl").read_text().endswith("}\n")
+
+
+COMPILE = """
+import sys
+from pathlib import Path
+from benchmarks import gpu_cache, gpu_smoke
+with gpu_cache.filling(Path("out/gpu_cache"), capability=sys.argv[1]):
+    gpu_cache.launch(gpu_smoke.Case("mse", "fp32", "fp32", int(sys.argv[2])))
+"""
+
+
+def _compile(folder: Path, capability: str = "9.0", vocabulary: int = 7) -> dict[str, int]:
+    folder.mkdir(exist_ok=True)
+    done = _run("-c", COMPILE, capability, str(vocabulary), folder=folder, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    paths = (folder / gpu_check.CACHE).glob("*/*.cubin")
+    return {path.parent.name: path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_found_by_another_process_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    found = _compile(tmp_path / "made")
+    assert len(found) >= 3  # forward, forward and backward, from statistics
+    shutil.move(tmp_path / "made", tmp_path / "used")
+    assert _compile(tmp_path / "used") == found
+    assert len(_compile(tmp_path / "used", vocabulary=20_001)) > len(found)
+    other = _compile(tmp_path / "other", capability="8.0")
+    assert len(other) == len(found)
+    assert not set(other) & set(found)  # a binary for another GPU is another one
