@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +25,6 @@ from .sass_machine import GLOBAL_BASE, Launch, Machine
 V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
 #: By the way in which the hard term's exponential is computed.
 TEMPERATURES = {"1": 1.0, "2": 2.0, "another": 3.0}
-
-
-class Executed(NamedTuple):
-    """Warp instructions per element, times 32 lanes."""
-
-    instructions: float
-    special: float  # exponentials, logarithms and reciprocals: one kind of unit does them all
 
 
 class Rows:
@@ -81,23 +73,13 @@ class Rows:
         return Launch(*shape, params.raw[:size])
 
     def check(self) -> None:
-        """Compare losses and gradients with float64.
-
-        Raises:
-            RuntimeError: They are not right, so the code was read wrongly.
-        """
+        """Raise unless losses and gradients are those of float64: code was read wrongly."""
         student, labels = self.tensors["student"].double().requires_grad_(), self.tensors["labels"]
-        names = {} if self.divergence == "none" else {"divergence": self.divergence}
-        true = kd_loss(
-            student,
-            self.tensors["teacher"].double() if names else None,
-            labels,
-            temperature=self.temperature,
-            soft_weight=0.5 if names else 0.0,
-            reduction="none",
-            return_parts=True,
-            **names,
-        )
+        teacher, options = self.tensors["teacher"].double(), {"divergence": self.divergence}
+        if self.divergence == "none":
+            options = {"soft_weight": 0.0}
+        options |= {"temperature": self.temperature, "reduction": "none", "return_parts": True}
+        true = kd_loss(student, teacher, labels, **options)
         (gradient,) = torch.autograd.grad(true.loss.mean(), student)
         for name, expected in (("hard", true.hard), ("soft", true.soft)):
             found = self.tensors[name].double()
@@ -126,19 +108,19 @@ def compile_cluster(divergence: str, folder: Path) -> Path:
     return compile_with_nvcc(source, folder / f"{divergence}.cubin", "90a", "-cubin")
 
 
-def execute(divergence: str, temperature: float, cubin: Path, library: ctypes.CDLL) -> Executed:
-    """Run a kernel on rows, and count.
+def execute(
+    divergence: str, temperature: float, cubin: Path, library: ctypes.CDLL
+) -> tuple[float, float]:
+    """Run a kernel on rows; return its warp instructions per element, times 32 lanes.
 
-    Raises:
-        RuntimeError: What it computes is wrong.
-        NotImplementedError: It executes an instruction that is unknown.
+    Then of these exponentials, logarithms and reciprocals: one kind of unit does them all.
     """
     (code,) = disassemble(cubin).values()
     rows = Rows(divergence, temperature)
     counts = Machine(code, rows.plan(library), rows.memory.numpy()).run() * 32 / (ROWS * V)
     rows.check()
     special = [one.opcode.startswith("MUFU") for one in code.instructions]
-    return Executed(counts.sum(), counts[special].sum())
+    return counts.sum(), counts[special].sum()
 
 
 def main() -> None:
@@ -152,8 +134,8 @@ def main() -> None:
             (used,) = usage(cubin).values()
             matters = divergence not in ("mse", "none")
             for label, temperature in (TEMPERATURES if matters else {"any": 1.0}).items():
-                found = execute(divergence, temperature, cubin, library)
-                cells = f"{found.instructions:.1f} | {found.special:.1f} | {used.registers}"
+                found, special = execute(divergence, temperature, cubin, library)
+                cells = f"{found:.1f} | {special:.1f} | {used.registers}"
                 print(f"| {divergence} | {label} | {cells} |", flush=True)
 
 

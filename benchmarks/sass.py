@@ -54,12 +54,7 @@ def find_tool(name: str) -> str | None:
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    """Return what a program of the CUDA toolkit prints.
-
-    Raises:
-        FileNotFoundError: There is no such program.
-        RuntimeError: It failed; with its message.
-    """
+    """Return what a program of the CUDA toolkit prints; RuntimeError if it fails."""
     tool = find_tool(name)
     if tool is None:
         raise FileNotFoundError(f"no {name} (on PATH, in CUDA_HOME, or in triton's wheel)")

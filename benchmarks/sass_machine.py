@@ -94,12 +94,7 @@ class Machine:
         self.counts = np.zeros(len(code.instructions), np.int64)
 
     def run(self) -> Array:
-        """Run the launch to its end; return the counts.
-
-        Raises:
-            NotImplementedError: An instruction that is executed is unknown.
-            RuntimeError: The lanes wait for each other, or loop for ever.
-        """
+        """Run the launch to its end; return the counts. Raise if lanes wait or loop for ever."""
         with np.errstate(all="ignore"):
             while not self.ended.all():
                 ready = ~(self.waiting | self.ended)

@@ -85,10 +85,9 @@ class Registers:
         return self.register(name.removesuffix(".H0_H0") if kind == "e" else name, kind)
 
     def _constant(self, text: str, kind: np.dtype[Any]) -> Any:
-        match = re.fullmatch(r"c\[0x0\]\[(?:U?RZ|(0x[0-9a-f]+))\]", text)
-        offset = int(match[1] or "0", 16) if match else -1
+        bank, offset = (int(number, 16) for number in re.findall("0x[0-9a-f]+", text))
         for start, data in self.constants.items():
-            if start <= offset and offset + kind.itemsize <= start + len(data):
+            if bank == 0 and 0 <= offset - start <= len(data) - kind.itemsize:
                 return np.frombuffer(data, kind, 1, offset - start)[0]
         raise NotImplementedError(f"constant {text}, {kind.itemsize} bytes")
 
@@ -118,17 +117,13 @@ def split(operands: str) -> list[str]:
 
 
 def build(opcode: str, operands: str, registers: Registers) -> Operation:
-    """Return what an instruction does, besides memory accesses and branches.
-
-    Raises:
-        NotImplementedError: It is not in the table.
-    """
+    """Return what an instruction does, besides memory accesses and branches."""
     if opcode.split(".")[0] in NOTHING:
         return lambda mask: None
-    entry = OPERATIONS.get(opcode) or OPERATIONS.get(opcode.removeprefix("U"))
-    if entry is None:
+    if opcode not in OPERATIONS and opcode.removeprefix("U") not in OPERATIONS:
         raise NotImplementedError(opcode)
-    (signature, function), texts = entry, split(operands)
+    signature, function = OPERATIONS.get(opcode) or OPERATIONS[opcode.removeprefix("U")]
+    texts = split(operands)
     outputs, inputs = (side.split() for side in signature.split("="))
     puts, gets = [], []
     for kind in outputs:  # an optional predicate that is not there is not written
@@ -202,11 +197,7 @@ def _moderate(x: Array) -> Array:
     return (np.abs(x) > 2.0**-100) & (np.abs(x) < 2.0**100)
 
 
-def _truncate(x: Array) -> Array:
-    return np.clip(np.nan_to_num(x.astype(float)), -(2.0**31), 2.0**31 - 1).astype("q")
-
-
-def to_bf16(x: Array) -> Array:
+def _bf16(x: Array) -> Array:
     """Return the upper 16 bits of a float32, rounded to the nearest, ties to even."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     return np.where(x != x, np.uint32(0x7FFF), (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
@@ -234,10 +225,9 @@ def _maximum(a: Array, mask: Array) -> Array:
 def _comparison(test: Callable[..., Any], join: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function to two predicates, of the test and of its contrary, each with a third."""
 
-    def compare(*operands: Array) -> tuple[Array, Array]:
-        *operands, other = operands
-        value = test(*operands)
-        return join(value, other), join(~value, other)
+    def compare(a: Array, b: Array, *others: Array) -> tuple[Array, Array]:
+        value = test(a, b, *others[1:])
+        return join(value, others[0]), join(~value, others[0])
 
     return compare
 
@@ -296,8 +286,11 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "MUFU.EX2": ("f = f", lambda a: _flush(np.exp2(_flush(a).astype(float)).astype("f"))),
     "MUFU.RCP": ("f = f", lambda a: 1 / a.astype(float)),
     "I2FP.F32.S32": ("f = i", lambda a: a.astype(float)),
-    "F2I.TRUNC.NTZ": ("i = f", _truncate),
-    "F2FP.BF16.F32.PACK_AB": ("I = f f", lambda high, low: to_bf16(high) << 16 | to_bf16(low)),
+    "F2I.TRUNC.NTZ": (
+        "i = f",
+        lambda a: np.nan_to_num(a).astype(float).clip(-(2.0**31), 2.0**31 - 1).astype("i"),
+    ),
+    "F2FP.BF16.F32.PACK_AB": ("I = f f", lambda high, low: _bf16(high) << 16 | _bf16(low)),
     "HADD2.F32": ("f = -RZ e", _same),  # a conversion
     "HFMA2.MMA": ("I = -RZ RZ f f", lambda high, low: _f16(high) << 16 | _f16(low)),  # a constant
     # lanes of a warp
@@ -307,15 +300,6 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "SHFL.BFLY": ("? I = I n 0x1f", lambda a, n: (True, a[np.arange(len(a)) ^ n])),
     "SHFL.IDX": ("? I = I n 0x1f", lambda a, n: (True, a[n::WARP].repeat(WARP))),
     "REDUX.MAX.S32": ("i = i mask", _maximum),
-    # the upper halves of 64 bits, with the comparison of the lower ones
-    "ISETP.NE.AND.EX": (
-        "? ? = i i ? ?",
-        lambda a, b, p, lower: _comparison(operator.or_, operator.and_)(a != b, lower, p),
-    ),
-    "ISETP.GE.AND.EX": (
-        "? ? = i i ? ?",
-        lambda a, b, p, lower: _comparison(operator.or_, operator.and_)(a > b, (a == b) & lower, p),
-    ),
 }
 #: In the names of comparisons; a U at the end: or not a number.
 _COMPARE: dict[str, Callable[..., Any]] = {
@@ -326,10 +310,17 @@ _COMPARE: dict[str, Callable[..., Any]] = {
     "NUM": lambda a, b: (a == a) & (b == b),
 }
 for _name, _test in _COMPARE.items():
-    for _and, _join in (("AND", operator.and_), ("OR", operator.or_)):
+    for _join in (operator.and_, operator.or_):
         for _opcode, _kind in (("ISETP.{}", "i"), ("ISETP.{}.U32", "I"), ("FSETP.{}", "f")):
             if (_opcode, _name) != ("FSETP.{}", "NE"):  # false for what is not a number
-                OPERATIONS[f"{_opcode.format(_name)}.{_and}"] = (
+                OPERATIONS[f"{_opcode.format(_name)}.{_join.__name__.strip('_').upper()}"] = (
                     f"? ? = {_kind} {_kind} ?",
                     _comparison(_test, _join),
                 )
+#: The upper halves of 64 bits, with the comparison of the lower ones.
+_HALVES: dict[str, Callable[..., Any]] = {
+    "NE": lambda a, b, lower: (a != b) | lower,
+    "GE": lambda a, b, lower: (a > b) | ((a == b) & lower),
+}
+for _name, _test in _HALVES.items():
+    OPERATIONS[f"ISETP.{_name}.AND.EX"] = ("? ? = i i ? ?", _comparison(_test, operator.and_))

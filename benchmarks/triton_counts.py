@@ -21,7 +21,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import networkx as nx
 import torch
@@ -37,36 +36,26 @@ from .triton_resources import Variant, compile_variant
 _BASE = 10**5
 
 
-class Executed(NamedTuple):
-    """By one thread, for an entry of a row."""
+def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[float, float, int]:
+    """Return the counts and the registers of a call that is one launch, on sm_90.
 
-    instructions: float
-    special: float  # exponentials, logarithms, reciprocals
-
-
-def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[Executed, int]:
-    """Return the counts and the registers of an operator that is one launch, on sm_90.
-
-    Args:
-        variant: The call.
-        folder: For the cubin.
-        two: Whether T = 2, else a temperature that is neither 1 nor 2.
+    At T = 2, or at a temperature that is neither 1 nor 2. The cubin is left in the folder.
     """
     (kernel,) = compile_variant(variant, 90, folder)
     (code,) = disassemble(folder / "kernel.cubin").values()
     rule = load_kernels().rule_of(DIVERGENCES.index(variant.divergence or "forward_kl"))
     passes = 1 + bool(rule.two_passes) + (variant.operator != "forward")
     chosen = configuration(variant.vocabulary, variant.student, variant.teacher)
-    return count(code, variant.vocabulary, chosen, passes, two), kernel.registers
+    return *count(code, variant.vocabulary, chosen, passes, two), kernel.registers
 
 
 def count(
     code: Code, vocabulary: int, chosen: Configuration, passes: int, two: bool = True
-) -> Executed:
-    """Return the counts of a disassembled kernel that passes over each row `passes` times.
+) -> tuple[float, float]:
+    """Return how many instructions a thread executes for an entry of a row.
 
-    Raises:
-        LookupError: The loops are not as expected.
+    Then of these exponentials, logarithms and reciprocals. The kernel passes over each row `passes`
+    times; LookupError if its loops are not as expected.
     """
     graph = _Graph(code, two)
     if len(graph.loops) != 2 * passes:
@@ -82,10 +71,8 @@ def count(
         rounds = whole if loads == most else rest
         runs.append((rounds - 1, graph.path(first, last)))
     special = [one.opcode.startswith("MUFU") for one in code.instructions]
-    return Executed(
-        sum(times * len(path) for times, path in runs) / entries,
-        sum(times * sum(special[i] for i in path) for times, path in runs) / entries,
-    )
+    total = sum(times * len(path) for times, path in runs)
+    return total / entries, sum(n * sum(special[i] for i in path) for n, path in runs) / entries
 
 
 def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
@@ -104,14 +91,13 @@ class _Graph:
     """The control flow of a kernel, a node for each instruction, without the edges back."""
 
     def __init__(self, code: Code, two: bool) -> None:
-        self.opcodes, self.two = [one.opcode for one in code.instructions], two
+        self.opcodes, self.two = [*(one.opcode for one in code.instructions), ""], two
         edges = []
         for i, one in enumerate(code.instructions):
-            branches = one.opcode.startswith(("BRA", "UBRA"))
-            if branches:
+            leaves = one.opcode.startswith(("EXIT", "RET", "BRX", "JMP", "JMX"))
+            if one.opcode.startswith(("BRA", "UBRA")):
                 edges.append((i, code.labels[one.target]))
-            ends = ("EXIT", "RET", "BRX", "JMP", "JMX")
-            leaves = one.operands == f"`({one.target})" if branches else one.opcode.startswith(ends)
+                leaves = one.operands == f"`({one.target})"
             if one.guard or not leaves:
                 edges.append((i, i + 1))
         self.forward = nx.DiGraph(edges)
@@ -121,18 +107,14 @@ class _Graph:
             back = [(i, j) for i, j in self.forward.subgraph(part).edges if j <= i]
             self.forward.remove_edges_from(back)
             # what waits reads a counter, with a memory order
-            names = [self.opcodes[i] for i in part if i < len(self.opcodes)]
+            names = [self.opcodes[i] for i in part if back]
             loads = sum(name.startswith("LDG") and "STRONG" not in name for name in names)
-            if loads:
-                self.loops |= {i: (j, loads) for i, j in back if i != j}
+            self.loops |= {i: (j, loads) for i, j in back if i != j and loads}
 
     def path(self, first: int, last: int | None, stores: int = 0) -> list[int]:
-        """Return the instructions of the best path.
+        """Return the instructions of the best path; None: to the kernel's end.
 
-        Args:
-            first: The first instruction.
-            last: The last one; None: the kernel's end.
-            stores: 1 for the path with the most of them, -1 for the fewest, 0 for any.
+        With the most stores (1), the fewest (-1) or any number (0).
         """
         value, before = {first: self._worth(first, stores)}, {first: -1}
         for i in nx.topological_sort(self.forward):
@@ -180,9 +162,9 @@ def main() -> None:
         for name, variant, temperature in COUNTED:
             for vocabulary in (128256, 151936):
                 call = replace(variant, vocabulary=vocabulary)
-                found, registers = executed(call, Path(folder), temperature == "2")
-                cells = f"{found.instructions:.1f} | {found.special:.1f} | {registers}"
-                print(f"| {name} | {temperature} | {vocabulary} | {cells} |", flush=True)
+                found, special, used = executed(call, Path(folder), temperature == "2")
+                cells = f"{vocabulary} | {found:.1f} | {special:.1f} | {used}"
+                print(f"| {name} | {temperature} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
