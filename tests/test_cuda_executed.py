@@ -57,6 +57,9 @@ def test_parts_of_a_warp_are_counted_apart_until_they_meet() -> None:
     counts, memory = _run(PARTING.replace("BSYNC B0", "NOP"), 64)
     assert memory == [1] * 40 + [2] * 24
     assert counts[lines[-1]] == 3
+    # what is predicated is issued, but does nothing
+    counts, memory = _run(PARTING.replace("STG", "@P0 STG"), 64)
+    assert (counts[lines[-1]], memory) == (2, [0] * 40 + [2] * 24)
 
 
 def test_a_warp_loops_as_often_as_its_slowest_lane() -> None:
@@ -68,13 +71,6 @@ def test_a_warp_loops_as_often_as_its_slowest_lane() -> None:
     # lanes arrive at BSYNC one after another, and leave it together
     lines = ("VIADD R1, R1, 0x1", "BSYNC B0", "EXIT")
     assert [counts[line] for line in lines] == [31 + 63, 31 + 32, 2]
-
-
-def test_a_predicated_instruction_is_issued_but_does_nothing() -> None:
-    guarded = "MOV R1, 0x7; ISETP.EQ.AND P0, PT, R0, 0x5, PT;" + STORE.replace("STG", "@P0 STG")
-    counts, memory = _run(f"S2R R0, SR_TID.X; {guarded}", 64)
-    assert counts["STG.E desc[UR4][R2.64], R1"] == 2
-    assert np.nonzero(memory)[0].tolist() == [5]
 
 
 # One thread of each block copies 64 bytes; all wait for them.
@@ -163,17 +159,13 @@ def test_what_is_not_known_or_wrong_is_refused_when_it_is_executed(
 @pytest.mark.parametrize(
     ("lines", "result"),
     [
-        ("MOV R0, 0x80000000; SHF.R.S32.HI R1, RZ, 0x1f, R0", 0xFFFFFFFF),
         ("MOV R0, 0x80000001; SHF.R.S64 R1, RZ, 0x1f, R0", 2),
         ("MOV R0, 0x8000; PRMT R1, R0, 0x9910, RZ", 0xFFFF8000),
-        ("MOV R0, 0xff; LOP3.LUT R1, R0, 0xf0, 0xf00, 0xf8, !PT", 0xFF),
         ("MOV R0, 0xf0f; LOP3.LUT R1, R0, 0xff, 0xf000, 0xf8, !PT", 0xF0F),
-        ("MOV R0, 0x5; IADD3 R1, R0, -0x7, RZ", 0xFFFFFFFE),
         # 64 bits: 5 - 7 borrows, 7 - 5 and 5 - 0 do not
         ("MOV R0, 0x5; IADD3 R1, P0, R0, -0x7, RZ; IADD3.X R1, RZ, RZ, RZ, P0, !PT", 0),
         ("MOV R0, 0x7; IADD3 R1, P0, R0, -0x5, RZ; IADD3.X R1, RZ, RZ, RZ, P0, !PT", 1),
         ("MOV R0, 0x5; IADD3 R1, P0, R0, -RZ, RZ; IADD3.X R1, RZ, RZ, RZ, P0, !PT", 1),
-        ("MOV R0, 0x3fc00000; FMNMX R1, R0, 1, PT", 0x3F800000),
         ("MOV R0, 0x7fc00000; FMNMX R1, R0, 1, !PT", 0x3F800000),
         # bfloat16, ties to even
         ("MOV R0, 0x3fc04000; F2FP.BF16.F32.PACK_AB R1, R0, 1.00390625", 0x3FC03F80),
@@ -196,20 +188,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launcher(folder: Path) -> ctypes.CDLL:
-    return cuda_executed.compile_launcher(folder)
+def forward_kl(folder: Path) -> tuple[Path, ctypes.CDLL]:
+    compiled = cuda_executed.compile_cluster("forward_kl", folder)
+    return compiled, cuda_executed.compile_launcher(folder)
 
 
-@pytest.fixture(scope="module")
-def forward_kl(folder: Path) -> Path:
-    return cuda_executed.compile_cluster("forward_kl", folder)
-
-
-def test_work_of_forward_kl(forward_kl: Path, launcher: ctypes.CDLL) -> None:
-    found = cuda_executed.execute("forward_kl", 2.0, forward_kl, launcher)
+def test_work_of_forward_kl(forward_kl: tuple[Path, ctypes.CDLL]) -> None:
+    found, special = cuda_executed.execute("forward_kl", 2.0, *forward_kl)
     # nothing is left out: two exponentials an element of each side at least
-    assert 30 < found.instructions <= 34.5
-    assert 4 < found.special <= WORK["forward_kl"][1]
+    assert 30 < found <= 34.5
+    assert 4 < special <= WORK["forward_kl"][1]
 
 
 #: An instruction, and what it might be taken for: another function of the same operands.
@@ -223,18 +211,18 @@ MISREAD = {
 
 @pytest.mark.parametrize("name", MISREAD)
 def test_code_that_is_read_wrongly_is_refused(
-    name: str, forward_kl: Path, launcher: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+    name: str, forward_kl: tuple[Path, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sass_operations.OPERATIONS, name, MISREAD[name])
     with pytest.raises(RuntimeError, match=r"comes out wrong|unknown instruction"):
-        cuda_executed.execute("forward_kl", 2.0, forward_kl, launcher)
+        cuda_executed.execute("forward_kl", 2.0, *forward_kl)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("divergence", WORK)
-def test_work_of_every_divergence(divergence: str, folder: Path, launcher: ctypes.CDLL) -> None:
+def test_work_of_every_divergence(divergence: str, folder: Path) -> None:
+    launcher = cuda_executed.compile_launcher(folder)
     cubin = cuda_executed.compile_cluster(divergence, folder)
     for temperature in (1.0, 2.0, 3.0):
         found = cuda_executed.execute(divergence, temperature, cubin, launcher)
-        assert found.instructions <= WORK[divergence][0]
-        assert found.special <= WORK[divergence][1]
+        assert (np.array(found) <= WORK[divergence]).all()
