@@ -48,14 +48,18 @@ PARTING = f"""S2R R0, SR_TID.X; BSSY B0, `(.L_end); ISETP.GE.AND P0, PT, R0, 0x2
     {STORE}"""
 
 
-def test_parts_of_a_warp_are_counted_apart_until_they_meet() -> None:
-    counts, memory = _run(PARTING, 64)
-    assert memory == [1] * 40 + [2] * 24
+@pytest.mark.parametrize(("compare", "first", "second"), [("GE", 1, 2), ("LT", 2, 1)])
+def test_parts_of_a_warp_are_counted_apart_until_they_meet(
+    compare: str, first: int, second: int
+) -> None:
+    parting = PARTING.replace("GE", compare)
+    counts, memory = _run(parting, 64)
+    assert memory == [first] * 40 + [second] * 24
     # BSYNC: each part of the parted warp waits
     lines = ("MOV R1, 0x1", "MOV R1, 0x2", "BSYNC B0", "STG.E desc[UR4][R2.64], R1")
-    assert [counts[line] for line in lines] == [2, 1, 3, 2]
-    counts, memory = _run(PARTING.replace("BSYNC B0", "NOP"), 64)
-    assert memory == [1] * 40 + [2] * 24
+    assert [counts[line] for line in lines] == [second, first, 3, 2]
+    counts, memory = _run(parting.replace("BSYNC B0", "NOP"), 64)
+    assert memory == [first] * 40 + [second] * 24
     assert counts[lines[-1]] == 3
     # what is predicated is issued, but does nothing
     counts, memory = _run(PARTING.replace("STG", "@P0 STG"), 64)
@@ -63,14 +67,13 @@ def test_parts_of_a_warp_are_counted_apart_until_they_meet() -> None:
 
 
 def test_a_warp_loops_as_often_as_its_slowest_lane() -> None:
-    counts, _ = _run(
-        """S2R R0, SR_TID.X; MOV R1, RZ; BSSY B0, `(.L_out); .L_loop:; VIADD R1, R1, 0x1
-        ISETP.LT.AND P0, PT, R1, R0, PT; @P0 BRA `(.L_loop); BSYNC B0; .L_out:; EXIT""",
-        0,
-    )
+    text = """S2R R0, SR_TID.X; MOV R1, RZ; BSSY B0, `(.L_out); .L_loop:; VIADD R1, R1, 0x1
+        ISETP.LT.AND P0, PT, R1, R0, PT; @P0 BRA `(.L_loop); BSYNC B0; .L_out:; EXIT"""
+    counts, _ = _run(text, 0)
     # lanes arrive at BSYNC one after another, and leave it together
     lines = ("VIADD R1, R1, 0x1", "BSYNC B0", "EXIT")
     assert [counts[line] for line in lines] == [31 + 63, 31 + 32, 2]
+    assert _run(text.replace("BSYNC B0", "NOP"), 0)[0]["EXIT"] == 31 + 32
 
 
 # One thread of each block copies 64 bytes; all wait for them.
@@ -117,20 +120,23 @@ def test_blocks_push_into_each_others_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("barrier", "late"),
+    ("barrier", "place", "limit"),
     [
-        ("BAR.SYNC.DEFER_BLOCKING 0x0", "SR_TID.X"),
-        ("UCGABAR_WAIT", "SR_TID.X"),
-        ("UCGABAR_WAIT", "SR_CgaCtaId"),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", "SR_TID.X", "0x20"),
+        ("UCGABAR_WAIT", "SR_TID.X", "0x20"),
+        ("UCGABAR_WAIT", "SR_CgaCtaId", "0x1"),
     ],
 )
 @pytest.mark.parametrize("then", ["BRA `(.L_wait)", "EXIT"])
-def test_a_barrier_waits_for_all_that_have_not_ended(barrier: str, late: str, then: str) -> None:
-    """Thread or block 0 writes what the others read after the barrier."""
-    text = f"""S2R R0, {late}; LDC.64 R4, c[0x0][0x210]; ISETP.EQ.AND P0, PT, R0, RZ, PT
+def test_a_barrier_waits_for_all_that_have_not_ended(
+    barrier: str, place: str, limit: str, then: str
+) -> None:
+    """Warp or block 0 writes what the others read after the barrier, and waits before that."""
+    text = f"""S2R R0, {place}; LDC.64 R4, c[0x0][0x210]; ISETP.LT.AND P0, PT, R0, {limit}, PT
         @P0 BRA `(.L_late); .L_wait:; {barrier}; LDG.E R1, desc[UR4][R4.64]; S2R R0, SR_TID.X
-        {STORE}; .L_late:; MOV R6, 0x7; STG.E desc[UR4][R4.64], R6; {then}"""
-    assert _run(text, 64, blocks=2, cluster=2)[1] == [7] * 64
+        {STORE}; .L_late:; WARPSYNC.ALL; MOV R6, 0x7; STG.E desc[UR4][R4.64], R6; {then}"""
+    memory = _run(text, 64, blocks=2, cluster=2)[1]
+    assert memory[32:] == [7] * 32
 
 
 def test_what_is_not_known_or_wrong_is_refused_when_it_is_executed(
@@ -162,14 +168,14 @@ def test_what_is_not_known_or_wrong_is_refused_when_it_is_executed(
         ("MOV R0, 0x80000001; SHF.R.S64 R1, RZ, 0x1f, R0", 2),
         ("MOV R0, 0x8000; PRMT R1, R0, 0x9910, RZ", 0xFFFF8000),
         ("MOV R0, 0xf0f; LOP3.LUT R1, R0, 0xff, 0xf000, 0xf8, !PT", 0xF0F),
-        # 64 bits: 5 - 7 borrows, 7 - 5 and 5 - 0 do not
+        # 64 bits: 5 - 7 borrows, 7 - 7 and 5 - 0 do not
         ("MOV R0, 0x5; IADD3 R1, P0, R0, -0x7, RZ; IADD3.X R1, RZ, RZ, RZ, P0, !PT", 0),
-        ("MOV R0, 0x7; IADD3 R1, P0, R0, -0x5, RZ; IADD3.X R1, RZ, RZ, RZ, P0, !PT", 1),
+        ("MOV R0, 0x7; IADD3 R1, P0, R0, -0x7, RZ; IADD3.X R1, RZ, RZ, RZ, P0, !PT", 1),
         ("MOV R0, 0x5; IADD3 R1, P0, R0, -RZ, RZ; IADD3.X R1, RZ, RZ, RZ, P0, !PT", 1),
         ("MOV R0, 0x7fc00000; FMNMX R1, R0, 1, !PT", 0x3F800000),
         # bfloat16, ties to even
         ("MOV R0, 0x3fc04000; F2FP.BF16.F32.PACK_AB R1, R0, 1.00390625", 0x3FC03F80),
-        ("MOV R0, 0x3fc08000; F2FP.BF16.F32.PACK_AB R1, R0, -1", 0x3FC0BF80),
+        ("MOV R0, 0x3fc18000; F2FP.BF16.F32.PACK_AB R1, R0, -1", 0x3FC2BF80),
     ],
 )
 def test_arithmetic_that_losses_do_not_show(lines: str, result: int) -> None:
