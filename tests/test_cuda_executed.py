@@ -73,7 +73,9 @@ def test_a_warp_loops_as_often_as_its_slowest_lane() -> None:
     # lanes arrive at BSYNC one after another, and leave it together
     lines = ("VIADD R1, R1, 0x1", "BSYNC B0", "EXIT")
     assert [counts[line] for line in lines] == [31 + 63, 31 + 32, 2]
-    assert _run(text.replace("BSYNC B0", "NOP"), 0)[0]["EXIT"] == 31 + 32
+    apart = text.replace("BSYNC B0", "NOP")
+    for start in ("MOV R1, RZ", "IADD3 R0, -R0, 0x3f, RZ; MOV R1, RZ"):  # from either end
+        assert _run(apart.replace("MOV R1, RZ", start), 0)[0]["EXIT"] == 31 + 32
 
 
 # One thread of each block copies 64 bytes; all wait for them.
