@@ -1,342 +1,331 @@
-"""Runs a disassembled kernel, and counts how often each warp executes each basic block.
+"""Runs a disassembled kernel, and counts how often warps execute each of its instructions.
 
-All lanes of a launch advance together: a step takes the earliest basic block at which any lane is,
-and runs it for all lanes that are there. What counts is what a warp would issue: its lanes part at
-branches, and are one again where the compiler's reconvergence instructions (BSYNC, WARPSYNC) make
-them one; parted lanes are counted apart, even if they happen to run in the same step. Waiting costs
-nothing: a lane that waits for a barrier or a copy comes back when that is done.
+All lanes of a launch advance together: a step takes the first instruction at which a lane is, and
+runs all lanes that are there as far as they stay together. The count is what a warp issues: its
+lanes part at branches, and are one again where the compiler's reconvergence instructions (BSYNC,
+WARPSYNC) join them; parted lanes are counted separately even if they run in the same step. Waiting
+costs nothing: a lane that waits for a barrier or a copy goes on when that is done, after one try.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
-from .control_flow import ranks
 from .sass import Code, Instruction
-from .sass_memory import SHARED_WINDOW, Launch, Memory, MemoryUnit
-from .sass_operands import WARP, Array, Registers, split
-from .sass_operations import Operation, build, whole_warps
+from .sass_operations import WARP, Array, Operation, Registers, build, split, whole_warps
 
-#: Basic blocks, each run by all lanes that are at it: over a hundred times what a row takes.
+#: Straight runs of instructions: over a hundred times what a row takes.
 MAX_STEPS = 200_000
+#: Where a block's shared memory begins in its window, and global memory.
+SHARED_BASE, GLOBAL_BASE = 0x400, 0x7000_0000_0000
+_BYTES = {"U8": 1, "U16": 2, "64": 8, "128": 16}
+_CONTROL = ("BRA", "EXIT", "BSYNC", "WARPSYNC", "BAR", "UCGABAR_WAIT", "SYNCS.PHASECHK")
 
 
-class State(IntEnum):
-    """What a lane waits for."""
+@dataclass(frozen=True)
+class Launch:
+    """A grid."""
 
-    READY = 0
-    CONVERGENCE = 1  # BSYNC
-    WARP = 2  # WARPSYNC
-    BLOCK = 3  # BAR.SYNC
-    CLUSTER = 4  # UCGABAR_WAIT
-    PHASE = 5  # SYNCS.PHASECHK.TRYWAIT
-    ENDED = 6
-
-
-@dataclass
-class Counts:
-    """How often each basic block was run: by warps (parts of one apart), and by lanes."""
-
-    warps: Array
-    lanes: Array
+    blocks: int
+    cluster: int  # blocks
+    threads: int  # of a block
+    shared_bytes: int  # of a block
+    params: bytes  # the kernel's argument
 
 
 @dataclass
-class Machine:
-    """One launch of a kernel."""
+class Mbarrier:
+    """A barrier in shared memory."""
 
-    code: Code
-    launch: Launch
-    memory: Memory
+    count: int
+    bytes: int = 0  # still to come
+    phase: int = 0
 
     def __post_init__(self) -> None:
-        launch = self.launch
+        self.pending = self.count
+
+    def add(self, arrivals: int, bytes_: int) -> None:
+        """Take arrivals and expected bytes into account; begin the next phase if this is over."""
+        self.pending -= arrivals
+        self.bytes += bytes_
+        if self.pending == 0 and self.bytes == 0:
+            self.phase += 1
+            self.pending = self.count
+
+
+class Machine:
+    """One launch of a kernel, on global memory of bytes from GLOBAL_BASE on."""
+
+    def __init__(self, code: Code, launch: Launch, memory: Array) -> None:
+        self.code, self.launch, self.memory = code, launch, memory
         self.lanes = launch.blocks * launch.threads
-        lane = np.arange(self.lanes)
-        self.block = lane // launch.threads
-        rank = (self.block % launch.cluster).astype(np.uint32)
-        self.registers = Registers(self.lanes, launch.constants())
-        special: Mapping[str, Array] = {
-            "SR_TID.X": (lane % launch.threads).astype(np.uint32),
-            "SR_CTAID.X": self.block.astype(np.uint32),
-            "SR_CgaCtaId": rank,
-            "SR_SWINHI": np.full(self.lanes, SHARED_WINDOW, np.uint32),
-            "SR_LANEID": (lane % WARP).astype(np.uint32),
+        self.lane = np.arange(self.lanes)
+        self.block = self.lane // launch.threads
+        self.rank = self.block % launch.cluster
+        special = {
+            "SR_TID.X": self.lane % launch.threads,
+            "SR_CTAID.X": self.block,
+            "SR_CgaCtaId": self.rank,
         }
-        self.memory_unit = MemoryUnit(launch, self.registers, self.memory, self._release_phases)
-        self.leader = lane // WARP * WARP
-        self.pc = np.zeros(self.lanes, np.int64)
-        self.state = np.zeros(self.lanes, np.int8)
-        self.waits_for = np.zeros(self.lanes, np.int64)  # the convergence barrier's number
-        self.members = np.zeros((16, self.lanes), bool)
-        self.cluster_arrived = np.zeros(self.lanes, np.int64)
-        self.cluster_waited = np.zeros(self.lanes, np.int64)
-        self.phases: dict[int, tuple[Array, Array, str]] = {}
-        self.operations: list[Operation | None] = [None] * len(self.code.instructions)
-        self.special = special
-        self.number = np.zeros(len(self.code.instructions) + 1, np.int64)
-        for i, block in enumerate(self.code.blocks):
-            self.number[block.start] = i
-        self.rank_of_block = ranks(self.code.successors())
-        size = len(self.code.blocks)
-        self.counts = Counts(np.zeros(size, np.int64), np.zeros(size, np.int64))
-
-    # --------------------------------------------------------------------------------- running
-
-    def run(self) -> Counts:
-        """Run the launch to its end.
-
-        Raises:
-            NotImplementedError: an instruction that is executed is unknown.
-            RuntimeError: the lanes wait for each other, or loop for ever.
-        """
-        with np.errstate(all="ignore"):
-            for _ in range(MAX_STEPS):
-                if not self._step():
-                    return self.counts
-        raise RuntimeError(f"the kernel does not end within {MAX_STEPS} steps")
-
-    def _step(self) -> bool:
-        ready = self.state == State.READY
-        if not ready.any():
-            if (self.state == State.ENDED).all():
-                return False
-            raise RuntimeError(f"the kernel waits for ever: {np.bincount(self.state).tolist()}")
-        at = np.where(ready, self.rank_of_block[self.number[self.pc]], np.iinfo(np.int64).max)
-        active = at == at.min()
-        number = int(self.number[self.pc[active.argmax()]])
-        where = active.nonzero()[0]
-        self.counts.warps[number] += int((self.leader[where] == where).sum())
-        self.counts.lanes[number] += len(where)
-        mask = None if len(where) == self.lanes else active
-        block = self.code.blocks[number]
-        for i in block[:-1]:
-            self._execute(i, mask)
-        self.pc[active] = block[-1]
-        self._finish(block[-1], active)
-        return True
-
-    def _guard(self, one: Instruction, mask: Array | None) -> Array | None:
-        if not one.guard:
-            return mask
-        holds = self.registers.condition(one.guard.lstrip("@"))()
-        return holds.copy() if mask is None else holds & mask
-
-    def _execute(self, i: int, mask: Array | None) -> None:
-        one = self.code.instructions[i]
-        mask = self._guard(one, mask)
-        if mask is not None and not mask.any():
-            return
-        operation = self.operations[i]
-        if operation is None:
-            try:
-                operation = self.operations[i] = self._build(one)
-            except NotImplementedError as error:
-                raise self._unknown(one, error) from error
-        operation(mask)
-
-    def _unknown(self, one: Instruction, error: object = "") -> NotImplementedError:
-        place = f", {one.places[0][0]}:{one.places[0][1]}" if one.places else ""
-        return NotImplementedError(
-            f"unknown instruction at {one.address:#x}{place}: {one.opcode} {one.operands} ({error})"
+        # what the compiler reads there on sm_90: 0x28 is the stack, 0x208 the memory descriptor
+        words = {0x0: launch.threads, 0x28: 0, 0x140: 1, 0x188: launch.cluster}
+        constants = {offset: value.to_bytes(4, "little") for offset, value in words.items()}
+        self.registers = Registers(
+            self.lanes,
+            {name: value.astype(np.uint32) for name, value in special.items()},
+            constants | {0x208: bytes(8), 0x210: launch.params},
         )
+        self.stride = (launch.shared_bytes + 127) // 128 * 128
+        #: Global memory, then the shared memory of each block.
+        self.data = np.full(memory.size + launch.blocks * self.stride, 0xFF, np.uint8)
+        self.data[: memory.size] = memory
+        self.barriers: dict[int, Mbarrier] = {}
 
-    def _build(self, one: Instruction) -> Operation:
-        name, *suffixes = one.opcode.split(".")
-        operands = split(one.operands)
-        if operation := self.memory_unit.build(name, suffixes, operands):
-            return operation
-        if name == "UCGABAR_ARV":
-            return self._arrive_at_cluster
-        if name in ("BSSY", "BREAK"):
-            return self._convergence(name, operands)
-        operation = build(one.opcode, one.operands, self.registers, self.special)
-        if name.startswith("U") or name == "S2UR":
-            return lambda mask: operation(whole_warps(mask))
-        return operation
+        self.pc = np.zeros(self.lanes, np.int64)
+        self.waiting, self.ended = np.zeros((2, self.lanes), bool)
+        self.leader = self.lane // WARP * WARP  # of the part of a warp that a lane belongs to
+        self.tokens = np.full((16, self.lanes), -1)  # of convergence barriers: with whom
+        self.steps = 0
+        self.heads = set(code.labels.values())
+        self.operations: dict[int, Operation] = {}
+        #: How often each instruction was executed by a warp, or a part of one.
+        self.counts = np.zeros(len(code.instructions), np.int64)
 
-    # -------------------------------------------------------------------------- ends of a block
+    def run(self) -> Array:
+        """Run the launch to its end; return the counts. Raise if lanes wait or loop for ever."""
+        with np.errstate(all="ignore"):
+            while not self.ended.all():
+                ready = ~(self.waiting | self.ended)
+                if ready.any():
+                    self._step(ready)
+                else:
+                    self._release()
+        self.memory[:] = self.data[: self.memory.size]
+        return self.counts
 
-    def _finish(self, i: int, active: Array) -> None:
-        """Run a block's last instruction, and move on the lanes that go on."""
+    def _step(self, ready: Array) -> None:
+        """Run the lanes that are at the first instruction, up to where others may be."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise RuntimeError(f"the kernel does not end within {MAX_STEPS} steps")
+        i = int(self.pc[ready].min())
+        active = ready & (self.pc == i)
+        parts = len(np.unique(self.leader[active]))
+        while True:
+            self.counts[i] += parts
+            one = self.code.instructions[i]
+            mask = self._taken(one.guard, active)
+            if one.opcode.startswith(_CONTROL):
+                return self._control(i, mask, active)
+            if mask.any():
+                self._operation(i)(mask)
+            i += 1
+            if i in self.heads:
+                self.pc[active] = i
+                return None
+
+    def _taken(self, condition: str, lanes: Array) -> Array:
+        """Return the lanes for which a predicate holds."""
+        return lanes & self.registers.source(condition, "?")() if condition else lanes
+
+    def _operation(self, i: int) -> Operation:
+        if i not in self.operations:
+            one = self.code.instructions[i]
+            own = {
+                **dict.fromkeys(("LDG", "STG", "LDS", "STS"), self._access),
+                "STAS": self._push,
+                "UBLKCP.S.G": self._bulk_copy,
+                "SYNCS": self._mbarrier,
+                "BSSY": self._convergence,
+            }
+            make = own.get(one.opcode) or own.get(one.opcode.split(".")[0])
+            try:
+                self.operations[i] = (
+                    make(one.opcode, *split(one.operands))
+                    if make
+                    else build(one.opcode, one.operands, self.registers)
+                )
+            except (KeyError, NotImplementedError) as error:
+                where = f"{one.address:#x}: {one.opcode} {one.operands}"
+                raise NotImplementedError(f"unknown instruction at {where} ({error})") from error
+        return self.operations[i]
+
+    # -------------------------------------------------------------------- branches and waiting
+
+    def _control(self, i: int, taken: Array, active: Array) -> None:
+        """Run an instruction at which lanes part, end or wait."""
         one = self.code.instructions[i]
-        name, *suffixes = one.opcode.split(".")
-        if not one.ends_block:
-            self._execute(i, None if active.all() else active)
-            self.pc[active] += 1
-            return
-        taken = self._guard(one, active)
-        assert taken is not None
-        operands = split(one.operands)
-        if name in ("BRA", "CALL"):
-            self._jump(one, self._condition(suffixes, operands, taken, active), active)
-        elif name == "RET":
-            address = self.registers.integer(operands[0].split()[0])()
-            starts = {x.address: k for k, x in enumerate(self.code.instructions)}
-            for where in np.unique(address[taken]):
-                here = taken & (address == where)
-                self.pc[here] = starts[int(where)]
-                self._part(here)
-        elif name == "EXIT":
-            self.pc[active] += 1
-            self._part(active & ~taken)
-            self.state[taken] = State.ENDED
-            for barrier in range(len(self.members)):
-                self._release_converged(barrier)
-            self._release_warps()
-            self._release_blocks()
-            self._release_clusters()
-        elif name == "BSYNC":
-            self._wait(taken, State.CONVERGENCE)
-            barrier = int(operands[0].lstrip("B"))
-            self.waits_for[taken] = barrier
-            self._skip(active & ~taken)
-            self._release_converged(barrier)
-        elif name == "WARPSYNC" and suffixes == ["ALL"]:
-            self._wait(taken, State.WARP)
-            self._skip(active & ~taken)
-            self._release_warps()
-        elif name == "BAR" and "SYNC" in suffixes and operands == ["0x0"]:
-            self._wait(taken, State.BLOCK)
-            self._skip(active & ~taken)
-            self._release_blocks()
-        elif name == "UCGABAR_WAIT":
-            self._wait(taken, State.CLUSTER)
-            self._skip(active & ~taken)
-            self._release_clusters()
-        elif name == "SYNCS":
-            self._wait(taken, State.PHASE)
-            self._skip(active & ~taken)
-            address, _ = self.registers.address(operands[1])
-            parity = np.broadcast_to(self.registers.integer(operands[2])(), (self.lanes,))
-            self.phases.setdefault(i, (address().copy(), parity.copy(), operands[0]))
-            before = self.phases[i]
-            before[0][taken], before[1][taken] = address()[taken], parity[taken]
-            self._release_phases()
+        self.pc[active] = i + 1
+        if one.opcode.startswith("BRA"):
+            taken = self._branch(one, taken, active)
+            self.pc[taken] = self.code.labels[one.target]
+        elif one.opcode == "EXIT":
+            self.ended |= taken
         else:
-            raise self._unknown(one)
+            self.waiting |= taken
+            self.pc[taken] = i
+        self._group(taken, self.leader)
+        self._group(active & ~taken, self.leader)
 
-    def _condition(
-        self, suffixes: list[str], operands: list[str], taken: Array, active: Array
-    ) -> Array:
+    def _branch(self, one: Instruction, taken: Array, active: Array) -> Array:
         """Return the lanes that a branch takes away."""
-        if suffixes == ["DIV"]:  # unless the whole warp is here
-            full = active & (self.leader == self.leader.reshape(-1, WARP)[:, :1].repeat(WARP))
-            return taken & ~full.reshape(-1, WARP).all(1).repeat(WARP)
-        for condition in operands[:-1]:
-            taken = taken & self.registers.condition(condition)()
-        if suffixes == ["U", "ANY"]:
+        if one.opcode == "BRA.DIV":  # unless the whole warp is here, as one
+            together = active & (self.leader == self.lane // WARP * WARP)
+            return taken & whole_warps(~together)
+        for condition in split(one.operands)[:-1]:
+            taken = self._taken(condition, taken)
+        if one.opcode == "BRA.U.ANY":
             return active & whole_warps(taken)
-        if suffixes not in ([], ["U"], ["REL", "NOINC"]):
-            raise NotImplementedError(f"a branch with {suffixes}")
+        if one.opcode != "BRA":
+            raise NotImplementedError(one.opcode)
         return taken
 
-    def _jump(self, one: Instruction, taken: Array, active: Array) -> None:
-        assert one.target is not None
-        stay = active & ~taken
-        self.pc[taken] = self.code.labels[one.target]
-        self.pc[stay] += 1
-        if taken.any() and stay.any():
-            self._part(taken)
-            self._part(stay)
-
-    def _part(self, lanes: Array) -> None:
-        """Make what is left of each part of a warp a part of its own, named by its first lane."""
+    def _group(self, lanes: Array, key: Array) -> None:
+        """Make these lanes a part of their warp for each value of the key, named by its first."""
         where = lanes.nonzero()[0]
-        if len(where):
-            _, first, back = np.unique(self.leader[where], return_index=True, return_inverse=True)
-            self.leader[where] = where[first][back]
+        _, first, back = np.unique(key[where], return_index=True, return_inverse=True)
+        self.leader[where] = where[first][back]
 
-    def _wait(self, lanes: Array, state: State) -> None:
-        self.state[lanes] = state
+    def _release(self) -> None:
+        """Let the lanes go on whose wait is over."""
+        places = [int(i) for i in np.unique(self.pc[self.waiting])]
+        free = {i: self._over(i, self.waiting & (self.pc == i)) for i in places}
+        for i, lanes in free.items():
+            if self.code.instructions[i].opcode.startswith(("BSYNC", "WARPSYNC")):
+                self._group(lanes, self.lane // WARP)
+            self.waiting[lanes] = False
+            self.pc[lanes] = i + 1
+        if not any(lanes.any() for lanes in free.values()):
+            raise RuntimeError(f"the kernel waits for ever, at instructions {places}")
 
-    def _skip(self, lanes: Array) -> None:
-        self.pc[lanes] += 1
-        self._part(lanes)
+    def _over(self, i: int, here: Array) -> Array:
+        """Return those lanes, of the ones that wait at an instruction, whose wait is over."""
+        one = self.code.instructions[i]
+        operands, missing = split(one.operands), ~here & ~self.ended
+        groups = {  # all lanes of which have to be here
+            "BSYNC": lambda: self.tokens[int(operands[0][1:])],
+            "WARPSYNC.ALL": lambda: self.lane // WARP,
+            "BAR.SYNC.DEFER_BLOCKING": lambda: {"0x0": self.block}[one.operands],
+            "UCGABAR_WAIT": lambda: self.block // self.launch.cluster,
+        }
+        if one.opcode in groups:
+            group = groups[one.opcode]()
+            return here & ~np.isin(group, group[missing])
+        lanes, over = here.nonzero()[0], np.zeros_like(here)
+        barriers = self._barriers(lanes, self.registers.address(operands[1])())
+        parity = self.registers.register(operands[2])
+        over[lanes] = np.array([barrier.phase % 2 for barrier in barriers]) != parity[lanes]
+        self.registers.target(operands[0], "?")(True, over)
+        return over
 
-    def _join(self, lanes: Array) -> None:
-        """Let these go on, as one part of each warp."""
-        where = lanes.nonzero()[0]
-        if not len(where):
-            return
-        _, first, back = np.unique(where // WARP, return_index=True, return_inverse=True)
-        leaders = where[first]
-        if (self.pc[where] != self.pc[leaders][back]).any():
-            raise RuntimeError("lanes of a warp meet at different instructions")
-        self.leader[where] = leaders[back]
-        self._let_go(lanes)
+    def _convergence(self, opcode: str, barrier: str, target: str) -> Operation:
+        tokens = self.tokens[int(barrier[1:])]
 
-    def _let_go(self, lanes: Array) -> None:
-        self.state[lanes] = State.READY
-        self.pc[lanes] += 1
+        def run(mask: Array) -> None:
+            tokens[mask] = self.steps * self.lanes + self.leader[mask]
 
-    # -------------------------------------------------------------------------- who may go on
+        return run
 
-    def _release_converged(self, barrier: int) -> None:
-        here = (self.state == State.CONVERGENCE) & (self.waits_for == barrier)
-        if not here.any():
-            return
-        missing = self.members[barrier] & ~here & (self.state != State.ENDED)
-        complete = ~missing.reshape(-1, WARP).any(1)
-        self._join(here & complete.repeat(WARP))
+    # ---------------------------------------------------------------------------------- memory
 
-    def _release_warps(self) -> None:
-        here = self.state == State.WARP
-        missing = ~here & (self.state != State.ENDED)
-        self._join(here & ~missing.reshape(-1, WARP).any(1).repeat(WARP))
+    def _words(self, text: str, count: int) -> list[Array]:
+        """Return the arrays of neighbouring registers."""
+        name = text.strip("[]").removesuffix(".64")
+        return [self.registers.register(name, "I", k) for k in range(count)]
 
-    def _release_blocks(self) -> None:
-        here = self.state == State.BLOCK
-        missing = ~here & (self.state != State.ENDED)
-        threads = self.launch.threads
-        self._let_go(here & ~missing.reshape(-1, threads).any(1).repeat(threads))
+    def _size(self, opcode: str) -> int:
+        """Return the bytes of an access."""
+        suffixes = [one for one in opcode.split(".")[1:] if one not in ("E", "EF")]
+        if len(suffixes) > 1 or not _BYTES.keys() >= set(suffixes):
+            raise NotImplementedError(opcode)
+        return _BYTES[suffixes[0]] if suffixes else 4
 
-    def _release_clusters(self) -> None:
-        here = self.state == State.CLUSTER
-        if not here.any():
-            return
-        size = self.launch.threads * self.launch.cluster
-        arrived = np.where(self.state == State.ENDED, np.iinfo(np.int64).max, self.cluster_arrived)
-        least = arrived.reshape(-1, size).min(1).repeat(size)
-        free = here & (least > self.cluster_waited)
-        self.cluster_waited[free] += 1
-        self._let_go(free)
+    def _index(self, lanes: Array, address: Array, size: int, peers: bool = False) -> Array:
+        """Return where in `data` addresses are: in shared memory their block's own, or a peer's."""
+        offset, start, room = address[lanes].astype(np.int64), 0, self.memory.size
+        if (offset < GLOBAL_BASE).all():
+            rank, own, room = offset >> 24, self.rank[lanes], self.launch.shared_bytes
+            if (rank >= self.launch.cluster).any() or (not peers and (rank != own).any()):
+                raise RuntimeError("another block's shared memory")
+            start = self.memory.size + (self.block[lanes] - own + rank) * self.stride
+            offset = (offset & 0xFFFFFF) - SHARED_BASE
+        else:
+            offset = offset - GLOBAL_BASE
+        if (offset % min(size, 16)).any() or (offset < 0).any() or (offset + size > room).any():
+            raise RuntimeError(f"an address outside of memory, or no multiple of {size}")
+        return start + offset
 
-    def _release_phases(self) -> None:
-        for i, (address, parity, flag) in self.phases.items():
-            waiting = (self.state == State.PHASE) & (self.pc == i)
-            if not waiting.any():
-                continue
-            free = np.zeros(self.lanes, bool)
-            keys = self.block.astype(np.uint64) << np.uint64(33) | address << np.uint64(1) | parity
-            for key in np.unique(keys[waiting]):
-                these = waiting & (keys == key)
-                one = int(these.argmax())
-                barrier = self.memory_unit.barrier(one, int(address[one]))
-                if barrier.phase % 2 != int(parity[one]):
-                    free |= these
-            self.registers.put_condition(flag, np.ones(self.lanes, bool), free)
-            self._let_go(free)
+    def _barriers(self, lanes: Array, address: Array) -> list[Mbarrier]:
+        return [self.barriers[int(at)] for at in self._index(lanes, address, 8, peers=True)]
 
-    # ---------------------------------------------------------------------------- instructions
+    def _access(self, opcode: str, first: str, second: str) -> Operation:
+        """Return a load or a store."""
+        size, loads = self._size(opcode), opcode[0] == "L"
+        name, place = (first, second) if loads else (second, first)
+        address, words = self.registers.address(place), self._words(name, max(1, size // 4))
+        unit = min(size, 4)
+        view = self.data.view(f"u{unit}")
 
-    def _convergence(self, name: str, operands: list[str]) -> Operation:
-        number = [int(one.lstrip("B")) for one in operands if one.startswith("B")][-1]
+        def run(mask: Array) -> None:
+            lanes = mask.nonzero()[0]
+            index = self._index(lanes, address(), size) // unit
+            for k, word in enumerate(words):
+                if loads:
+                    word[lanes] = view[index + k]
+                else:
+                    view[index + k] = word[lanes]
 
-        def begin(mask: Array | None) -> None:
-            lanes = np.ones(self.lanes, bool) if mask is None else mask
-            np.copyto(self.members[number], lanes, where=whole_warps(lanes))
+        return run
 
-        def leave(mask: Array | None) -> None:
-            self.members[number] &= False if mask is None else ~mask
-            self._release_converged(number)
+    def _mbarrier(self, opcode: str, target: str, place: str, register: str) -> Operation:
+        """Return the beginning of an mbarrier, or an arrival that expects bytes."""
+        address, source = self.registers.address(place), self.registers.register(register)
 
-        return begin if name == "BSSY" else leave
+        def begin(mask: Array) -> None:
+            lanes = _firsts(mask)
+            for lane, at in zip(lanes, self._index(lanes, address(), 8), strict=True):
+                self.barriers[int(at)] = Mbarrier(0x100000 - (int(source[lane]) >> 1))
 
-    def _arrive_at_cluster(self, mask: Array | None) -> None:
-        self.cluster_arrived[slice(None) if mask is None else mask] += 1
-        self._release_clusters()
+        def arrive(mask: Array) -> None:
+            lanes = mask.nonzero()[0]
+            for lane, barrier in zip(lanes, self._barriers(lanes, address()), strict=True):
+                barrier.add(1, int(source[lane]))
+
+        return {"SYNCS.EXCH.64": begin, "SYNCS.ARRIVE.TRANS64": arrive}[opcode]
+
+    def _push(self, opcode: str, place: str, data: str) -> Operation:
+        """Return a store to a peer's shared memory, which its mbarrier expects."""
+        size = self._size(opcode)
+        words, (target, barrier) = self._words(data, size // 4), self._words(place, 2)
+
+        def run(mask: Array) -> None:
+            lanes = mask.nonzero()[0]
+            index = self._index(lanes, target, size, peers=True) // 4
+            for k, word in enumerate(words):
+                self.data.view(np.uint32)[index + k] = word[lanes]
+            for waited in self._barriers(lanes, barrier):
+                waited.add(0, -size)
+
+        return run
+
+    def _bulk_copy(self, opcode: str, to: str, from_: str, units: str, policy: str) -> Operation:
+        """Return a copy of units of 16 bytes to shared memory, which an mbarrier expects."""
+        (target, barrier), (count,) = self._words(to, 2), self._words(units, 1)
+        source = self.registers.source(from_.strip("[]"), "Q")
+
+        def run(mask: Array) -> None:
+            for lane in _firsts(mask):
+                where, size = np.array([lane]), int(count[lane]) * 16
+                (begin,), (start,) = (self._index(where, x, size) for x in (target, source()))
+                self.data[begin : begin + size] = self.data[start : start + size]
+                self._barriers(where, barrier)[0].add(0, -size)
+
+        return run
+
+
+def _firsts(mask: Array) -> Array:
+    """Return the first lane of each warp that is here."""
+    lanes = mask.nonzero()[0]
+    return lanes[np.unique(lanes // WARP, return_index=True)[1]]

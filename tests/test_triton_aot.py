@@ -12,15 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.triton_resources import (
-    DTYPES,
-    MODES,
-    Resources,
-    Variant,
-    compile_rows,
-    compile_scale,
-    has_two_passes,
-)
+from benchmarks.triton_resources import Kernel, Variant, compile_variant
 from fused_kd.backends.triton import configuration as cut
 from fused_kd.divergences import DIVERGENCES
 
@@ -28,78 +20,88 @@ TARGETS = [75, 80, 90, 100, 120, "gfx942"]
 #: Bytes. A fold of four sums over a program's warps takes 128; a tensor that changes its layout a
 #: whole sub-block, 4096 and more.
 SHARED_LIMIT = 128
-SOURCE = Path(cut.__file__).parent
+OPERATORS = ("forward_backward_into", "forward", "backward_", "rescale_")
 
-B16, F32 = torch.bfloat16, torch.float32
-
-
-def _check(found: Resources, target: int | str, vectors: bool) -> None:
-    assert found.spills == 0
-    assert found.shared <= SHARED_LIMIT
-    code = found.code["amdgcn" if isinstance(target, str) else "ptx"]
-    wide = r"global_load_dwordx4" if isinstance(target, str) else r"ld\.global\S*\.v4\.b32"
-    # AMD's compiler also joins the loads of a row's sums, which lie side by side
-    assert bool(re.search(wide, code)) == vectors or (isinstance(target, str) and not vectors)
-    # scalar arguments may be float64; they are converted and nothing else is done with them
-    assert not re.search(r"^\s*(?!\.param|ld\.param|mov|cvt\.rn\.f32)\S*f64", code, re.MULTILINE)
+B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [(F32, F32), (B16, B16), (F16, F16), (B16, F32)]
 
 
-def _modes(target: int | str, divergence: str | None) -> list[str]:
-    """What a launch of V = 128256 can be: programs wait for each other on NVIDIA's GPUs alone."""
-    if isinstance(target, int) and target != 90:
-        return ["forward_backward", "forward", "backward"]
-    modes = list(MODES) if target == 90 else ["first pass", "second pass", "last pass"]
-    return [m for m in modes if m != "second pass" or has_two_passes(divergence)]
+def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
+    """Return what a call launches, which neither spills nor lacks vector loads nor has float64."""
+    kernels = compile_variant(variant, target, folder)
+    assert kernels
+    for found in kernels:
+        assert found.spills == 0
+        assert found.shared <= SHARED_LIMIT
+        code = found.code["amdgcn" if isinstance(target, str) else "ptx"]
+        wide = "global_load_dwordx4" if isinstance(target, str) else r"ld\.global\S*\.v4\.b32"
+        # AMD's compiler also joins the loads of a row's sums, which are neighbours
+        if variant.aligned or not isinstance(target, str):
+            assert bool(re.search(wide, code)) == variant.aligned
+        assert not re.search(r"^\s*(?!\.param|ld\.param)\S*f64", code, re.MULTILINE)
+    return kernels
 
 
-# one of each: the oldest and the newest that all is tuned for, another vendor; two statistics
-# passes; a teacher of another dtype; rows that vectors can't read; float64 scalars
+# one of each: the oldest and the newest that all is tuned for, another vendor, whose programs do
+# not wait; two statistics passes; a teacher of another dtype; rows that vectors cannot read
 @pytest.mark.parametrize(
-    ("target", "variant"),
+    ("target", "variant", "launches"),
     [
-        (75, Variant()),
-        (90, Variant(smoothing=True)),
-        (90, Variant(divergence="jsd", teacher=F32)),
-        (90, Variant(vocabulary=50257, aligned=False)),
-        (100, Variant("forward", "mse", student=F32, teacher=F32, scalars="fp64")),
-        ("gfx942", Variant("last pass", "reverse_kl")),
+        (75, Variant(), 1),
+        (90, Variant(smoothing=True), 1),
+        (90, Variant(divergence="jsd", teacher=F32), 1),
+        (90, Variant(vocabulary=50257, aligned=False), 1),
+        (90, Variant("rescale_"), 2),
+        (100, Variant("forward", "mse", student=F32, teacher=F32), 1),
+        ("gfx942", Variant(divergence="reverse_kl"), 2),
     ],
     ids=str,
 )
-def test_some_kernels(target: int | str, variant: Variant) -> None:
-    _check(compile_rows(variant, target), target, vectors=variant.aligned)
+def test_some_kernels(target: int | str, variant: Variant, launches: int, tmp_path: Path) -> None:
+    assert len(_kernels(variant, target, tmp_path)) == launches
 
 
-def test_barriers_around_the_label() -> None:
-    """In place, no warp may store a gradient before all have read the label's logits, nor the
-    label's gradient before all have stored; the interpreter, one thread, cannot see either."""
-    code = compile_rows(Variant("backward"), 90).code["ptx"]
-    assert len(re.findall(r"bar\.sync|barrier\.sync", code)) == 2
+def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_kd.backends.triton.launch.registers", lambda *_: 40)
+    (found,) = compile_variant(Variant(), 90, tmp_path)
+    assert found.registers <= 40
+    assert found.spills > 0
+
+
+def test_barriers_around_the_label(tmp_path: Path) -> None:
+    """In place, no warp may store a gradient before all have read the label's logits.
+
+    Nor the label's gradient before all have stored. The interpreter, one thread, sees neither.
+    """
+    (found,) = compile_variant(Variant("backward_"), 90, tmp_path)
+    assert len(re.findall(r"bar\.sync|barrier\.sync", found.code["ptx"])) == 2
 
 
 @pytest.mark.parametrize(("divergence", "waits"), [("forward_kl", 2), ("tvd", 3)])
-def test_the_memory_order_of_programs_that_wait(divergence: str, waits: int) -> None:
+def test_the_memory_order_of_programs_that_wait(
+    divergence: str, waits: int, tmp_path: Path
+) -> None:
     """Nothing here runs them: what is stored is released, and read from L2 after an acquire.
 
     They wait for the row before in the ring, then for each statistics pass of their own row, and
-    say so of their own row as often.
+    release their own row as often.
     """
-    code = compile_rows(Variant(divergence=divergence), 90).code["ptx"]
+    (found,) = compile_variant(Variant(divergence=divergence), 90, tmp_path)
     kinds = {
         "release": r"red\.global\.gpu\.release\.add\.u32|atom\.global\.gpu\.release\.add\.u32",
         "acquire": r"ld\.global\.gpu\.acquire\.b32|atom\.global\.gpu\.acquire\.add\.u32",
         "sums": r"ld\.global\.cg\.b32",
         "barrier": r"bar\.sync",
     }
-    found = re.finditer("|".join(f"(?P<{name}>{form})" for name, form in kinds.items()), code)
-    order = [str(one.lastgroup) for one in found]
+    pattern = "|".join(f"(?P<{name}>{form})" for name, form in kinds.items())
+    order = [str(one.lastgroup) for one in re.finditer(pattern, found.code["ptx"])]
+    text = " ".join(order)
     assert order.count("acquire") == waits
     # once more to release the place in the ring, here and where an ignored row has none to read
     assert order.count("release") == waits - 1 + 2
-    text = " ".join(order)
     # every warp has stored before one thread releases, and waits for the one that acquires
-    assert len(re.findall("barrier release", text)) == order.count("release")
-    assert len(re.findall("acquire barrier", text)) == waits
+    assert text.count("barrier release") == order.count("release")
+    assert text.count("acquire barrier") == waits
     # sums are read after this program has arrived and then waited for the others
     groups = re.findall(r"barrier release barrier acquire barrier(?: sums)+", text)
     assert len(groups) == waits - 1
@@ -110,9 +112,12 @@ def test_the_memory_order_of_programs_that_wait(divergence: str, waits: int) -> 
 
 # the last loads; the second pass of jsd needs the first pass's sums in every program
 @pytest.mark.parametrize(("divergence", "loads_of_reports"), [("forward_kl", 6), ("jsd", 2)])
-def test_programs_that_report_nothing_read_no_sums(divergence: str, loads_of_reports: int) -> None:
+def test_programs_that_report_nothing_read_no_sums(
+    divergence: str, loads_of_reports: int, tmp_path: Path
+) -> None:
     """Forward only: what another program may not have stored yet is read after waiting for it."""
-    code = compile_rows(Variant("forward", divergence), 90).code["ttgir"]
+    (found,) = compile_variant(Variant("forward", divergence), 90, tmp_path)
+    code = found.code["ttgir"]
     around: list[str] = []  # the lines that open the regions around a line
     loads = []
     for line in code.splitlines():
@@ -130,9 +135,9 @@ def test_programs_that_report_nothing_read_no_sums(divergence: str, loads_of_rep
         assert any(one.startswith(f"scf.if {condition} ") for one in waiting), condition
 
 
-def test_a_scale_is_looked_at_first() -> None:
-    """Where it leaves nothing to do, no program reads anything else."""
-    for found in (compile_rows(Variant("rescale"), 90), compile_scale(B16, 90)):
+def test_a_scale_is_looked_at_first(tmp_path: Path) -> None:
+    """If it leaves nothing to do, no program reads anything else."""
+    for found in compile_variant(Variant("rescale_"), 90, tmp_path):
         before, condition, _ = found.code["ttgir"].partition("scf.if")
         assert condition
         assert len(re.findall(r"tt\.load|tt\.atomic", before)) == 1
@@ -140,46 +145,25 @@ def test_a_scale_is_looked_at_first() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, None])
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel(
-    target: int | str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
+    target: int | str,
+    divergence: str | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    tmp_path: Path,
 ) -> None:
-    modes = _modes(target, divergence)
-    first = Variant(modes[0], divergence, student=dtypes[0], teacher=dtypes[1])
-    others = [replace(first, smoothing=True), replace(first, hard=False)]
-    for variant in [replace(first, mode=mode) for mode in modes] + others:
-        _check(compile_rows(variant, target), target, vectors=True)
-
-
-# nothing is known of addresses: V = 50257, or a view that begins anywhere
-@pytest.mark.slow
-@pytest.mark.parametrize("vocabulary", [50257, 128256])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("target", [90, "gfx942"])
-def test_every_kernel_unaligned(target: int | str, divergence: str, vocabulary: int) -> None:
-    variant = Variant(_modes(target, divergence)[-1], divergence, vocabulary=vocabulary)
-    for student, teacher in DTYPES:
-        case = replace(variant, student=student, teacher=teacher, aligned=False)
-        _check(compile_rows(case, target), target, vectors=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [F32, B16])
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_hard_term_alone(target: int | str, dtype: torch.dtype) -> None:
-    for smoothing in (False, True):
-        for mode in _modes(target, None):
-            variant = Variant(mode, None, smoothing=smoothing, student=dtype, teacher=dtype)
-            _check(compile_rows(variant, target), target, vectors=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [F32, B16, torch.float16])
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_scale_kernel(target: int | str, dtype: torch.dtype) -> None:
-    found = compile_scale(dtype, target)
-    assert found.spills == found.shared == 0
+    first = Variant(divergence=divergence, student=dtypes[0], teacher=dtypes[1])
+    for variant in [
+        *(replace(first, operator=operator) for operator in OPERATORS),
+        replace(first, smoothing=True),
+        *([replace(first, hard=False)] if divergence else []),
+        # nothing is known of addresses
+        *(replace(first, aligned=False, vocabulary=v) for v in (50257, 128256)),
+    ]:
+        _kernels(variant, target, tmp_path)
+    with cut.overridden(wait=0):
+        _kernels(first, target, tmp_path)
 
 
 # --------------------------------------------------------------------------- configurations, source
@@ -199,77 +183,38 @@ def test_configurations(vocabulary: int, warps: int, vector: int, parts: int) ->
         assert other.parts == chosen.parts
 
 
-@pytest.mark.parametrize(("given", "parts"), [("49152", 16), ("160000", 4)])
-def test_slices_of_another_size(given: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", ["49152", "160000", "0", "-5", "48K", ""])
+def test_slices_of_another_size(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
     cut._slice_bytes.cache_clear()
+    expected = {"49152": 16, "160000": 4}
     try:
-        assert cut.configuration(128256, B16, B16).parts == parts
+        if given in expected:
+            assert cut.configuration(128256, B16, B16).parts == expected[given]
+        else:
+            with pytest.raises(ValueError, match="FUSED_KD_SLICE_BYTES must be a positive number"):
+                cut.configuration(128256, B16, B16)
     finally:
         cut._slice_bytes.cache_clear()
 
 
-@pytest.mark.parametrize("given", ["0", "-5", "48K", ""])
-def test_slices_of_no_size(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
-    cut._slice_bytes.cache_clear()
-    with pytest.raises(ValueError, match="FUSED_KD_SLICE_BYTES must be a positive number of bytes"):
-        cut.configuration(128256, B16, B16)
-
-
-#: Pointers to what is float32 or an integer already.
-PLAIN = {"row.label", "w_ptr", "scale_ptr", "row.stats", "ptr", "all_parts"}
-#: Pointers of `_tile`, whose tensors are widened where they are used.
-RAW = {"s_from", "t_from"}
-
-
-def _loads(tree: ast.AST) -> list[tuple[ast.Call, bool]]:
-    """Every tl.load, and whether `.to(tl.float32)` is called on it."""
-    cast = {
-        id(node.func.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "to"
-        and ast.unparse(node.args[0]) == "tl.float32"
-    }
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return [(call, id(call) in cast) for call in calls if ast.unparse(call.func) == "tl.load"]
-
-
-def _uses(tree: ast.AST) -> list[tuple[ast.Subscript, str]]:
-    """Every tile.s[...] and tile.t[...], and the function that is called with it."""
-    callers = {
-        id(argument): ast.unparse(call.func)
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call)
-        for argument in call.args
-    }
-    return [
-        (node, callers.get(id(node), ""))
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("tile.s", "tile.t")
-    ]
+#: Pointers to what is float32 or an integer already, and those of `_tile`, whose tensors are
+#: widened when they are used.
+PLAIN = {"row.label", "w_ptr", "scale_ptr", "row.stats", "ptr", "all_parts", "s_from", "t_from"}
 
 
 def test_logits_are_float32_before_they_are_used() -> None:
     """Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU."""
-    tree = ast.parse((SOURCE / "kernels.py").read_text(encoding="utf-8"))
-    loads, uses = _loads(tree), _uses(tree)
+    folder = Path(cut.__file__).parent
+    source = (folder / "kernels.py").read_text(encoding="utf-8")
+    uses = re.findall(r"(.{8})tile\.[st]\[", source)
+    assert uses == ["widened("] * 6
+    nodes = list(ast.walk(ast.parse(source)))
+    cast = {id(one.value) for one in nodes if isinstance(one, ast.Attribute) and one.attr == "to"}
+    calls = [one for one in nodes if isinstance(one, ast.Call)]
+    loads = [one for one in calls if ast.unparse(one.func) == "tl.load"]
     assert len(loads) > 10
-    for call, is_cast in loads:
-        base = ast.unparse(call.args[0]).split(" ")[0]
-        assert is_cast or base in PLAIN | RAW, ast.unparse(call)
-    assert len(uses) == 6
-    for node, caller in uses:
-        assert caller == "widened", ast.unparse(node)
+    for one in loads:
+        assert id(one) in cast or ast.unparse(one.args[0]).split(" ")[0] in PLAIN
     for name in ("elements.py", "formulas.py", "rules.py"):
-        assert "tl.load" not in (SOURCE / name).read_text(encoding="utf-8")
-
-
-def test_the_check_of_loads_finds_one_without_a_cast() -> None:
-    (bad, is_cast), *_ = _loads(ast.parse("x = tl.load(s_ptr + i, i < end, 0.0)"))
-    assert not is_cast
-    assert ast.unparse(bad.args[0]).split(" ")[0] not in PLAIN | RAW
-    (_, caller), *_ = _uses(ast.parse("g = gradient(tile.s[u], widened(tile.t[u]))"))
-    assert caller == "gradient"
+        assert "tl.load" not in (folder / name).read_text(encoding="utf-8")
