@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "internals" / "gpu_check.md"
 def _run(*command: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # this test's; not that of a pytest started here
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
     )

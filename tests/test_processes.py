@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.processes import failures, run_python
+from support.processes import PATH, failures, run_python
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
@@ -51,7 +51,7 @@ def test_a_rank_that_ends_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("last", "status"), [("pass", 0), ("raise ValueError('bad')", 1)])
 def test_the_status_of_a_rank(last: str, status: int) -> None:
     # Output arrives and Python does not finalize, which is what can abort.
-    ran = run_python("-c", RANK.format(last=last))
+    ran = run_python("-c", RANK.format(last=last), PYTHONPATH=PATH)
     assert ran.returncode == status, ran.stderr
     assert ran.stdout == "main ran\n"
     assert ("Traceback" in ran.stderr) == bool(status)
