@@ -144,7 +144,7 @@ def test_rows_with_upstream_gradients_of_their_own_R_23_R_24(
 
 
 def test_half_precision_with_a_loss_scale(backend: str) -> None:
-    """torch.amp's scaler at 65536, float32 weights, float16 logits: against float32 logits."""
+    # torch.amp's scaler at 65536, float32 weights, float16 logits: against float32 logits
     n, v = size(256, 16), size(32000, 60)
     hidden, head = torch.randn(n, 32, device=DEVICE), nn.Linear(32, v, device=DEVICE)
     _, teacher, labels = made(n, v, dtype=HALF)
@@ -209,7 +209,7 @@ def test_a_captured_graph_with_other_inputs(
 @each_dtype
 @each_divergence
 def test_another_stream_R_56(backend: str, divergence: str, dtype: torch.dtype) -> None:
-    """The stream is busy before the inputs arrive: work on another one reads NaN."""
+    # The stream is busy before the inputs arrive: work on another one reads NaN
     student, teacher, labels = made(ROWS, V, dtype=dtype)
     base: Keywords = {"divergence": divergence, "temperature": 2.0, "backend": backend}
     for reduction in ("none", "mean", "sum"):
@@ -271,7 +271,7 @@ def test_a_device_that_is_not_the_current_one_R_55(backend: str) -> None:
 @pytest.mark.parametrize("divergence", few_here(["forward_kl", "jsd"]))
 @heavy
 def test_peak_memory(backend: str, divergence: str, n: int) -> None:
-    """One gradient and less than a mebibyte; in place, the mebibyte alone."""
+    # One gradient and less than a mebibyte; in place, the mebibyte alone
     student, teacher, labels = made(n, size(128256, 90))
     keywords: Keywords = {"temperature": 2.0, "divergence": divergence, "backend": backend}
     for inplace in (False, True):

@@ -112,7 +112,7 @@ def _within(got: Tensor, exact: Tensor, error: Tensor, may_overflow: Tensor) -> 
 
 
 def _check(case: Drawn, backend: str) -> int:
-    """Returns how many rows were compared by value."""
+    """Return the number of rows that were compared by value."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in case.student]
     _, weight, bias = leaves
     losses = kd_loss(

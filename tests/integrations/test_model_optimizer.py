@@ -152,7 +152,7 @@ def outcome(loss: nn.Module, student: Tensor, *others: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "none"])
 @pytest.mark.parametrize("shape", [(6, V), (2, 5, V), (V,)])
 def test_same_numbers(shape: tuple[int, ...], reduction: str) -> None:
-    """Compare; of logits (V,) the first dimension, by which "batchmean" divides, is V."""
+    # of logits (V,) the first dimension, by which "batchmean" divides, is V
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
     for temperature in (1.0, 0.7, 4.0):
         theirs = outcome(TheirLogits(temperature, reduction), student, teacher)

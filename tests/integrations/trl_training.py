@@ -79,7 +79,7 @@ Run = tuple[list[float], list[Tensor]]
 
 
 def trained(trainer: Any) -> Run:
-    """Train; return the loss of every step and the weights after the last."""
+    """Train, and return the loss of every step and the weights after the last."""
     before = [p.detach().clone() for p in trainer.model.parameters()]
     torch.manual_seed(0)
     trainer.train()

@@ -108,7 +108,7 @@ def test_a_gradient_in_other_memory(dtype: torch.dtype, name: str) -> None:
 
 
 def test_a_row_beyond_2_31_elements() -> None:
-    """Memory between the two rows stays untouched, and so is no more than address space."""
+    # Memory between the two rows stays untouched, and so is no more than address space
     student, teacher, *rest = rows(2)
     far = torch.empty(2**31 + 4096, dtype=torch.float32).as_strided((1, 2, V), (0, 2**31, 1))
     far.copy_(student)
