@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from needs import need
+from support.losses import refused
 from torch import Tensor
 from trl_training import BETAS, V
 
@@ -89,7 +90,10 @@ def test_a_slice_has_no_gradient_of_its_own(inplace: bool, gradients: int) -> No
     assert cpu_peak(loss_and_gradient).highest < (gradients + 0.1) * student.nbytes
 
 
-def test_reduction_none_is_refused() -> None:
+def test_refusals() -> None:
     student, teacher, labels = logits()
-    with pytest.raises(ValueError, match=r"reduction must be one of.*got 'none'"):
-        generalized_jsd_loss(student[:, :-1], teacher[:, :-1], labels, reduction="none")
+    sides = student[:, :-1], teacher[:, :-1], labels
+    message = r"reduction must be one of.*got 'none'"
+    refused(ValueError, message, generalized_jsd_loss, *sides, reduction="none")
+    message = r"^num_items_in_batch must be positive .*; got -1"
+    refused(ValueError, message, generalized_jsd_loss, *sides, num_items_in_batch=-1)

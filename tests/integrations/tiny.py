@@ -15,6 +15,11 @@ IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_toke
 #: Adam would divide rounding errors by small gradients.
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+#: An update as one batch, and as four micro-batches.
+CUTS: tuple[dict[str, Any], ...] = (
+    {"per_device_train_batch_size": 4},
+    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+)
 #: Both sides as logits, and as heads.
 BOTH = (False, True)
 
