@@ -72,6 +72,14 @@ def split(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     return {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
 
 
+def loss_of(adapter: Any, student: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """Return the loss of a batch by a StudentTeacherLoss, or by a DistillationLoss of `student`."""
+    if isinstance(adapter, nn.Module):
+        return adapter(**batch)
+    inputs, labels = split(batch)
+    return adapter(student(**inputs), labels)
+
+
 def largest_difference(first: nn.Module, second: nn.Module) -> float:
     """Return the largest difference between weights of two models."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
