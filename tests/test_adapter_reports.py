@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import MESH_CHECKS
+from support.losses import refused
 from support.processes import failures
 from torch import Tensor
 from torch import distributed as dist
@@ -53,9 +54,16 @@ def test_a_negative_target_is_never_dropped_N_08() -> None:
         (liger.LigerKLDIVLoss(reduction="batchmean"), (torch.randn(N, V).log_softmax(-1), q)),
     )
     for loss, inputs in calls:
-        with pytest.raises(ValueError, match=r"must hold probabilities.*got -0\.14"):
-            loss(*inputs)
+        refused(ValueError, r"must hold probabilities.*got -0\.14", loss, *inputs)
         assert torch.compile(loss, backend="eager")(*inputs).isnan()
+
+
+def test_a_soft_term_without_a_teacher_is_refused_N_25() -> None:
+    # atropos#456: the teacher's values were collected, and the loss was a cross-entropy alone. The
+    # adapters are in test_adapter_messages.py
+    s, y = torch.randn(N, V), torch.arange(N)
+    for student in (s, Head(s, torch.eye(V))):
+        refused(ValueError, "^teacher must be given when soft_weight", KDLoss(), student, None, y)
 
 
 def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
@@ -64,15 +72,15 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
     identity = torch.eye(V)
     for label in (V, -5):
         y = torch.tensor([0, 1, label, -100, 3])
-        for call in (
-            lambda y=y: KDLoss()(s, t, y),
-            lambda y=y: KDLoss()(Head(s, identity), Head(t, identity), y),
-            lambda y=y: liger.LigerFusedLinearJSDLoss()(s, identity, t, identity, y),
-            lambda y=y: liger.LigerFusedCETVDLoss()(s, t, y),
-            lambda y=y: model_optimizer.MFTLoss()(s, t, y),
+        message = rf"must be in \[0, {V}\).*got {label} at .* 2"
+        for loss, sides in (
+            (KDLoss(), (s, t)),
+            (KDLoss(), (Head(s, identity), Head(t, identity))),
+            (liger.LigerFusedLinearJSDLoss(), (s, identity, t, identity)),
+            (liger.LigerFusedCETVDLoss(), (s, t)),
+            (model_optimizer.MFTLoss(), (s, t)),
         ):
-            with pytest.raises(ValueError, match=rf"must be in \[0, {V}\).*got {label} at .* 2"):
-                call()
+            refused(ValueError, message, loss, *sides, y)
 
 
 @pytest.mark.slow
