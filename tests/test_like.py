@@ -116,16 +116,16 @@ def test_heads_have_the_convention_of_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keywords"),
+    ("name", "beta", "keywords"),
     [
-        ("liger", {"hard_weight": 0.0, "soft_scale": "t2", "divergence": "tvd"}),
-        ("kdflow", {"divergence": "reverse_kl"}),
-        ("trl", {"chunk_rows": 7}),
-        ("trl", {"inplace": True}),
+        ("liger", 0.0, {"hard_weight": 0.0, "soft_scale": "t2", "divergence": "tvd"}),
+        ("kdflow", 0.9, {"divergence": "reverse_kl"}),
+        ("trl", 0.5, {"chunk_rows": 7}),
+        ("trl", 0.5, {"inplace": True}),
     ],
 )
-def test_the_callers_keywords_come_first(name: str, keywords: dict[str, Any]) -> None:
-    loss = KDLoss.like(name, **keywords, beta=0.9)
+def test_the_callers_keywords_come_first(name: str, beta: float, keywords: dict[str, Any]) -> None:
+    loss = KDLoss.like(name, **keywords, beta=beta)
     assert keywords.items() <= vars(loss.options).items()
     assert KDLoss.like("liger", hard_weight=0.0).options.soft_weight == 0.5
 
