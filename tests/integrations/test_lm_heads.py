@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from needs import need
+from support.losses import refused
 from torch import Tensor, nn
 
 transformers = need("transformers")
@@ -24,51 +25,36 @@ _model = partial(tiny.of, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"),
+    ("kind", "changes", "scale"),
     [
-        ("Llama", {}),
-        ("Qwen3", {"tie_word_embeddings": True}),
-        ("Cohere", {"logit_scale": 0.0625}),
-        ("Granite", {"logits_scaling": 8.0}),
-        ("Gemma2", {"final_logit_softcapping": None}),
+        ("Llama", {}, 1.0),
+        ("Qwen3", {"tie_word_embeddings": True}, 1.0),
+        ("Cohere", {"logit_scale": 16.0}, 16.0),
+        ("Granite", {"logits_scaling": 8.0}, 0.125),
+        ("Gemma2", {"final_logit_softcapping": None}, 1.0),
     ],
 )
 def test_a_bypassed_head_applied_to_the_output_gives_the_logits(
-    kind: str, changes: dict[str, object]
+    kind: str, changes: dict[str, object], scale: float
 ) -> None:
     model = _model(kind, **changes)
-    heads.scale_of(model)
+    assert heads.scale_of(model) == pytest.approx(scale, rel=1e-6)
     logits = model(input_ids=IDS).logits
     with heads.headless(model):
         hidden = model(input_ids=IDS).logits
     assert hidden.shape[-1] == 16
     torch.testing.assert_close(heads.head_of(model)(hidden), logits, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=0, atol=0)
+    assert heads.scale_of(model.half()) == pytest.approx(scale, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_soft_capped_head_is_refused_even_if_the_logits_are_small_P04(dtype: torch.dtype) -> None:
     model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
-    with torch.no_grad():
-        heads.head_of(model).weight.mul_(1e-3)
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes its logits.*heads=False"):
-        heads.scale_of(model)
+    nn.init.normal_(heads.head_of(model).weight, std=5e-4)
+    message = r"Gemma2ForCausalLM changes its logits.*heads=False"
+    refused(ValueError, message, heads.scale_of, model)
     assert "forward" not in heads.head_of(model).__dict__
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "scale"),
-    [
-        ("Llama", {}, 1.0),
-        ("Cohere", {"logit_scale": 16.0}, 16.0),
-        ("Granite", {"logits_scaling": 8.0}, 0.125),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_scale_is_measured(
-    kind: str, changes: dict[str, object], scale: float, dtype: torch.dtype
-) -> None:
-    assert heads.scale_of(_model(kind, **changes).to(dtype)) == pytest.approx(scale, rel=1e-6)
 
 
 class _Changed(nn.Module):
@@ -98,8 +84,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_any_change_but_a_factor_is_refused(change: object) -> None:
-    with pytest.raises(ValueError, match="changes its logits"):
-        heads.scale_of(_Changed(change))
+    refused(ValueError, "changes its logits", heads.scale_of, _Changed(change))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -134,10 +119,8 @@ def test_a_head_that_does_more_is_refused_by_name() -> None:
     model = tiny.llama(0)
     model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
     message = r"plain nn.Linear; found a test_lm_heads\._Adapted.*heads=False"
-    with pytest.raises(TypeError, match=message):
-        heads.head_of(model)
-    with pytest.raises(TypeError, match="found none"):
-        heads.head_of(nn.Linear(2, 2))
+    refused(TypeError, message, heads.head_of, model)
+    refused(TypeError, "found none", heads.head_of, nn.Linear(2, 2))
 
 
 def test_the_weight_of_a_bypassed_head_stays_in_the_graph() -> None:
@@ -145,12 +128,12 @@ def test_the_weight_of_a_bypassed_head_stays_in_the_graph() -> None:
     model = tiny.llama(0)
     with heads.headless(model):
         hidden = model(input_ids=IDS).logits
-    seen, found = [hidden.grad_fn], set()
-    while seen:
-        node = seen.pop()
-        found.add(getattr(node, "variable", None))
-        seen += [following for following, _ in node.next_functions if following is not None]
-    assert model.lm_head.weight in found
+    nodes, leaves = [hidden.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        leaves.add(getattr(node, "variable", None))
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert model.lm_head.weight in leaves
     hidden.sum().backward()
     assert model.lm_head.weight.grad is None
 
@@ -171,9 +154,9 @@ def test_a_deep_copy_bypasses_its_own_head_in_its_own_mode() -> None:
     assert model.lm_head.weight.grad is None
     assert model(input_ids=IDS).logits.shape[-1] == 16
     assert copy.train()(input_ids=IDS).logits.shape[-1] == 16
-    for left_out in (model, copy):
-        with pytest.raises(ValueError, match=r"already bypassed.*loss\.remove\(\)"):
-            check_models(left_out, tiny.llama(1), shift=True)
+    for bypassed in (model, copy):
+        message = r"already bypassed.*loss\.remove\(\)"
+        refused(ValueError, message, check_models, bypassed, tiny.llama(1), shift=True)
     undo()
     check_models(model, tiny.llama(1), shift=True)
     assert "forward" not in model.lm_head.__dict__
