@@ -13,10 +13,14 @@ from support.losses import refused
 from torch import Tensor, nn
 
 transformers = need("transformers")
+need("accelerate")
 
+from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations._common import heads  # noqa: E402
 from fused_kd.integrations._common.labels import shifted  # noqa: E402
 from fused_kd.integrations._common.models import check_models  # noqa: E402
+from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
+from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
 
@@ -165,3 +169,27 @@ def test_a_deep_copy_bypasses_its_own_head_in_its_own_mode() -> None:
 def test_labels_are_shifted_and_the_last_position_is_ignored() -> None:
     labels = torch.tensor([[5, 6, 7], [8, -100, 9]])
     assert shifted(labels).tolist() == [[6, 7, -100], [-100, 9, -100]]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("Gemma2", "final_logit_softcapping", 0.5),
+        ("Cohere", "logit_scale", 0.25),
+        ("Granite", "logits_scaling", 4.0),
+    ],
+)
+def test_caps_and_scales_of_logits_are_never_dropped_P04(
+    family: str, name: str, value: float
+) -> None:
+    student, teacher = (tiny.of(family, seed, **{name: value}) for seed in (0, 1))
+    batch = tiny.padded(tiny.ragged(3))
+    inputs, labels = tiny.split(batch)
+    want = KDLoss()(student(**inputs).logits, teacher(**inputs).logits.detach(), shifted(labels))
+    for kind in (StudentTeacherLoss, DistillationLoss):
+        for is_head in (False,) if family == "Gemma2" else tiny.BOTH:
+            adapter = kind(student.train(), teacher, heads=is_head)
+            torch.testing.assert_close(tiny.loss_of(adapter, student, batch), want)
+        if family == "Gemma2":
+            for pair in ((student, tiny.llama(1)), (tiny.llama(0), teacher)):
+                refused(ValueError, "soft-capping", kind, *pair, heads=True)

@@ -50,6 +50,15 @@ def test_same_numbers(beta: float, temperature: float) -> None:
         check(student, student[:, part], teacher[:, part], **options)
 
 
+def test_no_token_counts() -> None:
+    student, teacher, labels = logits()
+    for reduction in ("batchmean", "mean", "sum"):  # TRL's "mean" is NaN
+        nothing = {"labels": torch.full_like(labels, -100), "reduction": reduction}
+        loss = generalized_jsd_loss(student[:, :-1], teacher[:, :-1], **nothing)
+        assert loss == 0
+        assert not torch.autograd.grad(loss, student)[0].count_nonzero()
+
+
 def test_views_that_are_no_slices() -> None:
     student, teacher, labels = logits()
     two = torch.cat([student, student])
