@@ -52,19 +52,13 @@ def inputs(*leading: int, bias: bool = False) -> tuple[list[Tensor], list[Tensor
     return student, others
 
 
-def in_order(loss: Any, *tensors: Tensor) -> Any:
-    """Return a loss of the student's tensors and the others."""
-    if len(tensors) == 5:
-        return loss(*tensors)
-    hidden, weight, bias, *others, teacher_bias = tensors
-    return loss(hidden, weight, *others, bias, teacher_bias)
-
-
 def check(leaves: list[Tensor], others: list[Tensor], **options: Any) -> None:
-    own, ours = (
-        outcome(partial(in_order, kind(compiled=False, **options)), leaves, *others)
-        for kind in (LigersOwn, liger.LigerFusedLinearJSDLoss)
-    )
+    def loss_of(kind: Any, hidden: Tensor, weight: Tensor, *bias: Tensor) -> Any:
+        loss = kind(compiled=False, **options)
+        return loss(hidden, weight, *others[:3], *bias, *others[3:])
+
+    kinds = LigersOwn, liger.LigerFusedLinearJSDLoss
+    own, ours = (outcome(partial(loss_of, kind), leaves) for kind in kinds)
     torch.testing.assert_close(ours, own, rtol=1e-4, atol=2e-6)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -215,42 +215,36 @@ def test_two_devices(tmp_path: Path) -> None:
 class _Own(pl.LightningModule):  # type: ignore[misc]
     """A user's module; the callback has stored the teacher's side in the batch."""
 
-    def __init__(self, step: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.student, self.step = tiny.llama(0).train(), step
+        self.student = tiny.llama(0).train()
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.step(self.student, batch)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        inputs, self.teachers_side = (batch["input_ids"], batch["attention_mask"]), batch["teacher"]
+        if isinstance(self.teachers_side, Head):
+            with headless(self.student):
+                hidden = self.student(*inputs).logits
+            side = Head(hidden, head_of(self.student).weight)
+        else:
+            side = self.student(*inputs).logits
+        return LOSS(side, self.teachers_side, shifted(batch["labels"]))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.step(self.student, batch))
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
 
     def configure_optimizers(self) -> Any:
         return SGD(self.parameters())
 
 
-def _logits_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits = student(batch["input_ids"], batch["attention_mask"]).logits
-    return LOSS(logits, batch["teacher"], shifted(batch["labels"]))
-
-
-def _heads_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with headless(student):
-        hidden = student(batch["input_ids"], batch["attention_mask"]).logits
-    side = Head(hidden, head_of(student).weight)
-    assert isinstance(batch["teacher"], Head)
-    return LOSS(side, batch["teacher"], shifted(batch["labels"]))
-
-
 def test_a_teacher_next_to_a_users_own_module(heads: bool, tmp_path: Path) -> None:
-    module = _Own(_heads_step if heads else _logits_step)
+    module, path = _Own(), tmp_path / "own.ckpt"
     teacher = TeacherCallback(tiny.llama(1).train(), heads=heads)
     trainer = lightning_trainer(tmp_path, callbacks=[teacher])
     trainer.fit(module, _loader(4), _loader(4, seed=1))
+    assert isinstance(module.teachers_side, Head if heads else Tensor)
     tiny.assert_close(module.student, _plain_loop(heads, 4)[0])
     assert trainer.callback_metrics["val_loss"] > 0
     assert not teacher.teacher.training
-    path = tmp_path / "own.ckpt"
     trainer.save_checkpoint(path)
     kept = torch.load(path, weights_only=False)["state_dict"]
     assert all(name.startswith("student.") for name in kept)

@@ -68,12 +68,11 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 LOGITS, MFT = (LogitsDistillationLoss, TheirLogits), (MFTLoss, TheirMFT)
+RATES = ("mean", 1.0, 5.0), ("batchmean", 1.0, 0.005), ("sum", 1.0, 0.001)
 IN_PLACE = partial(LogitsDistillationLoss, inplace=True), TheirLogits
 #: Our class and modelopt's, its second argument, weight, rate and what is given to modelopt.
 TRAININGS: list[tuple[Any, ...]] = [
-    *((kinds, "mean", 1.0, 5.0) for kinds in (LOGITS, IN_PLACE)),
-    *((kinds, "batchmean", 1.0, 0.005) for kinds in (LOGITS, IN_PLACE)),
-    *((kinds, "sum", 1.0, 0.001) for kinds in (LOGITS, IN_PLACE)),
+    *((kinds, *case) for kinds in (LOGITS, IN_PLACE) for case in RATES),
     (LOGITS, "none", 1.0, 0.3, "loss_reduction_fn"),
     (LOGITS, "batchmean", 0.5, 0.005, "student_loss"),
     (MFT, 0.3, 1.0, 0.3, "labels"),
