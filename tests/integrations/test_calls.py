@@ -12,16 +12,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from needs import need
 from support.losses import refused
 from torch import Tensor, nn
 
-transformers = need("transformers")
-need("accelerate")
-
-from fused_kd.integrations.loop import shifted  # noqa: E402
-from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
-from fused_kd.integrations.transformers import DistillationLoss, KDTrainer  # noqa: E402
+from fused_kd.integrations.loop import shifted
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
+from fused_kd.integrations.transformers import DistillationLoss, KDTrainer
 
 DRAW = torch.Generator().manual_seed(0)
 IDS, OTHER = torch.randint(3, tiny.VOCABULARY, (2, 2, 6), generator=DRAW)

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-need("transformers")
 Accelerator = need("accelerate").Accelerator
 
 from fused_kd.integrations.loop import global_num_items  # noqa: E402

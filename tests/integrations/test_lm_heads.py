@@ -8,19 +8,16 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from needs import need
+import transformers
 from support.losses import refused
 from torch import Tensor, nn
 
-transformers = need("transformers")
-need("accelerate")
-
-from fused_kd import KDLoss  # noqa: E402
-from fused_kd.integrations._common import heads  # noqa: E402
-from fused_kd.integrations._common.labels import shifted  # noqa: E402
-from fused_kd.integrations._common.models import check_models  # noqa: E402
-from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
-from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
+from fused_kd import KDLoss
+from fused_kd.integrations._common import heads
+from fused_kd.integrations._common.labels import shifted
+from fused_kd.integrations._common.models import check_models
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
+from fused_kd.integrations.transformers import DistillationLoss
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
 

@@ -16,7 +16,6 @@ from needs import need
 from support.losses import outcome, refused
 from torch import Tensor, nn
 
-need("transformers")
 need("modelopt")
 import modelopt.torch.distill as mtd  # noqa: E402
 from modelopt.torch.distill.losses import LogitsDistillationLoss as TheirLogits  # noqa: E402
@@ -87,7 +86,6 @@ def test_training(case: tuple[Any, ...]) -> None:
 
 
 def test_the_trainer_of_the_plugin(tmp_path: Path) -> None:
-    need("accelerate")
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
     from transformers import TrainingArguments
 

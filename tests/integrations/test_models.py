@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from needs import need
 from support.losses import refused
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-transformers = need("transformers")
-need("accelerate")
 need("lightning")
 
 from fused_kd import KDLoss  # noqa: E402

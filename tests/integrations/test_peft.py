@@ -12,7 +12,6 @@ from needs import need
 from support.losses import refused
 from torch import Tensor, nn
 
-transformers = need("transformers")
 peft = need("peft")
 
 from fused_kd.integrations.loop import head_of  # noqa: E402

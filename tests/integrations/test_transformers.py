@@ -11,21 +11,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from needs import need
 from support.losses import refused
 from support.processes import failures
 from tiny import logged
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-need("transformers")
-need("accelerate")
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
-
-from fused_kd import KDLoss  # noqa: E402
-from fused_kd.integrations.loop import shifted  # noqa: E402
-from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
-from fused_kd.integrations.transformers import DistillationLoss, KDTrainer, log_parts  # noqa: E402
-from fused_kd.testing import eager_kd_loss  # noqa: E402
+from fused_kd import KDLoss
+from fused_kd.integrations.loop import shifted
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
+from fused_kd.integrations.transformers import DistillationLoss, KDTrainer, log_parts
+from fused_kd.testing import eager_kd_loss
 
 OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
 LOGITS: dict[str, Any] = {"loss": KDLoss(**OPTIONS)}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from needs import need
 from support.losses import refused
 from torch import Tensor, nn
 from trl_training import BETAS, V, same, trained, trainer_of
 
-transformers = need("transformers")
 need("trl")
 from trl.experimental.gkd import GKDTrainer  # noqa: E402
 

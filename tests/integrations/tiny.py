@@ -1,4 +1,7 @@
-"""Tiny models of transformers, ragged batches for them, and trainers of every framework."""
+"""Tiny models of transformers, ragged batches for them, and trainers of every framework.
+
+Without transformers and the accelerate of its Trainer, modules that import this one are skipped.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from needs import need
 from torch import Tensor, nn
+
+transformers = need("transformers")
+need("accelerate")
 
 VOCABULARY = 97
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -31,8 +38,6 @@ def llama(seed: int, layers: int = 1, hidden: int = 16, **changes: Any) -> nn.Mo
 
 def of(kind: str, seed: int, **changes: Any) -> nn.Module:
     """Return a small causal language model of a family of transformers."""
-    import transformers
-
     names = f"{kind}ForCausalLM", f"{kind}Config"
     model, config = (getattr(transformers, name) for name in names)
     return build(model, config, seed, **changes)

@@ -8,13 +8,13 @@ from typing import Any
 
 import tiny
 import torch
+import transformers
 from needs import need
 from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 need("trl")
-transformers = need("transformers")
 import tokenizers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer  # noqa: E402
