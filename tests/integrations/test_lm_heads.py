@@ -20,8 +20,6 @@ from fused_kd.integrations.student_teacher import StudentTeacherLoss
 from fused_kd.integrations.transformers import DistillationLoss
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
-
-
 _model = partial(tiny.of, seed=0)
 
 

@@ -151,12 +151,10 @@ def test_same_numbers_of_mft(threshold: float, reduction: str) -> None:
 
 def test_mft_of_16_bit_logits() -> None:
     # as if they were float64: the corrected logits are not rounded to 16 bits
-    student, teacher = torch.randn(2, 7, V), 2 * torch.randn(2, 7, V)
+    sides = [(scale * torch.randn(2, 7, V)).bfloat16() for scale in (1, 2)]
     labels = torch.randint(V, (2, 7))
-    bfloat16 = (student.bfloat16(), teacher.bfloat16())
-    float64 = [x.double() for x in bfloat16]
-    found, expected = MFTLoss()(*bfloat16, labels), MFTLoss()(*float64, labels)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    exact = MFTLoss()(*(x.double() for x in sides), labels)
+    torch.testing.assert_close(MFTLoss()(*sides, labels).double(), exact, rtol=1e-5, atol=0)
 
 
 def test_mft_without_the_rows_that_do_not_count() -> None:

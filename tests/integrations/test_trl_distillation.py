@@ -68,11 +68,8 @@ def outcome(loss: Any, given: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("beta", BETAS)
 def test_same_numbers(beta: float, temperature: float) -> None:
     scales = {"student_logit_scale": 0.5, "teacher_logit_scale": 0.3}
-    for bias, items, more in (
-        (True, None, {}),
-        (True, torch.tensor(7), scales),
-        (False, 5, scales),
-    ):
+    cases = (True, None, {}), (True, torch.tensor(7), scales), (False, 5, scales)
+    for bias, items, more in cases:
         given = {**tensors(bias), "beta": beta, "temperature": temperature, **more}
         given["num_items_in_batch"] = items
         ours, theirs = (outcome(loss, given) for loss in (OURS, THEIRS))
@@ -82,11 +79,10 @@ def test_same_numbers(beta: float, temperature: float) -> None:
 def test_no_token_counts() -> None:
     given = {**tensors(), "beta": 0.5}
     given["completion_mask"] = torch.zeros_like(given["completion_mask"])
-    for found in outcome(OURS, given):
-        assert not found.count_nonzero()
+    assert not any(x.count_nonzero() for x in outcome(OURS, given))
 
 
-def test_narrow_hidden_states_of_a_wide_head() -> None:
+def test_bfloat16_hidden_states_of_a_float32_head() -> None:
     given = {**tensors(bias=False), "beta": 0.5}
     for name in ("student_hidden_states", "teacher_hidden_states"):
         given[name] = given[name].detach().bfloat16().requires_grad_(name.startswith("student"))
@@ -101,12 +97,10 @@ def test_without_a_copy_of_the_uniform_logits() -> None:
     head = Head(torch.randn(1, rows, 16), torch.randn(vocabulary, 16))
     labels = torch.zeros(1, rows, dtype=torch.int64)
     options = {"backend": "auto", "memory_budget": 2**20}
-    made = cpu_peak(partial(entropies, head, labels, 1.0, options)).highest
-    assert made < rows * vocabulary * 4 / 4
+    call = partial(entropies, head, labels, 1.0, options)
+    assert cpu_peak(call).highest < rows * vocabulary * 4 / 4
     log_p = (head.hidden @ head.weight.t()).log_softmax(-1)
-    torch.testing.assert_close(
-        entropies(head, labels, 1.0, options), -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(call(), -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("one_process")

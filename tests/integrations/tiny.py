@@ -20,7 +20,7 @@ LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 #: Adam would divide rounding errors by small gradients.
-SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 #: An update as one batch, and as four micro-batches.
 CUTS: tuple[dict[str, Any], ...] = (

@@ -42,11 +42,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(entries, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, padding_side="left", **special
-    )
-    made.chat_template = TEMPLATE
-    return made
+    options = {"padding_side": "left", "chat_template": TEMPLATE, **special}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **options)
 
 
 def words(count: int, first: int) -> str:
@@ -56,14 +53,12 @@ def words(count: int, first: int) -> str:
 def conversations(count: int = 16) -> Dataset:
     """Return prompts and answers of different lengths."""
 
-    def message(role: str, count: int, first: int) -> dict[str, str]:
-        return {"role": role, "content": words(count, first)}
-
     pairs = [
-        [message("user", 1 + i % 4, i), message("assistant", 1 + (5 * i) % 11, 3 * i)]
+        [("user", words(1 + i % 4, i)), ("assistant", words(1 + (5 * i) % 11, 3 * i))]
         for i in range(count)
     ]
-    return Dataset.from_dict({"messages": pairs})
+    messages = [[{"role": role, "content": text} for role, text in pair] for pair in pairs]
+    return Dataset.from_dict({"messages": messages})
 
 
 def prompts(count: int = 16) -> Dataset:
