@@ -52,7 +52,7 @@ def test_training(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
 def test_mixed_precision_and_checkpointing(tmp_path: Path, kind: str, heads: bool) -> None:
     make = partial(made, kind, tmp_path, bf16=True, gradient_checkpointing=True)
     losses = trained(use_fused_kd(make(), heads=heads))[0], trained(make())[0]
-    torch.testing.assert_close(*losses, rtol=0.02, atol=0)  # logits rounded to bfloat16
+    torch.testing.assert_close(*losses, rtol=0.01, atol=0)  # logits rounded to bfloat16
 
 
 @EACH
