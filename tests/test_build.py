@@ -167,7 +167,7 @@ def _pip(source: Path, *arguments: str, **environment: str) -> None:
 def _installed(target: Path) -> tuple[list[Path], str]:
     """Return an installation's compiled modules and its report; assert that it computes."""
     code = (
-        # an editable installation beside it would lend its compiled module
+        # an editable installation would provide its own compiled module
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
         "import torch, fused_kd\n"
@@ -247,7 +247,7 @@ def test_an_old_setuptools_is_named(source: Path) -> None:
     assert done.stderr.startswith("building fused_kd needs setuptools>=77; got 65.5.0: pip install")
 
 
-# asked for, no compiler, and one that fails
+# requested, no compiler, and one that fails
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "reason"),

@@ -86,7 +86,7 @@ def test_students_learn_the_same(students: list[train.Student]) -> None:
 
 
 def test_step_is_an_ordinary_backward(students: list[train.Student]) -> None:
-    # Measuring the loss by itself changes no gradient, the tied embedding's included
+    # Measuring the loss separately changes no gradient, the tied embedding's included
     from demo import corpus, models
 
     ids, labels = corpus.with_labels(torch.randint(VOCABULARY, (2, 9)))

@@ -49,7 +49,7 @@ def _number(x: float) -> Tensor:
 # ------------------------------------------------------------------------------------ the same bits
 
 
-# one and two visits before the gradient; clusters of 2 and of 8 or 16 blocks
+# one and two passes before the gradient; clusters of 2 and of 8 or 16 blocks
 @pytest.mark.parametrize("vocabulary", [size(32000, 40), size(151936, 90)])
 @pytest.mark.parametrize("divergence", few_here(["forward_kl", "jsd"]))
 def test_200_repetitions(backend: str, divergence: str, vocabulary: int) -> None:
@@ -130,7 +130,7 @@ def test_a_graph_that_is_retained_R_20(backend: str, dtype: torch.dtype) -> None
         torch.testing.assert_close(got, fresh, **close)  # type: ignore[arg-type]
 
 
-# a number for each row; one for all of them, without memory of its own
+# a number for each row; one for all of them, without its own memory
 @pytest.mark.parametrize("expanded", [False, True])
 @each_dtype
 def test_rows_with_upstream_gradients_of_their_own_R_23_R_24(
@@ -266,7 +266,7 @@ def test_a_device_that_is_not_the_current_one_R_55(backend: str) -> None:
 # ------------------------------------------------------------------------------ memory, compilation
 
 
-# where the goals are measured, and where little is to be done
+# the size at which goals are measured, and a small one
 @pytest.mark.parametrize("n", [size(8192, 5), size(256, 3)])
 @pytest.mark.parametrize("divergence", few_here(["forward_kl", "jsd"]))
 @heavy

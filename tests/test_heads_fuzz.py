@@ -2,8 +2,8 @@
 
 A product of hidden states and weights in float32 carries an error that its length and the sizes of
 its terms bound. From it follow bounds for the loss and the gradients, in float64, without a second
-implementation to compare with. Where the bound leaves the softmax open (logits of 1e30, say), or
-where a sum of the product may overflow, only the range is checked.
+implementation to compare with. If the bound leaves the softmax open (logits of 1e30, say), or
+a sum of the product may overflow, only the range is checked.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_it_is_copied_and_pickled() -> None:
 
 
 class _Plain(nn.Module):
-    """Returns its logits; knows nothing of heads."""
+    """A model that returns its logits and has no get_output_embeddings."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ def test_evaluation_N_30(tmp_path: Path, kind: str, heads: bool) -> None:
         scores.append(trainer.evaluate())
     for name in {"eval_loss", "eval_entropy"} & scores[1].keys():
         assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-5)
-    if kind == "gkd":  # logits that are asked for are logits in any case
+    if kind == "gkd":  # requested logits are logits in any case
         data = conversations(2)
         torch.testing.assert_close(*(trainer.predict(data).predictions for trainer in trainers))
 
