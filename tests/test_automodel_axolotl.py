@@ -49,8 +49,8 @@ def test_labels_only_mask_and_may_be_flat(ignore_index: int) -> None:
     odd[0, 1], odd[0, 2] = -1, 10**6
     loss = KDLoss(ignore_index)
     want = KDLoss()(student, teacher, labels.where(labels != ignore_index, -100))
-    for given in (labels, odd, labels.flatten()):
-        assert torch.equal(loss(student, teacher, given), want)
+    for form in (labels, odd, labels.flatten()):
+        assert torch.equal(loss(student, teacher, form), want)
     narrow = torch.full((2, 4), 156, dtype=torch.uint8)  # -100 in eight bits
     every = loss(student, teacher, torch.ones(2, 4).long())
     assert torch.equal(loss(student, teacher, narrow), every)

@@ -154,5 +154,5 @@ def test_labels_that_only_mask_may_be_any_number(ignore_index: int) -> None:
 @pytest.mark.parametrize("kind", [liger.LigerFusedLinearJSD, liger.LigerFusedLinearKLDivLoss])
 def test_accum_dtype_is_that_of_the_sum_of_weight_gradients(kind: Any) -> None:
     """Check the option; test_heads.py checks the sums."""
-    for given, used in ((None, None), *((x, x) for x in (torch.float32, torch.bfloat16))):
-        assert kind(accum_dtype=given)._loss().grad_accum_dtype == used
+    for dtype, used in ((None, None), *((x, x) for x in (torch.float32, torch.bfloat16))):
+        assert kind(accum_dtype=dtype)._loss().grad_accum_dtype == used

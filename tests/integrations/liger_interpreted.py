@@ -32,8 +32,8 @@ def agree(
     first: Callable[..., Any], second: Callable[..., Any], leaves: Sequence[Tensor], *rest: Any
 ) -> None:
     """Compare values and gradients."""
-    found = outcome(first, leaves, *rest), outcome(second, leaves, *rest)
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    results = outcome(first, leaves, *rest), outcome(second, leaves, *rest)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def behind_log_softmax(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -98,4 +98,4 @@ def _on_two_ranks(number: int) -> None:
 @pytest.mark.slow
 def test_on_two_processes(tmp_path: Path) -> None:
     checks = {loop.__name__: partial(_on_two_ranks, i) for i, loop in enumerate(LOOPS)}
-    assert not (found := failures(checks, 2, tmp_path)), "\n".join(found)
+    assert not (wrong := failures(checks, 2, tmp_path)), "\n".join(wrong)

@@ -125,8 +125,8 @@ def test_embeddings_of_the_student_are_refused(heads: bool) -> None:
     message = r"inputs_embeds must not.*pass input_ids"
     refused(ValueError, message, model, inputs_embeds=states, labels=IDS)
     attached = DistillationLoss(student, teacher, heads=heads)
-    for given in ((), (None, None, None, None, states)):
-        outputs = student(*given) if given else student(inputs_embeds=states)
+    for arguments in ((), (None, None, None, None, states)):
+        outputs = student(*arguments) if arguments else student(inputs_embeds=states)
         refused(ValueError, "inputs_embeds must not be in the batch", attached, outputs, IDS)
 
 
@@ -143,7 +143,7 @@ def test_messages_say_why_there_is_no_loss() -> None:
     copied, outputs = deepcopy(attached), student(input_ids=IDS)
     refused(RuntimeError, "DistillationLoss is a copy", copied, outputs, IDS)
     forward = student.forward
-    student.forward = lambda *given: forward(*given)
+    student.forward = lambda *arguments: forward(*arguments)
     message = r"called with 1 positional .* names 0: call it with keyw"
     with pytest.raises(TypeError, match=message):
         attached(student(IDS), IDS)

@@ -71,9 +71,9 @@ def test_automodel(
         total = temperature**2 * (q.exp() * (q - p)).sum()
         return total / (kept.sum() if count is None else count)
 
-    given = {"teacher_logits": teacher, "labels": labels, "num_batch_labels": count}
+    keywords = {"teacher_logits": teacher, "labels": labels, "num_batch_labels": count}
     own, ours = (
-        partial(module.KDLoss(temperature=temperature, chunk_size=chunk_size), **given)
+        partial(module.KDLoss(temperature=temperature, chunk_size=chunk_size), **keywords)
         for module in (own_automodel, automodel)
     )
     check(own, ours, exact, student)

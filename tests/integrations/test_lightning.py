@@ -116,8 +116,8 @@ def _mean_of_all(module: KDModule, seed: int) -> list[float]:
 def _means(metrics: Any, ending: str = "") -> Any:
     """Return the means of an evaluation; `ending`: of one loader."""
     stage = next(iter(metrics)).partition("_")[0]
-    found = [float(metrics[f"{stage}_{name}{ending}"]) for name in KDLossParts._fields]
-    return pytest.approx(found, rel=1e-5)
+    expected = [float(metrics[f"{stage}_{name}{ending}"]) for name in KDLossParts._fields]
+    return pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_is_a_mean_over_all_tokens_N_30(heads: bool, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def converted(loss: nn.Module, layers: tuple[str, str] = HEADS, weight: float = 
     return mtd.convert(tiny.llama(seed=1), mode=[("kd_loss", config)])
 
 
-def trained(model: Any, rate: float, *given: str) -> tuple[list[float], list[Tensor]]:
+def trained(model: Any, rate: float, *inputs: str) -> tuple[list[float], list[Tensor]]:
     """Train four steps, and return the losses and the weights after them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     rows, losses = tiny.ragged(), []
@@ -49,7 +49,7 @@ def trained(model: Any, rate: float, *given: str) -> tuple[list[float], list[Ten
             "labels": batch["labels"].clamp_min(0).flatten(),
             "loss_reduction_fn": lambda loss, kept=kept: loss[kept].mean(),
         }
-        loss = model.compute_kd_loss(**{name: keywords[name] for name in given})
+        loss = model.compute_kd_loss(**{name: keywords[name] for name in inputs})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -80,8 +80,8 @@ TRAININGS: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize("case", TRAININGS)
 def test_training(case: tuple[Any, ...]) -> None:
-    kinds, option, weight, rate, *given = case
-    runs = (trained(converted(x(2.0, option), weight=weight), rate, *given) for x in kinds)
+    kinds, option, weight, rate, *inputs = case
+    runs = (trained(converted(x(2.0, option), weight=weight), rate, *inputs) for x in kinds)
     same(*runs)
 
 

@@ -130,11 +130,13 @@ def test_each_of_several_evaluation_sets_has_its_parts(tmp_path: Path, way: Any)
     trainer = _trained(tmp_path, way)
     sets = {name: tiny.ragged(6, seed=seed) for seed, name in enumerate("ab", 1)}
     for _ in range(2):
-        found = trainer.evaluate(sets)
+        evaluated = trainer.evaluate(sets)
         for name, rows in sets.items():
             alone = trainer.evaluate(rows)
             for key in KEYS:
-                assert found[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-6)
+                assert evaluated[f"eval_{name}_{key}"] == pytest.approx(
+                    alone[f"eval_{key}"], rel=1e-6
+                )
     assert not logged(trainer, "train_hard_loss")
 
 
@@ -297,9 +299,9 @@ def _parts_of_the_evaluation(trainer: KDTrainer) -> None:
     """Check that the parts count as the loss does: not what pads the last batch of the ranks."""
     for _ in range(2):
         trainer.predict(tiny.ragged(5, seed=2))
-        found = trainer.evaluate()
-        parts = 0.3 * found["eval_hard_loss"] + 0.7 * found["eval_soft_loss"]
-        assert parts == pytest.approx(found["eval_loss"], rel=1e-5)
+        evaluated = trainer.evaluate()
+        parts = 0.3 * evaluated["eval_hard_loss"] + 0.7 * evaluated["eval_soft_loss"]
+        assert parts == pytest.approx(evaluated["eval_loss"], rel=1e-5)
 
 
 def test_on_two_processes(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def tensors(bias: bool = True) -> dict[str, Any]:
     return arguments
 
 
-def outcome(loss: Any, given: dict[str, Any]) -> list[Tensor]:
+def outcome(loss: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """Return loss, entropy, number of tokens and gradients."""
-    value, entropy, count = loss(**given)
-    leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
+    value, entropy, count = loss(**inputs)
+    leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
     return [value, entropy, count, *torch.autograd.grad(value, leaves)]
 
 
@@ -70,24 +70,24 @@ def test_same_numbers(beta: float, temperature: float) -> None:
     scales = {"student_logit_scale": 0.5, "teacher_logit_scale": 0.3}
     cases = (True, None, {}), (True, torch.tensor(7), scales), (False, 5, scales)
     for bias, items, more in cases:
-        given = {**tensors(bias), "beta": beta, "temperature": temperature, **more}
-        given["num_items_in_batch"] = items
-        ours, theirs = (outcome(loss, given) for loss in (OURS, THEIRS))
+        inputs = {**tensors(bias), "beta": beta, "temperature": temperature, **more}
+        inputs["num_items_in_batch"] = items
+        ours, theirs = (outcome(loss, inputs) for loss in (OURS, THEIRS))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_counts() -> None:
-    given = {**tensors(), "beta": 0.5}
-    given["completion_mask"] = torch.zeros_like(given["completion_mask"])
-    assert not any(x.count_nonzero() for x in outcome(OURS, given))
+    inputs = {**tensors(), "beta": 0.5}
+    inputs["completion_mask"] = torch.zeros_like(inputs["completion_mask"])
+    assert not any(x.count_nonzero() for x in outcome(OURS, inputs))
 
 
 def test_bfloat16_hidden_states_of_a_float32_head() -> None:
-    given = {**tensors(bias=False), "beta": 0.5}
+    inputs = {**tensors(bias=False), "beta": 0.5}
     for name in ("student_hidden_states", "teacher_hidden_states"):
-        given[name] = given[name].detach().bfloat16().requires_grad_(name.startswith("student"))
-    given["teacher_lm_head_weight"].requires_grad_()  # TRL does not freeze the teacher
-    ours, theirs = (OURS(**given)[0], THEIRS(**given)[0])
+        inputs[name] = inputs[name].detach().bfloat16().requires_grad_(name.startswith("student"))
+    inputs["teacher_lm_head_weight"].requires_grad_()  # TRL does not freeze the teacher
+    ours, theirs = (OURS(**inputs)[0], THEIRS(**inputs)[0])
     rtol = 2e-3 if OF_1_14 else 1e-5  # 1.14 does not round the weights to 16 bits
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-6)
 
@@ -106,16 +106,16 @@ def test_without_a_copy_of_the_uniform_logits() -> None:
 @pytest.mark.usefixtures("one_process")
 def test_a_teachers_shards_are_gathered_and_a_trained_heads_are_refused() -> None:
     """Refuse them: full_tensor()'s backward gives a shard the gradient of its rank's tokens."""
-    given = {**tensors(), "beta": 0.1}
+    inputs = {**tensors(), "beta": 0.1}
     mesh = init_device_mesh("cpu", (1,))
 
     def sharded(model: str) -> dict[str, Any]:
-        names = [name for name in given if name.startswith(f"{model}_lm_head")]
-        shards = {n: distribute_tensor(given[n].detach(), mesh, [Shard(0)]) for n in names}
-        heads = {n: shards[n].requires_grad_(given[n].requires_grad) for n in names}
-        return {**given, **heads}
+        names = [name for name in inputs if name.startswith(f"{model}_lm_head")]
+        shards = {n: distribute_tensor(inputs[n].detach(), mesh, [Shard(0)]) for n in names}
+        heads = {n: shards[n].requires_grad_(inputs[n].requires_grad) for n in names}
+        return {**inputs, **heads}
 
-    torch.testing.assert_close(outcome(OURS, sharded("teacher")), outcome(OURS, given))
+    torch.testing.assert_close(outcome(OURS, sharded("teacher")), outcome(OURS, inputs))
     with pytest.raises(TypeError, match=r"student\.weight must be a local tensor; got a DTensor"):
         outcome(OURS, sharded("student"))
 
@@ -139,15 +139,15 @@ def function_of(parameters: str) -> Any:
 @pytest.mark.parametrize("version", [BEFORE_KERNELS, BEFORE_SCALES])
 def test_arguments_in_the_order_of_other_versions(version: str) -> None:
     # only their signatures: those versions cannot be installed next to this one
-    given = {**tensors(), "beta": 0.1, "num_items_in_batch": 5, "chunk_size": 256}
-    given |= {
-        f"{model}_hidden": given[f"{model}_hidden_states"] for model in ("student", "teacher")
+    inputs = {**tensors(), "beta": 0.1, "num_items_in_batch": 5, "chunk_size": 256}
+    inputs |= {
+        f"{model}_hidden": inputs[f"{model}_hidden_states"] for model in ("student", "teacher")
     }
-    given["mask"] = given["completion_mask"]
+    inputs["mask"] = inputs["completion_mask"]
     signature = inspect.signature(function_of(version))
-    values = [given[name] for name in [*signature.parameters][:10]]
+    values = [inputs[name] for name in [*signature.parameters][:10]]
     loss, _, count = called(signature, False, OPTIONS, *values)
-    own = {name: x for name, x in given.items() if name in SIGNATURE.parameters}
+    own = {name: x for name, x in inputs.items() if name in SIGNATURE.parameters}
     torch.testing.assert_close((loss, count), THEIRS(**own)[::2], rtol=1e-5, atol=1e-6)
 
 
@@ -179,8 +179,8 @@ def test_soft_capped_logits(tmp_path: Path) -> None:
     capped = {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
     message = r"student soft-caps .*=2\.0.*use TRL's own loss"
     refused(ValueError, message, use_fused_kd, distillation(tmp_path, "Gemma2", capped))
-    given = {**tensors(), "beta": 0.5, "teacher_final_logit_softcapping": 3.0}
-    refused(ValueError, "teacher soft-caps", OURS, **given)
+    inputs = {**tensors(), "beta": 0.5, "teacher_final_logit_softcapping": 3.0}
+    refused(ValueError, "teacher soft-caps", OURS, **inputs)
 
 
 def test_heads_are_measured_regardless_of_their_configuration(tmp_path: Path) -> None:

@@ -130,14 +130,14 @@ def test_products_of_heads_run_under_the_trainers_autocast(tmp_path: Path) -> No
 
     trainer.generalized_jsd_loss = watched
     trainer.train()
-    [(found, given)] = seen
-    student, teacher = given["student_logits"].detach(), given["teacher_logits"]
+    [(value, inputs)] = seen
+    student, teacher = inputs["student_logits"].detach(), inputs["teacher_logits"]
     sides = Head(student, weights[0]), Head(teacher, weights[1])
-    num_items = given["num_items_in_batch"]
+    num_items = inputs["num_items_in_batch"]
     for is_autocast in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-            again = KDLoss.like("trl")(*sides, given["labels"], num_items=num_items)
-        assert torch.equal(again, found.detach()) is is_autocast
+            again = KDLoss.like("trl")(*sides, inputs["labels"], num_items=num_items)
+        assert torch.equal(again, value.detach()) is is_autocast
 
 
 def test_accumulation_changes_no_norm_N_17(tmp_path: Path, heads: bool) -> None:
@@ -172,8 +172,8 @@ def test_liger_loss_of_older_versions(tmp_path: Path) -> None:
     assert trainer.liger_loss is not theirs
     student, teacher = torch.randn(7, 16), torch.randn(7, 24)
     heads = torch.randn(V, 16), torch.randn(V, 24)
-    given = (student, heads[0], teacher, heads[1], torch.tensor([-100, 1, 2, 3, -100, 5, 6]))
-    torch.testing.assert_close(trainer.liger_loss(*given), theirs(*given))
+    inputs = (student, heads[0], teacher, heads[1], torch.tensor([-100, 1, 2, 3, -100, 5, 6]))
+    torch.testing.assert_close(trainer.liger_loss(*inputs), theirs(*inputs))
     assert restore(trainer).liger_loss is theirs
     trainer.liger_loss = nn.KLDivLoss()
     message = "must be a LigerFusedLinearJSDLoss; got KLDivLoss"

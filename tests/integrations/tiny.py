@@ -47,10 +47,10 @@ def build(model: Any, config: Any, seed: int, **changes: Any) -> nn.Module:
     """Return any small decoder, whose logits are large enough for softmaxes to differ."""
     sizes = {**IDS, **LAYERS, **ATTENTION, "max_position_embeddings": 64}
     torch.manual_seed(seed)
-    made: nn.Module = model(config(**{**sizes, **changes})).eval()
+    built: nn.Module = model(config(**{**sizes, **changes})).eval()
     with torch.no_grad():
-        made.get_output_embeddings().weight.normal_(std=0.5)
-    return made
+        built.get_output_embeddings().weight.normal_(std=0.5)
+    return built
 
 
 def ragged(count: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:

@@ -85,12 +85,12 @@ KINDS: dict[str, tuple[Any, ...]] = {
 
 
 def trainer_of(
-    name: str, folder: Path, family: str = "Llama", changes: Any = None, **given: Any
+    name: str, folder: Path, family: str = "Llama", changes: Any = None, **more: Any
 ) -> Any:
     """Return a trainer, or a subclass `kind`; student, teacher and data are always the same."""
     kind, config, rows, usual = KINDS[name]
-    kind = given.pop("kind", kind)
-    arguments = config(**settings(folder, **{**usual, **given}))
+    kind = more.pop("kind", kind)
+    arguments = config(**settings(folder, **{**usual, **more}))
     data = {"train_dataset": rows(), "eval_dataset": rows(4), "processing_class": tokenizer()}
     return kind(*models(family, **(changes or {})), args=arguments, **data)
 

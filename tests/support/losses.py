@@ -29,8 +29,8 @@ def parameters(call: Any) -> list[tuple[str, Any, Any]]:
 
 
 def refused(
-    error: Any, message: str, call: Callable[..., Any], *given: Any, **keywords: Any
+    error: Any, message: str, call: Callable[..., Any], *arguments: Any, **keywords: Any
 ) -> None:
     """Assert that a call raises an error, or one of several, whose message matches a pattern."""
     with pytest.raises(error, match=message):
-        call(*given, **keywords)
+        call(*arguments, **keywords)
