@@ -89,7 +89,7 @@ class Package(Distribution):
 
 
 def find_torch() -> None:
-    """Let an isolated build import torch from the environment that it builds for.
+    """Append the site-packages of the environment that an isolated build is for, which has torch.
 
     pip runs such a build with the environment's own Python, but without its site-packages on
     sys.path. They are appended here, so that the build's own packages come first.

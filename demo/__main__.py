@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked before any work is done."""
+    """Parse and check the command line, before any work is done."""
     parser = Parser(
         prog="python -m demo",
         description="Train a small teacher on the text of Python's standard library with a real "
@@ -64,7 +64,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Everything, in order."""
+    """Train, measure, print the table and draw the picture."""
     chosen = options(arguments)
     started = time.perf_counter()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

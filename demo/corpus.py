@@ -31,7 +31,7 @@ class Corpus:
     characters: int
 
     def batches(self, rows: int, length: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless random windows of the training text: (ids, labels), each (rows, length).
+        """Yield random windows of the training text, endlessly: (ids, labels), each (rows, length).
 
         Args:
             rows: windows in a batch.
@@ -44,20 +44,20 @@ class Corpus:
             yield with_labels(self.train[starts + torch.arange(length)])
 
     def held_out_batches(self, rows: int, length: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """The same windows for every model, spread evenly over the held-out text."""
+        """Return windows spread evenly over the held-out text, the same for every model."""
         count = max(1, tokens // (rows * length)) * rows
         starts = torch.linspace(0, len(self.held_out) - length, count).long()
         windows = self.held_out[starts[:, None] + torch.arange(length)]
         return [with_labels(part) for part in windows.split(rows)]
 
     def unigram_perplexity(self) -> float:
-        """Of the held-out text, for a model that only knows how frequent each token is."""
+        """Return the held-out text's perplexity under the frequencies of single tokens."""
         counts = torch.bincount(self.train, minlength=self.vocab_size).double() + 0.1
         return (counts / counts.sum())[self.held_out].log().mean().neg().exp().item()
 
 
 def with_labels(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids (B, S) and their labels: the next token, and "ignore" where there is none.
+    """Return the ids (B, S) and their labels: the next token, and -100 at the end.
 
     The labels are shifted, never the logits: a slice of the logits would cost a second gradient.
     """
@@ -86,7 +86,7 @@ def load(train_tokens: int, held_out_tokens: int) -> Corpus:
 
 
 def library_files() -> list[Path]:
-    """The interpreter's own source files (code, docstrings, language reference), in a fixed mix."""
+    """Return the interpreter's own source files, code and documentation in a fixed mix."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     names = [name for name in names if not SKIPPED_FOLDERS.intersection(name.parts)]

@@ -16,7 +16,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def build(vocab_size: int, layers: int) -> LlamaForCausalLM:
-    """A freshly initialised Llama with tied embeddings and heads of 32."""
+    """Return a freshly initialised Llama with tied embeddings and attention heads of 32."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
@@ -34,7 +34,7 @@ def build(vocab_size: int, layers: int) -> LlamaForCausalLM:
 
 
 def student_of(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A shallower Llama that starts from the teacher without its last layers, as DistilBERT did."""
+    """Return a Llama that starts as the teacher without its last layers, as DistilBERT did."""
     student = build(teacher.config.vocab_size, STUDENT_LAYERS)
     names = student.state_dict().keys()
     student.load_state_dict({k: v for k, v in teacher.state_dict().items() if k in names})
@@ -45,7 +45,7 @@ class FrequentVocabulary:
     """The vocabulary for a training of a minute: the frequent tokens, and one for all the others.
 
     All rare tokens share one row of the (tied) embedding. The exact softmax over all entries then
-    needs only the columns of the frequent ones and one more, weighted by how many it stands for.
+    needs only the columns of the frequent ones and one more, weighted by the number of rare tokens.
     """
 
     def __init__(self, tokens: Tensor, vocab_size: int) -> None:
@@ -58,14 +58,14 @@ class FrequentVocabulary:
         self.tokens = self.class_of[tokens]
 
     def build_teacher(self) -> LlamaForCausalLM:
-        """The teacher over the classes; its embeddings start from which tokens stand together."""
+        """Return a teacher over the classes; its embeddings start from co-occurrences of tokens."""
         teacher = build(self.shared + 1, TEACHER_LAYERS)
         with torch.no_grad():
             teacher.get_input_embeddings().weight.copy_(self.cooccurrence_embeddings())
         return teacher
 
     def cooccurrence_embeddings(self) -> Tensor:
-        """Latent semantic analysis: the leading part of the positive pointwise information."""
+        """Run latent semantic analysis: the leading part of the positive pointwise information."""
         x, size = self.tokens, self.shared + 1
         pairs = torch.cat([torch.stack([x[:-gap], x[gap:]]) for gap in (1, 2)], dim=1)
         pairs = torch.cat([pairs, pairs.flip(0)], dim=1)
@@ -82,14 +82,14 @@ class FrequentVocabulary:
         return 0.02 * table / table.std()
 
     def loss(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy over the full vocabulary, up to a constant."""
+        """Return the mean cross-entropy over the full vocabulary, up to a constant."""
         logits = teacher(input_ids=self.class_of[ids]).logits
         logits[..., self.shared] += self.log_size
         labels = torch.where(labels >= 0, self.class_of[labels.clamp_min(0)], labels)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def expand(self, teacher: LlamaForCausalLM) -> LlamaForCausalLM:
-        """The same teacher with a row for every entry of the vocabulary, frozen."""
+        """Return the teacher, frozen, with a row for every entry of the vocabulary."""
         full = build(len(self.class_of), TEACHER_LAYERS)
         state = teacher.state_dict()
         state |= {name: state[name][self.class_of] for name in (EMBEDDING, "lm_head.weight")}

@@ -1,4 +1,4 @@
-"""One line that tells how far a phase is: redrawn on a terminal, a few plain lines elsewhere."""
+"""One line with the progress of a phase: redrawn on a terminal, a few plain lines elsewhere."""
 
 import shutil
 import sys
@@ -10,7 +10,7 @@ class Progress:
     """A context; call `advance` once per step. Its `note` is shown next to the bar."""
 
     WIDTH = 24  # of the bar
-    PLAIN_LINES = 8  # per phase, where the output is no terminal
+    PLAIN_LINES = 8  # per phase, if the output is no terminal
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.done = label, total, 0
@@ -32,7 +32,7 @@ class Progress:
             print(flush=True)
 
     def advance(self, note: str = "") -> None:
-        """One more step is done."""
+        """Count one more step, and show it."""
         self.done += 1
         now, last = time.perf_counter(), self.done == self.total
         if self.terminal and (last or now - self.drawn > 0.1):
@@ -46,7 +46,7 @@ class Progress:
                 print(f"{self.label:<10} {self.state(note)}", flush=True)
 
     def state(self, note: str) -> str:
-        """Steps, time and note."""
+        """Return steps, time and note as text."""
         used = time.perf_counter() - self.start
         if self.done < self.total:
             rest = used / max(self.done, 1) * (self.total - self.done)
@@ -57,7 +57,7 @@ class Progress:
         return f"{self.done:{digits}d}/{self.total}  {clock}  {note}".rstrip()
 
     def draw(self, note: str) -> None:
-        """Redraw the line; the rest of the old one is erased."""
+        """Draw the line again; the rest of the old one is erased."""
         filled = self.WIDTH * self.done // self.total
         bar = "━" * filled + "╌" * (self.WIDTH - filled)
         line = f"{self.label:<10} {bar} {self.state(note)}"

@@ -56,13 +56,13 @@ class Summary:
         )
 
     def needs(self) -> tuple[str, ...]:
-        """Its cells; a star where the loss contains products that other losses leave outside."""
+        """Format the cells; a star marks a loss with products that others leave outside."""
         star = "*" if self.name == HEADS else " "
         loss_ms, loss_mib = f"{self.loss_ms:.1f}{star}", f"{self.loss_mib:.1f}{star}"
         return loss_ms, f"{self.step_ms:.0f} ", loss_mib, f"{self.step_mib:.1f} "
 
     def ratios(self, eager: "Summary") -> tuple[str, ...]:
-        """How many times less it needs, where the two do the same."""
+        """Format the ratios to the eager loss of the quantities that include the same work."""
         step_ms, step_mib = times(eager.step_ms, self.step_ms), times(eager.step_mib, self.step_mib)
         if self.name == HEADS:
             return "", step_ms, "", step_mib
@@ -71,13 +71,13 @@ class Summary:
 
 
 def largest_difference(students: list[Student]) -> float:
-    """Between any two curves, over all steps."""
+    """Return the largest difference between any two curves, over all steps."""
     steps = zip(*(student.losses for student in students), strict=True)
     return max(max(losses) - min(losses) for losses in steps)
 
 
 def table(students: list[Student], scores: dict[str, Scores]) -> str:
-    """Of each student: time, memory and how it did; then the ratios; then the other models."""
+    """Format time, memory and scores of each student, the ratios, and the other models' scores."""
     rows = [Summary.of(student) for student in students]
     eager, *fused = rows
     cells = [
@@ -94,7 +94,7 @@ def table(students: list[Student], scores: dict[str, Scores]) -> str:
 
 
 def notes(students: list[Student], budget: int) -> str:
-    """How the table is to be read."""
+    """Return the notes below the table."""
     return f"""\
 Times are medians over {len(students[0].losses)} steps. Memory is the peak: of a loss,
 beyond what it is given; of a step, beyond weights and optimizer; gradients
@@ -106,18 +106,18 @@ are counted. hard, soft and perplexity are those of held-out text.
 
 
 def shown(of: Scores) -> tuple[str, str, str]:
-    """The last three cells of a row."""
+    """Format the last three cells of a row."""
     return f"{of.hard:.4f}", f"{of.soft:.4f}", f"{of.perplexity:.1f}"
 
 
 def times(eager: float, fused: float) -> str:
-    """How many times less is needed than by the eager loss."""
+    """Format the ratio of what the eager loss needs to what a fused one needs."""
     ratio = eager / max(fused, 1e-9)
     return "> 9999×" if ratio > 9999 else f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
 
 
 def setting(vocab_size: int) -> str:
-    """What was measured, in one line."""
+    """Describe the setting in one line."""
     return (
         f"Small Llamas on the text of Python's standard library: {STUDENT_ROWS * WINDOW} tokens "
         f"a step, {vocab_size:,} vocabulary entries, float32, {torch.get_num_threads()} CPU threads"
@@ -125,7 +125,7 @@ def setting(vocab_size: int) -> str:
 
 
 def picture(students: list[Student], vocab_size: int, path: Path) -> None:
-    """Left: the loss curves on one axis. Right: bars of time and memory."""
+    """Draw the loss curves on one axis to the left, bars of time and memory to the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,7 +151,7 @@ def picture(students: list[Student], vocab_size: int, path: Path) -> None:
 
 
 def title(eager: Summary, fused: Summary, heads: Summary) -> str:
-    """What the picture shows, in one line."""
+    """Return the picture's title."""
     if fused.loss_ms >= eager.loss_ms:
         return "The same training, on the slow reference backend of fused_kd"
     faster, smaller = times(eager.loss_ms, fused.loss_ms), times(eager.step_mib, heads.step_mib)
@@ -159,7 +159,7 @@ def title(eager: Summary, fused: Summary, heads: Summary) -> str:
 
 
 def draw_curves(axes: "Axes", students: list[Student]) -> None:
-    """Over one another: the first as a band, the second as a line in it, the third as dots."""
+    """Draw the curves on one another: a band, a line in it, and dots."""
     from matplotlib.ticker import MaxNLocator
 
     steps = range(1, len(students[0].losses) + 1)
@@ -178,7 +178,7 @@ def draw_curves(axes: "Axes", students: list[Student]) -> None:
 
 
 def draw_bars(axes: "Axes", rows: list[Summary], name: str, quantity: str) -> None:
-    """One quantity of every student, and how much less than the first's it is."""
+    """Draw a quantity of every student as bars, and the ratio of the first's to it."""
     values = [getattr(row, quantity) for row in rows]
     axes.barh([LABELS[row.name] for row in rows], values, color=COLOURS, height=0.72)
     axes.invert_yaxis()

@@ -119,7 +119,7 @@ class Student:
         self.optimizer.zero_grad()
 
     def step(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
-        """One step of training."""
+        """Train one step, and record its loss and times."""
         start = time.perf_counter()
         loss, loss_ms = self.forward_and_backward(teacher, ids, labels)
         self.optimizer.step()
@@ -130,12 +130,12 @@ class Student:
 
 
 def optimizer_of(model: LlamaForCausalLM, rate: float) -> torch.optim.Optimizer:
-    """AdamW, the same for every model here."""
+    """Return AdamW with the same settings for every model."""
     return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
-    """A short warm-up, then a cosine down to a tenth."""
+    """Set the rate: a short warm-up, then a cosine down to a tenth of the peak."""
     warm = min(1.0, (step + 1) / max(1.0, 0.08 * steps))
     cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
     for group in optimizer.param_groups:
@@ -143,7 +143,7 @@ def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: in
 
 
 def train_teacher(corpus: Corpus, steps: int, seed: int) -> LlamaForCausalLM:
-    """A teacher over the full vocabulary, trained on the corpus from nothing."""
+    """Return a teacher over the full vocabulary, trained from scratch on the corpus."""
     vocabulary = FrequentVocabulary(corpus.train, corpus.vocab_size)
     teacher = vocabulary.build_teacher()
     optimizer = optimizer_of(teacher, TEACHER_RATE)
@@ -168,7 +168,7 @@ def distil(
     steps: int,
     seed: int,
 ) -> list[Student]:
-    """A student per method, side by side: all from the weights of `start`, on the same batches."""
+    """Train a student per method, all from the weights of `start` and on the same batches."""
     students = [Student(name, deepcopy(start), method) for name, method in methods.items()]
     batches = corpus.batches(STUDENT_ROWS, WINDOW, seed + 1)
     first = next(batches)
@@ -187,7 +187,7 @@ def distil(
 
 @torch.no_grad()
 def evaluate(models: dict[str, LlamaForCausalLM], corpus: Corpus) -> dict[str, Scores]:
-    """Score models on the held-out text; the first one is the teacher of the soft loss."""
+    """Compute each model's scores on the held-out text; the first is the soft loss's teacher."""
     batches = corpus.held_out_batches(STUDENT_ROWS, WINDOW, HELD_OUT_TOKENS)
     sums = torch.zeros(len(models), 2, dtype=torch.float64)
     with Progress("held-out", len(batches)) as progress:

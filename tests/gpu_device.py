@@ -46,7 +46,7 @@ BACKENDS = [
     for name in (_WANTED if REAL else ["cpu"])
     for why in [why_not(name, DEVICE)]
 ]
-#: A test that needs gigabytes of the device: one at a time, where several tests run at once.
+#: A test that needs gigabytes of the device: one at a time, if several tests run at once.
 heavy: Callable[[_Value], _Value] = (
     pytest.mark.xdist_group("heavy") if importlib.util.find_spec("xdist") else lambda test: test
 )
@@ -57,7 +57,7 @@ def size(real: int, tiny: int) -> int:
 
 
 def few_here(values: Iterable[_Value]) -> list[_Value]:
-    """Return all of them on a GPU; the last where it is only to be seen that the tests run."""
+    """Return all of them on a GPU; elsewhere the last, to see that the tests run."""
     return list(values)[0 if REAL else -1 :]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +44,9 @@ def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "teacher_logits", lambda teacher=teacher: loss(logits(), teacher, labels())
     yield "student_logits and teacher_logits", lambda: loss(logits(), logits(N, V + 1), labels())
     yield "of student_logits", lambda: loss(logits(), logits(), labels(N + 1))
+    yield "labels must be a torch.Tensor", lambda: loss(logits(), logits(), None)
+    yield "temperature", lambda: automodel.KDLoss(temperature=0.0)
+    yield "tp_group", lambda: automodel.KDLoss(tp_group=object())
     for bad in (-1, float("nan"), True, "4", torch.tensor(-2), torch.ones(2)):
         yield "num_batch_labels", lambda bad=bad: loss(logits(), logits(), labels(), bad)
 
@@ -50,7 +54,11 @@ def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
 def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
     for loss in (axolotl.loss, axolotl.ChunkedTopKKDLoss(2)):
         yield "student_logits", lambda loss=loss: loss(*top_k(s=logits(1, N, V).long()))
-        for logs in (NAN, None):
+        yield "student_logits", lambda loss=loss: loss(*top_k(s=logits()))
+        yield "at most its length", lambda loss=loss: loss(*top_k(s=logits(1, N - 1, V)))
+        yield "target_mask", lambda loss=loss: loss(*top_k(mask=None))
+        yield "target_token_ids", lambda loss=loss: loss(*top_k(ids=labels().int().view(1, N, 1)))
+        for logs in (NAN, None, logits(1, N, 2)):
             yield "target_logprobs", lambda loss=loss, logs=logs: loss(*top_k(logs=logs))
         for bad in ("4", None, float("nan"), torch.tensor(torch.nan), torch.ones(2)):
             yield "num_items_in_batch", lambda loss=loss, bad=bad: loss(*top_k(), bad)
@@ -62,7 +70,19 @@ def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
-    both = liger.LigerFusedLinearJSDLoss
+    both, alone = liger.LigerFusedLinearJSDLoss, liger.LigerFusedLinearJSD
+    kl = liger.LigerFusedLinearKLDivLoss
+    for kind in (both, alone, kl):
+        yield "temperature", lambda kind=kind: kind(temperature=0.0)
+    for kind in (kl, liger.LigerKLDIVLoss):
+        yield "reduction", lambda kind=kind: kind(reduction="none")
+    for size in (0, "many"):
+        yield "chunk_size", lambda size=size: both(chunk_size=size)
+    target = logits().softmax(-1)
+    for kind, inputs in ((alone, (*heads(), labels())), (kl, (*heads()[:2], target))):
+        for dtype in ("float32", torch.bfloat16):  # the inputs are float32
+            yield "accum_dtype", lambda k=kind, d=dtype, x=inputs: k(accum_dtype=d)(*x)
+    yield "beta", lambda: both(beta=1.5)
     yield "weight_hard_loss", lambda: both(weight_hard_loss=-1.0)
     yield "weight_soft_loss", lambda: both(weight_soft_loss="1")
     yield "student_input", lambda: both()(*heads(s=logits(N, H).long()), labels())
@@ -75,24 +95,24 @@ def of_liger() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "true_labels", lambda: both()(*heads(), None)
     yield "teacher_weight", lambda: both()(*heads(tw=None), labels())
     yield "teacher_logits", lambda: liger.LigerFusedCETVDLoss()(logits(), None, labels())
-    alone = liger.LigerFusedLinearJSD
     yield "jsd_beta", lambda: alone(jsd_beta=2.0)
     yield "student_input", lambda: alone()(*heads(s=None), labels())
     yield "teacher_input", lambda: alone()(*heads(t=logits(N, H) * ATTACHED[:, :1]), labels())
     yield "teacher_input", lambda: alone()(*heads(t=None), labels())
     yield "shift_labels", lambda: alone()(*heads(), labels(N + 1))
-    kl = liger.LigerFusedLinearKLDivLoss()
-    yield "student_input", lambda: kl(logits(N, H + 1), logits(V, H), logits().softmax(-1))
-    target = logits().softmax(-1)
-    yield "shift_labels", lambda: kl(logits(N, H), logits(V, H), target, labels(N + 1))
+    yield "student_input", lambda: kl()(logits(N, H + 1), logits(V, H), target)
+    for shifted in (labels(N + 1), [1] * N):
+        yield "shift_labels", lambda y=shifted: kl()(*heads()[:2], target, y)
+    for bad in (None, target.long(), target[:, 1:], ATTACHED, target - 1):
+        yield "target", lambda bad=bad: kl()(*heads()[:2], bad)
     jsd = liger.LigerJSD()
     yield "log_q", lambda: jsd(logits().long(), logits())
     for teacher in (ATTACHED.log_softmax(-1), None):
         yield "log_p", lambda teacher=teacher: jsd(logits(), teacher)
     yield "shift_labels", lambda: jsd(logits(), logits(), labels(N + 1))
     yield "y_pred", lambda: liger.LigerKLDIVLoss()(logits().long(), target)
-    for teacher in (ATTACHED, None):
-        yield "y_true", lambda t=teacher: liger.LigerKLDIVLoss(log_target=True)(logits(), t)
+    for teacher, log in itertools.product((ATTACHED, None, target[:, 1:]), (False, True)):
+        yield "y_true", lambda t=teacher, x=log: liger.LigerKLDIVLoss(log_target=x)(logits(), t)
 
 
 def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,4 +1,8 @@
-"""Public reports about glue, over every adapter that needs no framework; numbers as N-08."""
+"""Public reports about glue, over every adapter that needs no framework; numbers as N-08.
+
+P01, P02, P09, P49 and the shift of labels are in the comparisons with the frameworks' own losses,
+and in real trainings.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.adapters import ADAPTERS, LABELLED
 from support.distributed import MESH_CHECKS
+from support.losses import outcome, refused
 from support.processes import failures
 from torch import Tensor
 from torch import distributed as dist
@@ -16,6 +22,30 @@ from fused_kd import Head, KDLoss
 from fused_kd.integrations import axolotl, liger, model_optimizer
 
 N, V, H = 5, 7, 3
+
+
+def logits(seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(N, V, dtype=torch.float64, generator=draw)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_teacher_that_is_one_token_off_is_seen_N_23(name: str) -> None:
+    # RLCSD#6 and fmchisel#23; and P03, TRL#5731: equal models have nothing to learn
+    s, y = logits(0), torch.arange(N)
+    y[-1] = -100
+    same, gradient = outcome(ADAPTERS[name], [s], s.clone(), y)
+    rolled, _ = outcome(ADAPTERS[name], [s], s.roll(1, 0), y)
+    assert abs(same) < 1e-5
+    assert gradient.abs().max() < 1e-6
+    assert rolled - same > 0.1
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_no_row_that_counts_P47(name: str) -> None:
+    value, gradient = outcome(ADAPTERS[name], [logits(0)], logits(1), torch.full((N,), -100))
+    assert value == 0
+    assert not gradient.any()
 
 
 def of_probabilities(q: Tensor) -> dict[str, Tensor]:
@@ -53,9 +83,16 @@ def test_a_negative_target_is_never_dropped_N_08() -> None:
         (liger.LigerKLDIVLoss(reduction="batchmean"), (torch.randn(N, V).log_softmax(-1), q)),
     )
     for loss, inputs in calls:
-        with pytest.raises(ValueError, match=r"must hold probabilities.*got -0\.14"):
-            loss(*inputs)
+        refused(ValueError, r"must hold probabilities.*got -0\.14", loss, *inputs)
         assert torch.compile(loss, backend="eager")(*inputs).isnan()
+
+
+def test_a_soft_term_without_a_teacher_is_refused_N_25() -> None:
+    # atropos#456: the teacher's values were collected, and the loss was a cross-entropy alone. The
+    # adapters are in test_adapter_messages.py
+    s, y = torch.randn(N, V), torch.arange(N)
+    for student in (s, Head(s, torch.eye(V))):
+        refused(ValueError, "^teacher must be given when soft_weight", KDLoss(), student, None, y)
 
 
 def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
@@ -64,15 +101,15 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
     identity = torch.eye(V)
     for label in (V, -5):
         y = torch.tensor([0, 1, label, -100, 3])
-        for call in (
-            lambda y=y: KDLoss()(s, t, y),
-            lambda y=y: KDLoss()(Head(s, identity), Head(t, identity), y),
-            lambda y=y: liger.LigerFusedLinearJSDLoss()(s, identity, t, identity, y),
-            lambda y=y: liger.LigerFusedCETVDLoss()(s, t, y),
-            lambda y=y: model_optimizer.MFTLoss()(s, t, y),
+        message = rf"must be in \[0, {V}\).*got {label} at .* 2"
+        for loss, sides in (
+            (KDLoss(), (s, t)),
+            (KDLoss(), (Head(s, identity), Head(t, identity))),
+            (liger.LigerFusedLinearJSDLoss(), (s, identity, t, identity)),
+            (liger.LigerFusedCETVDLoss(), (s, t)),
+            (model_optimizer.MFTLoss(), (s, t)),
         ):
-            with pytest.raises(ValueError, match=rf"must be in \[0, {V}\).*got {label} at .* 2"):
-                call()
+            refused(ValueError, message, loss, *sides, y)
 
 
 @pytest.mark.slow

@@ -228,7 +228,7 @@ def test_other_uses_of_the_same_logits(backend: str, total: Any) -> None:
     assert torch.equal(logits, before)
 
 
-# ------------------------------------------------------------------- who requires grad, and where
+# ------------------------------------------------------------------- which tensors require grad
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

@@ -63,7 +63,7 @@ def test_a_method_that_computes_something_else_says_so() -> None:
 
 
 def test_packages_are_imported_when_they_are_used() -> None:
-    """Importing them costs seconds, and may fail."""
+    # Importing them costs seconds, and may fail
     packages = {method.package.split("-")[0] for method in METHODS.values() if method.package}
     packages |= {"liger_kernel", "modelopt", "fla", "cut_cross_entropy"}
     code = f"import sys, benchmarks.methods; sys.exit(set(sys.modules) & {packages!r} != set())"

@@ -79,7 +79,7 @@ def _guarded(values: Tensor, side: str) -> Tensor:
 
 
 def walk_along_guard_pages() -> None:
-    # In a process of its own: every tensor ends, or begins, at a page that can't be touched.
+    # In another process: every tensor ends, or begins, at a page that can't be touched.
     torch.set_num_threads(1)
     op = torch.ops.fused_kd
     info = cpu.build_info()
@@ -108,7 +108,7 @@ def walk_along_guard_pages() -> None:
                     *_, stats, grad = op.forward_backward.default(*given, *numbers)
                     assert stats.shape == (N, ops.STATS)
                     into, stats = _guarded(grad, side), _guarded(stats, side)
-                    for factor in (0.75, 4 / 3):  # made anew in 16 bits, else multiplied
+                    for factor in (0.75, 4 / 3):  # computed again in 16 bits, else multiplied
                         scale = _guarded(torch.tensor([factor]), side)
                         op.rescale_.default(*given, stats, *numbers, scale, into)
                     op.scale_.default(into, _guarded(torch.tensor([0.75]), side))

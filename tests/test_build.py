@@ -51,7 +51,7 @@ def test_the_module_needs_only_what_is_there_anyway() -> None:
 
 @compiled
 def test_the_module_uses_only_the_stable_interface_of_torch() -> None:
-    """No C++ name of torch: those change from one version to the next."""
+    # No C++ name of torch: those change from one version to the next
     symbols = _tool("nm", "-D", "--undefined-only", str(_module.__file__)).split()  # type: ignore[union-attr]
     of_torch = [s for s in symbols if re.match(r"_Z\w*N(K?)(2at|3c10|5torch)\d", s)]
     assert of_torch == []
@@ -69,7 +69,7 @@ def test_the_module_exports_only_its_entry() -> None:
 
 @compiled
 def test_both_languages_have_the_same_row_statistics_and_divergences() -> None:
-    """Python's copies shape the tensors in a compiler's trace, and are the kernels' codes."""
+    # Python's copies shape the tensors in a compiler's trace, and are the kernels' codes
     info = extension.cpu.build_info()
     assert info is not None
     assert info["row_statistics"] == ops.STATS
@@ -77,18 +77,16 @@ def test_both_languages_have_the_same_row_statistics_and_divergences() -> None:
 
 
 def _functions(listing: str) -> dict[str, str]:
-    """Mangled name: its disassembly."""
+    """Return each function's disassembly by its mangled name."""
     parts = re.split(r"^[0-9a-f]+ <(\S+)>:$", listing, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @compiled
 def test_vector_instructions_stay_in_their_namespaces() -> None:
-    """A processor without AVX never meets one outside the kernels chosen for another.
-
-    Functions are told apart by name: what isn't in the namespace of an instruction set (standard
-    library templates, lambdas of the driver) may be called on any processor.
-    """
+    # A processor without AVX executes none outside the kernels chosen for another.
+    # Functions are distinguished by name: what isn't in the namespace of an instruction set
+    # (standard library templates, lambdas of the driver) may be called on any processor
     info = extension.cpu.build_info()
     assert info is not None
     if "avx2" not in info["instruction_sets"]:  # type: ignore[operator]
@@ -113,7 +111,7 @@ def test_vector_instructions_stay_in_their_namespaces() -> None:
 
 
 def test_the_package_without_the_module() -> None:
-    """A module that doesn't load: the reference backend, and the reason shown."""
+    # A module that doesn't load: the reference backend, and the reason shown
     code = (
         "import sys; sys.modules['fused_kd._C'] = None\n"
         "import torch, fused_kd; from fused_kd import env, backends\n"
@@ -146,7 +144,7 @@ def test_the_package_without_numpy() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of what is built from: a build leaves files behind."""
+    """Copy what is built from: a build leaves files behind."""
     target = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
     for name in ("csrc", "fused_kd", "tests"):
@@ -167,9 +165,9 @@ def _pip(source: Path, *arguments: str, **environment: str) -> None:
 
 
 def _installed(target: Path) -> tuple[list[Path], str]:
-    """The compiled modules there, and the report of that installation, which also works."""
+    """Return an installation's compiled modules and its report; assert that it computes."""
     code = (
-        # an editable installation beside it would lend its compiled module
+        # an editable installation would provide its own compiled module
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
         "import torch, fused_kd\n"
@@ -182,7 +180,7 @@ def _installed(target: Path) -> tuple[list[Path], str]:
 
 
 def _setup(source: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """setup.py, after some code, in a Python of its own."""
+    """Run setup.py, after some code, in another process."""
     code += "\nimport runpy; runpy.run_path('setup.py', run_name='__main__')"
     return subprocess.run(
         [sys.executable, "-c", code, "build_py", "-d", "built"],
@@ -196,7 +194,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def test_importing_setup_builds_nothing(source: Path, tmp_path: Path) -> None:
-    """Neither a command nor a decision: torch is not imported, the last build's note is kept."""
+    # Neither a command nor a decision: torch is not imported, the last build's note is kept
     note = source / "fused_kd" / "_not_built.txt"
     note.write_text("the last build's reason")
     before = _files(tmp_path)
@@ -215,7 +213,7 @@ def test_importing_setup_builds_nothing(source: Path, tmp_path: Path) -> None:
 
 
 def test_setup_runs_from_another_directory(source: Path, tmp_path: Path) -> None:
-    """Metadata, packages and notes are found: the path of the caller does not matter."""
+    # Metadata, packages and notes are found: the path of the caller does not matter
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     environment = {**os.environ, "FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "0"}
@@ -232,7 +230,7 @@ def test_setup_runs_from_another_directory(source: Path, tmp_path: Path) -> None
 
 
 def test_an_isolated_build_finds_the_torch_of_its_environment(source: Path, tmp_path: Path) -> None:
-    """As pip isolates: the build's requirements alone are on the path, the Python is the same."""
+    # As pip isolates: the build's requirements alone are on the path, the Python is the same
     for name in ("setuptools", "_distutils_hack", "pybind11"):
         (tmp_path / name).symlink_to(Path(str(import_module(name).__file__)).parent)
     hide = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
@@ -249,7 +247,7 @@ def test_an_old_setuptools_is_named(source: Path) -> None:
     assert done.stderr.startswith("building fused_kd needs setuptools>=77; got 65.5.0: pip install")
 
 
-# asked for, no compiler, and one that fails
+# requested, no compiler, and one that fails
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "reason"),
@@ -285,7 +283,7 @@ def test_a_word_that_the_build_does_not_know(source: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_wheel_without_the_module(source: Path, tmp_path: Path) -> None:
-    """The wheel with the module: tests/test_shipping.py."""
+    # The wheel with the module: tests/test_shipping.py
     _pip(source, "wheel", "-w", str(tmp_path), FUSED_KD_BUILD="0")
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -295,7 +293,7 @@ def test_a_wheel_without_the_module(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_reason_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installation's note comes before the error of the import."""
+    # An installation's note comes before the error of the import
     where: Any = tmp_path / "extension.py"
     monkeypatch.setattr(extension, "__file__", str(where))
     why = extension.cpu._why_missing(ImportError("no such module"))

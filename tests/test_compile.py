@@ -48,7 +48,7 @@ def same(
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
-# every branch that a trace may meet: reductions, weights, no labels, terms that are off
+# every branch of a trace: reductions, weights, no labels, terms that are off
 CASES: list[dict[str, Any]] = [
     {},
     {"reduction": "none", "divergence": "jsd", "temperature": 2.0},

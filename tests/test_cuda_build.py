@@ -59,7 +59,7 @@ def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _install(
     python: str, folder: Path, **environment: str
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    # From a copy of the source into a folder of its own; that folder.
+    # From a copy of the source into a separate folder; that folder.
     source, target = copy_source(folder / "source"), folder / "installed"
     command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     done = _run([*command, "--target", str(target), "."], source, MAX_JOBS="2", **environment)
@@ -157,7 +157,7 @@ def test_a_compiler_that_fails_leaves_the_cpu_module(cuda_python: str, tmp_path:
     tools.mkdir(parents=True)
     code = "from torch.utils import cpp_extension; print(cpp_extension.CUDA_HOME)"
     real = Path(_ask(cuda_python, tmp_path, code).strip()) / "bin" / "nvcc"
-    nvcc = tools / "nvcc"  # tells its version, compiles nothing
+    nvcc = tools / "nvcc"  # prints its version, compiles nothing
     nvcc.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) exit 1;; esac\nexec {real} "$@"\n')
     nvcc.chmod(0o755)
     build = {"CUDA_HOME": str(tools.parent), "DEBUG": "1"}

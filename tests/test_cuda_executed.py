@@ -133,7 +133,7 @@ def test_blocks_push_into_each_others_memory() -> None:
 def test_a_barrier_waits_for_all_that_have_not_ended(
     barrier: str, place: str, limit: str, then: str
 ) -> None:
-    """Warp or block 0 writes what the others read after the barrier, and waits before that."""
+    # Warp or block 0 writes what the others read after the barrier, and waits before that
     text = f"""S2R R0, {place}; LDC.64 R4, c[0x0][0x210]; ISETP.LT.AND P0, PT, R0, {limit}, PT
         @P0 BRA `(.L_late); .L_wait:; {barrier}; LDG.E R1, desc[UR4][R4.64]; S2R R0, SR_TID.X
         {STORE}; .L_late:; WARPSYNC.ALL; MOV R6, 0x7; STG.E desc[UR4][R4.64], R6; {then}"""

@@ -31,7 +31,7 @@ from fused_kd.testing import assert_obeys_error_rule, make_inputs
 pytestmark = pytest.mark.xdist_group("the emulated CUDA library")
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
-# the student's type is compiled in; the teacher's is, or is asked at run time
+# the student's type is compiled in; the teacher's is, or is chosen at run time
 DTYPES = [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, BRAIN)]
 NAN, INF = float("nan"), float("inf")
 KINDS = {"general": 80, "cluster": 90}
@@ -75,7 +75,7 @@ def test_any_vocabulary(vocabulary: int, divergence: str) -> None:
         obey("language_model", divergence, dtypes, vocabulary=vocabulary)
 
 
-# the hard term's exponential is the soft one's, its square, one of its own
+# the hard term's exponential is the soft one's, its square, a separate one
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_temperature_and_smoothing(divergence: str, smoothing: float, temperature: float) -> None:
@@ -121,7 +121,7 @@ def test_references_that_are_left_behind(divergence: str, temperature: float, sl
     assert_obeys_error_rule(inputs, upstream, backend="cuda", divergence=divergence, **keywords)
 
 
-# the first groups of all threads are absent, and nothing but the references would tell
+# the first groups of all threads are absent; only the references would differ
 def test_mse_alone_after_absent_groups() -> None:
     student, teacher, labels = make(SEVERAL_GROUPS, SINGLE)
     student[:, :-16] = teacher[:, :-16] = -INF
@@ -308,11 +308,11 @@ def test_terms_that_are_off_for_a_row_are_not_read(
     assert torch.equal(cuda.backward(*clean[:5], stats, formula), gradient)
 
 
-# exact by multiplication, made anew, nothing to do, not a number
+# exact by multiplication, computed again, nothing to do, not a number
 @pytest.mark.parametrize("scale", [2.0, -0.25, 0.3, 1.0, 0.0, INF])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
 def test_rescale(cuda: EmulatedCUDA, dtype: torch.dtype, scale: float) -> None:
-    # so many rows that blocks take several
+    # enough rows for blocks to take several
     student, teacher, labels = make(1203, dtype, rows=9)
     weights = torch.tensor([0.5, 0.0, 0.25] * 3)
     formula = formula_of(temperature=2.0)
@@ -383,7 +383,7 @@ def test_a_16_bit_gradient_of_float32_logits(
 def test_heads_are_rounded_in_the_row_kernel(
     vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The bits of a float32 gradient that a kernel of its own rounds.
+    # The bits of a float32 gradient that a separate kernel rounds.
     multiply_as_on_cuda(monkeypatch)
     heads = make_heads(rows=21, vocabulary=vocabulary, dtype=dtype)
 

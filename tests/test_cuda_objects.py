@@ -114,7 +114,7 @@ def test_the_command_that_compiles_them(architectures: str, threads: bool, tmp_p
 
 
 def test_any_version_of_setuptools_compiles_in_place(tmp_path: Path) -> None:
-    # Older ones refuse pyproject.toml; only commands that need metadata ask for another.
+    # Older ones refuse pyproject.toml; only commands that need metadata require another.
     code = "import runpy, setuptools; setuptools.__version__ = '68.0.0'; "
     code += "runpy.run_path('setup.py', run_name='__main__')"
     source = copy_source(tmp_path / "source")

@@ -96,7 +96,7 @@ def test_a_bug_is_named(programs: Programs, bug: str) -> None:
     assert re.search(where + MESSAGES[bug], text), text
 
 
-# Found by their results alone: NaN that nobody has replaced, or what another row has left.
+# Found by their results alone: NaN that was not replaced, or what another row has left.
 @pytest.mark.parametrize(
     "bug",
     [
@@ -114,7 +114,7 @@ def test_a_race_gives_wrong_results(programs: Programs, bug: str) -> None:
     assert re.search(r"\n[1-9]\d* wrong\n$", text), text
 
 
-# Found by AddressSanitizer, or by what the emulator asks of it.
+# Found by AddressSanitizer, or by what the emulator reports to it.
 @pytest.mark.parametrize(
     ("bug", "message"),
     [
@@ -133,7 +133,7 @@ def test_a_wrong_address(programs: Programs, bug: str, message: str) -> None:
     assert message in text, text
 
 
-# One order is enough: a race is found where nothing orders two accesses, whatever came first.
+# One order is enough: a race is found if nothing orders two accesses, in either order.
 # In shared memory, in a peer's, with a bulk copy, in global memory.
 @pytest.mark.parametrize(
     "bug",
@@ -247,7 +247,7 @@ def test_exponentials(numbers: Numbers) -> None:
 
 def test_what_a_kernel_may_use_is_set_once_for_each_device(tmp_path: Path) -> None:
     # A limit set for one launch would be lowered by another thread before it.
-    sources = native_build.ROOT / "tests" / "native"  # a runtime that records what it is asked
+    sources = native_build.ROOT / "tests" / "native"  # a runtime that records its calls
     program, runtime = tmp_path / "check_launching", f"-I{sources / 'fake_runtime'}"
     flags = [*native_build.FLAGS, runtime]
     native_build.compile_one(*flags, sources / "check_launching.cpp", "-o", program)

@@ -1,7 +1,7 @@
 """The CUDA backend's launchers under ThreadSanitizer and AddressSanitizer, run on the CPU.
 
-tests/cuda_on_cpu/check_races.cpp says what is launched. A race is reported where nothing orders two
-accesses, whatever came first in that run.
+tests/cuda_on_cpu/check_races.cpp says what is launched. A race is reported if nothing orders two
+accesses, regardless of their order in that run.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ VOCABULARY, STEPS = 61, 3
 
 @pytest.fixture(scope="module")
 def students() -> list[train.Student]:
-    """Three tiny students of a tiny teacher, after a few steps of the demo's own loop."""
+    """Return three tiny students of a tiny teacher, after a few steps of the demo's own loop."""
     from demo import corpus, models, train
 
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_students_learn_the_same(students: list[train.Student]) -> None:
 
 
 def test_step_is_an_ordinary_backward(students: list[train.Student]) -> None:
-    """Measuring the loss by itself changes no gradient, the tied embedding's included."""
+    # Measuring the loss separately changes no gradient, the tied embedding's included
     from demo import corpus, models
 
     ids, labels = corpus.with_labels(torch.randint(VOCABULARY, (2, 9)))

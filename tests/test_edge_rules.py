@@ -90,7 +90,7 @@ def test_minus_infinity_on_one_side(backend: str, divergence: str, side: str) ->
         student, teacher, divergence=divergence, beta=0.4, backend=backend, **SOFT
     )
     torch.testing.assert_close(value, torch.tensor([expected]), rtol=1e-6, atol=0)
-    if divergence == "forward_kl":  # its formula, p - q, finite where the value is not
+    if divergence == "forward_kl":  # its formula, p - q, finite when the value is not
         sign = 1 if side == "student" else -1
         want = sign * torch.tensor([[0.0, 0.5, -0.5]])
         torch.testing.assert_close(gradient, want, rtol=1e-6, atol=1e-7)
@@ -331,7 +331,7 @@ def lowest_numbers(side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-# what a mask on one side makes about 1e37 in float32's range: at its end, the size is all one knows
+# what a mask on one side makes about 1e37 in float32's range: at its end, only the size is known
 HUGE = {
     ("forward_kl", "student"),
     ("reverse_kl", "teacher"),
@@ -358,7 +358,7 @@ def test_masks_of_the_lowest_number(
             same(got, want)
 
 
-# p/m between the smallest normal float32 and 0, where only the teacher's side counts
+# p/m between the smallest normal float32 and 0, when only the teacher's side counts
 @pytest.mark.parametrize("depth", [60.0, 70.0, 80.0, 86.0, 90.0, 100.0, 200.0])
 def test_jsd_where_the_students_probability_nearly_underflows(depth: float, backend: str) -> None:
     student = torch.zeros(1, 2048 + 40)

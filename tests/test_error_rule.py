@@ -24,7 +24,7 @@ from fused_kd.testing import (
 )
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
-# both read where they lie (f32, bf16); f16 and mixed ones are widened block by block
+# both read as stored (f32, bf16); f16 and mixed ones are widened block by block
 DTYPES = [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE)]
 ALL_DTYPES = list(itertools.product((SINGLE, BRAIN, HALF), repeat=2))
 # powers of the softened exponential serve the hard term at 1, 2 and 4; 3.7 takes its own; 0.3 and

@@ -24,12 +24,12 @@ def test_env_lists_every_framework_and_whether_its_version_was_tested(
     installed = {"trl": "1.16.0", "lightning": "0.1", "axolotl": "0.19.0"}
     monkeypatch.setattr(frameworks, "version", installed.__getitem__)
     monkeypatch.setattr(frameworks, "PackageNotFoundError", KeyError)
-    found = env.report()["frameworks"]
-    assert list(found) == [framework.distribution for framework in FRAMEWORKS.values()]
-    assert found["trl"] == "1.16.0; tested with this version"
-    assert found["lightning"] == "0.1; tested with 2.6.6"
-    assert found["accelerate"].startswith("not installed; tested with ")
-    assert found["axolotl"] == "0.19.0; loss tested with this version"
+    shown = env.report()["frameworks"]
+    assert list(shown) == [framework.distribution for framework in FRAMEWORKS.values()]
+    assert shown["trl"] == "1.16.0; tested with this version"
+    assert shown["lightning"] == "0.1; tested with 2.6.6"
+    assert shown["accelerate"].startswith("not installed; tested with ")
+    assert shown["axolotl"] == "0.19.0; loss tested with this version"
 
 
 def test_a_missing_framework_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """Rows at odd addresses, one entry wider than they are."""
+    """Return a copy whose rows begin at odd addresses: each is stored with one entry more."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 1), math.nan, dtype=x.dtype, device=x.device)
     wide[..., 1:] = x
     return wide[..., 1:]
@@ -201,7 +201,7 @@ def test_infinities_are_the_references(divergence: str, dtype: torch.dtype, back
 def test_a_broken_row_is_nan_and_no_other_R_07(
     divergence: str, dtype: torch.dtype, backend: str
 ) -> None:
-    """Rows: ignored, whole, NaN, +inf, and (on a GPU) labels outside of the vocabulary."""
+    # Rows: ignored, whole, NaN, +inf, and (on a GPU) labels outside of the vocabulary
     v = size(24000, 50)
     student, teacher, labels = made(8, v, dtype=dtype)
     keywords: dict[str, Any] = {"divergence": divergence, "reduction": "none", "backend": backend}

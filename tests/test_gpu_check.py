@@ -91,7 +91,7 @@ def test_the_build_is_of_the_cuda_module_for_this_card(monkeypatch: pytest.Monke
 def test_a_sanitizer_that_finds_nothing_is_found_out(
     found: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit status 0 for the cases and 97 for the planted write, or the part has failed."""
+    # Exit status 0 for the cases and 97 for the planted write, or the part has failed
     tool = tmp_path / "compute-sanitizer"
     code = f"case $* in *planted) exit {found[1]};; *) exit {found[0]};; esac"
     tool.write_text(f"#!/bin/sh\n{code}\n")
@@ -105,7 +105,7 @@ def test_a_sanitizer_that_finds_nothing_is_found_out(
 
 @pytest.mark.parametrize("extra", [0, 800])  # bytes of a block besides its slice
 def test_the_cases_reach_each_size_of_a_cluster(extra: int) -> None:
-    """By the rule of csrc/cuda/launch.cu, on a multiprocessor with 228 KiB of shared memory."""
+    # By the rule of csrc/cuda/launch.cu, on a multiprocessor with 228 KiB of shared memory
     of_three, of_two = 233472 // 3 - 1024, 233472 // 2 - 1024
     limits = {1: of_three, 2: of_three, 4: of_three, 8: of_three, 16: of_two}
     every = gpu_smoke.cases("cuda")

@@ -79,7 +79,7 @@ def _close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], loss: float, grad:
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", few_here(DIVERGENCES))
 def test_error_rule(backend: str, divergence: str, dtype: torch.dtype) -> None:
-    """No worse than the eager composition in the same dtype, next to float32's rounding."""
+    # No worse than the eager composition in the same dtype, next to float32's rounding
     sides = _heads(dtype)
     double = (*(side.to(torch.float64) for side in sides[:2]), sides[2])
     exact, baseline = (_outcome(eager_kd_loss, x, divergence=divergence) for x in (double, sides))
@@ -93,7 +93,7 @@ def test_error_rule(backend: str, divergence: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 def test_rows_do_not_depend_on_the_height_of_a_chunk(backend: str, dtype: torch.dtype) -> None:
-    """Up to the products' own choice of kernel by size, which a library does not promise."""
+    # Up to the products' own choice of kernel by size, which a library does not promise
     sides = _heads(dtype)
     parts, whole = (_outcome(loss_of, sides, chunk_rows=n, backend=backend) for n in (5, 37))
     _close(parts, whole, 8 * EPS, 2 * torch.finfo(dtype).eps)
@@ -155,7 +155,7 @@ def test_nothing_waits_for_the_device(backend: str, layout: str, dtype: torch.dt
 @pytest.mark.parametrize("given", few_here(["logits", "head"]))
 @heavy
 def test_peak_memory(backend: str, given: str) -> None:
-    """Gradients, a float32 weight gradient, the budget, and a few mebibytes."""
+    # Gradients, a float32 weight gradient, the budget, and a few mebibytes
     student, teacher, labels = _heads(BRAIN, size(2048, 9), size(128256, 90), size(512, 8))
     logits = teacher.hidden @ teacher.weight.t()
     budget = size(256, 64) * MIB
@@ -169,7 +169,7 @@ def test_peak_memory(backend: str, given: str) -> None:
 
 @pytest.mark.parametrize("teacher_dtype", TWO_DTYPES, ids=str)
 def test_autocast(backend: str, teacher_dtype: torch.dtype) -> None:
-    """The products are in the autocast dtype: close to what the rounded inputs give."""
+    # The products are in the autocast dtype: close to what the rounded inputs give
     student, teacher, labels = _heads(SINGLE)
     rounded = [side.to(BRAIN).to(torch.float64) for side in (student, teacher)]
     want = _outcome(eager_kd_loss, (*rounded, labels))  # type: ignore[arg-type]

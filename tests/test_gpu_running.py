@@ -49,7 +49,7 @@ def _number(x: float) -> Tensor:
 # ------------------------------------------------------------------------------------ the same bits
 
 
-# one and two visits before the gradient; clusters of 2 and of 8 or 16 blocks
+# one and two passes before the gradient; clusters of 2 and of 8 or 16 blocks
 @pytest.mark.parametrize("vocabulary", [size(32000, 40), size(151936, 90)])
 @pytest.mark.parametrize("divergence", few_here(["forward_kl", "jsd"]))
 def test_200_repetitions(backend: str, divergence: str, vocabulary: int) -> None:
@@ -130,7 +130,7 @@ def test_a_graph_that_is_retained_R_20(backend: str, dtype: torch.dtype) -> None
         torch.testing.assert_close(got, fresh, **close)  # type: ignore[arg-type]
 
 
-# a number for each row; one for all of them, without memory of its own
+# a number for each row; one for all of them, without its own memory
 @pytest.mark.parametrize("expanded", [False, True])
 @each_dtype
 def test_rows_with_upstream_gradients_of_their_own_R_23_R_24(
@@ -144,7 +144,7 @@ def test_rows_with_upstream_gradients_of_their_own_R_23_R_24(
 
 
 def test_half_precision_with_a_loss_scale(backend: str) -> None:
-    """torch.amp's scaler at 65536, float32 weights, float16 logits: against float32 logits."""
+    # torch.amp's scaler at 65536, float32 weights, float16 logits: against float32 logits
     n, v = size(256, 16), size(32000, 60)
     hidden, head = torch.randn(n, 32, device=DEVICE), nn.Linear(32, v, device=DEVICE)
     _, teacher, labels = made(n, v, dtype=HALF)
@@ -209,7 +209,7 @@ def test_a_captured_graph_with_other_inputs(
 @each_dtype
 @each_divergence
 def test_another_stream_R_56(backend: str, divergence: str, dtype: torch.dtype) -> None:
-    """The stream is busy before the inputs arrive: work on another one reads NaN."""
+    # The stream is busy before the inputs arrive: work on another one reads NaN
     student, teacher, labels = made(ROWS, V, dtype=dtype)
     base: Keywords = {"divergence": divergence, "temperature": 2.0, "backend": backend}
     for reduction in ("none", "mean", "sum"):
@@ -266,12 +266,12 @@ def test_a_device_that_is_not_the_current_one_R_55(backend: str) -> None:
 # ------------------------------------------------------------------------------ memory, compilation
 
 
-# where the goals are measured, and where little is to be done
+# the size at which goals are measured, and a small one
 @pytest.mark.parametrize("n", [size(8192, 5), size(256, 3)])
 @pytest.mark.parametrize("divergence", few_here(["forward_kl", "jsd"]))
 @heavy
 def test_peak_memory(backend: str, divergence: str, n: int) -> None:
-    """One gradient and less than a mebibyte; in place, the mebibyte alone."""
+    # One gradient and less than a mebibyte; in place, the mebibyte alone
     student, teacher, labels = made(n, size(128256, 90))
     keywords: Keywords = {"temperature": 2.0, "divergence": divergence, "backend": backend}
     for inplace in (False, True):

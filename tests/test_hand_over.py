@@ -1,4 +1,4 @@
-"""The gradient of the forward is handed over once, whoever asks for it and however often."""
+"""The gradient of the forward is handed over once, regardless of how often it is requested."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_rows_do_not_depend_on_the_height_of_a_chunk(dtype: torch.dtype) -> None
         got = ours(heads, reduction="none", chunk_rows=height)
         assert torch.equal(got.loss, whole.loss)
         assert torch.equal(got.hidden, whole.hidden)
-        # sums over the rows in another order: a bound that does not know the number of chunks
+        # sums over the rows in another order: a bound without the number of chunks
         for mine, theirs in ((got.weight, whole.weight), (got.bias, whole.bias)):
             assert distance(mine, theirs) <= 2 * torch.finfo(dtype).eps
 
@@ -103,7 +103,7 @@ def test_logits_of_a_teacher_instead_of_a_head() -> None:
     logits = F.linear(*heads.teacher)
     for dtype in DTYPES:
         given = logits.to(dtype)
-        padded = F.pad(given, (0, 3))[:, :-3]  # rows that lie apart
+        padded = F.pad(given, (0, 3))[:, :-3]  # rows that are not contiguous
         for teacher in (given, padded, given.t().contiguous().t()):
             for ignored in (False, True):
                 labels = heads.labels.clone()

@@ -2,8 +2,8 @@
 
 A product of hidden states and weights in float32 carries an error that its length and the sizes of
 its terms bound. From it follow bounds for the loss and the gradients, in float64, without a second
-implementation to compare with. Where the bound leaves the softmax open (logits of 1e30, say), or
-where a sum of the product may overflow, only the range is checked.
+implementation to compare with. If the bound leaves the softmax open (logits of 1e30, say), or
+a sum of the product may overflow, only the range is checked.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _within(got: Tensor, exact: Tensor, error: Tensor, may_overflow: Tensor) -> 
 
 
 def _check(case: Drawn, backend: str) -> int:
-    """Returns how many rows were compared by value."""
+    """Return the number of rows that were compared by value."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in case.student]
     _, weight, bias = leaves
     losses = kd_loss(

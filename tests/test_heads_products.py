@@ -71,7 +71,7 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
 def test_cuda_too_few_kept_rows_are_not_a_number(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where the host does not look, rows must not be left out silently.
+    # If the host does not look, rows must not be left out silently.
     monkeypatch.setattr(checks, "_check_kept_rows", lambda *arguments: None)
     heads = make_heads()
     assert ours(heads, kept_rows=37).loss.isfinite()
@@ -146,7 +146,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     first_part: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Bit for bit, although the gradient may take the place of logits not visited yet.
+    # Bit for bit, although the gradient may take the place of logits not read yet.
     monkeypatch.setattr(driver, "FIRST_PART", first_part)
     heads = make_heads(dtype=dtype)
     logits = F.linear(*heads.teacher).float()
@@ -317,7 +317,7 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 
 class _NothingWaits(TorchDispatchMode):
-    """Refuses what a GPU's host waits for: values that are asked for, tensors of Python numbers."""
+    """Refuses what a GPU's host waits for: values that are read, tensors of Python numbers."""
 
     aten = torch.ops.aten
     refused = (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select)

@@ -164,8 +164,8 @@ def test_bounds_and_sums(
 def test_a_shift_of_a_rows_logits_changes_nothing(
     backend: str, divergence: str, vocabulary: int, shift: int, seed: int
 ) -> None:
-    # Integers: the shift itself is exact in float32. Not a bit, where the maximum is subtracted;
-    # what one rounding does, where it is folded into a multiply-add.
+    # Integers: the shift itself is exact in float32. Not a bit, if the maximum is subtracted;
+    # what one rounding does, if it is folded into a multiply-add.
     assume(divergence != "mse")
     student, teacher = (normal(seed + i, 2, vocabulary, scale=3.0).round() for i in (0, 1))
     labels = torch.tensor([0, vocabulary - 1])
@@ -260,7 +260,7 @@ def test_the_limit_of_a_large_temperature(
 def test_temperature_is_a_scaling(
     backend: str, divergence: str, vocabulary: int, temperature: float, seed: int
 ) -> None:
-    # f(z, T) = T²·f(z/T, 1), bit for bit where T is a power of two.
+    # f(z, T) = T²·f(z/T, 1), bit for bit if T is a power of two.
     student, teacher = (normal(seed + i, 2, vocabulary, scale=2.0) for i in (0, 1))
     keywords: dict[str, Any] = {"divergence": divergence, "backend": backend, **SOFT}
     got = rows_and_gradient(student, teacher, temperature=temperature, **keywords)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.logits import N, V, make, make_ignored
+from support.losses import refused
 from torch import Tensor
 
 from fused_kd import Head, KDLoss
@@ -18,6 +20,7 @@ from fused_kd.presets import CONVENTIONS
 NAMES = ("automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer")
 NAMES += ("torchdistill", "torchtune", "trl")
 BETA, T = 0.1, 1.7  # asymmetric on purpose
+WEIGHTS = {"hard_weight": 0.3, "soft_weight": 0.7}
 
 
 def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -43,24 +46,21 @@ def kdflow(q: Tensor, p: Tensor, beta: float) -> Tensor:
 
 # name, keywords, what the framework makes of (q, p) at temperature T and of the cross-entropy: rows
 Row = Callable[[Tensor, Tensor, Tensor], Tensor]
-# fmt: off
 FORMULAS: list[tuple[str, dict[str, Any], Row]] = [
-    ("automodel",       {},                    lambda q, p, ce: T**2 * kl(q, p)),
-    ("distillkit",      {},                    lambda q, p, ce: T**2 * kl(q, p)),
-    ("distillkit",      {"divergence": "jsd"}, lambda q, p, ce: T**2 * jsd(q, p, 0.5)),
-    ("kdflow",          {},                    lambda q, p, ce: 0.5 * ce + 0.5 * kl(q, p)),
-    ("kdflow",          {"beta": BETA},        lambda q, p, ce: (ce + kdflow(q, p, BETA)) / 2),
-    ("liger",           {},                    lambda q, p, ce: 0.5 * ce + 0.5 * jsd(q, p, 0.5)),
-    ("liger",           {"beta": BETA},        lambda q, p, ce: 0.5 * ce + 0.5 * jsd(q, p, BETA)),
-    ("liger",           {"beta": 0},           lambda q, p, ce: 0.5 * ce + 0.5 * kl(q, p)),
-    ("liger",           {"beta": 1.0},         lambda q, p, ce: 0.5 * ce + 0.5 * kl(p, q)),
-    ("torchdistill",    {"hard_weight": 0.3, "soft_weight": 0.7},
-                                               lambda q, p, ce: 0.3 * ce + 0.7 * T**2 * kl(q, p)),
-    ("trl",             {"beta": BETA},        lambda q, p, ce: jsd(q, p, BETA)),
-    ("trl",             {"beta": 0.0},         lambda q, p, ce: kl(q, p)),
-    ("trl",             {"beta": 1},           lambda q, p, ce: kl(p, q)),
+    ("automodel", {}, lambda q, p, ce: T**2 * kl(q, p)),
+    ("distillkit", {}, lambda q, p, ce: T**2 * kl(q, p)),
+    ("distillkit", {"divergence": "jsd"}, lambda q, p, ce: T**2 * jsd(q, p, 0.5)),
+    ("kdflow", {}, lambda q, p, ce: 0.5 * ce + 0.5 * kl(q, p)),
+    ("kdflow", {"beta": BETA}, lambda q, p, ce: 0.5 * ce + 0.5 * kdflow(q, p, BETA)),
+    ("liger", {}, lambda q, p, ce: 0.5 * ce + 0.5 * jsd(q, p, 0.5)),
+    ("liger", {"beta": BETA}, lambda q, p, ce: 0.5 * ce + 0.5 * jsd(q, p, BETA)),
+    ("liger", {"beta": 0}, lambda q, p, ce: 0.5 * ce + 0.5 * kl(q, p)),
+    ("liger", {"beta": 1.0}, lambda q, p, ce: 0.5 * ce + 0.5 * kl(p, q)),
+    ("torchdistill", WEIGHTS, lambda q, p, ce: 0.3 * ce + 0.7 * T**2 * kl(q, p)),
+    ("trl", {"beta": BETA}, lambda q, p, ce: jsd(q, p, BETA)),
+    ("trl", {"beta": 0.0}, lambda q, p, ce: kl(q, p)),
+    ("trl", {"beta": 1}, lambda q, p, ce: kl(p, q)),
 ]
-# fmt: on
 
 
 def _distributions(student: Tensor, teacher: Tensor, t: float) -> tuple[Tensor, Tensor]:
@@ -101,10 +101,9 @@ def test_what_needs_no_labels() -> None:
 def test_the_names() -> None:
     assert tuple(CONVENTIONS) == NAMES
     assert KDLoss.like.__doc__
-    with pytest.raises(ValueError, match=r"'automodel', .*'trl'; got 'leger'$"):
-        KDLoss.like("leger")
-    with pytest.raises(ValueError, match=r"got 'axolotl' \(axolotl's teacher is top-k"):
-        KDLoss.like("axolotl")
+    refused(ValueError, r"'automodel', .*'trl'; got 'leger'$", KDLoss.like, "leger")
+    message = r"got 'axolotl' \(axolotl's teacher is top-k"
+    refused(ValueError, message, KDLoss.like, "axolotl")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,26 +115,25 @@ def test_heads_have_the_convention_of_logits(name: str) -> None:
     torch.testing.assert_close(loss(s, t, labels), loss(*logits, labels))
 
 
-def test_the_callers_keywords_come_first() -> None:
-    loss = KDLoss.like("liger", hard_weight=0.0, soft_scale="t2", divergence="tvd", beta=0.0)
-    assert (loss.options.hard_weight, loss.options.soft_weight) == (0.0, 0.5)
-    assert (loss.options.soft_scale, loss.options.divergence) == ("t2", "tvd")
-    assert KDLoss.like("kdflow", divergence="reverse_kl", beta=0.9).options.divergence == (
-        "reverse_kl"
-    )
-    assert KDLoss.like("trl", chunk_rows=7).options.chunk_rows == 7
-    assert KDLoss.like("trl", inplace=True).options.inplace
+@pytest.mark.parametrize(
+    ("name", "beta", "keywords"),
+    [
+        ("liger", 0.0, {"hard_weight": 0.0, "soft_scale": "t2", "divergence": "tvd"}),
+        ("kdflow", 0.9, {"divergence": "reverse_kl"}),
+        ("trl", 0.5, {"chunk_rows": 7}),
+        ("trl", 0.5, {"inplace": True}),
+    ],
+)
+def test_the_callers_keywords_come_first(name: str, beta: float, keywords: dict[str, Any]) -> None:
+    loss = KDLoss.like(name, **keywords, beta=beta)
+    assert keywords.items() <= vars(loss.options).items()
+    assert KDLoss.like("liger", hard_weight=0.0).options.soft_weight == 0.5
 
 
 @pytest.mark.parametrize("name", ["liger", "trl", "kdflow"])
 def test_a_beta_outside_its_range_is_shown_as_it_came(name: str) -> None:
-    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\) .*; got 1\.5"):
-        KDLoss.like(name, beta=1.5)
-    with pytest.raises(TypeError, match="beta must be a Python number"):
-        KDLoss.like(name, beta="half")
-    if name == "kdflow":  # has no ends
-        with pytest.raises(ValueError, match=r"got 0\.0"):
-            KDLoss.like(name, beta=0)
-    else:
-        with pytest.raises(ValueError, match=r"got 0\.0"):
-            KDLoss.like(name, beta=0, divergence="jsd")
+    like = partial(KDLoss.like, name)
+    refused(ValueError, r"beta must be in \(0, 1\) .*; got 1\.5", like, beta=1.5)
+    refused(TypeError, "beta must be a Python number", like, beta="half")
+    divergence = {} if name == "kdflow" else {"divergence": "jsd"}  # which has no ends
+    refused(ValueError, r"got 0\.0", like, beta=0, **divergence)

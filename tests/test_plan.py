@@ -84,7 +84,7 @@ def assert_close(found: dict[str, int], measured: int) -> None:
     assert abs(predicted - measured) <= 0.05 * measured, (found, predicted / MIB, measured / MIB)
 
 
-# the logits are largest, so the peak lies in the loss; the heads are, so it lies in their gradients
+# the logits are largest, so the peak is in the loss; the heads are, so it is in their gradients
 SHAPES = [(64, 8192, 32, 64), (32, 8192, 256, 64)]
 
 
@@ -211,7 +211,7 @@ def allowed(tensors: Tensors, budget: int, narrow: bool = False) -> int:
     return hidden.nbytes + total + max(budget, rounded) + SLACK
 
 
-# who multiplies, what is asked, bytes, dtype
+# the products, request, bytes, dtype
 @pytest.mark.parametrize(("products", "case", "budget", "dtype"), RUNS, indirect=["products"])
 def test_the_budget_is_kept(
     products: str, case: Callable[[Tensors, int], Tensor], budget: int, dtype: torch.dtype

@@ -119,7 +119,7 @@ def test_values_are_rounded_to_nearest_even(isa: str) -> None:
 
 
 def test_rounding_is_that_of_rounded_operands(isa: str) -> None:
-    # The same bits as operands rounded before the call, or not rounded where not asked for.
+    # The same bits as operands rounded before the call, or not rounded if not requested.
     a, b = torch.randn(20, 300), torch.randn(300, 45)
     for round_to in (BF16, F16):
         rounded_a, rounded_b = a.to(round_to), b.to(round_to)
@@ -192,7 +192,7 @@ def _guarded(values: Tensor, side: str, transposed: bool) -> Tensor:
 
 
 def walk_along_guard_pages() -> None:
-    # In a process of its own: every tensor ends, or begins, at a page that can't be touched.
+    # In another process: every tensor ends, or begins, at a page that can't be touched.
     assert _module is not None
     torch.set_num_threads(1)
     found = _module.build_info()["instruction_sets"]

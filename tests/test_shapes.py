@@ -87,7 +87,7 @@ def test_views_are_not_copied_where_two_strides_reach() -> None:
     base = torch.randn(2, 2, 6, V + 3)
     other = torch.randn(2, 2, 4, V)
     for student, teacher in (
-        (base[..., :4, :V], other),  # the student decides where to fold
+        (base[..., :4, :V], other),  # the student decides the fold
         (other, base[..., :4, :V]),  # the teacher does
         (other[0], base[0, :, :4, :V]),
         (other[0, 0], base[0, 0, :4, :V]),

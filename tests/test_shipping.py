@@ -34,7 +34,7 @@ def test_the_api_page_is_up_to_date() -> None:
 
 @pytest.mark.slow
 def test_make_dist(tmp_path: Path) -> None:
-    """The wheel is built from the sdist, so both are known to build."""
+    # The wheel is built from the sdist, so both are known to build
     for name in ("build", "auditwheel"):
         pytest.importorskip(name)
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -97,7 +97,7 @@ def compare(package, backend, truth):
 
 @pytest.mark.slow
 def test_the_hub_kernel_runs_alongside_the_package(tmp_path: Path) -> None:
-    """Loaded by the `kernels` package, in a process that also imports fused_kd."""
+    # Loaded by the `kernels` package, in a process that also imports fused_kd
     kernels = pytest.importorskip("kernels")
     pytest.importorskip("triton")
     run_path(str(ROOT / "tools" / "hub_kernel.py"))["lay_out"](tmp_path)

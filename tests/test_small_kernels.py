@@ -1,4 +1,4 @@
-"""The kernels around the row kernel: on a GPU each is a launch, as long as many rows take."""
+"""The kernels around the row kernel: on a GPU each launch takes as long as many rows."""
 
 from __future__ import annotations
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.losses import refused
 from support.models import VOCABULARY, SmallLM
 from torch import Tensor, nn
 
@@ -38,9 +40,8 @@ def test_it_is_the_loss_of_the_logits_and_the_shifted_labels(heads: bool) -> Non
     count = (targets != -100).sum()
     torch.testing.assert_close(model(LABELS, input_ids=IDS, num_items=2 * count), want / 2)
     weights = list(model.student.parameters())
-    pairs = zip(torch.autograd.grad(got, weights), torch.autograd.grad(want, weights), strict=True)
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(x, weights) for x in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_if_the_loss_gives_them() -> None:
@@ -85,7 +86,7 @@ def test_it_is_copied_and_pickled() -> None:
 
 
 class _Plain(nn.Module):
-    """Returns its logits; knows nothing of heads."""
+    """A model that returns its logits and has no get_output_embeddings."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -100,29 +101,27 @@ def test_a_plain_module_has_logits_alone() -> None:
     got = StudentTeacherLoss(_Plain(0), _Plain(1))(input_ids=IDS, labels=LABELS)
     want = StudentTeacherLoss(SmallLM(0), SmallLM(1))(input_ids=IDS, labels=LABELS)
     assert torch.equal(got, want)
-    with pytest.raises(TypeError, match=r"an lm_head that is a plain nn.Linear; found none"):
-        StudentTeacherLoss(_Plain(0), _Plain(1), heads=True)
+    message = r"an lm_head that is a plain nn.Linear; found none"
+    refused(TypeError, message, StudentTeacherLoss, _Plain(0), _Plain(1), heads=True)
 
 
 def test_bad_input() -> None:
     student, teacher = SmallLM(0), SmallLM(1)
-    with pytest.raises(TypeError, match=r"teacher must be a torch\.nn\.Module; got NoneType"):
-        StudentTeacherLoss(student, None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="loss must be a KDLoss; got KLDivLoss"):
-        StudentTeacherLoss(student, teacher, nn.KLDivLoss())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"ignore_index=-100.*got 0"):
-        StudentTeacherLoss(student, teacher, KDLoss(ignore_index=0))
-    with pytest.raises(ValueError, match=r"not have inplace with heads=True; got True"):
-        StudentTeacherLoss(student, teacher, KDLoss(inplace=True), heads=True)
-    with pytest.raises(ValueError, match=r"not have chunk_rows with heads=False; got 4"):
-        StudentTeacherLoss(student, teacher, KDLoss(chunk_rows=4))
-    with pytest.raises(ValueError, match=r"also the student's: copy\.deepcopy the teacher"):
-        StudentTeacherLoss(student, student)
-    model = StudentTeacherLoss(student, teacher)
-    with pytest.raises(ValueError, match=r"labels must be in the batch, since they say"):
-        model(input_ids=IDS, labels=None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"rounded to 16 bits; got torch\.bfloat16: FSDP2"):
-        model(input_ids=IDS, labels=LABELS, num_items=torch.tensor(257.0).bfloat16())
+    make = partial(StudentTeacherLoss, student)
+    refused(TypeError, r"teacher must be a torch\.nn\.Module; got NoneType", make, None)
+    refused(ValueError, r"also the student's: copy\.deepcopy the teacher", make, student)
+    refused(TypeError, "loss must be a KDLoss; got KLDivLoss", make, teacher, nn.KLDivLoss())
+    for heads, options, message in (
+        (False, {"ignore_index": 0}, r"ignore_index=-100.*got 0"),
+        (True, {"inplace": True}, "not have inplace with heads=True; got True"),
+        (False, {"chunk_rows": 4}, "not have chunk_rows with heads=False; got 4"),
+    ):
+        refused(ValueError, message, make, teacher, KDLoss(**options), heads=heads)
+    model = make(teacher)
+    message = "labels must be in the batch, since they say"
+    refused(ValueError, message, model, input_ids=IDS, labels=None)
+    rounded, message = torch.tensor(257.0).bfloat16(), r"rounded to 16 bits; got .*bfloat16: FSDP2"
+    refused(TypeError, message, model, input_ids=IDS, labels=LABELS, num_items=rounded)
     teacher.forward = lambda input_ids: SimpleNamespace(loss=1.0)  # type: ignore[assignment]
-    with pytest.raises(TypeError, match="or an object with logits; got SimpleNamespace"):
-        model(input_ids=IDS, labels=LABELS)
+    message = "or an object with logits; got SimpleNamespace"
+    refused(TypeError, message, model, input_ids=IDS, labels=LABELS)

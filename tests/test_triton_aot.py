@@ -69,10 +69,8 @@ def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_barriers_around_the_label(tmp_path: Path) -> None:
-    """In place, no warp may store a gradient before all have read the label's logits.
-
-    Nor the label's gradient before all have stored. The interpreter, one thread, sees neither.
-    """
+    # In place, no warp may store a gradient before all have read the label's logits.
+    # Nor the label's gradient before all have stored. The interpreter, one thread, sees neither
     (found,) = compile_variant(Variant("backward_"), 90, tmp_path)
     assert len(re.findall(r"bar\.sync|barrier\.sync", found.code["ptx"])) == 2
 
@@ -81,11 +79,9 @@ def test_barriers_around_the_label(tmp_path: Path) -> None:
 def test_the_memory_order_of_programs_that_wait(
     divergence: str, waits: int, tmp_path: Path
 ) -> None:
-    """Nothing here runs them: what is stored is released, and read from L2 after an acquire.
-
-    They wait for the row before in the ring, then for each statistics pass of their own row, and
-    release their own row as often.
-    """
+    # Nothing here runs them: what is stored is released, and read from L2 after an acquire.
+    # They wait for the row before in the ring, then for each statistics pass of their own row, and
+    # release their own row as often
     (found,) = compile_variant(Variant(divergence=divergence), 90, tmp_path)
     kinds = {
         "release": r"red\.global\.gpu\.release\.add\.u32|atom\.global\.gpu\.release\.add\.u32",
@@ -115,7 +111,7 @@ def test_the_memory_order_of_programs_that_wait(
 def test_programs_that_report_nothing_read_no_sums(
     divergence: str, loads_of_reports: int, tmp_path: Path
 ) -> None:
-    """Forward only: what another program may not have stored yet is read after waiting for it."""
+    # Forward only: what another program may not have stored yet is read after waiting for it
     (found,) = compile_variant(Variant("forward", divergence), 90, tmp_path)
     code = found.code["ttgir"]
     around: list[str] = []  # the lines that open the regions around a line
@@ -136,7 +132,7 @@ def test_programs_that_report_nothing_read_no_sums(
 
 
 def test_a_scale_is_looked_at_first(tmp_path: Path) -> None:
-    """If it leaves nothing to do, no program reads anything else."""
+    # If it leaves nothing to do, no program reads anything else
     for found in compile_variant(Variant("rescale_"), 90, tmp_path):
         before, condition, _ = found.code["ttgir"].partition("scf.if")
         assert condition
@@ -204,7 +200,7 @@ PLAIN = {"row.label", "w_ptr", "scale_ptr", "row.stats", "ptr", "all_parts", "s_
 
 
 def test_logits_are_float32_before_they_are_used() -> None:
-    """Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU."""
+    # Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU
     folder = Path(cut.__file__).parent
     source = (folder / "kernels.py").read_text(encoding="utf-8")
     uses = re.findall(r"(.{8})tile\.[st]\[", source)

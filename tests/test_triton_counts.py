@@ -46,7 +46,7 @@ def test_the_count_of_a_listing() -> None:
 
 
 def test_how_often_the_loops_run() -> None:
-    """A tile has 4096 entries, as two vectors of 8 or 16 single entries of 256 lanes."""
+    # A tile has 4096 entries, as two vectors of 8 or 16 single entries of 256 lanes
     aligned, unaligned = (configuration(v, torch.bfloat16, torch.bfloat16) for v in (128256, 50257))
     # seven slices of 16064 and one of 15808: three tiles, and two blocks of 2048
     assert trips(128256, aligned) == (3, 2, 128256 / 8 / 256)

@@ -1,4 +1,4 @@
-"""The Triton kernels on CPU tensors: tests/triton_interpreted in a process of its own.
+"""The Triton kernels on CPU tensors: tests/triton_interpreted in another process.
 
 TRITON_INTERPRET is read when the kernels are decorated, so it cannot be set in this process, which
 may have imported them already.

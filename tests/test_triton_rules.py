@@ -1,4 +1,4 @@
-"""The Triton kernels' divergences: one class each, and nothing else knows which one it is."""
+"""The Triton kernels' divergences: one class each, and nothing else distinguishes them."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ int launch_f32(Kernel, Divergence, const LaunchShape&, void*, const Params&) { r
 }  // namespace fused_kd
 
 // A read of 32 bytes around 16 that are wanted also touches what the next thread writes in place;
-// what is not wanted is shifted out, whatever it was. Other reads look at the same elements.
+// what is not wanted is shifted out, regardless of its value. Other reads look at the same elements.
 extern "C" const char* __tsan_default_suppressions() { return "race:load16_shifted\n"; }
 
 // ------------------------------------------------------------------------------------- problems
@@ -181,7 +181,7 @@ static void launched(int error, const Data& data) {
   must(error == 0, data.c.name() + ": a launch failed");
 }
 
-// Of so few multiprocessors that blocks stride over rows where they may.
+// Of a few multiprocessors, so that blocks stride over rows if they may.
 static Device device_of(const Case& c) {
   return {8, 4096, 113 * 1024, c.capability >= 90 ? 16 : 0};
 }
@@ -193,7 +193,7 @@ static void rows(const Data& data, const Problem& p) {
   launched(launch_rows(p, device, wanted ? workspace.get() : nullptr, nullptr), data);
 }
 
-// Everything that a backward can ask for; a digest of the results.
+// All variants of a backward; a digest of the results.
 static std::string results(const Case& c) {
   Data data(c);
   const Device device = device_of(c);
@@ -214,7 +214,7 @@ static std::string results(const Case& c) {
   Problem p = data.problem(data.student, &data.grad);
   p.scale = data.scale.get();
   launched(launch_rescale(p, device, nullptr),
-           data);  // from the statistics, where it isn't float32
+           data);  // from the statistics, if it isn't float32
   take(data.grad, "rescale");
   launched(launch_gradient(data.problem(data.student, &data.grad), device, nullptr), data);
   take(data.grad, "gradient");

@@ -293,7 +293,7 @@ inline void send(const char* what, const Copy& copy, uint64_t* barrier, Place pl
                 (unsigned long long)mbarrier.issued, (unsigned long long)mbarrier.expected);
   }
   release(mbarrier.issue_clock);
-  // Nobody may count on what was there: the copy may have begun.
+  // What was there is undefined: the copy may have begun.
   memset(copy.to, 0xff, copy.bytes);
   poison(copy.to, copy.bytes);
   machine.copies.push_back(copy);

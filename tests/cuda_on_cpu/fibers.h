@@ -1,6 +1,6 @@
 // Flows of control that can be left and entered again, all on one processor thread. Assembly on
 // x86-64 (swapcontext makes two system calls), ucontext elsewhere.
-// AddressSanitizer is told of every switch, else it takes the new stack for a corrupted old one.
+// Every switch is reported to AddressSanitizer, else it takes the new stack for a corrupted old one.
 #pragma once
 
 #include <stddef.h>
@@ -86,7 +86,7 @@ EMULATOR_UNSEEN inline void switch_flow(Flow& from, Flow& to) {
   arrived(from);
 }
 
-// Gives the flow a stack of its own, with a page below that must not be touched. `entry` begins with
+// Gives the flow its own stack, with a page below that must not be touched. `entry` begins with
 // arrived() and never returns.
 inline void create_flow(Flow& flow, void (*entry)()) {
   constexpr size_t GUARD = 4096 * 16, STACK = 256 * 1024;  // only touched pages take memory

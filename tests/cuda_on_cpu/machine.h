@@ -77,7 +77,7 @@ struct Meeting {
 // All threads of its blocks meet at a barrier of which arriving and waiting are two calls.
 struct Cluster {
   std::vector<Fiber*> waiting;
-  Place place = {"", 0};                                  // of those who have arrived
+  Place place = {"", 0};                                  // of those that have arrived
   unsigned size = 0, ended = 0, arrivals = 0, phase = 0;  // threads
   std::vector<std::unique_ptr<Block>> blocks;
 };

@@ -1,4 +1,4 @@
-// What the emulator tells AddressSanitizer and ThreadSanitizer; nothing, where there is neither.
+// What the emulator reports to AddressSanitizer and ThreadSanitizer; nothing without them.
 #pragma once
 
 #include <stddef.h>

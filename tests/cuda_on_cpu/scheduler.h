@@ -1,4 +1,4 @@
-// Who runs next, what threads wait for, and what lets them go on.
+// Which thread runs next, what threads wait for, and what lets them go on.
 #pragma once
 
 #include "machine.h"

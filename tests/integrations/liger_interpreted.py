@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from needs import need
+from support.losses import outcome
 from torch import Tensor
 
 need("liger_kernel")
@@ -30,16 +31,9 @@ REDUCTIONS = pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def agree(
     first: Callable[..., Any], second: Callable[..., Any], leaves: Sequence[Tensor], *rest: Any
 ) -> None:
-    """Compare values and gradients, under upstream gradients that are not 1."""
-    found = []
-    for call in (first, second):
-        inputs = [x.clone().requires_grad_() for x in leaves]
-        result = call(*inputs, *rest)
-        outputs = result if isinstance(result, tuple) else (result,)
-        upstream = [torch.arange(1, x.numel() + 1).view(x.shape).to(x) for x in outputs]
-        found.append([*outputs, *torch.autograd.grad(outputs, inputs, upstream)])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    """Compare values and gradients."""
+    results = outcome(first, leaves, *rest), outcome(second, leaves, *rest)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def behind_log_softmax(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -27,11 +27,11 @@ def need(package: str) -> ModuleType:
 def need_file(package: str, path: str) -> ModuleType:
     """Load one file of an installed package alone; without it skip the calling module."""
     try:
-        found = distribution(package).locate_file(path)
+        location = distribution(package).locate_file(path)
     except ImportError as error:
         _skip(error)
         raise
-    spec = spec_from_file_location(f"own_{package.replace('-', '_')}", str(found))
+    spec = spec_from_file_location(f"own_{package.replace('-', '_')}", str(location))
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)

@@ -6,7 +6,6 @@ and gradients, theirs and ours, are held against float64.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from needs import need_file
+from support.losses import outcome, parameters
 from torch import Tensor
 
 from fused_kd import KDLoss
@@ -33,35 +33,23 @@ def logits(dtype: torch.dtype = torch.float32) -> Tensor:
     return (3 * torch.randn(B, S, V)).to(dtype)
 
 
-def outcome(loss: Loss, student: Tensor) -> list[Tensor]:
-    """Return a loss of the student's logits and its gradient, in float64."""
-    leaf = student.clone().requires_grad_()
-    value = loss(leaf)
-    return [x.detach().double() for x in (value, *torch.autograd.grad(3 * value, leaf))]
-
-
 def check(own: Loss, ours: Loss, exact: Loss, student: Tensor) -> None:
     """Compare two losses with the exact one, of float64 logits."""
-    want = outcome(exact, student.double())
+    want = outcome(exact, [student.double()])
     rounding = torch.finfo(student.dtype).eps / 2  # of the gradient
     for loss in (own, ours):
-        for got, expected in zip(outcome(loss, student), want, strict=True):
-            torch.testing.assert_close(got, expected, rtol=max(2e-5, rounding), atol=1e-6)
-
-
-def parameters(call: Any) -> list[tuple[str, Any]]:
-    return [(p.name, p.default) for p in inspect.signature(call).parameters.values()]
+        got = [x.double() for x in outcome(loss, [student])]
+        torch.testing.assert_close(got, want, rtol=max(2e-5, rounding), atol=1e-6)
 
 
 def test_the_signatures_are_the_same() -> None:
-    pairs = [(axolotl.loss, own_axolotl.loss)]
+    assert parameters(axolotl.loss) == parameters(own_axolotl.loss)
     for ours, own in (
         (automodel.KDLoss, own_automodel.KDLoss),
         (axolotl.ChunkedTopKKDLoss, own_axolotl.ChunkedTopKKDLoss),
     ):
-        pairs += [(ours, own), (ours.forward, own.forward)]
-    for ours, own in pairs:
-        assert parameters(ours) == parameters(own)
+        for name in ("__init__", "forward"):
+            assert parameters(getattr(ours, name)) == parameters(getattr(own, name))
 
 
 # ------------------------------------------------------------------------------- a dense teacher
@@ -83,13 +71,9 @@ def test_automodel(
         total = temperature**2 * (q.exp() * (q - p)).sum()
         return total / (kept.sum() if count is None else count)
 
+    keywords = {"teacher_logits": teacher, "labels": labels, "num_batch_labels": count}
     own, ours = (
-        partial(
-            module.KDLoss(temperature=temperature, chunk_size=chunk_size),
-            teacher_logits=teacher,
-            labels=labels,
-            num_batch_labels=count,
-        )
+        partial(module.KDLoss(temperature=temperature, chunk_size=chunk_size), **keywords)
         for module in (own_automodel, automodel)
     )
     check(own, ours, exact, student)
@@ -138,11 +122,10 @@ def test_axolotl(
         terms = (logs.double().exp() * (logs.double() - p))[mask]
         return terms.sum() / (count if count > 0 else len(terms))
 
-    def loss(module: Any, student: Tensor) -> Tensor:
+    def loss(module: Any, student: Tensor) -> Any:
         if chunks:
-            made = module.ChunkedTopKKDLoss(chunks, temperature)
-            return made(student, *teacher, count)  # type: ignore[no-any-return]
-        return module.loss(student, *teacher, count, temperature)  # type: ignore[no-any-return]
+            return module.ChunkedTopKKDLoss(chunks, temperature)(student, *teacher, count)
+        return module.loss(student, *teacher, count, temperature)
 
     ours = partial(loss, axolotl)
     check(partial(loss, own_axolotl), ours, exact, student)

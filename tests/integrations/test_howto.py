@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import pytest
 import tiny
 import torch
 from needs import need
-from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-need("transformers")
 Accelerator = need("accelerate").Accelerator
 
 from fused_kd.integrations.loop import global_num_items  # noqa: E402
@@ -27,16 +24,14 @@ HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 def _block(page: str, beginning: str) -> str:
     """Return the one code block of a page with that text in it."""
     blocks = re.findall(r"```python\n(.*?)```", (HOWTO / page).read_text(), re.DOTALL)
-    (found,) = (block for block in blocks if beginning in block)
-    return str(found)
+    (block,) = (block for block in blocks if beginning in block)
+    return str(block)
 
 
 @pytest.fixture
-def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """Yield what the pages take to be there; models are as from_pretrained leaves them."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield {
+def names(one_process: None) -> dict[str, Any]:
+    """Return what the pages take to be there; models are as from_pretrained leaves them."""
+    return {
         "torch": torch,
         "DistributedDataParallel": DistributedDataParallel,
         "fully_shard": lambda m: fully_shard(m, mesh=init_device_mesh("cpu", (1,))),
@@ -46,7 +41,6 @@ def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "teacher": tiny.llama(1, layers=2),
         "loader": [tiny.padded(tiny.ragged(4))] * 2,
     }
-    dist.destroy_process_group()
 
 
 def _trained(names: dict[str, Any], run: str) -> None:

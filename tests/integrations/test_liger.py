@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 from needs import need
 from support.heads import H_S, H_T
+from support.losses import outcome, parameters
 from torch import Tensor
 
 need("liger_kernel")
@@ -39,35 +40,26 @@ MODULES = {
 }
 
 
-def inputs(*leading: int, bias: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return tensors, of which the first two are leaves, with labels that ignore rows; biases."""
-    draw = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
-
-    labels = torch.randint(V, leading, generator=draw)
+def inputs(*leading: int, bias: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the student's tensors, and the others with labels that ignore rows."""
+    labels = torch.randint(V, leading)
     labels.view(-1)[::4] = -100
-    student = random(*leading, H_S).requires_grad_(), (0.4 * random(V, H_S)).requires_grad_()
-    tensors = [*student, random(*leading, H_T), 0.4 * random(V, H_T), labels]
-    if not bias:
-        return tensors, {}
-    return tensors, {"student_bias": random(V).requires_grad_(), "teacher_bias": random(V)}
+    student = [torch.randn(*leading, H_S), 0.4 * torch.randn(V, H_S)]
+    others = [torch.randn(*leading, H_T), 0.4 * torch.randn(V, H_T), labels]
+    if bias:
+        student.append(torch.randn(V))
+        others.append(torch.randn(V))
+    return student, others
 
 
-def outcome(loss: Any, tensors: list[Tensor], biases: dict[str, Tensor]) -> list[Tensor]:
-    """Return the loss or its parts, and gradients under an upstream gradient that is not 1."""
-    result = loss(*tensors, **biases)
-    parts = result if isinstance(result, tuple) else (result,)
-    wanted = [x for x in [*tensors, *biases.values()] if x.requires_grad]
-    return [*(x.detach() for x in parts), *torch.autograd.grad(3 * parts[0], wanted)]
+def check(leaves: list[Tensor], others: list[Tensor], **options: Any) -> None:
+    def loss_of(kind: Any, hidden: Tensor, weight: Tensor, *bias: Tensor) -> Any:
+        loss = kind(compiled=False, **options)
+        return loss(hidden, weight, *others[:3], *bias, *others[3:])
 
-
-def check(tensors: list[Tensor], biases: dict[str, Tensor], **options: Any) -> None:
-    own = outcome(LigersOwn(compiled=False, **options), tensors, biases)
-    ours = outcome(liger.LigerFusedLinearJSDLoss(compiled=False, **options), tensors, biases)
-    for a, b in zip(ours, own, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    kinds = LigersOwn, liger.LigerFusedLinearJSDLoss
+    own, ours = (outcome(partial(loss_of, kind), leaves) for kind in kinds)
+    torch.testing.assert_close(ours, own, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
@@ -92,22 +84,16 @@ def test_weights_and_parts(weights: tuple[float, float], parts: bool) -> None:
 
 
 def test_another_ignore_index() -> None:
-    tensors, biases = inputs(21)
-    tensors[4][tensors[4] == -100] = 7
-    check(tensors, biases, ignore_index=7)
+    leaves, (*teacher, labels) = inputs(21)
+    check(leaves, [*teacher, torch.where(labels == -100, 7, labels)], ignore_index=7)
 
 
 def test_the_preset_is_the_class() -> None:
-    tensors, _ = inputs(21)
+    student, (*teacher, labels) = inputs(21)
     options = {"beta": 0.2, "temperature": 1.7}
-    own = LigersOwn(compiled=False, **options)(*tensors)
-    student, teacher, labels = Head(*tensors[:2]), Head(*tensors[2:4]), tensors[4]
-    torch.testing.assert_close(KDLoss.like("liger", **options)(student, teacher, labels), own)
-
-
-def parameters(call: Any) -> list[tuple[str, Any, Any]]:
-    found = inspect.signature(call).parameters.values()
-    return [(p.name, p.kind, p.default) for p in found]
+    own = LigersOwn(compiled=False, **options)(*student, *teacher, labels)
+    ours = KDLoss.like("liger", **options)(Head(*student), Head(*teacher), labels)
+    torch.testing.assert_close(ours, own)
 
 
 @pytest.mark.parametrize("name", MODULES)

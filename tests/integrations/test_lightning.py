@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,9 @@ import pytest
 import tiny
 import torch
 from needs import need
+from support.losses import refused
 from support.ranks import run_rank
+from tiny import lightning_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -31,20 +33,12 @@ LOSS = KDLoss(temperature=2.0)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, few batches
 
 
-@pytest.fixture(params=[False, True])
-def heads(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
 def _module(heads: bool = False, loss: KDLoss = LOSS) -> KDModule:
     return KDModule(tiny.llama(0), tiny.llama(1), deepcopy(loss), optimizer=SGD, heads=heads)
 
 
 def _loader(rows: int, seed: int = 0) -> DataLoader[Any]:
     return DataLoader(tiny.ragged(seed=seed), batch_size=rows, collate_fn=tiny.padded)
-
-
-_trainer = tiny.lightning_trainer
 
 
 class _Seen(pl.Callback):
@@ -68,7 +62,7 @@ def _plain_loop(heads: bool, rows: int, epochs: int = 1) -> tuple[nn.Module, lis
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_weights_of_a_plain_loop_P50(heads: bool, accumulate: int, tmp_path: Path) -> None:
     module, seen = _module(heads), _Seen()
-    trainer = _trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=[seen])
+    trainer = lightning_trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=[seen])
     trainer.fit(module, _loader(4 // accumulate))
     student, losses = _plain_loop(heads, 4)
     tiny.assert_close(module.student, student)
@@ -80,85 +74,84 @@ def test_the_weights_of_a_plain_loop_P50(heads: bool, accumulate: int, tmp_path:
 
 def test_the_last_update_of_an_epoch_may_have_fewer_micro_batches(tmp_path: Path) -> None:
     module = _module()
-    trainer = _trainer(tmp_path, accumulate_grad_batches=6)  # 16 rows: 6, 6, 4
+    trainer = lightning_trainer(tmp_path, accumulate_grad_batches=6)  # 16 rows: 6, 6, 4
     trainer.fit(module, _loader(1))
     assert trainer.global_step == 3
     tiny.assert_close(module.student, _plain_loop(False, 6)[0])
 
 
 def test_gradients_are_clipped_after_they_are_divided(tmp_path: Path) -> None:
-    norms = []
-
-    class Norm(pl.Callback):  # type: ignore[misc]
-        def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
-            gradients = [p.grad for p in module.student.parameters() if p.grad is not None]
-            if gradients:
-                norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
-
-    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01, "callbacks": [Norm()]}
-    _trainer(tmp_path, **options).fit(_module(), _loader(2))
-    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
-    assert len(norms) >= 3
+    module, options = _module(), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
+    lightning_trainer(tmp_path, max_steps=1, **options).fit(module, _loader(2))
+    pairs = zip(module.student.parameters(), tiny.llama(0).parameters(), strict=True)
+    moved = torch.stack([(a - b).norm() for a, b in pairs]).norm().item()
+    assert moved == pytest.approx(0.01 * tiny.SGD["learning_rate"], rel=1e-2)
 
 
 def test_a_checkpoint_has_no_teacher_and_is_resumed_from(heads: bool, tmp_path: Path) -> None:
-    whole = _module(heads)
-    _trainer(tmp_path, max_epochs=2).fit(whole, _loader(4))
-    half, path = _module(heads), tmp_path / "half.ckpt"
-    trainer = _trainer(tmp_path)
+    whole, half, again = (_module(heads) for _ in range(3))
+    lightning_trainer(tmp_path, max_epochs=2).fit(whole, _loader(4))
+    trainer, path = lightning_trainer(tmp_path), tmp_path / "half.ckpt"
     trainer.fit(half, _loader(4))
     trainer.save_checkpoint(path)
     kept = torch.load(path, weights_only=False)["state_dict"]
     assert kept.keys() == {f"student.{name}" for name in half.student.state_dict()}
-    again = _module(heads)
-    _trainer(tmp_path, max_epochs=2).fit(again, _loader(4), ckpt_path=path)
+    lightning_trainer(tmp_path, max_epochs=2).fit(again, _loader(4), ckpt_path=path)
     tiny.assert_close(again.student, whole.student)
-    loaded = KDModule.load_from_checkpoint(
-        path, student=tiny.llama(2), teacher=tiny.llama(1), loss=LOSS, optimizer=SGD, heads=heads
-    )
+    other = {"student": tiny.llama(2), "teacher": tiny.llama(1), "optimizer": SGD}
+    loaded = KDModule.load_from_checkpoint(path, **other, loss=LOSS, heads=heads)
     tiny.assert_close(loaded.student, half.student)
 
 
+def _mean_of_all(module: KDModule, seed: int) -> list[float]:
+    """Return the means over all 16 rows, computed at once."""
+    (batch,) = _loader(16, seed)
+    module.eval()
+    with torch.no_grad():
+        parts = module.parts(**batch)
+    module.train()
+    return [x.item() for x in parts]
+
+
+def _means(metrics: Any, ending: str = "") -> Any:
+    """Return the means of an evaluation; `ending`: of one loader."""
+    stage = next(iter(metrics)).partition("_")[0]
+    expected = [float(metrics[f"{stage}_{name}{ending}"]) for name in KDLossParts._fields]
+    return pytest.approx(expected, rel=1e-5)
+
+
 def test_validation_is_a_mean_over_all_tokens_N_30(heads: bool, tmp_path: Path) -> None:
-    module = _module(heads)
+    module, trainer = _module(heads), lightning_trainer(tmp_path)
     teacher = deepcopy(module.teacher)
-    trainer = _trainer(tmp_path)
     trainer.fit(module, _loader(4), _loader(3, seed=1))
-    got = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
     assert module.student.training
     assert not module.teacher.training
-    want = _mean_of_all(module, _loader(16, seed=1))
-    assert got == pytest.approx(want, rel=1e-5)
+    validated = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
     (tested,) = trainer.test(module, _loader(3, seed=1), verbose=False)
-    assert list(tested.values()) == pytest.approx(list(want.values()), rel=1e-5)
+    for metrics in (validated, tested):
+        assert len(metrics) == 3
+        assert _mean_of_all(module, seed=1) == _means(metrics)
     tiny.assert_close(module.teacher, teacher)
 
 
-def test_every_loader_of_several_has_its_means(heads: bool, tmp_path: Path) -> None:
-    module, trainer = _module(heads), _trainer(tmp_path)
-    loaders = [_loader(3, seed=1), _loader(5, seed=2)]
-    trainer.fit(module, _loader(4), loaders)
-    got = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-    tested = trainer.test(module, loaders, verbose=False)
-    want = [_mean_of_all(module, _loader(16, seed=seed)) for seed in (1, 2)]
-    assert len(got) == 6
-    for i, means in enumerate(want):
-        for name, mean in means.items():
-            key = f"{name}/dataloader_idx_{i}"
-            assert got[key] == pytest.approx(mean, rel=1e-5)
-            assert tested[i][key.replace("val", "test")] == pytest.approx(mean, rel=1e-5)
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_every_loader_of_several_has_its_means(stage: str, heads: bool, tmp_path: Path) -> None:
+    module, loaders = _module(heads), [_loader(3, seed=1), _loader(5, seed=2)]
+    trainer = lightning_trainer(tmp_path)
+    getattr(trainer, stage)(module, loaders, verbose=False)
+    assert len(trainer.callback_metrics) == 6
+    for i in (0, 1):
+        want = _mean_of_all(module, seed=i + 1)
+        assert want == _means(trainer.callback_metrics, f"/dataloader_idx_{i}")
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_an_interrupted_evaluation_leaves_no_sums(stage: str, tmp_path: Path) -> None:
     module = _module()
-    run = partial(getattr(_trainer(tmp_path), stage), module, verbose=False)
+    run = partial(getattr(lightning_trainer(tmp_path), stage), module, verbose=False)
     second_is_broken = DataLoader([*tiny.ragged(4), None], batch_size=4, collate_fn=tiny.padded)
-    with pytest.raises(TypeError, match="NoneType"):
-        run(second_is_broken)
-    (got,) = run(_loader(3, seed=1))
-    want = _mean_of_all(module, _loader(16, seed=1))
-    assert list(got.values()) == pytest.approx(list(want.values()), rel=1e-5)
+    refused(TypeError, "NoneType", run, second_is_broken)
+    assert _mean_of_all(module, seed=1) == _means(run(_loader(3, seed=1))[0])
 
 
 class _Empty(IterableDataset[Any]):
@@ -170,28 +163,18 @@ class _Empty(IterableDataset[Any]):
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_a_stream_that_yields_nothing_has_means_of_0(stage: str, tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path)
-    loaders = [_loader(4), DataLoader(_Empty())]
+    trainer, loaders = lightning_trainer(tmp_path), [_loader(4), DataLoader(_Empty())]
     getattr(trainer, stage)(_module(), loaders, verbose=False)
-    of_loaders: dict[str, list[float]] = {"0": [], "1": []}
+    assert len(trainer.callback_metrics) == 6
     for name, mean in trainer.callback_metrics.items():
-        of_loaders[name[-1]].append(mean.item())
-    assert all(mean > 0 for mean in of_loaders["0"])
-    assert of_loaders["1"] == [0, 0, 0]
-
-
-def _mean_of_all(module: KDModule, loader: DataLoader[Any]) -> dict[str, float]:
-    (batch,) = loader
-    module.eval()
-    with torch.no_grad():
-        parts = module.parts(**batch)
-    module.train()
-    return {f"val_{name}": getattr(parts, name).item() for name in KDLossParts._fields}
+        assert mean > 0 if name.endswith("0") else mean == 0, name
 
 
 def test_mixed_precision(heads: bool, tmp_path: Path) -> None:
     module = _module(heads)
-    _trainer(tmp_path, precision="bf16-mixed", accumulate_grad_batches=2).fit(module, _loader(2))
+    lightning_trainer(tmp_path, precision="bf16-mixed", accumulate_grad_batches=2).fit(
+        module, _loader(2)
+    )
     plain, _ = _plain_loop(heads, 4)
     start = tiny.llama(0)
     moved = tiny.largest_difference(plain, start)
@@ -218,65 +201,61 @@ def test_two_devices(tmp_path: Path) -> None:
     module = _module(heads=True)
     strategy = _Spawned(start_method="spawn")
     options = {"devices": 2, "strategy": strategy, "accumulate_grad_batches": 8}
-    _trainer(tmp_path, max_epochs=2, **options).fit(module, _loader(1))
+    lightning_trainer(tmp_path, max_epochs=2, **options).fit(module, _loader(1))
     tiny.assert_close(module.student, _plain_loop(True, 16, epochs=2)[0])
 
 
 class _Own(pl.LightningModule):  # type: ignore[misc]
     """A user's module; the callback has stored the teacher's side in the batch."""
 
-    def __init__(self, step: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.student, self.step = tiny.llama(0).train(), step
+        self.student = tiny.llama(0).train()
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.step(self.student, batch)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        inputs, self.teachers_side = (batch["input_ids"], batch["attention_mask"]), batch["teacher"]
+        if isinstance(self.teachers_side, Head):
+            with headless(self.student):
+                hidden = self.student(*inputs).logits
+            side = Head(hidden, head_of(self.student).weight)
+        else:
+            side = self.student(*inputs).logits
+        return LOSS(side, self.teachers_side, shifted(batch["labels"]))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.step(self.student, batch))
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
 
     def configure_optimizers(self) -> Any:
         return SGD(self.parameters())
 
 
-def _logits_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits = student(batch["input_ids"], batch["attention_mask"]).logits
-    return LOSS(logits, batch["teacher"], shifted(batch["labels"]))
-
-
-def _heads_step(student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with headless(student):
-        hidden = student(batch["input_ids"], batch["attention_mask"]).logits
-    side = Head(hidden, head_of(student).weight)
-    assert isinstance(batch["teacher"], Head)
-    return LOSS(side, batch["teacher"], shifted(batch["labels"]))
-
-
 def test_a_teacher_next_to_a_users_own_module(heads: bool, tmp_path: Path) -> None:
-    module = _Own(_heads_step if heads else _logits_step)
+    module, path = _Own(), tmp_path / "own.ckpt"
     teacher = TeacherCallback(tiny.llama(1).train(), heads=heads)
-    trainer = _trainer(tmp_path, callbacks=[teacher])
+    trainer = lightning_trainer(tmp_path, callbacks=[teacher])
     trainer.fit(module, _loader(4), _loader(4, seed=1))
+    assert isinstance(module.teachers_side, Head if heads else Tensor)
     tiny.assert_close(module.student, _plain_loop(heads, 4)[0])
     assert trainer.callback_metrics["val_loss"] > 0
     assert not teacher.teacher.training
-    path = tmp_path / "own.ckpt"
     trainer.save_checkpoint(path)
     kept = torch.load(path, weights_only=False)["state_dict"]
     assert all(name.startswith("student.") for name in kept)
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reduction='mean'.*got 'sum'"):
-        _module(loss=KDLoss(reduction="sum"))
-    with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module; got NoneType"):
-        KDModule(tiny.llama(0), None, optimizer=SGD)
-    with pytest.raises(ValueError, match="vocab_size is 97 in the student and 101"):
-        KDModule(tiny.llama(0), tiny.llama(1, vocab_size=101), optimizer=SGD)
+    refused(ValueError, r"reduction='mean'.*got 'sum'", _module, loss=KDLoss(reduction="sum"))
+    make = partial(KDModule, tiny.llama(0), optimizer=SGD)
+    refused(TypeError, r"teacher must be a torch.nn.Module; got NoneType", make, None)
+    larger = tiny.llama(1, vocab_size=101)
+    refused(ValueError, "vocab_size is 97 in the student and 101", make, larger)
     batch = {"inputs_embeds": torch.zeros(1, 3, 16), "labels": torch.ones(1, 3).long()}
-    callback = TeacherCallback(tiny.llama(1))
-    with pytest.raises(ValueError, match="inputs_embeds must not be in the batch"):
-        callback.on_train_batch_start(_trainer(tmp_path), None, batch, 0)
+    start, trainer = (
+        TeacherCallback(tiny.llama(1)).on_train_batch_start,
+        lightning_trainer(tmp_path),
+    )
+    message = "inputs_embeds must not be in the batch"
+    refused(ValueError, message, start, trainer, None, batch, 0)
     data = DataLoader([row["input_ids"] for row in tiny.ragged(4)], batch_size=1)
-    with pytest.raises(TypeError, match=r"a batch must be a dict with labels.*got Tensor"):
-        _trainer(tmp_path).fit(_module(), data)
+    message = r"a batch must be a dict with labels.*got Tensor"
+    refused(TypeError, message, trainer.fit, _module(), data)

@@ -8,67 +8,52 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from needs import need
+import transformers
+from support.losses import refused
 from torch import Tensor, nn
 
-transformers = need("transformers")
-
-from fused_kd.integrations._common import heads  # noqa: E402
-from fused_kd.integrations._common.labels import shifted  # noqa: E402
-from fused_kd.integrations._common.models import check_models  # noqa: E402
+from fused_kd import KDLoss
+from fused_kd.integrations._common import heads
+from fused_kd.integrations._common.labels import shifted
+from fused_kd.integrations._common.models import check_models
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
+from fused_kd.integrations.transformers import DistillationLoss
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
-
-
 _model = partial(tiny.of, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        ("Llama", {}),
-        ("Qwen3", {"tie_word_embeddings": True}),
-        ("Cohere", {"logit_scale": 0.0625}),
-        ("Granite", {"logits_scaling": 8.0}),
-        ("Gemma2", {"final_logit_softcapping": None}),
-    ],
-)
-def test_a_bypassed_head_applied_to_the_output_gives_the_logits(
-    kind: str, changes: dict[str, object]
-) -> None:
-    model = _model(kind, **changes)
-    heads.scale_of(model)
-    logits = model(input_ids=IDS).logits
-    with heads.headless(model):
-        hidden = model(input_ids=IDS).logits
-    assert hidden.shape[-1] == 16
-    torch.testing.assert_close(heads.head_of(model)(hidden), logits, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_soft_capped_head_is_refused_even_if_the_logits_are_small_P04(dtype: torch.dtype) -> None:
-    model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
-    with torch.no_grad():
-        heads.head_of(model).weight.mul_(1e-3)
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes its logits.*heads=False"):
-        heads.scale_of(model)
-    assert "forward" not in heads.head_of(model).__dict__
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "scale"),
     [
         ("Llama", {}, 1.0),
+        ("Qwen3", {"tie_word_embeddings": True}, 1.0),
         ("Cohere", {"logit_scale": 16.0}, 16.0),
         ("Granite", {"logits_scaling": 8.0}, 0.125),
+        ("Gemma2", {"final_logit_softcapping": None}, 1.0),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_scale_is_measured(
-    kind: str, changes: dict[str, object], scale: float, dtype: torch.dtype
+def test_a_bypassed_head_applied_to_the_output_gives_the_logits(
+    kind: str, changes: dict[str, object], scale: float
 ) -> None:
-    assert heads.scale_of(_model(kind, **changes).to(dtype)) == pytest.approx(scale, rel=1e-6)
+    model = _model(kind, **changes)
+    assert heads.scale_of(model) == pytest.approx(scale, rel=1e-6)
+    logits = model(input_ids=IDS).logits
+    with heads.headless(model):
+        hidden = model(input_ids=IDS).logits
+    assert hidden.shape[-1] == 16
+    torch.testing.assert_close(heads.head_of(model)(hidden), logits, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=0, atol=0)
+    assert heads.scale_of(model.half()) == pytest.approx(scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_soft_capped_head_is_refused_even_if_the_logits_are_small_P04(dtype: torch.dtype) -> None:
+    model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
+    nn.init.normal_(heads.head_of(model).weight, std=5e-4)
+    message = r"Gemma2ForCausalLM changes its logits.*heads=False"
+    refused(ValueError, message, heads.scale_of, model)
+    assert "forward" not in heads.head_of(model).__dict__
 
 
 class _Changed(nn.Module):
@@ -98,8 +83,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_any_change_but_a_factor_is_refused(change: object) -> None:
-    with pytest.raises(ValueError, match="changes its logits"):
-        heads.scale_of(_Changed(change))
+    refused(ValueError, "changes its logits", heads.scale_of, _Changed(change))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -134,10 +118,8 @@ def test_a_head_that_does_more_is_refused_by_name() -> None:
     model = tiny.llama(0)
     model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
     message = r"plain nn.Linear; found a test_lm_heads\._Adapted.*heads=False"
-    with pytest.raises(TypeError, match=message):
-        heads.head_of(model)
-    with pytest.raises(TypeError, match="found none"):
-        heads.head_of(nn.Linear(2, 2))
+    refused(TypeError, message, heads.head_of, model)
+    refused(TypeError, "found none", heads.head_of, nn.Linear(2, 2))
 
 
 def test_the_weight_of_a_bypassed_head_stays_in_the_graph() -> None:
@@ -145,12 +127,12 @@ def test_the_weight_of_a_bypassed_head_stays_in_the_graph() -> None:
     model = tiny.llama(0)
     with heads.headless(model):
         hidden = model(input_ids=IDS).logits
-    seen, found = [hidden.grad_fn], set()
-    while seen:
-        node = seen.pop()
-        found.add(getattr(node, "variable", None))
-        seen += [following for following, _ in node.next_functions if following is not None]
-    assert model.lm_head.weight in found
+    nodes, leaves = [hidden.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        leaves.add(getattr(node, "variable", None))
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert model.lm_head.weight in leaves
     hidden.sum().backward()
     assert model.lm_head.weight.grad is None
 
@@ -171,9 +153,9 @@ def test_a_deep_copy_bypasses_its_own_head_in_its_own_mode() -> None:
     assert model.lm_head.weight.grad is None
     assert model(input_ids=IDS).logits.shape[-1] == 16
     assert copy.train()(input_ids=IDS).logits.shape[-1] == 16
-    for left_out in (model, copy):
-        with pytest.raises(ValueError, match=r"already bypassed.*loss\.remove\(\)"):
-            check_models(left_out, tiny.llama(1), shift=True)
+    for bypassed in (model, copy):
+        message = r"already bypassed.*loss\.remove\(\)"
+        refused(ValueError, message, check_models, bypassed, tiny.llama(1), shift=True)
     undo()
     check_models(model, tiny.llama(1), shift=True)
     assert "forward" not in model.lm_head.__dict__
@@ -182,3 +164,27 @@ def test_a_deep_copy_bypasses_its_own_head_in_its_own_mode() -> None:
 def test_labels_are_shifted_and_the_last_position_is_ignored() -> None:
     labels = torch.tensor([[5, 6, 7], [8, -100, 9]])
     assert shifted(labels).tolist() == [[6, 7, -100], [-100, 9, -100]]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("Gemma2", "final_logit_softcapping", 0.5),
+        ("Cohere", "logit_scale", 0.25),
+        ("Granite", "logits_scaling", 4.0),
+    ],
+)
+def test_caps_and_scales_of_logits_are_never_dropped_P04(
+    family: str, name: str, value: float
+) -> None:
+    student, teacher = (tiny.of(family, seed, **{name: value}) for seed in (0, 1))
+    batch = tiny.padded(tiny.ragged(3))
+    inputs, labels = tiny.split(batch)
+    want = KDLoss()(student(**inputs).logits, teacher(**inputs).logits.detach(), shifted(labels))
+    for kind in (StudentTeacherLoss, DistillationLoss):
+        for is_head in (False,) if family == "Gemma2" else tiny.BOTH:
+            adapter = kind(student.train(), teacher, heads=is_head)
+            torch.testing.assert_close(tiny.loss_of(adapter, student, batch), want)
+        if family == "Gemma2":
+            for pair in ((student, tiny.llama(1)), (tiny.llama(0), teacher)):
+                refused(ValueError, "soft-capping", kind, *pair, heads=True)

@@ -13,18 +13,15 @@ import tiny
 import torch
 import torch._dynamo.testing
 from needs import need
+from support.losses import outcome, refused
 from torch import Tensor, nn
 
-need("transformers")
 need("modelopt")
 import modelopt.torch.distill as mtd  # noqa: E402
 from modelopt.torch.distill.losses import LogitsDistillationLoss as TheirLogits  # noqa: E402
 from modelopt.torch.distill.losses import MFTLoss as TheirMFT  # noqa: E402
 
-from fused_kd.integrations.model_optimizer import (  # noqa: E402
-    LogitsDistillationLoss,
-    MFTLoss,
-)
+from fused_kd.integrations.model_optimizer import LogitsDistillationLoss, MFTLoss  # noqa: E402
 
 V = tiny.VOCABULARY
 HEADS = ("lm_head", "lm_head")
@@ -38,22 +35,21 @@ def converted(loss: nn.Module, layers: tuple[str, str] = HEADS, weight: float = 
     return mtd.convert(tiny.llama(seed=1), mode=[("kd_loss", config)])
 
 
-def trained(model: Any, rate: float, **keywords: Any) -> tuple[list[float], list[Tensor]]:
-    """Train four steps; return the losses and the weights after them."""
+def trained(model: Any, rate: float, *inputs: str) -> tuple[list[float], list[Tensor]]:
+    """Train four steps, and return the losses and the weights after them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     rows, losses = tiny.ragged(), []
     before = deepcopy(list(model.parameters()))
     model.train()
     for step in range(4):
         batch = tiny.padded(rows[4 * step : 4 * step + 4])
-        own = model(**batch).loss
-        given = {"student_loss": own} if "student_loss" in keywords else {}
-        if "labels" in keywords:
-            given["labels"] = batch["labels"].clamp_min(0).flatten()
-        if "masked" in keywords:
-            kept = batch["labels"] != -100
-            given["loss_reduction_fn"] = lambda loss, kept=kept: loss[kept].mean()
-        loss = model.compute_kd_loss(**given)
+        own, kept = model(**batch).loss, batch["labels"] != -100
+        keywords: dict[str, Any] = {
+            "student_loss": own,
+            "labels": batch["labels"].clamp_min(0).flatten(),
+            "loss_reduction_fn": lambda loss, kept=kept: loss[kept].mean(),
+        }
+        loss = model.compute_kd_loss(**{name: keywords[name] for name in inputs})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -70,59 +66,26 @@ def same(ours: Any, theirs: Any) -> None:
 # ------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize(
-    ("reduction", "rate"), [("mean", 5.0), ("batchmean", 0.005), ("sum", 0.001)]
-)
-def test_training(reduction: str, rate: float) -> None:
-    theirs = trained(converted(TheirLogits(2.0, reduction)), rate)
-    same(trained(converted(LogitsDistillationLoss(2.0, reduction)), rate), theirs)
-    inplace = LogitsDistillationLoss(2.0, reduction, inplace=True)
-    same(trained(converted(inplace), rate), theirs)
+LOGITS, MFT = (LogitsDistillationLoss, TheirLogits), (MFTLoss, TheirMFT)
+RATES = ("mean", 1.0, 5.0), ("batchmean", 1.0, 0.005), ("sum", 1.0, 0.001)
+IN_PLACE = partial(LogitsDistillationLoss, inplace=True), TheirLogits
+#: Our class and modelopt's, its second argument, weight, rate and what is given to modelopt.
+TRAININGS: list[tuple[Any, ...]] = [
+    *((kinds, *case) for kinds in (LOGITS, IN_PLACE) for case in RATES),
+    (LOGITS, "none", 1.0, 0.3, "loss_reduction_fn"),
+    (LOGITS, "batchmean", 0.5, 0.005, "student_loss"),
+    (MFT, 0.3, 1.0, 0.3, "labels"),
+]
 
 
-def test_training_with_a_mask() -> None:
-    theirs, ours = (kind(2.0, "none") for kind in (TheirLogits, LogitsDistillationLoss))
-    runs = (trained(converted(loss), 0.3, masked=True) for loss in (ours, theirs))
+@pytest.mark.parametrize("case", TRAININGS)
+def test_training(case: tuple[Any, ...]) -> None:
+    kinds, option, weight, rate, *inputs = case
+    runs = (trained(converted(x(2.0, option), weight=weight), rate, *inputs) for x in kinds)
     same(*runs)
-
-
-def test_training_with_the_students_own_loss() -> None:
-    theirs, ours = (kind(2.0, "batchmean") for kind in (TheirLogits, LogitsDistillationLoss))
-    runs = (trained(converted(x, weight=0.5), 0.005, student_loss=True) for x in (ours, theirs))
-    same(*runs)
-
-
-def test_training_with_mft() -> None:
-    runs = (trained(converted(kind(2.0, 0.3)), 0.3, labels=True) for kind in (MFTLoss, TheirMFT))
-    same(*runs)
-
-
-class Logits(nn.Module):
-    """A model that returns a tensor, so that modelopt needs no names of layers."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.model = tiny.llama(seed)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids).logits
-        return logits
-
-
-def test_a_criterion_without_layers() -> None:
-    losses = []
-    for criterion in (LogitsDistillationLoss(), TheirLogits()):
-        config = {"teacher_model": Logits(2), "criterion": criterion}
-        model = mtd.convert(Logits(1), mode=[("kd_loss", config)])
-        model.train()  # as modelopt has it, it returns None
-        model(torch.arange(12).view(2, 6))
-        losses.append(model.compute_kd_loss())
-        assert mtd.export(model).state_dict().keys() == Logits(1).state_dict().keys()
-    same(*losses)
 
 
 def test_the_trainer_of_the_plugin(tmp_path: Path) -> None:
-    need("accelerate")
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
     from transformers import TrainingArguments
 
@@ -142,21 +105,14 @@ def test_the_trainer_of_the_plugin(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ the losses alone
 
 
-def outcome(loss: nn.Module, student: Tensor, *others: Tensor) -> list[Tensor]:
-    """Return the loss, and its gradient under an upstream gradient that is not 1."""
-    value = loss(student, *others)
-    upstream = torch.linspace(0.5, 2.0, max(value.numel(), 1), dtype=value.dtype).view(value.shape)
-    return [value, *torch.autograd.grad(value, student, upstream)]
-
-
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "none"])
 @pytest.mark.parametrize("shape", [(6, V), (2, 5, V), (V,)])
 def test_same_numbers(shape: tuple[int, ...], reduction: str) -> None:
-    """Compare; of logits (V,) the first dimension, by which "batchmean" divides, is V."""
-    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    # of logits (V,) the first dimension, by which "batchmean" divides, is V
+    student, teacher = torch.randn(shape), torch.randn(shape)
     for temperature in (1.0, 0.7, 4.0):
-        theirs = outcome(TheirLogits(temperature, reduction), student, teacher)
-        ours = outcome(LogitsDistillationLoss(temperature, reduction), student, teacher)
+        theirs = outcome(TheirLogits(temperature, reduction), [student], teacher)
+        ours = outcome(LogitsDistillationLoss(temperature, reduction), [student], teacher)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -183,24 +139,22 @@ def test_mft_is_compiled_for_two_lengths_not_for_each() -> None:
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.9, 1.0])
 def test_same_numbers_of_mft(threshold: float, reduction: str) -> None:
     rows = 150  # more than are corrected at a time
-    student = torch.randn(rows, V, dtype=torch.float64, requires_grad=True)
+    student = torch.randn(rows, V, dtype=torch.float64)
     teacher = 2 * torch.randn(rows, V, dtype=torch.float64)
     labels = torch.where(torch.arange(rows) % 3 == 0, torch.randint(V, (rows,)), teacher.argmax(-1))
     teacher[1, labels[1]] += 20  # more confident than the threshold requires
     for temperature in (1.0, 2.0):
-        theirs = outcome(TheirMFT(temperature, threshold, reduction), student, teacher, labels)
-        ours = outcome(MFTLoss(temperature, threshold, reduction), student, teacher, labels)
+        theirs = outcome(TheirMFT(temperature, threshold, reduction), [student], teacher, labels)
+        ours = outcome(MFTLoss(temperature, threshold, reduction), [student], teacher, labels)
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_mft_of_16_bit_logits() -> None:
     # as if they were float64: the corrected logits are not rounded to 16 bits
-    student, teacher = torch.randn(2, 7, V), 2 * torch.randn(2, 7, V)
+    sides = [(scale * torch.randn(2, 7, V)).bfloat16() for scale in (1, 2)]
     labels = torch.randint(V, (2, 7))
-    bfloat16 = (student.bfloat16(), teacher.bfloat16())
-    float64 = [x.double() for x in bfloat16]
-    found, expected = MFTLoss()(*bfloat16, labels), MFTLoss()(*float64, labels)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    exact = MFTLoss()(*(x.double() for x in sides), labels)
+    torch.testing.assert_close(MFTLoss()(*sides, labels).double(), exact, rtol=1e-5, atol=0)
 
 
 def test_mft_without_the_rows_that_do_not_count() -> None:
@@ -219,32 +173,22 @@ def test_mft_without_the_rows_that_do_not_count() -> None:
 
 def test_bad_input() -> None:
     logits, labels = torch.randn(4, V), torch.arange(4)
-    for make, message in (
+    for call, message in (
         (partial(LogitsDistillationLoss, reduction="median"), "reduction must be one of"),
         (partial(LogitsDistillationLoss, temperature=0.0), "temperature must be positive"),
         (partial(LogitsDistillationLoss, reduction="none", inplace=True), "inplace=True needs"),
         (partial(MFTLoss, reduction="none"), "reduction must be one of"),
         (partial(MFTLoss, threshold=1.5), r"threshold must be in \[0, 1\]; got 1\.5"),
+        (partial(MFTLoss, threshold="a"), "threshold must be a Python number; got str"),
         (partial(MFTLoss(), logits, logits, labels + V), rf"labels must be in \[0, {V}\)"),
         (partial(MFTLoss(), logits, logits, labels[:3]), "labels must have the leading shape"),
+        (partial(MFTLoss(), logits, logits, None), r"labels must be a torch\.Tensor; got NoneType"),
         (partial(MFTLoss(), logits, logits[:, :-1], labels), "same vocabulary size"),
+        (partial(MFTLoss(), {}, logits, labels), r"logits_s must be a torch\.Tensor; got dict"),
+        (partial(LogitsDistillationLoss(), {}, logits), r"logits_s must be a .*; got dict"),
         (partial(LogitsDistillationLoss(), logits, logits[:, :-1]), "same vocabulary size"),
     ):
-        with pytest.raises(ValueError, match=message):
-            make()
-
-
-def test_what_is_no_tensor_or_number_is_named() -> None:
-    logits, labels = torch.randn(4, V), torch.arange(4)
-    for loss, rest in ((LogitsDistillationLoss(), ()), (MFTLoss(), (labels,))):
-        with pytest.raises(TypeError, match=r"logits_s must be a torch\.Tensor; got dict"):
-            loss({}, logits, *rest)
-        with pytest.raises(TypeError, match=r"logits_t must be a torch\.Tensor; got NoneType"):
-            loss(logits, None, *rest)
-    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor; got NoneType"):
-        MFTLoss()(logits, logits, None)
-    with pytest.raises(TypeError, match="threshold must be a Python number; got str"):
-        MFTLoss(threshold="a")
+        refused((TypeError, ValueError), message, call)
 
 
 def test_shown_and_kept() -> None:

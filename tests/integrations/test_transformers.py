@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,23 +10,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from needs import need
+from support.losses import refused
 from support.processes import failures
+from tiny import logged
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-need("transformers")
-need("accelerate")
-from transformers import Trainer, TrainingArguments  # noqa: E402
-
-from fused_kd import KDLoss  # noqa: E402
-from fused_kd.integrations.loop import shifted  # noqa: E402
-from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
-from fused_kd.integrations.transformers import (  # noqa: E402
-    DistillationLoss,
-    KDTrainer,
-    log_parts,
-)
-from fused_kd.testing import eager_kd_loss  # noqa: E402
+from fused_kd import KDLoss
+from fused_kd.integrations.loop import shifted
+from fused_kd.integrations.student_teacher import StudentTeacherLoss
+from fused_kd.integrations.transformers import DistillationLoss, KDTrainer, log_parts
+from fused_kd.testing import eager_kd_loss
 
 OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
 LOGITS: dict[str, Any] = {"loss": KDLoss(**OPTIONS)}
@@ -37,6 +30,7 @@ WAYS = {"logits": LOGITS, "in-place": IN_PLACE, "heads": HEADS}
 KEYS = ("loss", "hard_loss", "soft_loss")
 EVERY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 DATA: dict[str, Any] = {"train_dataset": tiny.ragged(), "data_collator": tiny.padded}
+BATCH, LABELS = tiny.split(tiny.padded(tiny.ragged(2)))
 
 
 def _settings(folder: Path, **changes: Any) -> TrainingArguments:
@@ -73,16 +67,13 @@ class _Eager(Trainer):  # type: ignore[misc]
         return eager_kd_loss(*sides, labels[:, 1:], num_items=num_items_in_batch, **OPTIONS)
 
 
-_logged = tiny.logged
-
-
 @EVERY
 def test_the_same_training_as_with_torch_operations(tmp_path: Path, way: Any) -> None:
     expected = _Eager(tiny.llama(0), _settings(tmp_path), **DATA)
     expected.model_accepts_loss_kwargs = True
     expected.train()
     trainer = _trained(tmp_path, way)
-    assert _logged(trainer) == pytest.approx(_logged(expected), rel=1e-5)
+    assert logged(trainer) == pytest.approx(logged(expected), rel=1e-5)
     assert tiny.largest_difference(trainer.model, expected.model) < 1e-6
     assert tiny.largest_difference(trainer.model, tiny.llama(0)) > 1e-3
 
@@ -93,7 +84,7 @@ def test_an_update_does_not_depend_on_how_its_batch_is_cut_P50(tmp_path: Path, w
     cut = _trained(tmp_path, way, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert tiny.largest_difference(whole.model, cut.model) < 1e-6
     for key in KEYS:
-        assert _logged(cut, key) == pytest.approx(_logged(whole, key), rel=1e-5)
+        assert logged(cut, key) == pytest.approx(logged(whole, key), rel=1e-5)
 
 
 @EVERY
@@ -102,7 +93,7 @@ def test_the_parts_are_logged_with_the_loss(tmp_path: Path, way: Any, every: int
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
     trainer = _trained(tmp_path, way, logging_steps=every, **evaluation)
     for prefix, count in (("", 4 // every), ("eval_", 2)):
-        whole, hard, soft = (_logged(trainer, f"{prefix}{k}loss") for k in ("", "hard_", "soft_"))
+        whole, hard, soft = (logged(trainer, f"{prefix}{k}loss") for k in ("", "hard_", "soft_"))
         assert len(whole) == len(hard) == len(soft) == count
         weighted = [0.3 * h + 0.7 * s for h, s in zip(hard, soft, strict=True)]
         assert weighted == pytest.approx(whole, rel=1e-4)
@@ -117,8 +108,8 @@ def test_the_stock_trainer_takes_the_loss_and_logs_its_parts(tmp_path: Path) -> 
     log_parts(trainer)
     trainer.train()
     expected = _trained(tmp_path, LOGITS)
-    assert _logged(trainer) == _logged(expected)
-    assert _logged(trainer, "soft_loss") == _logged(expected, "soft_loss")
+    assert logged(trainer) == logged(expected)
+    assert logged(trainer, "soft_loss") == logged(expected, "soft_loss")
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -139,24 +130,19 @@ def test_each_of_several_evaluation_sets_has_its_parts(tmp_path: Path, way: Any)
     trainer = _trained(tmp_path, way)
     sets = {name: tiny.ragged(6, seed=seed) for seed, name in enumerate("ab", 1)}
     for _ in range(2):
-        found = trainer.evaluate(sets)
+        evaluated = trainer.evaluate(sets)
         for name, rows in sets.items():
             alone = trainer.evaluate(rows)
             for key in KEYS:
-                assert found[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-6)
-    assert not _logged(trainer, "train_hard_loss")
-
-
-def _two_rows() -> tuple[dict[str, Tensor], Tensor]:
-    return tiny.split(tiny.padded(tiny.ragged(2)))
+                assert evaluated[f"eval_{name}_{key}"] == pytest.approx(
+                    alone[f"eval_{key}"], rel=1e-6
+                )
+    assert not logged(trainer, "train_hard_loss")
 
 
 def test_a_training_with_heads_makes_no_logits(tmp_path: Path) -> None:
-    shapes = set()
-    student = tiny.llama(0)
-    student.register_forward_hook(
-        lambda model, _, outputs: shapes.add((model.training, outputs.logits.shape[-1]))
-    )
+    student, shapes = tiny.llama(0), set()
+    student.register_forward_hook(lambda m, _, out: shapes.add((m.training, out.logits.shape[-1])))
     trainer = _trained(tmp_path, HEADS, student)
     assert shapes == {(False, 97), (True, 16)}  # the probe at the start, the training
     trainer.compute_loss_func.remove()
@@ -172,12 +158,12 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, way: Any) -> Non
 
 
 def test_mixed_precision_reaches_the_products_and_the_teacher(tmp_path: Path) -> None:
-    expected = _logged(_trained(tmp_path, LOGITS))
+    expected = logged(_trained(tmp_path, LOGITS))
     seen = []
     logits, heads = (_trained(tmp_path, way, bf16=True) for way in (LOGITS, HEADS))
     for trainer in (logits, heads):
-        assert _logged(trainer) == pytest.approx(expected, rel=2e-2)
-        assert _logged(trainer) != expected
+        assert logged(trainer) == pytest.approx(expected, rel=2e-2)
+        assert logged(trainer) != expected
     teacher = heads.compute_loss_func.teacher
     teacher.model.layers[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     heads.train()
@@ -193,34 +179,53 @@ def test_a_resumed_training_continues_as_if_never_stopped(tmp_path: Path) -> Non
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     assert tiny.largest_difference(trainer.model, whole.model) < 1e-7
     for key in KEYS:
-        assert _logged(trainer, key) == pytest.approx(_logged(whole, key), rel=1e-5)
-    saved = list((tmp_path / "cut" / "checkpoint-2").glob("*.safetensors"))
-    assert sum(file.stat().st_size for file in saved) < 2 * 4 * sum(
-        p.numel() for p in tiny.llama(0).parameters()
-    )
+        assert logged(trainer, key) == pytest.approx(logged(whole, key), rel=1e-5)
+    saved = (tmp_path / "cut" / "checkpoint-2").glob("*.safetensors")
+    students = sum(p.nbytes for p in tiny.llama(0).parameters())
+    assert sum(file.stat().st_size for file in saved) < 2 * students  # no teacher
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [LOGITS, HEADS], ids=["logits", "heads"])
-def test_compiled_students_train_the_same(tmp_path: Path, way: Any) -> None:
+def test_compiled_students_train_the_same(tmp_path: Path, heads: bool) -> None:
+    way = HEADS if heads else LOGITS
     compiled = _trained(tmp_path, way, torch_compile=True, eval_strategy="steps", eval_steps=2)
     expected = _trained(tmp_path, way, eval_strategy="steps", eval_steps=2)
     assert tiny.largest_difference(compiled.model, expected.model) < 1e-5
     for key in ("loss", "eval_loss", "soft_loss"):
-        assert _logged(compiled, key) == pytest.approx(_logged(expected, key), rel=1e-4)
+        assert logged(compiled, key) == pytest.approx(logged(expected, key), rel=1e-4)
 
 
-@pytest.mark.parametrize("way", [LOGITS, HEADS], ids=["logits", "heads"])
-def test_a_student_that_is_compiled_already(tmp_path: Path, way: Any) -> None:
+def test_a_student_that_is_compiled_already(tmp_path: Path, heads: bool) -> None:
     # Trainer cannot read which columns it takes
     changes: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
-    student = torch.compile(tiny.llama(0), backend="eager")
+    student, way = torch.compile(tiny.llama(0), backend="eager"), HEADS if heads else LOGITS
     trainer, expected = _trained(tmp_path, way, student, **changes), _trained(tmp_path, way)
     assert tiny.largest_difference(trainer.model, expected.model) < 1e-6
-    found = trainer.evaluate()
     for key, value in expected.evaluate().items():
         if key.endswith("loss"):
-            assert found[key] == pytest.approx(value, rel=1e-5)
+            assert trainer.evaluate()[key] == pytest.approx(value, rel=1e-5)
+
+
+class NoKeywords(LlamaForCausalLM):  # type: ignore[misc]
+    def forward(
+        self, input_ids: Any, attention_mask: Any = None, labels: Any = None, use_cache: Any = None
+    ) -> Any:
+        return super().forward(input_ids, attention_mask, labels=labels, use_cache=use_cache)
+
+
+def test_models_that_take_no_keywords_of_a_loss_N_19(tmp_path: Path, heads: bool) -> None:
+    # transformers#37766: num_items_in_batch was dropped, and the loss grew by the accumulation
+    students = []
+    for cut in tiny.CUTS:
+        student, teacher = (tiny.build(NoKeywords, LlamaConfig, seed) for seed in (0, 1))
+        loss = DistillationLoss(student, teacher, heads=heads)
+        arguments = _settings(tmp_path, max_steps=1, learning_rate=0.1, **cut)
+        trainer = Trainer(student, arguments, compute_loss_func=loss, **DATA)
+        assert not trainer.model_accepts_loss_kwargs
+        trainer.train()
+        students.append(student)
+    tiny.assert_close(*students)
+    assert tiny.largest_difference(student, tiny.build(NoKeywords, LlamaConfig, 0)) > 1e-3
 
 
 # ---------------------------------------------------------------------------------- bad input
@@ -231,36 +236,14 @@ def test_a_router_whose_loss_would_be_lost_is_refused() -> None:
     teacher = build(output_router_logits=True)
     student = build(output_router_logits=True, router_aux_loss_coef=0.1)
     for kind in (DistillationLoss, StudentTeacherLoss):
-        with pytest.raises(ValueError, match=r"aux_loss, times 0\.1.*output_router_logits=False"):
-            kind(student, teacher)
+        message = r"aux_loss, times 0\.1.*output_router_logits=False"
+        refused(ValueError, message, kind, student, teacher)
     student.config.output_router_logits = False
     StudentTeacherLoss(student, teacher)
     DistillationLoss(build(output_router_logits=True, router_aux_loss_coef=0.0), teacher)
 
 
-def test_a_student_whose_head_another_loss_has_left_out() -> None:
-    student = tiny.llama(0)
-    first = DistillationLoss(student, tiny.llama(1), heads=True)
-    for heads in (True, False):
-        with pytest.raises(ValueError, match=r"already bypassed.*loss\.remove\(\)"):
-            DistillationLoss(student, tiny.llama(2), heads=heads)
-        with pytest.raises(ValueError, match="already bypassed"):
-            StudentTeacherLoss(student, tiny.llama(2), heads=heads)
-    first.remove()
-    DistillationLoss(student, tiny.llama(2), heads=True).remove()
-    assert student.train()(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.shape[-1] == 97
-
-
-def test_arguments_of_trainer_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
-    kept = {"teacher": tiny.llama(1), "loss": KDLoss()}
-    settings = _settings(tmp_path, label_smoothing_factor=0.2)
-    with pytest.raises(ValueError, match=r"got 0\.2: pass loss=KDLoss\(label_smoothing="):
-        KDTrainer(tiny.llama(0), settings, **kept)
-    with pytest.raises(ValueError, match="model_init must be None"):
-        KDTrainer(args=_settings(tmp_path), model_init=lambda: tiny.llama(0), **kept)
-
-
-def test_bad_models_and_losses_are_refused_at_once() -> None:
+def test_bad_models_losses_and_arguments_are_refused_at_once(tmp_path: Path) -> None:
     student, teacher, base = tiny.llama(0), tiny.llama(1), tiny.llama(2)
     base.model.layers[0] = student.model.layers[0]  # as PEFT's model and what it was made of
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
@@ -275,37 +258,40 @@ def test_bad_models_and_losses_are_refused_at_once() -> None:
         ((student, teacher, KDLoss(ignore_index=0)), ValueError, "ignore_index=-100.*got 0"),
     ]
     for arguments, kind, message in bad:
-        with pytest.raises(kind, match=message):
-            DistillationLoss(*arguments)
+        refused(kind, message, DistillationLoss, *arguments)
     assert not student._forward_pre_hooks
+    make = partial(KDTrainer, teacher=teacher, loss=KDLoss())
+    smoothed, plain = _settings(tmp_path, label_smoothing_factor=0.2), _settings(tmp_path)
+    message = r"got 0\.2: pass loss=KDLoss\(label_smoothing="
+    refused(ValueError, message, make, student, smoothed)
+    init = {"args": plain, "model_init": lambda: student}
+    refused(ValueError, "model_init must be None", make, **init)
+    func = DistillationLoss(student, teacher)
+    make = partial(KDTrainer, student, teacher=teacher, compute_loss_func=func)
+    refused(ValueError, "compute_loss_func must be None", make)
+    refused(
+        TypeError, "must be a DistillationLoss; got NoneType", log_parts, Trainer(student, plain)
+    )
 
 
-def test_absent_labels_and_a_teacher_that_trains_are_named(tmp_path: Path) -> None:
+def test_absent_labels_and_a_teacher_that_trains_are_named() -> None:
     student, teacher = tiny.llama(0), tiny.llama(1)
-    loss, (batch, labels) = DistillationLoss(student, teacher), _two_rows()
-    with pytest.raises(ValueError, match="labels must be in the batch"):
-        loss(student(**batch), None)
-    with pytest.raises(RuntimeError, match="has not been called"):
-        loss(tiny.llama(0)(**batch), labels)
+    loss = DistillationLoss(student, teacher)
+    refused(ValueError, "labels must be in the batch", loss, student(**BATCH), None)
+    refused(RuntimeError, "has not been called", loss, tiny.llama(0)(**BATCH), LABELS)
     teacher.train()
-    with pytest.raises(ValueError, match="teacher must be in evaluation mode"):
-        loss(student(**batch), labels)
-    with pytest.raises(TypeError, match="must be a DistillationLoss; got NoneType"):
-        log_parts(Trainer(tiny.llama(0), _settings(tmp_path)))
-    with pytest.raises(ValueError, match="compute_loss_func must be None"):
-        KDTrainer(tiny.llama(0), teacher=teacher, compute_loss_func=loss)
+    refused(ValueError, "teacher must be in evaluation mode", loss, student(**BATCH), LABELS)
 
 
-def _on_two_ranks(which: str) -> None:
+def _on_two_ranks(which: str, folder: Path) -> None:
     """Check that two ranks of 2 rows are one of 4; rank 0 logs for all."""
-    folder = Path(os.environ["FUSED_KD_TEST_FOLDER"])
     trainer = _trained(folder, WAYS[which], per_device_train_batch_size=2)
     expected = torch.load(folder / f"alone{which}.pt", weights_only=True)
     for name, weight in trainer.model.state_dict().items():
         torch.testing.assert_close(weight, expected["weights"][name], rtol=0, atol=1e-6)
     if trainer.is_world_process_zero():
         for key in KEYS:
-            assert _logged(trainer, key) == pytest.approx(expected[key], rel=1e-5), key
+            assert logged(trainer, key) == pytest.approx(expected[key], rel=1e-5), key
     _parts_of_the_evaluation(trainer)
 
 
@@ -313,32 +299,29 @@ def _parts_of_the_evaluation(trainer: KDTrainer) -> None:
     """Check that the parts count as the loss does: not what pads the last batch of the ranks."""
     for _ in range(2):
         trainer.predict(tiny.ragged(5, seed=2))
-        found = trainer.evaluate()
-        parts = 0.3 * found["eval_hard_loss"] + 0.7 * found["eval_soft_loss"]
-        assert parts == pytest.approx(found["eval_loss"], rel=1e-5)
+        evaluated = trainer.evaluate()
+        parts = 0.3 * evaluated["eval_hard_loss"] + 0.7 * evaluated["eval_soft_loss"]
+        assert parts == pytest.approx(evaluated["eval_loss"], rel=1e-5)
 
 
-def test_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_two_processes(tmp_path: Path) -> None:
     # the stock Trainer's own DistributedDataParallel
-    monkeypatch.setenv("FUSED_KD_TEST_FOLDER", str(tmp_path))
+    checks: dict[str, Callable[[], None]] = {}
     for which, way in WAYS.items():
         alone = _trained(tmp_path, way)
         _parts_of_the_evaluation(alone)
-        logs = {key: _logged(alone, key) for key in KEYS}
+        logs = {key: logged(alone, key) for key in KEYS}
         torch.save({"weights": alone.model.state_dict(), **logs}, tmp_path / f"alone{which}.pt")
-    checks: dict[str, Callable[[], None]] = {which: partial(_on_two_ranks, which) for which in WAYS}
+        checks[which] = partial(_on_two_ranks, which, tmp_path)
     assert not (wrong := failures(checks, 2, tmp_path)), "\n".join(wrong)
 
 
 def test_labels_that_are_shifted_already_are_taken_as_they_are() -> None:
     # shift_labels, as collators without padding make them
-    student = tiny.llama(0)
-    loss, (batch, labels) = DistillationLoss(student, tiny.llama(1)), _two_rows()
-    expected = loss(student(**batch), labels)
-    ready = loss(student(**batch, shift_labels=shifted(labels)), torch.zeros_like(labels))
-    assert ready.item() == expected.item()
-    outputs = student.train()(**batch, shift_labels=shifted(labels))
-    with pytest.raises(ValueError, match=r"labels must be in the batch .* gradient_accum"):
-        loss(outputs, None)
-    outputs = student(**batch, shift_labels=shifted(labels))
-    assert torch.isfinite(loss(outputs, None, num_items_in_batch=5))
+    student, ready = tiny.llama(0), {**BATCH, "shift_labels": shifted(LABELS)}
+    loss = DistillationLoss(student, tiny.llama(1))
+    expected = loss(student(**BATCH), LABELS)
+    assert loss(student(**ready), torch.zeros_like(LABELS)).item() == expected.item()
+    outputs = student.train()(**ready)
+    refused(ValueError, r"labels must be in the batch .* gradient_accum", loss, outputs, None)
+    assert torch.isfinite(loss(student(**ready), None, num_items_in_batch=5))

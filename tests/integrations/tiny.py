@@ -1,4 +1,7 @@
-"""Tiny models of transformers, ragged batches for them, and trainers of every framework."""
+"""Tiny models of transformers, ragged batches for them, and trainers of every framework.
+
+Without transformers and the accelerate of its Trainer, modules that import this one are skipped.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from needs import need
 from torch import Tensor, nn
+
+transformers = need("transformers")
+need("accelerate")
 
 VOCABULARY = 97
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 #: Adam would divide rounding errors by small gradients.
-SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+#: An update as one batch, and as four micro-batches.
+CUTS: tuple[dict[str, Any], ...] = (
+    {"per_device_train_batch_size": 4},
+    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+)
 #: Both sides as logits, and as heads.
 BOTH = (False, True)
 
@@ -26,8 +38,6 @@ def llama(seed: int, layers: int = 1, hidden: int = 16, **changes: Any) -> nn.Mo
 
 def of(kind: str, seed: int, **changes: Any) -> nn.Module:
     """Return a small causal language model of a family of transformers."""
-    import transformers
-
     names = f"{kind}ForCausalLM", f"{kind}Config"
     model, config = (getattr(transformers, name) for name in names)
     return build(model, config, seed, **changes)
@@ -37,10 +47,10 @@ def build(model: Any, config: Any, seed: int, **changes: Any) -> nn.Module:
     """Return any small decoder, whose logits are large enough for softmaxes to differ."""
     sizes = {**IDS, **LAYERS, **ATTENTION, "max_position_embeddings": 64}
     torch.manual_seed(seed)
-    made: nn.Module = model(config(**{**sizes, **changes})).eval()
+    built: nn.Module = model(config(**{**sizes, **changes})).eval()
     with torch.no_grad():
-        made.get_output_embeddings().weight.normal_(std=0.5)
-    return made
+        built.get_output_embeddings().weight.normal_(std=0.5)
+    return built
 
 
 def ragged(count: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -65,6 +75,14 @@ def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def split(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """Return a batch's inputs and its labels."""
     return {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
+
+
+def loss_of(adapter: Any, student: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """Return the loss of a batch by a StudentTeacherLoss, or by a DistillationLoss of `student`."""
+    if isinstance(adapter, nn.Module):
+        return adapter(**batch)
+    inputs, labels = split(batch)
+    return adapter(student(**inputs), labels)
 
 
 def largest_difference(first: nn.Module, second: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""A tokenizer, conversations and trainings for TRL; nothing is downloaded."""
+"""A tokenizer, conversations, trainers and trainings for TRL; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 import tiny
 import torch
+import transformers
 from needs import need
 from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 need("trl")
-transformers = need("transformers")
 import tokenizers  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from trl import DistillationConfig, DistillationTrainer  # noqa: E402
+from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 
 V = tiny.VOCABULARY
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
@@ -40,11 +42,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(entries, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, padding_side="left", **special
-    )
-    made.chat_template = TEMPLATE
-    return made
+    options = {"padding_side": "left", "chat_template": TEMPLATE, **special}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **options)
 
 
 def words(count: int, first: int) -> str:
@@ -54,14 +53,12 @@ def words(count: int, first: int) -> str:
 def conversations(count: int = 16) -> Dataset:
     """Return prompts and answers of different lengths."""
 
-    def message(role: str, count: int, first: int) -> dict[str, str]:
-        return {"role": role, "content": words(count, first)}
-
     pairs = [
-        [message("user", 1 + i % 4, i), message("assistant", 1 + (5 * i) % 11, 3 * i)]
+        [("user", words(1 + i % 4, i)), ("assistant", words(1 + (5 * i) % 11, 3 * i))]
         for i in range(count)
     ]
-    return Dataset.from_dict({"messages": pairs})
+    messages = [[{"role": role, "content": text} for role, text in pair] for pair in pairs]
+    return Dataset.from_dict({"messages": messages})
 
 
 def prompts(count: int = 16) -> Dataset:
@@ -75,11 +72,34 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return tiny.settings(folder, **{**usual, **changes})
 
 
-Run = tuple[list[float], list[Tensor]]
+OF_GKD = {"lmbda": 0.0, "max_length": 32, "max_new_tokens": 4}
+KINDS: dict[str, tuple[Any, ...]] = {
+    "gkd": (GKDTrainer, GKDConfig, conversations, OF_GKD),
+    "distillation": (
+        DistillationTrainer,
+        DistillationConfig,
+        prompts,
+        {"max_completion_length": 6},
+    ),
+}
+
+
+def trainer_of(
+    name: str, folder: Path, family: str = "Llama", changes: Any = None, **more: Any
+) -> Any:
+    """Return a trainer, or a subclass `kind`; student, teacher and data are always the same."""
+    kind, config, rows, usual = KINDS[name]
+    kind = more.pop("kind", kind)
+    arguments = config(**settings(folder, **{**usual, **more}))
+    data = {"train_dataset": rows(), "eval_dataset": rows(4), "processing_class": tokenizer()}
+    return kind(*models(family, **(changes or {})), args=arguments, **data)
+
+
+Run = tuple[list[float], list[Tensor], list[float]]
 
 
 def trained(trainer: Any) -> Run:
-    """Train; return the loss of every step and the weights after the last."""
+    """Train, and return the losses, the weights after the last step and the entropies."""
     before = [p.detach().clone() for p in trainer.model.parameters()]
     torch.manual_seed(0)
     trainer.train()
@@ -88,10 +108,10 @@ def trained(trainer: Any) -> Run:
     changes = [(a - b).abs().max().item() for a, b in zip(before, weights, strict=True)]
     assert len(losses) == trainer.args.max_steps
     assert max(changes) > 1e-3  # it did learn
-    return losses, weights
+    return losses, weights, tiny.logged(trainer, "entropy")
 
 
 def same(ours: Run, theirs: Run) -> None:
-    """Compare losses and weights, up to float32 rounding."""
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=2e-6)
+    """Compare losses, weights and entropies, up to float32 rounding."""
+    for a, b, rtol in zip(ours, theirs, (1e-5, 1e-4, 1e-4), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=2e-6)

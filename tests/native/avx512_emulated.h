@@ -50,7 +50,7 @@ inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return z.vector();
 }
 
-// The second operand where one is NaN, and where both are zeros.
+// The second operand if one is NaN, and if both are zeros.
 inline __m512 max_ps(__m512 a, __m512 b) {
   Singles x(a), y(b);
   for (int i = 0; i < 16; ++i) y.lane[i] = x.lane[i] > y.lane[i] ? x.lane[i] : y.lane[i];

@@ -1,4 +1,4 @@
-// Every block kernel of every table that is linked in, against double arithmetic and, where the
+// Every block kernel of every table that is linked in, against double arithmetic and, if the
 // instruction sets must agree to the bit, against each other.
 //
 // Tables: -DTABLES="&kernels_generic,&kernels_avx2". Exit status 1 and a line per failure if a
@@ -35,7 +35,7 @@ static double temperature(Hard hard) {
 }
 
 // f32_any: every third entry is what the driver puts for -inf, every fifth underflows. An entry
-// that is -inf on one side alone is left out where the divergence is infinite with it.
+// that is -inf on one side alone is left out if the divergence is infinite with it.
 static bool may_be_alone(Divergence d, int side) {
   return with_rule(d, [&](auto rule) {
     return !rule.SOFTMAX || !is_infinite<decltype(rule)>(side == 0, side == 1);
@@ -56,7 +56,7 @@ static Case make_case(Load load, Divergence d, Hard hard, int size) {
       if (i % 5 == 3) x = -500;
       if (i % 3 == 1 || (i % 7 == 2 && may_be_alone(d, side) && i % 2 == side)) x = LOWEST;
     }
-  // the largest logit may lie above the reference
+  // the largest logit may be above the reference
   c.block.m_s = float(m[0] - 1.25);
   c.block.m_t = float(m[1]);
   c.block.size = size;
@@ -199,7 +199,7 @@ static void check_gradient(const Kernels& table, const Case& c) {
     });
     if (c.hard != Hard::off) want += double(0.29f) * e.E, terms += 4 * e.E;
     const double rounding = c.bf16() ? fabs(want) / 256 : 0;
-    // the sign of p - q is undecided where they agree to rounding
+    // the sign of p - q is undecided if they agree to rounding
     if (c.divergence == Divergence::tvd) {
       const double q = k.ratio * e.Q;
       if (fabs(e.P - q) <= 1e-4 * fmax(e.P, q)) continue;
@@ -239,8 +239,8 @@ static void check_same_bits(const Case& c) {
   }
 }
 
-// Maxima and minima are exact, the sum is finite exactly if every entry is, wherever the odd one
-// is; `sums` notices it too.
+// Maxima and minima are exact, the sum is finite exactly if every entry is, regardless of
+// the place of the odd one; `sums` notices it too.
 static void check_not_finite(const Kernels& table, bool bf16) {
   const Load load = bf16 ? Load::bf16 : Load::f32;
   const int size = 4 * MAX_PAIR;
@@ -321,7 +321,7 @@ static void check_exponential(const Kernels& table) {
   }
 }
 
-// All 65536 patterns of a 16-bit type, forth and back; float values between and beside them.
+// All 65536 patterns of a 16-bit type, forth and back; float values between and next to them.
 static void check_conversions(const Kernels& table, Dtype dtype) {
   const std::string name = std::string(table.name) + " dtype " + std::to_string(int(dtype));
   std::vector<uint16_t> patterns(65536 + 5), back(patterns.size());

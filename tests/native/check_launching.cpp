@@ -1,5 +1,5 @@
-// csrc/cuda/launching.h on a runtime that writes down what it is asked: what a kernel may use is
-// set once for each device, to the most that the device has, whatever a launch asks for.
+// csrc/cuda/launching.h on a runtime that records its calls: what a kernel may use is
+// set once for each device, to the most that the device has, regardless of the launch.
 #include "../../csrc/cuda/launching.h"
 
 #include <stdio.h>

@@ -20,7 +20,7 @@
 using namespace fused_kd;
 
 static constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
-// Rows of V elements in two leading dimensions; `gap` elements lie between rows, `outer_gap` more
+// Rows of V elements in two leading dimensions; `gap` elements are between rows, `outer_gap` more
 // between groups of `inner` rows, none behind the last row.
 struct Matrix {
   Rows rows;

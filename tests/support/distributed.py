@@ -116,7 +116,7 @@ def whole(x: Any) -> Tensor:
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    # Gradients meet in the last micro-batch's backward.
+    # Gradients are reduced in the last micro-batch's backward.
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
     elif isinstance(model, (DistributedDataParallel, FSDP1)) and not last:

@@ -82,7 +82,7 @@ class EmulatedCUDA:
         self.capability = capability
         self._library = ctypes.CDLL(str(library))
         self._library.workspace.restype = ctypes.c_int64
-        # so few multiprocessors that blocks stride over rows where they may
+        # a few multiprocessors, so that blocks stride over rows if they may
         self._device = _Device(8, 4096, 113 * 1024, 16 if capability >= 90 else 0)
 
     def why_not(self, device_type: str | None = None) -> str | None:

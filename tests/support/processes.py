@@ -53,7 +53,7 @@ def failures(checks: dict[str, Callable[[], None]], ranks: int, folder: Path) ->
     Args:
         checks: functions of a module, by name.
         ranks: processes to start.
-        folder: an empty one, to meet in.
+        folder: an empty one, for the store and the results.
 
     Returns:
         For each check that failed on a rank: its name, the rank and the traceback.

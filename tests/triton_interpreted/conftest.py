@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels through Triton's interpreter, in a pytest process of its own.
+"""Tests of the Triton kernels through Triton's interpreter, in a separate pytest process.
 
 tests/test_triton_interpreter.py starts that process; by hand:
 ``TRITON_INTERPRET=1 pytest tests/triton_interpreted``.

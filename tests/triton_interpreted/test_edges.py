@@ -108,7 +108,7 @@ def test_a_gradient_in_other_memory(dtype: torch.dtype, name: str) -> None:
 
 
 def test_a_row_beyond_2_31_elements() -> None:
-    """Memory between the two rows stays untouched, and so is no more than address space."""
+    # Memory between the two rows stays untouched, and so is no more than address space
     student, teacher, *rest = rows(2)
     far = torch.empty(2**31 + 4096, dtype=torch.float32).as_strided((1, 2, V), (0, 2**31, 1))
     far.copy_(student)
@@ -136,7 +136,7 @@ def test_rows_of_weight_0_are_not_read() -> None:
 
 @pytest.mark.parametrize("divergence", SOFT)
 def test_a_term_of_weight_0_in_one_row(divergence: int) -> None:
-    # The other term of that row is what it is alone, whatever the teacher holds.
+    # The other term of that row is what it is alone, for any teacher.
     student, teacher, labels, w_hard, w_soft = rows(3)
     teacher[0, 0, 3], w_soft[0] = NAN, 0
     labels[2], w_hard[2] = -7, 0
@@ -184,7 +184,7 @@ def test_backward_makes_the_gradient_of_the_forward(divergence: int) -> None:
     assert torch.equal(grad, student)
 
 
-# nothing to do; exact; made anew where 16 bits would be rounded twice; 0; infinite
+# nothing to do; exact; computed again if 16 bits would be rounded twice; 0; infinite
 @pytest.mark.parametrize("scale", [1.0, 0.25, 3.0, 0.0, INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rescale(dtype: torch.dtype, scale: float) -> None:

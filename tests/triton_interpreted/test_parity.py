@@ -13,7 +13,7 @@ from fused_kd import kd_loss
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import REGIMES, assert_obeys_error_rule, make_inputs
 
-#: power of the softened exponential (1, 2) or an exponential of its own
+#: power of the softened exponential (1, 2) or a separate exponential
 TEMPERATURES = (1.0, 2.0, 1.7, 0.6)
 #: exponentials in range; absent columns; exact zeros; a peak: all in the default run
 SOME_REGIMES = ["language_model", "inf_columns", "equal", "confident"]
@@ -35,7 +35,7 @@ def _check(
         assert_obeys_error_rule(inputs, torch.tensor([1.0, -0.7]), backend="triton", **options)
 
 
-# each divergence meets each regime and configuration, each in two dtypes at least
+# each divergence with each regime and configuration, each in two dtypes at least
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_error_rule(divergence: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     first = DTYPES.index(dtypes) + 5 * DIVERGENCES.index(divergence)

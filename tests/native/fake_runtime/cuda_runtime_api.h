@@ -1,4 +1,4 @@
-// A CUDA runtime that writes down what it is asked, for check_launching.cpp: as much of it as
+// A CUDA runtime that records its calls, for check_launching.cpp: as much of it as
 // csrc/cuda/launching.h uses.
 #pragma once
 

@@ -1,27 +1,34 @@
-"""The KDLoss with NeMo Automodel's signature; test_framework_losses.py compares the numbers."""
+"""The losses with Automodel's and axolotl's signatures: masks, counts, tensor parallelism.
+
+test_adapter_messages.py has the refusals; tests/integrations/test_framework_losses.py compares the
+numbers.
+"""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from support.logits import INF, make, make_ignored
+from support.losses import refused
 from torch import Tensor
 from torch import distributed as dist
 from torch.testing._internal.distributed import fake_pg
 
+from fused_kd.integrations import axolotl
 from fused_kd.integrations.automodel import KDLoss
 
-T = 1.7
+# ------------------------------------------------------------------------------------ Automodel
 
 
 def test_attributes_may_be_changed() -> None:
     tensors = make_ignored()
     loss = pickle.loads(pickle.dumps(KDLoss(ignore_index=3)))
-    loss.temperature, loss.ignore_index = T, -100
-    assert torch.equal(loss(*tensors), KDLoss(temperature=T)(*tensors))
+    loss.temperature, loss.ignore_index = 1.7, -100
+    assert torch.equal(loss(*tensors), KDLoss(temperature=1.7)(*tensors))
 
 
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
@@ -42,8 +49,8 @@ def test_labels_only_mask_and_may_be_flat(ignore_index: int) -> None:
     odd[0, 1], odd[0, 2] = -1, 10**6
     loss = KDLoss(ignore_index)
     want = KDLoss()(student, teacher, labels.where(labels != ignore_index, -100))
-    for given in (labels, odd, labels.flatten()):
-        assert torch.equal(loss(student, teacher, given), want)
+    for form in (labels, odd, labels.flatten()):
+        assert torch.equal(loss(student, teacher, form), want)
     narrow = torch.full((2, 4), 156, dtype=torch.uint8)  # -100 in eight bits
     every = loss(student, teacher, torch.ones(2, 4).long())
     assert torch.equal(loss(student, teacher, narrow), every)
@@ -61,20 +68,34 @@ def test_tensor_parallelism_R_60(groups: dict[int, dist.ProcessGroup]) -> None:
     tensors, loss = make_ignored(), KDLoss()
     want = loss(*tensors)
     assert torch.equal(KDLoss(tp_group=groups[1])(*tensors), want)  # one rank has whole rows
-    with pytest.raises(ValueError, match=r"tp_group must be None or of one rank.*got 2 ranks"):
-        KDLoss(tp_group=groups[2])
+    message = r"tp_group must be None or of one rank.*got 2 ranks"
+    refused(ValueError, message, KDLoss, tp_group=groups[2])
     loss.tp_group = groups[2]
-    with pytest.raises(ValueError, match="tp_group must be None or of one rank"):
-        loss(*tensors)
+    refused(ValueError, message, loss, *tensors)
 
 
-def test_refusals() -> None:
-    with pytest.raises(TypeError, match=r"tp_group must be None or a .*ProcessGroup; got object"):
-        KDLoss(tp_group=object())
-    student, teacher, labels = make()
-    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor; got NoneType"):
-        KDLoss()(student, teacher, None)
-    with pytest.raises(ValueError, match=r"labels must have the leading shape .*; got \(5,\)"):
-        KDLoss()(student, teacher, labels[1:])
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        KDLoss(temperature=0.0)
+# -------------------------------------------------------------------------------------- axolotl
+
+
+def top_k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a student's logits, and a teacher whose masked entries all have the id 0."""
+    logs, ids = torch.randn(2, 5, 31).mul(3).log_softmax(-1).topk(4)
+    mask = torch.rand(2, 5, 4) > 0.3
+    return 3 * torch.randn(2, 6, 31), ids.where(mask, 0), logs, mask.long()
+
+
+@pytest.mark.parametrize("run", [axolotl.loss, axolotl.ChunkedTopKKDLoss(3)])
+def test_a_masked_token_is_not_read(run: Any) -> None:
+    student, ids, logs, mask = top_k()
+    want = run(student, ids, logs, mask)
+    for padding in (-100, 31):
+        got = run(student, ids.where(mask.bool(), padding), logs, mask)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 9])
+def test_a_count_in_a_tensor_is_not_read_by_the_host(count: int) -> None:
+    inputs = top_k()
+    want = axolotl.loss(*inputs, count)
+    for run in (axolotl.loss, torch.compile(axolotl.loss, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(run(*inputs, torch.tensor(count)), want, rtol=1e-6, atol=0)
