@@ -1,4 +1,4 @@
-"""Messages of adapters name an argument as the framework does; N-25: also a missing teacher."""
+"""Messages of adapters name an argument as the framework does."""
 
 from __future__ import annotations
 

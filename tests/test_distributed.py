@@ -36,7 +36,9 @@ def test_the_count_of_one_process() -> None:
     assert found.dtype == torch.float64
     assert found == 4
     assert global_num_items(labels[1], ignore_index=7) == 2
-    with pytest.raises(ValueError, match="labels of every micro-batch of the update must be passed"):
+    with pytest.raises(
+        ValueError, match="labels of every micro-batch of the update must be passed"
+    ):
         global_num_items()
     for bad, found in ((None, "NoneType"), (torch.ones(2), r"torch\.float32")):
         with pytest.raises(TypeError, match=f"labels must be tensors of integers; got {found}"):
