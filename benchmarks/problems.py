@@ -1,158 +1,119 @@
 """The tensors of a case, and what a method is called with.
 
-Every problem has `call(loss, rows)`, which returns forward and backward of the whole public call on
-the first rows (None: all), and `few()`, copies of a few rows as the arguments of a loss.
+Every problem has `call(loss)`, which returns forward and backward of the whole public call, and
+`few()`, copies of a few rows as the arguments of a loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fused_kd import Head, kd_loss
-from fused_kd.testing import make_inputs
+from fused_kd.testing import DTYPES, make_inputs
 
-from .cases import DTYPES, LOGITS, Case
-from .methods.base import Loss
+from .cases import HEADS, LOGITS, STEP, Case
+from .gpu_session import Output
+from .methods import Loss
 
+Call = Callable[[], object]
 #: Rows on which a method is compared with float64; with heads, because that multiplies whole
 #: weights, also the largest number of vocabulary entries.
 CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
+#: Of a training step: at most the tokens of a sequence, about the entries of an attention head.
+LENGTH, HEAD = 128, 64
 
 
-class Outcome(NamedTuple):
-    """A loss and its gradients; none if the loss is not attached to a graph."""
+class LogitsProblem:
+    """Logits of both models in existing buffers.
 
-    loss: Tensor
-    gradients: tuple[Tensor, ...]
-
-
-class Problem:
-    """What is common to all levels."""
+    The student's are the output of an autograd node, as a model's are, and their gradient is
+    dropped, as by a model's last layer after it used it.
+    """
 
     #: The positions of the tensors of `few` by which the gradients are taken.
-    leaves: tuple[int, ...] = (0, 1)
+    leaves: tuple[int, ...] = (0,)
 
     def __init__(self, case: Case) -> None:
-        self.case = case
+        self.case, shape, kind = case, (case.n, case.v), DTYPES[case.dtype]
+        if case.regime == "randn":
+            generator = torch.Generator(case.device).manual_seed(0)
+            original, teacher = (_random(shape, kind, generator) for _ in range(2))
+            labels = _labels(case, generator)
+        else:
+            inputs = make_inputs(case.regime, *shape, kind)
+            original, teacher, labels = (x.to(case.device) for x in inputs)
+        self._original, self._rest = original, (teacher, labels)
+        self._student = original.clone()
+
+    def call(self, loss: Loss) -> Call:
+        leaf = self._student.detach().requires_grad_()
+
+        def run() -> None:
+            value = loss(logits := Output.apply(leaf), *self._rest)
+            if value.requires_grad:
+                torch.autograd.grad(value, logits)
+
+        return run
 
     def restore(self) -> None:
         """Undo what a call may have written over its inputs."""
+        self._student.copy_(self._original)
 
-    def outcome(self, loss: Loss) -> Outcome:
-        """Return a method's loss and gradients on a few rows."""
-        return _outcome(loss, self.few(), self.leaves)
+    def few(self) -> tuple[Tensor, ...]:
+        return tuple(x[:CHECKED_ROWS].clone() for x in (self._original, *self._rest))
 
-    def exact(self, keywords: dict[str, Any]) -> Outcome:
-        """Return the float64 reference's with these keywords, on the same rows."""
-        double = tuple(x.double() if x.is_floating_point() else x for x in self.few())
-
-        def loss(*tensors: Tensor) -> Tensor:
-            *sides, labels = tensors
-            if self.case.level != LOGITS:
-                sides = [Head(*sides[:2]), Head(*sides[2:])]
-            return kd_loss(*sides, labels, backend="reference", **keywords)
-
-        return _outcome(loss, double, self.leaves)
+    def bound(self) -> Call:
+        """Return a call that reads one (N, V) matrix and writes one."""
+        return lambda: self._student.copy_(self._rest[0])
 
 
-def _outcome(loss: Loss, tensors: tuple[Tensor, ...], leaves: tuple[int, ...]) -> Outcome:
-    by = [tensors[i].detach().clone().requires_grad_() for i in leaves]
-    arguments = list(tensors)
-    for i, leaf in zip(leaves, by, strict=True):
-        arguments[i] = leaf * 1  # no leaf: it may be written over
-    value = loss(*arguments)
-    if not value.requires_grad:
-        return Outcome(value, ())
-    return Outcome(value.detach(), torch.autograd.grad(value, by))
+class HeadsProblem:
+    """Hidden states and heads of both models; logits of standard deviation 2."""
 
+    leaves = (0, 1)
 
-class LogitsProblem(Problem):
-    """Logits of both models in existing buffers.
+    def __init__(self, case: Case) -> None:
+        self.case, generator = case, torch.Generator(case.device).manual_seed(0)
+        self._hidden, self._weight, self._teacher, self._head = (
+            _random((rows, h), DTYPES[case.dtype], generator, std)
+            for h in (case.student_hidden, case.teacher_hidden)
+            for rows, std in ((case.n, 1.0), (case.v, 2 / h**0.5))
+        )
+        self._labels = _labels(case, generator)
 
-    The student's are the output of an autograd node, as a model's are, which drops the gradient
-    that it receives, as a model's last layer does after it used it.
-    """
+    def tensors(self, rows: int | None = None) -> tuple[Tensor, ...]:
+        """Return the arguments of a loss on the first rows."""
+        hidden, teacher, labels = (x[:rows] for x in (self._hidden, self._teacher, self._labels))
+        return hidden, self._weight, teacher, self._head, labels
 
-    leaves = (0,)
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        super().__init__(case)
-        shape, kind, device = (case.n, case.v), DTYPES[case.dtype], case.device
-        generator = torch.Generator(device).manual_seed(seed)
-        if case.regime == "randn":
-            self._original, self._teacher = (_random(shape, kind, generator) for _ in range(2))
-            self._labels = torch.randint(case.v, (case.n,), generator=generator, device=device)
-        else:
-            inputs = make_inputs(case.regime, case.n, case.v, kind, seed=seed)
-            self._original, self._teacher, self._labels = (x.to(device) for x in inputs)
-        self._student = self._original.clone()
-        self._weight = torch.ones((), device=device, requires_grad=True)
-
-    def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
-        buffers = self._student, self._teacher, self._labels
-        student, teacher, labels = (x[:rows] for x in buffers)
+    def call(self, loss: Loss) -> Call:
+        hidden, weight, *rest = self.tensors()
+        by = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
         def run() -> None:
-            value = loss(_LastLayer.apply(self._weight, student), teacher, labels)
-            if value.requires_grad:
-                value.backward()
+            torch.autograd.grad(loss(*by, *rest), by)  # dropped, not accumulated
 
         return run
 
     def restore(self) -> None:
-        self._student.copy_(self._original)
+        """Do nothing: no method writes over hidden states or weights."""
 
     def few(self) -> tuple[Tensor, ...]:
-        original = self._original, self._teacher, self._labels
-        return tuple(x[:CHECKED_ROWS].clone() for x in original)
+        hidden, weight, teacher, head, labels = (x.detach() for x in self.tensors(CHECKED_ROWS))
+        entries = min(CHECKED_VOCABULARY, self.case.v)
+        rows = hidden[:CHECKED_ROWS], teacher[:CHECKED_ROWS], labels[:CHECKED_ROWS] % entries
+        return rows[0], weight[:entries], rows[1], head[:entries], rows[2]
 
-    def lower_bound(self) -> Callable[[], object]:
-        """Return a call that reads one (N, V) matrix and writes one."""
-        return lambda: self._student.copy_(self._teacher)
-
-
-class HeadsProblem(Problem):
-    """Hidden states and heads of both models; logits of standard deviation 2."""
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        super().__init__(case)
-        generator = torch.Generator(case.device).manual_seed(seed)
-        kind, h_s, h_t = DTYPES[case.dtype], case.student_hidden, case.teacher_hidden
-        self.hidden = _random((case.n, h_s), kind, generator, 1.0)
-        self.weight = _random((case.v, h_s), kind, generator, 2 / h_s**0.5).requires_grad_()
-        self.teacher = _random((case.n, h_t), kind, generator, 1.0)
-        self.head = _random((case.v, h_t), kind, generator, 2 / h_t**0.5)
-        self.labels = torch.randint(case.v, (case.n,), generator=generator, device=case.device)
-
-    def call(self, loss: Loss, rows: int | None = None) -> Callable[[], None]:
-        hidden = self.hidden[:rows].detach().requires_grad_()
-        teacher, labels = self.teacher[:rows], self.labels[:rows]
-
-        def run() -> None:
-            value = loss(hidden, self.weight, teacher, self.head, labels)
-            torch.autograd.grad(value, (hidden, self.weight))  # dropped, not accumulated
-
-        return run
-
-    def few(self) -> tuple[Tensor, ...]:
-        rows, entries = slice(CHECKED_ROWS), slice(CHECKED_VOCABULARY)
-        labels = self.labels[rows] % min(CHECKED_VOCABULARY, self.case.v)
-        weights = self.weight.detach()[entries], self.head[entries]
-        return self.hidden[rows], weights[0], self.teacher[rows], weights[1], labels
-
-    def lower_bound(
-        self, rows: int | None = None, dtype: torch.dtype | None = None
-    ) -> Callable[[], object]:
+    def bound(self, rows: int | None = None, dtype: torch.dtype | None = None) -> Call:
         """Return the four products of whole matrices, one after the other.
 
         The student's logits stand in for their gradient: they have its shape.
         """
-        tensors = (self.hidden[:rows], self.weight, self.teacher[:rows], self.head)
-        hidden, weight, teacher, head = (x.detach().to(dtype or x.dtype) for x in tensors)
+        hidden, weight, teacher, head = (x.to(dtype or x.dtype) for x in self.tensors(rows)[:4])
 
         def run() -> None:
             logits = torch.mm(hidden, weight.t())
@@ -163,24 +124,64 @@ class HeadsProblem(Problem):
         return run
 
 
+class StepProblem(HeadsProblem):
+    """Student, frozen teacher, one batch, and AdamW; a loss takes hidden states and weights."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        torch.manual_seed(0)
+        self._student = _model(case, case.student_hidden, layers=1)
+        self._frozen = _model(case, case.teacher_hidden, layers=2).requires_grad_(False).eval()
+        length = math.gcd(LENGTH, case.n)
+        self._ids = torch.randint(case.v, (case.n // length, length), device=case.device)
+        self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-5, fused=True)
+
+    def tensors(self, rows: int | None = None) -> tuple[Tensor, ...]:
+        ids = self._ids if rows is None else self._ids[:1]
+        (body, head), (teacher, teacher_head) = self._student, self._frozen
+        with torch.no_grad():
+            hidden = teacher(ids).flatten(0, 1)
+        labels = ids.roll(-1, 1).flatten()
+        return body(ids).flatten(0, 1), head.weight, hidden, teacher_head.weight, labels
+
+    def call(self, loss: Loss) -> Call:
+        def run() -> None:
+            loss(*self.tensors()).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+        return run
+
+
+def _model(case: Case, hidden: int, layers: int) -> nn.ModuleList:
+    """Return embedding with transformer layers, and a head that the loss applies, or the step."""
+    # as many attention heads as divide the hidden size, of HEAD entries or a few more
+    heads = next(n for n in range(max(1, hidden // HEAD), 0, -1) if hidden % n == 0)
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+    layer = nn.TransformerEncoderLayer(hidden, heads, 4 * hidden, **options)
+    encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(hidden), enable_nested_tensor=False)
+    body = nn.Sequential(nn.Embedding(case.v, hidden), encoder)
+    model = nn.ModuleList([body, nn.Linear(hidden, case.v, bias=False)])
+    return model.to(case.device, DTYPES[case.dtype])
+
+
+Problem = LogitsProblem | HeadsProblem
+PROBLEMS = {LOGITS: LogitsProblem, HEADS: HeadsProblem, STEP: StepProblem}
+
+
+def after_heads(loss: Loss) -> Loss:
+    """Return a loss of logits as one of hidden states and weights."""
+    return lambda hidden, weight, teacher, head, labels: loss(
+        F.linear(hidden, weight), F.linear(teacher, head), labels
+    )
+
+
+def _labels(case: Case, generator: torch.Generator) -> Tensor:
+    return torch.randint(case.v, (case.n,), generator=generator, device=case.device)
+
+
 def _random(
-    shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, scale: float = 2.0
+    shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, std: float = 2.0
 ) -> Tensor:
-    """Return normal numbers, made in pieces so that no large float32 copy is."""
     result = torch.empty(shape, dtype=dtype, device=generator.device)
-    for piece in torch.split(result.view(-1), 2**22 if result.is_cpu else 2**28):
-        piece.copy_(scale * torch.randn(len(piece), generator=generator, device=result.device))
-    return result
-
-
-class _LastLayer(torch.autograd.Function):
-    """Outputs existing logits, and takes their gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
-        return logits.detach()  # no view: what a layer computed is none
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: Any) -> Any:
-        assert gradient[0] is not None
-        return None, None
+    return result.normal_(std=std, generator=generator)
