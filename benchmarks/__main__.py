@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
@@ -18,10 +17,9 @@ import torch
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import DTYPES
 
-from . import measuring, runner
-from .cases import GUARD, SUITES, Case
-from .methods import METHODS, taking_part
-from .one_case import Task
+from . import runner
+from .cases import SUITES, Case
+from .methods import METHODS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     try:
         if command == "run":
-            return _run(argparse.Namespace(**options))
+            return runner.run(argparse.Namespace(**options))
         if command == "list":
             return _list()
         from . import publish  # with pandas, which `run` does not need
@@ -75,25 +73,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("out/benchmarks.jsonl"), metavar="FILE")
     add("--resume", action="store_true", help="measure what the output does not have yet")
     return parser
-
-
-def tasks(options: argparse.Namespace) -> Iterator[Task]:
-    """Yield the tasks of the options of ``run``."""
-    limits = options.repeats, options.seconds_each, options.limit_seconds, options.threads
-    for name in options.suites or [name for name in SUITES if name != GUARD]:
-        if name not in SUITES:
-            raise ValueError(f"unknown suite {name!r}; there are {' '.join(SUITES)}")
-        for case in dict.fromkeys(SUITES[name](options)):
-            if methods := taking_part(name, case, options.peers):
-                yield Task(name, case, methods, *limits, time.time() + options.seconds)
-
-
-def _run(options: argparse.Namespace) -> int:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    begin = {"environment": measuring.environment(options.device), "command": sys.argv[1:]}
-    wanted, isolate = list(tasks(options)), not options.in_process
-    return runner.run(wanted, begin, options.output, options.resume, isolate)
 
 
 def _list() -> int:

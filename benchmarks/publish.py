@@ -74,7 +74,9 @@ def publish(check: bool, accuracy: Path | None, root: Path = ROOT) -> int:
         (DOCUMENT, "benchmarks"): "\n\n".join(map(page, reversed(reports))),
     }
     if accuracy is not None:
-        texts[NUMERICS, "accuracy"] = tables.error_units(tables.frame(runner.read(accuracy)))
+        measured = runner.read(accuracy)
+        note = f"`make accuracy`: {machine(runner.environment(measured))}"
+        texts[NUMERICS, "accuracy"] = f"{tables.error_units(tables.frame(measured))}\n\n{note}"
     differences = []
     for (name, marker), text in texts.items():
         old = (root / name).read_text()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import inf
@@ -14,7 +16,10 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
-from .cases import Case
+import torch
+
+from .cases import GUARD, SUITES, Case
+from .measuring import environment as environment_of
 from .methods import METHODS, taking_part
 from .one_case import SCHEMA, Record, Task, measure, one_line
 
@@ -65,32 +70,40 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} was {was!r} and is {value!r}" for name, was, value in pairs if was != value]
 
 
-def run(
-    tasks: Sequence[Task], begin: dict[str, Any], path: Path, resume: bool, isolate: bool
-) -> int:
-    """Measure every task, one for each case; return the exit status.
+def tasks(options: Namespace) -> Iterator[Task]:
+    """Yield the tasks of the options of ``run``, one for each case."""
+    limits = options.repeats, options.seconds_each, options.limit_seconds, options.threads
+    for name in options.suites or [name for name in SUITES if name != GUARD]:
+        if name not in SUITES:
+            raise ValueError(f"unknown suite {name!r}; there are {' '.join(SUITES)}")
+        for case in dict.fromkeys(SUITES[name](options)):
+            if methods := taking_part(name, case, options.peers):
+                yield Task(name, case, methods, *limits, time.time() + options.seconds)
 
-    Args:
-        tasks: what to measure. Those that there is no time for are reported, not begun.
-        begin: what the run is: its environment and command.
-        path: the file of results.
-        resume: measure only what the file does not have yet.
-        isolate: each task in a process of its own, so that a crash ends no more than its method.
-    """
+
+def run(options: Namespace) -> int:
+    """Measure what the output does not have yet; return the exit status."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: torch {torch.__version__} finds no CUDA device")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    wanted, path = list(tasks(options)), options.output
+    here = environment_of(options.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     if content:
-        if not resume:
+        if not options.resume:
             raise ValueError(f"--output: {path} is not empty; --resume, or another name")
         records = read(path)
-        if found := differences(environment(records), begin["environment"]):
+        if found := differences(environment(records), here):
             raise ValueError(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
-        tasks = list(_remaining(tasks, records))
+        wanted = list(_remaining(wanted, records))
         os.truncate(path, content.rfind(b"\n") + 1)  # a last line that was cut off
     with path.open("a") as file:
-        _write(file, {"schema": SCHEMA, "kind": "run", **begin})
+        begin = {"schema": SCHEMA, "kind": "run", "environment": here, "command": sys.argv[1:]}
+        _write(file, begin)
         try:
-            return int(any([_run_task(task, file, isolate) for task in tasks]))
+            return int(any([_run_task(x, file, not options.in_process) for x in wanted]))
         except KeyboardInterrupt:
             print(f"\ninterrupted; what is measured is kept: --resume --output {path}")
             return INTERRUPTED
