@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
 from pandas import DataFrame
 
 from . import picture, runner, tables
@@ -49,10 +50,11 @@ def plot(files: Sequence[Path], output: Path) -> int:
 
 def compare(files: Sequence[Path], tolerance: float) -> int:
     """Print what changed from the first file to the others; return 1 if there is a regression."""
-    before, after = runner.read(files[0]), runner.read(*files[1:])
-    for what in runner.differences(runner.environment(before), runner.environment(after)):
-        print(f"not the same: {what}")
-    frames = tables.frame(before), tables.frame(after)
+    before, *after = [runner.read(path) for path in files]
+    for records in after:
+        found = runner.differences(*map(runner.environment, (before, records)))
+        print(*(f"not the same: {what}" for what in found), sep="\n")
+    frames = tables.frame(before), pandas.concat(map(tables.frame, after))
     table, compared, regressions = tables.compare(*frames, tolerance)
     print(table.to_string(index=False, float_format="{:.3g}".format))
     print(f"{compared} results compared, {regressions} regressions")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pandas
@@ -18,17 +18,7 @@ from .one_case import Record
 MIB = 2**20
 #: The lower bounds, as shown.
 BOUNDS = {"copy": "1.5 copies", "products": "the four products"}
-SIZES = [
-    "level",
-    "dtype",
-    "n",
-    "v",
-    "student_hidden",
-    "teacher_hidden",
-    "divergence",
-    "temperature",
-    "device",
-]
+SIZES = [field.name for field in fields(Case) if field.name != "regime"]
 #: Smaller matrices stay in the caches, where a copy is no lower bound; a GPU is to be filled.
 _LARGE = f"n * v >= {2**23} and suite in ('logits', 'heads') and divergence == 'forward_kl' and "
 _CPU, _GPU = f"{_LARGE} device == 'cpu' and", f"{_LARGE} device == 'cuda' and n >= 8192 and"
@@ -105,11 +95,8 @@ def unit_of(seconds: float) -> tuple[str, float]:
 
 def mebibytes(count: float) -> str:
     """Return bytes in MiB; "" for NaN."""
-    return (
-        ""
-        if math.isnan(count)
-        else f"{count / MIB:.{2 if count < 10 * MIB else int(count < 100 * MIB)}f}"
-    )
+    digits = 2 if count < 10 * MIB else 1 if count < 100 * MIB else 0
+    return "" if math.isnan(count) else f"{count / MIB:.{digits}f}"
 
 
 def scientific(error: float) -> str:
@@ -158,31 +145,26 @@ def overview(found: DataFrame, size: str, methods: Sequence[str] = ()) -> str:
     found = found.sort_values(size, kind="stable")
     found["label"] = [x if size == "dtype" else f"{size.upper()} = {x}" for x in found[size]]
     found["shown"] = (found.seconds / scale).map(figure).where(found.seconds.notna(), found.status)
-    found["peak"], found["place"] = (
-        found.memory.map(mebibytes),
-        found.seconds.where(~found.is_ours, 0),
-    )
+    found["peak"] = found.memory.map(mebibytes)
+    found["place"] = found.seconds.where(~found.is_ours, 0)
     order = found.sort_values([size, "is_ours", "place"], ascending=[False, False, True])
     if methods:
         order = order[order.method.isin(methods)]
         order = order.sort_values("method", key=lambda keys: keys.map(methods.index), kind="stable")
     titles, labels = order.title.unique(), found.label.unique()
-    times, peaks = (
-        found.pivot(index="title", columns="label", values=x)[labels] for x in ("shown", "peak")
-    )
-    table = times.loc[titles].add_suffix(f": {unit}").join(peaks.add_suffix(": MiB"))
+    parts = [found.pivot(index="title", columns="label", values=x) for x in ("shown", "peak")]
+    times, peaks = (part.loc[titles, labels] for part in parts)
+    table = times.add_suffix(f": {unit}").join(peaks.add_suffix(": MiB"))
     at_last, groups = found[found[size] == last].set_index("title"), found.groupby("title")
     percent = (100 * at_last.share).map("{:.0f} %".format).replace("nan %", "")
     table[f"{at_last.label.iloc[0]}: lower bound / time"] = percent
     table["loss error"] = groups["loss"].max().map(scientific)
     table["gradient error"] = groups["gradients"].max().map(scientific)
     table["note"] = groups.apply(_notes)
-    bounds = found.dropna(subset="bound").drop_duplicates("label")
+    bounds = found.dropna(subset="bound").drop_duplicates("label").set_index("label")
     if len(bounds):
-        cells = (bounds.bound / scale).map(figure)
-        table.loc[bounds.bound_title.iloc[-1]] = dict(
-            zip(bounds.label + f": {unit}", cells, strict=True)
-        )
+        cells = (bounds.bound / scale).map(figure).add_suffix(f": {unit}")
+        table.loc[bounds.bound_title.iloc[-1]] = cells
     return markdown(table)
 
 
@@ -267,21 +249,25 @@ def compare(before: DataFrame, after: DataFrame, tolerance: float) -> tuple[Data
     machine's speed. A regression is a ratio of ours that grew by more than the tolerance, a method
     that lost its time, or an error that became more than twice as large, or not finite.
     """
+    frames = []
     for found in (before, after):
-        found["ratio"] = (1 / found.share).fillna(found.seconds / seconds_of(found, "eager"))
-    # of several runs the best: a regression stays, a disturbance goes
-    after = after.sort_values("ratio").drop_duplicates(["name", "method"])
-    both = before.merge(after, "inner", ["name", "method"], suffixes=("", "_now"))
+        found = found[found.status != "skipped"]
+        ratio = (1 / found.share).fillna(found.seconds / seconds_of(found, "eager"))
+        # of several runs the best: a regression stays, a disturbance goes
+        found = found.assign(ratio=ratio).sort_values("ratio")
+        frames.append(found.drop_duplicates(["name", "method"]))
+    both = frames[0].merge(frames[1], "inner", ["name", "method"], suffixes=("", "_now"))
     both["change"] = both.ratio_now / both.ratio - 1
-    both["verdict"] = ""
-    for what, is_so in {
+    found = {
         f"ratio grew by more than {tolerance:.0%}": both.is_ours & (both.change > tolerance),
         "lost its time": both.seconds.notna() & both.seconds_now.isna(),
-        "error of the loss grew": both.loss_now > ERROR_GROWTH * both["loss"] + ERROR_SLACK,
-        "error of the gradient grew": both.gradients_now
-        > ERROR_GROWTH * both.gradients + ERROR_SLACK,
-    }.items():
-        both["verdict"] = both.verdict.mask(is_so, both.verdict + f"REGRESSION: {what}. ")
+    }
+    for part in ("loss", "gradients"):
+        most = ERROR_GROWTH * both[part] + ERROR_SLACK
+        found[f"error of the {part} grew"] = both[f"{part}_now"] > most
+    both["verdict"] = ""
+    for what, is_so in found.items():
+        both["verdict"] += is_so.map({True: f"REGRESSION: {what}. ", False: ""})
     shown = both.sort_values("change", ascending=False)
     columns = ["name", "method", "ratio", "ratio_now", "change", "loss", "loss_now", "verdict"]
     compared = both.change.notna() | (both["loss"].notna() & both.loss_now.notna())

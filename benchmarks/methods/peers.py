@@ -1,4 +1,4 @@
-"""Peers' losses, weighted 0.5 each with the T² that their divergences leave out.
+"""Peers' losses, each with 0.5 of a cross-entropy and 0.5 T² of a divergence.
 
 On logits, and on hidden states and lm_heads, whose hard half is the peer's own cross-entropy from
 hidden states; those without a teacher are of that half alone.
@@ -7,6 +7,7 @@ hidden states; those without a teacher are of that half alone.
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,118 +22,111 @@ BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 #: The default number of chunks of torchtune; entries of the vocabulary at a time in the
 #: log-probabilities of TRL's fine-tuning trainer.
 CHUNKS, TILE = 8, 32768
+LIGER, TUNE = "liger_kernel.transformers.", "torchtune.modules.loss"
+_KL = {"forward_kl": "ForwardKL", "reverse_kl": "ReverseKL"}
 _CHUNKED = needs("liger_kernel.chunked_loss", *BETA)
-_KL = {"forward_kl": "Forward", "reverse_kl": "Reverse"}
-_LIGER, _TUNE = "liger_kernel.transformers.", "torchtune.modules.loss"
-_AT_ONE: Any = {
-    "computes": lambda case: {"temperature": 1.0, "divergence": case.divergence},
-    "nearest": "the same at temperature 1",
-}
 _SOFT: Any = {"compared": ("gradients",), "nearest": "the same without the teacher's entropy"}
-_HARD: Any = {
-    "computes": lambda case: {"hard_weight": 0.5, "soft_weight": 0.0},
-    "nearest": "the cross-entropy alone",
-}
+_HARD: Any = {"computes": lambda case: {"hard_weight": 0.5, "soft_weight": 0.0}}
+_HARD["nearest"] = "the cross-entropy alone"
 
 
-def _with_cross_entropy(soft: Loss) -> Loss:
-    """Add half the cross-entropy to half a peer's divergence on logits, T² included.
+def _from(module: str, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Return an instance of a class of a module that may not be installed."""
+    return getattr(import_module(module), name)(*arguments, **keywords)
 
-    It is the cross-entropy of transformers, which converts the logits to float32 first.
+
+def _halves(hard: Loss, soft: Loss, case: Case) -> Loss:
+    """Return 0.5 of the hard half and 0.5 T² of the soft one, which is computed first.
+
+    For Liger's cross-entropy of logits writes its gradient over them in the forward.
     """
-    return lambda student, teacher, labels: (
-        0.5 * F.cross_entropy(student.float(), labels) + 0.5 * soft(student, teacher, labels)
-    )
 
-
-@on_logits("liger", "Liger", needs(_LIGER + "cross_entropy", *BETA, "tvd", gpu=True))
-def _liger(case: Case) -> Loss:
-    """Return its losses of log-probabilities ("tvd": probabilities), after torch's softmax.
-
-    Its cross-entropy writes its gradient over the logits in the forward, so it goes last.
-    """
-    from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
-    from liger_kernel.transformers.jsd import LigerJSD
-    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
-    from liger_kernel.transformers.tvd import LigerTVDLoss
-
-    divergence = {
-        "forward_kl": lambda: LigerKLDIVLoss(reduction="batchmean", log_target=True),
-        "reverse_kl": lambda: LigerJSD(beta=1.0),
-        "jsd": lambda: LigerJSD(beta=0.5),
-        "tvd": lambda: LigerTVDLoss(),
-    }[case.divergence]()
-    soften = F.softmax if case.divergence == "tvd" else F.log_softmax
-    cross_entropy, t = LigerCrossEntropyLoss(), case.temperature
-
-    def loss(student, teacher, labels):
-        soft = divergence(*(soften(x.float() / t, -1) for x in (student, teacher)))
-        return 0.5 * cross_entropy(student, labels) + 0.5 * t**2 * soft
+    def loss(*tensors: Tensor) -> Tensor:
+        divergence = soft(*tensors)
+        return 0.5 * hard(*tensors) + 0.5 * case.temperature**2 * divergence
 
     return loss
+
+
+def _cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of transformers, which converts the logits to float32 first."""
+    return F.cross_entropy(student.float(), labels)
+
+
+@on_logits("liger", "Liger", needs(LIGER + "cross_entropy", *BETA, "tvd", gpu=True))
+def _liger(case: Case) -> Loss:
+    """Return its losses of log-probabilities ("tvd": probabilities), after torch's softmax."""
+    module, name, keywords = {
+        "forward_kl": ("kl_div", "LigerKLDIVLoss", {"reduction": "batchmean", "log_target": True}),
+        "reverse_kl": ("jsd", "LigerJSD", {"beta": 1.0}),
+        "jsd": ("jsd", "LigerJSD", {"beta": 0.5}),
+        "tvd": ("tvd", "LigerTVDLoss", {}),
+    }[case.divergence]
+    divergence = _from(LIGER + module, name, **keywords)
+    cross_entropy = _from(LIGER + "cross_entropy", "LigerCrossEntropyLoss")
+    soften = F.softmax if case.divergence == "tvd" else F.log_softmax
+
+    def soft(*tensors: Tensor) -> Tensor:
+        return divergence(*(soften(x.float() / case.temperature, -1) for x in tensors[:2]))
+
+    return _halves(lambda student, teacher, labels: cross_entropy(student, labels), soft, case)
 
 
 @on_logits(
     "liger-ce-tvd",
     "Liger fused CE + TVD",
-    needs(_LIGER + "fused_ce_tvd", "tvd", gpu=True),
-    **_AT_ONE,
+    needs(LIGER + "fused_ce_tvd", "tvd", gpu=True),
+    nearest="the same at temperature 1",
+    computes=lambda case: {"temperature": 1.0, "divergence": case.divergence},
 )
 def _liger_tvd(case: Case) -> Loss:
     """Return both terms of a row in one kernel, so at one temperature."""
-    from liger_kernel.transformers.fused_ce_tvd import LigerFusedCETVDLoss
-
-    both = LigerFusedCETVDLoss()
+    both = _from(LIGER + "fused_ce_tvd", "LigerFusedCETVDLoss")
     return lambda *logits_and_labels: 0.5 * sum(both(*logits_and_labels)).mean()
 
 
 @on_logits("trl-gkd", "TRL GKD", needs("trl.experimental.gkd", *BETA))
 def _trl(case: Case) -> Loss:
     """Return its loss, whose "batchmean" with labels is over the rows that are not ignored."""
-    from trl.experimental.gkd import GKDTrainer
-
+    jsd = import_module("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
     beta, t = BETA[case.divergence], case.temperature
-    jsd = partial(GKDTrainer.generalized_jsd_loss, reduction="batchmean", beta=beta, temperature=t)
-    return _with_cross_entropy(lambda *tensors: t**2 * jsd(*tensors))
+    soft = partial(jsd, reduction="batchmean", beta=beta, temperature=t)
+    return _halves(_cross_entropy, soft, case)
 
 
-@on_logits("torchtune-reverse", "torchtune reverse KL", needs(_TUNE, "reverse_kl"))
-@on_logits("torchtune", "torchtune", needs(_TUNE, "forward_kl"), **_SOFT)
+@on_logits("torchtune-reverse", "torchtune reverse KL", needs(TUNE, "reverse_kl"))
+@on_logits("torchtune", "torchtune", needs(TUNE, "forward_kl"), **_SOFT)
 def _torchtune(case: Case) -> Loss:
     """Return its loss; it has no temperature: the logits are divided before, as a user must.
 
     Its forward KL is the soft cross-entropy, whose gradient is the same.
     """
-    from torchtune.modules import loss as losses
+    kl = _from(TUNE, f"{_KL[case.divergence]}Loss")
 
-    kl, t = getattr(losses, _KL[case.divergence] + "KLLoss")(), case.temperature
-    return _with_cross_entropy(
-        lambda student, teacher, labels: t**2 * kl(_soften(student, t), _soften(teacher, t), labels)
-    )
+    def soft(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return kl(_soften(student, case), _soften(teacher, case), labels)
+
+    return _halves(_cross_entropy, soft, case)
 
 
-@on_logits(
-    "torchtune-reverse-chunked", "torchtune reverse KL, 8 chunks", needs(_TUNE, "reverse_kl")
-)
-@on_logits("torchtune-chunked", "torchtune, 8 chunks", needs(_TUNE, "forward_kl"), **_SOFT)
+@on_logits("torchtune-reverse-chunked", "torchtune reverse KL, 8 chunks", needs(TUNE, "reverse_kl"))
+@on_logits("torchtune-chunked", "torchtune, 8 chunks", needs(TUNE, "forward_kl"), **_SOFT)
 def _torchtune_chunked(case: Case) -> Loss:
     """Return its loss of one sequence; its recipes pass the same chunks to its cross-entropy."""
-    from torchtune.modules import loss as losses
-
-    kl = getattr(losses, _KL[case.divergence] + "KLWithChunkedOutputLoss")(CHUNKS)
-    cross_entropy, t = losses.CEWithChunkedOutputLoss(CHUNKS), case.temperature
+    kl = _from(TUNE, f"{_KL[case.divergence]}WithChunkedOutputLoss", CHUNKS)
+    cross_entropy = _from(TUNE, "CEWithChunkedOutputLoss", CHUNKS)
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         chunks = [list(logits[None].chunk(CHUNKS, dim=1)) for logits in (student, teacher)]
-        softened = ([_soften(x, t) for x in model] for model in chunks)
+        softened = ([_soften(x, case) for x in model] for model in chunks)
         hard = cross_entropy(chunks[0], labels[None])
-        return 0.5 * hard + 0.5 * t**2 * kl(*softened, labels[None])
+        return 0.5 * hard + 0.5 * case.temperature**2 * kl(*softened, labels[None])
 
     return loss
 
 
-def _soften(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1 else logits / temperature
+def _soften(logits: Tensor, case: Case) -> Tensor:
+    return logits if case.temperature == 1 else logits / case.temperature
 
 
 @on_logits(
@@ -140,19 +134,17 @@ def _soften(logits: Tensor, temperature: float) -> Tensor:
 )
 def _modelopt(case: Case) -> Loss:
     """Return its loss, T² included; its default reduction divides by N·V, "batchmean" by rows."""
-    from modelopt.torch.distill.losses import LogitsDistillationLoss
-
-    divergence = LogitsDistillationLoss(case.temperature, reduction="batchmean")
-    return _with_cross_entropy(lambda student, teacher, labels: divergence(student, teacher))
+    name, t = "LogitsDistillationLoss", case.temperature
+    soft = _from("modelopt.torch.distill.losses", name, t, reduction="batchmean")
+    return lambda *tensors: 0.5 * _cross_entropy(*tensors) + 0.5 * soft(*tensors[:2])
 
 
 @on_heads("liger-chunked", "Liger chunked", _CHUNKED)
 def _liger_chunked(case: Case, compiled: bool = False) -> Loss:
     """Return its loss whose softened softmaxes and weight gradient are in the inputs' dtype."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    t, beta = case.temperature, BETA[case.divergence]
-    return LigerFusedLinearJSDLoss(0.5, 0.5 * t**2, beta, temperature=t, compiled=compiled)
+    weights, beta = (0.5, 0.5 * case.temperature**2), BETA[case.divergence]
+    keywords = {"temperature": case.temperature, "compiled": compiled}
+    return _from("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss", *weights, beta, **keywords)
 
 
 @on_heads("liger-chunked-compiled", "Liger chunked, compiled", _CHUNKED, compiles=True)
@@ -161,45 +153,36 @@ def _liger_chunked_compiled(case: Case) -> Loss:
 
 
 @on_heads(
-    "liger-fused-jsd", "Liger fused linear JSD", needs(_LIGER + "fused_linear_jsd", *BETA, gpu=True)
+    "liger-fused-jsd", "Liger fused linear JSD", needs(LIGER + "fused_linear_jsd", *BETA, gpu=True)
 )
 def _liger_jsd(case: Case) -> Loss:
-    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
-
-    divergence = LigerFusedLinearJSD(BETA[case.divergence], temperature=case.temperature)
-    return _with_liger_cross_entropy(divergence, case)
+    module, beta = LIGER + "fused_linear_jsd", BETA[case.divergence]
+    soft = _from(module, "LigerFusedLinearJSD", beta, temperature=case.temperature)
+    return _halves(_liger_cross_entropy(), soft, case)
 
 
 @on_heads(
     "liger-fused-kl",
     "Liger fused linear KL",
-    needs(_LIGER + "fused_linear_kl_div", "forward_kl", gpu=True),
+    needs(LIGER + "fused_linear_kl_div", "forward_kl", gpu=True),
 )
 def _liger_kl(case: Case) -> Loss:
     """Return its KL of the teacher's probabilities: torch's softmax of whole logits before it."""
-    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
-
-    divergence = LigerFusedLinearKLDivLoss(temperature=case.temperature)
+    name, t = "LigerFusedLinearKLDivLoss", case.temperature
+    divergence = _from(LIGER + "fused_linear_kl_div", name, temperature=t)
 
     def soft(hidden, weight, teacher, head, labels):
         with torch.no_grad():
-            target = F.softmax(F.linear(teacher, head).float() / case.temperature, -1)
+            target = F.softmax(F.linear(teacher, head).float() / t, -1)
         return divergence(hidden, weight, target, labels)
 
-    return _with_liger_cross_entropy(soft, case)
+    return _halves(_liger_cross_entropy(), soft, case)
 
 
-def _with_liger_cross_entropy(soft: Loss, case: Case) -> Loss:
-    """Add its cross-entropy from hidden states, which also works in chunks."""
-    from liger_kernel.transformers import fused_linear_cross_entropy as module
-
-    cross_entropy, factor = module.LigerFusedLinearCrossEntropyLoss(), case.temperature**2
-
-    def loss(*tensors: Tensor) -> Tensor:
-        hidden, weight, _, _, labels = tensors
-        return 0.5 * cross_entropy(weight, hidden, labels) + 0.5 * factor * soft(*tensors)
-
-    return loss
+def _liger_cross_entropy() -> Loss:
+    """Return its cross-entropy from hidden states, which also works in chunks."""
+    loss = _from(LIGER + "fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
+    return lambda hidden, weight, teacher, head, labels: loss(weight, hidden, labels)
 
 
 @on_heads("trl-chunked", "TRL chunked", needs("trl.kernels.chunked_divergence", *BETA))
@@ -210,36 +193,34 @@ def _trl_chunked(case: Case) -> Loss:
 
     keywords = {"beta": BETA[case.divergence], "temperature": case.temperature}
 
-    def loss(hidden, weight, teacher, head, labels):
-        log_probabilities, *_ = ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels, 1.0, TILE, None, 1.0, ("log_probs",)
-        )
-        mask = labels != -100
-        soft, *_ = _chunked_divergence_loss(hidden, teacher, weight, head, mask, **keywords)
-        return -0.5 * log_probabilities.mean() + 0.5 * case.temperature**2 * soft
+    def hard(hidden, weight, teacher, head, labels):
+        options = None, labels, 1.0, TILE, None, 1.0, ("log_probs",)
+        return -ChunkedLogProbFunction.apply(hidden, weight, *options)[0].mean()
 
-    return loss
+    def soft(hidden, weight, teacher, head, labels):
+        mask = labels != -100
+        return _chunked_divergence_loss(hidden, teacher, weight, head, mask, **keywords)[0]
+
+    return _halves(hard, soft, case)
 
 
 @on_heads("fla", "Flash Linear Attention", needs("fla.modules", "forward_kl", gpu=True))
 def _fla(case: Case) -> Loss:
     """Return its loss; it has no temperature, so hidden states over T give logits over T."""
-    from fla.modules import FusedKLDivLoss, FusedLinearCrossEntropyLoss
-
-    divergence, cross_entropy = FusedKLDivLoss(), FusedLinearCrossEntropyLoss()
+    kl, cross_entropy = (
+        _from("fla.modules", x) for x in ("FusedKLDivLoss", "FusedLinearCrossEntropyLoss")
+    )
     t = case.temperature
-
-    def loss(hidden, weight, teacher, head, labels):
-        soft = divergence(hidden / t, teacher / t, weight, head)
-        return 0.5 * cross_entropy(hidden, labels, weight) + 0.5 * t**2 * soft
-
-    return loss
+    return _halves(
+        lambda hidden, weight, teacher, head, labels: cross_entropy(hidden, labels, weight),
+        lambda hidden, weight, teacher, head, labels: kl(hidden / t, teacher / t, weight, head),
+        case,
+    )
 
 
 def _no_torch_ce(case: Case) -> str | None:
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return None
-    return f"torch {torch.__version__} has none in chunks"
+    has_it = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if has_it else f"torch {torch.__version__} has none in chunks"
 
 
 @on_heads("torch-linear-ce", "F.linear_cross_entropy", _no_torch_ce, **_HARD)
@@ -252,17 +233,15 @@ def _torch_ce(case: Case) -> Loss:
 
 
 def _no_cut_ce(case: Case) -> str | None:
-    if case.device == "cuda" and case.dtype == "fp32":
-        return "its kernels have no float32"
-    return needs("cut_cross_entropy")(case)
+    is_fp32 = case.device == "cuda" and case.dtype == "fp32"
+    return "its kernels have no float32" if is_fp32 else needs("cut_cross_entropy")(case)
 
 
 @on_heads("cut-cross-entropy", "Cut Cross-Entropy", _no_cut_ce, compiles=True, **_HARD)
 def _cut_ce(case: Case) -> Loss:
     """Return its kernels on a GPU, on a CPU the ``torch.compile`` of its own composition."""
-    from cut_cross_entropy import linear_cross_entropy
-
+    loss = import_module("cut_cross_entropy").linear_cross_entropy
     implementation = "cce" if case.device == "cuda" else "torch_compile"
     return lambda hidden, weight, teacher, head, labels: (
-        0.5 * linear_cross_entropy(hidden, weight, labels, impl=implementation)
+        0.5 * loss(hidden, weight, labels, impl=implementation)
     )
