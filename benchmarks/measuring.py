@@ -1,4 +1,4 @@
-"""What is measured: seconds, peaks of memory, lower bounds of time, and the machine."""
+"""Seconds of a call, its peak of memory, and the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import os
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,10 @@ from fused_kd import extension
 from fused_kd.env import report
 from fused_kd.testing import cpu_peak
 
-from .cases import LOGITS
-from .problems import Call, Problem
-
+Call = Callable[[], object]
 #: Clock cycles for which a GPU is kept busy before a timed call (about a millisecond): the host
 #: gets ahead, so that the time is the device's and not that of launching.
 HEAD_START = 2_000_000
-#: The 16-bit products are slow if a few rows of them take more than SLOW times as long as in
-#: float32; each is tried TRIES times.
-FEW_ROWS, SLOW, TRIES = 8, 4.0, 3
 #: The distributions that the peers come from.
 PEERS = {"liger-kernel", "trl", "torchtune", "nvidia-modelopt", "flash-linear-attention"}
 PEERS |= {"cut-cross-entropy"}
@@ -65,37 +60,6 @@ def peak_bytes(call: Call, device: str) -> int:
     torch.cuda.synchronize()
     del kept
     return torch.cuda.max_memory_allocated() - before
-
-
-@dataclass(frozen=True)
-class LowerBound:
-    """A call that no method of the case can be faster than, to be timed in turns with them.
-
-    Logits: reading both (N, V) matrices once and writing one, at the bandwidth of a copy. Heads:
-    the four matrix products, whole, in the dtype of the case, or in float32 if that is faster (a
-    processor without 16-bit products emulates them).
-    """
-
-    name: str  # copy or products
-    call: Call
-    times: float = 1.0  # of the call's seconds: what the case takes at least
-    why: str = ""  # it is not in the case's dtype
-
-
-def lower_bound(problem: Problem) -> LowerBound:
-    """Return the lower bound of a case."""
-    case = problem.case
-    if case.level == LOGITS:
-        return LowerBound("copy", problem.bound(), 1.5)  # it moves two of three matrices
-    if case.dtype != "fp32" and case.device == "cpu":
-        narrow, fp32 = (
-            min(clock(problem.bound(FEW_ROWS, dtype), "cpu") for _ in range(TRIES))
-            for dtype in (None, torch.float32)
-        )
-        if narrow > SLOW * fp32:
-            why = f"in float32; in {case.dtype} they take {narrow / fp32:.0f} times as long"
-            return LowerBound("products", problem.bound(None, torch.float32), why=why)
-    return LowerBound("products", problem.bound())
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -19,9 +19,9 @@ import torch
 
 from .accuracy import errors, units
 from .cases import ACCURACY, LOGITS, STEP, Case
-from .measuring import clock, lower_bound, peak_bytes
+from .measuring import Call, clock, peak_bytes
 from .methods import FORWARD, METHODS, Loss
-from .problems import PROBLEMS, Call, Problem, after_heads
+from .problems import PROBLEMS, Problem, after_heads
 
 #: A line of a file of results; docs/benchmarks.md lists the fields.
 Record = dict[str, Any]
@@ -99,23 +99,20 @@ def measure(task: Task) -> Iterator[Record | str]:
             if record := _attempt(_reject if is_late else step, task, problem, turn):
                 turns.remove(turn)
                 yield record
-    if turns and case.level != STEP:
-        bound = lower_bound(problem)
-        first = [_plan(task, Turn("", call=bound.call), clock(bound.call, case.device))]
+    bound = problem.lower_bound() if turns else None
+    if bound is not None:
+        first.append(_plan(task, Turn("", call=bound.call), clock(bound.call, case.device)))
     for turn in in_turns([*first, *turns]):
         yield turn.name
-        if turn in turns and (record := _attempt(_repeat, task, problem, turn)):
+        if turn in (*first, *turns) and (record := _attempt(_repeat, task, problem, turn)):
             turns.remove(turn)
             yield record
-        elif turn in first:
-            _repeat(task, problem, turn)
-    if first:
-        least = bound.times * first[0].time()["median_s"]
-        about = {"name": bound.name, "why": bound.why, "time": first[0].time()}
-        yield task.record("bound", seconds=least, **about)
+    if bound is not None:
+        least, seconds = bound.times * first[0].time()["median_s"], first[0].time()
+        yield task.record("bound", name=bound.name, why=bound.why, seconds=least, time=seconds)
     for turn in turns:
         method, seconds = METHODS[turn.name], turn.time()
-        if first and not method.nearest:
+        if bound is not None and not method.nearest:
             own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # writes no gradient
             turn.fields["bound_share"] = own / seconds["median_s"]
         yield task.result(turn.name, "measured", time=seconds, **turn.fields)

@@ -7,7 +7,7 @@ Every problem has `call(loss)`, which returns forward and backward of the whole 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,26 @@ from fused_kd.testing import DTYPES, make_inputs
 
 from .cases import HEADS, LOGITS, STEP, Case
 from .gpu_session import Output
+from .measuring import Call, clock
 from .methods import Loss
 
-Call = Callable[[], object]
 #: Rows on which a method is compared with float64; with heads, because that multiplies whole
 #: weights, also the largest number of vocabulary entries.
 CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
+#: The 16-bit products are slow if a few rows of them take more than SLOW times as long as in
+#: float32; each is tried TRIES times.
+FEW_ROWS, SLOW, TRIES = 8, 4.0, 3
 #: Of a training step: at most the tokens of a sequence, about the entries of an attention head.
 LENGTH, HEAD = 128, 64
+
+
+class LowerBound(NamedTuple):
+    """A call that no method of the case can be faster than, to be timed in turns with them."""
+
+    name: str  # copy or products
+    call: Call
+    times: float = 1.0  # of the call's seconds: what the case takes at least
+    why: str = ""  # it is not in the case's dtype
 
 
 class LogitsProblem:
@@ -66,9 +78,9 @@ class LogitsProblem:
     def few(self) -> tuple[Tensor, ...]:
         return tuple(x[:CHECKED_ROWS].clone() for x in (self._original, *self._rest))
 
-    def bound(self) -> Call:
-        """Return a call that reads one (N, V) matrix and writes one."""
-        return lambda: self._student.copy_(self._rest[0])
+    def lower_bound(self) -> LowerBound | None:
+        """Return a copy, which moves two of the three matrices."""
+        return LowerBound("copy", lambda: self._student.copy_(self._rest[0]), 1.5)
 
 
 class HeadsProblem:
@@ -108,7 +120,21 @@ class HeadsProblem:
         rows = hidden[:CHECKED_ROWS], teacher[:CHECKED_ROWS], labels[:CHECKED_ROWS] % entries
         return rows[0], weight[:entries], rows[1], head[:entries], rows[2]
 
-    def bound(self, rows: int | None = None, dtype: torch.dtype | None = None) -> Call:
+    def lower_bound(self) -> LowerBound | None:
+        """Return the products, in float32 if the processor emulates those of 16 bits."""
+        if self.case.dtype != "fp32" and self.case.device == "cpu":
+            narrow, fp32 = (
+                min(clock(self._products(FEW_ROWS, dtype), "cpu") for _ in range(TRIES))
+                for dtype in (None, torch.float32)
+            )
+            if narrow > SLOW * fp32:
+                why = (
+                    f"in float32; in {self.case.dtype} they take {narrow / fp32:.0f} times as long"
+                )
+                return LowerBound("products", self._products(None, torch.float32), why=why)
+        return LowerBound("products", self._products())
+
+    def _products(self, rows: int | None = None, dtype: torch.dtype | None = None) -> Call:
         """Return the four products of whole matrices, one after the other.
 
         The student's logits stand in for their gradient: they have its shape.
@@ -143,6 +169,9 @@ class StepProblem(HeadsProblem):
             hidden = teacher(ids).flatten(0, 1)
         labels = ids.roll(-1, 1).flatten()
         return body(ids).flatten(0, 1), head.weight, hidden, teacher_head.weight, labels
+
+    def lower_bound(self) -> LowerBound | None:
+        return None
 
     def call(self, loss: Loss) -> Call:
         def run() -> None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,11 @@ def _results(records: Any) -> dict[str, dict[str, Any]]:
     return {x["method"]: x for x in records if isinstance(x, dict) and x["kind"] == "result"}
 
 
-def _replace(monkeypatch: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replace the loss of a method."""
+def _replace(monkeypatch: Any, name: str, loss: Callable[..., Any]) -> None:
+    """Replace the loss of a method by one that is also given the right one."""
     right = METHODS[name]
-    monkeypatch.setitem(METHODS, name, replace(right, build=lambda case: wrap(right.build(case))))
+    build = lambda case: partial(loss, right.build(case))  # noqa: E731
+    monkeypatch.setitem(METHODS, name, replace(right, build=build))
 
 
 def test_every_suite_measures_its_cases(tmp_path: Path) -> None:
@@ -76,27 +78,18 @@ def test_every_suite_measures_its_cases(tmp_path: Path) -> None:
     assert gradient <= peaks["kdloss"] < gradient + 4096 > peaks["kdloss-inplace"] + gradient
 
 
-class _Scaled(torch.autograd.Function):
-    """The same value with a scaled gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: Any) -> Any:
-        return ctx.factor * gradient[0], None
-
-
 # a wrong value; a wrong gradient, and one that is no number, with a right value
 @pytest.mark.parametrize(("value", "factor"), [(1.01, 1.0), (1.0, 1.01), (1.0, float("nan"))])
 @pytest.mark.parametrize("level", [LOGITS, HEADS, STEP])
 def test_a_wrong_method_gets_no_time(
     level: str, value: float, factor: float, monkeypatch: Any
 ) -> None:
+    def wrong(right: Any, *tensors: Any) -> Any:
+        tensors[0].register_hook(lambda gradient: factor * gradient)
+        return value * right(*tensors)
+
     name = f"{LOGITS if level == LOGITS else HEADS}/eager"
-    _replace(monkeypatch, name, lambda right: lambda *x: _Scaled.apply(value * right(*x), factor))
+    _replace(monkeypatch, name, wrong)
     task = Task(level, Case(6, 40, "fp32", 2.0, "forward_kl", level, 8, 8), (name,), repeats=1)
     result = _results(one_case.measure(task))["eager"]
     assert (result["status"], result["time"]) == ("wrong", None)
@@ -113,25 +106,22 @@ def test_a_method_that_raises_does_not_stop_the_others(
 ) -> None:
     calls: list[int] = []
 
-    def loss(right: Any, *tensors: Any) -> Any:
+    def fails(right: Any, *tensors: Any) -> Any:
         calls.append(1)
         if len(calls) == call:
             raise error
         return right(*tensors)
 
-    _replace(monkeypatch, "logits/eager", lambda right: lambda *x: loss(right, *x))
+    _replace(monkeypatch, "logits/eager", fails)
     found = _results(one_case.measure(SMALL))
     assert [found[x]["status"] for x in ("eager", "kdloss-inplace")] == [status, "measured"]
 
 
-def test_what_is_too_slow_has_no_time() -> None:
-    found = _results(one_case.measure(replace(SMALL, limit_seconds=1e-9)))
-    assert {(x["status"], x["time"]) for x in found.values()} == {("no time", None)}
-
-
-def test_calls_take_turns() -> None:
+def test_calls_take_turns_and_what_is_too_slow_has_no_time() -> None:
     turns = [Turn(name, repeats=repeats) for name, repeats in (("a", 4), ("b", 2), ("c", 4))]
     assert "".join(turn.name for turn in in_turns(turns)) == "abcacabcac"
+    found = _results(one_case.measure(replace(SMALL, limit_seconds=1e-9)))
+    assert {(x["status"], x["time"]) for x in found.values()} == {("no time", None)}
 
 
 def test_resume_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
