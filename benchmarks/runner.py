@@ -144,7 +144,7 @@ def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
         else:
             print(f"FAILED {one_line(error)}", flush=True)
     others = tuple(name for name in task.methods if name != running)
-    if running and others:
+    if running:
         _run_task(replace(task, methods=others), file, isolate)
     return True
 
