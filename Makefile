@@ -56,7 +56,7 @@ bench-guard: $(VENV)/.built
 		$(BIN)/python -m benchmarks compare benchmarks/baseline_$$set.jsonl out/guard*.jsonl \
 			--tolerance $(GUARD_TOLERANCE) && exit 0; done; exit 1
 
-# Measures the errors of all divergences, and rewrites the table in docs/numerics.md: PUT minutes.
+# Measures the errors of all divergences, and rewrites the table in docs/numerics.md.
 accuracy: $(VENV)/.built
 	rm -f out/accuracy.jsonl
 	$(BIN)/python -m benchmarks run accuracy --in-process --threads 1 --peers kdloss eager --n 8 \

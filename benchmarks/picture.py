@@ -15,8 +15,14 @@ from .tables import MIB, unit_of
 
 #: Okabe and Ito's colours, told apart by colour-blind readers too; ours are the blues.
 COLOURS = {
-    **{"kdloss-heads": "#56b4e9", "kdloss": "#0072b2", "eager": "#d55e00", "compile": "#e69f00"},
-    **{"checkpoint": "#9c6b1e", "liger": "#cc79a7", "trl": "#009e73", "": "#7f7f7f"},
+    "kdloss-heads": "#56b4e9",
+    "kdloss": "#0072b2",
+    "eager": "#d55e00",
+    "compile": "#e69f00",
+    "checkpoint": "#9c6b1e",
+    "liger": "#cc79a7",
+    "trl": "#009e73",
+    "": "#7f7f7f",
 }
 MARKERS = "osD^vP*X<>hd"
 #: Text stays text in SVG, and the same figures give the same bytes.

@@ -66,8 +66,11 @@ def environment(records: Iterable[Record]) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return in what two environments differ that must be the same."""
-    pairs = [(name, before.get(name), now.get(name)) for name in SAME]
-    return [f"{name} was {was!r} and is {value!r}" for name, was, value in pairs if was != value]
+    return [
+        f"{name} was {before[name]!r} and is {now[name]!r}"
+        for name in SAME
+        if name in before and name in now and before[name] != now[name]
+    ]
 
 
 def tasks(options: Namespace) -> Iterator[Task]:

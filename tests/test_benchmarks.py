@@ -116,9 +116,17 @@ def test_a_method_that_raises_does_not_stop_the_others(
     assert [found[x]["status"] for x in ("eager", "kdloss-inplace")] == [status, "measured"]
 
 
-def test_calls_take_turns_and_what_is_too_slow_has_no_time() -> None:
+def test_calls_take_turns_and_are_restored(monkeypatch: Any) -> None:
     turns = [Turn(name, repeats=repeats) for name, repeats in (("a", 4), ("b", 2), ("c", 4))]
     assert "".join(turn.name for turn in in_turns(turns)) == "abcacabcac"
+    seen: set[float] = set()  # in turns with a method that writes over the student's logits
+    look = lambda right, *x: (seen.add(x[0].sum().item()), right(*x))[1]  # noqa: E731
+    _replace(monkeypatch, "logits/eager", look)
+    assert {x["status"] for x in _results(one_case.measure(SMALL)).values()} == {"measured"}
+    assert len(seen) == 1
+
+
+def test_what_is_too_slow_has_no_time() -> None:
     found = _results(one_case.measure(replace(SMALL, limit_seconds=1e-9)))
     assert {(x["status"], x["time"]) for x in found.values()} == {("no time", None)}
 
@@ -226,7 +234,9 @@ def test_the_documents_are_what_the_results_give(tmp_path: Path, capsys: Any) ->
     results = tmp_path / "benchmarks" / "results" / "cpu_avx512_bf16_logits.jsonl"
     results.write_text(re.sub(r'"median_s": \d+\.', '"median_s": 77.', results.read_text()))
     assert publish.publish(True, None, tmp_path) == 1
-    assert "+| KDLoss, in place | 77" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "+| KDLoss, in place | 77" in shown
+    assert "docs/benchmarks.svg was not made from these results" in shown
     assert publish.publish(False, None, tmp_path) == 0
     assert all((tmp_path / name).read_text() != (ROOT / name).read_text() for name in files)
     assert publish.publish(True, None, tmp_path) == 0
