@@ -141,15 +141,13 @@ def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
                 _write(file, record)
         return failed
     except Exception as error:  # the others are measured without it
-        if running:
-            status = "no time" if isinstance(error, TimeoutError) else "failed"
-            _write(file, task.result(running, status, one_line(error)))
-        else:
+        if not running:
             print(f"FAILED {one_line(error)}", flush=True)
-    others = tuple(name for name in task.methods if name != running)
-    if running:
-        _run_task(replace(task, methods=others), file, isolate)
-    return True
+            return True
+        status = "no time" if isinstance(error, TimeoutError) else "failed"
+        _write(file, task.result(running, status, one_line(error)))
+        others = tuple(name for name in task.methods if name != running)
+        return _run_task(replace(task, methods=others), file, isolate) or status == "failed"
 
 
 def _write(file: TextIO, record: Record) -> None:

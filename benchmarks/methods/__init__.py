@@ -21,17 +21,12 @@ def taking_part(suite: str, case: Case, chosen: Collection[str]) -> tuple[str, .
     compiling for each would take longer than all the rest.
     """
     methods = [method for method in METHODS.values() if method.level == case.level]
-    keys = (
-        chosen
-        or USUAL.get(suite)
-        or [
-            x.key
-            for x in methods
-            if (suite == "heads" or x.key not in BUDGETED)
-            and not (suite == ACCURACY and x.compiles)
-        ]
-    )
-    return tuple(f"{x.level}/{x.key}" for x in methods if x.key in keys)
+    usual = USUAL.get(suite) or [
+        x.key for x in methods if suite == "heads" or x.key not in BUDGETED
+    ]
+    if suite == ACCURACY:
+        methods = [x for x in methods if chosen or not x.compiles]
+    return tuple(f"{x.level}/{x.key}" for x in methods if x.key in (chosen or usual))
 
 
 __all__ = ["METHODS", "Loss", "Method", "taking_part"]
