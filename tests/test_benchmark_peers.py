@@ -57,7 +57,7 @@ def test_a_method_that_computes_something_else_says_so() -> None:
 
 
 def test_packages_are_imported_when_they_are_used() -> None:
-    """Importing them costs seconds, and may fail."""
+    # Importing them costs seconds, and may fail
     packages = {"liger_kernel", "trl", "torchtune", "modelopt", "fla", "cut_cross_entropy"}
     packages |= {"pandas", "matplotlib"}  # `run` needs torch alone
     code = f"import sys, benchmarks.__main__; sys.exit(bool(set(sys.modules) & {packages!r}))"

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: results are right, kept whatever happens, compared and published."""
+"""``python -m benchmarks``: results are right, kept after any failure, compared and published."""
 
 from __future__ import annotations
 
