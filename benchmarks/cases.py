@@ -1,16 +1,19 @@
-"""What is measured: one loss on one size, and the least that it has to move and to multiply."""
+"""What is measured: one loss on one size, and the suites of such cases."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
-from fused_kd.testing import DTYPES
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.testing import REGIMES
 
-#: What a case gives a method: logits, heads (hidden states and lm_heads), or a training step.
-LOGITS, HEADS, STEP = "logits", "heads", "step"
-#: Hidden states for each token that the layers of a training step hold, about.
-LAYER_STATES = 16
+#: What a case gives a method: logits, or heads (hidden states and lm_heads).
+LOGITS, HEADS = "logits", "heads"
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,11 @@ class Case:
 
     n: int
     v: int
-    dtype: str  # a key of DTYPES
+    dtype: str  # a key of fused_kd.testing.DTYPES
     temperature: float = 2.0
     divergence: str = "forward_kl"
     level: str = LOGITS
-    student_hidden: int = 0  # with heads, and of a training step
+    student_hidden: int = 0  # with heads
     teacher_hidden: int = 0
     device: str = "cpu"
     regime: str = "randn"  # of the logits, by fused_kd.testing.make_inputs; only for accuracy
@@ -34,50 +37,12 @@ class Case:
         return {"temperature": self.temperature, "divergence": self.divergence}
 
     @property
-    def itemsize(self) -> int:
-        """Return the bytes of an element."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Return the bytes of one (N, V) matrix of logits."""
-        return self.n * self.v * self.itemsize
-
-    @property
-    def flops(self) -> int:
-        """Return the operations of the four products with the heads."""
-        return 2 * self.n * self.v * (3 * self.student_hidden + self.teacher_hidden)
-
-    @property
-    def input_bytes(self) -> int:
-        """Return about how many bytes are allocated before anything is measured."""
-        rows, hidden = self.n + self.v, self.student_hidden + self.teacher_hidden
-        if self.level == LOGITS:
-            return 3 * self.matrix_bytes  # the student's twice, to restore them
-        if self.level == HEADS:  # in float32 too, if the lower bound of 16 bits needs it
-            return rows * hidden * (self.itemsize if self.itemsize == 4 else self.itemsize + 4)
-        weights = 2 * self.v * (4 * self.student_hidden + self.teacher_hidden)
-        return (weights + LAYER_STATES * self.n * hidden) * self.itemsize
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Return the bytes of the gradients: of logits, or of hidden states and weight."""
-        if self.level == LOGITS:
-            return self.matrix_bytes
-        return (self.n + self.v) * self.student_hidden * self.itemsize
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Return the fields for a record."""
-        return asdict(self)
-
-    @property
     def name(self) -> str:
         """Return a name for people, unique among cases."""
         return f"{self.level} {self.setting('level')}"
 
     def setting(self, *without: str) -> str:
-        """Return the case in words, without some of its sizes."""
+        """Return the case in words, without some of its sizes and what is usual."""
         words = {
             "level": {LOGITS: "logits", HEADS: "hidden states"}.get(self.level, "training step"),
             "dtype": self.dtype,
@@ -89,11 +54,58 @@ class Case:
             "regime": self.regime,
             "device": self.device,
         }
-        usual = {"hidden": "H=0/0", "regime": "randn", "device": "cpu"}
-        return " ".join(
-            word for key, word in words.items() if key not in without and word != usual.get(key)
-        )
+        usual = "H=0/0", "randn", "cpu"
+        return " ".join(x for key, x in words.items() if key not in without and x not in usual)
 
-    def with_(self, **changes: Any) -> Case:
-        """Return the case with other sizes."""
-        return replace(self, **changes)
+
+#: Sizes that the options replace: those of real vocabularies, and heads of small models.
+USUAL: dict[str, Any] = {
+    "dtype": ("bf16", "fp32"),
+    "v": (32000, 128256, 262144),
+    "n": (512,),
+    "divergence": ("forward_kl",),
+    "temperature": (2.0,),
+    "hidden": (1024, 2048),
+}
+
+
+def logits(
+    options: Namespace, level: str = LOGITS, regime: str = "randn", **own: Any
+) -> Iterator[Case]:
+    """Yield every combination of the options' sizes, else of the suite's own, else of USUAL."""
+    sizes = {name: getattr(options, name) or own.get(name, USUAL[name]) for name in USUAL}
+    hidden = (0, 0) if level == LOGITS else sizes["hidden"]
+    for dtype, v, n, divergence, t in product(*list(sizes.values())[:-1]):
+        yield Case(n, v, dtype, t, divergence, level, *hidden, options.device, regime)
+
+
+def growth(options: Namespace) -> Iterator[Case]:
+    """Double N at the middle vocabulary, and V at the middle number of rows; both levels."""
+    every_n = options.n or (128, 256, 512, 1024)
+    every_v = options.v or (32064, 64128, 128256, 256512)
+    n, v = every_n[len(every_n) // 2], every_v[len(every_v) // 2]
+    for level, sizes in product((LOGITS, HEADS), ((every_n, [v]), ([n], every_v))):
+        sweep = Namespace(**{**vars(options), "n": sizes[0], "v": sizes[1]})
+        yield from logits(sweep, level, dtype=["fp32"], hidden=(256, 512))
+
+
+def accuracy(options: Namespace) -> Iterator[Case]:
+    """Yield inputs that have broken some implementation."""
+    for regime in REGIMES:
+        yield from logits(options, regime=regime, v=[8192], n=[16])
+
+
+def guard(options: Namespace) -> Iterator[Case]:
+    """Yield sizes far larger than the caches, and small ones of every divergence."""
+    yield from logits(options, n=[128], v=[128256])
+    yield from logits(options, dtype=["bf16"], n=[64], v=[32768], divergence=DIVERGENCES)
+
+
+ACCURACY, GUARD = "accuracy", "guard"
+SUITES = {
+    "logits": logits,
+    "heads": partial(logits, level=HEADS),
+    "growth": growth,
+    ACCURACY: accuracy,  # errors alone, no times
+    GUARD: guard,  # only if named
+}

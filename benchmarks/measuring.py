@@ -1,143 +1,83 @@
-"""How things are measured: interleaved repetitions, disturbed ones told apart, peaks of memory."""
+"""Seconds of a call, its peak of memory, and the machine."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import statistics
-import sys
+import os
+import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-#: Makes a call and returns its seconds, and whether it was disturbed.
-Clock = Callable[[Callable[[], object]], tuple[float, bool]]
-#: A repetition is disturbed if our threads waited this share of it for a processor.
-DISTURBED = 0.03
+import torch
+
+from fused_kd import extension
+from fused_kd.env import report
+from fused_kd.testing import cpu_peak
+
+Call = Callable[[], object]
+#: Clock cycles for which a GPU is kept busy before a timed call (about a millisecond): the host
+#: gets ahead, so that the time is the device's and not that of launching.
+HEAD_START = 2_000_000
+#: The distributions that the peers come from.
+PEERS = {"liger-kernel", "trl", "torchtune", "nvidia-modelopt", "flash-linear-attention"}
+PEERS |= {"cut-cross-entropy"}
 
 
-@dataclass
-class Turn:
-    """One call to time, and the seconds of its repetitions."""
-
-    name: str  # unique among those measured together
-    call: Callable[[], object]
-    restore: Callable[[], object]  # run before every call, outside the timed region
-    wanted: int
-    most: int  # calls, while disturbed ones recur
-    clean: list[float] = field(default_factory=list)
-    disturbed: list[float] = field(default_factory=list)
-    error: Exception | None = None  # it raised, and is not called again
-
-    def take(self, clock: Clock) -> None:
-        """Measure one repetition."""
-        try:
-            self.restore()
-            seconds, is_disturbed = clock(self.call)
-        except Exception as error:  # the others continue
-            self.error = error
-        else:
-            (self.disturbed if is_disturbed else self.clean).append(seconds)
-
-    @property
-    def is_complete(self) -> bool:
-        """Return True if there are enough undisturbed repetitions, or no more are allowed."""
-        calls = len(self.clean) + len(self.disturbed)
-        return self.error is not None or len(self.clean) >= self.wanted or calls >= self.most
-
-    def time(self) -> dict[str, Any]:
-        """Return the "time" of a record; disturbed repetitions count only if others lack."""
-        missing = max(0, self.wanted - len(self.clean))
-        samples = self.clean + sorted(self.disturbed)[:missing]
-        several = samples if len(samples) > 1 else samples * 2
-        low, median, high = statistics.quantiles(several, n=4, method="inclusive")
-        return {
-            "median_s": median,
-            "quartiles_s": [low, high],
-            "fastest_s": min(samples),
-            "repeats": len(samples),
-            "undisturbed": len(self.clean),
-        }
-
-
-def interleave(turns: Sequence[Turn], clock: Clock, advance: Callable[[str], object]) -> None:
-    """Time each call its wanted number of times, in turns: A B C A B C ...
-
-    So drift of the machine affects all of them equally. Fewer repeats are spread over all rounds.
-    `advance` is called with the name before every call.
-    """
-    rounds = max((turn.wanted for turn in turns), default=0)
-    for number in range(rounds):
-        for turn in turns:
-            before, after = (int(t * turn.wanted / rounds + 0.5) for t in (number, number + 1))
-            if after > before and turn.error is None:
-                advance(turn.name)
-                turn.take(clock)
-    while waiting := [turn for turn in turns if not turn.is_complete]:
-        for turn in waiting:
-            advance(turn.name)
-            turn.take(clock)
-
-
-def time_once(call: Callable[[], object]) -> tuple[float, bool]:
-    """Return the host's seconds of a call, and whether our threads waited for a processor."""
+def clock(call: Call, device: str) -> float:
+    """Return the seconds of a call, by the host's clock or by events of the GPU."""
     gc.disable()
     try:
-        waited = _waiting_for_processor()
-        start = time.perf_counter()
+        if device == "cpu":
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)
+        start.record()
         call()
-        seconds = time.perf_counter() - start
-        waited = _waiting_for_processor() - waited
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
     finally:
         gc.enable()
-    return seconds, waited > DISTURBED * seconds
 
 
-def _waiting_for_processor() -> float:
-    """Return the seconds that this process's threads were ready and did not run; 0 if unknown."""
-    total = 0
-    for entry in Path("/proc/self/task").glob("*/schedstat"):
-        try:
-            total += int(entry.read_text().split()[1])
-        except (OSError, IndexError, ValueError):  # the thread is gone; no such statistics
-            continue
-    return total * 1e-9
+def peak_bytes(call: Call, device: str) -> int:
+    """Return the peak of what the allocator had allocated during a call, beyond the level before.
 
-
-def process_peak(call: Callable[[], object]) -> int | None:
-    """Return by how many bytes the process's resident memory rose during a call; None: unknown.
-
-    It sees what torch's allocator does not, and pages only if they are touched: give it a call that
-    was made before. Free heap is returned to the system first.
+    Give it a call that has been made before, or what is allocated once counts too.
     """
+    if device == "cpu":
+        return cpu_peak(call).highest
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        before = _bytes("/proc/self/status", "VmRSS")
-    except OSError:
-        call()
-        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     kept = call()
-    peak = _bytes("/proc/self/status", "VmHWM")
+    torch.cuda.synchronize()
     del kept
-    return max(0, peak - before)
+    return torch.cuda.max_memory_allocated() - before
 
 
-def available_memory() -> int:
-    """Return the bytes that may be allocated before the machine swaps; all there are if unknown."""
-    try:
-        return _bytes("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return sys.maxsize
-
-
-def _bytes(path: str, name: str) -> int:
-    for line in Path(path).read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"no {name} in {path}")
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Return what a figure depends on besides the code."""
+    facts, info = report(), extension.cpu.build_info() or {}
+    processor, card = facts["processor"]["name"], {}
+    if device != "cpu":
+        card = {"memory_bytes": torch.cuda.get_device_properties(0).total_memory}
+    git = f"git -C {Path(__file__).parent} describe --always --exclude='*' --dirty=' and changes'"
+    status, commit = subprocess.getstatusoutput(git)
+    return {
+        "device": f"CPU: {processor}" if device == "cpu" else torch.cuda.get_device_name(),
+        **card,
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "instruction_set": info.get("instruction_set", "none (not built)"),
+        **facts["versions"],
+        "commit": commit if status == 0 else "",
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+        "packages": {x.name: x.version for x in distributions() if x.name in PEERS},
+    }

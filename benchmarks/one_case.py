@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 # What eager needs at large sizes leaves no room for fragments on a GPU.
@@ -15,30 +17,19 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
 
-from . import device, errors, lower_bounds
-from .cases import HEADS, LOGITS, STEP, Case
-from .measuring import Turn, interleave, process_peak
-from .methods import METHODS, Loss, Method
-from .methods.ours import FORWARD
-from .problems import HeadsProblem, LogitsProblem, Problem
-from .schema import Bound, Done, Record, Result
-from .training_step import StepProblem, after_heads
+from .accuracy import errors, units
+from .cases import ACCURACY, Case
+from .measuring import Call, clock, peak_bytes
+from .methods import FORWARD, METHODS, Loss
+from .problems import PROBLEMS, Problem
 
-#: Takes a record, or the key in METHODS of what runs now: None for nothing that may crash.
-Emit = Callable[[Record | str | None], None]
-PROBLEMS: dict[str, Callable[[Case], Problem]] = {
-    LOGITS: LogitsProblem,
-    HEADS: HeadsProblem,
-    STEP: StepProblem,
-}
-
-#: Weight-shaped float32 buffers that a method may hold besides its matrices.
-WEIGHTS = 3
-#: Rows that are tried first if a call on all may take too long, and how many times as many next.
-FIRST_ROWS, MORE_ROWS = 8, 4
-#: Repeats at least; if a call takes more seconds than LONG, two. A call of more than BRIEF is not
-#: repeated because it was disturbed, others up to PATIENCE times the wanted repeats.
-LEAST_REPEATS, LONG, BRIEF, PATIENCE = 3, 5.0, 0.5, 3
+#: A line of a file of results; docs/benchmarks.md lists the fields.
+Record = dict[str, Any]
+SCHEMA = 4
+#: Relative errors beyond which a method is wrong.
+WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
+#: Repeats at least; if a call takes more seconds than LONG, two.
+LEAST_REPEATS, LONG = 3, 5.0
 
 
 @dataclass(frozen=True)
@@ -48,199 +39,160 @@ class Task:
     suite: str
     case: Case
     methods: tuple[str, ...]  # keys of METHODS
-    times: bool = True  # and memory; else errors alone
     repeats: int = 15  # at most
     seconds_each: float = 8.0  # that the repeats of a method may take together
     limit_seconds: float = 30.0  # of one call on all rows; slower ones have "no time"
     threads: int | None = None
-    seconds: float | None = None  # for all of it; what is not begun by then has "no time"
+    end: float = inf  # time.time() after which nothing is begun
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """Return the fields that all of its records have."""
-        return {"suite": self.suite, "case": self.case.sizes}
+    def record(self, kind: str, **fields: Any) -> Record:
+        """Return a record of the case."""
+        return {"schema": SCHEMA, "kind": kind, "suite": self.suite, "case": self.case, **fields}
 
-    def result(self, method: Method, status: str, why: str = "", **more: Any) -> Result:
+    def result(self, name: str, status: str, why: str = "", **measured: Any) -> Record:
         """Return the record of a method."""
-        names = {"method": method.key, "title": method.title, "is_ours": method.is_ours}
-        return Result(**self.about, **names, nearest=method.nearest, status=status, why=why, **more)
+        method = METHODS[name]
+        about = {x: getattr(method, x) for x in ("title", "is_ours", "nearest")}
+        about |= {"method": method.key, "status": status, "why": why}
+        empty = {"error": {}, "time": None, "memory": {}, "bound_share": None}
+        return self.record("result", **about, **{**empty, **measured})
 
 
 class Rejected(Exception):
     """Raised with the status and the reason of a method that is not measured further."""
 
 
-def run_task(task: Task, emit: Emit) -> None:
-    """Measure one case and emit its records.
+@dataclass(eq=False)
+class Turn:
+    """A method in a case, measured so far."""
+
+    name: str  # in METHODS; "": the lower bound
+    fields: dict[str, Any] = field(default_factory=dict)  # of its record
+    loss: Loss | None = None
+    call: Call | None = None
+    repeats: int = 0  # that are wanted
+    seconds: list[float] = field(default_factory=list)
+
+    def time(self) -> dict[str, Any]:
+        """Return the "time" of its record."""
+        several = self.seconds if len(self.seconds) > 1 else self.seconds * 2
+        low, median, high = statistics.quantiles(several, n=4, method="inclusive")
+        return {"median_s": median, "quartiles_s": [low, high], "repeats": len(self.seconds)}
+
+
+def measure(task: Task) -> Iterator[Record | str]:
+    """Measure one case; yield its records, and before each step the key of the method that runs.
 
     A case that the clock cut off has no record "done": another run completes it.
     """
-    started = time.monotonic()
     if task.threads is not None:
         torch.set_num_threads(task.threads)
-    free, needed = device.room(task.case.device), task.case.input_bytes
-    if needed > free:
-        for name in task.methods:
-            why = f"the inputs need {_gib(needed)}, {_gib(free)} are free"
-            emit(task.result(METHODS[name], "no memory", why))
-        is_cut = False
-    else:
-        is_cut = _Run(task, emit).run()
-    gc.collect()
-    device.release(task.case.device)
-    if not is_cut:
-        seconds = round(time.monotonic() - started, 1)
-        emit(Done(**task.about, seconds=seconds, threads=torch.get_num_threads()))
-
-
-class _Run:
-    """The steps of one case."""
-
-    def __init__(self, task: Task, emit: Emit) -> None:
-        self.task, self.case, self._emit = task, task.case, emit
-        self._budget = None if task.seconds is None else device.Budget(task.seconds)
-        self._is_cut = False
-        # importing the compiler takes seconds, which a run without compiled methods saves
-        self._compiles = any(METHODS[name].compiles for name in task.methods)
-        self._forget()  # or one size would be taken for one too many, and run eagerly
-        self.problem = PROBLEMS[self.case.level](self.case)
-        self.bound: lower_bounds.LowerBound | None = None
-        self.losses: dict[str, Loss] = {}
-        #: What is known of each method: fields of its Result.
-        self.known: dict[str, dict[str, Any]] = {name: {} for name in task.methods}
-
-    def run(self) -> bool:
-        """Emit all results; return True if the clock cut the case off."""
-        names = [name for name in self.task.methods if self._guarded(self._check, name)]
-        if self.task.times:
-            self.bound = lower_bounds.lower_bound(self.problem, self.task.limit_seconds)
-            names = [name for name in names if self._guarded(self._fits, name)]
-            self._forget()  # what was compiled for a few rows, and may have become dynamic
-            turns = [turn for name in names if (turn := self._guarded(self._prepare, name))]
-            self._time(turns)
-        return self._is_cut
-
-    def _guarded(self, step: Callable[[str], Any], name: str) -> Any:
-        """Return what a step with one method returns; False if its result is final."""
-        self._emit(name)
-        try:
-            if self._budget is not None and not self._budget.allows(0.0):
-                self._is_cut = True
-                raise Rejected("no time", "the time is up")
-            return step(name)
-        except Rejected as rejected:
-            self._result(name, *rejected.args)
-        except torch.OutOfMemoryError:
-            self._result(name, "no memory", "the GPU's memory does not suffice")
-        except Exception as error:  # of a peer, of a compiler: the others continue
-            self._result(name, "failed", one_line(error))
-        finally:
-            self._emit(None)
-            self.problem.restore()
-            device.release(self.case.device)
-        return False
-
-    def _check(self, name: str) -> bool:
-        """Compare a method with float64."""
-        method = METHODS[name]
-        case = self.case.with_(level=method.level)
-        if (why := method.why_not(case)) is not None:
-            raise Rejected("skipped", why)
-        loss = method.build(case)
-        self.losses[name] = after_heads(loss, method.level) if self.case.level == STEP else loss
-        error = errors.of(self.problem, method, self.losses[name])
-        self.known[name]["error"] = error
-        worst = errors.worst(error.values())
-        if self.case.regime == "randn" and (worst or 0.0) >= errors.WRONG[self.case.dtype]:
-            raise Rejected("wrong", f"a relative error of {worst:.2g}")
-        if not self.task.times:
-            raise Rejected("measured")
-        return True
-
-    def _fits(self, name: str) -> bool:
-        """Reject what exceeds the memory, or surely the time of a call.
-
-        If a call may take hours, more and more rows are tried first. Nothing is concluded from
-        fewer rows than exceed the limit themselves, since products of a few run differently, nor
-        from a first call, which compiles and allocates.
-        """
-        method, case = METHODS[name], self.case
-        rows = min(case.n, method.most_rows or case.n)
-        needed = int(4 * case.v * (method.matrices * rows + WEIGHTS * case.student_hidden))
-        if needed > (free := device.room(case.device)):
-            raise Rejected("no memory", f"needs {_gib(needed)}, {_gib(free)} are free")
-        rows = FIRST_ROWS
-        while self.bound is not None and self.bound.is_slow and rows < case.n:
-            call = self.problem.call(self.losses[name], rows)
-            seconds = lower_bounds.fastest(call, 0.0, case.device)
-            if seconds > self.task.limit_seconds:
-                seconds = lower_bounds.fastest(call, 0.0, case.device)
-            self._check_limit(f"{rows} rows alone", seconds)
-            rows *= MORE_ROWS
-        return True
-
-    def _prepare(self, name: str) -> Turn:
-        """Measure memory and one call, which must not exceed the limit."""
-        call, where, seconds = self.problem.call(self.losses[name]), self.case.device, [0.0]
-        if METHODS[name].compiles or where != "cpu" or self.case.level == STEP:
-            call()  # compiles, tunes, allocates what is kept
-            self.problem.restore()
-        allocator = device.peak_bytes(call, where)
-        self.problem.restore()
-
-        def timed() -> None:
-            seconds[0] = device.clock(where)(call)[0]
-
-        process = process_peak(timed) if where == "cpu" else timed()
-        self.known[name]["memory"] = {"allocator_bytes": allocator, "process_bytes": process}
-        self._check_limit("a call", seconds[0])
-        return self._turn(name, call, seconds[0], PATIENCE if seconds[0] < BRIEF else 1)
-
-    def _check_limit(self, what: str, seconds: float) -> None:
-        if seconds > self.task.limit_seconds:
-            limit = f"the limit is {self.task.limit_seconds:g} s"
-            raise Rejected("no time", f"{what} took {seconds:.3g} s, {limit}")
-
-    def _turn(self, name: str, call: Callable[[], object], seconds: float, patience: int) -> Turn:
-        least = LEAST_REPEATS if seconds < LONG else 2
-        fitting = int(self.task.seconds_each / max(seconds, 1e-9))
-        wanted = min(self.task.repeats, max(least, fitting))
-        return Turn(name, call, self.problem.restore, wanted, patience * wanted)
-
-    def _time(self, turns: list[Turn]) -> None:
-        """Time all methods in turns, with the lower bound first."""
-        bound, least = self.bound, None
-        first = [] if bound is None else [self._turn("", bound.call, bound.seconds, 1)]
-        interleave(
-            [*first, *turns], device.clock(self.case.device), lambda x: self._emit(x or None)
-        )
-        if bound is not None and first[0].error is None:
-            time = first[0].time()
-            least, rate = bound.least(time["median_s"], self.case)
-            names = {"name": bound.name, "why": bound.why}
-            self._emit(Bound(**self.task.about, **names, seconds=least, rate=rate, time=time))
-        for turn in turns:
-            method, known = METHODS[turn.name], self.known[turn.name]
-            if turn.error is not None:
-                self._result(turn.name, "failed", one_line(turn.error))
-                continue
-            known["time"] = turn.time()
-            if least is not None and not method.nearest:
-                own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # writes no gradient
-                known["bound_share"] = own / known["time"]["median_s"]
-            self._result(turn.name, "measured")
-
-    def _result(self, name: str, status: str, why: str = "") -> None:
-        self._emit(self.task.result(METHODS[name], status, why, **self.known[name]))
-
-    def _forget(self) -> None:
-        """Drop what was compiled, if anything is."""
-        if self._compiles:
+    case, problem = task.case, PROBLEMS[task.case.level](task.case)
+    turns, is_late = [Turn(name) for name in task.methods], False
+    for step in (_check, _prepare):
+        # what was compiled for a few rows may be dynamic now, and more sizes would run eagerly
+        if any(METHODS[turn.name].compiles for turn in turns):
             torch.compiler.reset()
+        for turn in list(turns):
+            yield turn.name
+            is_late |= time.time() > task.end
+            if record := _attempt(_reject if is_late else step, task, problem, turn):
+                turns.remove(turn)
+                yield record
+    if turns:
+        bound = problem.lower_bound()
+        first = _plan(task, Turn("", call=bound.call), clock(bound.call, case.device))
+        for turn in in_turns([first, *turns]):
+            yield turn.name
+            if turn in (first, *turns) and (record := _attempt(_repeat, task, problem, turn)):
+                turns.remove(turn)
+                yield record
+        least, seconds = bound.times * first.time()["median_s"], first.time()
+        yield task.record("bound", name=bound.name, why=bound.why, seconds=least, time=seconds)
+    for turn in turns:
+        method, seconds = METHODS[turn.name], turn.time()
+        if not method.nearest:
+            own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # writes no gradient
+            turn.fields["bound_share"] = own / seconds["median_s"]
+        yield task.result(turn.name, "measured", time=seconds, **turn.fields)
+    if not is_late:
+        yield task.record("done", threads=torch.get_num_threads())
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def in_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """Yield each its wanted number of times: A B C A B C ...
+
+    So drift of the machine affects all of them equally. Fewer repeats are spread over all rounds.
+    """
+    rounds = max((turn.repeats for turn in turns), default=0)
+    for number in range(rounds):
+        for turn in turns:
+            before, after = (int(t * turn.repeats / rounds + 0.5) for t in (number, number + 1))
+            if after > before:
+                yield turn
+
+
+def _attempt(step: Callable[..., None], task: Task, problem: Problem, turn: Turn) -> Record | None:
+    """Run a step with a method; return its record if it cannot go on."""
+    try:
+        step(task, problem, turn)
+        return None
+    except Rejected as rejected:
+        ending = rejected.args
+    except torch.OutOfMemoryError:
+        ending = "no memory", "the GPU's memory does not suffice"
+    except Exception as error:  # of a peer, of a compiler: the others continue
+        ending = "failed", one_line(error)
+    finally:
+        problem.restore()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return task.result(turn.name, *ending, **turn.fields)
+
+
+def _reject(task: Task, problem: Problem, turn: Turn) -> None:
+    raise Rejected("no time", "the time is up")
+
+
+def _check(task: Task, problem: Problem, turn: Turn) -> None:
+    """Compare a method with float64."""
+    method, case = METHODS[turn.name], task.case
+    if (why := method.why_not(case)) is not None:
+        raise Rejected("skipped", why)
+    turn.loss = method.build(case)
+    turn.fields["error"] = error = errors(problem, method, turn.loss)
+    worst = max((x for x in error.values() if x is not None), default=0.0)
+    if case.regime == "randn" and worst >= WRONG[case.dtype]:
+        raise Rejected("wrong", f"a relative error of {worst:.2g}")
+    if task.suite == ACCURACY:
+        turn.fields["units"] = units(case, method.key)
+        raise Rejected("measured")
+
+
+def _prepare(task: Task, problem: Problem, turn: Turn) -> None:
+    """Measure memory and one call, which must not exceed the limit."""
+    method, device = METHODS[turn.name], task.case.device
+    turn.call = problem.call(turn.loss)
+    if method.compiles or device != "cpu":
+        turn.call()  # compiles, tunes, allocates what is kept
+        problem.restore()
+    turn.fields["memory"] = {"allocator_bytes": peak_bytes(turn.call, device)}
+    problem.restore()
+    seconds = clock(turn.call, device)
+    if seconds > (limit := task.limit_seconds):
+        raise Rejected("no time", f"a call took {seconds:.3g} s, the limit is {limit:g} s")
+    _plan(task, turn, seconds)
+
+
+def _plan(task: Task, turn: Turn, seconds: float) -> Turn:
+    """Set the number of repeats of a call of these seconds."""
+    least = LEAST_REPEATS if seconds < LONG else 2
+    turn.repeats = min(task.repeats, max(least, int(task.seconds_each / max(seconds, 1e-9))))
+    return turn
+
+
+def _repeat(task: Task, problem: Problem, turn: Turn) -> None:
+    turn.seconds.append(clock(turn.call, task.case.device))
 
 
 def one_line(error: Exception) -> str:

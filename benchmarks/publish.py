@@ -1,7 +1,4 @@
-"""``python -m benchmarks.publish [--check]``: documents from the committed results.
-
-Writes README's headline and tables, the picture, and the tables of docs/benchmarks.md. With
-``--check`` nothing is written: the differences are printed, and the exit status is then 1.
+"""The commands that read results: plot, compare, publish.
 
 README and the picture are of the last machine by the names of its files, cpu_avx2 before
 cpu_avx512 before gpu; docs/benchmarks.md has all of them, the last one first.
@@ -10,107 +7,128 @@ cpu_avx512 before gpu; docs/benchmarks.md has all of them, the last one first.
 from __future__ import annotations
 
 import difflib
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from . import goals, picture, records, tables
+import pandas
+from pandas import DataFrame
+
+from . import picture, runner, tables
 from .cases import HEADS, LOGITS
-from .methods.ours import IN_PLACE, KDLOSS, WITH_HEADS
-from .records import Report
-from .report import Parser, between_markers
-from .tables import mebibytes, time_text
+from .methods import IN_PLACE, KDLOSS, WITH_HEADS
+from .one_case import Record
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-WIDTH = 120  # of a line of text
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.svg"
+NUMERICS = "docs/numerics.md"
 #: What README and the picture show of both suites, next to the fastest peer and the lower bound.
 SHOWN = {LOGITS: [IN_PLACE, KDLOSS, "compile", "eager"], HEADS: [WITH_HEADS, "compile", "eager"]}
 USUAL = "n == 512 and temperature == 2.0 and divergence == 'forward_kl'"
 SIZE = "v == 128256 and dtype in ('bf16', 'fp32')"
 
 
-def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Write or check; return the exit status."""
-    parser = Parser(prog="python -m benchmarks.publish", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, print differences")
-    is_check, differences = parser.parse_args(arguments).check, []
-    try:
-        reports = read_all(root)
-        last, note = tables.frame(reports[-1]), tables.machine(reports[-1].environment)
-        texts = {
-            README: {"headline": headline(reports[-1]), "benchmarks": readme(last, note)},
-            DOCUMENT: {"benchmarks": "\n\n".join(map(page, reversed(reports)))},
-        }
-        for name, parts in texts.items():
-            old = new = (root / name).read_text()
-            for marker, text in parts.items():
-                new = between_markers(new, text, marker)
-            lines = old.split("\n"), new.split("\n")
-            differences += difflib.unified_diff(*lines, name, "the results", n=0, lineterm="")
-            if not is_check:
-                (root / name).write_text(new)
-        path, sweeps = root / PICTURE, shown_sweeps(last)
-        if not path.exists() or picture.digest(sweeps) not in path.read_text():
-            differences.append(f"{PICTURE} was not made from these results")
-        if not is_check:
-            path.write_text(picture.of_sweeps(sweeps, "v", note))
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    for line in differences if is_check else [f"written: {README}, {DOCUMENT}, {PICTURE}"]:
-        print(line)
-    return 1 if is_check and differences else 0
+def plot(files: Sequence[Path], output: Path) -> int:
+    """Write a page and pictures of files of one machine and version, and print where they are."""
+    records, environments = runner.read(*files), [runner.environment(runner.read(x)) for x in files]
+    for other in environments:
+        if found := runner.differences(environments[0], other):
+            raise ValueError(f"files of different machines or versions: {'; '.join(found)}")
+    output.mkdir(parents=True, exist_ok=True)
+    pictures, note = [], machine(environments[0])
+    for suite, rows in tables.frame(records).dropna(subset="seconds").groupby("suite", sort=False):
+        for size in ("n", "v"):
+            if sweeps := [x for x in tables.sweeps(rows, size) if x[size].nunique() > 1]:
+                pictures.append(output / f"{suite}-{size}.svg")
+                pictures[-1].write_text(picture.of_sweeps(sweeps, size, note))
+    shown = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
+    (output / "report.md").write_text(f"# Benchmarks\n\n{shown}\n\n{page(records)}\n")
+    print(*pictures, output / "report.md", sep="\n")
+    return 0
 
 
-def read_all(root: Path) -> list[Report]:
-    """Return the committed results, a report for each machine, in the order of the files' names."""
-    machines: dict[tuple[object, ...], list[Path]] = {}
+def compare(files: Sequence[Path], tolerance: float) -> int:
+    """Print what changed from the first file to the others; return 1 if there is a regression."""
+    before, *after = [runner.read(path) for path in files]
+    for records in after:
+        found = runner.differences(*map(runner.environment, (before, records)))
+        print(*(f"not the same: {what}" for what in found), sep="\n")
+    frames = tables.frame(before), pandas.concat(map(tables.frame, after))
+    table, compared, regressions = tables.compare(*frames, tolerance)
+    print(table.to_string(index=False, float_format="{:.3g}".format))
+    print(f"{compared} results compared, {regressions} regressions")
+    return int(regressions > 0 or compared == 0)
+
+
+def publish(check: bool, accuracy: Path | None, root: Path = ROOT) -> int:
+    """Write the documents, or print how they differ from the results."""
+    machines: dict[Any, list[Path]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.jsonl")):
-        facts = records.read([path]).environment
-        key = tuple(facts.get(name) for name in ("device", "instruction_set", "threads"))
+        facts = runner.environment(runner.read(path))
+        key = tuple(facts[name] for name in ("device", "instruction_set", "threads"))
         machines.setdefault(key, []).append(path)
-    if not machines:
-        raise ValueError("benchmarks/results: there are no results (*.jsonl)")
-    return [records.read(paths) for paths in machines.values()]
+    reports = [runner.read(*paths) for paths in machines.values()]
+    facts, last = runner.environment(reports[-1]), tables.frame(reports[-1])
+    texts = {
+        (README, "headline"): headline(last, facts),
+        (README, "benchmarks"): readme(last, machine(facts)),
+        (DOCUMENT, "benchmarks"): "\n\n".join(map(page, reversed(reports))),
+    }
+    if accuracy is not None:
+        measured = runner.read(accuracy)
+        note = f"`make accuracy`: {machine(runner.environment(measured))}"
+        texts[NUMERICS, "accuracy"] = f"{tables.error_units(tables.frame(measured))}\n\n{note}"
+    differences = []
+    for (name, marker), text in texts.items():
+        old = (root / name).read_text()
+        before, rest = old.split(f"<!-- {marker}:begin -->\n")
+        new = f"{before}<!-- {marker}:begin -->\n{text}\n<!-- {marker}:end -->"
+        new += rest.split(f"<!-- {marker}:end -->")[1]
+        lines = old.split("\n"), new.split("\n")
+        differences += difflib.unified_diff(*lines, name, "the results", n=0, lineterm="")
+        if not check:
+            (root / name).write_text(new)
+    sweeps, path = shown_sweeps(last), root / PICTURE
+    if picture.digest(sweeps) not in path.read_text():
+        differences.append(f"{PICTURE} was not made from these results")
+    if not check:
+        path.write_text(picture.of_sweeps(sweeps, "v", machine(facts)))
+    print(*differences, sep="\n")
+    return int(check and bool(differences))
 
 
-def page(report: Report) -> str:
+def machine(environment: dict[str, Any]) -> str:
+    """Return what the figures depend on, in a line."""
+    named = {"device": "{}", "threads": "{} threads", "instruction_set": "{}", "torch": "torch {}"}
+    facts = [text.format(environment[key]) for key, text in named.items()]
+    return ", ".join([*facts, f"commit {environment['commit']}"])
+
+
+def page(records: Sequence[Record]) -> str:
     """Return everything about a machine's results in Markdown."""
-    found = tables.frame(report)
-    parts = [f"### {tables.machine(report.environment)}"]
+    found = tables.frame(records)
+    parts = [f"### {machine(runner.environment(records))}"]
     for suite, rows in found.groupby("suite", sort=False):
         parts.append(f"#### {suite}")
         for title, table in tables.overviews(rows):
             parts += [f"{title}:", table]
-        if lines := tables.faster(rows) + tables.left_out(rows):
-            parts.append("\n".join(lines))
-    checked = goals.check(found, report.environment.get("memory_bytes"))
-    return "\n\n".join(
-        [*parts, *(["#### Goals", tables.markdown(checked)] if len(checked) else [])]
-    )
+        parts += ["\n".join(lines)] if (lines := tables.faster(rows)) else []
+    goals = tables.goals(found)
+    return "\n\n".join(parts + (["#### Goals", tables.markdown(goals)] if len(goals) else []))
 
 
-def headline(report: Report) -> str:
+def headline(found: DataFrame, facts: dict[str, Any]) -> str:
     """Return a sentence: ours in place against plain torch, in bfloat16."""
-    rows = tables.frame(report).query(f"suite == '{LOGITS}' and {USUAL} and {SIZE}")
-    rows = rows[rows.dtype == "bf16"].dropna(subset="seconds").set_index("method")
-    names = {IN_PLACE: "ours", "compile": "`torch.compile`", "eager": "eager torch"}
-    if not all(key in rows.index for key in names):
-        return "There are no results of this size."
-    (time, *times), (peak, *peaks) = (
-        [show(rows.loc[key]) for key in names]
-        for show in (lambda row: time_text(row.seconds), lambda row: f"{mebibytes(row.memory)} MiB")
-    )
-    facts = report.environment
-    device = str(facts["device"]).removeprefix("CPU: ")
-    threads = f"{facts['threads']} threads of " if rows.device.iloc[0] == "cpu" else ""
+    rows = found.query(f"suite == '{LOGITS}' and {USUAL} and {SIZE} and dtype == 'bf16'")
+    rows = rows.set_index("method").loc[[IN_PLACE, "compile", "eager"]]
+    units = [(x, *tables.unit_of(x)) for x in rows.seconds]
+    time, *times = [f"{tables.figure(x / scale)} {unit}" for x, unit, scale in units]
+    peak, *peaks = [f"{tables.mebibytes(x)} MiB" for x in rows.memory]
+    device = f"{facts['threads']} threads of {facts['processor']}"
+    device = device if rows.device.iloc[0] == "cpu" else facts["device"]
     return _filled(
-        f"On {threads}{device} ({facts['instruction_set']}; 512 × 128256 logits, bf16, forward + "
+        f"On {device} ({facts['instruction_set']}; 512 × 128256 logits, bf16, forward + "
         f"backward): **{time}** in place against {times[0]} for `torch.compile` and {times[1]} for "
         f"eager torch; memory beyond the logits: {peak} against {peaks[0]} and {peaks[1]}."
     )
@@ -118,16 +136,14 @@ def headline(report: Report) -> str:
 
 def readme(found: DataFrame, note: str) -> str:
     """Return a table for each suite: ours, plain torch, the fastest peer and the lower bound."""
-    about = (
-        "Forward + backward, `forward_kl` + cross-entropy, T = 2; MiB: the peak beyond the inputs"
-    )
-    parts = [_filled(f"{note}. {about}.")]
+    about = "Forward + backward, `forward_kl` + cross-entropy, T = 2; MiB: the peak beyond the"
+    parts = [_filled(f"{note}. {about} inputs.")]
     for suite, title in ((LOGITS, "From logits"), (HEADS, "From hidden states")):
         rows = found.query(f"suite == '{suite}' and {USUAL} and {SIZE}")
         if len(rows):
             setting = rows.case.iloc[0].setting("level", "dtype", "temperature", "divergence")
-            parts.append(f"{title}, {setting}:")
-            parts.append(tables.overview(rows, "dtype", [*SHOWN[suite], *best_peer(rows)]))
+            shown = [*SHOWN[suite], *best_peer(rows)]
+            parts += [f"{title}, {setting}:", tables.overview(rows, "dtype", shown)]
             parts += tables.faster(rows)
     return "\n\n".join(parts)
 
@@ -139,26 +155,16 @@ def best_peer(found: DataFrame) -> list[str]:
     return list(peers.sort_values(["dtype", "seconds"], ascending=[False, True]).method[:1])
 
 
-def _filled(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
 def shown_sweeps(found: DataFrame) -> list[DataFrame]:
-    """Return what the picture shows: by suite the sweep over V with most times.
-
-    Raises:
-        ValueError: If there is no such sweep.
-    """
+    """Return what the picture shows: by suite the sweep over V with most times."""
     shown = []
     for suite, keys in SHOWN.items():
         rows = found.query(f"suite == '{suite}' and {USUAL}").dropna(subset="seconds")
         if len(rows):
             sweep = max(tables.sweeps(rows, "v"), key=len)
             shown.append(sweep[sweep.method.isin([*keys, *best_peer(rows.query(SIZE))])])
-    if not shown:
-        raise ValueError("the results have no cases over the vocabulary to draw")
     return shown
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

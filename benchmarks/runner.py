@@ -1,128 +1,204 @@
-"""Runs cases one after the other, each in a child process, and keeps every record as it comes."""
+"""Runs cases one after the other, each in a child process; writes, reads and resumes files."""
 
 from __future__ import annotations
 
-import ctypes
+import json
 import multiprocessing
 import os
-import signal
+import sys
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import inf
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TextIO
+from unittest import mock
 
-from .methods import METHODS
-from .one_case import Task, one_line, run_task
-from .records import Writer
-from .schema import Bound, Record, Result, Run
-from .tables import case_name, line
+import torch
 
-try:
-    from tqdm import tqdm
-except ImportError:  # a machine that is only measured on may have nothing but torch
-    tqdm = None
+from .cases import GUARD, SUITES, Case
+from .measuring import environment as environment_of
+from .methods import METHODS, taking_part
+from .one_case import SCHEMA, Record, Task, measure, one_line
 
-#: Of Linux's prctl: the signal to receive when the parent ends.
-PR_SET_PDEATHSIG = 1
+#: What must be the same for results to be in one file: the machine and the versions.
+SAME = (
+    *("device", "processor", "instruction_set", "threads", "platform"),
+    *("torch", "fused_kd", "commit", "packages"),
+)
+INTERRUPTED = 130
+#: A call that hangs is ended after the limit of a call this many times, and the seconds that
+#: compilation may take.
+PATIENCE, COMPILATION = 4, 180
 
 
-def run(
-    tasks: Sequence[Task], writer: Writer, begin: Run, seconds: float | None, isolate: bool
-) -> int:
-    """Measure every task, one for each case; return how many could not be completed.
+def read(*paths: Path) -> list[Record]:
+    """Return the records of files of results; skip a last line that was cut off.
 
-    Args:
-        tasks: what to measure.
-        writer: of the file of results.
-        begin: its first record.
-        seconds: that all of them may take; None: no limit. Tasks that there is no time for are
-            reported, not begun.
-        isolate: each in a process of its own, so that a crash ends no more than its case.
+    Raises:
+        ValueError: If one is no such file; the message names the file and the line.
     """
-    started, failed = time.monotonic(), 0
-    writer.add(begin)
-    for task in tasks if tqdm is None else tqdm(tasks, desc="cases", disable=None):
-        name = case_name(task.suite, task.case)
-        if seconds is not None:
-            task = replace(task, seconds=started + seconds - time.monotonic())
-            if task.seconds <= 0:
-                print(f"LEFT OUT {name}: the time is up", flush=True)
-                continue
-        print(f"\n{name}", flush=True)
-        failed += _measure(task, writer, isolate and task.times)
-    return failed
+    records = []
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line, parse_constant=lambda name: inf)  # NaN too
+                if record["schema"] != SCHEMA:
+                    raise ValueError(f"its schema is not {SCHEMA}")
+                if record["kind"] != "run":
+                    record["case"] = Case(**record["case"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number}: no line of results ({error})") from error
+            records.append(record)
+    if not any(record["kind"] == "run" for record in records):
+        raise ValueError(f"{', '.join(map(str, paths))}: no results in it")
+    return records
 
 
-def _measure(task: Task, writer: Writer, isolate: bool) -> bool:
-    """Return True if a case could not be completed, or not without those that crashed."""
-    running, failed = None, False
-
-    def keep(record: Record | str | None) -> None:
-        nonlocal running
-        if record is None or isinstance(record, str):
-            running = record
-            return
-        writer.add(record)
-        if isinstance(record, Result | Bound):
-            print(line(record), flush=True)
-
-    while why := _child(task, keep) if isolate else _here(task, keep):
-        failed = True
-        print(f"FAILED {task.case.name}: {running or 'the inputs'}: {why}", flush=True)
-        if running is None:
-            break
-        keep(task.result(METHODS[running], "failed", why))
-        task = replace(task, methods=tuple(name for name in task.methods if name != running))
-    return failed
+def environment(records: Iterable[Record]) -> dict[str, Any]:
+    """Return what the figures of the last run depend on."""
+    return [record for record in records if record["kind"] == "run"][-1]["environment"]
 
 
-def send(task: Task, sender: Connection, parent: int) -> None:
-    """Run a task in a child that ends with its parent, also if that is killed.
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return in what two environments differ that must be the same."""
+    return [
+        f"{name} was {before[name]!r} and is {now[name]!r}"
+        for name in SAME
+        if name in before and name in now and before[name] != now[name]
+    ]
 
-    A run that is killed must release the machine, and must not disturb the next one. Without such
-    a call, the first record that has no receiver ends the process.
+
+def tasks(options: Namespace) -> Iterator[Task]:
+    """Yield the tasks of the options of ``run``, one for each case."""
+    limits = options.repeats, options.seconds_each, options.limit_seconds, options.threads
+    for name in options.suites or [name for name in SUITES if name != GUARD]:
+        if name not in SUITES:
+            raise ValueError(f"unknown suite {name!r}; there are {' '.join(SUITES)}")
+        for case in dict.fromkeys(SUITES[name](options)):
+            if methods := taking_part(name, case, options.peers):
+                yield Task(name, case, methods, *limits, time.time() + options.seconds)
+
+
+def run(options: Namespace) -> int:
+    """Measure what the output does not have yet; return the exit status."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: torch {torch.__version__} finds no CUDA device")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    wanted, path = list(tasks(options)), options.output
+    here = environment_of(options.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    if content:
+        if not options.resume:
+            raise ValueError(f"--output: {path} is not empty; --resume, or another name")
+        records = read(path)
+        if found := differences(environment(records), here):
+            raise ValueError(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
+        wanted = list(_remaining(wanted, records))
+        os.truncate(path, content.rfind(b"\n") + 1)  # a last line that was cut off
+    with path.open("a") as file:
+        begin = {"schema": SCHEMA, "kind": "run", "environment": here, "command": sys.argv[1:]}
+        _write(file, begin)
+        try:
+            return int(any([_run_task(x, file, not options.in_process) for x in wanted]))
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; what is measured is kept: --resume --output {path}")
+            return INTERRUPTED
+
+
+def _remaining(tasks: Sequence[Task], records: Sequence[Record]) -> Iterator[Task]:
+    """Yield the tasks that a file does not have complete, with all methods that it has there.
+
+    The times of two runs cannot be compared.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux's
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() == parent:
-        os.dup2(2, 1)  # what peers print
-        run_task(task, sender.send)
+    for task in tasks:
+        here = [x for x in records if (x.get("suite"), x.get("case")) == (task.suite, task.case)]
+        known = {x["method"] for x in here if x["kind"] == "result"}
+        wanted = {METHODS[name].key for name in task.methods}
+        if not wanted <= known or all(x["kind"] != "done" for x in here):
+            yield replace(task, methods=taking_part(task.suite, task.case, wanted | known))
+
+
+def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
+    """Measure a case; return True if something crashed or ours is wrong."""
+    print(f"{task.suite}: {task.case.name}", flush=True)
+    if time.time() > task.end:
+        print("LEFT OUT: the time is up", flush=True)
+        return False
+    failed, running = False, ""
+    try:
+        for record in _in_child(task) if isolate else measure(task):
+            if isinstance(record, str):
+                running = record
+            else:
+                failed |= record.get("status") in ("wrong", "failed") and record["is_ours"]
+                _write(file, record)
+        return failed
+    except Exception as error:  # the others are measured without it
+        if not running:
+            print(f"FAILED {one_line(error)}", flush=True)
+            return True
+        status = "no time" if isinstance(error, TimeoutError) else "failed"
+        _write(file, task.result(running, status, one_line(error)))
+        others = tuple(name for name in task.methods if name != running)
+        return _run_task(replace(task, methods=others), file, isolate) or status == "failed"
+
+
+def _write(file: TextIO, record: Record) -> None:
+    """Write a record, and a result to the terminal, too."""
+    print(json.dumps(record, default=vars), file=file, flush=True)
+    if record["kind"] == "result":
+        status, time = record["status"], record["time"]
+        word = {"measured": "", "wrong": "FAILED", "failed": "FAILED"}.get(status, status)
+        seconds = f"{1e3 * time['median_s']:.4g} ms of {time['repeats']}" if time else ""
+        errors = " ".join(f"{x:.1e}" for x in record["error"].values() if x is not None)
+        print(f"{word:<9} {record['title']:<36} {seconds:<20} {errors} {record['why']}", flush=True)
+
+
+def send(task: Task, sender: Connection) -> None:
+    """Send the records of a task; the first that nothing receives ends the process."""
+    os.dup2(2, 1)  # what peers print
+    if (score := Path("/proc/self/oom_score_adj")).exists():
+        score.write_text("1000")  # if memory does not suffice, Linux ends this process first
+    for record in measure(task):
+        sender.send(record)
 
 
 #: What a child runs.
 TARGET = send
 
 
-def _child(task: Task, keep) -> str | None:
-    """Run one task in a process of its own; return why it did not end well, or None."""
+def _in_child(task: Task) -> Iterator[Record | str]:
+    """Run one task in a process of its own.
+
+    Raises:
+        RuntimeError: If it crashed.
+        TimeoutError: If it hangs.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=TARGET, args=(task, sender, os.getpid()), daemon=True)
+    process = context.Process(target=TARGET, args=(task, sender), daemon=True)
     # A thread for each core: left alone, Linux was seen to keep both of two threads on one core for
     # a whole run. This process must not be bound so: its children would be bound to one core.
-    bound = task.case.device == "cpu" and "OMP_PROC_BIND" not in os.environ
-    if bound:
-        os.environ["OMP_PROC_BIND"] = "spread"
-    try:
+    bind = {"OMP_PROC_BIND": "spread"} if task.case.device == "cpu" else {}
+    with mock.patch.dict(os.environ, {**bind, **os.environ}):
         process.start()
-        sender.close()
-        while True:
-            keep(receiver.recv())
+    sender.close()
+    seconds = PATIENCE * task.limit_seconds + COMPILATION
+    try:
+        while receiver.poll(seconds):
+            yield receiver.recv()
+        raise TimeoutError(f"it did not end within {seconds:g} s")
     except EOFError:
         process.join()
     finally:  # an interruption ends the child too
         process.kill()
         process.join()
-        if bound:
-            del os.environ["OMP_PROC_BIND"]
-    return None if process.exitcode == 0 else f"its process ended with status {process.exitcode}"
-
-
-def _here(task: Task, keep) -> str | None:
-    """Run one task in this process; return why it did not end well, or None."""
-    try:
-        run_task(task, keep)
-    except Exception as error:  # the next task runs all the same
-        return one_line(error)
-    return None
+    if process.exitcode:
+        raise RuntimeError(f"its process ended with status {process.exitcode}")

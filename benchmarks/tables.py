@@ -1,158 +1,117 @@
-"""Tables of a report: a suite at a glance, faster methods, and those left out.
-
-pandas is imported when a table is made: `run`, on a machine that is only measured on, needs nothing
-but torch.
-"""
+"""Tables of results by pandas: suites, goals, errors, and what changed between two files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
-from fused_kd.options import MIB
+import pandas
+import torch
+from pandas import DataFrame
 
 from .cases import Case
-from .methods.ours import KDLOSS, WITH_HEADS
-from .records import Report
-from .report import markdown_table
-from .schema import Bound, Result
+from .methods import FORWARD, IN_PLACE, KDLOSS, WITH_HEADS
+from .one_case import Record
 
-if TYPE_CHECKING:
-    from pandas import DataFrame, Series
-
+MIB = 2**20
 #: The lower bounds, as shown.
 BOUNDS = {"copy": "1.5 copies", "products": "the four products"}
-#: Bytes by which the two counts of memory may differ: heap that is used again, code that is loaded.
-PEAK_SLACK = 16 * MIB
-#: The columns in which the cases of a suite may differ.
-SIZES = ["level", "dtype", "n", "v", "student_hidden", "teacher_hidden", "divergence",
-         "temperature", "regime", "device"]  # fmt: skip
+SIZES = [field.name for field in fields(Case) if field.name != "regime"]
+#: Smaller matrices stay in the caches, where a copy is no lower bound; a GPU is to be filled.
+_LARGE = f"n * v >= {2**23} and suite in ('logits', 'heads') and divergence == 'forward_kl' and "
+_CPU, _GPU = f"{_LARGE} device == 'cpu' and", f"{_LARGE} device == 'cuda' and n >= 8192 and"
+_IN_PLACE = f"method == '{IN_PLACE}' and"
+#: Which results of ours, which figure of them, and the most that it may be.
+BOUND, TWICE_N, TWICE_V = "time / lower bound", "time / half the N", "time / half the V"
+FORWARD_KL = "time / forward_kl at T = 2"
+GOALS = (
+    (f"{_CPU} {_IN_PLACE} dtype != 'fp32'", BOUND, 1.6),
+    (f"{_CPU} {_IN_PLACE} dtype == 'fp32'", BOUND, 1.2),
+    (f"{_CPU} method == '{FORWARD}'", BOUND, 1.3),
+    (f"{_CPU} method == '{WITH_HEADS}'", BOUND, 1.15),
+    (f"{_GPU} method in ('{KDLOSS}', '{IN_PLACE}')", BOUND, 1.15),
+    (f"{_GPU} method in ('{KDLOSS}-triton', '{IN_PLACE}-triton')", BOUND, 1.5),
+    (f"{_GPU} method in ('{WITH_HEADS}', '{WITH_HEADS}-triton')", BOUND, 1.1),
+    (f"{_IN_PLACE} divergence == 'forward_kl' and temperature != 2.0", FORWARD_KL, 2.0),
+    (f"{_IN_PLACE} divergence in ('reverse_kl', 'mse')", FORWARD_KL, 2.0),
+    (f"{_IN_PLACE} divergence in ('jsd', 'tvd')", FORWARD_KL, 3.0),
+    ("suite == 'growth' and n >= 512 and v >= 64128", TWICE_N, 2.1),
+    ("suite == 'growth' and n >= 256 and v >= 128256", TWICE_V, 2.1),
+)
+#: How far an error may grow: the order of sums differs between machines.
+ERROR_GROWTH, ERROR_SLACK = 2.0, 2 * torch.finfo(torch.float32).eps
 
 
-def frame(report: Report) -> DataFrame:
-    """Return a row for each result, with the case's sizes, its lower bound, and our time in it."""
-    import pandas
-
+def frame(records: Iterable[Record]) -> DataFrame:
+    """Return a row for each method in each case, by the last record, with its lower bound."""
+    results: dict[Any, Record] = {}
+    bounds: dict[Any, Record] = {}
+    for record in records:
+        key = record.get("suite"), record.get("case")
+        if record["kind"] == "bound":
+            bounds[key] = record
+        elif record["kind"] == "result":
+            results[(*key, record["method"])] = record
     rows = []
-    for (suite, case, key), result in report.results.items():
-        bound = report.bounds.get((suite, case))
+    for (suite, case, _), x in results.items():
+        bound = bounds.get((suite, case), {})
+        why = f" ({bound['why']})" if bound.get("why") else ""
+        notes = [f"computes: {x['nearest']}"] if x["nearest"] else []
+        notes += [f"{x['status']}: {x['why']}"] if x["status"] != "measured" else []
         rows.append({
-            **vars(result), **case.sizes, **errors(result), "case": case, "key": (suite, case, key),
-            "name": case_name(suite, case), "notes": notes(result),
-            "seconds": (result.time or {}).get("median_s"), "bound": bound and bound.seconds,
-            "share": None if result.nearest else result.bound_share,
-            "memory": result.memory.get("allocator_bytes"),
-            "bound_title": bound and bound_title(bound),
+            "loss": None, "gradients": None, "units": {}, **x, **vars(case), **x["error"],
+            "name": case.name if suite == case.level else f"{suite}: {case.name}",
+            "seconds": (x["time"] or {}).get("median_s"), "bound": bound.get("seconds"),
+            "bound_title": f"lower bound: {BOUNDS[bound['name']]}{why}" if bound else "",
+            "share": None if x["nearest"] else x["bound_share"], "notes": notes,
+            "memory": x["memory"].get("allocator_bytes"),
         })  # fmt: skip
     if not rows:
         raise ValueError("the files have no results")
-    found = pandas.DataFrame(rows)
+    found = DataFrame(rows)
     numbers = ["seconds", "bound", "share", "memory", "loss", "gradients"]
     found[numbers] = found[numbers].apply(pandas.to_numeric)
-    found["ours"] = seconds_of(found, KDLOSS, WITH_HEADS)
     return found
 
 
-def seconds_of(found: DataFrame, *methods: str) -> Series:
+def seconds_of(found: DataFrame, *methods: str) -> pandas.Series:
     """Return for each row the seconds of the first of these methods in its case."""
     return found.name.map(found[found.method.isin(methods)].groupby("name").seconds.first())
 
 
-def case_name(suite: str, case: Case) -> str:
-    """Return a name of a case in a suite; the suites of the levels are in the case's already."""
-    return case.name if suite == case.level else f"{suite}: {case.name}"
-
-
-def errors(result: Result) -> dict[str, float | None]:
-    """Return the errors; infinity for one that is no number, None: not compared."""
-    found = {part: result.error.get(part) for part in ("loss", "gradients")}
-    return {part: math.inf if error != error else error for part, error in found.items()}
-
-
-def notes(result: Result) -> list[str]:
-    """Return what a method computes if that is something else, and why it has no time."""
-    words = [f"computes: {result.nearest}"] if result.nearest else []
-    return words + ([f"{result.status}: {result.why}"] if result.status != "measured" else [])
-
-
-def bound_title(bound: Bound) -> str:
-    """Return the name of a lower bound, with the reason why it is not in the case's dtype."""
-    return f"lower bound: {BOUNDS[bound.name]}" + (f" ({bound.why})" if bound.why else "")
-
-
-def machine(environment: dict[str, Any]) -> str:
-    """Return what the figures depend on, in a line."""
-    named = {"threads": "{} threads", "instruction_set": "{}", "torch": "torch {}",
-             "driver": "driver {}", "commit": "commit {}"}  # fmt: skip
-    facts = [text.format(environment[key]) for key, text in named.items() if environment.get(key)]
-    return ", ".join([str(environment.get("device", "unknown device")), *facts])
-
-
-# ------------------------------------------------------------------------------------ figures
-
-
 def figure(value: float) -> str:
     """Return three significant digits, without an exponent; "" for NaN."""
-    if value == 0 or not math.isfinite(value):
-        return "" if math.isnan(value) else f"{value:g}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def unit_of(times: Sequence[float]) -> tuple[str, float]:
-    """Return the unit in which all of them are shown, and its seconds: by the fastest."""
-    fastest = min((time for time in times if time > 0), default=0.0)
-    return ("s", 1.0) if fastest >= 1.0 else ("ms", 1e-3)
-
-
-def time_text(seconds: float) -> str:
-    """Return a time with its unit."""
-    unit, scale = unit_of([seconds])
-    return f"{figure(seconds / scale)} {unit}"
-
-
-def mebibytes(count: float | None) -> str:
-    """Return bytes in MiB; "" if they are unknown."""
-    if count is None or math.isnan(count):
+    if math.isnan(value):
         return ""
-    return f"{count / MIB:.{2 if count < 10 * MIB else 1 if count < 100 * MIB else 0}f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
-def scientific(value: float | None) -> str:
-    """Return an error; "" if it was not compared."""
-    if value is None or math.isnan(value):
-        return ""
-    return f"{value:.1e}" if math.isfinite(value) else "not finite"
+def unit_of(seconds: float) -> tuple[str, float]:
+    """Return the unit in which times are shown of which this is the shortest, and its seconds."""
+    return ("s", 1.0) if seconds >= 1.0 else ("ms", 1e-3)
 
 
-def percent(share: float) -> str:
-    """Return a share; "" for NaN."""
-    return "" if math.isnan(share) else f"{100 * share:.0f} %"
+def mebibytes(count: float) -> str:
+    """Return bytes in MiB; "" for NaN."""
+    digits = 2 if count < 10 * MIB else 1 if count < 100 * MIB else 0
+    return "" if math.isnan(count) else f"{count / MIB:.{digits}f}"
 
 
-def line(record: Result | Bound) -> str:
-    """Return a record as a line of a terminal."""
-    if isinstance(record, Bound):
-        rate = f"at {record.rate / 1e9:.1f} {'GB/s' if record.name == 'copy' else 'GFLOP/s'}"
-        return f"  {bound_title(record):<36} {time_text(record.seconds):>9}  {rate}"
-    time, words = record.time, notes(record)
-    peaks = [record.memory.get(kind) for kind in ("allocator_bytes", "process_bytes")]
-    if None not in peaks and abs(peaks[0] - peaks[1]) > max(peaks) / 10 + PEAK_SLACK:
-        words.append(f"the process's peak is {mebibytes(peaks[1])} MiB")
-    if time and time["undisturbed"] < time["repeats"]:
-        words.append("disturbed")
-    shown = {
-        "quartiles": " … ".join(map(time_text, time["quartiles_s"])) if time else "",
-        "bound / time": percent(record.bound_share or math.nan), "peak MiB": mebibytes(peaks[0]),
-        "errors": ", ".join(filter(None, map(scientific, errors(record).values()))),
-    }  # fmt: skip
-    words = [f"{name} {text}" for name, text in shown.items() if text] + words
-    return (
-        f"  {record.title:<36} {time_text(time['median_s']) if time else '':>9}  {'; '.join(words)}"
-    )
+def scientific(error: float) -> str:
+    """Return an error; "" for NaN: it was not compared."""
+    return "" if math.isnan(error) else f"{error:.1e}" if math.isfinite(error) else "not finite"
 
 
-# ------------------------------------------------------------------------------------ a suite
+def markdown(table: DataFrame, left: int = 1) -> str:
+    """Return a table in Markdown, its index as the first column, without empty columns."""
+    table = table.fillna("")
+    table = table.loc[:, (table != "").any()].reset_index()
+    head = ["" if name in ("title", "index", "goal") else str(name) for name in table.columns]
+    rule = [":---" if i < left or name == "note" else "---:" for i, name in enumerate(head)]
+    lines = [head, rule, *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def sweeps(found: DataFrame, size: str) -> list[DataFrame]:
@@ -166,9 +125,8 @@ def overviews(found: DataFrame) -> Iterator[tuple[str, str]]:
     """Yield tables of a suite in Markdown, and what each is about."""
     found = found[found.status != "skipped"]
     if found.seconds.isna().all():
-        for group in sweeps(found, "regime"):
-            kinds = f"{group.regime.nunique()} kinds of inputs"
-            yield f"{group.case.iloc[0].setting('regime')}, {kinds}", _worst_errors(group)
+        setting = found.case.iloc[0].setting("dtype", "regime")
+        yield f"{setting}, worst of {found.regime.nunique()} kinds of inputs", errors(found)
         return
     for size in ("n", "v") if found.n.nunique() > 1 else ("v",):
         for group in sweeps(found, size):
@@ -183,42 +141,31 @@ def overview(found: DataFrame, size: str, methods: Sequence[str] = ()) -> str:
         size: the column in which the cases differ.
         methods: the keys of the rows to show, in their order; none: all, ours first, then by time.
     """
-    (unit, scale), last = unit_of(found.seconds), found[size].max()
+    (unit, scale), last = unit_of(found.seconds.min()), found[size].max()
     found = found.sort_values(size, kind="stable")
-    found = found.assign(
-        label=[value if size == "dtype" else f"{size.upper()} = {value}" for value in found[size]],
-        shown=(found.seconds / scale).map(figure).where(found.seconds.notna(), found.status),
-        peak=found.memory.map(mebibytes),
-        place=found.seconds.where(~found.is_ours, 0.0),
-    )
+    found["label"] = [x if size == "dtype" else f"{size.upper()} = {x}" for x in found[size]]
+    found["shown"] = (found.seconds / scale).map(figure).where(found.seconds.notna(), found.status)
+    found["peak"] = found.memory.map(mebibytes)
+    found["place"] = found.seconds.where(~found.is_ours, 0)
     order = found.sort_values([size, "is_ours", "place"], ascending=[False, False, True])
     if methods:
         order = order[order.method.isin(methods)]
         order = order.sort_values("method", key=lambda keys: keys.map(methods.index), kind="stable")
     titles, labels = order.title.unique(), found.label.unique()
-    parts = [(found.pivot(index="title", columns="label", values=values)[labels], name)
-             for values, name in (("shown", unit), ("peak", "MiB"))]  # fmt: skip
-    times, peaks = (part.loc[titles].add_suffix(f": {name}") for part, name in parts)
-    groups, table = found.groupby("title"), times.join(peaks)
-    at_last = found[found[size] == last].set_index("title")
-    table[f"{at_last.label.iloc[0]}: lower bound / time"] = at_last.share.map(percent)
+    parts = [found.pivot(index="title", columns="label", values=x) for x in ("shown", "peak")]
+    times, peaks = (part.loc[titles, labels] for part in parts)
+    table = times.add_suffix(f": {unit}").join(peaks.add_suffix(": MiB"))
+    at_last, groups = found[found[size] == last].set_index("title"), found.groupby("title")
+    percent = (100 * at_last.share).map("{:.0f} %".format).replace("nan %", "")
+    table[f"{at_last.label.iloc[0]}: lower bound / time"] = percent
     table["loss error"] = groups["loss"].max().map(scientific)
     table["gradient error"] = groups["gradients"].max().map(scientific)
     table["note"] = groups.apply(_notes)
-    bounds = found.dropna(subset="bound").drop_duplicates("label")
+    bounds = found.dropna(subset="bound").drop_duplicates("label").set_index("label")
     if len(bounds):
-        figures = dict(zip(bounds.label + f": {unit}", bounds.bound / scale, strict=True))
-        cells = {label: figure(value) for label, value in figures.items()}
+        cells = (bounds.bound / scale).map(figure).add_suffix(f": {unit}")
         table.loc[bounds.bound_title.iloc[-1]] = cells
     return markdown(table)
-
-
-def markdown(table: DataFrame) -> str:
-    """Return a table with its index as the first column, without empty columns."""
-    table = table.fillna("")
-    table = table.loc[:, (table != "").any()]
-    text = markdown_table(["", *table.columns], table.reset_index().to_numpy().tolist())
-    return text.replace("---: |\n", ":--- |\n", 1) if table.columns[-1] == "note" else text
 
 
 def _notes(rows: DataFrame) -> str:
@@ -230,20 +177,9 @@ def _notes(rows: DataFrame) -> str:
     )
 
 
-def _worst_errors(found: DataFrame) -> str:
-    """Return a table of the worst errors over all kinds of inputs."""
-    table = found.groupby("title", sort=False)[["nearest"]].first()
-    for part, name in (("loss", "loss"), ("gradients", "gradient")):
-        worst = found.loc[found.dropna(subset=part).groupby("title")[part].idxmax()]
-        worst = worst.set_index("title")
-        table[f"worst {name} error"] = worst[part].map(scientific)
-        table[f"{name}: on"] = worst.regime
-    return markdown(table[[*table.columns[1:], "nearest"]].rename(columns={"nearest": "computes"}))
-
-
 def faster(found: DataFrame) -> list[str]:
     """Return the methods that take less time than ours, a line for each."""
-    found = found.assign(of_ours=found.seconds / found.ours)
+    found = found.assign(of_ours=found.seconds / seconds_of(found, KDLOSS, WITH_HEADS))
     found = found[~found.is_ours & (found.nearest == "") & (found.of_ours < 1)]
     lines = []
     for title, rows in found.groupby("title", sort=False):
@@ -254,11 +190,85 @@ def faster(found: DataFrame) -> list[str]:
     return lines
 
 
-def left_out(found: DataFrame) -> list[str]:
-    """Return the methods that could not take part, a line for each reason."""
-    cases, lines = found.title.value_counts(), []
-    skipped = found[found.status == "skipped"].groupby(["title", "why"], sort=False)
-    for (title, why), count in skipped.size().items():
-        some = "" if count == cases[title] else f" (in {count} of {cases[title]} cases)"
-        lines.append(f"* left out: {title}: {why}{some}")
-    return lines
+def errors(found: DataFrame) -> str:
+    """Return a table of the worst relative errors of each method over all inputs, by dtype."""
+    table = found.pivot_table(["loss", "gradients"], "title", "dtype", "max", sort=False)
+    table.columns = [f"{dtype}: {part} error" for part, dtype in table.columns]
+    return markdown(table.map(scientific))
+
+
+def error_units(found: DataFrame) -> str:
+    """Return a table of the worst errors in units, by dtype and divergence."""
+    parts = {"loss": "loss", "gradients": "gradient in norm", "element": "gradient by element"}
+    rows = found[found.units.map(bool)].reset_index()
+    is_finite = (units := DataFrame([*rows.units])).map(math.isfinite)
+    rows[[*parts]], by = units.where(is_finite), ["dtype", "divergence"]
+    lost = rows[~is_finite.all(axis=1)]
+    table = rows.pivot_table([*parts], by, "method", "max", sort=False)
+    table = table[[(part, key) for part in parts for key in ("kdloss", "eager")]]
+    table.columns = [x for part in parts.values() for x in (part, f"{part}, eager")]
+    lines = [markdown(table.map("{:.2f}".format), left=2)]
+    for names, regimes in lost.groupby([*by, "title"], sort=False).regime:
+        where = ", ".join(sorted(set(regimes)))
+        lines.append(f"Not finite, left out: {' '.join(names)}, on {where}.")
+    return "\n\n".join(lines)
+
+
+def goals(found: DataFrame) -> DataFrame:
+    """Return every goal that there are figures for, the worst of them, and how often it is met."""
+    seconds = found.set_index(["suite", "case", "method"]).seconds.to_dict()
+
+    def ratio(change: Callable[[Case], Case]) -> list[float]:
+        """Return the times over those of the same methods in other cases."""
+        keys = zip(found.suite, map(change, found.case), found.method, strict=True)
+        return found.seconds / [seconds.get(key, math.nan) for key in keys]
+
+    found = found.assign(**{
+        BOUND: 1 / found.share,
+        FORWARD_KL: ratio(lambda case: replace(case, divergence="forward_kl", temperature=2.0)),
+        TWICE_N: ratio(lambda case: replace(case, n=case.n // 2)),
+        TWICE_V: ratio(lambda case: replace(case, v=case.v // 2)),
+    })[found.is_ours & found.seconds.notna()]  # fmt: skip
+    rows = []
+    for which, name, most in GOALS:
+        for title, group in found.query(which).dropna(subset=name).groupby("title", sort=False):
+            worst, met = group.loc[group[name].idxmax()], (group[name] <= most).sum()
+            rows.append({
+                "goal": f"{title}: {name}", "at most": f"{most:.3g}",
+                "worst here": f"{worst[name]:.3g}", "in": worst["name"],
+                "in cases": f"{met} of {len(group)}",
+                "verdict": "reached" if met == len(group) else "NOT reached",
+            })  # fmt: skip
+    return DataFrame(rows).set_index("goal") if rows else DataFrame()
+
+
+def compare(before: DataFrame, after: DataFrame, tolerance: float) -> tuple[DataFrame, int, int]:
+    """Return what changed, the worst first, how much is compared, and the number of regressions.
+
+    By ratios to the lower bound (eager torch if there is none), which do not move with the
+    machine's speed. A regression is a ratio of ours that grew by more than the tolerance, a method
+    that lost its time, or an error that became more than twice as large, or not finite.
+    """
+    frames = []
+    for found in (before, after):
+        found = found[found.status != "skipped"]
+        ratio = (1 / found.share).fillna(found.seconds / seconds_of(found, "eager"))
+        # of several runs the best: a regression stays, a disturbance goes
+        found = found.assign(ratio=ratio).sort_values("ratio")
+        frames.append(found.drop_duplicates(["name", "method"]))
+    both = frames[0].merge(frames[1], "inner", ["name", "method"], suffixes=("", "_now"))
+    both["change"] = both.ratio_now / both.ratio - 1
+    found = {
+        f"ratio grew by more than {tolerance:.0%}": both.is_ours & (both.change > tolerance),
+        "lost its time": both.seconds.notna() & both.seconds_now.isna(),
+    }
+    for part in ("loss", "gradients"):
+        most = ERROR_GROWTH * both[part] + ERROR_SLACK
+        found[f"error of the {part} grew"] = both[f"{part}_now"] > most
+    both["verdict"] = ""
+    for what, is_so in found.items():
+        both["verdict"] += is_so.map({True: f"REGRESSION: {what}. ", False: ""})
+    shown = both.sort_values("change", ascending=False)
+    columns = ["name", "method", "ratio", "ratio_now", "change", "loss", "loss_now", "verdict"]
+    compared = both.change.notna() | (both["loss"].notna() & both.loss_now.notna())
+    return shown[columns], int(compared.sum()), int((both.verdict != "").sum())

@@ -1,45 +1,247 @@
-"""Two peers with one loss each: NVIDIA Model Optimizer and Flash Linear Attention."""
+"""Peers' losses, each with 0.5 of a cross-entropy and 0.5 T² of a divergence.
+
+On logits, and on hidden states and lm_heads, whose hard half is the peer's own cross-entropy from
+hidden states; those without a teacher are of that half alone.
+"""
 
 from __future__ import annotations
 
-from ..cases import HEADS, LOGITS, Case
-from .base import Loss, Method, needs, with_cross_entropy
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cases import Case
+from .base import Loss, needs, on_heads, on_logits
+
+#: Liger's JSDs and TRL's are the forward KL at beta 0 and the reverse one at beta 1.
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+#: The default number of chunks of torchtune; entries of the vocabulary at a time in the
+#: log-probabilities of TRL's fine-tuning trainer.
+CHUNKS, TILE = 8, 32768
+LIGER, TUNE = "liger_kernel.transformers.", "torchtune.modules.loss"
+_KL = {"forward_kl": "ForwardKL", "reverse_kl": "ReverseKL"}
+_CHUNKED = needs("liger_kernel.chunked_loss", *BETA)
+_SOFT: Any = {"compared": ("gradients",), "nearest": "the same without the teacher's entropy"}
+_HARD: Any = {"computes": lambda case: {"hard_weight": 0.5, "soft_weight": 0.0}}
+_HARD["nearest"] = "the cross-entropy alone"
 
 
-def _modelopt(case: Case) -> Loss:
-    """Return its loss, T² included; its default reduction divides by N·V, "batchmean" by rows."""
-    from modelopt.torch.distill.losses import LogitsDistillationLoss
-
-    divergence = LogitsDistillationLoss(case.temperature, reduction="batchmean")
-    return with_cross_entropy(lambda student, teacher, labels: divergence(student, teacher))
+def _from(module: str, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Return an instance of a class of a module that may not be installed."""
+    return getattr(import_module(module), name)(*arguments, **keywords)
 
 
-def _fla(case: Case) -> Loss:
-    """Return its loss; it has no temperature, so hidden states over T give logits over T."""
-    from fla.modules import FusedKLDivLoss, FusedLinearCrossEntropyLoss
+def _halves(hard: Loss, soft: Loss, case: Case) -> Loss:
+    """Return 0.5 of the hard half and 0.5 T² of the soft one, which is computed first.
 
-    divergence, cross_entropy = FusedKLDivLoss(), FusedLinearCrossEntropyLoss()
-    t = case.temperature
+    For Liger's cross-entropy of logits writes its gradient over them in the forward.
+    """
 
-    def loss(hidden, weight, teacher, head, labels):
-        soft = divergence(hidden / t, teacher / t, weight, head)
-        return 0.5 * cross_entropy(hidden, labels, weight) + 0.5 * t**2 * soft
+    def loss(*tensors: Tensor) -> Tensor:
+        divergence = soft(*tensors)
+        return 0.5 * hard(*tensors) + 0.5 * case.temperature**2 * divergence
 
     return loss
 
 
-_MODELOPT = needs("modelopt.torch.distill.losses", "forward_kl")
-_FLA = needs("fla.modules", "forward_kl", gpu=True)
-METHODS = [
-    Method("modelopt", "NVIDIA Model Optimizer", LOGITS, _modelopt, _MODELOPT, "nvidia-modelopt"),
-    Method(
-        "fla",
-        "Flash Linear Attention",
-        HEADS,
-        _fla,
-        _FLA,
-        "flash-linear-attention",
-        matrices=3,
-        most_rows=2048,
-    ),
-]
+def _cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of transformers, which converts the logits to float32 first."""
+    return F.cross_entropy(student.float(), labels)
+
+
+@on_logits("liger", "Liger", needs(LIGER + "cross_entropy", *BETA, "tvd", gpu=True))
+def _liger(case: Case) -> Loss:
+    """Return its losses of log-probabilities ("tvd": probabilities), after torch's softmax."""
+    module, name, keywords = {
+        "forward_kl": ("kl_div", "LigerKLDIVLoss", {"reduction": "batchmean", "log_target": True}),
+        "reverse_kl": ("jsd", "LigerJSD", {"beta": 1.0}),
+        "jsd": ("jsd", "LigerJSD", {"beta": 0.5}),
+        "tvd": ("tvd", "LigerTVDLoss", {}),
+    }[case.divergence]
+    divergence = _from(LIGER + module, name, **keywords)
+    cross_entropy = _from(LIGER + "cross_entropy", "LigerCrossEntropyLoss")
+    soften = F.softmax if case.divergence == "tvd" else F.log_softmax
+
+    def soft(*tensors: Tensor) -> Tensor:
+        return divergence(*(soften(x.float() / case.temperature, -1) for x in tensors[:2]))
+
+    return _halves(lambda student, teacher, labels: cross_entropy(student, labels), soft, case)
+
+
+@on_logits(
+    "liger-ce-tvd",
+    "Liger fused CE + TVD",
+    needs(LIGER + "fused_ce_tvd", "tvd", gpu=True),
+    nearest="the same at temperature 1",
+    computes=lambda case: {"temperature": 1.0, "divergence": case.divergence},
+)
+def _liger_tvd(case: Case) -> Loss:
+    """Return both terms of a row in one kernel, so at one temperature."""
+    both = _from(LIGER + "fused_ce_tvd", "LigerFusedCETVDLoss")
+    return lambda *logits_and_labels: 0.5 * sum(both(*logits_and_labels)).mean()
+
+
+@on_logits("trl-gkd", "TRL GKD", needs("trl.experimental.gkd", *BETA))
+def _trl(case: Case) -> Loss:
+    """Return its loss, whose "batchmean" with labels is over the rows that are not ignored."""
+    jsd = import_module("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
+    beta, t = BETA[case.divergence], case.temperature
+    soft = partial(jsd, reduction="batchmean", beta=beta, temperature=t)
+    return _halves(_cross_entropy, soft, case)
+
+
+@on_logits("torchtune-reverse", "torchtune reverse KL", needs(TUNE, "reverse_kl"))
+@on_logits("torchtune", "torchtune", needs(TUNE, "forward_kl"), **_SOFT)
+def _torchtune(case: Case) -> Loss:
+    """Return its loss; it has no temperature: the logits are divided before, as a user must.
+
+    Its forward KL is the soft cross-entropy, whose gradient is the same.
+    """
+    kl = _from(TUNE, f"{_KL[case.divergence]}Loss")
+
+    def soft(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return kl(_soften(student, case), _soften(teacher, case), labels)
+
+    return _halves(_cross_entropy, soft, case)
+
+
+@on_logits("torchtune-reverse-chunked", "torchtune reverse KL, 8 chunks", needs(TUNE, "reverse_kl"))
+@on_logits("torchtune-chunked", "torchtune, 8 chunks", needs(TUNE, "forward_kl"), **_SOFT)
+def _torchtune_chunked(case: Case) -> Loss:
+    """Return its loss of one sequence; its recipes pass the same chunks to its cross-entropy."""
+    kl = _from(TUNE, f"{_KL[case.divergence]}WithChunkedOutputLoss", CHUNKS)
+    cross_entropy = _from(TUNE, "CEWithChunkedOutputLoss", CHUNKS)
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        chunks = [list(logits[None].chunk(CHUNKS, dim=1)) for logits in (student, teacher)]
+        softened = ([_soften(x, case) for x in model] for model in chunks)
+        hard = cross_entropy(chunks[0], labels[None])
+        return 0.5 * hard + 0.5 * case.temperature**2 * kl(*softened, labels[None])
+
+    return loss
+
+
+def _soften(logits: Tensor, case: Case) -> Tensor:
+    return logits if case.temperature == 1 else logits / case.temperature
+
+
+@on_logits(
+    "modelopt", "NVIDIA Model Optimizer", needs("modelopt.torch.distill.losses", "forward_kl")
+)
+def _modelopt(case: Case) -> Loss:
+    """Return its loss, T² included; its default reduction divides by N·V, "batchmean" by rows."""
+    name, t = "LogitsDistillationLoss", case.temperature
+    soft = _from("modelopt.torch.distill.losses", name, t, reduction="batchmean")
+    return lambda *tensors: 0.5 * _cross_entropy(*tensors) + 0.5 * soft(*tensors[:2])
+
+
+@on_heads("liger-chunked", "Liger chunked", _CHUNKED)
+def _liger_chunked(case: Case, compiled: bool = False) -> Loss:
+    """Return its loss whose softened softmaxes and weight gradient are in the inputs' dtype."""
+    weights, beta = (0.5, 0.5 * case.temperature**2), BETA[case.divergence]
+    keywords = {"temperature": case.temperature, "compiled": compiled}
+    return _from("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss", *weights, beta, **keywords)
+
+
+@on_heads("liger-chunked-compiled", "Liger chunked, compiled", _CHUNKED, compiles=True)
+def _liger_chunked_compiled(case: Case) -> Loss:
+    return _liger_chunked(case, compiled=True)
+
+
+@on_heads(
+    "liger-fused-jsd", "Liger fused linear JSD", needs(LIGER + "fused_linear_jsd", *BETA, gpu=True)
+)
+def _liger_jsd(case: Case) -> Loss:
+    module, beta = LIGER + "fused_linear_jsd", BETA[case.divergence]
+    soft = _from(module, "LigerFusedLinearJSD", beta, temperature=case.temperature)
+    return _halves(_liger_cross_entropy(), soft, case)
+
+
+@on_heads(
+    "liger-fused-kl",
+    "Liger fused linear KL",
+    needs(LIGER + "fused_linear_kl_div", "forward_kl", gpu=True),
+)
+def _liger_kl(case: Case) -> Loss:
+    """Return its KL of the teacher's probabilities: torch's softmax of whole logits before it."""
+    name, t = "LigerFusedLinearKLDivLoss", case.temperature
+    divergence = _from(LIGER + "fused_linear_kl_div", name, temperature=t)
+
+    def soft(hidden, weight, teacher, head, labels):
+        with torch.no_grad():
+            target = F.softmax(F.linear(teacher, head).float() / t, -1)
+        return divergence(hidden, weight, target, labels)
+
+    return _halves(_liger_cross_entropy(), soft, case)
+
+
+def _liger_cross_entropy() -> Loss:
+    """Return its cross-entropy from hidden states, which also works in chunks."""
+    loss = _from(LIGER + "fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
+    return lambda hidden, weight, teacher, head, labels: loss(weight, hidden, labels)
+
+
+@on_heads("trl-chunked", "TRL chunked", needs("trl.kernels.chunked_divergence", *BETA))
+def _trl_chunked(case: Case) -> Loss:
+    """Return its loss; the hard half is the tiled log-probability of its fine-tuning trainer."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    keywords = {"beta": BETA[case.divergence], "temperature": case.temperature}
+
+    def hard(hidden, weight, teacher, head, labels):
+        options = None, labels, 1.0, TILE, None, 1.0, ("log_probs",)
+        return -ChunkedLogProbFunction.apply(hidden, weight, *options)[0].mean()
+
+    def soft(hidden, weight, teacher, head, labels):
+        mask = labels != -100
+        return _chunked_divergence_loss(hidden, teacher, weight, head, mask, **keywords)[0]
+
+    return _halves(hard, soft, case)
+
+
+@on_heads("fla", "Flash Linear Attention", needs("fla.modules", "forward_kl", gpu=True))
+def _fla(case: Case) -> Loss:
+    """Return its loss; it has no temperature, so hidden states over T give logits over T."""
+    kl, cross_entropy = (
+        _from("fla.modules", x) for x in ("FusedKLDivLoss", "FusedLinearCrossEntropyLoss")
+    )
+    t = case.temperature
+    return _halves(
+        lambda hidden, weight, teacher, head, labels: cross_entropy(hidden, labels, weight),
+        lambda hidden, weight, teacher, head, labels: kl(hidden / t, teacher / t, weight, head),
+        case,
+    )
+
+
+def _no_torch_ce(case: Case) -> str | None:
+    has_it = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if has_it else f"torch {torch.__version__} has none in chunks"
+
+
+@on_heads("torch-linear-ce", "F.linear_cross_entropy", _no_torch_ce, **_HARD)
+def _torch_ce(case: Case) -> Loss:
+    """Return torch's cross-entropy in chunks of rows; its gradients are computed in the forward."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda hidden, weight, teacher, head, labels: (
+        0.5 * F.linear_cross_entropy(hidden, weight, labels, options=options)
+    )
+
+
+def _no_cut_ce(case: Case) -> str | None:
+    is_fp32 = case.device == "cuda" and case.dtype == "fp32"
+    return "its kernels have no float32" if is_fp32 else needs("cut_cross_entropy")(case)
+
+
+@on_heads("cut-cross-entropy", "Cut Cross-Entropy", _no_cut_ce, compiles=True, **_HARD)
+def _cut_ce(case: Case) -> Loss:
+    """Return its kernels on a GPU, on a CPU the ``torch.compile`` of its own composition."""
+    loss = import_module("cut_cross_entropy").linear_cross_entropy
+    implementation = "cce" if case.device == "cuda" else "torch_compile"
+    return lambda hidden, weight, teacher, head, labels: (
+        0.5 * loss(hidden, weight, labels, impl=implementation)
+    )
