@@ -12,8 +12,8 @@ from typing import Any
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import REGIMES
 
-#: What a case gives a method: logits, or heads (hidden states and lm_heads).
-LOGITS, HEADS = "logits", "heads"
+#: What a case gives a method: logits, heads (hidden states and lm_heads), or a training step.
+LOGITS, HEADS, STEP = "logits", "heads", "step"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Case:
     temperature: float = 2.0
     divergence: str = "forward_kl"
     level: str = LOGITS
-    student_hidden: int = 0  # with heads
+    student_hidden: int = 0  # with heads, and of a training step
     teacher_hidden: int = 0
     device: str = "cpu"
     regime: str = "randn"  # of the logits, by fused_kd.testing.make_inputs; only for accuracy
@@ -105,6 +105,7 @@ ACCURACY, GUARD = "accuracy", "guard"
 SUITES = {
     "logits": logits,
     "heads": partial(logits, level=HEADS),
+    "training-step": partial(logits, level=STEP, dtype=["fp32"], v=[32000], hidden=(512, 1024)),
     "growth": growth,
     ACCURACY: accuracy,  # errors alone, no times
     GUARD: guard,  # only if named

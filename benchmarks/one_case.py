@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -18,10 +18,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 import torch
 
 from .accuracy import errors, units
-from .cases import ACCURACY, Case
+from .cases import ACCURACY, LOGITS, STEP, Case
 from .measuring import Call, clock, peak_bytes
 from .methods import FORWARD, METHODS, Loss
-from .problems import PROBLEMS, Problem
+from .problems import PROBLEMS, Problem, after_heads
 
 #: A line of a file of results; docs/benchmarks.md lists the fields.
 Record = dict[str, Any]
@@ -88,7 +88,7 @@ def measure(task: Task) -> Iterator[Record | str]:
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     case, problem = task.case, PROBLEMS[task.case.level](task.case)
-    turns, is_late = [Turn(name) for name in task.methods], False
+    turns, first, is_late = [Turn(name) for name in task.methods], [], False
     for step in (_check, _prepare):
         # what was compiled for a few rows may be dynamic now, and more sizes would run eagerly
         if any(METHODS[turn.name].compiles for turn in turns):
@@ -99,19 +99,20 @@ def measure(task: Task) -> Iterator[Record | str]:
             if record := _attempt(_reject if is_late else step, task, problem, turn):
                 turns.remove(turn)
                 yield record
-    if turns:
-        bound = problem.lower_bound()
-        first = _plan(task, Turn("", call=bound.call), clock(bound.call, case.device))
-        for turn in in_turns([first, *turns]):
-            yield turn.name
-            if turn in (first, *turns) and (record := _attempt(_repeat, task, problem, turn)):
-                turns.remove(turn)
-                yield record
-        least, seconds = bound.times * first.time()["median_s"], first.time()
+    bound = problem.lower_bound() if turns else None
+    if bound is not None:
+        first.append(_plan(task, Turn("", call=bound.call), clock(bound.call, case.device)))
+    for turn in in_turns([*first, *turns]):
+        yield turn.name
+        if turn in (*first, *turns) and (record := _attempt(_repeat, task, problem, turn)):
+            turns.remove(turn)
+            yield record
+    if bound is not None:
+        least, seconds = bound.times * first[0].time()["median_s"], first[0].time()
         yield task.record("bound", name=bound.name, why=bound.why, seconds=least, time=seconds)
     for turn in turns:
         method, seconds = METHODS[turn.name], turn.time()
-        if not method.nearest:
+        if bound is not None and not method.nearest:
             own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # writes no gradient
             turn.fields["bound_share"] = own / seconds["median_s"]
         yield task.result(turn.name, "measured", time=seconds, **turn.fields)
@@ -156,10 +157,12 @@ def _reject(task: Task, problem: Problem, turn: Turn) -> None:
 
 def _check(task: Task, problem: Problem, turn: Turn) -> None:
     """Compare a method with float64."""
-    method, case = METHODS[turn.name], task.case
+    method = METHODS[turn.name]
+    case = replace(task.case, level=method.level)
     if (why := method.why_not(case)) is not None:
         raise Rejected("skipped", why)
-    turn.loss = method.build(case)
+    loss = method.build(case)
+    turn.loss = after_heads(loss) if (task.case.level, method.level) == (STEP, LOGITS) else loss
     turn.fields["error"] = error = errors(problem, method, turn.loss)
     worst = max((x for x in error.values() if x is not None), default=0.0)
     if case.regime == "randn" and worst >= WRONG[case.dtype]:
@@ -171,9 +174,9 @@ def _check(task: Task, problem: Problem, turn: Turn) -> None:
 
 def _prepare(task: Task, problem: Problem, turn: Turn) -> None:
     """Measure memory and one call, which must not exceed the limit."""
-    method, device = METHODS[turn.name], task.case.device
+    method, case, device = METHODS[turn.name], task.case, task.case.device
     turn.call = problem.call(turn.loss)
-    if method.compiles or device != "cpu":
+    if method.compiles or device != "cpu" or case.level == STEP:
         turn.call()  # compiles, tunes, allocates what is kept
         problem.restore()
     turn.fields["memory"] = {"allocator_bytes": peak_bytes(turn.call, device)}

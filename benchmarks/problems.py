@@ -6,14 +6,16 @@ Every problem has `call(loss)`, which returns forward and backward of the whole 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fused_kd.testing import DTYPES, make_inputs
 
-from .cases import HEADS, LOGITS, Case
+from .cases import HEADS, LOGITS, STEP, Case
 from .gpu_session import Output
 from .measuring import Call, clock
 from .methods import Loss
@@ -24,6 +26,8 @@ CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
 #: The 16-bit products are slow if a few rows of them take more than SLOW times as long as in
 #: float32; each is tried TRIES times.
 FEW_ROWS, SLOW, TRIES = 8, 4.0, 3
+#: Of a training step: at most the tokens of a sequence, about the entries of an attention head.
+LENGTH, HEAD = 128, 64
 
 
 class LowerBound(NamedTuple):
@@ -74,7 +78,7 @@ class LogitsProblem:
     def few(self) -> tuple[Tensor, ...]:
         return tuple(x[:CHECKED_ROWS].clone() for x in (self._original, *self._rest))
 
-    def lower_bound(self) -> LowerBound:
+    def lower_bound(self) -> LowerBound | None:
         """Return a copy, which moves two of the three matrices."""
         return LowerBound("copy", lambda: self._student.copy_(self._rest[0]), 1.5)
 
@@ -93,9 +97,14 @@ class HeadsProblem:
         )
         self._labels = _labels(case, generator)
 
+    def tensors(self, rows: int | None = None) -> tuple[Tensor, ...]:
+        """Return the arguments of a loss on the first rows."""
+        hidden, teacher, labels = (x[:rows] for x in (self._hidden, self._teacher, self._labels))
+        return hidden, self._weight, teacher, self._head, labels
+
     def call(self, loss: Loss) -> Call:
-        by = self._hidden.detach().requires_grad_(), self._weight.detach().requires_grad_()
-        rest = self._teacher, self._head, self._labels
+        hidden, weight, *rest = self.tensors()
+        by = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
         def run() -> None:
             torch.autograd.grad(loss(*by, *rest), by)  # dropped, not accumulated
@@ -106,12 +115,12 @@ class HeadsProblem:
         """Do nothing: no method writes over hidden states or weights."""
 
     def few(self) -> tuple[Tensor, ...]:
-        rows, entries = slice(CHECKED_ROWS), slice(CHECKED_VOCABULARY)
-        labels = self._labels[rows] % min(CHECKED_VOCABULARY, self.case.v)
-        student = self._hidden[rows], self._weight[entries]
-        return *student, self._teacher[rows], self._head[entries], labels
+        hidden, weight, teacher, head, labels = (x.detach() for x in self.tensors(CHECKED_ROWS))
+        entries = min(CHECKED_VOCABULARY, self.case.v)
+        rows = hidden[:CHECKED_ROWS], teacher[:CHECKED_ROWS], labels[:CHECKED_ROWS] % entries
+        return rows[0], weight[:entries], rows[1], head[:entries], rows[2]
 
-    def lower_bound(self) -> LowerBound:
+    def lower_bound(self) -> LowerBound | None:
         """Return the products, in float32 if the processor emulates those of 16 bits."""
         if self.case.dtype != "fp32" and self.case.device == "cpu":
             narrow, fp32 = (
@@ -130,8 +139,7 @@ class HeadsProblem:
 
         The student's logits stand in for their gradient: they have its shape.
         """
-        tensors = self._hidden[:rows], self._weight, self._teacher[:rows], self._head
-        hidden, weight, teacher, head = (x.to(dtype or x.dtype) for x in tensors)
+        hidden, weight, teacher, head = (x.to(dtype or x.dtype) for x in self.tensors(rows)[:4])
 
         def run() -> None:
             logits = torch.mm(hidden, weight.t())
@@ -142,8 +150,59 @@ class HeadsProblem:
         return run
 
 
+class StepProblem(HeadsProblem):
+    """Student, frozen teacher, one batch, and AdamW; a loss takes hidden states and weights."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        torch.manual_seed(0)
+        self._student = _model(case, case.student_hidden, layers=1)
+        self._frozen = _model(case, case.teacher_hidden, layers=2).requires_grad_(False).eval()
+        length = math.gcd(LENGTH, case.n)
+        self._ids = torch.randint(case.v, (case.n // length, length), device=case.device)
+        self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-5, fused=True)
+
+    def tensors(self, rows: int | None = None) -> tuple[Tensor, ...]:
+        ids = self._ids if rows is None else self._ids[:1]
+        (body, head), (teacher, teacher_head) = self._student, self._frozen
+        with torch.no_grad():
+            hidden = teacher(ids).flatten(0, 1)
+        labels = ids.roll(-1, 1).flatten()
+        return body(ids).flatten(0, 1), head.weight, hidden, teacher_head.weight, labels
+
+    def lower_bound(self) -> LowerBound | None:
+        return None
+
+    def call(self, loss: Loss) -> Call:
+        def run() -> None:
+            loss(*self.tensors()).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+        return run
+
+
+def _model(case: Case, hidden: int, layers: int) -> nn.ModuleList:
+    """Return embedding with transformer layers, and a head that the loss applies, or the step."""
+    # as many attention heads as divide the hidden size, of HEAD entries or a few more
+    heads = next(n for n in range(max(1, hidden // HEAD), 0, -1) if hidden % n == 0)
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+    layer = nn.TransformerEncoderLayer(hidden, heads, 4 * hidden, **options)
+    encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(hidden), enable_nested_tensor=False)
+    body = nn.Sequential(nn.Embedding(case.v, hidden), encoder)
+    model = nn.ModuleList([body, nn.Linear(hidden, case.v, bias=False)])
+    return model.to(case.device, DTYPES[case.dtype])
+
+
 Problem = LogitsProblem | HeadsProblem
-PROBLEMS = {LOGITS: LogitsProblem, HEADS: HeadsProblem}
+PROBLEMS = {LOGITS: LogitsProblem, HEADS: HeadsProblem, STEP: StepProblem}
+
+
+def after_heads(loss: Loss) -> Loss:
+    """Return a loss of logits as one of hidden states and weights."""
+    return lambda hidden, weight, teacher, head, labels: loss(
+        F.linear(hidden, weight), F.linear(teacher, head), labels
+    )
 
 
 def _labels(case: Case, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ pytest.importorskip("pandas", reason="tables need pandas")
 
 from benchmarks import __main__ as cli  # noqa: E402
 from benchmarks import one_case, runner, tables  # noqa: E402
-from benchmarks.cases import HEADS, LOGITS, SUITES, Case  # noqa: E402
+from benchmarks.cases import HEADS, LOGITS, STEP, SUITES, Case  # noqa: E402
 from benchmarks.methods import METHODS  # noqa: E402
 from benchmarks.one_case import Task, Turn, in_turns  # noqa: E402
 
@@ -69,7 +69,8 @@ def test_every_suite_measures_its_cases(tmp_path: Path) -> None:
     for result in results:
         assert result["status"] == "measured", result
         assert (result["time"] is None) == ("units" in result) == (result["suite"] == "accuracy")
-        assert (result["bound_share"] is None) == (result["suite"] == "accuracy")
+        is_bound = result["suite"] in ("logits", "heads", "growth")
+        assert (result["bound_share"] is not None) == is_bound
     logits = _results(x for x in records if x.get("suite") == "logits")
     assert all(x["error"]["loss"] < 1e-5 for x in logits.values())
     peaks = {key: x["memory"]["allocator_bytes"] for key, x in logits.items()}
@@ -79,7 +80,7 @@ def test_every_suite_measures_its_cases(tmp_path: Path) -> None:
 
 # a wrong value; a wrong gradient, and one that is no number, with a right value
 @pytest.mark.parametrize(("value", "factor"), [(1.01, 1.0), (1.0, 1.01), (1.0, float("nan"))])
-@pytest.mark.parametrize("level", [LOGITS, HEADS])
+@pytest.mark.parametrize("level", [LOGITS, HEADS, STEP])
 def test_a_wrong_method_gets_no_time(
     level: str, value: float, factor: float, monkeypatch: Any
 ) -> None:
@@ -87,9 +88,9 @@ def test_a_wrong_method_gets_no_time(
         tensors[0].register_hook(lambda gradient: factor * gradient)
         return value * right(*tensors)
 
-    _replace(monkeypatch, f"{level}/eager", wrong)
-    case = Case(6, 40, "fp32", 2.0, "forward_kl", level, 8, 8)
-    task = Task(level, case, (f"{level}/eager",), repeats=1)
+    name = f"{LOGITS if level == LOGITS else HEADS}/eager"
+    _replace(monkeypatch, name, wrong)
+    task = Task(level, Case(6, 40, "fp32", 2.0, "forward_kl", level, 8, 8), (name,), repeats=1)
     result = _results(one_case.measure(task))["eager"]
     assert (result["status"], result["time"]) == ("wrong", None)
     assert result["error"]["loss"] == pytest.approx(value - 1, abs=1e-6)

@@ -2,14 +2,16 @@
 
 from collections.abc import Collection
 
-from ..cases import ACCURACY, GUARD, Case
+from ..cases import ACCURACY, GUARD, STEP, Case
 from . import ours, peers  # noqa: F401  they fill METHODS
 from .base import METHODS, Loss, Method
 from .ours import BUDGETED, FORWARD, IN_PLACE, KDLOSS, WITH_HEADS
 
 #: Methods that take part in a suite unless the options name others; else all of the level.
+_MEASURED = KDLOSS, IN_PLACE, WITH_HEADS, "eager", "compile"
 USUAL = {
-    "growth": (KDLOSS, IN_PLACE, WITH_HEADS, "eager", "compile"),
+    "training-step": (*_MEASURED, "checkpoint", "liger-chunked", "liger-chunked-compiled"),
+    "growth": _MEASURED,
     GUARD: (KDLOSS, IN_PLACE, FORWARD),
 }
 
@@ -20,13 +22,15 @@ def taking_part(suite: str, case: Case, chosen: Collection[str]) -> tuple[str, .
     Memory budgets are compared in one suite only. Errors are measured on so many inputs that
     compiling for each would take longer than all the rest.
     """
-    methods = [method for method in METHODS.values() if method.level == case.level]
-    usual = USUAL.get(suite) or [
-        x.key for x in methods if suite == "heads" or x.key not in BUDGETED
-    ]
-    if suite == ACCURACY:
-        methods = [x for x in methods if chosen or not x.compiles]
-    return tuple(f"{x.level}/{x.key}" for x in methods if x.key in (chosen or usual))
+    found = {}  # by key: of two levels of one loss the second one
+    for name, method in METHODS.items():
+        is_usual = not (suite == ACCURACY and method.compiles)
+        is_usual &= suite == "heads" or method.key not in BUDGETED
+        keys = chosen or USUAL.get(suite) or ([method.key] if is_usual else [])
+        is_step = case.level == STEP and "gradients" in method.compared
+        if method.key in keys and (method.level == case.level or is_step):
+            found[method.key] = name
+    return tuple(found.values())
 
 
 __all__ = ["METHODS", "Loss", "Method", "taking_part"]
