@@ -20,6 +20,8 @@ TARGETS = [75, 80, 90, 100, 120, "gfx942"]
 #: Bytes. A fold of four sums over a program's warps takes 128; a tensor that changes its layout a
 #: whole sub-block, 4096 and more.
 SHARED_LIMIT = 128
+#: The same if vectors are cut from rows that begin anywhere: a tile changes its layout.
+SHARED_LIMIT_UNALIGNED = 8192
 OPERATORS = ("forward_backward_into", "forward", "backward_", "rescale_")
 
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,9 +34,13 @@ def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
     assert kernels
     for found in kernels:
         assert found.spills == 0
-        assert found.shared <= SHARED_LIMIT
+        assert found.shared <= (SHARED_LIMIT if variant.aligned else SHARED_LIMIT_UNALIGNED)
         code = found.code["amdgcn" if isinstance(target, str) else "ptx"]
-        wide = "global_load_dwordx4" if isinstance(target, str) else r"ld\.global\S*\.v4\.b32"
+        wide = (
+            "(?:global|buffer)_load_dwordx4"
+            if isinstance(target, str)
+            else r"ld\.global\S*\.v4\.b32"
+        )
         # AMD's compiler also joins the loads of a row's sums, which are neighbours
         if variant.aligned or not isinstance(target, str):
             assert bool(re.search(wide, code)) == variant.aligned
@@ -149,6 +155,8 @@ def test_every_kernel(
     dtypes: tuple[torch.dtype, torch.dtype],
     tmp_path: Path,
 ) -> None:
+    if divergence is None and dtypes[0] != dtypes[1]:
+        pytest.skip("no term reads the teacher")
     first = Variant(divergence=divergence, student=dtypes[0], teacher=dtypes[1])
     for variant in [
         *(replace(first, operator=operator) for operator in OPERATORS),
