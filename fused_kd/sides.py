@@ -83,10 +83,8 @@ def row_count(shape: torch.Size) -> int:
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return float64 if any tensor is float64, else float32."""
-    for x in tensors:
-        if x is not None and x.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+    is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if is_double else torch.float32
 
 
 def autocast_dtype(head: Head) -> torch.dtype | None:

@@ -32,22 +32,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// What the operators take besides tensors of rows. The temperature is a tensor in the schema, so
+// that torch.compile does not compile again for each value.
 struct Numbers {
   int64_t divergence;
   double temperature;
   double beta;
   bool scale_t2;
   double label_smoothing;
-};
 
-// The schema has a tensor, so that torch.compile does not compile again for each value.
-inline double temperature_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.numel() == 1 && x.scalar_type() == ScalarType::Double,
-                  "temperature must be one CPU float64");
-  const double value = *static_cast<const double*>(x.const_data_ptr());
-  STD_TORCH_CHECK(value > 0 && std::isfinite(value), "temperature must be positive and finite");
-  return value;
-}
+  Numbers(int64_t divergence, const Tensor& temperature, double beta, bool scale_t2,
+          double label_smoothing)
+      : divergence(divergence), beta(beta), scale_t2(scale_t2), label_smoothing(label_smoothing) {
+    STD_TORCH_CHECK(temperature.is_cpu() && temperature.numel() == 1 &&
+                        temperature.scalar_type() == ScalarType::Double,
+                    "temperature must be one CPU float64");
+    this->temperature = *static_cast<const double*>(temperature.const_data_ptr());
+    STD_TORCH_CHECK(this->temperature > 0 && std::isfinite(this->temperature),
+                    "temperature must be positive and finite");
+  }
+};
 
 inline Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
@@ -191,9 +195,8 @@ struct Operators {
   static Losses forward(Tensor student, Tensor teacher, OptionalTensor labels,
                         OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
                         Tensor temperature, double beta, bool scale_t2, double label_smoothing) {
-    Problem p =
-        problem_of(student, teacher, labels, w_hard, w_soft,
-                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     return run_rows(p, student);
   }
 
@@ -201,9 +204,8 @@ struct Operators {
       Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
       OptionalTensor w_soft, int64_t divergence, Tensor temperature, double beta, bool scale_t2,
       double label_smoothing) {
-    Problem p =
-        problem_of(student, teacher, labels, w_hard, w_soft,
-                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
     auto [hard, soft, stats] = run_rows(p, student);
@@ -215,9 +217,8 @@ struct Operators {
                                       OptionalTensor w_hard, OptionalTensor w_soft,
                                       int64_t divergence, Tensor temperature, double beta,
                                       bool scale_t2, double label_smoothing, Tensor grad) {
-    Problem p =
-        problem_of(student, teacher, labels, w_hard, w_soft,
-                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype || p.student.dtype == Dtype::f32,
                     "grad must have the student's dtype, or 16 bits for a float32 student");
@@ -231,9 +232,8 @@ struct Operators {
                                   OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
                                   Tensor temperature, double beta, bool scale_t2,
                                   double label_smoothing) {
-    Problem p =
-        problem_of(student, teacher, labels, w_hard, w_soft,
-                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_student(p, student);
     return run_rows(p, student);
   }
@@ -242,9 +242,8 @@ struct Operators {
                          OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
                          int64_t divergence, Tensor temperature, double beta, bool scale_t2,
                          double label_smoothing) {
-    Problem p =
-        problem_of(student, teacher, labels, w_hard, w_soft,
-                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
     run_gradient(p, stats, student);
@@ -255,9 +254,8 @@ struct Operators {
                         OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
                         int64_t divergence, Tensor temperature, double beta, bool scale_t2,
                         double label_smoothing) {
-    Problem p =
-        problem_of(student, teacher, labels, w_hard, w_soft,
-                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_student(p, student);
     run_gradient(p, stats, student);
   }
@@ -268,9 +266,8 @@ struct Operators {
                        OptionalTensor w_soft, Tensor stats, int64_t divergence, Tensor temperature,
                        double beta, bool scale_t2, double label_smoothing, Tensor scale,
                        Tensor grad) {
-    Problem p =
-        problem_of(student, teacher, labels, w_hard, w_soft,
-                   {divergence, temperature_of(temperature), beta, scale_t2, label_smoothing});
+    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+                           {divergence, temperature, beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");
     p.stats = stats_of(stats, p.N, student);
