@@ -48,7 +48,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     if chosen.steps < 1:
         parser.error(f"--steps must be at least 1; got {chosen.steps}")
     if not 0 <= chosen.seed < 2**32:
-        parser.error(f"--seed must lie between 0 and 2**32 - 1; got {chosen.seed}")
+        parser.error(f"--seed must be from 0 to 2**32 - 1; got {chosen.seed}")
     if chosen.output.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--output must end in .png, .pdf or .svg; got '{chosen.output}'")
     if missing := [name for name in NEEDED if find_spec(name) is None]:

@@ -391,13 +391,14 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace=True needs student logits that a model computed; got a leaf tensor that "
-            "requires grad, or a view of one, whose values the gradient would destroy"
+            "requires grad, or a view of one, whose values the gradient would destroy: pass "
+            "inplace=False"
         )
     if _overlaps(student):
         raise ValueError(
             "inplace=True needs student logits whose entries do not share memory; got shape "
             f"{tuple(student.shape)} with strides {student.stride()} (an expanded or overlapping "
-            "view)"
+            "view): pass inplace=False, or student.contiguous()"
         )
     if not are_rows(student):
         raise ValueError(

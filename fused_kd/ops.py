@@ -63,7 +63,7 @@ def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
     devices = {str(x.device) for x in tensors if x.dtype != torch.float64}
     torch._check(
         all(x.device.type == "cpu" for x in tensors if x.dtype == torch.float64),
-        lambda: "temperature must be on the CPU",
+        lambda: "temperature must be on the CPU; got one on another device: pass .cpu()",
     )
     torch._check(
         len(devices) == 1,
@@ -71,6 +71,15 @@ def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
     )
     torch._check(student.dim() == 3, lambda: f"student must be (B, S, V); got {student.dim()}-D")
     torch._check(teacher.dim() == 3, lambda: f"teacher must be (B, S, V); got {teacher.dim()}-D")
+
+
+def _check_shape(grad: Tensor, student: Tensor) -> None:
+    torch._check(
+        grad.shape == student.shape,
+        lambda: (
+            f"grad must have the student's shape, {tuple(student.shape)}; got {tuple(grad.shape)}"
+        ),
+    )
 
 
 def _row_outputs(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,10 +102,13 @@ def _fake_forward_backward(student, teacher, *rest):  # type: ignore[no-untyped-
 def _fake_forward_backward_into(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
     grad = rest[-1]
-    torch._check(grad.shape == student.shape, lambda: "grad must have the student's shape")
+    _check_shape(grad, student)
     torch._check(
         grad.dtype == student.dtype or student.dtype == torch.float32,
-        lambda: "grad must have the student's dtype, or 16 bits for a float32 student",
+        lambda: (
+            "grad must have the student's dtype, or 16 bits for a float32 student; got "
+            f"{grad.dtype} for {student.dtype}"
+        ),
     )
     return _row_outputs(student)
 
@@ -112,11 +124,11 @@ def _fake_backward_(student, teacher, *rest):  # type: ignore[no-untyped-def]
 
 def _fake_rescale_(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
-    torch._check(rest[-1].shape == student.shape, lambda: "grad must have the student's shape")
+    _check_shape(rest[-1], student)
 
 
 def _fake_scale_(grad, factor):  # type: ignore[no-untyped-def]
-    torch._check(factor.numel() == 1, lambda: "factor must be one number")
+    torch._check(factor.numel() == 1, lambda: f"factor must be one number; got {factor.numel()}")
 
 
 _FAKES = {
@@ -136,7 +148,11 @@ for _prefix in PREFIXES:
 
 @torch.library.register_fake("fused_kd::product_")
 def _fake_product_(out, a, b, bias, *rest):  # type: ignore[no-untyped-def]
-    torch._check(a.dim() == b.dim() == out.dim() == 2, lambda: "out, a and b must be matrices")
-    torch._check(a.shape[1] == b.shape[0], lambda: "a has not as many columns as b rows")
-    torch._check(out.shape[0] == a.shape[0], lambda: "out has not as many rows as a")
-    torch._check(out.shape[1] == b.shape[1], lambda: "out has not as many columns as b")
+    for name, x in (("out", out), ("a", a), ("b", b)):
+        torch._check(x.dim() == 2, lambda: f"{name} must be a matrix; got {x.dim()} dimensions")  # noqa: B023  # called at once
+    (m, k), (rows, n) = a.shape, b.shape
+    torch._check(k == rows, lambda: f"b must have a row for each column of a, {k}; got {rows}")
+    torch._check(
+        out.shape[0] == m and out.shape[1] == n,
+        lambda: f"out must be ({m}, {n}); got {tuple(out.shape)}",
+    )

@@ -119,7 +119,7 @@ def _one_of(*known: str) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, str) or value not in known:
             listed = ", ".join(repr(k) for k in known)
-            got = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+            got = repr(value) if isinstance(value, str) else type(value).__name__
             raise ValueError(f"{name} must be one of {listed}; got {got}")
         return value
 
@@ -240,8 +240,8 @@ class KDOptions:
             )
         if self.inplace and self.reduction == "none":
             raise ValueError(
-                "inplace=True needs reduction='mean' or 'sum': with reduction='none' the gradient "
-                "is known only in the backward"
+                "inplace=True needs reduction='mean' or 'sum'; got reduction='none', whose "
+                "gradient is known only in the backward: pass inplace=False"
             )
         if self.chunk_rows is not None and self.memory_budget is not None:
             raise ValueError(

@@ -56,7 +56,7 @@ def keywords(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: No convention has this name.
     """
-    if name not in CONVENTIONS:
+    if not isinstance(name, str) or name not in CONVENTIONS:
         known = ", ".join(repr(key) for key in CONVENTIONS)
         sparse = " (axolotl's teacher is top-k log-probabilities, not logits)"
         raise ValueError(

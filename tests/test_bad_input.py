@@ -35,7 +35,7 @@ OPTIONS: list[Row] = [
     ({"divergence": "jsd", "beta": 1.0}, VALUE, "got 1.0 (the two ends are"),
     ({"divergence": "jsd", "beta": math.nan}, VALUE, "beta must be in (0, 1)"),
     ({"divergence": "kl"}, VALUE, "divergence must be one of 'forward_kl', 'reverse_kl', "),
-    ({"divergence": torch.zeros(3)}, VALUE, "divergence must be one of | a Tensor"),
+    ({"divergence": torch.zeros(3)}, VALUE, "divergence must be one of | got Tensor"),
     ({"reduction": "avg"}, VALUE, "reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
     ({"reduction": "batchmean"}, VALUE, "use reduction='mean'"),
     ({"soft_scale": "t"}, VALUE, "soft_scale must be one of 't2', 'none'; got 't'"),

@@ -258,12 +258,16 @@ WRONG = {
     "student last stride": (STUDENT, torch.zeros(B, S, 2 * V)[..., ::2], "last stride 1; got 2"),
     "teacher last stride": (TEACHER, torch.zeros(B, V, S).mT, "last stride 1; got 3"),
     "teacher stride 0": (TEACHER, torch.zeros(B, S, 1).expand(B, S, V), "last stride 1; got 0"),
-    "labels int32": (LABELS, torch.zeros(N, dtype=torch.int32), "labels has the wrong device or d"),
+    "labels int32": (
+        LABELS,
+        torch.zeros(N, dtype=torch.int32),
+        "labels must be a CPU tensor of int64",
+    ),
     "labels short": (LABELS, torch.zeros(N - 1).long(), "labels must be contiguous with 6 elem"),
     "labels strided": (LABELS, torch.zeros(2 * N).long()[::2], "labels must be contiguous"),
     "labels missing": (LABELS, None, "a hard term needs labels"),
     "w_hard long": (W_HARD, torch.zeros(N + 1), "w_hard must be contiguous with 6 elements; got 7"),
-    "w_hard float64": (W_HARD, torch.zeros(N).double(), "w_hard has the wrong device or dtype"),
+    "w_hard float64": (W_HARD, torch.zeros(N).double(), "w_hard must be a CPU tensor of float32"),
     "w_soft strided": (W_SOFT, torch.zeros(N, 2)[:, 0], "w_soft must be contiguous"),
     **{
         f"{name} elsewhere": (position, torch.empty(*shape, dtype=dtype, device="meta"), ELSEWHERE)
@@ -274,7 +278,11 @@ WRONG = {
             ("w_soft", W_SOFT, (N,), torch.float32),
         )
     },
-    "w_soft bfloat16": (W_SOFT, torch.zeros(N).bfloat16(), "w_soft has the wrong device or dtype"),
+    "w_soft bfloat16": (
+        W_SOFT,
+        torch.zeros(N).bfloat16(),
+        "w_soft must be a CPU tensor of float32",
+    ),
 }
 
 
@@ -330,7 +338,7 @@ REFUSED: list[tuple[str, int, Tensor, str]] = [
             (torch.zeros(N, ops.STATS - 1), "stats must be contiguous with 66 elements; got 60"),
             (torch.zeros(N + 1, ops.STATS), "stats must be contiguous with 66 elements; got 77"),
             (torch.zeros(ops.STATS, N).mT, "stats must be contiguous"),
-            (torch.zeros(N, ops.STATS).double(), "stats has the wrong device or dtype"),
+            (torch.zeros(N, ops.STATS).double(), "stats must be a CPU tensor of float32"),
         )
     ),
     ("rescale_", SCALE, torch.ones(2), "scale must be one CPU float32"),

@@ -227,7 +227,7 @@ def _bad_input() -> list[tuple[dict[str, Any], str]]:
         ({"out": torch.zeros(8)}, "out must be a matrix; got 1 dimensions"),
         ({"out": torch.zeros(4, 2).t()}, "out must have last stride 1; got 2"),
         ({"out": torch.zeros(9).as_strided((2, 4), (3, 1))}, "the rows of out overlap: stride 3"),
-        ({"a": torch.zeros(2, 5)}, "a has 5 columns and b 3 rows"),
+        ({"a": torch.zeros(2, 5)}, "b must have a row for each column of a, 5; got 3"),
         ({"a": torch.zeros(2, 3, dtype=torch.int32)}, "a must be float32, bfloat16 or float16"),
         ({"a": torch.zeros(2, 3, 1)}, "a must be a matrix; got 3 dimensions"),
         ({"a": wide[::3, :6:2]}, "a must have stride 1 in one dimension; got strides 24 and 2"),
@@ -259,7 +259,7 @@ def test_registration_and_fake() -> None:
         torch.ops.fused_kd.product_.default, (*given, BF16, True, False), test_utils=tests
     )
     meta = [x.to("meta") for x in given]
-    with pytest.raises(RuntimeError, match="a has not as many columns as b rows"):
+    with pytest.raises(RuntimeError, match="b must have a row for each column of a, 3; got 2"):
         torch.ops.fused_kd.product_(meta[0], meta[1], meta[1], None, F32, False, False)
 
 

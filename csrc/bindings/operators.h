@@ -101,8 +101,8 @@ struct Operators {
   template <class T>
   static T* vector_of(const OptionalTensor& x, int64_t n, ScalarType type, const char* name) {
     if (!x) return nullptr;
-    STD_TORCH_CHECK(Backend::is_here(*x) && x->scalar_type() == type, name,
-                    " has the wrong device or dtype");
+    STD_TORCH_CHECK(Backend::is_here(*x) && x->scalar_type() == type, name, " must be a ",
+                    Backend::DEVICE, " tensor of ", type == ScalarType::Long ? "int64" : "float32");
     STD_TORCH_CHECK(x->is_contiguous() && x->numel() == n, name, " must be contiguous with ", n,
                     " elements; got ", x->numel());
     return static_cast<T*>(const_cast<void*>(x->const_data_ptr()));

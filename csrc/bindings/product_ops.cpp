@@ -49,7 +49,8 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
   p.M = a.size(0);
   p.K = a.size(1);
   p.N = b.size(1);
-  STD_TORCH_CHECK(b.size(0) == p.K, "a has ", p.K, " columns and b ", b.size(0), " rows");
+  STD_TORCH_CHECK(b.size(0) == p.K, "b must have a row for each column of a, ", p.K, "; got ",
+                  b.size(0));
   STD_TORCH_CHECK(out.size(0) == p.M && out.size(1) == p.N, "out must be (", p.M, ", ", p.N,
                   "); got (", out.size(0), ", ", out.size(1), ")");
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");

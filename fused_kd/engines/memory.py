@@ -76,8 +76,8 @@ def budget_rows(budget: int, sizes: Sizes, fixed: int) -> int:
     if rows < 1:
         raise ValueError(
             f"memory_budget must hold at least one row, which needs {row_bytes(sizes) + fixed:,} "
-            f"bytes for V = {sizes.vocabulary} (logits of {sizes.accum_bytes} bytes that are not "
-            f"given, and {fixed:,} bytes for the products); got {budget:,}"
+            f"bytes for V = {sizes.vocabulary} (logits of {sizes.accum_bytes} bytes an entry for "
+            f"each Head, and {fixed:,} bytes for the products); got {budget:,}: raise it"
         )
     return rows
 

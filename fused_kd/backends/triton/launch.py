@@ -246,28 +246,44 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
         if x is None:
             continue
         if x.device != student.device or x.shape != student.shape or x.dim() != 3:
-            raise RuntimeError(f"{name} must be (B, S, V) on one device, all of one shape")
+            raise RuntimeError(
+                f"{name} must be (B, S, V), of the student's shape and device, "
+                f"{tuple(student.shape)} and {student.device}; got {tuple(x.shape)} and {x.device}"
+            )
         if x.shape[2] > 1 and x.stride(2) != 1:
             raise RuntimeError(f"{name} must have last stride 1; got {x.stride(2)}")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise RuntimeError(f"{name} must be float32, bfloat16 or float16")
+            raise RuntimeError(f"{name} must be float32, bfloat16 or float16; got {x.dtype}")
     if not 0 < student.shape[2] <= LONGEST or n * MAX_PARTS >= 2**31:
-        raise RuntimeError(f"{n} rows of {student.shape[2]} entries are beyond the triton kernels")
+        raise RuntimeError(
+            f"the triton kernels take 1 to {LONGEST} entries a row, and fewer than "
+            f"{2**31 // MAX_PARTS} rows; got {n} rows of {student.shape[2]} entries"
+        )
     if gradient is not None and student.dtype not in (gradient.dtype, torch.float32):
         raise RuntimeError(
             "the gradient must have the student's dtype, or 16 bits for a float32 student; got "
             f"{gradient.dtype} for {student.dtype}"
         )
     if call.w_hard is not None and call.labels is None:
-        raise RuntimeError("a hard term needs labels")
-    vectors = ((call.labels, torch.int64), (call.w_hard, torch.float32), (call.w_soft, stats.dtype))
-    for vector, dtype in vectors:
-        if vector is not None and (vector.dtype != dtype or vector.numel() != n):
-            raise RuntimeError("labels are int64, w_hard and w_soft float32, one for each row")
-        if vector is not None and vector.device != student.device:
-            raise RuntimeError("labels and weights must be on the logits' device")
+        raise RuntimeError("labels must be passed with w_hard; got None")
+    for name, vector, dtype in (
+        ("labels", call.labels, torch.int64),
+        ("w_hard", call.w_hard, torch.float32),
+        ("w_soft", call.w_soft, torch.float32),
+    ):
+        if vector is None:
+            continue
+        wrong_kind = vector.dtype != dtype or vector.device != student.device
+        if wrong_kind or vector.numel() != n:
+            raise RuntimeError(
+                f"{name} must have {n} elements, {dtype} on {student.device}; got "
+                f"{vector.numel()}, {vector.dtype} on {vector.device}"
+            )
     if stats.shape != (n, ops.STATS) or stats.dtype != torch.float32 or not stats.is_contiguous():
-        raise RuntimeError(f"stats must be contiguous float32 ({n}, {ops.STATS})")
+        raise RuntimeError(
+            f"stats must be ({n}, {ops.STATS}), float32 and contiguous; got {tuple(stats.shape)}, "
+            f"{stats.dtype}, strides {stats.stride()}"
+        )
 
 
 def _guard(x: Tensor) -> AbstractContextManager[object]:

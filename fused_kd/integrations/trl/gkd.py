@@ -109,9 +109,9 @@ class _Headless:
     ) -> Tensor:
         """Compute generalized_jsd_loss, from hidden states while the models are headless."""
         if not self.is_headless:
-            given = student_logits, teacher_logits, labels, beta, temperature, reduction
+            arguments = student_logits, teacher_logits, labels, beta, temperature, reduction
             backend = self.options["backend"]
-            return generalized_jsd_loss(*given, num_items_in_batch, backend=backend)
+            return generalized_jsd_loss(*arguments, num_items_in_batch, backend=backend)
         outputs = student_logits, teacher_logits
         student, teacher = map(side_of, models_of(self.trainer), outputs, self.scales)
         num_items = _num_items(student, labels, reduction, num_items_in_batch)
