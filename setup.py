@@ -129,7 +129,8 @@ def decide() -> tuple[list[Extension], dict[str, str]]:
         except (ImportError, LookupError) as error:
             if is_demanded:
                 raise
-            hint = f": pip install {error.name}" if isinstance(error, ImportError) else ""
+            is_absent = isinstance(error, ModuleNotFoundError)  # not: broken
+            hint = f": pip install {error.name}" if is_absent else ""
             reasons[name] = f"{error} when it was built{hint}"
     return extensions, reasons
 
@@ -306,10 +307,10 @@ class BuildExtension(build_ext):
 
 def why_it_failed(error: Exception) -> str:
     """Return the reason in one line; the whole command line was printed."""
-    line = str(error).splitlines()[0]
-    if "No such file or directory" in line:
-        program = re.findall("'(.+?)'", line)[0]
-        return f"no C++ compiler was found when it was built ({program}): e.g. apt install g++"
+    line = str(error).partition("\n")[0]
+    program = re.search("'(.+?)'", line)
+    if program and "No such file or directory" in line:
+        return f"no C++ compiler was found when it was built ({program[1]}): e.g. apt install g++"
     return "compiling it failed: " + re.sub(r"Command '\['(.*?)'.*\]'", r"command '\1'", line)
 
 
