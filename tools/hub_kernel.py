@@ -28,7 +28,13 @@ METADATA = {
 
 
 def lay_out(folder: Path) -> None:
-    """Write the kernel's repository into a folder."""
+    """Write the kernel's repository into a folder.
+
+    Raises:
+        SystemExit: The folder has a build already, whose other files would fail the digest.
+    """
+    if (folder / "build").exists():
+        raise SystemExit(f"FOLDER must be without a build; got {folder}: remove {folder}/build")
     paths = [x.relative_to(PACKAGE) for x in sorted(PACKAGE.rglob("*.py"))]
     sources = {x: (PACKAGE / x).read_text("utf-8") for x in paths if x.parts[0] not in LEFT_OUT}
     digest = hashlib.sha256(repr(sources).encode()).hexdigest()
