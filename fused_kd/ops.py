@@ -2,7 +2,8 @@
 
 Calling ``torch.ops.fused_kd.*`` directly is not differentiable; :mod:`fused_kd.autograd` makes the
 loss so. Shapes: student, teacher ``(B, S, V)`` with last stride 1 and N = B*S rows; labels, w_hard,
-w_soft ``(N,)`` (None: the term is off; a weight of 0: off in that row); stats ``(N, STATS)``.
+w_soft ``(N,)`` (None: the term is off; a weight of 0: off in that row). Results: the unweighted
+losses hard and soft ``(N,)``, and stats ``(N, STATS)`` for a later backward.
 
 Every operator exists once for the compiled kernels (CPU and CUDA) and once, with the prefix
 ``triton_``, for the Triton ones: two implementations cannot share the CUDA dispatch key.
@@ -61,9 +62,10 @@ def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
     # temperature, the only float64 tensor, is on the CPU
     tensors = [x for x in (student, teacher, *rest) if isinstance(x, Tensor)]
     devices = {str(x.device) for x in tensors if x.dtype != torch.float64}
+    doubles = {x.device.type for x in tensors if x.dtype == torch.float64}
     torch._check(
-        all(x.device.type == "cpu" for x in tensors if x.dtype == torch.float64),
-        lambda: "temperature must be on the CPU",
+        doubles <= {"cpu"},
+        lambda: f"temperature must be on the CPU; got float64 on {' and '.join(sorted(doubles))}",
     )
     torch._check(
         len(devices) == 1,
@@ -71,6 +73,15 @@ def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
     )
     torch._check(student.dim() == 3, lambda: f"student must be (B, S, V); got {student.dim()}-D")
     torch._check(teacher.dim() == 3, lambda: f"teacher must be (B, S, V); got {teacher.dim()}-D")
+
+
+def _check_shape(grad: Tensor, student: Tensor) -> None:
+    torch._check(
+        grad.shape == student.shape,
+        lambda: (
+            f"grad must have the student's shape, {tuple(student.shape)}; got {tuple(grad.shape)}"
+        ),
+    )
 
 
 def _row_outputs(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,10 +104,13 @@ def _fake_forward_backward(student, teacher, *rest):  # type: ignore[no-untyped-
 def _fake_forward_backward_into(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
     grad = rest[-1]
-    torch._check(grad.shape == student.shape, lambda: "grad must have the student's shape")
+    _check_shape(grad, student)
     torch._check(
         grad.dtype == student.dtype or student.dtype == torch.float32,
-        lambda: "grad must have the student's dtype, or 16 bits for a float32 student",
+        lambda: (
+            "grad must have the student's dtype, or 16 bits for a float32 student; got "
+            f"{grad.dtype} for {student.dtype}"
+        ),
     )
     return _row_outputs(student)
 
@@ -112,11 +126,13 @@ def _fake_backward_(student, teacher, *rest):  # type: ignore[no-untyped-def]
 
 def _fake_rescale_(student, teacher, *rest):  # type: ignore[no-untyped-def]
     _check(student, teacher, *rest)
-    torch._check(rest[-1].shape == student.shape, lambda: "grad must have the student's shape")
+    _check_shape(rest[-1], student)
 
 
 def _fake_scale_(grad, factor):  # type: ignore[no-untyped-def]
-    torch._check(factor.numel() == 1, lambda: "factor must be one number")
+    torch._check(
+        factor.numel() == 1, lambda: f"factor must have one entry; got shape {tuple(factor.shape)}"
+    )
 
 
 _FAKES = {
@@ -136,7 +152,11 @@ for _prefix in PREFIXES:
 
 @torch.library.register_fake("fused_kd::product_")
 def _fake_product_(out, a, b, bias, *rest):  # type: ignore[no-untyped-def]
-    torch._check(a.dim() == b.dim() == out.dim() == 2, lambda: "out, a and b must be matrices")
-    torch._check(a.shape[1] == b.shape[0], lambda: "a has not as many columns as b rows")
-    torch._check(out.shape[0] == a.shape[0], lambda: "out has not as many rows as a")
-    torch._check(out.shape[1] == b.shape[1], lambda: "out has not as many columns as b")
+    def message() -> str:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (out, a, b))
+        return f"out (M, N), a (M, K) and b (K, N) must be matrices that fit; got {shapes}"
+
+    torch._check(a.dim() == b.dim() == out.dim() == 2, message)
+    torch._check(a.shape[1] == b.shape[0], message)
+    torch._check(out.shape[0] == a.shape[0], message)
+    torch._check(out.shape[1] == b.shape[1], message)

@@ -28,7 +28,7 @@ METADATA = {
 
 
 def lay_out(folder: Path) -> None:
-    """Write the kernel's repository into a folder."""
+    """Write the kernel's repository into a folder, which is created; files in it stay."""
     paths = [x.relative_to(PACKAGE) for x in sorted(PACKAGE.rglob("*.py"))]
     sources = {x: (PACKAGE / x).read_text("utf-8") for x in paths if x.parts[0] not in LEFT_OUT}
     digest = hashlib.sha256(repr(sources).encode()).hexdigest()
@@ -50,7 +50,10 @@ def lay_out(folder: Path) -> None:
 
 
 def _renamed(path: Path, text: str, identifier: str) -> bytes:
-    """Return a source file with relative imports, and operators in a namespace of their own."""
+    """Return a source file with relative imports, and its operators in the namespace `identifier`.
+
+    `path` is relative to the package.
+    """
     dots = "." * len(path.parts)
     for pattern, replacement in (
         (r"(?m)^from fused_kd\.?", f"from {dots}"),
