@@ -3,9 +3,9 @@
 * A scalar loss (``mean``, ``sum``) computes its gradients in the forward, while it has the logits.
   The first backward takes them, scaled by the upstream gradient; a later one
   (``retain_graph=True``) recomputes them.
-* The backward computes them if each row has its own loss (``none``), whose upstream gradients are
-  known only then; if the engine's ``gradient_in_forward`` is False: for float16, so that a loss
-  scale enters before the rounding, and for logits in a trace; and for batches of such gradients.
+* The backward computes them in three cases: each row has its own loss (``none``), whose upstream
+  gradients are known only then; the engine's ``gradient_in_forward`` is False (float16, so that a
+  loss scale enters before the rounding, and logits in a trace); the upstream gradients are a batch.
 
 hard, soft and stats are what :class:`fused_kd.engines.Engine` defines.
 """

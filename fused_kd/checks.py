@@ -97,12 +97,10 @@ def _check_side(name: str, side: object) -> None:
     check_floating(name, side)
     if side.dim() == 0:
         raise ValueError(
-            f"{name} must have shape (..., V) with at least one dimension; got a 0-d tensor"
+            f"{name} must have shape (..., V) with at least one dimension; got 0 dimensions"
         )
     if side.shape[-1] == 0:
-        raise ValueError(
-            f"{name} must have shape (..., V) with at least one entry; got {tuple(side.shape)}"
-        )
+        raise ValueError(f"{name} must have at least one vocabulary entry; got {tuple(side.shape)}")
 
 
 def _check_head(name: str, head: Head) -> None:
@@ -117,7 +115,7 @@ def _check_head(name: str, head: Head) -> None:
                 "model's weights before the call"
             )
     if hidden.dim() == 0:
-        raise ValueError(f"{name}.hidden must have shape (..., H); got a 0-d tensor")
+        raise ValueError(f"{name}.hidden must have shape (..., H); got 0 dimensions")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
             f"{name}.weight must have shape (V, H) with V > 0 and H > 0; "
@@ -147,7 +145,9 @@ def _check_head(name: str, head: Head) -> None:
             "value is x.item()"
         )
     if not SMALLEST <= abs(head.scale) <= LARGEST:
-        raise ValueError(f"{name}.scale must have a size {BOUNDS}; got {head.scale}")
+        raise ValueError(
+            f"{name}.scale must not be 0 and must be finite, with a size {BOUNDS}; got {head.scale}"
+        )
     if head.softcap is not None:
         raise ValueError(
             f"{name}.softcap must be None, since a soft-capped head is not supported; got "

@@ -85,8 +85,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the results of `forward`, and the gradient of `backward`.
 
-        It is `out` if that is set (of the student's dtype, or 16-bit for a float32 student), the
-        overwritten student with `inplace`, else a new tensor. Both raise ValueError.
+        The gradient is `out` if that is set (of the student's dtype, or 16-bit for a float32
+        student), the overwritten student with `inplace`, else a new tensor. Raises ValueError if
+        both are set.
         """
 
     def rescale(

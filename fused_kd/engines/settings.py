@@ -73,20 +73,14 @@ def settings_of(
     backend: str,
     student: Side,
     teacher: Side | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype,  # of the arithmetic
     inplace: bool,
     kept_rows: int | None,
 ) -> Settings:
     """Return the constants of a call; `chunks` is None if both sides are logits.
 
-    Args:
-        options: the caller's keywords.
-        backend: the name of the chosen backend.
-        student: logits or a Head.
-        teacher: logits or a Head; None: no term reads the teacher.
-        dtype: of the arithmetic, float32 or float64.
-        inplace: the result of :func:`.writes_in_place`, not the caller's keyword.
-        kept_rows: the caller's upper bound of the rows that are not ignored.
+    A teacher of None is read by no term; `inplace` is the result of :func:`.writes_in_place`, not
+    the caller's keyword.
     """
     chunks = None
     if isinstance(student, Head) or isinstance(teacher, Head):

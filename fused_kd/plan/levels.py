@@ -247,9 +247,9 @@ class _Estimate:
         return (self.sizes.teacher_hidden or 0) * self.dtype.itemsize
 
     def _product_bytes(self, chunks: int, accumulate: torch.dtype) -> int:
-        """Return the bytes that the products hold alongside a chunk, one of `chunks`.
+        """Return the bytes that the products hold alongside a chunk.
 
-        `accumulate` is the dtype of the weight gradient's sum.
+        They depend on the number of `chunks` and on the dtype of the weight gradient's sum.
         """
         student = self.sizes.student_hidden or 0
         width = max(student, self.sizes.teacher_hidden or 0)

@@ -51,7 +51,7 @@ def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> 
 
 
 class Result(NamedTuple):
-    """The losses of the rows, and the gradient by the student's logits of a weighted sum of them."""
+    """The losses of the rows, and a weighted sum's gradient by the student's logits."""
 
     rows: Tensor  # (N,)
     grad: Tensor  # (N, V)

@@ -139,10 +139,7 @@ def _whole_tiles(length, TILE: tl.constexpr):
 
 @triton.jit
 def _statistics_pass(sums, row, part, refs, numbers, terms, layout, POLICY: tl.constexpr):
-    """Return the lanes' sums with the program's slice added: of the first pass if `refs` is None.
-
-    Else they are those of the second.
-    """
+    """Return the lanes' sums, of the pass that `refs` sets for :func:`_add`, with a slice added."""
     BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
     TILE: tl.constexpr = layout.UNROLL * BLOCK
     s_at, t_at = row.s + part.entries, row.t + part.entries

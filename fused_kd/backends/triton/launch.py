@@ -36,7 +36,7 @@ from .device import can_wait, capability, kind, load_kernels, multiprocessors, w
 #: number that an H100 runs at once.
 RING_PARTS = 4096
 
-#: Programs per multiprocessor of a launch that is needed or not by a number on the device.
+#: Programs per multiprocessor of a launch whose work depends on a number on the device.
 PROGRAMS = 4
 #: Entries that a program of `_kd_scale_kernel` scales at a time.
 SCALE_BLOCK = 4096
