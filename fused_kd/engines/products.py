@@ -221,7 +221,7 @@ def products_for(backend: str, device: torch.device, dtype: torch.dtype) -> Prod
     """Return the matrix-product routines for a backend, device and result dtype.
 
     Torch's are used by the reference backend, for results that are not float32, and if the package
-    has none of its own. `backend` may be "auto".
+    has none for the device. `backend` may be "auto".
     """
     if backend == "reference" or dtype != torch.float32:
         return TorchProducts()

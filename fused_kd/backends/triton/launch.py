@@ -283,7 +283,7 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
     ):
         if vector is not None and (vector.dtype != dtype or vector.numel() != n):
             raise RuntimeError(
-                f"{name} must be {dtype}, one for each of the {n} rows; got {vector.dtype} "
+                f"{name} must be {dtype}, one for each row ({n}); got {vector.dtype} "
                 f"{tuple(vector.shape)}"
             )
         if vector is not None and vector.device != student.device:
