@@ -51,7 +51,11 @@ COMPILING = {"build_ext", "cuda_objects"}
 
 
 def main() -> None:
-    """Run the command on the command line, in the folder of this file."""
+    """Run the command on the command line, in the folder of this file.
+
+    Raises:
+        SystemExit: setuptools is too old for the command.
+    """
     if IS_OLD and not COMPILING.intersection(sys.argv[1:]):
         raise SystemExit(
             f"building fused_kd needs setuptools>=77; got {__version__}: "
@@ -78,7 +82,7 @@ def main() -> None:
 class Package(Distribution):
     """A distribution that also holds why modules are not built."""
 
-    not_built: ClassVar[dict[str, str]] = {}
+    not_built: ClassVar[dict[str, str]] = {}  # "_C", "_cuda": the reason
 
     def parse_config_files(self, filenames=None, ignore_option_errors=False):
         """Skip pyproject.toml if this version of setuptools refuses it."""
@@ -136,10 +140,14 @@ def decide() -> tuple[list[Extension], dict[str, str]]:
 
 
 def wanted(variable: str) -> str:
-    """Return "0", "1" or "": a module is refused, demanded, or built if that is possible."""
+    """Return "0", "1" or "": a module is refused, demanded, or built if that is possible.
+
+    Raises:
+        SystemExit: The environment variable has another value.
+    """
     value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
-        raise SystemExit(f"{variable} must be 0 or 1; got {value!r}")
+        raise SystemExit(f"{variable} must be 0 or 1; got {value!r}: unset it for the default")
     return value
 
 
@@ -170,7 +178,7 @@ def cuda_extension() -> Extension:
     given = os.environ.get(cuda_objects.VARIABLE)
     nvcc = None if CUDA_HOME is None else shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
     if not given and nvcc is None:
-        raise LookupError("no nvcc was found (CUDA_HOME, or on PATH)")
+        raise LookupError("no nvcc was found (in CUDA_HOME, or on PATH)")
     wants = cuda.split(".")[0]
     has = "none" if nvcc is None else cuda_toolkit.version(nvcc)
     is_same = has.split(".")[0] == wants
@@ -244,7 +252,10 @@ def jobs() -> int:
 
 
 class BuildExtension(build_ext):
-    """Compiles in parallel, with each kernel file's own flags; the package works without."""
+    """A build_ext that compiles in parallel, with each kernel file's own flags.
+
+    A module that is not demanded and fails to compile is left out, with the reason in its file.
+    """
 
     def run(self) -> None:
         self.was_inplace = self.inplace  # which the command clears while it runs
@@ -306,7 +317,7 @@ class BuildExtension(build_ext):
 
 
 def why_it_failed(error: Exception) -> str:
-    """Return the reason in one line; the whole command line was printed."""
+    """Return the reason as one line, with a failed command shortened to its program."""
     line = str(error).partition("\n")[0]
     program = re.search("'(.+?)'", line)
     if program and "No such file or directory" in line:
@@ -315,7 +326,7 @@ def why_it_failed(error: Exception) -> str:
 
 
 class BuildPython(build_py):
-    """Writes next to the package why a compiled module is missing."""
+    """A build_py that also writes why a compiled module is missing (:func:`write_reasons`)."""
 
     def run(self) -> None:
         super().run()
@@ -323,7 +334,7 @@ class BuildPython(build_py):
 
 
 class CompileObjects(Command):
-    """Compiles the kernels alone; a build takes them from FUSED_KD_CUDA_OBJECTS."""
+    """The command cuda_objects: compiles the CUDA kernels alone, for FUSED_KD_CUDA_OBJECTS."""
 
     description = "compile the CUDA kernels into a folder, for FUSED_KD_CUDA_OBJECTS"
     user_options: ClassVar = [("output=", "o", "the folder")]
@@ -339,7 +350,10 @@ class CompileObjects(Command):
 
 
 def write_reasons(command: Command, reasons: dict[str, str]) -> None:
-    """Write why modules are missing, into the source folder or the one that is being built."""
+    """Print why modules are missing, and write it to their files in the package.
+
+    That is the source folder for a build in place or an editable install, else the build folder.
+    """
     in_source = getattr(command, "editable_mode", False) or getattr(command, "was_inplace", False)
     for name, reason in reasons.items():
         target = REASON_FILES[name]

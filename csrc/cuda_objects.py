@@ -24,14 +24,14 @@ HINT = "make gpu-objects compiles them"
 
 
 class Unusable(Exception):
-    """Raised if a folder lacks an object of the present sources; the message names the file."""
+    """The error for a folder that lacks an object of the present sources; its message names it."""
 
 
 class Objects(NamedTuple):
     """Objects that match the present sources."""
 
-    files: list[str]
-    architectures: str
+    files: list[str]  # paths
+    architectures: str  # that they were compiled for, as in TORCH_CUDA_ARCH_LIST
 
 
 def compile_all(folder: Path, spawn: Callable[[list[str]], object], jobs: int) -> None:
@@ -41,6 +41,10 @@ def compile_all(folder: Path, spawn: Callable[[list[str]], object], jobs: int) -
         folder: created if it does not exist.
         spawn: runs a command, and raises if it fails.
         jobs: number of files, and of architectures of a file, that are compiled at the same time.
+
+    Raises:
+        SystemExit: No nvcc was found.
+        RuntimeError: TORCH_CUDA_ARCH_LIST is malformed.
     """
     nvcc = cuda_toolkit.find_nvcc()
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,7 @@ def write_stamp(
 def find(
     folder: Path, sources: Sequence[str], flags: Sequence[str], cuda: str, architectures: str
 ) -> Objects:
-    """Return the objects of these sources.
+    """Return the paths of these sources' objects, and their architectures.
 
     Args:
         folder: the value of FUSED_KD_CUDA_OBJECTS.
@@ -119,12 +123,12 @@ def find(
     if stamp["nvcc"].split(".")[0] != cuda.split(".")[0]:
         raise Unusable(
             f"{VARIABLE}: {folder} was compiled by nvcc {stamp['nvcc']}; torch is built for "
-            f"CUDA {cuda}"
+            f"CUDA {cuda}: compile it again by an nvcc of that version"
         )
     if architectures and _items(architectures) != _items(stamp["architectures"]):
         raise Unusable(
             f"{VARIABLE}: {folder} was compiled for {stamp['architectures']}; "
-            f"TORCH_CUDA_ARCH_LIST is {architectures}"
+            f"TORCH_CUDA_ARCH_LIST is {architectures}: compile it again, or unset the variable"
         )
     files = []
     for source in sources:

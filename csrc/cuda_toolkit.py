@@ -19,7 +19,7 @@ def architectures() -> str:
 
 
 def find_nvcc() -> str:
-    """Return the compiler's path, without torch: from CUDA_HOME, PATH or the usual folder.
+    """Return the compiler's path: from CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda.
 
     Raises:
         SystemExit: No nvcc was found.
@@ -29,7 +29,10 @@ def find_nvcc() -> str:
         path = shutil.which("nvcc", path=folder)
         if path is not None:
             return path
-    raise SystemExit("no nvcc was found (CUDA_HOME, or on PATH)")
+    raise SystemExit(
+        "no nvcc was found in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda: install the CUDA "
+        "toolkit, or set CUDA_HOME to its folder"
+    )
 
 
 def version(nvcc: str) -> str:
@@ -72,7 +75,7 @@ def compile_command(nvcc: str, source: str, target: str, jobs: int) -> list[str]
 
 
 def library_folders(nvcc: str) -> list[str]:
-    """Return the library folders that nvcc passes to the linker."""
+    """Return the library folders that nvcc passes to the linker; [] if it prints none."""
     done = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True)
     line = next((x for x in done.stderr.splitlines() if "LIBRARIES=" in x), "")
     return re.findall(r"-L([^\s\"]+)", line)

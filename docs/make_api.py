@@ -40,7 +40,7 @@ def _public(owner: griffe.Object) -> list[griffe.Object]:
 
 
 def _entry(item: griffe.Object, owner: str = "") -> list[str]:
-    """Return heading, signature and sections of a class, function or method."""
+    """Return heading, signature and sections of a class, function or method, as Markdown."""
     fields = [x for x in item.attributes.values() if "property" not in x.labels]
     shown = [f"{x.name}: {x.annotation}" + (f" = {x.value}" if x.value else "") for x in fields]
     signature = item.signature() or f"{item.name}({', '.join(shown)})"
@@ -64,7 +64,7 @@ def _entry(item: griffe.Object, owner: str = "") -> list[str]:
 
 
 def _prose(text: str) -> str:
-    """Return reStructuredText as Markdown: an indented block is code."""
+    """Return reStructuredText as Markdown, with indented blocks as code."""
     blocks = re.split(r"\n\n(?=\S)|(?<=\S)\n\n(?=    )", text)
     return "\n\n".join(
         f"```\n{textwrap.dedent(x)}\n```" if x[0] == " " else _markdown(x) for x in blocks

@@ -3,9 +3,11 @@
 * A scalar loss (``mean``, ``sum``) computes its gradients in the forward, while it has the logits.
   The first backward takes them, scaled by the upstream gradient; a later one
   (``retain_graph=True``) recomputes them.
-* The backward computes the gradients in three cases: losses of single rows (``none``), whose
-  upstream gradients are known only then; float16, so that a loss scale enters before the rounding
-  (each engine decides: ``gradient_in_forward``); and batches of upstream gradients.
+* The backward computes them in three cases: each row has its own loss (``none``), whose upstream
+  gradients are known only then; the engine's ``gradient_in_forward`` is False (float16, so that a
+  loss scale enters before the rounding, and logits in a trace); the upstream gradients are a batch.
+
+hard, soft and stats are what :class:`fused_kd.engines.Engine` defines.
 """
 
 from __future__ import annotations
@@ -37,9 +39,14 @@ def differentiable_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, and the hard and the soft term of every row.
 
+    With ``settings.inplace`` the student's logits are overwritten by their gradient.
+
     Returns:
         The loss, differentiable by the student's tensors: 0-d, or (N,) for reduction "none". Then
-        H and S, (N,) each, unweighted and detached.
+        H and S = c(T)·D, (N,) each, unweighted and detached; 0 for a term that is off.
+
+    Raises:
+        ValueError: The memory_budget in `settings` does not hold one row.
     """
     has_gradient = torch.is_grad_enabled()
     states, weight, bias = student
@@ -62,7 +69,13 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, hard and soft; compute the gradients too, unless the backward must."""
+        """Return loss, hard and soft; compute the gradients too, unless the backward must.
+
+        Args:
+            ctx: the context that autograd passes to the backward.
+            arguments: the tensors of ``Inputs.flat()``, the Settings, and for each of the student's
+                three tensors whether its gradient is wanted.
+        """
         *tensors, settings, wanted = arguments
         inputs, engine = Inputs.of(tensors), engine_of(settings)
         forward_gradients: tuple[Tensor | None, ...] = ()
@@ -88,7 +101,11 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        """Return a gradient or None for each input: from the forward, or computed now."""
+        """Return a gradient or None for each input: from the forward, or computed now.
+
+        Raises:
+            RuntimeError: As _take_gradients, _saved and refuse_double_backward.
+        """
         scale, settings = upstream[0], ctx.settings
         if scale is None:
             return (None,) * _INPUTS
@@ -118,7 +135,7 @@ class Loss(torch.autograd.Function):
 
 
 class HandOver:
-    """Holds the forward's gradients until the first backward takes them.
+    """A holder of the forward's gradients, until the first backward takes them.
 
     Two threads may run the backward of one graph, and operators release the GIL. ``list.pop`` is
     atomic, so exactly one of them gets the gradients. The object drops its reference then: kept
@@ -140,7 +157,10 @@ class HandOver:
 
 
 def _take_gradients(ctx: Any, scale: Tensor) -> Any:
-    """Return the forward's gradients; () if there are none or they are taken, None in a trace.
+    """Return the forward's gradients, once.
+
+    () if there are none, an earlier backward took them, or the upstream gradient `scale` is a
+    batch; None in a trace, in which they are among the saved tensors.
 
     Raises:
         RuntimeError: With ``inplace=True``, a second backward or a batch of upstream gradients.
@@ -163,7 +183,7 @@ def _take_gradients(ctx: Any, scale: Tensor) -> Any:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Return True for a batched tensor of ``is_grads_batched=True`` or ``torch.vmap``."""
+    """Return True for a batch, made by ``is_grads_batched=True`` or vmap; False in a trace."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -187,7 +207,7 @@ def _weighted(
 
 
 def _scaled_weights(w: Tensor | None, upstream: Tensor) -> Tensor | None:
-    """Return w·upstream; 0 for a weight of 0, even if upstream is not finite."""
+    """Return w·upstream, 0 for a weight of 0 even if upstream is not finite; None stays None."""
     return None if w is None else torch.where(w != 0, w * upstream, 0.0)
 
 
@@ -212,7 +232,7 @@ def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def _saved(ctx: Any) -> tuple[list[Any], Any, tuple[Any, ...]]:
-    """Return the input tensors, the row statistics, and in a trace the forward's gradients.
+    """Return the tensors of Inputs, the stats, and in a trace the forward's gradients (else ()).
 
     Raises:
         RuntimeError: A saved tensor was written to; the message names `inplace` if that is set.
@@ -243,7 +263,7 @@ _TWICE = (
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes the gradient through, and raises when it is differentiated.
+    """The identity of a gradient, which raises when it is differentiated.
 
     It takes the differentiable inputs of the loss, so that autograd reaches it regardless of what
     the gradient depends on: ``once_differentiable`` alone was seen to drop the term silently.
@@ -264,6 +284,9 @@ def refuse_double_backward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
     """Return `gradient` such that differentiating it by any of `inputs` raises RuntimeError.
 
     In a trace, and without ``create_graph=True``, it is returned unchanged.
+
+    Raises:
+        RuntimeError: The gradient is a batch, and ``create_graph=True``.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient

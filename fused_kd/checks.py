@@ -1,6 +1,8 @@
 """Every check of a user's tensors, and its message. No tensor is written before all have passed.
 
-A message states the argument, what was expected, what was passed and what to do. Checks that read
+A message states the argument, what was expected, what was passed and what to do; an argument `name`
+is what it calls the tensor. A function `_check_*` raises TypeError for a wrong type or dtype, and
+ValueError for a wrong value, shape, device or layout. Checks that read
 *values* (the range of a label, the sign of a weight) run only for plain CPU tensors outside a
 compiler's trace. On a GPU they would synchronise; FUSED_KD_DEBUG=1 allows that.
 """
@@ -14,7 +16,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .options import LARGEST, SMALLEST, KDOptions, check_count
+from .options import BOUNDS, LARGEST, SMALLEST, KDOptions, check_count
 from .rows import LABEL_DTYPES, are_rows, writes_in_place
 from .sides import Head, Side, autocast_dtype, row_count, row_shape, rows_tensor, vocabulary
 
@@ -42,12 +44,12 @@ def check_call(
     student: Side,
     teacher: Side | None,
     labels: Tensor | None,  # (...), int64
-    kept: Tensor | None,  # (...), bool: labels that are not ignore_index
+    kept: Tensor | None,  # (...), bool: labels that are not ignore_index; None without labels
     token_weight: Tensor | None,  # (...)
     num_items: float | Tensor | None,
     kept_rows: int | None,
 ) -> None:
-    """Check all arguments of :func:`fused_kd.kd_loss`.
+    """Check all arguments of :func:`fused_kd.kd_loss`, the labels as labels_and_kept returns them.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -89,6 +91,8 @@ def _check_side(name: str, side: object) -> None:
         got = type(side).__name__
         if isinstance(side, (tuple, list)):
             got = f"a plain {got}: pass Head(hidden, weight, bias=None, scale=1.0)"
+        elif hasattr(side, "logits"):  # the output of a Hugging Face model
+            got = f"{got}: pass its logits (output.logits)"
         raise TypeError(f"{name} must be a torch.Tensor of logits or a fused_kd.Head; got {got}")
     check_floating(name, side)
     if side.dim() == 0:
@@ -106,7 +110,10 @@ def _check_head(name: str, head: Head) -> None:
     for part, x in parts.items():
         check_floating(f"{name}.{part}", x)
         if x.device.type == "meta":
-            raise TypeError(f"{name}.{part} must have values; got a tensor on the meta device")
+            raise TypeError(
+                f"{name}.{part} must have values; got a tensor on the meta device: load the "
+                "model's weights before the call"
+            )
     if hidden.dim() == 0:
         raise ValueError(f"{name}.hidden must have shape (..., H); got 0 dimensions")
     if weight.dim() != 2 or 0 in weight.shape:
@@ -139,8 +146,7 @@ def _check_head(name: str, head: Head) -> None:
         )
     if not SMALLEST <= abs(head.scale) <= LARGEST:
         raise ValueError(
-            f"{name}.scale must not be 0 and must be finite, from {SMALLEST:.0e} to {LARGEST:.0e} "
-            f"in size; got {head.scale}"
+            f"{name}.scale must not be 0 and must be finite, with a size {BOUNDS}; got {head.scale}"
         )
     if head.softcap is not None:
         raise ValueError(
@@ -173,7 +179,8 @@ def _check_teacher(
     if row_shape(teacher) != rows:
         raise ValueError(
             f"{_rows_name('teacher', teacher)} must have the leading shape of "
-            f"{_rows_name('student', student)}, {tuple(rows)}; got {tuple(row_shape(teacher))}"
+            f"{_rows_name('student', student)}, {tuple(rows)}; got {tuple(row_shape(teacher))}: "
+            "run both models on the same tokens"
         )
     _check_on_device_of("teacher", rows_tensor(teacher), student)
     if isinstance(teacher, Head):
@@ -223,7 +230,7 @@ def _check_chunk_options(
 
 
 def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
-    """Check grad_accum_dtype: float32, or the dtype of the student's weight.
+    """Check grad_accum_dtype: float32, or `weight`, the dtype of the student's weight.
 
     Raises:
         ValueError: It is another dtype.
@@ -236,7 +243,7 @@ def check_accumulation(dtype: torch.dtype, weight: torch.dtype) -> None:
 
 
 def _check_kept_rows(kept_rows: int, student: Side, kept: Tensor | None) -> None:
-    """Check kept_rows; on the CPU also against the number of rows that are not ignored."""
+    """Check kept_rows, also against the number of rows that are not ignored if it can be read."""
     check_count("kept_rows", kept_rows, least=0)
     if kept is None:
         number = row_count(row_shape(student))
@@ -252,10 +259,10 @@ def _check_kept_rows(kept_rows: int, student: Side, kept: Tensor | None) -> None
 
 
 def check_floating(name: str, tensor: Tensor | None) -> None:
-    """Check that an argument is a dense tensor of one of LOGIT_DTYPES; messages use `name`.
+    """Check that an argument is a dense, local tensor of one of LOGIT_DTYPES.
 
     Raises:
-        TypeError: The type, layout or dtype is another.
+        TypeError: The type, layout or dtype is another, or it is a DTensor.
     """
     check_dense(name, tensor)
     assert tensor is not None
@@ -288,13 +295,16 @@ def _check_labels(
         return
     check_dense("labels", labels)
     if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels must be an integer tensor of class indices; got {labels.dtype}")
+        raise TypeError(
+            f"labels must be an integer tensor of class indices; got {labels.dtype}: for class "
+            "indices pass labels.long()"
+        )
     _check_row_shape("labels", labels, student, rows)
     _check_on_device_of("labels", labels, student)
 
 
 def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: int) -> None:
-    """Check that every kept label is in [0, size), if values may be read."""
+    """Check that every kept label is in [0, size), if values may be read (may_read_values)."""
     if labels.numel() == 0 or not may_read_values(labels):
         return
     low, high = torch.aminmax(torch.where(kept, labels, 0))
@@ -347,7 +357,8 @@ def _check_num_items(num_items: float | Tensor, reduction: str, student: Side) -
         if num_items.dim() != 0:
             raise ValueError(
                 "num_items must be a number or a 0-d tensor; got a tensor of shape "
-                f"{tuple(num_items.shape)}"
+                f"{tuple(num_items.shape)}: pass its sum, or the result of "
+                "fused_kd.integrations.loop.global_num_items()"
             )
         if num_items.device.type != "cpu":
             _check_on_device_of("num_items", num_items, student)
@@ -359,23 +370,21 @@ def _check_num_items(num_items: float | Tensor, reduction: str, student: Side) -
         if may_read_values(num_items):
             value = num_items.item()
             if not (value == 0 or SMALLEST <= value <= LARGEST):
-                raise ValueError(
-                    f"num_items must be 0 or in [{SMALLEST:.0e}, {LARGEST:.0e}]; got {value}"
-                )
+                raise ValueError(f"num_items must be 0 or {BOUNDS}; got {value}")
     elif not isinstance(num_items, (int, float, Real)) or isinstance(num_items, bool):
         raise TypeError(
             f"num_items must be a number or a 0-d tensor; got {type(num_items).__name__}"
         )
     elif not SMALLEST <= num_items <= LARGEST:
-        bounds = f", in [{SMALLEST:.0e}, {LARGEST:.0e}]" if 0 < num_items < math.inf else ""
-        raise ValueError(f"num_items must be positive and finite{bounds}; got {num_items}")
+        expected = BOUNDS if 0 < num_items < math.inf else "positive and finite"
+        raise ValueError(f"num_items must be {expected}; got {num_items}")
 
 
 # ------------------------------------------------------------------------------------- in place
 
 
 def _check_inplace(student: Tensor, teacher: Side | None) -> None:
-    """Check that the memory of the student's logits may be overwritten by the gradient."""
+    """Check that the student's logits may be overwritten, and do not overlap the teacher."""
     if student._is_view() and torch._C._autograd._get_creation_meta(student) != WRITABLE_VIEW:
         raise ValueError(
             "inplace=True needs student logits that autograd lets be written to; got a view made "
@@ -417,7 +426,7 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
     if shares:
         raise ValueError(
             "inplace=True needs a teacher in its own memory, or exactly that of the student's "
-            "logits; got two that partly share it: clone one"
+            "logits; got two that partly share it: pass inplace=False, or clone one"
         )
 
 
@@ -425,20 +434,21 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
 
 
 def may_read_values(tensor: Tensor) -> bool:
-    """Return True if values exist and are on the CPU, or FUSED_KD_DEBUG=1 allows a synchronisation.
+    """Return True if values exist, and are on the CPU or FUSED_KD_DEBUG=1 allows to synchronise.
 
-    They do not in a compiler's trace, in a fake tensor and on the meta device.
+    No values exist in a compiler's trace, in a fake tensor and on the meta device. Those of
+    subclasses other than Parameter and Buffer are not read.
     """
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)  # a fake tensor has no values
+        and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
         and tensor.device.type != "meta"
         and (tensor.device.type == "cpu" or os.environ.get("FUSED_KD_DEBUG") == "1")
     )
 
 
 def check_dense(name: str, tensor: Tensor | None) -> None:
-    """Check that an argument is a local, strided tensor; messages use `name`.
+    """Check that an argument is a local, strided tensor.
 
     Raises:
         TypeError: It is not a tensor, or it is sparse, nested, quantised or a DTensor.
@@ -446,10 +456,12 @@ def check_dense(name: str, tensor: Tensor | None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = f"layout {tensor.layout}"
-        if tensor.is_nested or tensor.is_quantized:
-            kind = "a nested tensor" if tensor.is_nested else "a quantised tensor"
-        raise TypeError(f"{name} must be a dense, unquantised tensor; got {kind}")
+        got = f"layout {tensor.layout}: pass its to_dense()"
+        if tensor.is_nested:
+            got = "a nested tensor: pad it"
+        elif tensor.is_quantized:
+            got = "a quantised tensor: pass its dequantize()"
+        raise TypeError(f"{name} must be a dense, unquantised tensor; got {got}")
     if type(tensor) is not Tensor and hasattr(tensor, "device_mesh"):
         raise TypeError(
             f"{name} must be a local tensor; got a DTensor: call the loss inside the forward of "
@@ -480,9 +492,9 @@ def _check_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Return True if two entries may share memory.
+    """Return True if two entries of the tensor may share memory.
 
-    They may if a stride is smaller than the span of all dimensions with smaller strides.
+    That is if a stride is smaller than the span of all dimensions with smaller strides.
     """
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -500,7 +512,7 @@ def _is_same_memory(student: Tensor, teacher: Tensor) -> bool:
 
 
 def _share_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if the address ranges of both overlap."""
+    """Return True if both have memory and their address ranges overlap."""
     if not (_has_memory(student) and _has_memory(teacher)):
         return False
     (a, end_a), (b, end_b) = _span(student), _span(teacher)

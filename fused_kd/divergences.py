@@ -5,9 +5,10 @@ An entry of TABLE is all that Python needs of a divergence. The kernels have one
 divergence it is.
 
 Notation, for one row: s and t are the logits of student and teacher, T the temperature;
-p = softmax(s/T), q = softmax(t/T). A formula takes logits (N, V), float32 or float64, and a 0-d
-temperature; it returns D and T·∂D/∂s of every row, and follows the rules of
-:mod:`fused_kd.backends.reference` for infinite logits.
+p = softmax(s/T), q = softmax(t/T). A formula takes logits (N, V), float32 or float64, a 0-d
+temperature and β, which only divergences with `needs_beta` read. It returns D and T·∂D/∂s of every
+row, and follows the rules of :mod:`fused_kd.backends.reference` for logits of -inf. Rows that are
+NaN by these rules are left to its caller.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from torch import Tensor
 
 
 class Term(NamedTuple):
-    """One term of the loss for every row."""
+    """A divergence D, or a term of the loss (H or S = c(T)·D), of every row."""
 
     value: Tensor  # (N,)
-    gradient: Tensor  # (N, V), with respect to the student's logits
+    gradient: Tensor  # (N, V); of a divergence T·∂D/∂s, of a term its gradient by s
 
 
 class Pair(NamedTuple):
@@ -33,7 +34,7 @@ class Pair(NamedTuple):
 
     p: Tensor  # (N, V) student's probabilities
     q: Tensor  # (N, V) teacher's probabilities
-    log_p_over_q: Tensor  # (N, V) finite if both logits are; 0 at absent entries
+    log_p_over_q: Tensor  # (N, V) finite if both logits are; 0 if both are -inf
     only_student_absent: Tensor  # (N, V) bool: s = -inf while t is not
     only_teacher_absent: Tensor  # (N, V) bool: t = -inf while s is not
 
@@ -42,9 +43,9 @@ class Pair(NamedTuple):
 
 
 def forward_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = Σ q·log(q/p) and p_v - q_v.
+    """Return D = Σ q·log(q/p) and T·∂D/∂s_v = p_v - q_v.
 
-    D is infinite if an entry is -inf for the student alone.
+    D is infinite, and the gradient finite, if an entry is -inf for the student alone.
     """
     row = soften(s, t, temperature)
     value = (-_weighted(row.q, row.log_p_over_q)).sum(1)
@@ -53,7 +54,7 @@ def forward_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 def reverse_kl(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = Σ p·log(p/q) and p_v·(log(p_v/q_v) - D).
+    """Return D = Σ p·log(p/q) and T·∂D/∂s_v = p_v·(log(p_v/q_v) - D).
 
     D is infinite, and the row's gradient NaN, if an entry is -inf for the teacher alone.
     """
@@ -84,7 +85,7 @@ def jsd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 def tvd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = ½·Σ|p-q|, always finite, and ½·p_v·(sgn(p_v-q_v) - Σ p·sgn(p-q))."""
+    """Return D = ½·Σ|p-q|, always finite, and T·∂D/∂s_v = ½·p_v·(sgn(p_v-q_v) - Σ p·sgn(p-q))."""
     row = soften(s, t, temperature)
     difference = row.p - row.q
     sign = difference.sign()
@@ -93,9 +94,10 @@ def tvd(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
 
 
 def mse(s: Tensor, t: Tensor, temperature: Tensor, beta: float) -> Term:
-    """Return D = (1/V)·Σ (s_v-t_v)²/T², without softmax, and 2·(s_v-t_v)/(V·T).
+    """Return D = (1/V)·Σ (s_v-t_v)²/T², without softmax, and T·∂D/∂s_v = 2·(s_v-t_v)/(V·T).
 
-    V counts the present entries. D is infinite if an entry is -inf for one side alone.
+    V counts the entries that are not -inf on both sides. D is infinite, and the row's gradient NaN,
+    if an entry is -inf for one side alone.
     """
     no_student, no_teacher = s == -math.inf, t == -math.inf
     present = ~(no_student & no_teacher)
@@ -149,10 +151,10 @@ class Divergence(NamedTuple):
     """A divergence: its formulas and traits."""
 
     meaning: str  # D(q, p) as text, for the documentation
-    formula: Callable[[Tensor, Tensor, Tensor, float], Term]
-    eager: Callable[[Tensor, Tensor, float, float], Tensor]
-    needs_beta: bool = False  # β must be in (0, 1)
-    has_logarithm: bool = False  # the gradient contains log(p/q)
+    formula: Callable[[Tensor, Tensor, Tensor, float], Term]  # of s, t, T, β
+    eager: Callable[[Tensor, Tensor, float, float], Tensor]  # D (N,) of s, t, T, β; differentiable
+    needs_beta: bool = False  # β must be in (0, 1); the others ignore it
+    has_logarithm: bool = False  # the gradient contains log(p/q) or log(p/m)
     has_sign: bool = False  # the gradient contains the sign of p - q
 
 
@@ -211,7 +213,7 @@ def _weighted(probability: Tensor, x: Tensor) -> Tensor:
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """Return x with 0 at entries whose mask is False, even for NaN and infinity."""
+    """Return x, with 0 for entries whose mask (bool) is False, even for NaN and infinity."""
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -219,9 +221,9 @@ def spoil_rows(term: Term, rows: Tensor, value: float = math.nan) -> Term:
     """Return the term with some rows replaced: their value by `value`, their gradient by NaN.
 
     Args:
-        term: the values and gradients.
-        rows: bool (N,): the rows to replace.
-        value: a number.
+        term: the values and gradients; not modified.
+        rows: bool (N,), True for the rows to replace.
+        value: their new value.
     """
     gradient = term.gradient.masked_fill(rows[:, None], math.nan)
     return Term(term.value.masked_fill(rows, value), gradient)

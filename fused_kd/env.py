@@ -38,7 +38,10 @@ VARIABLES = (
 
 
 def report() -> dict[str, Any]:
-    """Return the report as a dict of JSON-serialisable values, one entry per section."""
+    """Return the report as a dict of JSON-serialisable values, one entry per section.
+
+    A value that cannot be read is the text of the exception.
+    """
     return {
         "versions": {
             "fused_kd": _probe(lambda: importlib.import_module("fused_kd").__version__),
@@ -104,7 +107,7 @@ def _compiled_module(name: str) -> Any:
 
 
 def _refused_backend() -> str | None:
-    """Return why every call raises for this FUSED_KD_BACKEND; None if the value is valid."""
+    """Return why every call raises for this FUSED_KD_BACKEND; None if it is not set or can run."""
     name = os.environ.get("FUSED_KD_BACKEND") or "auto"
     known = importlib.import_module("fused_kd.options").BACKENDS
     if name not in ("auto", *known):
@@ -116,7 +119,7 @@ def _refused_backend() -> str | None:
 
 
 def _refused_instruction_set() -> str | None:
-    """Return why the cpu backend raises for this FUSED_KD_CPU; None if the value is valid."""
+    """Return why the cpu backend raises for this FUSED_KD_CPU; None if it does not."""
     try:
         importlib.import_module("fused_kd.extension").cpu.build_info()
     except RuntimeError as error:
@@ -152,7 +155,11 @@ def _lines(sections: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; return the exit status, 0."""
+    """Print the report; return the exit status, 0. Exit with 2 for wrong arguments.
+
+    Args:
+        arguments: of the command line; None: those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m fused_kd.env", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)

@@ -45,7 +45,8 @@ class Compiled:
         """Return the build's versions and instruction sets as a dict; None without the module.
 
         Raises:
-            RuntimeError: FUSED_KD_CPU names an instruction set that this processor lacks.
+            RuntimeError: FUSED_KD_CPU names an unknown instruction set, or one that this processor
+                lacks.
         """
         module = self.load()
         return None if module is None else module.build_info()

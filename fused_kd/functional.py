@@ -21,8 +21,8 @@ class KDLossParts(NamedTuple):
     """The result with ``return_parts=True``: loss = hard_weight·hard + soft_weight·soft."""
 
     loss: Tensor  # 0-d, or shaped like the labels for reduction "none"; differentiable
-    hard: Tensor  # H, reduced like the loss; detached
-    soft: Tensor  # c(T)·D, reduced like the loss; detached
+    hard: Tensor  # H, reduced like the loss; detached; 0 if hard_weight is 0
+    soft: Tensor  # c(T)·D, reduced like the loss; detached; 0 if soft_weight is 0
 
 
 @overload
@@ -141,11 +141,11 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
             raises on a CPU, and makes its row NaN on a GPU (FUSED_KD_DEBUG=1 raises there too, at
             the cost of a synchronisation).
         {keywords}
-        token_weight: (...), a weight w ≥ 0 for each row, bool, int or float, without grad.
-        num_items: the denominator of reduction "mean": a number > 0 or a 0-d tensor. For gradient
-            accumulation, the number of kept tokens of the whole batch.
-        kept_rows: an upper bound of the rows that are not ignored, if a side is a Head. If there
-            are more, the loss is NaN (on the CPU: a ValueError).
+        token_weight: (...), a weight w ≥ 0 for each row, bool, int or float, without grad. None: 1.
+        num_items: the denominator of reduction "mean": a number > 0 or a 0-d tensor. None: Σ w. For
+            gradient accumulation, the number of kept tokens of the whole batch.
+        kept_rows: an upper bound of the rows that are not ignored, if a side is a Head; None: not
+            known. If there are more, the loss is NaN (on the CPU: a ValueError).
 
     Returns:
         The loss, float32 (float64 if a side is float64): 0-d, or shaped like the labels for
@@ -200,7 +200,7 @@ def _arithmetic_dtype(student: Side, teacher: Side | None) -> torch.dtype:
 
 
 def _detached(teacher: Tensors) -> Tensors:
-    """Detach a teacher's head, whose parameters may require grad; return logits unchanged."""
+    """Detach a teacher's head, whose parameters may require grad; return anything else as it is."""
     states, weight, bias = teacher
     if weight is None:
         return teacher  # logits: the checks have refused those with grad
@@ -212,11 +212,11 @@ def _returned(
     loss: Tensor,  # 0-d, or (N,) for "none"
     hard: Tensor,  # (N,)
     soft: Tensor,  # (N,)
-    w: Tensor,  # (N,)
+    w: Tensor,  # (N,), Weights.row
     options: KDOptions,
     shape: torch.Size,  # of the labels
 ) -> Tensor | KDLossParts:
-    """Return the loss in the caller's shape; with ``return_parts``, also both reduced terms."""
+    """Return the loss in the caller's shape; with ``return_parts``, also hard and soft, reduced."""
     per_row = options.reduction == "none"
     loss = loss.view(shape) if per_row else loss
     if not options.return_parts:

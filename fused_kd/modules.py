@@ -22,7 +22,7 @@ from .options import (
 from .presets import keywords as preset
 from .sides import Side
 
-#: Always shown by repr; the other options only where they differ from the default.
+#: Always shown by repr; the other options only if they differ from the default.
 _ALWAYS_SHOWN = ("temperature", "hard_weight", "soft_weight", "divergence", "backend")
 _KEYWORDS = frozenset(NAMES)
 
@@ -100,14 +100,17 @@ class KDLoss(nn.Module):
         """Check and set a keyword; any other name is set as in nn.Module.
 
         Raises:
-            TypeError: The value of a keyword has the wrong type.
+            TypeError: The value of a keyword, or of `options`, has the wrong type.
             ValueError: The value of a keyword is outside its range, or excludes another.
             AttributeError: The name is no attribute of the loss but close to a keyword's.
         """
         if name in _KEYWORDS:
             name, value = "options", dataclasses.replace(self.options, **{name: value})
         elif name == "options" and not isinstance(value, KDOptions):
-            raise TypeError(f"options must be a KDOptions; got {type(value).__name__}")
+            raise TypeError(
+                f"options must be a KDOptions; got {type(value).__name__}: set the keywords "
+                "themselves, as in loss.temperature = 2.0"
+            )
         else:
             self._refuse_misspelt(name)
         super().__setattr__(name, value)

@@ -2,7 +2,8 @@
 
 Calling ``torch.ops.fused_kd.*`` directly is not differentiable; :mod:`fused_kd.autograd` makes the
 loss so. Shapes: student, teacher ``(B, S, V)`` with last stride 1 and N = B*S rows; labels, w_hard,
-w_soft ``(N,)`` (None: the term is off; a weight of 0: off in that row); stats ``(N, STATS)``.
+w_soft ``(N,)`` (None: the term is off; a weight of 0: off in that row). Results: the unweighted
+losses hard and soft ``(N,)``, and stats ``(N, STATS)`` for a later backward.
 
 Every operator exists once for the compiled kernels (CPU and CUDA) and once, with the prefix
 ``triton_``, for the Triton ones: two implementations cannot share the CUDA dispatch key.
@@ -61,9 +62,10 @@ def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:
     # temperature, the only float64 tensor, is on the CPU
     tensors = [x for x in (student, teacher, *rest) if isinstance(x, Tensor)]
     devices = {str(x.device) for x in tensors if x.dtype != torch.float64}
+    doubles = {x.device.type for x in tensors if x.dtype == torch.float64}
     torch._check(
-        all(x.device.type == "cpu" for x in tensors if x.dtype == torch.float64),
-        lambda: "temperature must be on the CPU; got one on another device: pass .cpu()",
+        doubles <= {"cpu"},
+        lambda: f"temperature must be on the CPU; got float64 on {' and '.join(sorted(doubles))}",
     )
     torch._check(
         len(devices) == 1,
@@ -128,7 +130,9 @@ def _fake_rescale_(student, teacher, *rest):  # type: ignore[no-untyped-def]
 
 
 def _fake_scale_(grad, factor):  # type: ignore[no-untyped-def]
-    torch._check(factor.numel() == 1, lambda: f"factor must be one number; got {factor.numel()}")
+    torch._check(
+        factor.numel() == 1, lambda: f"factor must have one entry; got shape {tuple(factor.shape)}"
+    )
 
 
 _FAKES = {
@@ -148,11 +152,11 @@ for _prefix in PREFIXES:
 
 @torch.library.register_fake("fused_kd::product_")
 def _fake_product_(out, a, b, bias, *rest):  # type: ignore[no-untyped-def]
-    for name, x in (("out", out), ("a", a), ("b", b)):
-        torch._check(x.dim() == 2, lambda: f"{name} must be a matrix; got {x.dim()} dimensions")  # noqa: B023  # called at once
-    (m, k), (rows, n) = a.shape, b.shape
-    torch._check(k == rows, lambda: f"b must have a row for each column of a, {k}; got {rows}")
-    torch._check(
-        out.shape[0] == m and out.shape[1] == n,
-        lambda: f"out must be ({m}, {n}); got {tuple(out.shape)}",
-    )
+    def message() -> str:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (out, a, b))
+        return f"out (M, N), a (M, K) and b (K, N) must be matrices that fit; got {shapes}"
+
+    torch._check(a.dim() == b.dim() == out.dim() == 2, message)
+    torch._check(a.shape[1] == b.shape[0], message)
+    torch._check(out.shape[0] == a.shape[0], message)
+    torch._check(out.shape[1] == b.shape[1], message)

@@ -25,6 +25,8 @@ from .sides import Head
 
 #: Bounds of a temperature or denominator: its square and its inverse stay normal in float32.
 SMALLEST, LARGEST = 2.0**-60, 2.0**60
+#: The same for messages.
+BOUNDS = "in [2**-60, 2**60] (about 1e-18 to 1e18)"
 REDUCTIONS = ("mean", "sum", "none")
 SOFT_SCALES = ("t2", "none")
 #: All backends; "auto" chooses one of them.
@@ -34,11 +36,16 @@ MIB = 2**20
 
 
 # ------------------------------------------------------------------------------ types and ranges
-# A check returns the value, numbers converted to float, or raises.
+# A check takes the name of a keyword, for messages, and its value. It returns the value, numbers as
+# float, or raises TypeError for a wrong type and ValueError for a wrong value.
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return a Python number as a float.
+    """Return a Python number, which may be infinite or NaN, as a float.
+
+    Args:
+        name: the argument's name, for messages.
+        value: the argument.
 
     Raises:
         TypeError: The value is not a number, or a bool.
@@ -47,7 +54,8 @@ def real_number(name: str, value: Any) -> float:
     if isinstance(value, float):
         return value
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a Python number; got {type(value).__name__}")
+        hint = ": pass its .item()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a Python number; got {type(value).__name__}{hint}")
     try:
         return float(value)
     except OverflowError:
@@ -57,16 +65,17 @@ def real_number(name: str, value: Any) -> float:
 def _temperature(name: str, value: Any) -> float:
     number = real_number(name, value)
     if not SMALLEST <= number <= LARGEST:
-        bounds = f", in [{SMALLEST:.0e}, {LARGEST:.0e}]" if 0 < number < math.inf else ""
-        raise ValueError(f"{name} must be positive and finite{bounds}; got {number}")
+        expected = BOUNDS if 0 < number < math.inf else "positive and finite"
+        raise ValueError(f"{name} must be {expected}; got {number}")
     return number
 
 
 def _weight(name: str, value: Any) -> float:
     number = real_number(name, value)
     if not (number == 0.0 or 2.0**-126 <= number <= LARGEST):  # a float32 that is not 0
-        bounds = f" (0 or in [1e-38, {LARGEST:.0e}])" if 0 < number < math.inf else ""
-        raise ValueError(f"{name} must be at least 0 and finite{bounds}; got {number}")
+        bounds = "0 or in [2**-126, 2**60] (about 1e-38 to 1e18)"
+        expected = bounds if 0 < number < math.inf else "at least 0 and finite"
+        raise ValueError(f"{name} must be {expected}; got {number}")
     return number
 
 
@@ -99,6 +108,8 @@ def _dtype(name: str, value: Any) -> Any:
 
 def check_count(name: str, value: Any, least: int = 1) -> Any:
     """Return `value`, which must be None or a 64-bit int of at least `least`.
+
+    A trace's SymInt is not checked. Messages call the argument `name`.
 
     Raises:
         TypeError: The value is not an int.
@@ -225,7 +236,7 @@ class KDOptions:
         return self.temperature * self.temperature if self.soft_scale == "t2" else 1.0
 
     def __post_init__(self) -> None:
-        """Check every keyword, then the pairs that exclude each other."""
+        """Check every keyword, convert numbers to float, check pairs that exclude each other."""
         for name, check in _CHECKS.items():
             value = getattr(self, name)
             if value is _FIELDS[name].default and not torch.compiler.is_compiling():
@@ -278,7 +289,7 @@ OF_A_CALL = ("token_weight", "num_items", "kept_rows")
 
 
 def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
-    """Return the options of a caller's keywords; messages name `function`.
+    """Return the options of a caller's keywords; messages call the caller `function`.
 
     Raises:
         TypeError: A keyword is unknown, or a value has the wrong type.
@@ -286,7 +297,7 @@ def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
     """
     for name in keywords:
         if name not in _CHECKS:
-            hint = did_you_mean(name, (*NAMES, *OF_A_CALL))
+            hint = did_you_mean(name, (*NAMES, *OF_A_CALL)) or f": help({function}) lists all"
             if name in OF_A_CALL:
                 hint = ": it belongs to the call, with the student and the teacher"
             elif name in Head._fields:
@@ -296,7 +307,10 @@ def options_of(function: str, keywords: Mapping[str, Any]) -> KDOptions:
 
 
 def did_you_mean(name: str, known: tuple[str, ...] = NAMES, cutoff: float = 0.6) -> str:
-    """Return ": did you mean ...?" with the most similar known name, or an empty string."""
+    """Return ": did you mean ...?" with the most similar known name.
+
+    Empty if the similarity of all, from 0 to 1, is below `cutoff`.
+    """
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f": did you mean {near[0]!r}?" if near else ""
 
@@ -305,7 +319,7 @@ def did_you_mean(name: str, known: tuple[str, ...] = NAMES, cutoff: float = 0.6)
 
 
 class Formula(NamedTuple):
-    """The options of a row kernel."""
+    """The options of a row kernel, as in :class:`KDOptions`."""
 
     divergence: str
     temperature: Tensor  # 0-d CPU float64, since a compiler would specialise on a number
@@ -314,7 +328,7 @@ class Formula(NamedTuple):
     label_smoothing: float
 
     def soft_factor(self) -> Tensor:
-        """Return c(T), by which the divergence is multiplied."""
+        """Return c(T), by which the divergence is multiplied, as a 0-d CPU float64 tensor."""
         t = self.temperature
         return t * t if self.soft_scale == "t2" else torch.ones_like(t)
 
@@ -336,9 +350,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def shows_keywords(function: _Function) -> _Function:
-    """Add the fields of KDOptions to a function's signature, and to its docstring.
+    """Replace ``**keywords`` in a function's shown signature, and ``{keywords}`` in its docstring.
 
-    A decorator for functions that take ``**keywords``.
+    A decorator: both show the fields of KDOptions; the function is modified and returned.
     """
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     explicit = inspect.signature(function).parameters

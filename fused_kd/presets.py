@@ -49,6 +49,8 @@ CONVENTIONS = {  # comment: the framework's own entry point
 def keywords(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return a framework's keywords of KDLoss, overridden by those of the caller.
 
+    A caller's `beta` has the framework's meaning, and is translated to that of KDLoss.
+
     Args:
         name: a key of CONVENTIONS.
         overrides: the caller's keywords of KDLoss, not checked here.
@@ -58,7 +60,10 @@ def keywords(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(name, str) or name not in CONVENTIONS:
         known = ", ".join(repr(key) for key in CONVENTIONS)
-        sparse = " (axolotl's teacher is top-k log-probabilities, not logits)"
+        sparse = (
+            ", whose teacher is top-k log-probabilities, not logits: use "
+            "fused_kd.integrations.axolotl"
+        )
         raise ValueError(
             f"name must be one of {known}; got {name!r}{sparse if name == 'axolotl' else ''}"
         )

@@ -17,7 +17,7 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Weights(NamedTuple):
     """The weight of each row, (N,); 0 if the row is ignored."""
 
-    row: Tensor  # in the reduced loss: token_weight over the denominator
+    row: Tensor  # in the reduced loss: token_weight or 1, for "mean" over the denominator
     hard: Tensor | None  # row · hard_weight; None: the term is off
     soft: Tensor | None  # row · soft_weight; None: the term is off
 
@@ -28,9 +28,9 @@ class Weights(NamedTuple):
 def labels_and_kept(labels: Any, options: KDOptions) -> tuple[Any, Tensor | None]:
     """Return the labels as int64, and a mask (...) of those that are not ignore_index.
 
-    int64 before the comparison, since ignore_index may not fit a narrower type. Without labels the
-    mask is None. Anything but a dense tensor of integers is returned unchanged, for the checks to
-    refuse.
+    int64 before the comparison, since ignore_index may not fit a narrower type. None, and what is
+    not a dense tensor of integers (the checks refuse it later), is returned unchanged with a mask
+    of None.
     """
     if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
         return labels, None
@@ -41,7 +41,7 @@ def labels_and_kept(labels: Any, options: KDOptions) -> tuple[Any, Tensor | None
 
 
 def label_rows(labels: Tensor | None, options: KDOptions) -> Tensor | None:
-    """Return the labels as (N,), contiguous; None if there is no hard term."""
+    """Return int64 labels (...) as (N,), contiguous; None if there is no hard term."""
     if labels is None or options.hard_weight == 0.0:
         return None
     is_row = labels.dim() == 1 and labels.is_contiguous()
@@ -65,8 +65,10 @@ def row_weights(
         kept: the rows that are not ignored; None: all.
         token_weight: the caller's weights; None: 1.
         options: reduction and the weights of the terms.
-        num_items: the denominator of "mean"; None: the sum of the weights.
-        kept_rows: an upper bound of the rows in `kept`; if there are more, all weights are NaN.
+        num_items: the denominator of "mean"; None: the sum of the weights. If it is a tensor of 0,
+            or no row is kept, all weights are 0.
+        kept_rows: an upper bound of the rows in `kept`, or None. If there are more, all weights are
+            NaN; not compared if `kept` is None.
     """
     if token_weight is not None:
         w = token_weight.to(dtype)
@@ -87,6 +89,7 @@ def row_weights(
 
 
 def _over_denominator(w: Tensor, is_count: bool, num_items: float | Tensor | None) -> Tensor:
+    """Return w over num_items, None: over Σ w; 0 for a tensor of 0. is_count: w is 0 or 1."""
     if num_items is None and is_count:
         return w / w.sum().clamp_(min=1)
     # float64, since the sum of finite float32 weights may overflow
@@ -98,6 +101,7 @@ def _over_denominator(w: Tensor, is_count: bool, num_items: float | Tensor | Non
 
 
 def _term_weights(w: Tensor, options: KDOptions) -> Weights:
+    """Return w and its products with both weights; outside a trace they may be one tensor."""
     hard, soft = options.hard_weight, options.soft_weight
     if torch.compiler.is_compiling():  # no shortcuts: each would be a guard, and compile again
         w_hard = None if hard == 0.0 else w * hard
@@ -112,7 +116,11 @@ def _term_weights(w: Tensor, options: KDOptions) -> Weights:
 
 
 def writes_in_place(student: Side, options: KDOptions) -> bool:
-    """Return True if this call overwrites the student's logits: `inplace`, with gradients."""
+    """Return True if this call overwrites the student's logits by their gradient.
+
+    That needs `inplace`, enabled gradients, and non-empty logits that require grad; in a trace it
+    is False.
+    """
     return (
         options.inplace
         and torch.is_grad_enabled()
@@ -129,9 +137,9 @@ def logit_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Return both logits as (B, S, V) with the same B and S and a last stride of 1.
 
-    Three-dimensional logits are used without a copy. Fewer dimensions get leading dimensions of
-    size 1; more are folded into two. Logits are copied if they do not fold, or if their last stride
-    is not 1.
+    Fewer dimensions get leading dimensions of size 1; more are folded into two. Logits are copied
+    only if their last stride is not 1, or if more than three dimensions do not fold (the teacher's:
+    like the student's). A teacher of None stays None.
     """
     if student.stride(-1) != 1:
         student = _copy(student)
@@ -160,7 +168,7 @@ def logit_rows(
 
 
 def are_rows(logits: Tensor) -> bool:
-    """Return True if :func:`logit_rows` does not copy these logits."""
+    """Return True if :func:`logit_rows` does not copy these logits of a student."""
     return logits.stride(-1) == 1 and (logits.dim() <= 3 or bool(_foldable_splits(logits)))
 
 
@@ -170,7 +178,7 @@ def _copy(logits: Tensor) -> Tensor:
 
 
 def _foldable_splits(logits: Tensor) -> set[int]:
-    """Return every i such that dims [0, i) and dims [i, last) each fold into one dimension."""
+    """Return every i such that dims [0, i) and [i, last) each fold into one, without a copy."""
     shape, strides = logits.shape[:-1], logits.stride()[:-1]
     if logits.numel() == 0:
         return set(range(1, len(shape)))

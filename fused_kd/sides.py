@@ -22,7 +22,7 @@ class Head(NamedTuple):
             single row.
         weight: (V, H): the weight of the lm_head, or of a tied embedding; in the dtype of `hidden`,
             unless autocast is on.
-        bias: (V,), or None.
+        bias: (V,), of any of these dtypes; or None.
         scale: a factor of the logits, bias included; a Python number, not 0 (Cohere's
             ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: must be None; a soft-capped head is not supported yet.
@@ -41,18 +41,18 @@ class Head(NamedTuple):
         return self._replace(hidden=hidden, weight=weight, bias=bias)
 
     def rows(self, index: Any) -> Head:
-        """Return a head for the rows ``hidden[index]``, with the same weight and bias."""
+        """Return the same head with the hidden states ``hidden[index]``, any index of a tensor."""
         return self._replace(hidden=self.hidden[index])
 
 
 #: A side as a caller passes it.
 Side = Tensor | Head
-#: A side as the engines take it: logits and two None, or hidden states, weight and bias.
+#: A side as the engines take it: logits and two None; hidden states, weight and bias; three None.
 Tensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def tensors_of(side: Side | None) -> Tensors:
-    """Return logits, None, None; or hidden states, weight and bias of a Head."""
+    """Return logits, None, None; of a Head hidden states, weight and bias; of None three None."""
     if isinstance(side, Head):
         return side[:3]
     return side, None, None
@@ -82,19 +82,25 @@ def row_count(shape: torch.Size) -> int:
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 if any tensor is float64, else float32."""
+    """Return float64 if any tensor is float64, else float32; None is skipped."""
     is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if is_double else torch.float32
 
 
 def autocast_dtype(head: Head) -> torch.dtype | None:
-    """Return the autocast dtype of a head's products; None outside autocast and for float64."""
+    """Return the dtype that autocast rounds a head's hidden states and weight to.
+
+    None outside autocast, and if one of the two is float64.
+    """
     device = head.hidden.device.type
     if torch.float64 in (head.hidden.dtype, head.weight.dtype):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def product_dtype(head: Head) -> torch.dtype:
-    """Return the dtype of a head's product: autocast's, or that of the hidden states."""
+def operand_dtype(head: Head) -> torch.dtype:
+    """Return the dtype that a head's hidden states and weight are rounded to before the product.
+
+    It is autocast's, or that of the hidden states.
+    """
     return autocast_dtype(head) or head.hidden.dtype

@@ -28,7 +28,7 @@ METADATA = {
 
 
 def lay_out(folder: Path) -> None:
-    """Write the kernel's repository into a folder.
+    """Write the kernel's repository into a folder, which is created; other files in it stay.
 
     Raises:
         SystemExit: The folder has a build already, whose other files would fail the digest.
@@ -56,7 +56,10 @@ def lay_out(folder: Path) -> None:
 
 
 def _renamed(path: Path, text: str, identifier: str) -> bytes:
-    """Return a source file with relative imports, and operators in a namespace of their own."""
+    """Return a source file with relative imports, and its operators in the namespace `identifier`.
+
+    `path` is relative to the package.
+    """
     dots = "." * len(path.parts)
     for pattern, replacement in (
         (r"(?m)^from fused_kd\.?", f"from {dots}"),

@@ -32,7 +32,8 @@ ENVIRONMENT_VARIABLE = "FUSED_KD_BACKEND"
 class Backend(Protocol):
     """The functions of a backend module.
 
-    :mod:`.reference` documents their arguments and computes what they must return.
+    :mod:`.reference` documents their arguments, and computes what they must return. The others
+    raise RuntimeError for tensors that do not fit each other.
     """
 
     def why_not(self, device_type: str | None = None) -> str | None:
@@ -47,7 +48,11 @@ class Backend(Protocol):
         w_soft: Tensor | None,
         formula: Formula,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hard (N,) and soft (N,), unweighted, and the row statistics."""
+        """Return hard and soft of every row, (N,) each, and the statistics that `backward` takes.
+
+        The weights do not scale them: a weight of 0, or None for all rows, turns a term off, and
+        the loss is then 0.
+        """
 
     def backward(
         self,
@@ -60,7 +65,12 @@ class Backend(Protocol):
         formula: Formula,
         inplace: bool = False,
     ) -> Tensor:
-        """Return the gradient (B, S, V) from the logits and `forward`'s statistics."""
+        """Return the gradient (B, S, V) of Σ (w_hard·hard + w_soft·soft) by the student's logits.
+
+        `stats` are those of a forward with the same logits, labels and formula. The weights may be
+        other ones, but must be 0 for the rows that had 0 there. It has the student's dtype; with
+        `inplace` it overwrites the student, which is returned.
+        """
 
     def forward_backward(
         self,
@@ -73,7 +83,12 @@ class Backend(Protocol):
         inplace: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return hard, soft, statistics, and the gradient (B, S, V) of the weighted sum."""
+        """Return the results of `forward`, and the gradient of `backward`.
+
+        The gradient is `out` if that is set (of the student's dtype, or 16-bit for a float32
+        student), the overwritten student with `inplace`, else a new tensor. Raises ValueError if
+        both are set.
+        """
 
     def rescale(
         self,
@@ -87,13 +102,13 @@ class Backend(Protocol):
         stats: Tensor,
         formula: Formula,
     ) -> None:
-        """Overwrite a gradient of `forward_backward` by `scale` (0-d) times it, rounded once.
+        """Overwrite the gradient that `forward_backward` returned by `scale` (0-d) times it.
 
-        The other arguments are those of that call, and its statistics.
+        It is rounded once in all. The other arguments are those of that call, and its statistics.
         """
 
     def multiply(self, grad: Tensor, scale: Tensor) -> None:
-        """Multiply a gradient by a 0-d scale, in place, rounding it again."""
+        """Multiply a gradient by a 0-d scale, in place, rounding it again; 0 stays 0."""
 
 
 def _load(name: str) -> ModuleType | str:

@@ -59,7 +59,7 @@ def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
 
 
 def soft_term(s: Tensor, t: Tensor, formula: Formula) -> Term:
-    """Return S = c(T)·D of logits s, t (N, V), and its gradient by s."""
+    """Return S = c(T)·D of logits s, t (N, V), and its gradient by s; NaN for unusable rows."""
     unit = TABLE[formula.divergence].formula(s, t, formula.temperature, formula.beta)
     factor = formula.soft_factor()
     term = Term(factor * unit.value, (factor / formula.temperature) * unit.gradient)
@@ -80,7 +80,7 @@ def why_not(device_type: str | None = None) -> str | None:
 
 
 def refuse_inplace_with_out(inplace: bool) -> None:
-    """Raise ValueError if both `inplace` and `out` set the memory of the gradient."""
+    """Raise ValueError if `inplace` is True; for calls with `out`, which excludes it."""
     if inplace:
         raise ValueError(
             "inplace=True writes the gradient over the student's logits; got out as well: leave "
@@ -102,7 +102,7 @@ def forward_backward(
 
     Args:
         student: logits; N = B·S rows. Overwritten by the gradient if `inplace`.
-        teacher: logits, of any supported dtype.
+        teacher: logits, of any supported dtype; the student again if no term reads a teacher.
         labels: int64; None needs w_hard=None.
         w_hard: weight of H in the gradient; 0: the term is off in this row, None: in all rows.
         w_soft: weight of S, likewise.
@@ -164,7 +164,7 @@ def backward(
     formula: Formula,
     inplace: bool = False,
 ) -> Tensor:
-    """Return the gradient (B, S, V) of :func:`forward_backward` for these weights."""
+    """Return the gradient (B, S, V) of :func:`forward_backward`; `stats` are not read."""
     return forward_backward(student, teacher, labels, w_hard, w_soft, formula, inplace)[3]
 
 
@@ -179,7 +179,7 @@ def rescale(
     stats: Tensor,  # (N, 0)
     formula: Formula,
 ) -> None:
-    """Overwrite a gradient of :func:`forward_backward` by `scale` times it, rounded once.
+    """Overwrite the gradient that forward_backward returned by `scale` times it, rounded once.
 
     A 16-bit gradient is recomputed from the logits, with weights times `scale`.
     """

@@ -33,7 +33,10 @@ class Functions(NamedTuple):
 
 
 def registered(prefix: str) -> Functions:
-    """Return the functions of a backend, which call operators ``torch.ops.fused_kd.<prefix>*``."""
+    """Return the functions of a backend, which call operators ``torch.ops.fused_kd.<prefix>*``.
+
+    An operator raises RuntimeError for tensors that do not fit each other.
+    """
 
     def operator(name: str) -> Any:
         return getattr(torch.ops.fused_kd, prefix + name).default
@@ -51,7 +54,7 @@ def registered(prefix: str) -> Functions:
         w_soft: Tensor | None,
         formula: Formula,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hard (N,), soft (N,) and stats (N, STATS)."""
+        """Return the unweighted hard and soft (N,) and stats (N, STATS), as Backend.forward."""
         rows = (student, teacher, labels, w_hard, w_soft)
         return make_forward(*rows, *_numbers(formula))  # type: ignore[no-any-return]
 
@@ -65,7 +68,11 @@ def registered(prefix: str) -> Functions:
         inplace: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return hard, soft, stats and the gradient (B, S, V): new, in `out` or in place."""
+        """Return hard, soft, stats and the gradient (B, S, V): new, in `out` or over the student.
+
+        Raises:
+            ValueError: `inplace` and `out` are both set.
+        """
         rows = (student, teacher, labels, w_hard, w_soft)
         if out is not None:
             refuse_inplace_with_out(inplace)
@@ -84,7 +91,7 @@ def registered(prefix: str) -> Functions:
         formula: Formula,
         inplace: bool = False,
     ) -> Tensor:
-        """Return the gradient (B, S, V) from the statistics of an earlier forward."""
+        """Return the gradient (B, S, V) with the stats of an earlier forward; new, or in place."""
         rows = (student, teacher, labels, w_hard, w_soft)
         if inplace:
             make_backward_(*rows, stats, *_numbers(formula))
@@ -102,7 +109,7 @@ def registered(prefix: str) -> Functions:
         stats: Tensor,
         formula: Formula,
     ) -> None:
-        """Overwrite a gradient of forward_backward by `scale` times it.
+        """Overwrite the gradient that forward_backward returned by `scale` times it.
 
         It is multiplied if the scale is a power of two, which is exact, or the gradient float32,
         which then loses half a unit. A 16-bit gradient would be rounded a second time and is
@@ -113,7 +120,7 @@ def registered(prefix: str) -> Functions:
         rescale_(*rows, stats, *_numbers(formula), scale, grad)
 
     def multiply(grad: Tensor, scale: Tensor) -> None:
-        """Multiply a gradient by `scale` in place, rounding it again."""
+        """Multiply a gradient by `scale` in place, rounding it again; 0 stays 0."""
         scale_(grad, scale)
 
     return Functions(forward, forward_backward, backward, rescale, multiply)

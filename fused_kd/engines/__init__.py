@@ -19,12 +19,16 @@ __all__ = ["ChunkSettings", "Engine", "Inputs", "Settings", "engine_of", "settin
 class Engine(Protocol):
     """The functions of an engine.
 
-    hard and soft are the unweighted terms of every row, (N,). stats are row statistics that a later
-    backward reuses, or None.
+    hard and soft are the unweighted terms H and S = c(T)·D of every row, (N,); 0 if the term is off
+    or its weight is 0. stats are the row statistics (N, STATS) that a later backward reuses, None
+    from an engine that keeps none. `wanted` says for each of the student's three tensors whether
+    its gradient is computed. With ``settings.inplace`` the student's logits are overwritten by it.
+
+    A memory_budget that does not hold one row raises ValueError.
     """
 
     def gradient_in_forward(self, settings: Settings, inputs: Inputs) -> bool:
-        """Return True if the forward of a scalar loss computes the gradients."""
+        """Return True if the forward of a scalar loss is to compute the gradients."""
 
     def losses(self, settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return hard, soft and stats, without gradients."""
@@ -32,14 +36,20 @@ class Engine(Protocol):
     def losses_and_gradients(
         self, settings: Settings, inputs: Inputs, wanted: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
-        """Return hard, soft, stats and the wanted gradients of Σ (w_hard·hard + w_soft·soft)."""
+        """Return hard, soft, stats and the gradients of Σ (w_hard·hard + w_soft·soft).
+
+        None for a gradient that is not wanted or in place. Those of weight and bias may have the
+        dtype of their sums.
+        """
 
     def gradients(
         self, settings: Settings, inputs: Inputs, stats: Tensor | None, wanted: tuple[bool, ...]
     ) -> Gradients:
-        """Return the wanted gradients of the same sum, computed from `losses`' stats.
+        """Return the wanted gradients of the same sum, computed with the stats of `losses`.
 
-        They have the dtypes of the student's tensors. An engine without stats computes all again.
+        They have the dtypes of the student's tensors; in place, the first is the student's logits.
+        The weights may be other than in `losses`, but must be 0 for the rows that had 0 there. An
+        engine without stats computes all again.
         """
 
     def rescaled(
@@ -50,7 +60,11 @@ class Engine(Protocol):
         forward_gradients: Gradients,
         scale: Tensor,  # 0-d
     ) -> Gradients:
-        """Multiply the forward's gradients by `scale`, in their own memory, and return them."""
+        """Return `scale` times the gradients of `losses_and_gradients`, rounded again if needed.
+
+        They have the dtypes of the student's tensors; in place, the first is the student's logits.
+        Outside a trace `forward_gradients` are overwritten: do not use them again.
+        """
 
 
 def engine_of(settings: Settings) -> Engine:

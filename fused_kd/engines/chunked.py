@@ -1,6 +1,7 @@
 """The engine for a Head on either side: the logits of one chunk of rows at a time.
 
 The loop over the chunks is one registered operator, see :mod:`fused_kd.engines.operators`.
+:class:`fused_kd.engines.Engine` documents the functions, hard, soft and `wanted`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, None]:
 def losses_and_gradients(
     settings: Settings, inputs: Inputs, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, None, Gradients]:
-    """Return hard, soft, None and the gradients; None for one that is unwanted or in place."""
+    """Return hard, soft, None for stats, and the gradients; None for one unwanted or in place."""
     if settings.inplace:
         hard, soft = torch.ops.fused_kd.chunked_gradients_(*_arguments(settings, inputs))
         return hard, soft, None, (None, None, None)
@@ -54,7 +55,10 @@ def losses_and_gradients(
 def gradients(
     settings: Settings, inputs: Inputs, stats: None, wanted: tuple[bool, ...]
 ) -> Gradients:
-    """Compute the logits again and return the gradients, in the dtypes of the student's tensors."""
+    """Compute the logits again and return the gradients, in the dtypes of the student's tensors.
+
+    With inplace they overwrite the student's logits, which are returned.
+    """
     *_, grads = losses_and_gradients(settings, inputs, wanted)
     if settings.inplace:
         return inputs.student[0], None, None
@@ -67,7 +71,11 @@ def gradients(
 def rescaled(
     settings: Settings, inputs: Inputs, stats: None, forward_gradients: Gradients, scale: Tensor
 ) -> Gradients:
-    """Return `scale` times the gradients, in their memory unless that has another dtype."""
+    """Return `scale` times the gradients, in the dtypes of the student's tensors.
+
+    Outside a trace `forward_gradients` are overwritten: do not use them again. With inplace the
+    student's logits hold the gradient, and are multiplied and returned.
+    """
     if settings.inplace:
         student = inputs.student[0]
         assert student is not None
@@ -80,7 +88,10 @@ def rescaled(
 
 
 def _scaled(gradient: Tensor, scale: Tensor, settings: Settings) -> Tensor:
-    """Return scale·gradient; 0 stays 0 for any scale, so that an ignored row is never NaN."""
+    """Return scale·gradient, outside a trace in its memory.
+
+    0 stays 0 for any scale, so that an ignored row is never NaN.
+    """
     if torch.compiler.is_compiling():
         return torch.where(gradient != 0, gradient * scale, 0.0)
     if gradient.numel() > 0:

@@ -4,6 +4,8 @@ A Head's logits exist for one chunk at a time, in float32 buffers that all chunk
 gradient of a student Head's logits overwrites them; if the products take a 16-bit gradient, it
 overwrites the teacher's logits instead (:func:`_doubling_parts`). The weight gradient is summed
 over the chunks: the first chunk writes it, the others add.
+
+hard and soft are what :class:`fused_kd.engines.Engine` defines; C is the number of rows of a chunk.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from .selection import Selection, is_scattered, put, take
 #: for each chunk.
 FIRST_PART = 16
 
+#: The rows of a chunk: a slice, or their indices.
 Rows = slice | Tensor
 
 
@@ -35,13 +38,13 @@ class Problem(NamedTuple):
     teacher: Projection | Tensor | None  # the same; None: no term reads the teacher
     labels: Tensor | None  # (N,)
     w_hard: Tensor | None  # (N,); None: the term is off, 0: off for that row
-    w_soft: Tensor | None  # (N,)
+    w_soft: Tensor | None  # (N,), likewise
     formula: Formula
     backend_name: str
-    backend: Backend
+    backend: Backend  # of this name
     accum_dtype: torch.dtype  # of computed logits, losses and sums
-    chunk_rows: int | None
-    memory_budget: int | None
+    chunk_rows: int | None  # None: from memory_budget
+    memory_budget: int | None  # bytes; None: automatic
     kept_rows: int | None  # upper bound of the rows with a weight; None: count (CPU), or mask
     grad_accum_dtype: torch.dtype  # of the sums over chunks
     may_narrow: bool  # with a single chunk, the weight gradient has the weight's dtype
@@ -49,12 +52,12 @@ class Problem(NamedTuple):
 
     @property
     def rows(self) -> Tensor:
-        """Return the student's tensor (N rows): its logits or its hidden states."""
+        """Return the student's logits (..., V) or hidden states (..., H), N rows."""
         return self.student if isinstance(self.student, Tensor) else self.student.hidden
 
 
 #: Of the student's logits, None, None; or of hidden (..., H), weight (V, H), bias (V,). None: not
-#: wanted, or in place. Those of weight and bias have the dtype of the accumulation.
+#: wanted, or in place. Those of weight and bias have the dtype of their sums (:func:`_sum_dtype`).
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -65,11 +68,13 @@ def run_chunks(
 
     Args:
         problem: the rows and the options.
-        wanted: for each tensor of the student, whether its gradient is computed; None: losses only.
+        wanted: for each of the student's three tensors (hidden, weight, bias), whether its gradient
+            is computed; None: losses only. That of logits always is.
 
     Returns:
         hard (N,) and soft (N,), unweighted, 0 for rows without a weight; and the gradients of
-        Σ (w_hard·hard + w_soft·soft).
+        Σ (w_hard·hard + w_soft·soft). With ``problem.inplace`` the student's logits are overwritten
+        by theirs.
 
     Raises:
         ValueError: memory_budget does not hold one row.
@@ -96,11 +101,11 @@ def run_chunks(
 
 
 def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
-    """Return the sizes that decide the rows of a chunk.
+    """Return the sizes that decide how many rows a chunk has.
 
     Args:
         problem: the rows and the options.
-        products: the routines that multiply.
+        products: the matrix-product routines in use.
         gathered: every chunk copies its rows, because some rows are left out or masked.
     """
     student, teacher, dtype = problem.student, problem.teacher, problem.accum_dtype
@@ -129,7 +134,10 @@ def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
 def _new_gradients(
     problem: Problem, wanted: tuple[bool, ...], cut: Cut, rows: Selection
 ) -> Gradients:
-    """Allocate the gradients; set to 0 the rows that no chunk writes."""
+    """Allocate the wanted gradients; set to 0 the rows that no chunk writes, in place too.
+
+    With a single chunk, those of weight and bias may get the weight's dtype (``may_narrow``).
+    """
     accumulate, student = problem.grad_accum_dtype, problem.student
     narrows = problem.may_narrow and cut.is_single and problem.accum_dtype == torch.float32
     if narrows and isinstance(student, Projection):
@@ -148,7 +156,14 @@ def _new_gradients(
 def empty_gradients(
     student: Projection | Tensor, wanted: tuple[bool, ...], accumulate: torch.dtype, inplace: bool
 ) -> Gradients:
-    """Allocate the wanted gradients, uninitialised; works with fake tensors too."""
+    """Allocate the wanted gradients, uninitialised; None for the others. Fake tensors work too.
+
+    Args:
+        student: a head, or logits, whose gradient is always wanted.
+        wanted: for hidden, weight and bias.
+        accumulate: the dtype of the sums over chunks, see :func:`_sum_dtype`.
+        inplace: the gradient of logits needs no memory: it is None.
+    """
     if isinstance(student, Tensor):
         return None if inplace else student.new_empty(student.shape), None, None
     hidden, weight, bias = student.hidden, student.weight, student.bias
@@ -163,9 +178,10 @@ def empty_gradients(
 
 
 def _sum_dtype(accumulate: torch.dtype, parameter: Tensor | None) -> torch.dtype:
-    """Return the dtype of a parameter's gradient sum: the wider of both, at most float32.
+    """Return the dtype of a parameter's gradient sum: the wider of both dtypes, at most float32.
 
-    A bias may be wider than the weight. float64 only if the arithmetic is, as `accumulate` shows.
+    A bias may be wider than the weight. It is `accumulate` without a parameter, and if that is
+    float64, as it is if the arithmetic is.
     """
     if parameter is None or accumulate == torch.float64:
         return accumulate
@@ -187,9 +203,10 @@ class _TeacherRows:
             self.buffer = self.side.hidden.new_empty(shape, dtype=problem.accum_dtype)
 
     def at(self, rows: Rows, student: Tensor) -> Tensor:
-        """Return the teacher's logits (C, V) of these rows.
+        """Return the teacher's logits (C, V) of these rows; of a Head until the next call only.
 
-        Without a teacher it returns `student`: the row kernel then ignores its teacher argument.
+        Without a teacher it returns `student`, the student's logits (C, V): the row kernel then
+        ignores its teacher argument.
         """
         if self.side is None:
             return student
@@ -203,9 +220,18 @@ class _TeacherRows:
 
 
 class _HeadChunk:
-    """Processes the chunks of a student Head, one at a time, in buffers that all chunks share.
+    """The chunks of a student Head, processed one at a time in buffers that all chunks share.
 
     For each chunk: the logits, the row kernel, and the products of the gradient of the logits.
+
+    Args:
+        problem: the rows and the options.
+        student: the student's head.
+        products: the matrix-product routines.
+        height: the largest number of rows of a chunk.
+        gradients: those that :meth:`process` writes, with None for an unwanted one; None: losses
+            only.
+        rows: the rows that are computed.
     """
 
     def __init__(
@@ -253,7 +279,7 @@ class _HeadChunk:
         return losses
 
     def _losses(self, rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows; store the gradient of their logits."""
+        """Return hard and soft (C,); if gradients are wanted, store that of the chunk's logits."""
         count = hidden.shape[0]
         s = self.logits[:count]
         self.products.logits(s, hidden, self.side)
@@ -269,7 +295,14 @@ class _HeadChunk:
     def _process_part(
         self, part: slice, s: Tensor, t: Tensor, *vectors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of a part of the chunk; store the gradient of its logits."""
+        """Return hard and soft of a part of the chunk; store the gradient of its logits if wanted.
+
+        Args:
+            part: the rows of the part, counted within the chunk.
+            s: the student's logits of the chunk (C, V); may be overwritten by the gradient.
+            t: the teacher's, likewise.
+            vectors: labels, w_hard and w_soft of the chunk, (C,) or None.
+        """
         backend, formula = self.problem.backend, self.problem.formula
         s, t = s[part], t[part]
         labels, w_hard, w_soft = (None if x is None else x[part] for x in vectors)
@@ -285,7 +318,7 @@ class _HeadChunk:
         return losses
 
     def _free_memory(self, part: slice) -> Tensor | None:
-        """Return the memory for the row kernel's gradient; None: over the student's logits."""
+        """Return memory for the gradient of a part's logits; None: over the student's logits."""
         if self.gradient is None or self.gradient.dtype == self.logits.dtype:
             return None
         return None if self.over_teacher and part.start == 0 else self.gradient[part]
@@ -293,7 +326,8 @@ class _HeadChunk:
     def _multiply(self, rows: Rows, hidden: Tensor, gradients: Gradients, add: bool) -> None:
         """Multiply the gradient of the chunk's logits into each wanted gradient.
 
-        Rows of the hidden gradient are written; weight and bias are added to if `add`.
+        Rows of the hidden gradient are written; those of weight and bias are overwritten, or added
+        to if `add`.
         """
         of_hidden, of_weight, of_bias = gradients
         count = hidden.shape[0]
@@ -320,7 +354,10 @@ class _HeadChunk:
 
 
 class _LogitsChunk:
-    """Processes the chunks of a student's logits with a teacher Head, one at a time."""
+    """The chunks of a student's logits with a teacher Head, processed one at a time.
+
+    The arguments are those of :class:`_HeadChunk`, with the student's logits (..., V).
+    """
 
     def __init__(
         self,
@@ -338,7 +375,7 @@ class _LogitsChunk:
             self.out = logits if problem.inplace else gradients[0]
 
     def process(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows, and write the gradient of their logits.
+        """Return hard and soft of these rows; write the gradient of their logits if it is wanted.
 
         Args:
             rows: the rows of this chunk.
@@ -375,7 +412,11 @@ def _chunk_of(
 
 
 def _scaled_weights(w: Tensor | None, scale: float) -> Tensor | None:
-    """Return scale·w, the weights of the gradient by the unscaled logits; 0 only if w is 0."""
+    """Return scale·w, 0 only if w is 0; None stays None.
+
+    With these weights the row kernel computes the gradient by hidden·weightᵀ + bias, of which the
+    logits are `scale` times.
+    """
     if w is None or scale == 1.0:
         return w
     scaled = w * scale
@@ -389,7 +430,7 @@ def _copies(logits: Tensor, rows: Selection) -> bool:
 
 
 def _doubling_parts(count: int) -> Iterator[slice]:
-    """Yield the parts of a chunk's rows, if the gradient overwrites the teacher's logits.
+    """Yield the parts of a chunk of `count` rows if the gradient overwrites the teacher's logits.
 
     The 16-bit gradient of rows [0, 2b) fits the memory of the teacher's float32 logits of rows
     [0, b), which are not needed after these rows were processed. So each part after the first is

@@ -27,10 +27,10 @@ class Sizes(NamedTuple):
 
     vocabulary: int
     student_hidden: int | None  # None: the student's logits are given
-    teacher_hidden: int | None = None  # None: the teacher's logits are given
+    teacher_hidden: int | None = None  # None: the teacher's logits are given, or no teacher
     accum_bytes: int = 4  # of the arithmetic
     student_bytes: int = 4  # of the student's hidden states, or logits
-    teacher_bytes: int = 4  # of the teacher's hidden states, or logits
+    teacher_bytes: int = 4  # of the teacher's hidden states, or logits; 0 without a teacher
     gathered: bool = True  # rows are copied together: some are ignored, or are scattered
     converted: bool = False  # hidden states are not multiplied in the arithmetic's dtype
     gradient_bytes: int = 0  # of the gradient of the logits; 0: it needs no memory of its own
@@ -70,14 +70,14 @@ def budget_rows(budget: int, sizes: Sizes, fixed: int) -> int:
     """Return the rows that a budget in bytes allows, after `fixed` bytes that any chunk needs.
 
     Raises:
-        ValueError: If not even one row fits; the message states how many bytes one row needs.
+        ValueError: Not even one row fits; the message states how many bytes one row needs.
     """
     rows = (budget - fixed) // row_bytes(sizes)
     if rows < 1:
         raise ValueError(
             f"memory_budget must hold at least one row, which needs {row_bytes(sizes) + fixed:,} "
-            f"bytes for V = {sizes.vocabulary} (logits of {sizes.accum_bytes} bytes an entry for "
-            f"each Head, and {fixed:,} bytes for the products); got {budget:,}: raise it"
+            f"bytes for V = {sizes.vocabulary} ({fixed:,} of them for the matrix products); got "
+            f"{budget:,}: pass at least that, or None"
         )
     return rows
 
@@ -111,7 +111,7 @@ def chunk_rows(
         fixed: bytes that the products need for any number of rows.
 
     Raises:
-        ValueError: If the budget does not hold one row.
+        ValueError: The budget does not hold one row.
     """
     if requested is not None:
         return requested
@@ -139,7 +139,7 @@ def cut_rows(
     sizes: Sizes,
     fixed: int,
 ) -> Cut:
-    """Return how `computed` of `rows` rows are cut into chunks.
+    """Return how the rows that are computed, `computed` of `rows`, are cut into chunks.
 
     The other arguments, and the errors, are those of :func:`chunk_rows`.
     """

@@ -3,8 +3,8 @@
 They keep the loop out of a compiler's trace, which would compile again for every number of rows.
 Each takes the two sides (three tensors each: logits, None, None; or hidden states, weight, bias)
 and one weight per row and term (None: the term is off). Each returns the unweighted terms of every
-row; two of them also compute the gradients of the weighted sum. Calling them directly is not
-differentiable.
+row, hard and soft (N,); two also compute the gradients of the weighted sum. Calling them directly
+is not differentiable. A memory_budget that does not hold one row raises ValueError.
 
 No argument and no result is a list of tensors: ``is_grads_batched=True`` and ``torch.vmap`` call an
 operator without a batching rule once for each entry of the batch, but not one with lists.
@@ -48,12 +48,12 @@ library.define(
 
 
 def chunked_losses(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return hard (N,) and soft (N,), unweighted."""
+    """Return hard and soft; the arguments are those of the schema, here and below."""
     return _run(_problem(*arguments), None)[:2]
 
 
 def chunked_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return hard (N,), soft (N,) and the gradients; an empty tensor for one that is not wanted."""
+    """Return hard, soft and the three gradients; an empty tensor for one that is not wanted."""
     *rest, wanted, grad_accum_dtype, may_narrow = arguments
     problem = _problem(*rest)
     problem = problem._replace(grad_accum_dtype=grad_accum_dtype, may_narrow=may_narrow)

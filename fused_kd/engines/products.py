@@ -1,7 +1,8 @@
-"""The matrix products of a Head, float32 results from any operands.
+"""The matrix products of a Head, with float32 results from any operands.
 
-Every product here writes float32 (float64 for float64 inputs), because logits rounded to 16 bits
-cost the gradient of a distillation loss, a difference of near-equal distributions, 4 to 23 percent.
+Results are float32 (float64 for float64 inputs), because logits rounded to 16 bits cost the
+gradient of a distillation loss, a difference of near-equal distributions, 4 to 23 percent. Only the
+weight gradient is rounded, if its memory has 16 bits.
 The classes differ in the routine that multiplies:
 
 * :class:`CompiledProducts`: the package's own product on a CPU. It converts operands while it packs
@@ -52,7 +53,7 @@ class Products:
         return 2 * self.tile_bytes  # a tile in the autocast dtype, and in float32
 
     def logits(self, out: Tensor, hidden: Tensor, head: Projection) -> None:
-        """Compute out = scale · (hidden · weightᵀ + bias)."""
+        """Overwrite out (C, V) by scale · (hidden · weightᵀ + bias), with the chunk's hidden."""
         hidden, scale = hidden.to(head.compute), head.scale
         for tile in self._tiles(head, out.dtype):
             weight = head.weight[tile].t()
@@ -64,12 +65,12 @@ class Products:
         """Return the dtype of the gradient of the logits, an operand of both products below.
 
         The row kernel writes the gradient in this dtype. The default is that of the logits,
-        `accum_dtype`: the gradient is not rounded.
+        `accum_dtype`: the gradient is not rounded. `compute` is the dtype of the other operand.
         """
         return accum_dtype
 
     def hidden_gradient(self, out: Tensor, gradient: Tensor, head: Projection) -> None:
-        """Compute out (C, H) = gradient · weight."""
+        """Overwrite out (C, H) by gradient · weight."""
         for tile in self._tiles(head, out.dtype):
             add = tile.start > 0  # the first tile overwrites what is in the memory
             self._multiply(out, gradient[:, tile], head.weight[tile], head.compute, add=add)
@@ -77,7 +78,7 @@ class Products:
     def weight_gradient(
         self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
     ) -> None:
-        """Compute out (V, H) = gradientᵀ · hidden, or add it; rounded to out's dtype."""
+        """Overwrite out (V, H) by gradientᵀ · hidden, or `add` it; rounded to out's dtype."""
         if self._writes(out.dtype, gradient.dtype):
             self._multiply(out, gradient.t(), hidden, compute, add=add)
             return
@@ -88,7 +89,7 @@ class Products:
             del part  # before the next is allocated
 
     def _tiles(self, head: Projection, accum_dtype: torch.dtype) -> Iterator[slice]:
-        """Return the whole vocabulary, or slices whose weights are converted one at a time."""
+        """Return the vocabulary as one slice, or as slices whose weights are converted in turn."""
         if self._takes(head, accum_dtype):
             return iter([slice(0, head.weight.shape[0])])
         return tiles(head.weight, accum_dtype, self.tile_bytes)
@@ -110,7 +111,7 @@ class Products:
         add: bool = False,
         scale: float = 1.0,
     ) -> None:
-        """Compute out = scale · a · b, or add a · b to out; b is first rounded to `compute`."""
+        """Overwrite out by scale · a · b, or `add` that to it; b is first rounded to `compute`."""
         raise NotImplementedError
 
 
@@ -142,7 +143,7 @@ class CompiledProducts(Products):
         return per_thread * torch.get_num_threads()
 
     def logits(self, out: Tensor, hidden: Tensor, head: Projection) -> None:
-        """Compute out = scale · (hidden · weightᵀ + bias), the bias while a tile is in cache."""
+        """Overwrite out as in :class:`Products`; the bias is added while a tile is in cache."""
         for tile in self._tiles(head, out.dtype):
             bias = None if head.bias is None else head.bias[tile].float().contiguous()
             weight = head.weight[tile].t()
@@ -207,7 +208,7 @@ def _product(
 
 
 def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
-    """Compute out = scale · a · b, or add to it; out may have a wider dtype than the operands."""
+    """Overwrite out by scale · a · b, or `add` that; out may have a wider dtype than a and b."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out)
     elif add or scale != 1.0:  # to float32 since torch 2.10, the oldest that is supported
@@ -217,9 +218,10 @@ def _mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
 
 
 def products_for(backend: str, device: torch.device, dtype: torch.dtype) -> Products:
-    """Return the products of a backend on this device, with results of `dtype`.
+    """Return the matrix-product routines for a backend, device and result dtype.
 
-    The reference backend multiplies by torch, too.
+    Torch's are used by the reference backend, for results that are not float32, and if the package
+    has none for the device. `backend` may be "auto".
     """
     if backend == "reference" or dtype != torch.float32:
         return TorchProducts()
@@ -229,7 +231,10 @@ def products_for(backend: str, device: torch.device, dtype: torch.dtype) -> Prod
 
 
 def tiles(weight: Tensor, accum_dtype: torch.dtype, size: int) -> Iterator[slice]:
-    """Yield slices of the vocabulary whose weights take `size` bytes in the dtype accum_dtype."""
+    """Yield slices of the vocabulary whose weights take about `size` bytes in accum_dtype.
+
+    They have at least 16 rows, except the last, even if these take more.
+    """
     vocabulary, hidden = weight.shape
     height = max(16, size // (max(hidden, 1) * accum_dtype.itemsize))
     for begin in range(0, vocabulary, height):

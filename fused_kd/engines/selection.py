@@ -11,13 +11,19 @@ class Selection:
 
     On a CPU, rows without a weight are left out. On a GPU the host would have to synchronise to
     find these rows: it leaves rows out only if `kept_rows` bounds the number of the others.
+
+    Args:
+        rows: the number of all rows, N.
+        w_hard: the weights of H, (N,); None: the term is off.
+        w_soft: the weights of S, likewise. Without either, no row is computed.
+        kept_rows: an upper bound of the rows with a weight, or None; used on a GPU only.
     """
 
     def __init__(
         self, rows: int, w_hard: Tensor | None, w_soft: Tensor | None, kept_rows: int | None
     ) -> None:
-        self.all = self.count = rows
-        self.index: Tensor | None = None
+        self.all = self.count = rows  # of all, and of the computed rows
+        self.index: Tensor | None = None  # the computed rows; None: all, or none if count is 0
         self.dropped: Tensor | None = None  # the rows that the index leaves out
         self.mask: Tensor | None = None  # bool (N,): rows with a weight, if all are computed
         weights = [w for w in (w_hard, w_soft) if w is not None]
@@ -43,7 +49,7 @@ class Selection:
         return self.index is not None or self.mask is not None
 
     def at(self, begin: int, end: int) -> slice | Tensor:
-        """Return the row indices at positions [begin, end)."""
+        """Return the rows at positions [begin, end) of the computed ones: a slice, or indices."""
         return slice(begin, end) if self.index is None else self.index[begin:end]
 
 
@@ -53,6 +59,8 @@ def _host_can_read(x: Tensor) -> bool:
 
 def take(x: Tensor, rows: slice | Tensor) -> Tensor:
     """Return these rows of x (..., K) as (C, K), last stride 1: a view if possible, else a copy.
+
+    `rows` counts in the flattened leading dimensions; a slice has start and stop, but no step.
 
     Indices are computed on the device from Python numbers. A tensor built on the host would be
     copied to the device, which blocks the host and which a CUDA graph refuses.
@@ -65,7 +73,7 @@ def take(x: Tensor, rows: slice | Tensor) -> Tensor:
 
 
 def put(x: Tensor, rows: slice | Tensor, values: Tensor | float) -> None:
-    """Overwrite these rows of x (..., K) by values (C, K), or by a number."""
+    """Overwrite these rows of x (..., K), as in :func:`take`, by values (C, K) or a number."""
     if not isinstance(values, Tensor):  # filled on the device: nothing is copied from the host
         values = x.new_full((), values)
     folded = _folded(x)
@@ -93,7 +101,7 @@ def _leading_index(x: Tensor, rows: slice | Tensor) -> tuple[Tensor, ...]:
 
 
 def _folded(x: Tensor) -> Tensor | None:
-    """Return x (..., K) as a view (N, K), None if the leading dimensions do not fold."""
+    """Return x (..., K) as a view (N, K); None if the leading dimensions do not fold into one."""
     try:
         return x.view(-1, x.shape[-1])
     except RuntimeError:

@@ -8,35 +8,35 @@ import torch
 from torch import Tensor
 
 from ..options import Formula, KDOptions
-from ..sides import Head, Side, Tensors, product_dtype
+from ..sides import Head, Side, Tensors, operand_dtype
 
 #: Of the student's three tensors; None: not wanted, or written over the student's logits.
 Gradients = tuple[Tensor | None, ...]
 
 
 class ChunkSettings(NamedTuple):
-    """The constants of a call with a Head."""
+    """The constants of a call with a Head; the integers are the caller's, None if not set."""
 
-    student_dtype: torch.dtype  # of the operands of a student Head's products
+    student_dtype: torch.dtype  # of a Head's operands, see operand_dtype(); unused for logits
     teacher_dtype: torch.dtype
-    student_scale: float
+    student_scale: float  # the Head's; 1 for logits
     teacher_scale: float
     chunk_rows: int | None
-    memory_budget: int | None
+    memory_budget: int | None  # bytes
     kept_rows: int | None
-    grad_accum_dtype: torch.dtype
+    grad_accum_dtype: torch.dtype  # of the sums of weight and bias gradients over chunks
 
 
 class Settings(NamedTuple):
     """The constants of a call: a compiler specialises on them."""
 
-    backend: str
+    backend: str  # its name, never "auto"
     divergence: str
     beta: float
     soft_scale: str
     label_smoothing: float
     per_row: bool  # a loss for each row, without reduction
-    inplace: bool
+    inplace: bool  # this call overwrites the student's logits by their gradient
     chunks: ChunkSettings | None  # None: both sides are logits
 
     def formula(self, temperature: Tensor) -> Formula:
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
     teacher: Tensors  # the same; three None: no term reads the teacher
     labels: Tensor | None  # (N,), int64
     w_hard: Tensor | None  # (N,), weight of H in the loss; None: the term is off; 0: for that row
-    w_soft: Tensor | None  # (N,), weight of S
+    w_soft: Tensor | None  # (N,), weight of S, likewise
     temperature: Tensor  # 0-d CPU float64
 
     @classmethod
@@ -77,13 +77,17 @@ def settings_of(
     inplace: bool,
     kept_rows: int | None,
 ) -> Settings:
-    """Return the constants of a call; `chunks` is None if both sides are logits."""
+    """Return the constants of a call; `chunks` is None if both sides are logits.
+
+    A teacher of None is read by no term; `inplace` is the result of :func:`.writes_in_place`, not
+    the caller's keyword.
+    """
     chunks = None
     if isinstance(student, Head) or isinstance(teacher, Head):
         accumulate = options.grad_accum_dtype or torch.float32
         chunks = ChunkSettings(
-            product_dtype(student) if isinstance(student, Head) else dtype,
-            product_dtype(teacher) if isinstance(teacher, Head) else dtype,
+            operand_dtype(student) if isinstance(student, Head) else dtype,
+            operand_dtype(teacher) if isinstance(teacher, Head) else dtype,
             float(student.scale) if isinstance(student, Head) else 1.0,
             float(teacher.scale) if isinstance(teacher, Head) else 1.0,
             options.chunk_rows,

@@ -1,4 +1,8 @@
-"""The engine for logits on both sides: one call of the backend processes all rows."""
+"""The engine for logits on both sides: one call of the backend processes all rows.
+
+:class:`fused_kd.engines.Engine` documents the functions, hard, soft, stats and `wanted`; here there
+is one gradient, of the logits.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,10 @@ def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def losses_and_gradients(
     settings: Settings, inputs: Inputs, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, None, None]]:
-    """Return hard, soft, stats and the gradient, None if it overwrote the student's logits."""
+    """Return hard, soft, stats and the gradient, None if it overwrote the student's logits.
+
+    `wanted` is not read: the engine is called for the gradient of the logits only.
+    """
     formula = settings.formula(inputs.temperature)
     backend = named(settings.backend)
     hard, soft, stats, gradient = backend.forward_backward(
@@ -35,7 +42,7 @@ def losses_and_gradients(
 def gradients(
     settings: Settings, inputs: Inputs, stats: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, None, None]:
-    """Return the gradient of the logits, computed from them and the row statistics."""
+    """Return the gradient, computed from logits and stats; in place, in the student's memory."""
     assert stats is not None
     formula = settings.formula(inputs.temperature)
     backend = named(settings.backend)
@@ -49,7 +56,11 @@ def rescaled(
     forward_gradients: tuple[Tensor | None, ...],
     scale: Tensor,
 ) -> tuple[Tensor, None, None]:
-    """Multiply the forward's gradient by `scale`; rounded once, except in place."""
+    """Return `scale` times the forward's gradient, which is overwritten.
+
+    It is rounded once in all. In place, that is if the gradient is None, the student's logits hold
+    it: they are multiplied, and rounded again.
+    """
     assert stats is not None
     backend = named(settings.backend)
     student, teacher, *vectors = _rows(inputs)
@@ -72,7 +83,7 @@ def _student(inputs: Inputs) -> Tensor:
 def _rows(
     inputs: Inputs,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return student, teacher, labels and weights; without a teacher, the student twice."""
+    """Return student, teacher (the student again if None), labels, w_hard and w_soft."""
     student = _student(inputs)
     teacher = student if inputs.teacher[0] is None else inputs.teacher[0]
     return student, teacher, inputs.labels, inputs.w_hard, inputs.w_soft

@@ -89,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shapes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[int, int, int]:
-    """Return the vocabulary size and the hidden sizes of student and teacher; exit if unknown."""
+    """Return V and the hidden sizes of student and teacher; exit with 2 if they are not known.
+
+    V is cut to the smaller vocabulary of the two models, which is printed; it exits if they differ
+    by more than padding.
+    """
     student = options.model_like or (None, None)
     teacher = options.teacher_like or student
     vocabularies = sorted({v for v, _ in (student, teacher) if v is not None})
@@ -138,7 +142,11 @@ def _report(result: Plan) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the plan; return the exit status, 0. Exit with 2 for wrong arguments."""
+    """Print the plan; return the exit status, 0. Exit with 2 for wrong arguments.
+
+    Args:
+        arguments: of the command line; None: those of the process.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     shapes = _shapes(parser, options)

@@ -78,7 +78,7 @@ def plan(
     Args:
         rows: N, the number of rows that are not ignored.
         vocab: V, the vocabulary size.
-        hidden_student: H of the student.
+        hidden_student: H, the hidden size of the student.
         hidden_teacher: H of the teacher.
         dtype: dtype of hidden states and lm_heads.
         memory_budget: bytes for a chunk of rows with heads; None: automatic.
@@ -158,7 +158,12 @@ class _Estimate:
         self.flop = self.forward_flop + 4 * rows * vocab * student
 
     def whole(self, eager: bool = False, inplace: bool = False) -> Level:
-        """Return the level that stores all logits of both models."""
+        """Return the level that stores all logits of both models.
+
+        Args:
+            eager: for the loss composed from torch operations; else for this package's.
+            inplace: the gradient overwrites the student's logits.
+        """
         n, accum = self.logits, self.accum_logits
         # eager makes float32 copies of narrower logits, of student and teacher
         narrow = 0 if self.dtype == self.accum_dtype else 2
@@ -176,7 +181,12 @@ class _Estimate:
         return Level(_highest(loss, after), self.flop, traffic)
 
     def heads(self, height: int, in_one: bool) -> tuple[Level, int]:
-        """Return the level of heads, and its traffic for summing the weight gradient."""
+        """Return the level of heads, and the bytes of its traffic that sum the weight gradient.
+
+        Args:
+            height: rows of a chunk.
+            in_one: the result of :meth:`fit_in_one_chunk`.
+        """
         chunks = -(-self.rows // height)
         accumulate = self.dtype if in_one else self.accumulate  # a single chunk needs no sum
         total = self.weight // self.dtype.itemsize * accumulate.itemsize
@@ -199,7 +209,11 @@ class _Estimate:
         return Level(_highest(held | chunk, after), flop, traffic), added
 
     def chunk(self, budget: int | None) -> tuple[int, str, str]:
-        """Return chunk_rows, reason and explanation of a Plan."""
+        """Return chunk_rows, reason and explanation of a Plan, for a memory_budget or None.
+
+        Raises:
+            ValueError: The budget does not hold one row, or is None and the device not present.
+        """
         fixed, row = self.products.fixed_bytes(), row_bytes(self.sizes)
         try:
             height = chunk_rows(self.rows, None, budget, self.device, self.sizes, fixed)
@@ -233,7 +247,10 @@ class _Estimate:
         return (self.sizes.teacher_hidden or 0) * self.dtype.itemsize
 
     def _product_bytes(self, chunks: int, accumulate: torch.dtype) -> int:
-        """Return the bytes that the products hold alongside the chunk, within fixed_bytes()."""
+        """Return the bytes that the products hold alongside a chunk.
+
+        They depend on the number of `chunks` and on the dtype of the weight gradient's sum.
+        """
         student = self.sizes.student_hidden or 0
         width = max(student, self.sizes.teacher_hidden or 0)
         tile, sum_tile = (

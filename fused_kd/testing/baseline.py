@@ -31,14 +31,16 @@ def eager_kd_loss(
 
     The arguments are those of kd_loss. All arithmetic is in float32 (float64 if an input is), and
     autograd rounds the gradient once to the student's dtype. Without kd_loss's rules for -inf and
-    for batches whose rows are all ignored; arguments are not checked. It can be differentiated
-    twice.
+    for batches whose rows are all ignored; arguments are not checked, and without labels the hard
+    term is left out. It can be differentiated twice.
 
     Raises:
         ValueError: `teacher` is None and `soft_weight` is not 0.
     """
     if teacher is None and soft_weight != 0.0:
-        raise ValueError(f"teacher must be given; got None with soft_weight={soft_weight}")
+        raise ValueError(
+            f"teacher must be given; got None with soft_weight={soft_weight}: pass soft_weight=0"
+        )
     logits, other = _logits(student), _logits(student if teacher is None else teacher)
     dtype, vocabulary = arithmetic_dtype(logits, other), logits.shape[-1]
     s, t = (x.to(dtype).reshape(-1, vocabulary) for x in (logits, other))

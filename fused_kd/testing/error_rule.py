@@ -30,7 +30,8 @@ def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> 
         floor: absolute slack, in case the baseline happens to be exact.
 
     Raises:
-        AssertionError: An error exceeds its bound; the message gives both.
+        AssertionError: An error exceeds its bound (the message gives both); shapes, or the entries
+            that are NaN or infinite, differ.
     """
     assert got.shape == truth.shape == eager.shape, (got.shape, truth.shape, eager.shape)
     assert truth.dtype == torch.float64, truth.dtype
@@ -50,7 +51,7 @@ def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> 
 
 
 class Result(NamedTuple):
-    """The losses of the rows, and the gradient of a weighted sum of them."""
+    """The losses of the rows, and a weighted sum's gradient by the student's logits."""
 
     rows: Tensor  # (N,)
     grad: Tensor  # (N, V)
@@ -64,7 +65,7 @@ def evaluate(
     Args:
         loss: kd_loss, or a function with its arguments.
         inputs: logits and labels; not modified.
-        upstream: (N,), the gradient of the rows.
+        upstream: (N,), the weights of the rows in that sum.
         keywords: of the loss, without reduction.
     """
     student = inputs.student.detach().clone().requires_grad_()
@@ -99,8 +100,8 @@ def truth_and_eager(inputs: Inputs, upstream: Tensor, **keywords: Any) -> tuple[
 class Conditioning(NamedTuple):
     """The errors of each row that no float32 arithmetic avoids; see :func:`conditioning`."""
 
-    loss: Tensor  # (N,) unit of the row's loss
-    grad: Tensor  # (N,) unit of the row's gradient
+    loss: Tensor  # (N,) of the row's loss
+    grad: Tensor  # (N,) of an entry, and of the norm, of the row's gradient
     undetermined: Tensor  # (N,) error of a gradient's entry due to undetermined signs of "tvd"
     undetermined_norm: Tensor  # (N,) the same error in norm
     clear: Tensor  # (N, V) bool: entries whose sign is determined
@@ -111,6 +112,7 @@ def conditioning(
 ) -> Conditioning:
     """Return the units of every row: eps32·(1 + max|z - m|) for a loss, eps32·‖g‖ for a gradient.
 
+    `truth` is the result of :func:`evaluate` in float64, for `upstream` and the loss's `options`.
     Here z are the row's logits over their temperature and m their maximum. Each term's unit is
     weighted like the term. Added are errors that no float32 arithmetic avoids:
 
@@ -154,7 +156,7 @@ def assert_obeys_error_rule(
 
     Args:
         inputs: logits and labels on the CPU.
-        upstream: (N,), the gradient of the rows; None: ones.
+        upstream: (N,), the weights of the rows in the differentiated sum; None: ones.
         backend: the name of the backend to test.
         keywords: of kd_loss, without reduction.
 
@@ -186,7 +188,10 @@ def assert_obeys_error_rule(
 
 
 def _assert_no_worse_at_label(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
-    """Assert that the label's error is at most 4 times the baseline's or 2 steps of the dtype."""
+    """Assert that an error at the label is at most `floor` above its bound.
+
+    That is 4 times the baseline's error or 2 steps of the dtype, the larger.
+    """
     for g, x, e in zip(got.double(), truth, eager.double(), strict=True):
         if not x.to(got.dtype).isfinite():
             continue
@@ -199,9 +204,9 @@ def _assert_no_worse_at_label(got: Tensor, truth: Tensor, eager: Tensor, floor: 
 
 
 def _assert_no_worse_in_norm(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
-    """Assert that the error's norm is at most 1.25 times the baseline's plus slack.
+    """Assert that the error's norm is at most `floor` above its bound.
 
-    Or at most twice the baseline's worst entry, if that is larger.
+    That is 1.25 times the baseline's norm or twice its worst entry, the larger.
     """
     expected = truth.to(got.dtype)
     keep = expected.isfinite()

@@ -41,6 +41,9 @@ def make_inputs(
 
     Returns:
         CPU tensors that do not require grad.
+
+    Raises:
+        KeyError: The regime is unknown.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocabulary, (rows,), generator=generator)

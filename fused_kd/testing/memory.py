@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Peak(NamedTuple):
-    """Bytes that torch's CPU allocator holds, beyond those at the start of the measurement."""
+    """Bytes that torch's CPU allocator holds beyond those at the start of the measurement."""
 
     highest: int  # at the peak
     left: int  # at the end, with the result of the function
@@ -42,7 +42,7 @@ def cpu_peak(fn: Callable[[], object]) -> Peak:
 
 
 def guarded(count: int, dtype: torch.dtype, side: str = "after") -> Tensor:
-    """Return a 1-D tensor of `count` entries with a guard page behind its last entry.
+    """Return a 1-D tensor of `count` zeros with a guard page after its last entry.
 
     An access beyond the end is a segmentation fault, so use it in a subprocess.
 

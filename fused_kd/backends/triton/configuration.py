@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a row is cut, on which the bits of its results depend."""
+    """The way a row is cut, on which the bits of its results depend."""
 
     warps: int  # of a program
     lanes: int  # threads of a program, each with its own sums
@@ -62,6 +62,7 @@ MAX_PARTS = 32
 #: Limit of V: positions in a row are 32 bits wide.
 LONGEST = 2**30
 
+#: The fields that :func:`overridden` sets at present.
 _override: dict[str, int] = {}
 
 
@@ -135,7 +136,10 @@ def may_wait() -> bool:
 
 @contextmanager
 def overridden(**fields: int) -> Iterator[None]:
-    """Set fields of every configuration, for tests; wait=0: one launch per step."""
+    """Set fields of every Configuration inside a ``with`` block, for tests.
+
+    wait=0: programs never wait for each other, since every step is a launch.
+    """
     before = dict(_override)
     _override.update(fields)
     try:

@@ -62,7 +62,7 @@ def _release(module: ModuleType) -> tuple[int, ...]:
 
 @cache
 def load_kernels() -> ModuleType:
-    """Import triton and the kernels; return the module of the kernels."""
+    """Import triton and the kernels; return their module. Raises ImportError without triton."""
     from . import kernels
 
     return kernels
@@ -90,7 +90,7 @@ def capability(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors (XPU: of subslices); 1 in the interpreter."""
+    """Return the number of multiprocessors (XPU: of subslices); 1 for a CPU, 64 if unknown."""
     if device.type == "cpu":
         return 1
     properties = getattr(torch, device.type).get_device_properties(device)

@@ -92,7 +92,7 @@ def largest(
 
 @triton.jit
 def is_power_of_two(x):
-    """Return True if multiplying by x is exact: x is 0 or a power of two."""
+    """Return True for 0 and normal powers of two of either sign: multiplying by x is exact."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return ((bits & 0x7FFFFF) == 0) & (bits != 0x7F800000)
 

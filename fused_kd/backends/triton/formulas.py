@@ -1,6 +1,7 @@
 """The formulas of a row that all divergences share. Nothing here loads or stores.
 
-:mod:`.rules` explains the symbols.
+:mod:`.rules` explains the symbols, and defines sums, again, refs and constants; :mod:`.parameters`
+defines numbers and terms. `power` is ``numbers.power``; on_soft: the row's soft term has a weight.
 
 References start at LOWEST, so that no comparison is needed: P is 0 until a logit is above it. A
 side is NaN if all its logits are below LOWEST/k, or one is above -LOWEST/k.
@@ -56,7 +57,7 @@ def _added(x, y, z, w, u, v, r, q):
 
 @triton.jit
 def fold(sums, power, terms):
-    """Merge the sums along axis 0 (lanes or parts) into one."""
+    """Return the sums along axis 0 (lanes or parts) merged into one."""
     zero = tl.full((), 0.0, tl.float32)
     if terms.rule.soft:
         M_s, M_t = tl.reduce((sums.M_s, sums.M_t), 0, _larger)
@@ -153,7 +154,7 @@ def add_tile_again(again, s, t, refs, numbers, terms, COUNT: tl.constexpr):
 def references(sums, on_soft, terms):
     """Return the references of a row, and d_s/d_t: exactly 1 for equal rows, its logarithm 0.
 
-    If the row's soft term is off, those of the student replace those of the teacher.
+    If the row's soft term is off, the teacher's reference is the student's, and the ratio 1.
     """
     one, zero = tl.full((), 1.0, tl.float32), tl.full((), 0.0, tl.float32)
     ratio = one
@@ -209,7 +210,7 @@ def hard_value(sums, s_y, numbers, terms):
 
 @triton.jit
 def soft_constants(sums, again, on_soft, weight, numbers, rule: tl.constexpr):
-    """Return the constants of the soft term's gradient, for a weight of w_soft·c(T)/T.
+    """Return the constants of the soft term's gradient; `weight` is w_soft·c(T)/T.
 
     They are NaN for a NaN row, and 0 for a row whose soft term is off, regardless of the teacher.
     """
@@ -224,7 +225,7 @@ def soft_constants(sums, again, on_soft, weight, numbers, rule: tl.constexpr):
 
 @triton.jit
 def gradient(s, t, refs, soft, hard, on_soft, numbers, terms):
-    """Return the gradient of some entries of a row, without the -(1-ε) at the label.
+    """Return the gradient of some entries of a row, without the -w_hard·(1-ε) at the label.
 
     Without STANDS_IN, t are the teacher's logits even if the row's soft term is off, and results
     from them are dropped.

@@ -1,5 +1,8 @@
 """The Triton kernels, launched by :mod:`.launch`; the formulas are in :mod:`.formulas`.
 
+:mod:`.parameters` defines row, part, weights, tile, numbers, terms, launch and layout;
+:mod:`.rules` the symbols, sums, again, refs and constants.
+
 Traffic: the first pass reads a pair of rows from global memory. The second statistics pass (of
 divergences with two) and the gradient pass, which goes backwards, read it from L2. The gradient is
 written once. Everything is float32 from the load to the one rounding at the store.
@@ -89,7 +92,8 @@ def _wait(counter_ptr, expected):
 def _tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.constexpr):
     """Load a tile of both sides from entry o on; the student twice if no term reads the teacher.
 
-    WHOLE: the slice contains the whole tile. Else one sub-block is loaded, masked at the end.
+    WHOLE: the slice contains the whole tile; else one sub-block is loaded, with -inf beyond the end
+    of the slice. s_at, t_at: pointers to the row's entries that `part.entries` lists.
     """
     BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
     s, t = (), ()
@@ -107,7 +111,10 @@ def _tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.co
 
 @triton.jit
 def _add(sums, tile, refs, numbers, terms, layout, UNROLL: tl.constexpr):
-    """Add a tile to the sums of the lanes: of the first pass, or with refs of the second."""
+    """Return the lanes' sums with a tile of UNROLL sub-blocks added.
+
+    These are the sums of the first pass if `refs` is None, else those of the second.
+    """
     COUNT: tl.constexpr = UNROLL * layout.VECTOR
     s, t = (), ()
     for u in tl.static_range(UNROLL):
@@ -132,7 +139,7 @@ def _whole_tiles(length, TILE: tl.constexpr):
 
 @triton.jit
 def _statistics_pass(sums, row, part, refs, numbers, terms, layout, POLICY: tl.constexpr):
-    """Add a slice to the sums of the lanes: of the first pass, or with refs of the second."""
+    """Return the lanes' sums, of the pass that `refs` sets for :func:`_add`, with a slice added."""
     BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
     TILE: tl.constexpr = layout.UNROLL * BLOCK
     s_at, t_at = row.s + part.entries, row.t + part.entries
@@ -193,7 +200,8 @@ def _owns(row, part, V, HAS_HARD: tl.constexpr):
 def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
     """Return the sums of a whole row, and those of its second pass.
 
-    By STEP they are computed, stored for later launches, or loaded from earlier ones.
+    By STEP they are computed, stored for later launches, or loaded from earlier ones. A program
+    that stores no result of the row may get those of its part.
     """
     x, y = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if launch.STEP == BACKWARD:
@@ -251,7 +259,10 @@ def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
 
 @triton.jit
 def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
-    """Store the row's losses and statistics; a term that is off, or has weight 0, is 0."""
+    """Store the row's losses and statistics; a term that is off, or has weight 0, is 0.
+
+    s_y: the label's logit; hard_nan: the hard term is NaN.
+    """
     hard_at, soft_at = row.hard + row.n, row.soft + row.n
     hard, soft = 0.0, 0.0
     if terms.HAS_HARD:

@@ -51,7 +51,7 @@ class _Numbers(NamedTuple):
     divergence: int
     temperature: float
     beta: float
-    soft_factor: float
+    soft_factor: float  # c(T)
     label_smoothing: float
 
 
@@ -62,7 +62,7 @@ _NUMBERS = 5
 def _numbers_of(
     divergence: int, temperature: Tensor, beta: float, scale_t2: bool, label_smoothing: float
 ) -> _Numbers:
-    """Convert the scalar options of an operator's schema to the form of the kernels."""
+    """Return the scalar options of an operator's schema as the kernels take them."""
     t = temperature.item()
     return _Numbers(divergence, t, beta, t * t if scale_t2 else 1.0, label_smoothing)
 
@@ -153,11 +153,20 @@ def _launch(
     call: _Call,
     chosen: Configuration,
     gradient: Tensor | None,  # (B, S, V)
-    losses: tuple[Tensor | None, Tensor | None, Tensor],  # hard, soft; stats
+    losses: tuple[Tensor | None, Tensor | None, Tensor],  # hard, soft (N,), stats (N, STATS)
     steps: tuple[str, ...],
     scale: Tensor | None = None,  # 0-d
 ) -> None:
-    """Launch the steps one after the other; in ("ALL",), programs wait for each other instead."""
+    """Launch the steps one after the other; in ("ALL",), programs wait for each other instead.
+
+    Args:
+        call: the arguments of the operator, checked.
+        chosen: how a row is cut.
+        gradient: overwritten; None: not wanted.
+        losses: overwritten; ("BACKWARD",) reads the stats, and takes None for hard and soft.
+        steps: of :func:`_steps`, or ("BACKWARD",).
+        scale: for ("BACKWARD",): multiplies the weights; nothing is done for a power of two.
+    """
     loaded, student, teacher = load_kernels(), call.student, call.teacher
     n, vocabulary, numbers = call.rows, student.shape[2], call.numbers
     wait = steps == ("ALL",) and chosen.parts > 1
@@ -239,6 +248,7 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
         RuntimeError: A device, shape, dtype or stride is wrong, or the kernels cannot run.
     """
     student, teacher, n = call.student, call.teacher, call.rows
+    vocabulary = student.shape[-1]
     reason = why_not(student.device.type)
     if reason is not None:
         raise RuntimeError(f"the triton kernels cannot run: {reason}")
@@ -247,17 +257,17 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
             continue
         if x.device != student.device or x.shape != student.shape or x.dim() != 3:
             raise RuntimeError(
-                f"{name} must be (B, S, V), of the student's shape and device, "
-                f"{tuple(student.shape)} and {student.device}; got {tuple(x.shape)} and {x.device}"
+                f"{name} must be (B, S, V), of the student's shape {tuple(student.shape)} and on "
+                f"its device {student.device}; got {tuple(x.shape)} on {x.device}"
             )
         if x.shape[2] > 1 and x.stride(2) != 1:
             raise RuntimeError(f"{name} must have last stride 1; got {x.stride(2)}")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise RuntimeError(f"{name} must be float32, bfloat16 or float16; got {x.dtype}")
-    if not 0 < student.shape[2] <= LONGEST or n * MAX_PARTS >= 2**31:
+    if not 0 < vocabulary <= LONGEST or n * MAX_PARTS >= 2**31:
         raise RuntimeError(
-            f"the triton kernels take 1 to {LONGEST} entries a row, and fewer than "
-            f"{2**31 // MAX_PARTS} rows; got {n} rows of {student.shape[2]} entries"
+            f"logits must have 1 to {LONGEST} entries a row and fewer than {2**31 // MAX_PARTS} "
+            f"rows for the triton kernels; got {n} rows of {vocabulary}: pass backend='reference'"
         )
     if gradient is not None and student.dtype not in (gradient.dtype, torch.float32):
         raise RuntimeError(
@@ -265,24 +275,25 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
             f"{gradient.dtype} for {student.dtype}"
         )
     if call.w_hard is not None and call.labels is None:
-        raise RuntimeError("labels must be passed with w_hard; got None")
+        raise RuntimeError("a hard term needs labels: pass labels, or w_hard=None")
     for name, vector, dtype in (
         ("labels", call.labels, torch.int64),
         ("w_hard", call.w_hard, torch.float32),
         ("w_soft", call.w_soft, torch.float32),
     ):
-        if vector is None:
-            continue
-        wrong_kind = vector.dtype != dtype or vector.device != student.device
-        if wrong_kind or vector.numel() != n:
+        if vector is not None and (vector.dtype != dtype or vector.numel() != n):
             raise RuntimeError(
-                f"{name} must have {n} elements, {dtype} on {student.device}; got "
-                f"{vector.numel()}, {vector.dtype} on {vector.device}"
+                f"{name} must be {dtype}, one for each row ({n}); got {vector.dtype} "
+                f"{tuple(vector.shape)}"
+            )
+        if vector is not None and vector.device != student.device:
+            raise RuntimeError(
+                f"{name} must be on the logits' device, {student.device}; got {vector.device}"
             )
     if stats.shape != (n, ops.STATS) or stats.dtype != torch.float32 or not stats.is_contiguous():
         raise RuntimeError(
-            f"stats must be ({n}, {ops.STATS}), float32 and contiguous; got {tuple(stats.shape)}, "
-            f"{stats.dtype}, strides {stats.stride()}"
+            f"stats must be contiguous float32 ({n}, {ops.STATS}); got {stats.dtype} "
+            f"{tuple(stats.shape)} with strides {stats.stride()}"
         )
 
 
@@ -294,7 +305,7 @@ def _guard(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _losses_of(call: _Call, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hard, soft and stats; overwrite `gradient` unless it is None."""
+    """Return hard, soft and stats; overwrite `gradient` unless it is None. Raises as _check."""
     n, student = call.rows, call.student
     hard = student.new_empty((n,), dtype=torch.float32)
     losses = (hard, torch.empty_like(hard), hard.new_empty((n, ops.STATS)))
@@ -309,6 +320,7 @@ def _losses_of(call: _Call, gradient: Tensor | None) -> tuple[Tensor, Tensor, Te
 def _gradient_of(
     call: _Call, gradient: Tensor, stats: Tensor, scale: Tensor | None = None
 ) -> Tensor:
+    """Overwrite `gradient` by that of the weights, times `scale` if set, and return it."""
     _check(call, gradient, stats)
     if call.rows > 0:
         with _guard(gradient):
@@ -317,6 +329,7 @@ def _gradient_of(
 
 
 def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
+    """Multiply a gradient by a 0-d scale in place; unless `any_number`, only by a power of two."""
     b, s, vocabulary = gradient.shape
     if gradient.numel() == 0:
         return
@@ -387,9 +400,10 @@ def _backward_(*arguments: Any) -> None:
 
 
 def _rescale_(*arguments: Any) -> None:
-    """Launch both kernels; each reads the scale on the device, and only one does the work.
+    """Overwrite the gradient, the last argument, by `scale` times it, rounded once in all.
 
-    Therefore the host never synchronizes.
+    A float32 gradient is multiplied. For any other both kernels are launched: each reads the scale
+    on the device, and only one does the work, so that the host never synchronizes.
     """
     call, stats, (scale, gradient) = _split(arguments)
     _check(call, gradient, stats)

@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 class Launch(NamedTuple):
     """What a launch computes, and the number of its programs."""
 
-    STEP: int
+    STEP: int  # ALL, FIRST, SECOND, LAST or BACKWARD of kernels.py
     WAIT: bool  # programs of a row wait for each other
     PARTS: int  # programs per row
     RING: int  # if WAIT: number of rows whose parts' sums are stored, a power of two
@@ -52,7 +52,7 @@ class Numbers(NamedTuple):
     """The scalar options of a launch, float32."""
 
     k: tl.tensor  # log2(e)/power
-    power: tl.tensor  # exponent of the softened exponential in the hard term: T, or 1
+    power: tl.tensor  # the hard term's exponentials are those at T to this power: T, or 1
     temperature: tl.tensor
     beta: tl.tensor
     soft_factor: tl.tensor  # c(T)
@@ -61,7 +61,7 @@ class Numbers(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """The tensors of all rows; None for one that is not passed."""
+    """The tensors of all rows, see _kd_rows_kernel; None for one that is not passed."""
 
     s: tl.tensor
     t: tl.tensor

@@ -91,7 +91,7 @@ class Constants(NamedTuple):
 
 @triton.jit
 def _above(x):
-    """Return x, but -BIG for -inf and NaN, so that its product with a P or Q of 0 is 0."""
+    """Return x, at least -BIG, also for -inf and NaN: its product with a P or Q of 0 is 0."""
     return tl.where(x > -BIG, x, -BIG)
 
 
@@ -139,7 +139,8 @@ def _log_mixture(a, b, log_ratio, beta):
 class Rule:
     """A soft term: traits, which are compile-time constants, and formulas, which are inlined.
 
-    A formula of a trait that is off is never called, and may be missing.
+    A formula of a trait that is off is never called, and may be missing. The docstring of a rule
+    has D, T·∂D/∂s_v, which it calls the gradient, and the own sums.
     """
 
     name: str  # in DIVERGENCES
@@ -175,7 +176,7 @@ class Rule:
 
     @triton.jit
     def loss(sums, again, temperature, beta):
-        """Return D of a row; its callers replace infinite and NaN rows."""
+        """Return D, without c(T), of a row; its callers replace infinite and NaN rows."""
 
     @triton.jit
     def constants(sums, again, weight, temperature, beta):
@@ -338,7 +339,7 @@ class TVD(Rule):
 
 
 class MSE(Rule):
-    """Σ (s - t)²/(V·T²), gradient times T: 2·(s - t)/(V·T); w = Σ (s - t)²."""
+    """Σ (s - t)²/(V·T²), gradient 2·(s - t)/(V·T); w = Σ (s - t)²."""
 
     name = "mse"
     softmax = NO
@@ -376,7 +377,11 @@ class NoSoftTerm(Rule):
 
 
 def _in_order() -> tuple[Rule, ...]:
-    """Return the rules in the order of the divergences' codes, then the rule of no soft term."""
+    """Return the rules in the order of the divergences' codes, then the rule of no soft term.
+
+    Raises:
+        ImportError: A divergence has no rule.
+    """
     rules = {rule.name: rule() for rule in Rule.__subclasses__()}
     missing = [name for name in DIVERGENCES if name not in rules]
     if missing:
