@@ -123,5 +123,5 @@ def test_bad_input() -> None:
     rounded, message = torch.tensor(257.0).bfloat16(), r"rounded to 16 bits; got .*bfloat16: FSDP2"
     refused(TypeError, message, model, input_ids=IDS, labels=LABELS, num_items=rounded)
     teacher.forward = lambda input_ids: SimpleNamespace(loss=1.0)  # type: ignore[assignment]
-    message = "or an object with logits; got SimpleNamespace"
+    message = "with the attribute logits; got SimpleNamespace"
     refused(TypeError, message, model, input_ids=IDS, labels=LABELS)

@@ -61,7 +61,7 @@ def output_of(model: nn.Module) -> Any:
 
 
 def is_bypassed(model: nn.Module) -> bool:
-    """Return whether bypass_head() changed this lm_head, or the one of which it is a copy."""
+    """Return whether bypass_head() changed the model's lm_head, or the one that it is a copy of."""
     forward = getattr(output_of(model), "forward", None)
     return getattr(forward, "func", None) is _pass_or_forward
 
