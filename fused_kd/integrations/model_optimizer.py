@@ -131,7 +131,7 @@ class MFTLoss(_Loss):
         super().__init__(reduction=reduction)
         check_reduction(reduction)
         if not isinstance(threshold, (int, float, Real)):
-            raise TypeError(f"threshold must be a number; got {type(threshold).__name__}")
+            raise TypeError(f"threshold must be a Python number; got {type(threshold).__name__}")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold must be in [0, 1]; got {threshold}")
         self.threshold = threshold

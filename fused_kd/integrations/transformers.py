@@ -204,7 +204,7 @@ class DistillationLoss:
             model = getattr(self, name)
             if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
                 raise TypeError(
-                    f"{name} must be a language model of transformers; got "
+                    f"{name} must be a model of transformers; got "
                     f"{'None' if model is None else type(model).__name__}"
                 )
         check_loss(self.loss, heads=self.heads, is_mean=True)
