@@ -71,8 +71,8 @@ class FrequentVocabulary:
     def cooccurrence_embeddings(self) -> Tensor:
         """Return embeddings (classes, HIDDEN) by latent semantic analysis.
 
-        They are the leading singular vectors of the positive pointwise mutual information of
-        tokens that are one or two positions apart.
+        They are the leading singular vectors, scaled, of the positive pointwise mutual information
+        of tokens that are one or two positions apart.
         """
         x, size = self.tokens, self.shared + 1
         pairs = torch.cat([torch.stack([x[:-gap], x[gap:]]) for gap in (1, 2)], dim=1)
@@ -100,7 +100,7 @@ class FrequentVocabulary:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def expand(self, teacher: LlamaForCausalLM) -> LlamaForCausalLM:
-        """Return the teacher, frozen, with a row for every entry of the vocabulary."""
+        """Return a frozen copy of `teacher` with an embedding for every entry of the vocabulary."""
         full = build(len(self.class_of), TEACHER_LAYERS)
         state = teacher.state_dict()
         state |= {name: state[name][self.class_of] for name in (EMBEDDING, "lm_head.weight")}

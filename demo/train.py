@@ -101,7 +101,7 @@ class Student:
     def forward_and_backward(
         self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor
     ) -> tuple[float, float]:
-        """Run a step without its update; return the loss, and the loss's own milliseconds."""
+        """Run a step but for the update; return the loss, and the milliseconds of loss alone."""
         student, teacher_side = self.forward(teacher, ids)
         start = time.perf_counter()
         loss, gradients = self.loss_and_gradients(student, teacher_side, labels)
@@ -110,7 +110,7 @@ class Student:
         return loss.item(), 1e3 * (end - start)
 
     def measure_memory(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
-        """Set loss_bytes, the loss's peak beyond its inputs, and step_bytes, beyond the weights."""
+        """Set loss_bytes, the loss's peak beyond its inputs, and step_bytes, that of a whole step."""
         inputs = self.forward(teacher, ids)
         self.loss_bytes = cpu_peak(partial(self.loss_and_gradients, *inputs, labels)).highest
         del inputs
@@ -168,7 +168,7 @@ def distil(
     steps: int,
     seed: int,
 ) -> list[Student]:
-    """Train a student per method, all from the weights of `start` and on the same batches."""
+    """Train and return a student per method, from the weights of `start`, on the same batches."""
     students = [Student(name, deepcopy(start), method) for name, method in methods.items()]
     batches = corpus.batches(STUDENT_ROWS, WINDOW, seed + 1)
     first = next(batches)

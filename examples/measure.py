@@ -51,7 +51,7 @@ def leave(trainer: Any, **options: Any) -> Any:
 
 
 def liger(**options: Any) -> Callable[..., Tensor]:
-    """Return Liger's loss of hidden states (B, S, H); compiling it takes longer than training."""
+    """Return Liger's loss for hidden states (B, S, H); compiled, it would take longer to start."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(**options, compiled=False)

@@ -41,7 +41,8 @@ def loss(
     """Return Σ q (log q - log p) over the entries of the mask.
 
     p is the student's softmax at T; q = exp(target_logprobs) is neither softened nor normalized.
-    There is no factor T². If a token has several entries in a row, its q is their sum.
+    There is no factor T². If a token has several entries in a row, its q is their sum. Positions
+    of the student from S_t on do not count.
 
     Returns:
         0-d: the sum, divided by `num_items_in_batch`, or if that is not positive by the number of

@@ -39,7 +39,7 @@ else:
 class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
     """A LightningModule that trains the student of a :class:`StudentTeacherLoss`.
 
-    An update is the gradient of the mean over all tokens that it kept, regardless of the number of
+    An update uses the gradient of the mean over all its kept tokens, regardless of the number of
     micro-batches (``accumulate_grad_batches``) and devices. The losses are sums, and the gradients
     are divided by the count once, before they are clipped. So ``train_loss``, ``train_hard`` and
     ``train_soft`` are exact means of the update too. They are logged as tensors, without waiting
@@ -181,11 +181,11 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
 
     It is for your own LightningModule, whose steps then pass ``batch["teacher"]`` to a KDLoss.
     The teacher belongs to no module: it is in no checkpoint, no optimizer and no gradient
-    synchronisation. It is frozen, in evaluation mode, and runs without gradient in the Trainer's
-    precision.
+    synchronisation. It is frozen and put into evaluation mode in place, and runs without gradient
+    in the Trainer's precision.
 
     Args:
-        teacher: called with everything in the batch but the labels; put into evaluation mode.
+        teacher: called with everything in the batch but the labels; frozen, in evaluation mode.
         heads: bypass the lm_head, so that ``batch["teacher"]`` is a :class:`fused_kd.Head`, not
             logits.
 

@@ -332,9 +332,9 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
         self._log(logs, *arguments, **keywords)
 
     def _training_means(self, steps: int) -> dict[str, float]:
-        """Return log entries: mean hard and soft loss of all processes over `steps`, {} if none.
+        """Return log entries: mean hard and soft loss over the last `steps` and all processes.
 
-        The sums of the training are reset.
+        They are {} if no loss was computed. The sums are reset.
         """
         parts, self._loss.training_parts = self._loss.training_parts, _Parts()
         if steps <= 0 or parts.sums is None:
@@ -350,9 +350,9 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
 
 
 def _prefix_of_evaluation(logs: dict[str, float]) -> str | None:
-    """Return the prefix of an evaluation's log entries; None if the log is of something else.
+    """Return the prefix in a log of both a loss and a runtime; None for any other log.
 
-    The prefix is ``eval_``, or ``eval_name_`` for one of several data sets.
+    It is ``eval_``, ``eval_name_`` for one of several data sets, or ``train_`` after a training.
     """
     prefixes = (key.removesuffix("runtime") for key in logs if key.endswith("_runtime"))
     return next((prefix for prefix in prefixes if f"{prefix}loss" in logs), None)

@@ -60,7 +60,7 @@ def _is_raised_inside(error: Exception) -> bool:
 
 
 def allow_zero(num_items: float | Tensor | None) -> float | Tensor | None:
-    """Return `num_items`, a Python 0 as a tensor: KDLoss refuses the number 0, not the tensor."""
+    """Return `num_items`; a Python 0 becomes a tensor, since KDLoss refuses only the number."""
     is_zero = isinstance(num_items, Real) and not isinstance(num_items, bool) and num_items == 0
     return torch.zeros(()) if is_zero else num_items
 
@@ -90,7 +90,7 @@ def check_not_negative(
     probabilities: Tensor,  # (..., V)
     kept: Tensor | None,  # (...), bool; None: all rows
 ) -> None:
-    """Refuse negative entries of kept rows, as logits and log-probabilities have.
+    """Refuse negative entries in kept rows, as in logits; messages call the tensor `name`.
 
     Values are not read on a GPU (unless FUSED_KD_DEBUG=1) and under ``torch.compile``.
 

@@ -27,7 +27,7 @@ class Call:
     logits: Callable[[], Tensor | None] = lambda: None  # a weak reference to the logits returned
 
     def again(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """Return a context with the call's autocast, which Trainer ends with the forward."""
+        """Return a context with the call's autocast, which ended with the student's forward."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, self.autocast)

@@ -30,8 +30,9 @@ def head_of(model: nn.Module) -> nn.Linear:
     """Return the model's lm_head.
 
     Raises:
-        TypeError: It has none, or one that does more than multiply by its weight and add its bias
-            (an adapter, a quantised layer), or has a hook on its output or gradient.
+        TypeError: The model names no lm_head; or it does more than multiply by a weight and add a
+            bias (an adapter, a quantised layer), has a hook on its output or gradient, or an
+            assigned forward.
     """
     head = output_of(model)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -69,7 +70,7 @@ def is_bypassed(model: nn.Module) -> bool:
 def bypass_head(model: nn.Module) -> Callable[[], None]:
     """Make the lm_head return its input if :func:`passes_on`; return a function that undoes this.
 
-    The head's weight and bias stay in the graph, but get no gradient through it. Otherwise
+    The head's weight and bias stay in the graph, but get no gradient from there. Otherwise
     DistributedDataParallel, which searches for unused parameters from the model's outputs, would
     ignore the gradient that the loss adds to them. A deep copy of the model bypasses the copy's
     head. Must not be called twice, since the two could be undone in one order only:
@@ -92,7 +93,7 @@ def passes_on(head: nn.Module) -> bool:
 def _pass_or_forward(
     head: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor
 ) -> Tensor:
-    """Return the head's input if :func:`passes_on`, else the result of its own `forward`."""
+    """Return the head's input if :func:`passes_on`, else what `forward` returns."""
     return _passed(head, hidden) if passes_on(head) else forward(hidden)
 
 
@@ -121,9 +122,9 @@ def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callab
 
 @contextmanager
 def headless(model: nn.Module) -> Iterator[None]:
-    """Make ``model(...).logits`` the input of the lm_head, times the model's scale of its logits.
+    """Make ``model(...).logits`` the hidden states that the lm_head would get, in either mode.
 
-    Raises as :func:`head_of`.
+    If the model scales its logits, they are multiplied by that scale. Raises as :func:`head_of`.
     """
     head = head_of(model)
     undo = _set_forward(head, lambda hidden: _passed(head, hidden))  # a new partial would recompile

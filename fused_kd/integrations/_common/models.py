@@ -282,7 +282,7 @@ def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool
 
 
 def _check_router(student: nn.Module) -> None:
-    """Refuse a mixture of experts whose aux_loss, a term of its own loss, would be lost.
+    """Refuse a mixture of experts whose aux_loss, a term of the model's loss only, would be lost.
 
     Raises:
         ValueError: Its config has output_router_logits=True and a weight of aux_loss that is not 0.

@@ -27,7 +27,7 @@ def parts_of(
     Args:
         loss: its keywords for heads are ignored if both sides are logits, as in an evaluation.
         student: logits or a Head.
-        teacher: logits or a Head, which is detached.
+        teacher: logits or a Head, whose weight and bias are detached.
         labels: classes of the tokens, -100 for a token that does not count; None: all count.
         num_items: as in :func:`fused_kd.kd_loss`.
 

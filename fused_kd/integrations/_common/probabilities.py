@@ -85,7 +85,7 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int) -> int | Tensor:
-    """Return the divisor of the sum over the rows; at least 1, so that no row gives 0.
+    """Return the divisor of the sum over the rows; at least 1, so that the mean of no rows is 0.
 
     Args:
         reduction: "batchmean" (the rows that count), "mean" (V times them) or "sum" (1).

@@ -99,7 +99,7 @@ class LigerFusedLinearJSDLoss(Shown):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return the mean over the rows that count, 0-d; raises as :func:`fused_kd.kd_loss`.
 
-        With `return_soft_hard_loss` it is a tuple (loss, soft, hard). If `weight_hard_loss` is 0
+        With `return_soft_hard_loss`, the result is (loss, soft, hard). If `weight_hard_loss` is 0
         the labels only say which rows count.
         """
         check_dense("teacher_input", teacher_input)

@@ -112,7 +112,7 @@ def called(
 
 @torch.no_grad()
 def entropies(student: Head, labels: Tensor, temperature: float, options: dict[str, Any]) -> Tensor:
-    """Return the entropies (B, S) of the student's softmax; log V where `labels` ignore a token.
+    """Return the entropies (B, S) of softmax(student / temperature); log V at ignored labels.
 
     With u uniform over V entries, Σ p log(p/u) = log V - entropy of p: a reverse KL whose teacher's
     logits are zeros, one row expanded to all.

@@ -170,7 +170,7 @@ def _begin(view: Tensor, base: Tensor) -> int | None:
 
 
 def _liger_loss(trainer: Any) -> dict[str, Any]:
-    """Return {"liger_loss": our form of the trainer's}, which TRL before 1.16 may call; or {}.
+    """Return the attribute liger_loss, which TRL before 1.16 may call, as ours; {} if it is None.
 
     Raises:
         TypeError: The trainer's liger_loss is of another class.
