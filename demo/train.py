@@ -110,7 +110,7 @@ class Student:
         return loss.item(), 1e3 * (end - start)
 
     def measure_memory(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
-        """Set loss_bytes, the loss's peak beyond its inputs, and step_bytes, a whole step's peak."""
+        """Set loss_bytes, the loss's peak beyond its inputs, and step_bytes, the step's peak."""
         inputs = self.forward(teacher, ids)
         self.loss_bytes = cpu_peak(partial(self.loss_and_gradients, *inputs, labels)).highest
         del inputs

@@ -181,7 +181,9 @@ def _check(student_logits: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor) 
                 f"{tuple(x.shape)}"
             )
     if ids.dtype != torch.int64:
-        raise TypeError(f"target_token_ids must be int64; got {ids.dtype}: pass ids.long()")
+        raise TypeError(
+            f"target_token_ids must be int64; got {ids.dtype}: pass target_token_ids.long()"
+        )
     batch, length = student_logits.shape[:2]
     if ids.shape[0] != batch or ids.shape[1] > length:
         raise ValueError(

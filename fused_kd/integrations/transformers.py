@@ -205,7 +205,8 @@ class DistillationLoss:
             if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
                 raise TypeError(
                     f"{name} must be a model of transformers; got "
-                    f"{'None' if model is None else type(model).__name__}"
+                    f"{'None' if model is None else type(model).__name__}: for other modules use "
+                    "fused_kd.integrations.student_teacher"
                 )
         check_loss(self.loss, heads=self.heads, is_mean=True)
         check_models(self.student, self.teacher, shift=self.shift)
@@ -290,7 +291,8 @@ def log_parts(trainer: Trainer) -> None:
     loss = trainer.compute_loss_func
     if not isinstance(loss, DistillationLoss):
         raise TypeError(
-            f"trainer.compute_loss_func must be a DistillationLoss; got {type(loss).__name__}"
+            f"trainer.compute_loss_func must be a DistillationLoss; got {type(loss).__name__}: "
+            "pass compute_loss_func=DistillationLoss(student, teacher) to the Trainer"
         )
     trainer.add_callback(_PartsLogger(trainer, loss))
 

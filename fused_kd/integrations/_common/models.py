@@ -293,7 +293,7 @@ def _check_router(student: nn.Module) -> None:
     weight = next((x for x in weights if x is not None), 0.0)
     if weight and any(getattr(x, "output_router_logits", False) for x in (text, config)):
         raise ValueError(
-            f"student must not have output_router_logits=True: {type(student).__name__} would add "
-            f"its router's aux_loss, times {weight}, to its own loss, which is not used here; "
-            "set output_router_logits=False in its config to train without aux_loss"
+            f"student's config must not have output_router_logits=True, since the loss of "
+            f"{type(student).__name__}, to which it adds its router's aux_loss, times {weight}, is "
+            "not used here; got True: set output_router_logits=False to train without aux_loss"
         )

@@ -99,7 +99,7 @@ def check_loss(loss: KDLoss, *, heads: bool, is_mean: bool) -> None:
     if is_mean and loss.options.reduction != "mean":
         raise ValueError(
             "loss must have reduction='mean', since its denominator is counted here; "
-            f"got {loss.options.reduction!r}"
+            f"got {loss.options.reduction!r}: use KDLoss(reduction='mean')"
         )
     for name in ("inplace",) if heads else _FOR_HEADS:
         if value := getattr(loss.options, name):
