@@ -1,7 +1,7 @@
 """The text: Python's own standard library, tokenised with the tokenizer that mistral-common ships.
 
-Nothing is downloaded. The files are ordered by a hash of their names, so that a cap on the size
-still takes code and documentation from everywhere, and the same interpreter gives the same corpus.
+Nothing is downloaded. The files are ordered by a hash of their names, so that a part of them is
+from all folders, and the same interpreter gives the same corpus.
 """
 
 import sysconfig
@@ -22,7 +22,7 @@ HELD_OUT_EVERY = 10  # every tenth file is kept from training
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token streams, split by file: no file has tokens in both."""
+    """Tokens for training and held-out tokens, from different files."""
 
     train: Tensor  # (n,), int64
     held_out: Tensor  # (m,), int64
@@ -44,14 +44,17 @@ class Corpus:
             yield with_labels(self.train[starts + torch.arange(length)])
 
     def held_out_batches(self, rows: int, length: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Return windows spread evenly over the held-out text, the same for every model."""
+        """Return batches (ids, labels) of windows spread evenly over the held-out text.
+
+        They have about `tokens` tokens together, and are the same in every call.
+        """
         count = max(1, tokens // (rows * length)) * rows
         starts = torch.linspace(0, len(self.held_out) - length, count).long()
         windows = self.held_out[starts[:, None] + torch.arange(length)]
         return [with_labels(part) for part in windows.split(rows)]
 
     def unigram_perplexity(self) -> float:
-        """Return the held-out text's perplexity under the frequencies of single tokens."""
+        """Return the held-out text's perplexity under the token frequencies of training."""
         counts = torch.bincount(self.train, minlength=self.vocab_size).double() + 0.1
         return (counts / counts.sum())[self.held_out].log().mean().neg().exp().item()
 
@@ -65,7 +68,7 @@ def with_labels(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load(train_tokens: int, held_out_tokens: int) -> Corpus:
-    """Read and tokenise standard-library files until both parts are full."""
+    """Read and tokenise standard-library files until both parts have that many tokens."""
     from mistral_common import __file__ as package_file
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
@@ -86,7 +89,7 @@ def load(train_tokens: int, held_out_tokens: int) -> Corpus:
 
 
 def library_files() -> list[Path]:
-    """Return the interpreter's own source files, code and documentation in a fixed mix."""
+    """Return the paths of the standard library's source files, in a fixed, mixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     names = [name for name in names if not SKIPPED_FOLDERS.intersection(name.parts)]

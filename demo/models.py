@@ -16,7 +16,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def build(vocab_size: int, layers: int) -> LlamaForCausalLM:
-    """Return a freshly initialised Llama with tied embeddings and attention heads of 32."""
+    """Return a new Llama with tied embeddings, and attention heads of 32 entries."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
@@ -42,10 +42,14 @@ def student_of(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 class FrequentVocabulary:
-    """The vocabulary for a training of a minute: the frequent tokens, and one for all the others.
+    """A small vocabulary to train the teacher in a minute: frequent tokens and one more class.
 
     All rare tokens share one row of the (tied) embedding. The exact softmax over all entries then
     needs only the columns of the frequent ones and one more, weighted by the number of rare tokens.
+
+    Args:
+        tokens: (n,), the training text, whose frequencies count.
+        vocab_size: entries of the full vocabulary.
     """
 
     def __init__(self, tokens: Tensor, vocab_size: int) -> None:
@@ -65,7 +69,11 @@ class FrequentVocabulary:
         return teacher
 
     def cooccurrence_embeddings(self) -> Tensor:
-        """Run latent semantic analysis: the leading part of the positive pointwise information."""
+        """Return embeddings (classes, HIDDEN) by latent semantic analysis.
+
+        They are the leading singular vectors, scaled, of the positive pointwise mutual information
+        of tokens that are one or two positions apart.
+        """
         x, size = self.tokens, self.shared + 1
         pairs = torch.cat([torch.stack([x[:-gap], x[gap:]]) for gap in (1, 2)], dim=1)
         pairs = torch.cat([pairs, pairs.flip(0)], dim=1)
@@ -82,14 +90,17 @@ class FrequentVocabulary:
         return 0.02 * table / table.std()
 
     def loss(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the full vocabulary, up to a constant."""
+        """Return the mean cross-entropy over the full vocabulary, 0-d, up to a constant.
+
+        `teacher` is one of build_teacher(); ids and labels (B, S) are of the full vocabulary.
+        """
         logits = teacher(input_ids=self.class_of[ids]).logits
         logits[..., self.shared] += self.log_size
         labels = torch.where(labels >= 0, self.class_of[labels.clamp_min(0)], labels)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def expand(self, teacher: LlamaForCausalLM) -> LlamaForCausalLM:
-        """Return the teacher, frozen, with a row for every entry of the vocabulary."""
+        """Return a frozen copy of `teacher` with an embedding for every entry of the vocabulary."""
         full = build(len(self.class_of), TEACHER_LAYERS)
         state = teacher.state_dict()
         state |= {name: state[name][self.class_of] for name in (EMBEDDING, "lm_head.weight")}

@@ -1,4 +1,4 @@
-"""One line with the progress of a phase: redrawn on a terminal, a few plain lines elsewhere."""
+"""The progress of a phase: one line that is redrawn on a terminal, a few plain lines elsewhere."""
 
 import shutil
 import sys
@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class Progress:
-    """A context; call `advance` once per step. Its `note` is shown next to the bar."""
+    """A context that shows the progress of `total` steps; call `advance` once per step."""
 
     WIDTH = 24  # of the bar
     PLAIN_LINES = 8  # per phase, if the output is no terminal
@@ -32,7 +32,7 @@ class Progress:
             print(flush=True)
 
     def advance(self, note: str = "") -> None:
-        """Count one more step, and show it."""
+        """Count one more step, and show it with `note` next to the bar."""
         self.done += 1
         now, last = time.perf_counter(), self.done == self.total
         if self.terminal and (last or now - self.drawn > 0.1):
@@ -46,7 +46,7 @@ class Progress:
                 print(f"{self.label:<10} {self.state(note)}", flush=True)
 
     def state(self, note: str) -> str:
-        """Return steps, time and note as text."""
+        """Return steps, remaining (at the end: used) seconds and note as text."""
         used = time.perf_counter() - self.start
         if self.done < self.total:
             rest = used / max(self.done, 1) * (self.total - self.done)

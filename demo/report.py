@@ -37,7 +37,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Summary:
-    """What a row of the table and a bar of the picture show."""
+    """A student's median times and its peaks of memory, for the table and the picture."""
 
     name: str
     loss_ms: float
@@ -56,13 +56,13 @@ class Summary:
         )
 
     def needs(self) -> tuple[str, ...]:
-        """Format the cells; a star marks a loss with products that others leave outside."""
+        """Format times and memory as cells; a star marks a loss that includes matrix products."""
         star = "*" if self.name == HEADS else " "
         loss_ms, loss_mib = f"{self.loss_ms:.1f}{star}", f"{self.loss_mib:.1f}{star}"
         return loss_ms, f"{self.step_ms:.0f} ", loss_mib, f"{self.step_mib:.1f} "
 
     def ratios(self, eager: "Summary") -> tuple[str, ...]:
-        """Format the ratios to the eager loss of the quantities that include the same work."""
+        """Format the eager loss's times and memory over these; "" if the work is not the same."""
         step_ms, step_mib = times(eager.step_ms, self.step_ms), times(eager.step_mib, self.step_mib)
         if self.name == HEADS:
             return "", step_ms, "", step_mib
@@ -71,7 +71,7 @@ class Summary:
 
 
 def largest_difference(students: list[Student]) -> float:
-    """Return the largest difference between any two curves, over all steps."""
+    """Return the largest difference between two students' losses in the same step."""
     steps = zip(*(student.losses for student in students), strict=True)
     return max(max(losses) - min(losses) for losses in steps)
 
@@ -94,10 +94,10 @@ def table(students: list[Student], scores: dict[str, Scores]) -> str:
 
 
 def notes(students: list[Student], budget: int) -> str:
-    """Return the notes below the table."""
+    """Return the notes below the table; `budget` is the memory_budget of the heads, in bytes."""
     return f"""\
 Times are medians over {len(students[0].losses)} steps. Memory is the peak: of a loss,
-beyond what it is given; of a step, beyond weights and optimizer; gradients
+beyond its inputs; of a step, beyond weights and optimizer; gradients
 are counted. hard, soft and perplexity are those of held-out text.
 * {HEADS} takes hidden states. Its loss contains the products with
   both lm_heads and the gradient of the student's, which the others leave to
@@ -106,12 +106,12 @@ are counted. hard, soft and perplexity are those of held-out text.
 
 
 def shown(of: Scores) -> tuple[str, str, str]:
-    """Format the last three cells of a row."""
+    """Format scores as the last three cells of a row."""
     return f"{of.hard:.4f}", f"{of.soft:.4f}", f"{of.perplexity:.1f}"
 
 
 def times(eager: float, fused: float) -> str:
-    """Format the ratio of what the eager loss needs to what a fused one needs."""
+    """Format the ratio of the eager loss's figure to a fused loss's."""
     ratio = eager / max(fused, 1e-9)
     return "> 9999×" if ratio > 9999 else f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
 
@@ -125,7 +125,7 @@ def setting(vocab_size: int) -> str:
 
 
 def picture(students: list[Student], vocab_size: int, path: Path) -> None:
-    """Draw the loss curves on one axis to the left, bars of time and memory to the right."""
+    """Save a picture at `path`: loss curves to the left, bars of time and memory to the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +178,7 @@ def draw_curves(axes: "Axes", students: list[Student]) -> None:
 
 
 def draw_bars(axes: "Axes", rows: list[Summary], name: str, quantity: str) -> None:
-    """Draw a quantity of every student as bars, and the ratio of the first's to it."""
+    """Draw the attribute `quantity` of every row as bars, and the first row's ratio to it."""
     values = [getattr(row, quantity) for row in rows]
     axes.barh([LABELS[row.name] for row in rows], values, color=COLOURS, height=0.72)
     axes.invert_yaxis()

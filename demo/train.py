@@ -49,7 +49,7 @@ def tensors(side: Tensor | Head) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss, and the side of it that a model is: ``loss(student's, teacher's, labels)``."""
+    """A loss, and the function that makes its sides, logits or Heads, from a model and ids."""
 
     side: Callable[[LlamaForCausalLM, Tensor], Tensor | Head]
     loss: Callable[..., Tensor]
@@ -57,7 +57,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the tokens of the held-out windows."""
+    """Mean hard and soft loss over the tokens of the held-out windows."""
 
     hard: float
     soft: float
@@ -69,7 +69,7 @@ class Scores:
 
 @dataclass
 class Student:
-    """A model, the loss it learns from, and what was measured while it learned."""
+    """A model, its method, and the losses, times and memory measured in its training."""
 
     name: str
     model: LlamaForCausalLM
@@ -86,7 +86,7 @@ class Student:
     def forward(
         self, teacher: LlamaForCausalLM, ids: Tensor
     ) -> tuple[Tensor | Head, Tensor | Head]:
-        """Return both sides of the loss, the student's first."""
+        """Run both models; return the sides of the loss, the student's first."""
         with torch.no_grad():
             teacher_side = self.method.side(teacher, ids)
         return self.method.side(self.model, ids), teacher_side
@@ -101,7 +101,7 @@ class Student:
     def forward_and_backward(
         self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor
     ) -> tuple[float, float]:
-        """Run a step without its update; return the loss and the milliseconds spent in it."""
+        """Run a step but for the update; return the loss, and the milliseconds of loss alone."""
         student, teacher_side = self.forward(teacher, ids)
         start = time.perf_counter()
         loss, gradients = self.loss_and_gradients(student, teacher_side, labels)
@@ -110,7 +110,7 @@ class Student:
         return loss.item(), 1e3 * (end - start)
 
     def measure_memory(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
-        """Measure peaks: of the loss beyond its inputs, of a step beyond weights and optimizer."""
+        """Set loss_bytes, the loss's peak beyond its inputs, and step_bytes, the step's peak."""
         inputs = self.forward(teacher, ids)
         self.loss_bytes = cpu_peak(partial(self.loss_and_gradients, *inputs, labels)).highest
         del inputs
@@ -119,7 +119,7 @@ class Student:
         self.optimizer.zero_grad()
 
     def step(self, teacher: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> None:
-        """Train one step, and record its loss and times."""
+        """Train one step, and append its loss and times to the lists."""
         start = time.perf_counter()
         loss, loss_ms = self.forward_and_backward(teacher, ids, labels)
         self.optimizer.step()
@@ -135,7 +135,7 @@ def optimizer_of(model: LlamaForCausalLM, rate: float) -> torch.optim.Optimizer:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
-    """Set the rate: a short warm-up, then a cosine down to a tenth of the peak."""
+    """Set the optimizer's rate in a step: a short warm-up, then a cosine to a tenth of the peak."""
     warm = min(1.0, (step + 1) / max(1.0, 0.08 * steps))
     cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
     for group in optimizer.param_groups:
@@ -168,7 +168,7 @@ def distil(
     steps: int,
     seed: int,
 ) -> list[Student]:
-    """Train a student per method, all from the weights of `start` and on the same batches."""
+    """Train and return a student per method, from the weights of `start`, on the same batches."""
     students = [Student(name, deepcopy(start), method) for name, method in methods.items()]
     batches = corpus.batches(STUDENT_ROWS, WINDOW, seed + 1)
     first = next(batches)
@@ -187,7 +187,7 @@ def distil(
 
 @torch.no_grad()
 def evaluate(models: dict[str, LlamaForCausalLM], corpus: Corpus) -> dict[str, Scores]:
-    """Compute each model's scores on the held-out text; the first is the soft loss's teacher."""
+    """Return each model's scores on held-out text; the soft loss's teacher is the first model."""
     batches = corpus.held_out_batches(STUDENT_ROWS, WINDOW, HELD_OUT_TOKENS)
     sums = torch.zeros(len(models), 2, dtype=torch.float64)
     with Progress("held-out", len(batches)) as progress:

@@ -20,7 +20,7 @@ def model(layers: int) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Train a student of one layer; two micro-batches are an update of the exact mean."""
+    """Train a student; an update is that of the mean over the tokens of two micro-batches."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     both = StudentTeacherLoss(model(1), model(2), KDLoss(temperature=2.0), heads=True).train()

@@ -23,7 +23,7 @@ def model(layers: int) -> LlamaForCausalLM:
 
 
 def train(rank: int) -> list[float]:
-    """Return the losses; an update is that of the mean over all tokens of all ranks."""
+    """Train on this rank; return its losses. Gradients are of the mean over all ranks' tokens."""
     torch.manual_seed(0)
     both = StudentTeacherLoss(model(1), model(2), KDLoss(temperature=2.0), heads=True).train()
     wrapped = DistributedDataParallel(both)

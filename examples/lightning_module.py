@@ -21,7 +21,7 @@ def model(layers: int) -> LlamaForCausalLM:
 
 
 class Losses(pl.Callback):
-    """Keeps the loss of every update, as a logger would."""
+    """A callback that keeps the loss of every update, as a logger would."""
 
     def __init__(self) -> None:
         self.values: list[float] = []

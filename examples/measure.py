@@ -1,9 +1,9 @@
 """Run the examples with each framework's own loss and with ours: ``python examples/measure.py``.
 
-Each example runs as it is, but with a vocabulary of 131,072 entries. For the framework's own loss
-one name in it is replaced: what calls fused_kd. Frameworks without a loss of their own (Trainer,
-Lightning, Accelerate) get the composition of torch operations, ``fused_kd.testing.eager_kd_loss``.
-Every run is a process, whose peak memory and time in the training are printed.
+Each example runs unchanged, but with a vocabulary of 131,072 entries. For the framework's own loss,
+the one name in it that calls fused_kd is replaced. Frameworks without a distillation loss (Trainer,
+Lightning, Accelerate) get a composition of torch operations, ``fused_kd.testing.eager_kd_loss``.
+Every run is a process, whose peak memory and seconds of training are printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPEATS = 3
 
 
 def compose() -> None:
-    """Make the adapters of whole models call torch operations on logits."""
+    """Make the adapters of Trainer, Lightning and Accelerate call torch operations on logits."""
 
     def loss(options: Any, *sides: Any) -> KDLossParts:
         student, teacher = (F.linear(side.hidden, side.weight, side.bias) for side in sides[:2])
@@ -46,12 +46,12 @@ def compose() -> None:
 
 
 def leave(trainer: Any, **options: Any) -> Any:
-    """Return a trainer of TRL unchanged."""
+    """Return the trainer unchanged, so that TRL computes its own loss."""
     return trainer
 
 
 def liger(**options: Any) -> Callable[..., Tensor]:
-    """Return Liger's class on flat hidden states; compiling it takes longer than the training."""
+    """Return Liger's loss for hidden states (B, S, H); compiled, it would take longer to start."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(**options, compiled=False)
@@ -59,7 +59,7 @@ def liger(**options: Any) -> Callable[..., Tensor]:
 
 
 def model_optimizer(inplace: bool, **options: Any) -> Any:
-    """Return modelopt's criterion, which has no option inplace."""
+    """Return modelopt's own criterion, without the option inplace, which it does not have."""
     from modelopt.torch.distill import LogitsDistillationLoss
 
     return LogitsDistillationLoss(**options)
@@ -78,7 +78,7 @@ OWN: dict[str, tuple[str, Any] | None] = {
 
 
 def run_one(name: str, is_own: bool) -> None:
-    """Run an example in this process; print the seconds of its training."""
+    """Run an example in this process, with the framework's own loss or ours; print its seconds."""
     module = importlib.import_module(name)
     if hasattr(module, "WORDS"):
         module.WORDS += [f"x{i}" for i in range(VOCABULARY - len(module.WORDS))]
@@ -95,7 +95,10 @@ def run_one(name: str, is_own: bool) -> None:
 
 
 def measure(name: str, way: str) -> tuple[float, float, str]:
-    """Return seconds, MiB and losses of an example that runs in another process."""
+    """Run an example in a separate process; return seconds, peak resident MiB and its losses.
+
+    Raises SystemExit if the example fails.
+    """
     command = [sys.executable, __file__, name, "--way", way]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -103,17 +106,25 @@ def measure(name: str, way: str) -> tuple[float, float, str]:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{name}, {way}: failed")
+        raise SystemExit(f"{name} --way {way} failed with status {process.returncode}, see above")
     losses = re.findall(r"loss (\S+) -> (\S+)", text)[0]
     seconds = float(re.findall(r"seconds (\S+)", text)[0])
     return seconds, usage.ru_maxrss / 1024, " to ".join(losses)
 
 
 def main() -> None:
-    """Print a row for each example."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=[*OWN], metavar="NAME", help=" ".join(OWN))
-    parser.add_argument("--way", choices=["own", "ours"], help="run one example in this process")
+    """Print a table with a row for each example."""
+    parser = argparse.ArgumentParser(
+        description="Run the examples with each framework's own loss and with fused_kd; print "
+        "losses, seconds and peak memory of both."
+    )
+    names = f"examples to run: {', '.join(OWN)}; all of them without a name"
+    parser.add_argument("names", nargs="*", default=[*OWN], metavar="NAME", help=names)
+    parser.add_argument(
+        "--way",
+        choices=["own", "ours"],
+        help="run one example in this process, with the framework's loss (own) or fused_kd (ours)",
+    )
     options = parser.parse_args()
     if options.way:
         return run_one(options.names[0], options.way == "own")

@@ -22,7 +22,7 @@ def model(layers: int) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Train a student of one layer on the logits of a teacher of two."""
+    """Train a student of one layer on the hidden states and the lm_head of a teacher of two."""
     torch.manual_seed(0)
     student, teacher = model(layers=1), model(layers=2).eval()
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, (8, 32))]
@@ -35,7 +35,7 @@ def main() -> None:
         report_to="none",
         use_cpu=True,
     )
-    # heads=True: hidden states and lm_heads go into the loss, and no logits are made
+    # heads=True: the loss takes hidden states and lm_heads, and neither model computes logits
     trainer = KDTrainer(
         student,
         arguments,

@@ -23,15 +23,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>")
     splits_at_spaces = Tokenizer(words)
     splits_at_spaces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
+    result = PreTrainedTokenizerFast(
         tokenizer_object=splits_at_spaces, eos_token="<eos>", pad_token="<eos>"
     )
-    made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-    return made
+    result.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    return result
 
 
 def main() -> None:
-    """Train a student of one layer on the logits of a teacher of two."""
+    """Train a student of one layer on the hidden states and the lm_head of a teacher of two."""
     torch.manual_seed(0)
     question = {"role": "user", "content": "w1 w2 w3"}
     answers = [{"role": "assistant", "content": f"w{i} w{i + 1} w{i + 2}"} for i in range(4, 12)]

@@ -55,7 +55,8 @@ def of_axolotl() -> Iterator[tuple[str, Callable[[], Any]]]:
     for loss in (axolotl.loss, axolotl.ChunkedTopKKDLoss(2)):
         yield "student_logits", lambda loss=loss: loss(*top_k(s=logits(1, N, V).long()))
         yield "student_logits", lambda loss=loss: loss(*top_k(s=logits()))
-        yield "at most its length", lambda loss=loss: loss(*top_k(s=logits(1, N - 1, V)))
+        yield "at most their length", lambda loss=loss: loss(*top_k(s=logits(1, N - 1, V)))
+        yield "must be (B, S_t, K); got", lambda loss=loss: loss(*top_k(ids=labels()))
         yield "target_mask", lambda loss=loss: loss(*top_k(mask=None))
         yield "target_token_ids", lambda loss=loss: loss(*top_k(ids=labels().int().view(1, N, 1)))
         for logs in (NAN, None, logits(1, N, 2)):

@@ -88,6 +88,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda head: head.register_full_backward_pre_hook(lambda module, by: (2 * by[0],)),
         "register_full_backward_pre_hook",
     ),
+    "gradients": (
+        lambda head: head.register_full_backward_hook(lambda module, by, to: None),
+        "register_full_backward_hook",
+    ),
     "forward": (_assigned_forward, "an assigned forward method"),
 }
 
@@ -155,7 +159,7 @@ def test_an_adapter_of_a_tied_embedding_is_not_the_heads() -> None:
 @pytest.mark.parametrize("which", ["student", "teacher", "student, late"])
 def test_a_changed_output_is_refused(which: str, change: str) -> None:
     register, name = REFUSED[change]
-    with pytest.raises(TypeError, match=f"SmallLM: .* found {name} on it.*heads=False"):
+    with pytest.raises(TypeError, match=f"of SmallLM must .*got {name}: remove it.*heads=False"):
         _outcome(_changed(True, which, register))
     _outcome(_changed(False, which, register))  # the logits are the model's own
 

@@ -101,7 +101,7 @@ def test_a_plain_module_has_logits_alone() -> None:
     got = StudentTeacherLoss(_Plain(0), _Plain(1))(input_ids=IDS, labels=LABELS)
     want = StudentTeacherLoss(SmallLM(0), SmallLM(1))(input_ids=IDS, labels=LABELS)
     assert torch.equal(got, want)
-    message = r"an lm_head that is a plain nn.Linear; found none"
+    message = r"must be a plain nn.Linear for a Head; got none"
     refused(TypeError, message, StudentTeacherLoss, _Plain(0), _Plain(1), heads=True)
 
 
@@ -123,5 +123,5 @@ def test_bad_input() -> None:
     rounded, message = torch.tensor(257.0).bfloat16(), r"rounded to 16 bits; got .*bfloat16: FSDP2"
     refused(TypeError, message, model, input_ids=IDS, labels=LABELS, num_items=rounded)
     teacher.forward = lambda input_ids: SimpleNamespace(loss=1.0)  # type: ignore[assignment]
-    message = "or an object with logits; got SimpleNamespace"
+    message = "with the attribute logits; got SimpleNamespace"
     refused(TypeError, message, model, input_ids=IDS, labels=LABELS)

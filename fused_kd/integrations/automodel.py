@@ -51,7 +51,7 @@ class KDLoss(nn.Module):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> _KDLoss:
-        """Return the loss of the current attributes."""
+        """Return the KDLoss of the current attributes; raises as the class."""
         _check_group(self.tp_group)
         return _KDLoss.like(
             "automodel", ignore_index=self.ignore_index, temperature=self.temperature
@@ -65,9 +65,9 @@ class KDLoss(nn.Module):
         labels: Tensor,  # one for each row; only says which rows count
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the mean over the rows that count, or their sum over `num_batch_labels`.
+        """Return the sum over the rows that count, divided by `num_batch_labels`, 0-d float32.
 
-        A `num_batch_labels` of 0 gives a loss of 0.
+        None divides by the number of these rows; 0 gives a loss of 0.
 
         Raises:
             TypeError: An argument is no tensor, has the wrong dtype, or is a DTensor.
@@ -86,8 +86,8 @@ def _check_group(group: Any) -> None:
     """Refuse a group over which the vocabulary is sharded.
 
     Raises:
-        TypeError: It is no process group.
-        ValueError: It has several ranks.
+        TypeError: `group` is neither None nor a process group.
+        ValueError: The group has several ranks.
     """
     if group is None:
         return

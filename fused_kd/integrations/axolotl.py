@@ -1,9 +1,9 @@
 """axolotl's loss of a top-k teacher by its signature (``axolotl.integrations.kd``).
 
-Import them in place of those of ``axolotl.integrations.kd.topk_logprob.forward_kl``, with which the
-tests compare them. The top k log-probabilities are scattered into float32 logits of the whole
-vocabulary, -inf elsewhere: as much memory as the student's logits in float32. ChunkedTopKKDLoss
-needs that for one chunk only.
+Import :func:`loss` and :class:`ChunkedTopKKDLoss` from here, not from
+``axolotl.integrations.kd.topk_logprob.forward_kl``; the tests compare both. The top k
+log-probabilities are scattered into float32 logits of the whole vocabulary, -inf elsewhere: as much
+memory as the student's logits in float32. ChunkedTopKKDLoss needs that for one chunk only.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def loss(
     num_items_in_batch: float | Tensor = -1,
     kd_temperature: float = 1.0,
 ) -> Tensor:
-    """Return Σ q (log q - log p) over the entries of the mask, p being the student's softmax at T.
+    """Return Σ q (log q - log p) over the entries of the mask.
 
-    q is used as it is: not softened, and not normalized. There is no factor T². If a token has
-    several entries in a row, its target probability is their sum.
+    p is the student's softmax at T; q = exp(target_logprobs) is neither softened nor normalized.
+    There is no factor T². If a token has several entries in a row, its q is their sum. Positions
+    of the student from S_t on do not count.
 
     Returns:
         0-d: the sum, divided by `num_items_in_batch`, or if that is not positive by the number of
@@ -68,11 +69,15 @@ def loss(
 
 
 class ChunkedTopKKDLoss(nn.Module):
-    """Computes :func:`loss` for one chunk of the sequence at a time.
+    """The :func:`loss`, computed for one chunk of the sequence at a time.
 
     Args:
         num_output_chunks: the largest number of chunks.
         kd_temperature: temperature of the student's softmax.
+
+    Raises:
+        TypeError: The temperature is no number.
+        ValueError: The temperature is not positive and finite.
     """
 
     @named(**_NAMES)
@@ -91,7 +96,7 @@ class ChunkedTopKKDLoss(nn.Module):
         target_mask: Tensor,  # (B, S_t, K)
         num_items_in_batch: float | Tensor = -1,
     ) -> Tensor:
-        """Return what :func:`loss` returns."""
+        """Return the loss, 0-d; arguments, result and errors are those of :func:`loss`."""
         _check(student_logits, target_token_ids, target_logprobs, target_mask)
         length = target_token_ids.shape[1]
         whole = (student_logits[:, :length], target_token_ids, target_logprobs, target_mask)
@@ -108,7 +113,7 @@ def _forward_kl(temperature: float) -> KDLoss:
 
 
 def _divisor(mask: Tensor, num_items: float | Tensor) -> float | Tensor:
-    """Return `num_items`, or if it is not positive the number of entries of the mask."""
+    """Return `num_items`, or if it is not positive the count of entries in the mask, at least 1."""
     _check_count(num_items)
     entries = mask.to(torch.bool).sum().clamp(min=1)
     if isinstance(num_items, Tensor):
@@ -117,11 +122,11 @@ def _divisor(mask: Tensor, num_items: float | Tensor) -> float | Tensor:
 
 
 def _check_count(num_items: float | Tensor) -> None:
-    """Refuse a denominator that is not one finite number.
+    """Refuse a num_items_in_batch that is not one finite number.
 
     Raises:
-        TypeError: It is neither a number nor a tensor.
-        ValueError: It is a tensor of more dimensions, or not finite.
+        TypeError: `num_items` is neither a number nor a tensor.
+        ValueError: `num_items` is not finite, or a tensor that is not 0-d.
     """
     if not isinstance(num_items, (Real, Tensor)):
         raise TypeError(
@@ -136,14 +141,18 @@ def _check_count(num_items: float | Tensor) -> None:
         if not may_read_values(num_items):
             return
     if not -math.inf < num_items < math.inf:
-        raise ValueError(f"num_items_in_batch must be finite; got {float(num_items)}")
+        raise ValueError(
+            f"num_items_in_batch must be finite; got {float(num_items)}: pass -1 to count entries"
+        )
 
 
 def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Refuse tokens outside the vocabulary; by value, so on the CPU only.
+    """Refuse tokens outside the vocabulary.
+
+    Values are not read on a GPU (unless FUSED_KD_DEBUG=1) and under ``torch.compile``.
 
     Raises:
-        ValueError: There is one.
+        ValueError: A token is negative, or not below `vocabulary`.
     """
     if tokens.numel() == 0 or not may_read_values(tokens):
         return
@@ -157,21 +166,27 @@ def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
 
 def _check(student_logits: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:
     """Refuse tensors whose shapes or dtypes do not fit together; raises as :func:`loss`."""
-    check_dense("student_logits", student_logits)
-    if student_logits.dim() != 3:
-        raise ValueError(f"student_logits must be (B, S, V); got {tuple(student_logits.shape)}")
-    for name, x in (("token_ids", ids), ("logprobs", logprobs), ("mask", mask)):
-        check_dense(f"target_{name}", x)
-        if x.dim() != 3 or x.shape != ids.shape:
+    for name, x, axes in (
+        ("student_logits", student_logits, "(B, S, V)"),
+        ("target_token_ids", ids, "(B, S_t, K)"),
+    ):
+        check_dense(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be {axes}; got shape {tuple(x.shape)}")
+    for name, x in (("target_logprobs", logprobs), ("target_mask", mask)):
+        check_dense(name, x)
+        if x.shape != ids.shape:
             raise ValueError(
-                f"target_{name} must be (B, S_t, K), like target_token_ids, {tuple(ids.shape)}; "
-                f"got {tuple(x.shape)}"
+                f"{name} must have the shape of target_token_ids, {tuple(ids.shape)}; got "
+                f"{tuple(x.shape)}"
             )
     if ids.dtype != torch.int64:
-        raise TypeError(f"target_token_ids must be int64; got {ids.dtype}")
+        raise TypeError(
+            f"target_token_ids must be int64; got {ids.dtype}: pass target_token_ids.long()"
+        )
     batch, length = student_logits.shape[:2]
     if ids.shape[0] != batch or ids.shape[1] > length:
         raise ValueError(
-            f"target_token_ids must have the student's batch, {batch}, and at most its length, "
-            f"{length}; got {tuple(ids.shape)}"
+            f"target_token_ids must have the batch size of student_logits, {batch}, and at most "
+            f"their length, {length}; got shape {tuple(ids.shape)}"
         )

@@ -39,7 +39,7 @@ else:
 class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
     """A LightningModule that trains the student of a :class:`StudentTeacherLoss`.
 
-    An update is the gradient of the mean over all tokens that it kept, regardless of the number of
+    An update uses the gradient of the mean over all its kept tokens, regardless of the number of
     micro-batches (``accumulate_grad_batches``) and devices. The losses are sums, and the gradients
     are divided by the count once, before they are clipped. So ``train_loss``, ``train_hard`` and
     ``train_soft`` are exact means of the update too. They are logged as tensors, without waiting
@@ -80,7 +80,7 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         self._sums: dict[tuple[str, int], Tensor] = {}  # by stage and loader
 
     def configure_optimizers(self) -> Any:
-        """Return the result of `optimizer`."""
+        """Return ``optimizer(parameters)`` of the student's parameters that require grad."""
         return self.make_optimizer([p for p in self.student.parameters() if p.requires_grad])
 
     def on_train_start(self) -> None:
@@ -96,33 +96,36 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         self._discard("test")
 
     def training_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the sum over the batch's kept tokens, times Lightning's divisor."""
+        """Return the sum over the batch's kept tokens, times ``accumulate_grad_batches``."""
         divisor: int = self._lightning.accumulate_grad_batches
         return self._step("train", batch).loss * divisor
 
     def validation_step(
         self, batch: MutableMapping[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch to the sums of its loader."""
+        """Add the losses and the count of kept tokens of a batch to the sums of its loader."""
         self._step("val", batch, dataloader_idx)
 
     def test_step(
         self, batch: MutableMapping[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch to the sums of its loader."""
+        """Add the losses and the count of kept tokens of a batch to the sums of its loader."""
         self._step("test", batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Divide the gradients by the count of kept tokens; log the update's means."""
+        """Divide the gradients by the kept tokens per rank; log the mean losses of the update.
+
+        The gradients are sums over a rank's tokens, averaged over the ranks.
+        """
         kept = self._log_means("train")
         divide_gradients(self.student.parameters(), kept / self._lightning.world_size)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means of every loader."""
+        """Log the mean loss, hard and soft term of every loader."""
         self._log_means_of_loaders("val", self._lightning.num_val_batches)
 
     def on_test_epoch_end(self) -> None:
-        """Log the means of every loader."""
+        """Log the mean loss, hard and soft term of every loader."""
         self._log_means_of_loaders("test", self._lightning.num_test_batches)
 
     def _discard(self, stage: str) -> None:
@@ -135,7 +138,7 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         return self.trainer
 
     def _step(self, stage: str, batch: MutableMapping[str, Any], loader: int = 0) -> KDLossParts:
-        """Return the sums of a batch, added to those of its stage and loader."""
+        """Return a batch's losses, summed over tokens; add them to the sums of stage and loader."""
         _check_batch(batch)
         parts = self.parts(**batch, num_items=1)
         kept = (aligned(batch["labels"], self.shift) != IGNORE_INDEX).sum()
@@ -145,7 +148,7 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         return parts
 
     def _log_means_of_loaders(self, stage: str, batches: Sequence[float]) -> None:
-        """Log the means of every loader, with Lightning's suffix if there are several.
+        """Log the means of every loader, under Lightning's names if there are several.
 
         A loader without batches logs nothing. A loader of unknown length may yield no batch, in one
         process or in all: its sums are 0 there, since all processes reduce together.
@@ -156,7 +159,11 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
                 self._log_means(stage, loader, suffix)
 
     def _log_means(self, stage: str, loader: int = 0, suffix: str = "") -> Tensor:
-        """Log means over all devices since the last call; return the number of kept tokens."""
+        """Log the means of a loader's sums over all devices, and drop the sums.
+
+        Returns:
+            0-d, float64: the number of kept tokens on all devices.
+        """
         strategy = self._lightning.strategy
         none = torch.zeros(4, dtype=torch.float64, device=strategy.root_device)
         sums = strategy.reduce(self._sums.pop((stage, loader), none), reduce_op="sum")
@@ -170,20 +177,21 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
 
 
 class TeacherCallback(pl.Callback):  # type: ignore[misc]
-    """A callback that runs a teacher on every batch, and stores that side of the loss in the batch.
+    """A callback that stores a teacher's logits or Head of every batch as ``batch["teacher"]``.
 
     It is for your own LightningModule, whose steps then pass ``batch["teacher"]`` to a KDLoss.
     The teacher belongs to no module: it is in no checkpoint, no optimizer and no gradient
-    synchronisation. It is frozen, in evaluation mode, and runs without gradient in the Trainer's
-    precision.
+    synchronisation. It is frozen and put into evaluation mode in place, and runs without gradient
+    in the Trainer's precision.
 
     Args:
-        teacher: called with everything in the batch but the labels.
+        teacher: called with everything in the batch but the labels; frozen, in evaluation mode.
         heads: bypass the lm_head, so that ``batch["teacher"]`` is a :class:`fused_kd.Head`, not
             logits.
 
     Raises:
-        TypeError, ValueError: With `heads`, the lm_head cannot be bypassed.
+        TypeError, ValueError: With `heads`, the lm_head cannot be bypassed (see
+            :class:`StudentTeacherLoss`).
     """
 
     def __init__(self, teacher: nn.Module, *, heads: bool = False) -> None:
@@ -195,7 +203,7 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
         self.teacher.to(trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher on a batch before every step, and store its side there."""
+        """Run the teacher on the batch; add ``batch["teacher"]``, its logits or Head, in place."""
         _check_batch(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         check_inputs(self.teacher, inputs)
@@ -214,12 +222,12 @@ def _check_batch(batch: object) -> None:
     """Refuse a batch that is not a dict with labels.
 
     Raises:
-        TypeError: It is something else, or has no labels.
+        TypeError: `batch` is no dict, or has no tensor of labels.
     """
     if not isinstance(batch, MutableMapping) or not isinstance(batch.get("labels"), Tensor):
         kind = type(batch).__name__
         if isinstance(batch, MutableMapping):
-            kind = f"one with {', '.join(map(repr, batch))}"
+            kind = f"a dict with the keys {[*batch]}"
         raise TypeError(
             "a batch must be a dict with labels, -100 where a token does not count, and the inputs "
             f"of the models; got {kind}"

@@ -2,8 +2,8 @@
 
 DistributedDataParallel and FSDP2 average gradients over ranks, regardless of the number of tokens
 that each of them kept. A loop over micro-batches that divides by their number does the same. The
-intended loss is the mean over all kept tokens of the update. Either count these first, and pass the
-count to the loss::
+intended loss is the mean over all kept tokens of the update. Either count these tokens first, and
+pass the count to the loss::
 
     num_items = global_num_items(*labels_of_all_micro_batches)
     for batch, labels in ...:
@@ -55,10 +55,10 @@ def global_num_items(
 
     Raises:
         TypeError: An argument is not a tensor of integers.
-        ValueError: There are no labels.
+        ValueError: No labels are passed.
     """
     if not labels:
-        raise ValueError("labels of every micro-batch of the update must be passed; got none")
+        raise ValueError("labels must be those of every micro-batch of the update; got none")
     for x in labels:
         if not isinstance(x, Tensor) or x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -83,7 +83,7 @@ def divide_gradients(parameters: Iterable[nn.Parameter], num_items: float | Tens
 
     Raises:
         TypeError: `num_items` is neither a number nor a tensor.
-        ValueError: It is a tensor of more dimensions.
+        ValueError: `num_items` is a tensor that is not 0-d.
     """
     if not isinstance(num_items, (int, float, Tensor)):
         raise TypeError(
@@ -91,10 +91,13 @@ def divide_gradients(parameters: Iterable[nn.Parameter], num_items: float | Tens
         )
     count = torch.as_tensor(num_items, dtype=torch.float64)
     if count.dim() != 0:
-        raise ValueError(f"num_items must be a number or a 0-d tensor; got {tuple(count.shape)}")
+        raise ValueError(
+            "num_items must be a number or a 0-d tensor; got a tensor of shape "
+            f"{tuple(count.shape)}: pass its sum, or the result of global_num_items()"
+        )
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None:
-            here = count.to(gradient.device)
-            gradient.mul_(torch.where(here == 0, 0.0, 1.0 / here))
-            gradient.masked_fill_(here == 0, 0.0)  # 0 times infinity is not 0
+            divisor = count.to(gradient.device)
+            gradient.mul_(torch.where(divisor == 0, 0.0, 1.0 / divisor))
+            gradient.masked_fill_(divisor == 0, 0.0)  # 0 times infinity is not 0

@@ -37,14 +37,14 @@ TINY = 1e-7
 
 
 class LogitsDistillationLoss(_Loss):
-    """T²·KL(teacher ‖ student), both softened by T.
+    """T²·KL(teacher ‖ student) of N rows of V logits, both softened by T.
 
     Args:
         temperature: T.
-        reduction: "mean" divides the sum by N·V, "batchmean" by the first dimension, "sum" by
-            nothing; "none" returns the loss of every row.
+        reduction: "mean" divides the sum over the rows by N·V, "batchmean" by the first dimension,
+            "sum" by nothing; "none" returns the loss of every row.
         inplace: write the gradient over the student's logits, see :func:`fused_kd.kd_loss`.
-        backend: as there.
+        backend: as in :func:`fused_kd.kd_loss`.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -66,7 +66,7 @@ class LogitsDistillationLoss(_Loss):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> KDLoss:
-        """Return the loss of the attributes as they are now."""
+        """Return the KDLoss of the current attributes; raises as the class."""
         if self.reduction != "none":
             check_reduction(self.reduction)
         return KDLoss.like(
@@ -93,7 +93,7 @@ class LogitsDistillationLoss(_Loss):
         return as_tensor(self._loss()(logits_s, logits_t, num_items=num_items))
 
     def extra_repr(self) -> str:
-        """Return the attributes."""
+        """Return the constructor's arguments, for repr()."""
         names = ("temperature", "reduction", "inplace", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -101,17 +101,18 @@ class LogitsDistillationLoss(_Loss):
 class MFTLoss(_Loss):
     """T²·KL(corrected teacher ‖ student): minifinetuning, which moves the teacher to the label.
 
-    The target is (1-m)·q + m·[label], with the m that puts the label `threshold` above its rivals.
-    All entries but the label's keep their ratios, so the target is a softmax of logits that differ
-    from the teacher's in one entry of each row. They are stored in a float32 copy.
+    The target is (1-m)·q + m·[label]. Its m raises the label to `threshold` above the largest other
+    probability; a label that is the teacher's largest is raised by `threshold`, to at most 1. All
+    entries but the label's keep their ratios, so the target is a softmax of logits that differ
+    from the teacher's in one entry of each row. These logits are a float32 copy.
 
     Args:
         temperature: T.
-        threshold: from 0 to 1.
-        reduction: "batchmean" divides the sum by the rows, "mean" by V times the rows, "sum" by
-            nothing. "none" would be (N, V): refused.
+        threshold: a probability, in [0, 1].
+        reduction: "batchmean" divides the sum by the number of rows that count, "mean" by V times
+            that, "sum" by nothing. "none", in modelopt (N, V), is refused.
         inplace: write the gradient over the student's logits, see :func:`fused_kd.kd_loss`.
-        backend: as there.
+        backend: as in :func:`fused_kd.kd_loss`.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -149,7 +150,7 @@ class MFTLoss(_Loss):
         logits_t: Tensor,  # (..., V)
         labels: Tensor,  # (N,), or (...)
     ) -> Tensor:
-        """Return the loss, 0-d; -100 labels a row to ignore. Raises as :func:`fused_kd.kd_loss`."""
+        """Return the loss, 0-d; rows of label -100 do not count. Raises as fused_kd.kd_loss."""
         check_dense("logits_s", logits_s)
         check_dense("labels", labels)
         targets, kept = labels_and_kept(in_rows_of(logits_s, labels), self.loss.options)
@@ -161,7 +162,7 @@ class MFTLoss(_Loss):
 
     @torch.no_grad()
     def _corrected(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the logits whose softmax at T is the target; `labels` (...) in [0, V)."""
+        """Return new logits whose softmax at T is the target; `labels` (...) in [0, V)."""
         temperature = self.loss.options.temperature
         corrected = logits.new_empty(logits.shape, dtype=arithmetic_dtype(logits)).copy_(logits)
         all_rows, labels = corrected.view(-1, logits.shape[-1]), labels.reshape(-1, 1)
@@ -176,20 +177,24 @@ class MFTLoss(_Loss):
         return corrected
 
     def _odds(self, p_top: Tensor, p_label: Tensor, is_right: Tensor) -> Tensor:
-        """Return m/(1-m) from modelopt's formula of m, so that m near 1 is not rounded."""
+        """Return m/(1-m) by modelopt's formula of m, without the rounding of an m near 1.
+
+        `p_top` is the teacher's largest probability, `p_label` the label's, `is_right` whether they
+        are the same entry.
+        """
         wrong = (p_top - p_label + self.threshold) / (1 - self.threshold + TINY)
         capped = torch.where(p_label > 1 - self.threshold, 1, p_label + self.threshold)
         return torch.where(is_right, (capped - p_top) / (1 - capped + TINY), wrong)
 
     def extra_repr(self) -> str:
-        """Return the attributes that the inner loss does not have."""
+        """Return threshold and reduction, which the repr() of the inner loss does not have."""
         return f"threshold={self.threshold!r}, reduction={self.reduction!r}"
 
 
 def _checked(
     logits_s: Tensor, logits_t: Tensor, labels: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """Return the teacher's logits without a graph; raises as :func:`fused_kd.kd_loss`."""
+    """Check the tensors; return the teacher's logits detached. Raises as fused_kd.kd_loss."""
     check_dense("logits_s", logits_s)
     check_dense("logits_t", logits_t)
     logits_t = logits_t.detach()

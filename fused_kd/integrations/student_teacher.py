@@ -30,8 +30,8 @@ class StudentTeacherLoss(nn.Module):
         model = StudentTeacherLoss(student, teacher, KDLoss(temperature=2.0), heads=True)
         loss = model(**batch)  # input_ids, attention_mask, labels
 
-    The teacher is frozen, runs without gradient, stays in evaluation mode after ``train()``, and is
-    not in ``state_dict()``. The student is the attribute `student`.
+    The teacher is frozen and put into evaluation mode, in place; it stays there after ``train()``,
+    runs without gradient, and is not in ``state_dict()``. The student is the attribute `student`.
 
     Args:
         student: a causal language model of transformers, or a module with the same arguments and
@@ -45,7 +45,8 @@ class StudentTeacherLoss(nn.Module):
             language models, classifiers, encoder-decoders).
 
     Raises:
-        TypeError: The loss is of another kind; with `heads` an lm_head is not a plain nn.Linear.
+        TypeError: A model is no nn.Module, the loss no KDLoss; with `heads` an lm_head is not a
+            plain nn.Linear, or has hooks on its output.
         ValueError: A model is not causal, if labels are shifted; the vocabularies differ; both
             models have the same parameter; a router's aux_loss would be lost; a keyword of the loss
             does not fit `heads`; with `heads` logits are soft-capped or otherwise changed after the
@@ -82,6 +83,10 @@ class StudentTeacherLoss(nn.Module):
             num_items: the denominator, see :func:`fused_kd.integrations.loop.global_num_items`;
                 None: the kept tokens of this batch.
             inputs: the arguments of both models.
+
+        Raises:
+            TypeError: `num_items` has 16 bits, or as :func:`fused_kd.kd_loss`.
+            ValueError: `labels` is None, inputs belong to one model, or as kd_loss.
         """
         parts = self.parts(labels, num_items, **inputs)
         return parts if self.loss.options.return_parts else parts.loss
@@ -89,14 +94,14 @@ class StudentTeacherLoss(nn.Module):
     def parts(
         self, labels: Tensor, num_items: float | Tensor | None = None, **inputs: Any
     ) -> KDLossParts:
-        """Return the loss with its hard and its soft part; arguments as in :meth:`forward`."""
+        """Return the loss with its hard and its soft part; arguments and errors as in forward."""
         _check_num_items(num_items)
         targets = aligned(labels, self.shift)
         self._check_padding(labels, inputs)
         return parts_of(self.loss, *self._sides(inputs), targets, num_items)
 
     def train(self, mode: bool = True) -> StudentTeacherLoss:
-        """Set the student's mode; the teacher stays in evaluation mode."""
+        """Set the student's mode and return self; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -112,7 +117,7 @@ class StudentTeacherLoss(nn.Module):
         return student, teacher
 
     def _outputs(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the logits of student and teacher, or their hidden states without the heads."""
+        """Return the logits of student and teacher, or inside ``headless`` the hidden states."""
         check_inputs(self.student, inputs)
         with torch.no_grad():  # first: its activations are freed before the student's are kept
             teacher = logits_of(self.teacher(**inputs))
@@ -129,10 +134,10 @@ def _check(student: nn.Module, teacher: nn.Module, loss: KDLoss, heads: bool, sh
 
 
 def _check_num_items(num_items: float | Tensor | None) -> None:
-    """Refuse a count of 16 bits: a cast makes 256 of 257 tokens.
+    """Refuse a count in 16 bits, since bfloat16 rounds 257 tokens to 256.
 
     Raises:
-        TypeError: It is bfloat16 or float16.
+        TypeError: `num_items` is a bfloat16 or float16 tensor.
     """
     if isinstance(num_items, Tensor) and num_items.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(
@@ -145,7 +150,7 @@ def _check_num_items(num_items: float | Tensor | None) -> None:
 def _leave_out_teacher(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    """Remove the teacher's entries from a state_dict."""
+    """Remove the teacher's entries from a state_dict, in place."""
     for name in [name for name in state_dict if name.startswith(f"{prefix}teacher.")]:
         del state_dict[name]
 

@@ -38,13 +38,13 @@ NOT_FOR_THE_TEACHER = ("labels", "shift_labels", "num_items_in_batch", "use_cach
 
 @dataclass
 class _Parts:
-    """Sums since the last log; kept on the device, so that the host does not wait."""
+    """Sums of hard and soft losses; kept on the device, so that the host does not wait."""
 
     sums: Tensor | None = None  # (2,): hard, soft
     count: int = 0
 
     def add(self, parts: Tensor) -> None:  # (..., 2)
-        """Add rows of hard and soft loss."""
+        """Add rows of hard and soft loss to the sums, and their number to the count."""
         rows = parts.reshape(-1, 2)
         self.sums = rows.sum(0) + (0 if self.sums is None else self.sums)
         self.count += len(rows)
@@ -58,8 +58,8 @@ class DistillationLoss:
     its batch is cut into micro-batches or spread over processes. The teacher is called with the
     student's inputs, without gradient, under the same autocast.
 
-    With `heads` the student's lm_head returns its input while the student is in training mode; in
-    evaluation the logits are made, and returned to the Trainer.
+    With `heads` the student is changed: in training mode with gradients its lm_head returns its
+    input, until :meth:`remove`. In evaluation it computes the logits, which the Trainer gets.
 
     Args:
         student: the model that the Trainer trains, before it is wrapped.
@@ -72,13 +72,13 @@ class DistillationLoss:
             language models, classifiers, encoder-decoders).
 
     Raises:
-        TypeError: Student, teacher or loss are of another kind; with `heads` an lm_head is not a
-            plain nn.Linear.
+        TypeError: A model is not of transformers, the loss no KDLoss; with `heads` an lm_head is
+            not a plain nn.Linear, or has hooks on its output.
         ValueError: A model is not causal, if labels are shifted; the vocabularies differ; both
             models have the same parameter; a router's aux_loss would be lost; the teacher is in
             training mode; a keyword of the loss does not fit `heads`; with `heads` logits are
-            soft-capped or otherwise changed after the lm_head, or the student has another such
-            loss.
+            soft-capped or otherwise changed after the lm_head; another DistillationLoss bypasses
+            the student's lm_head.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class DistillationLoss:
     def __call__(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the loss, with the arguments of Trainer's ``compute_loss_func``.
+        """Return the loss, 0-d, with the arguments of Trainer's ``compute_loss_func``.
 
         Args:
-            outputs: of the student, with logits (B, S, V).
+            outputs: the student's, a dict or tuple with logits (B, S, V).
             labels: (B, S), -100 where a token does not count; None if the student was called with
                 ``shift_labels``.
             num_items_in_batch: kept tokens of the whole update; None: of this batch.
@@ -137,7 +137,7 @@ class DistillationLoss:
         return parts.loss
 
     def remove(self) -> None:
-        """Restore the student, so that it can be trained with another loss."""
+        """Remove hooks and bypass from the student, so that it can be trained with another loss."""
         while self._undo:
             self._undo.pop()()
 
@@ -149,7 +149,11 @@ class DistillationLoss:
         call: Call,
         inputs: dict[str, Any],
     ) -> tuple[Side, Side]:
-        """Return what the loss takes; call the teacher as the student was called."""
+        """Return logits or a Head of the student and of the teacher, which is called with `inputs`.
+
+        Raises:
+            ValueError: Another loss bypasses the student's lm_head; or as _run_teacher().
+        """
         if not self.heads and call.is_headless and is_bypassed(self.student):
             raise ValueError(
                 "student's lm_head is bypassed by another DistillationLoss, with heads=True, so it "
@@ -164,7 +168,10 @@ class DistillationLoss:
         return student_side, side_of(self.teacher, teacher, teacher_scale)
 
     def _run_teacher(self, inputs: dict[str, Any]) -> Tensor:
-        """Return the teacher's logits for the student's inputs; its hidden states if headless."""
+        """Return the teacher's logits for the student's inputs, without gradient.
+
+        Inside ``headless(self.teacher)`` they are hidden states. Raises ValueError as __call__.
+        """
         self._check_mode_of_teacher()
         check_inputs(self.student, inputs)
         keywords = {k: v for k, v in inputs.items() if k not in NOT_FOR_THE_TEACHER}
@@ -173,7 +180,11 @@ class DistillationLoss:
         return logits
 
     def _targets(self, labels: Tensor | None, inputs: dict[str, Any]) -> Tensor:
-        """Return the labels that belong to the logits: ``shift_labels`` if there are any."""
+        """Return labels aligned with the logits: ``shift_labels`` of the inputs, else `labels`.
+
+        Raises:
+            ValueError: `labels` is None, without ``shift_labels`` or in training without a count.
+        """
         ready = inputs.get("shift_labels")
         if not isinstance(ready, Tensor):
             return aligned(labels, self.shift)
@@ -188,20 +199,21 @@ class DistillationLoss:
     # ----------------------------------------------------------------------------- at the start
 
     def _check(self) -> None:
-        """Refuse models or a loss that do not fit together; raises as the class."""
+        """Refuse models or a loss that do not fit together; raises as DistillationLoss."""
         for name in ("student", "teacher"):
             model = getattr(self, name)
             if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
                 raise TypeError(
                     f"{name} must be a model of transformers; got "
-                    f"{'None' if model is None else type(model).__name__}"
+                    f"{'None' if model is None else type(model).__name__}: for other modules use "
+                    "fused_kd.integrations.student_teacher"
                 )
         check_loss(self.loss, heads=self.heads, is_mean=True)
         check_models(self.student, self.teacher, shift=self.shift)
         self._check_mode_of_teacher()
 
     def _check_mode_of_teacher(self) -> None:
-        """Refuse a teacher with dropout."""
+        """Raise ValueError if the teacher is in training mode, in which dropout is active."""
         if self.teacher.training:
             raise ValueError(
                 "teacher must be in evaluation mode, without dropout; it is in training mode: call "
@@ -236,15 +248,15 @@ class KDTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         if keywords.get("compute_loss_func") is not None:
             raise ValueError(
-                "compute_loss_func must be None, since KDTrainer sets it; got one: pass loss, or "
-                "use transformers.Trainer"
+                "compute_loss_func must be None, since KDTrainer sets it; got "
+                f"{keywords['compute_loss_func']!r}: pass loss, or use transformers.Trainer"
             )
         super().__init__(*arguments, **keywords)
         if self.model_init is not None:
             raise ValueError(
                 "model_init must be None, since train() would make another student than the one "
-                "that the loss is attached to; got one: pass model, and make a KDTrainer for each "
-                "trial of a search"
+                f"that the loss is attached to; got {self.model_init!r}: pass model, and make a "
+                "KDTrainer for each trial of a search"
             )
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
@@ -269,8 +281,9 @@ class KDTrainer(Trainer):  # type: ignore[misc]
 def log_parts(trainer: Trainer) -> None:
     """Add hard_loss and soft_loss to the logs of a trainer with a DistillationLoss.
 
-    They are means like ``loss``, over the steps since the last log; ``eval_hard_loss`` and
-    ``eval_soft_loss`` are means over an evaluation. They are read from the device when the loss is.
+    The two are means like ``loss``, over the steps since the last log; ``eval_hard_loss`` and
+    ``eval_soft_loss`` are means over an evaluation. All are read from the device when ``loss`` is.
+    The trainer is changed: it gets a callback, and another ``log``.
 
     Raises:
         TypeError: The trainer's compute_loss_func is no DistillationLoss.
@@ -278,13 +291,14 @@ def log_parts(trainer: Trainer) -> None:
     loss = trainer.compute_loss_func
     if not isinstance(loss, DistillationLoss):
         raise TypeError(
-            f"trainer.compute_loss_func must be a DistillationLoss; got {type(loss).__name__}"
+            f"trainer.compute_loss_func must be a DistillationLoss; got {type(loss).__name__}: "
+            "pass compute_loss_func=DistillationLoss(student, teacher) to the Trainer"
         )
     trainer.add_callback(_PartsLogger(trainer, loss))
 
 
 class _PartsLogger(TrainerCallback):  # type: ignore[misc]
-    """A callback that replaces a trainer's log by one that adds the parts."""
+    """A callback that replaces ``trainer.log`` by a function that adds hard and soft loss."""
 
     def __init__(self, trainer: Trainer, loss: DistillationLoss) -> None:
         self._trainer, self._loss, self._log, self._last = trainer, loss, trainer.log, 0
@@ -292,12 +306,12 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
         trainer.log = self._log_with_parts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Begin counting at the current step: a resumed training does not begin with step 0."""
+        """Reset the sums and the step: a resumed training does not begin with step 0."""
         self._last, self._loss.training_parts = state.global_step, _Parts()
         self._evaluation = _Parts()
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Add a batch of all processes, each row once, as Trainer.evaluation_loop does."""
+        """Add the losses of a batch, of all processes and each row once, as Trainer's loop does."""
         parts, self._loss.evaluated = self._loss.evaluated, None
         if parts is not None:
             rows = self._scale() * parts.repeat(args.eval_batch_size, 1)
@@ -308,7 +322,7 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
         self._evaluation = _Parts()
 
     def _log_with_parts(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        """Log with the parts of the training or of the evaluation."""
+        """Add hard and soft loss to `logs`, in place, if these have a loss; then log them."""
         if "loss" in logs:
             step = self._trainer.state.global_step
             logs.update(self._training_means(step - self._last))
@@ -320,7 +334,10 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
         self._log(logs, *arguments, **keywords)
 
     def _training_means(self, steps: int) -> dict[str, float]:
-        """Return the means over the steps and all processes; the sums begin again at 0."""
+        """Return log entries: mean hard and soft loss over the last `steps` and all processes.
+
+        They are {} if no loss was computed. The sums are reset.
+        """
         parts, self._loss.training_parts = self._loss.training_parts, _Parts()
         if steps <= 0 or parts.sums is None:
             return {}
@@ -335,15 +352,15 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
 
 
 def _prefix_of_evaluation(logs: dict[str, float]) -> str | None:
-    """Return the prefix of an evaluation's loss and runtime; None: the log is another one.
+    """Return the prefix in a log of both a loss and a runtime; None for any other log.
 
-    It is ``eval_``, or ``eval_name_`` for one of several sets.
+    It is ``eval_``, ``eval_name_`` for one of several data sets, or ``train_`` after a training.
     """
     prefixes = (key.removesuffix("runtime") for key in logs if key.endswith("_runtime"))
     return next((prefix for prefix in prefixes if f"{prefix}loss" in logs), None)
 
 
 def _log_entries(parts: Tensor, prefix: str) -> dict[str, float]:
-    """Return the hard and the soft loss as entries of a log."""
+    """Return hard and soft loss (2,) as log entries, read from the device."""
     hard, soft = parts.tolist()
     return {f"{prefix}hard_loss": hard, f"{prefix}soft_loss": soft}

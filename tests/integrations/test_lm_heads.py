@@ -51,7 +51,7 @@ def test_a_bypassed_head_applied_to_the_output_gives_the_logits(
 def test_a_soft_capped_head_is_refused_even_if_the_logits_are_small_P04(dtype: torch.dtype) -> None:
     model = _model("Gemma2", final_logit_softcapping=30.0).to(dtype)
     nn.init.normal_(heads.head_of(model).weight, std=5e-4)
-    message = r"Gemma2ForCausalLM changes its logits.*heads=False"
+    message = r"Gemma2ForCausalLM must be .* times a factor.*heads=False"
     refused(ValueError, message, heads.scale_of, model)
     assert "forward" not in heads.head_of(model).__dict__
 
@@ -83,7 +83,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_any_change_but_a_factor_is_refused(change: object) -> None:
-    refused(ValueError, "changes its logits", heads.scale_of, _Changed(change))
+    refused(ValueError, "times a factor", heads.scale_of, _Changed(change))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -117,9 +117,9 @@ class _Adapted(nn.Linear):
 def test_a_head_that_does_more_is_refused_by_name() -> None:
     model = tiny.llama(0)
     model.lm_head = _Adapted(16, tiny.VOCABULARY, bias=False)
-    message = r"plain nn.Linear; found a test_lm_heads\._Adapted.*heads=False"
+    message = r"plain nn.Linear for a Head; got a test_lm_heads\._Adapted.*heads=False"
     refused(TypeError, message, heads.head_of, model)
-    refused(TypeError, "found none", heads.head_of, nn.Linear(2, 2))
+    refused(TypeError, "got none", heads.head_of, nn.Linear(2, 2))
 
 
 def test_the_weight_of_a_bypassed_head_stays_in_the_graph() -> None:

@@ -105,7 +105,7 @@ def test_the_head_is_that_of_the_active_adapter() -> None:
     ],
 )
 def test_a_head_that_is_adapted_itself_is_refused(changes: dict[str, Any], kind: str) -> None:
-    message = rf"plain nn\.Linear; found a peft\..*{kind}.*heads=False"
+    message = rf"plain nn\.Linear for a Head; got a peft\..*{kind}.*heads=False"
     pair = _adapted(0, **changes), tiny.llama(1)
     refused(TypeError, message, StudentTeacherLoss, *pair, heads=True)
     StudentTeacherLoss(*pair)
@@ -115,5 +115,5 @@ def test_a_hook_on_peft_s_wrapper_is_refused() -> None:
     student = _adapted(0, modules_to_save=["lm_head"])
     model = StudentTeacherLoss(student, tiny.llama(1), heads=True)
     student.get_output_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
-    message = "found register_forward_hook on it"
+    message = "got register_forward_hook: remove it"
     refused(TypeError, message, model, **tiny.padded(tiny.ragged(2)))

@@ -23,10 +23,10 @@ SIDES = {"student": "student_logits", "teacher": "teacher_logits"}
 
 
 def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator that renames arguments in the messages of errors that a function raises.
+    """Return a decorator that renames arguments in a function's TypeErrors and ValueErrors.
 
-    An error of the call itself, such as a keyword that the function does not have, is raised by
-    Python with the names that the caller wrote. It is left unchanged.
+    Messages stay unchanged under ``torch.compile``, and for an error of the call itself, such as an
+    unknown keyword, in which Python uses the names that the caller wrote.
 
     Args:
         names: our name of an argument → the name that the framework's users know; added to SIDES.
@@ -55,22 +55,22 @@ def named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _is_raised_inside(error: Exception) -> bool:
-    """Return whether the called function had begun when `error` was raised."""
+    """Return whether the called function had begun when `error` was raised in it."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
 def allow_zero(num_items: float | Tensor | None) -> float | Tensor | None:
-    """Return `num_items`, with a Python 0 as a tensor, for which the loss is 0."""
+    """Return `num_items`; a Python 0 becomes a tensor, since KDLoss refuses only the number."""
     is_zero = isinstance(num_items, Real) and not isinstance(num_items, bool) and num_items == 0
     return torch.zeros(()) if is_zero else num_items
 
 
 def check_target(name: str, target: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a target that is not one number for every entry of the vocabulary.
+    """Refuse a teacher's tensor that is not of this shape; messages call it `name`.
 
     Raises:
-        TypeError: It is not a dense floating tensor.
-        ValueError: It has another shape, or requires grad.
+        TypeError: `target` is not a dense floating tensor.
+        ValueError: `target` has another shape, or requires grad.
     """
     check_floating(name, target)
     if target.shape != shape:
@@ -90,10 +90,12 @@ def check_not_negative(
     probabilities: Tensor,  # (..., V)
     kept: Tensor | None,  # (...), bool; None: all rows
 ) -> None:
-    """Refuse an entry below 0 in a row that counts; by value, so on the CPU only.
+    """Refuse negative entries in kept rows, as in logits; messages call the tensor `name`.
+
+    Values are not read on a GPU (unless FUSED_KD_DEBUG=1) and under ``torch.compile``.
 
     Raises:
-        ValueError: There is one, as in logits or log-probabilities.
+        ValueError: An entry is negative.
     """
     if probabilities.numel() == 0 or not may_read_values(probabilities):
         return

@@ -18,25 +18,25 @@ from .outputs import logits_in
 
 @dataclass
 class Call:
-    """One call of the student."""
+    """The arguments of one call of the student, and what the hooks recorded in it."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     autocast: torch.dtype | None = None  # in force when the lm_head was reached
-    is_headless: bool = False  # whether a bypassed lm_head returned its input
-    logits: Callable[[], Tensor | None] = lambda: None  # a weak reference to those returned
+    is_headless: bool = False  # whether the lm_head returned its input, if it is bypassed
+    logits: Callable[[], Tensor | None] = lambda: None  # a weak reference to the logits returned
 
     def again(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """Enter the same autocast: Trainer's mixed precision ends with the student's forward."""
+        """Return a context with the call's autocast, which ended with the student's forward."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, self.autocast)
 
     def named(self, student: nn.Module) -> dict[str, Any]:
-        """Return the arguments of the call by the names that the student's forward has for them.
+        """Return the call's arguments that are not None, by their names in the student's forward.
 
         Raises:
-            TypeError: There are more positional arguments than its forward names.
+            TypeError: The call had more positional arguments than the forward has names.
         """
         names = names_of_arguments(student)
         if len(self.arguments) > len(names):
@@ -51,16 +51,16 @@ class Call:
 
 @dataclass
 class _Last:
-    """Calls since the last loss, in one gradient mode."""
+    """The calls since the last loss, either those with gradients enabled or those without."""
 
     count: int = 0  # of all calls
-    call: Call | None = None  # the last without a cache
+    call: Call | None = None  # the last one without a cache
 
 
 class Calls:
-    """The student's last call with gradients enabled and its last one without.
+    """A recorder of the student's last call with gradients enabled, and of its last one without.
 
-    Copies of the student, deep or unpickled, have these hooks too; their recorder records nothing.
+    A copy of the student, deep or unpickled, has a copy of the recorder, which records nothing.
     """
 
     def __init__(self, is_recording: bool = True) -> None:
@@ -70,11 +70,11 @@ class Calls:
         self._taken: Callable[[], Tensor | None] = lambda: None  # the logits of the last loss
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how to make a copy, which records nothing."""
+        """Return the constructor and its argument for a copy, which records nothing."""
         return Calls, (False,)
 
     def listen(self, student: nn.Module) -> list[Callable[[], None]]:
-        """Register the hooks; return functions that remove them."""
+        """Register hooks on the student and its lm_head; return functions that remove them."""
         hooks = [
             student.register_forward_pre_hook(self.before_student, with_kwargs=True),
             student.register_forward_hook(self.after_student),
@@ -85,14 +85,14 @@ class Calls:
         return [hook.remove for hook in hooks]
 
     def before_student(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-        """Begin a call; one with a cache, as of generate(), counts but is not kept."""
+        """Start a call; one with a cache, as generate() makes, is counted but not kept."""
         is_generation = any(keywords.get(name) is not None for name in CACHES)
         self._current = None
         if self._is_recording and not is_generation:
             self._current = Call(arguments, keywords)
 
     def before_head(self, module: nn.Module, arguments: Any) -> None:
-        """Record the autocast, and whether the head will return its input."""
+        """Record the autocast, and whether a bypassed lm_head returns its input."""
         if self._current is None:
             return
         kind = arguments[0].device.type
@@ -119,8 +119,8 @@ class Calls:
         are not known by identity are taken to be those of the only call since the last loss.
 
         Raises:
-            RuntimeError: The student was called not at all, more than once, or with a cache; the
-                loss of these logits was already computed; or this is a copy.
+            RuntimeError: The student was not called, was called more than once, or with a cache;
+                the loss of these logits was already computed; or this recorder is a copy.
         """
         seen, self._last = self._last, {}
         taken, self._taken = self._taken, weakref.ref(logits)
@@ -133,7 +133,7 @@ class Calls:
         raise RuntimeError(self._why_not(last, taken() is logits))
 
     def _why_not(self, last: _Last, is_taken: bool) -> str:
-        """Return the message for logits that cannot be assigned to a call."""
+        """Return the error message of take(); `is_taken`: the last loss was of the same logits."""
         if not self._is_recording:
             return (
                 "this DistillationLoss is a copy, which does not record the student's calls: make "
@@ -147,7 +147,7 @@ class Calls:
         if last.count == 0:
             return (
                 "the student of this DistillationLoss has not been called since the last loss: "
-                "create it with the model that the Trainer trains"
+                "create the DistillationLoss with the model that the Trainer trains"
             )
         if last.call is None:
             return (

@@ -20,7 +20,7 @@ class Framework:
 
     @property
     def installed(self) -> str | None:
-        """Return the installed version, without importing the package; None: not installed."""
+        """Return the installed version, without an import; None if it is not installed."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:
@@ -28,7 +28,7 @@ class Framework:
 
     @property
     def status(self) -> str:
-        """Return the installed and the tested version, as text for users."""
+        """Return the installed and the tested version as text: "1.14.0; tested with 1.16.0"."""
         installed = self.installed
         version = "this version" if installed == self.tested else self.tested
         what = "loss tested" if self.loss_only else "tested"
@@ -51,10 +51,11 @@ FRAMEWORKS = {
 
 
 def need(package: str) -> ModuleType:
-    """Import and return a framework.
+    """Import and return the package of this name, a key of FRAMEWORKS.
 
     Raises:
-        ImportError: It is not installed or cannot be imported; the message says what to install.
+        ImportError: The package is not installed or fails to import; the message names what to
+            install, and the cause.
     """
     framework = FRAMEWORKS[package]
     try:

@@ -30,16 +30,17 @@ def head_of(model: nn.Module) -> nn.Linear:
     """Return the model's lm_head.
 
     Raises:
-        TypeError: It has none, or one that does more than multiply by its weight and add its bias
-            (an adapter, a quantised layer).
+        TypeError: The model names no lm_head; or it does more than multiply by a weight and add a
+            bias (an adapter, a quantised layer), has a hook on its output or gradient, or an
+            assigned forward.
     """
     head = output_of(model)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = type(head)  # with its module: quantised layers are called Linear too
         what = "none" if head is None else f"a {kind.__module__}.{kind.__qualname__}"
         raise TypeError(
-            f"{type(model).__name__}: a Head needs an lm_head that is a plain nn.Linear; "
-            f"found {what}: use the model's logits (heads=False)"
+            f"the lm_head of {type(model).__name__} must be a plain nn.Linear for a Head; got "
+            f"{what}: use the model's logits (heads=False)"
         )
     for module in {head, model.get_output_embeddings()}:  # type: ignore[operator]  # PEFT wraps it
         _check_untouched(module, type(model).__name__)
@@ -47,7 +48,7 @@ def head_of(model: nn.Module) -> nn.Linear:
 
 
 def output_of(model: nn.Module) -> Any:
-    """Return the module that makes the model's logits, of any kind; None if it names none.
+    """Return the module that computes the logits, of any class; None if the model names none.
 
     PEFT's modules_to_save keeps a trained copy of a module for each adapter: the copy of the active
     adapter is returned.
@@ -61,19 +62,19 @@ def output_of(model: nn.Module) -> Any:
 
 
 def is_bypassed(model: nn.Module) -> bool:
-    """Return whether bypass_head() is in force in the model, or was in the one copied."""
+    """Return whether bypass_head() changed the model's lm_head, or the one that it is a copy of."""
     forward = getattr(output_of(model), "forward", None)
     return getattr(forward, "func", None) is _pass_or_forward
 
 
 def bypass_head(model: nn.Module) -> Callable[[], None]:
-    """Make the lm_head return its input while it trains; return a function that undoes this.
+    """Make the lm_head return its input if :func:`passes_on`; return a function that undoes this.
 
-    The head's weight stays in the graph, without gradient from here. Otherwise
+    The head's weight and bias stay in the graph, but get no gradient from there. Otherwise
     DistributedDataParallel, which searches for unused parameters from the model's outputs, would
-    ignore the gradient that the loss adds to it. A deep copy of the model does the same with the
-    copy's head. Must not be called twice, since the two could be undone in one order only:
-    :func:`.models.check_models` refuses the second.
+    ignore the gradient that the loss adds to them. A deep copy of the model bypasses the copy's
+    head. Must not be called twice, since the two could be undone in one order only:
+    :func:`.models.check_models` refuses the second. Raises as :func:`head_of`.
     """
     head = head_of(model)
     # Not a closure, which a deep copy of the model would share with it.
@@ -81,9 +82,10 @@ def bypass_head(model: nn.Module) -> Callable[[], None]:
 
 
 def passes_on(head: nn.Module) -> bool:
-    """Return whether a head changed by bypass_head() returns its input now: while it trains.
+    """Return True in training mode with gradients, when a bypassed head returns its input.
 
-    In training mode without gradients it does not, since generate() needs logits.
+    It does not check that bypass_head() changed the head. Without gradients it is False, since
+    generate() needs logits.
     """
     return head.training and torch.is_grad_enabled()
 
@@ -91,7 +93,7 @@ def passes_on(head: nn.Module) -> bool:
 def _pass_or_forward(
     head: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor
 ) -> Tensor:
-    """Return the head's input while it trains, else what its forward returns."""
+    """Return the head's input if :func:`passes_on`, else what `forward` returns."""
     return _passed(head, hidden) if passes_on(head) else forward(hidden)
 
 
@@ -102,9 +104,9 @@ def _passed(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Replace a module's forward; return a function that restores the one before.
+    """Replace a module's forward; return a function that restores the previous one.
 
-    That may be its class's, or an instance attribute set by a hook (such as accelerate's).
+    The previous one is the class's method, or an instance attribute (accelerate's hooks set one).
     """
     before = vars(head).get("forward")
     vars(head)["forward"] = forward
@@ -120,7 +122,10 @@ def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callab
 
 @contextmanager
 def headless(model: nn.Module) -> Iterator[None]:
-    """Make ``model(...).logits`` the hidden states that its head would be applied to."""
+    """Make ``model(...).logits`` the hidden states that the lm_head would get, in either mode.
+
+    If the model scales its logits, they are multiplied by that scale. Raises as :func:`head_of`.
+    """
     head = head_of(model)
     undo = _set_forward(head, lambda hidden: _passed(head, hidden))  # a new partial would recompile
     try:
@@ -134,8 +139,11 @@ def side_of(model: nn.Module, hidden: Tensor, scale: float) -> Head:
 
     Args:
         model: a model that was called while its lm_head was bypassed.
-        hidden: what it returned, by which `scale` has been multiplied.
-        scale: as :func:`scale_of` measured it; the bias is multiplied by it here.
+        hidden: the returned states (..., H), already multiplied by `scale`.
+        scale: the result of :func:`scale_of`, by which the bias is multiplied here.
+
+    Raises:
+        TypeError: As :func:`head_of`.
     """
     head = head_of(model)
     is_scaled = abs(scale - 1.0) > TOLERANCE
@@ -144,7 +152,9 @@ def side_of(model: nn.Module, hidden: Tensor, scale: float) -> Head:
 
 
 def scale_of(model: nn.Module) -> float:
-    """Return the factor between a model's logits and its head's output, measured by one forward.
+    """Return the factor between a model's logits and its head's output, 1.0 for most models.
+
+    It is measured by one forward of two tokens in evaluation mode; modes are restored.
 
     Raises:
         TypeError: As :func:`head_of`.
@@ -169,10 +179,10 @@ def scale_of(model: nn.Module) -> float:
 
 
 def _scale(name: str, ramp: Tensor, logits: Tensor) -> float:
-    """Return the factor between two tensors.
+    """Return the factor c of logits = c·ramp; the message calls the model `name`.
 
     Raises:
-        ValueError: They differ by more than a factor.
+        ValueError: There is no such factor.
     """
     if ramp.shape == logits.shape:
         scale = (logits * ramp).sum() / ramp.square().sum()
@@ -180,20 +190,20 @@ def _scale(name: str, ramp: Tensor, logits: Tensor) -> float:
         if (deviation <= TOLERANCE * logits.norm(dim=-1)).all():
             return scale.item()
     raise ValueError(
-        f"{name} changes its logits after the lm_head by more than a factor (soft-capping, as "
-        "in Gemma-2, does): a Head would drop that; use the model's logits (heads=False)"
+        f"the logits of {name} must be the lm_head's output times a factor for a Head; got other "
+        "logits (soft-capping, as in Gemma-2, makes such): use the model's logits (heads=False)"
     )
 
 
 def _check_untouched(head: nn.Module, name: str) -> None:
-    """Refuse a head whose output is read or changed from outside.
+    """Refuse a head whose output or gradient is read or changed by other code; `name` is the model.
 
-    The head of a training model returns hidden states here, so a hook would act on those. The probe
+    A bypassed head returns hidden states, so a hook would get these, or their gradient. The probe
     of :func:`scale_of` does not detect hooks that are added later or act in training only. Hooks
     before the forward, and parametrizations of the weight, act as always.
 
     Raises:
-        TypeError: The head has a hook on its output or gradient, or its own forward.
+        TypeError: The head has a hook on its output or gradient, or an assigned forward.
     """
     forward = vars(head).get("forward")
     source = getattr(forward, "func", forward)
@@ -202,17 +212,20 @@ def _check_untouched(head: nn.Module, name: str) -> None:
         cause = "register_forward_hook"
     elif head._backward_pre_hooks:
         cause = "register_full_backward_pre_hook"
+    elif head._backward_hooks:
+        cause = "register_full_backward_hook"
     elif forward is not None and source.__module__ != __name__ and not hasattr(head, "_hf_hook"):
         cause = "an assigned forward method"  # accelerate's, with _hf_hook, only moves tensors
     if cause is not None:
         raise TypeError(
-            f"{name}: a Head needs an lm_head whose output nothing else reads or changes; found "
-            f"{cause} on it: remove that, or use the model's logits (heads=False)"
+            f"the lm_head of {name} must have neither a hook on its output or gradient nor an "
+            f"assigned forward for a Head; got {cause}: remove it from the lm_head, or use the "
+            "model's logits (heads=False)"
         )
 
 
 class _Pass(torch.autograd.Function):
-    """The identity of the first input; the others are in the graph, but get no gradient."""
+    """The identity of the first input; weight and bias are in the graph, but get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,5 +234,5 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of the hidden states alone."""
+        """Return the gradient by the hidden states, and None for weight and bias."""
         return gradient, None, None

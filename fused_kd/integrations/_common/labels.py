@@ -15,30 +15,30 @@ IGNORE_INDEX = -100
 
 
 def shifted(labels: Tensor | None) -> Tensor:  # (B, S) -> (B, S)
-    """Return labels as a causal language model is trained on: the next token's, none for the last.
+    """Return labels of the next token, -100 at the end, as a causal language model is trained on.
 
     The labels are shifted, never the logits: a slice of the logits costs a second gradient.
 
     Raises:
-        ValueError: The batch has no labels.
+        ValueError: `labels` is None.
     """
     return nn.functional.pad(_present(labels)[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def aligned(labels: Tensor | None, shift: bool) -> Tensor:
-    """Return labels that belong to the logits at the same position: shifted, or unchanged.
+    """Return labels of the logits at the same position: :func:`shifted` if `shift`, else unchanged.
 
     Raises:
-        ValueError: The batch has no labels.
+        ValueError: `labels` is None.
     """
     return shifted(labels) if shift else _present(labels)
 
 
 def mask_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    """Return labels that only say which rows count: `ignore_index`, and one class for the others.
+    """Return int64 labels with `ignore_index` kept and every other label replaced by one class.
 
-    Frameworks accept -1, an entry beyond the vocabulary or a mask of bools as labels. They count
-    here like any other label.
+    For losses without cross-entropy, to which labels only say which rows count. In some frameworks
+    these may be -1, beyond the vocabulary, or bools. The class is 0, or 1 if `ignore_index` is 0.
 
     Args:
         labels: (...), of any dtype.
@@ -56,24 +56,24 @@ def mask_labels(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def in_rows_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return labels in the leading shape of the logits.
+    """Return labels reshaped to the leading shape of the logits.
 
-    Labels of another number of rows are returned unchanged: the loss reports their shape.
+    If their numbers differ, the labels are returned unchanged: the loss reports their shape.
     """
     rows = logits.shape[:-1]
     return labels.reshape(rows) if labels.numel() == rows.numel() else labels
 
 
 def _present(labels: Tensor | None) -> Tensor:
-    """Return the labels of a batch.
+    """Return `labels`.
 
     Raises:
-        ValueError: There are none.
+        ValueError: `labels` is None.
     """
     if labels is None:
         raise ValueError(
-            "labels must be in the batch, since they say which tokens count, even if only the "
-            "teacher is learned from; got none: use a collator that makes them, such as "
+            "labels must be in the batch, since they say which tokens count, even with "
+            "hard_weight=0; got none: use a collator that makes them, such as "
             "DataCollatorForLanguageModeling(tokenizer, mlm=False)"
         )
     return labels

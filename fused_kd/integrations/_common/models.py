@@ -34,7 +34,7 @@ SHIFT_FALSE = (
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, DataParallel, FSDP1, torch.compile and PEFT."""
+    """Return the model inside all wrappers (DDP, DataParallel, FSDP1, torch.compile, PEFT)."""
     inner = _inside(model)
     return model if inner is None else unwrapped(inner)
 
@@ -55,7 +55,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
 def names_of_arguments(model: nn.Module) -> list[str]:
     """Return the names of the model's positional arguments, in order.
 
-    A wrapper whose forward has ``*args`` passes them on. A PEFT model for a task has its own names.
+    Those of a wrapper whose forward has ``*args`` are the names of the model inside it.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     inner = _inside(model)
@@ -74,9 +74,10 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
         shift: whether labels are shifted to the next token, which only causal models predict.
 
     Raises:
+        TypeError: A model has neither an lm_head nor a config.
         ValueError: Both models have the same parameter or module; a model is not causal, if labels
             are shifted; the vocabularies differ in size; the student's lm_head is already
-            bypassed, or its own loss has a term that would be lost.
+            bypassed, or a router's aux_loss would be lost.
     """
     _check_shared("parameters", student.parameters(), teacher.parameters())
     _check_shared("modules", *(filter(_has_mode_or_state, x.modules()) for x in (student, teacher)))
@@ -88,7 +89,7 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
     if is_bypassed(student):
         raise ValueError(
             "student's lm_head is already bypassed by another DistillationLoss, or student is a "
-            "copy of such a model: call remove() on that loss first (loss.remove())"
+            "copy of such a model: call remove() on that loss first (loss.remove()), before copying"
         )
     _check_router(student)
 
@@ -103,8 +104,8 @@ def check_causal(student: nn.Module, teacher: nn.Module, way_out: str) -> None:
         way_out: what to do instead, for the message.
 
     Raises:
-        ValueError: One is a masked language model, a classifier, an encoder-decoder, or a model
-            that attends to the next token.
+        ValueError: A model is a masked language model, a classifier, an encoder-decoder, or attends
+            to the token that it predicts.
     """
     for name, model in (("student", unwrapped(student)), ("teacher", unwrapped(teacher))):
         reason = _why_not_causal(model)
@@ -116,7 +117,7 @@ def check_causal(student: nn.Module, teacher: nn.Module, way_out: str) -> None:
 
 
 def _why_not_causal(model: nn.Module) -> str | None:
-    """Return why a model's labels must not be shifted; None if they may."""
+    """Return, for a message, why a model's labels must not be shifted; None if they may be."""
     can_generate: Any = getattr(model, "can_generate", None)
     config: Any = getattr(model, "config", None)
     if _is_encoder_decoder(model):
@@ -135,7 +136,7 @@ def _why_not_causal(model: nn.Module) -> str | None:
 
 
 def _attends_to_later_tokens(config: Any) -> bool:
-    """Return whether a model of transformers is not causal, although it can generate."""
+    """Return whether the config is of a model that is not causal, although it can generate."""
     kind = str(getattr(config, "model_type", ""))
     if kind in _LIKE_XLM:
         return not config.causal
@@ -150,26 +151,26 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs of the student that mean something else to the teacher.
+    """Refuse inputs of the student that the teacher cannot be called with.
 
     Args:
-        model: the model that is called with them, usually the student; wrapped or not.
-        inputs: its arguments, by name.
+        model: the model that gets the inputs, usually the student; wrapped or not.
+        inputs: the arguments of the model, by name.
 
     Raises:
-        ValueError: They include embeddings, encoder states or a cache, which belong to one model;
-            or an encoder-decoder that makes tokens gets no decoder_input_ids.
+        ValueError: The inputs include embeddings, encoder states or a cache, which belong to one
+            model; or they lack decoder_input_ids, which an encoder-decoder with an lm_head needs.
     """
     for name, value in inputs.items():
         if value is not None and name.endswith(_STATES):
             raise ValueError(
                 f"{name} must not be in the batch, since the teacher is called with the student's "
-                "inputs but has its own embeddings; got it: pass input_ids"
+                f"inputs but has its own embeddings and encoder; got {name}: pass input_ids"
             )
         if value is not None and name in CACHES:
             raise ValueError(
                 f"{name} must not be in the batch, since the teacher is called with the student's "
-                "inputs and would read and extend a cache of the student's keys; got it: pass "
+                f"inputs and would read and extend a cache of the student's keys; got {name}: pass "
                 "whole sequences"
             )
     model = unwrapped(model)
@@ -183,11 +184,11 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse two models whose logits cannot be compared.
+    """Refuse two models whose vocabularies differ in size.
 
     Raises:
         TypeError: A model has neither an lm_head nor a config.
-        ValueError: Their vocabularies differ in size.
+        ValueError: The sizes differ.
     """
     student_size, teacher_size = vocabulary_of(student), vocabulary_of(teacher)
     if student_size != teacher_size:
@@ -201,10 +202,10 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Return the number of the model's logits: by its head if it has one, else by its config.
+    """Return the size of a model's vocabulary: rows of the lm_head's weight, else of its config.
 
     Raises:
-        TypeError: It has neither.
+        TypeError: The model has neither an lm_head nor a config.
     """
     weight = getattr(output_of(model), "weight", None)
     if weight is not None and weight.dim() == 2:
@@ -212,20 +213,25 @@ def vocabulary_of(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
     if config is None:
         raise TypeError(
-            f"a model must be a Hugging Face model, with config; got {type(model).__name__}"
+            "a model must have a config with vocab_size, as Hugging Face models do, or "
+            f"get_output_embeddings() that returns its lm_head; got {type(model).__name__}"
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(text.vocab_size)
 
 
 class PaddingCheck:
-    """Warn, at the first batch with padding on a CPU, of labels that are not -100 there."""
+    """A check of the first batch with padding: it warns if labels are not -100 in the padding.
+
+    Padding is where attention_mask is 0. Batches whose values cannot be read without blocking (on a
+    GPU), or at all (under ``torch.compile``), are skipped.
+    """
 
     def __init__(self) -> None:
         self._is_done = False
 
     def __call__(self, labels: Tensor | None, inputs: Mapping[str, Any]) -> None:
-        """Check a batch: its labels (B, S), not shifted, and the inputs of the models."""
+        """Check the labels of a batch, (B, S), not shifted; `inputs` are the models', by name."""
         mask: Tensor | None = inputs.get("attention_mask")
         if self._is_done or labels is None or mask is None or not may_read_values(labels):
             return
@@ -243,25 +249,25 @@ class PaddingCheck:
 
 
 def _check_shared(kind: str, student_parts: Iterable[Any], teacher_parts: Iterable[Any]) -> None:
-    """Refuse parts that both models have: a step or mode of one would change the other.
+    """Refuse models that share parts: a step or mode of one would change the other.
 
     Raises:
-        ValueError: There are any.
+        ValueError: A part of the student is also the teacher's; the message calls parts `kind`.
     """
     shared = {id(x) for x in student_parts} & {id(x) for x in teacher_parts}
     if shared:
         raise ValueError(
             f"teacher must be another model than the student, with its own {kind}; got "
-            f"{len(shared)} that are also the student's: copy.deepcopy the teacher, before "
-            "get_peft_model makes a student of it"
+            f"{len(shared)} that are also the student's: copy.deepcopy the teacher, and before "
+            "get_peft_model if that makes the student of the same model"
         )
 
 
 def _has_mode_or_state(module: nn.Module) -> bool:
-    """Return whether two models must not share a module; transformers shares activations.
+    """Return whether a module has parameters, buffers or a mode, so that models must not share it.
 
     Shared dropout would be switched off by eval() of one model. A shared norm would average over
-    the inputs of both.
+    the inputs of both. An activation, which models of transformers share, has none of the three.
     """
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     code = getattr(inspect.unwrap(module.forward), "__code__", None)
@@ -269,17 +275,17 @@ def _has_mode_or_state(module: nn.Module) -> bool:
 
 
 def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool:
-    """Return whether the number of both models' logits is known; a classifier's is not."""
+    """Return whether vocabulary_of() is the number of both models' logits (not for classifiers)."""
     if not shift:
         return all(output_of(model) is not None for model in (student, teacher))
     return all(hasattr(model, "get_output_embeddings") for model in (student, teacher))
 
 
 def _check_router(student: nn.Module) -> None:
-    """Refuse a mixture of experts that adds a term to its loss only if it is called with labels.
+    """Refuse a mixture of experts whose aux_loss, a term of the model's loss only, would be lost.
 
     Raises:
-        ValueError: It has output_router_logits=True and a weight for that term.
+        ValueError: Its config has output_router_logits=True and a weight of aux_loss that is not 0.
     """
     config: Any = getattr(student, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -287,7 +293,7 @@ def _check_router(student: nn.Module) -> None:
     weight = next((x for x in weights if x is not None), 0.0)
     if weight and any(getattr(x, "output_router_logits", False) for x in (text, config)):
         raise ValueError(
-            f"student must not have output_router_logits=True: {type(student).__name__} would add "
-            f"its router's aux_loss, times {weight}, to its own loss, which is not used here; "
-            "set output_router_logits=False in its config to train without aux_loss"
+            f"student's config must not have output_router_logits=True, since the loss of "
+            f"{type(student).__name__}, to which it adds its router's aux_loss, times {weight}, is "
+            "not used here; got True: set output_router_logits=False to train without aux_loss"
         )

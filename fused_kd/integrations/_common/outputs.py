@@ -11,20 +11,21 @@ def logits_of(output: Any) -> Tensor:
     """Return a model's output if it is a tensor, else its attribute ``logits``.
 
     Raises:
-        TypeError: It is neither a tensor nor has logits.
+        TypeError: The output is no tensor, and has no tensor ``logits``.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"a model must return its logits, or an object with logits; got {type(output).__name__}"
+            "a model must return a tensor of logits, or an object with the attribute logits; got "
+            f"{type(output).__name__}"
         )
     return logits
 
 
 def logits_in(output: Any) -> Any:
-    """Return the logits in a model's dict or tuple; None if there are none.
+    """Return the entry "logits" of a model's output, a dict or tuple; None if it has none.
 
-    In a tuple they are the first tensor with rows: a loss may precede them.
+    In a tuple it is the first tensor of at least two dimensions, since a loss may precede it.
     """
     if isinstance(output, dict):
         return output.get("logits")

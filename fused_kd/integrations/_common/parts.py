@@ -22,17 +22,18 @@ def parts_of(
     labels: Tensor | None,  # (B, S), aligned
     num_items: float | Tensor | None,
 ) -> KDLossParts:
-    """Return the loss with its hard and its soft part.
+    """Return the loss between two models' outputs, with its hard and its soft part.
 
     Args:
-        loss: on logits, as in an evaluation, without its keywords for heads.
+        loss: its keywords for heads are ignored if both sides are logits, as in an evaluation.
         student: logits or a Head.
-        teacher: the same.
-        labels: which tokens count, and their classes.
+        teacher: logits or a Head, whose weight and bias are detached.
+        labels: classes of the tokens, -100 for a token that does not count; None: all count.
         num_items: as in :func:`fused_kd.kd_loss`.
 
     Raises:
-        ValueError: There are more or fewer rows than labels.
+        TypeError: As :func:`fused_kd.kd_loss`.
+        ValueError: The same; or a side has more or fewer rows than there are labels.
     """
     if labels is not None:
         _check_positions("student", student, labels)
@@ -49,7 +50,7 @@ def parts_of(
 
 
 def as_tensor(loss: object) -> Tensor:
-    """Return the loss of a call without return_parts, for the type checker."""
+    """Return `loss`, which is a tensor in a call without return_parts, for the type checker."""
     assert isinstance(loss, Tensor)
     return loss
 
@@ -58,7 +59,7 @@ def _check_positions(name: str, side: Side, labels: Tensor) -> None:
     """Refuse a side with more or fewer rows than there are labels.
 
     Raises:
-        ValueError: Its leading shape is not that of the labels.
+        ValueError: The leading shape of `side` is not that of the labels.
     """
     rows = row_shape(side)
     if rows == labels.shape:
@@ -84,21 +85,21 @@ def check_loss(loss: KDLoss, *, heads: bool, is_mean: bool) -> None:
         is_mean: whether the adapter counts the denominator, so that the loss must be a mean.
 
     Raises:
-        TypeError: It is no KDLoss.
-        ValueError: Its ignore_index is not -100, its reduction is not "mean", or a keyword does not
-            fit `heads`.
+        TypeError: `loss` is no KDLoss.
+        ValueError: Its ignore_index is not -100; with `is_mean` its reduction is not "mean"; it has
+            inplace with `heads`, or a keyword for the chunks of a Head without.
     """
     if not isinstance(loss, KDLoss):
         raise TypeError(f"loss must be a KDLoss; got {type(loss).__name__}")
     if loss.options.ignore_index != IGNORE_INDEX:
         raise ValueError(
             "loss must have ignore_index=-100, since labels are shifted here and -100 is put at "
-            f"their ends; got {loss.options.ignore_index}"
+            f"their ends; got {loss.options.ignore_index}: set the labels to be ignored to -100"
         )
     if is_mean and loss.options.reduction != "mean":
         raise ValueError(
             "loss must have reduction='mean', since its denominator is counted here; "
-            f"got {loss.options.reduction!r}"
+            f"got {loss.options.reduction!r}: use KDLoss(reduction='mean')"
         )
     for name in ("inplace",) if heads else _FOR_HEADS:
         if value := getattr(loss.options, name):

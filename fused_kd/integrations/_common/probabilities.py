@@ -28,18 +28,19 @@ def kl_from(
     loss: Callable[..., Tensor | KDLossParts],
     name: str,
 ) -> Tensor:
-    """Return Σ q log(q/p) over the rows that count, reduced.
+    """Return Σ q log(q/p) over the rows that count, divided by the :func:`denominator`.
 
     Args:
         probabilities: q; any dtype of logits.
         kept: which rows count.
-        reduction: as of :func:`denominator`.
+        reduction: "batchmean", "mean" or "sum", see :func:`denominator`.
         loss: called with the logits of q̂ (float32, or float64 for float64 probabilities, in a new
-            tensor), `token_weight` and `num_items`; returns the loss.
+            tensor), `token_weight` and `num_items`; returns Σ token_weight·KL(q̂ ‖ p) / num_items.
         name: what messages call the probabilities.
 
     Raises:
-        ValueError: The reduction does not exist, `kept` has another shape, or an entry is negative.
+        ValueError: The reduction is another one, `kept` has another leading shape, or an entry of a
+            kept row is negative.
     """
     dtype = arithmetic_dtype(probabilities)
     mass = probabilities.sum(-1, dtype=dtype)
@@ -62,7 +63,7 @@ def kl_of_mass(
     divisor: float | Tensor,
     loss: Callable[..., Tensor | KDLossParts],
 ) -> Tensor:
-    """Return Σ a·q̂ log(a·q̂ / p) / divisor, of masses a and logits of q̂; `loss` as in kl_from."""
+    """Return Σ a·q̂ log(a·q̂ / p) / divisor of masses a and logits of q̂; `loss` as in kl_from."""
     divergence = as_tensor(loss(logs, token_weight=mass, num_items=divisor))
     return divergence + torch.xlogy(mass, mass).sum() / divisor
 
@@ -75,16 +76,16 @@ def mass_of(logs: Tensor) -> Tensor:
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield a few rows of each tensor at a time; while compiling, all rows at once.
+    """Yield ROWS rows of each tensor at a time; under ``torch.compile``, all rows at once.
 
-    A compiler fuses whole tensors, and a loop would be compiled for every length.
+    A compiler fuses whole tensors, and would compile a loop again for every length.
     """
     size = max(len(tensors[0]), 1) if torch.compiler.is_compiling() else ROWS
     yield from zip(*(torch.split(x, size) for x in tensors), strict=True)
 
 
 def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int) -> int | Tensor:
-    """Return the divisor of the sum over the rows; at least 1, so that no row gives 0.
+    """Return the divisor of the sum over the rows; at least 1, so that the mean of no rows is 0.
 
     Args:
         reduction: "batchmean" (the rows that count), "mean" (V times them) or "sum" (1).
@@ -93,7 +94,7 @@ def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int)
         vocabulary: V.
 
     Raises:
-        ValueError: Another reduction.
+        ValueError: The reduction is another one.
     """
     check_reduction(reduction)
     count = max(rows, 1) if kept is None else kept.sum().clamp(min=1)
@@ -101,7 +102,7 @@ def denominator(reduction: str, rows: int, kept: Tensor | None, vocabulary: int)
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuse a reduction that is not one of "batchmean", "mean" and "sum"."""
+    """Raise ValueError if the reduction is not one of "batchmean", "mean" and "sum"."""
     if reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(
             f"reduction must be one of 'batchmean', 'mean', 'sum'; got {reduction!r}: for the loss "

@@ -21,8 +21,8 @@ class LigerJSD(Shown):
     The log-softmax of log-probabilities is the identity, so they are used as logits. The gradient
     by `log_q` is the one by logits. Liger's gradient, in which `log_q` is a free variable, differs
     by a multiple of softmax in each row. The backward of the log_softmax that made `log_q` removes
-    that multiple, so both agree there. Log-probabilities of either side whose exponentials do not
-    sum to 1 are normalised, since they are used as logits.
+    that multiple, so all gradients after it agree. Log-probabilities of either side whose
+    exponentials do not sum to 1 are normalised, since they are used as logits.
 
     Args:
         beta: the teacher's weight, in [0, 1].
@@ -40,7 +40,7 @@ class LigerJSD(Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> KDLoss:
-        """Return the loss of the attributes as they are now."""
+        """Return the KDLoss of the current attributes; raises as the class."""
         check_beta(self.beta)
         return KDLoss.like("liger", **SOFT_ALONE, beta=self.beta, ignore_index=self.ignore_index)
 
@@ -51,7 +51,7 @@ class LigerJSD(Shown):
         log_p: Tensor,  # (..., V), the teacher's
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
-        """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
+        """Return the mean over the rows that count, 0-d; raises as :func:`fused_kd.kd_loss`."""
         check_dense("log_q", log_q)
         check_dense("log_p", log_p)
         loss: Tensor = self._loss()(log_q, log_p, mask(shift_labels, self.ignore_index))
@@ -66,7 +66,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     Args:
         eps: no effect.
-        args: of :class:`torch.nn.KLDivLoss`: size_average, reduce, reduction, log_target.
+        args: those of :class:`torch.nn.KLDivLoss`: size_average, reduce, reduction, log_target.
         kwargs: the same by name.
 
     Raises:
@@ -80,7 +80,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     @named(student="y_pred", teacher="y_true")
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:  # (..., V), (..., V)
-        """Return the reduced divergence; raises as :func:`fused_kd.kd_loss`."""
+        """Return the reduced divergence, 0-d; raises as :func:`fused_kd.kd_loss`."""
         check_dense("y_pred", y_pred)
         check_target("y_true", y_true, tuple(y_pred.shape))
         loss = partial(KDLoss(**FORWARD_KL), y_pred)
@@ -93,11 +93,12 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 class LigerFusedCETVDLoss(Shown):
     """Cross-entropy and total variation distance of every row, from logits.
 
-    Each of the two has its own pass and its own gradient. If their weights are constants, save one
-    of each with ``KDLoss(divergence="tvd", reduction="none", hard_weight=..., soft_weight=...)``.
+    Each of the two has its own pass and its own gradient. If their weights are constants, one pass
+    and one gradient suffice:
+    ``KDLoss(divergence="tvd", reduction="none", hard_weight=..., soft_weight=...)``.
 
     Args:
-        ignore_index: rows with this label are 0 in both.
+        ignore_index: both terms of a row with this label are 0.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -109,7 +110,7 @@ class LigerFusedCETVDLoss(Shown):
         self._loss(1.0)  # refuses what is out of range
 
     def _loss(self, hard_weight: float) -> KDLoss:
-        """Return the loss of every row: of weight 1 the cross-entropy, of 0 the distance."""
+        """Return the KDLoss of cross-entropy for `hard_weight` = 1, of the distance for 0."""
         return KDLoss(
             hard_weight=hard_weight,
             soft_weight=1.0 - hard_weight,
@@ -125,7 +126,7 @@ class LigerFusedCETVDLoss(Shown):
         teacher_logits: Tensor,  # (..., V)
         target: Tensor,  # (...)
     ) -> tuple[Tensor, Tensor]:
-        """Return both terms, (...) each; raises as :func:`fused_kd.kd_loss`."""
+        """Return cross-entropy and distance, (...) each; raises as :func:`fused_kd.kd_loss`."""
         check_dense("student_logits", student_logits)
         check_dense("teacher_logits", teacher_logits)
         tensors = student_logits, teacher_logits, target

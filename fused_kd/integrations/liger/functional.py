@@ -1,7 +1,7 @@
 """The distillation losses of ``liger_kernel.transformers.functional``.
 
-Each calls the class of :mod:`fused_kd.integrations.liger` of that name, and has the order of
-arguments and the defaults of Liger's function.
+Each function calls the class of :mod:`fused_kd.integrations.liger` with its name, and has the order
+of arguments and the defaults of Liger's function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def liger_jsd(
     beta: float = 0.5,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Compute :class:`LigerJSD` of log-probabilities (..., V)."""
+    """Return :class:`LigerJSD` of log-probabilities (..., V); `input` is the student's."""
     loss: Tensor = LigerJSD(beta, ignore_index)(input, target, shift_labels)
     return loss
 
@@ -37,7 +37,11 @@ def liger_kl_div(
     log_target: bool = False,
     eps: float = 1e-10,
 ) -> Tensor:
-    """Compute :class:`LigerKLDIVLoss`; `size_average`, `reduce` and `eps` have no effect."""
+    """Return :class:`LigerKLDIVLoss` of the student's log-probabilities, `input` (..., V).
+
+    `target` are the teacher's probabilities, or with `log_target` their logarithms. `size_average`,
+    `reduce` and `eps` have no effect.
+    """
     loss: Tensor = LigerKLDIVLoss(eps, reduction=reduction, log_target=log_target)(input, target)
     return loss
 
@@ -53,7 +57,7 @@ def liger_fused_linear_jsd(
     temperature: float = 1.0,
     accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute :class:`LigerFusedLinearJSD` from hidden states (..., H)."""
+    """Return :class:`LigerFusedLinearJSD` of hidden states (..., H) and weights (V, H)."""
     loss: Tensor = LigerFusedLinearJSD(jsd_beta, ignore_index, temperature, accum_dtype)(
         student_input, student_weight, teacher_input, teacher_weight, shift_labels
     )
@@ -71,7 +75,10 @@ def liger_fused_linear_kl_div(
     eps: float = 1e-10,
     accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute :class:`LigerFusedLinearKLDivLoss` from hidden states (..., H)."""
+    """Return :class:`LigerFusedLinearKLDivLoss` of hidden states (..., H) and a weight (V, H).
+
+    `target` (..., V) are the teacher's probabilities.
+    """
     kind = LigerFusedLinearKLDivLoss(reduction, ignore_index, temperature, eps, accum_dtype)
     loss: Tensor = kind(student_input, student_weight, target, shift_labels)
     return loss

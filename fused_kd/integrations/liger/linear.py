@@ -32,11 +32,11 @@ class LigerFusedLinearJSDLoss(Shown):
     It computes ``KDLoss.like("liger", ...)``; `beta` = 0 and 1 are forward and reverse KL.
 
     Args:
-        weight_hard_loss: of the cross-entropy, at temperature 1.
-        weight_soft_loss: of the divergence, not multiplied by T².
+        weight_hard_loss: weight of the cross-entropy, which is at temperature 1.
+        weight_soft_loss: weight of the divergence, which is not multiplied by T².
         beta: the teacher's weight, in [0, 1].
         ignore_index: rows with this label do not count.
-        temperature: of the divergence.
+        temperature: T of the divergence.
         compiled: no effect.
         chunk_size: the largest number of rows of a chunk.
         return_soft_hard_loss: return (loss, soft, hard), the last two without gradient. A part
@@ -71,7 +71,7 @@ class LigerFusedLinearJSDLoss(Shown):
         self._loss(weight_hard_loss, weight_soft_loss)  # refuses what is out of range
 
     def _loss(self, hard_weight: float, soft_weight: float) -> KDLoss:
-        """Return the loss of the attributes as they are now, with these weights."""
+        """Return the KDLoss of the current attributes with these weights; raises as the class."""
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be an int of at least 1; got {self.chunk_size!r}")
         check_beta(self.beta)
@@ -97,9 +97,10 @@ class LigerFusedLinearJSDLoss(Shown):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`.
+        """Return the mean over the rows that count, 0-d; raises as :func:`fused_kd.kd_loss`.
 
-        Without a cross-entropy the labels only say which rows count.
+        With `return_soft_hard_loss`, the result is (loss, soft, hard). If `weight_hard_loss` is 0
+        the labels only say which rows count.
         """
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
@@ -148,7 +149,7 @@ class LigerFusedLinearJSD(Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> KDLoss:
-        """Return the loss of the attributes as they are now."""
+        """Return the KDLoss of the current attributes; raises as the class."""
         check_beta(self.jsd_beta)
         return KDLoss.like(
             "liger",
@@ -168,7 +169,7 @@ class LigerFusedLinearJSD(Shown):
         teacher_weight: Tensor,  # (V, H_t)
         shift_labels: Tensor | None,  # (...); only says which rows count
     ) -> Tensor:
-        """Return the mean over the rows that count; raises as :func:`fused_kd.kd_loss`."""
+        """Return the mean over the rows that count, 0-d; raises as :func:`fused_kd.kd_loss`."""
         check_dense("student_weight", student_weight)
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
@@ -182,8 +183,8 @@ class LigerFusedLinearKLDivLoss(Shown):
     """KL(target ‖ softmax(student / T)) from hidden states, against explicit probabilities.
 
     Rows of the target need not sum to 1. Their logarithm is the only tensor (N, V) allocated, in
-    float32. If you have the teacher's logits or log-probabilities, save it with
-    ``KDLoss(...)(Head(hidden, weight), teacher_logits)``.
+    float32. If you have the teacher's logits or log-probabilities,
+    ``KDLoss(...)(Head(hidden, weight), teacher_logits)`` does not need that tensor.
 
     Args:
         reduction: "batchmean" divides by the number of rows that count, "mean" by V times that,
@@ -217,7 +218,7 @@ class LigerFusedLinearKLDivLoss(Shown):
         self._loss()  # refuses what is out of range
 
     def _loss(self) -> KDLoss:
-        """Return the loss of the attributes as they are now."""
+        """Return the KDLoss of the current attributes; raises as the class."""
         return KDLoss(
             **FORWARD_KL,
             ignore_index=self.ignore_index,
@@ -233,7 +234,7 @@ class LigerFusedLinearKLDivLoss(Shown):
         target: Tensor,  # (..., V), probabilities
         shift_labels: Tensor | None = None,  # (...); only says which rows count
     ) -> Tensor:
-        """Return the reduced divergence; raises as :func:`fused_kd.kd_loss`."""
+        """Return the reduced divergence, 0-d; raises as :func:`fused_kd.kd_loss`."""
         check_dense("student_input", student_input)
         check_dense("student_weight", student_weight)
         _accumulation(self.accum_dtype, student_weight)  # refuses one that does not fit
@@ -241,7 +242,7 @@ class LigerFusedLinearKLDivLoss(Shown):
         labels = mask(shift_labels, self.ignore_index)
 
         def loss(logs: Tensor, **weights: Any) -> Tensor:
-            """Return the loss of a teacher's log-probabilities, in place."""
+            """Return the divergence from log-probabilities, which are overwritten."""
             logs = logs.mul_(self.temperature)  # the target is not softened: the loss divides again
             student = Head(student_input, student_weight)
             divergence: Tensor = self._loss()(student, logs, labels, **weights)
@@ -252,11 +253,11 @@ class LigerFusedLinearKLDivLoss(Shown):
 
 
 def _accumulation(dtype: object, weight: Tensor | None = None) -> torch.dtype | None:
-    """Return the dtype in which weight gradients are added; check it against that of `weight`.
+    """Return an accum_dtype, which must be None, float32 or the dtype of `weight`.
 
     Raises:
-        TypeError: It is neither None nor a torch.dtype.
-        ValueError: With `weight`, it is neither float32 nor its dtype.
+        TypeError: `dtype` is neither None nor a torch.dtype.
+        ValueError: There is a `weight`, and `dtype` is neither float32 nor the weight's dtype.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"accum_dtype must be None or a torch.dtype; got {dtype!r}")

@@ -14,24 +14,24 @@ FORWARD_KL: dict[str, Any] = {**SOFT_ALONE, "divergence": "forward_kl", "soft_sc
 
 
 def mask(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """Return labels that only say which rows count; None if all do."""
+    """Return labels that only say which rows count (see mask_labels); None for None."""
     return None if labels is None else mask_labels(labels, ignore_index)
 
 
 def check_beta(beta: float) -> None:
-    """Refuse a β outside [0, 1]; its type is checked with the other options.
+    """Refuse a number outside [0, 1]; KDLoss refuses what is no number.
 
     Raises:
-        ValueError: It is outside.
+        ValueError: `beta` is outside [0, 1].
     """
     if isinstance(beta, Real) and not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1]; got {beta}")
 
 
 class Shown(nn.Module):
-    """A module whose constructor's arguments are attributes, which may be changed and are shown."""
+    """A module whose constructor's arguments are attributes to change, and are in its repr."""
 
     def extra_repr(self) -> str:
-        """Return the attributes."""
+        """Return the constructor's arguments, for repr()."""
         own = (item for item in vars(self).items() if not item[0].startswith("_"))
         return ", ".join(f"{name}={value!r}" for name, value in own if name != "training")

@@ -64,8 +64,9 @@ def use_fused_kd(
         The trainer.
 
     Raises:
-        TypeError: The trainer is another one, has no teacher, or has its own loss; the version of
-            TRL is unknown; with `heads` an lm_head is not a plain nn.Linear.
+        TypeError: The trainer is of another class, has no teacher, or overrides the loss; TRL's
+            function has other arguments than in the known versions; with `heads` an lm_head is not
+            a plain nn.Linear, or has hooks on its output.
         ValueError: A model is not causal; the vocabularies differ; with `heads` logits are
             soft-capped, or scaled by another factor than TRL uses; an option is out of its range.
     """
@@ -73,11 +74,13 @@ def use_fused_kd(
     if kind is None:
         raise TypeError(
             "trainer must be a GKDTrainer or a DistillationTrainer of TRL; got "
-            f"{type(trainer).__name__}"
+            f"{type(trainer).__name__}: for transformers.Trainer use DistillationLoss of "
+            "fused_kd.integrations.transformers"
         )
     if getattr(trainer, "teacher_model", None) is None:
         raise TypeError(
-            f"trainer must have a teacher_model; got a {type(trainer).__name__} without"
+            f"trainer must have a teacher_model; got a {type(trainer).__name__} without: pass "
+            "teacher_model to its constructor"
         )
     default, attributes_of = _KINDS[kind]
     heads = default if heads is None else heads
@@ -107,7 +110,7 @@ def use_fused_kd(
 
 
 def restore(trainer: Trainer) -> Trainer:
-    """Undo :func:`use_fused_kd`; return the trainer."""
+    """Undo :func:`use_fused_kd`, if it was called; return the trainer."""
     for name, value in vars(trainer).pop(_REPLACED, {}).items():
         if value is _ABSENT:
             delattr(trainer, name)

@@ -43,11 +43,10 @@ _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_sca
 
 
 def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes to set in a DistillationTrainer.
+    """Return the attributes to set in a DistillationTrainer; raises as :func:`.use_fused_kd`.
 
-    Its _compute_loss calls a function of its module, which all trainers share. So the trainer gets
-    a copy of the method that finds our function under that name: a function looks up its global
-    names in the dictionary that it was created with.
+    Its _compute_loss calls the function LOSS of its module, which all trainers share. So the
+    trainer gets a copy of the method with other global names, in which LOSS is :func:`called`.
     """
     check_inherited(trainer, KIND, "_compute_loss")
     own = class_of(trainer, KIND)._compute_loss
@@ -74,17 +73,21 @@ def called(
     *arguments: Any,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute TRL's function; its arguments are bound by name, since their order varies.
+    """Compute what TRL's function LOSS does; arguments are bound by name, since their order varies.
 
     Args:
-        signature: that of the installed function.
-        entropy: whether to compute it; otherwise it is NaN. The trainer logs None if all are NaN.
-        options: of :class:`fused_kd.KDLoss`.
-        arguments: those of `signature`.
-        keywords: the same.
+        signature: the signature of the installed LOSS.
+        entropy: whether to compute the student's entropies; without, their sum is NaN, and the
+            trainer logs None if all sums are NaN.
+        options: keywords of :class:`fused_kd.KDLoss`.
+        arguments: positional arguments of LOSS.
+        keywords: keyword arguments of LOSS.
 
     Returns:
         The loss; the sum of the student's entropies over the tokens that count; their number.
+
+    Raises:
+        ValueError: A soft-cap is passed; or as :func:`fused_kd.kd_loss`.
     """
     bound = signature.bind(*arguments, **keywords)
     bound.apply_defaults()
@@ -109,7 +112,7 @@ def called(
 
 @torch.no_grad()
 def entropies(student: Head, labels: Tensor, temperature: float, options: dict[str, Any]) -> Tensor:
-    """Return the entropies (B, S) of the student's softmax at that temperature, for kept tokens.
+    """Return the entropies (B, S) of softmax(student / temperature); log V at ignored labels.
 
     With u uniform over V entries, Σ p log(p/u) = log V - entropy of p: a reverse KL whose teacher's
     logits are zeros, one row expanded to all.
@@ -129,10 +132,12 @@ def entropies(student: Head, labels: Tensor, temperature: float, options: dict[s
 
 
 def _head(model: str, inputs: dict[str, Any]) -> Head:
-    """Return the Head of one model.
+    """Return the Head of "student" or "teacher" from the arguments of LOSS, by name.
+
+    Without gradients (the teacher) sharded weights are gathered.
 
     Raises:
-        ValueError: Its logits are soft-capped.
+        ValueError: The logits are soft-capped.
     """
     hidden, weight, bias = (inputs[f"{model}_{name}"] for name in _TENSORS)
     if inputs.get(f"{model}_final_logit_softcapping") is not None:
@@ -147,21 +152,23 @@ def _head(model: str, inputs: dict[str, Any]) -> Head:
 
 
 def _whole(x: Any) -> Any:
-    """Return a teacher's weight or bias gathered, and without the graph that FSDP1's views have."""
+    """Return a teacher's weight or bias gathered, and detached from the graph of FSDP1's views."""
     if x is None:
         return None
     return x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
 
 
 def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
-    """Refuse a model whose head has a scale or soft-cap that would be dropped.
+    """Refuse a model whose head, scale or soft-cap a DistillationTrainer would not apply.
+
+    `is_scaled`: whether this version of TRL multiplies the logits by the scale in the config.
 
     The scale is measured, not only read: configurations have several names for it and for a
     soft-cap.
 
     Raises:
-        TypeError: Its lm_head is not a plain nn.Linear.
-        ValueError: It soft-caps its logits, or scales them by another factor than TRL uses.
+        TypeError: The lm_head is not a plain nn.Linear, or has hooks on its output.
+        ValueError: The model soft-caps its logits, or scales them by another factor than TRL uses.
     """
     config: Any = model.config
     config = config.get_text_config()
@@ -171,8 +178,10 @@ def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
     try:
         measured = scale_of(model)
     except (TypeError, ValueError) as error:
+        reason = str(error).rpartition(": ")[0]  # without the advice heads=False
         raise type(error)(
-            f"the {which}: {error}; of TRL's trainers a GKDTrainer can take logits"
+            f"the {which} cannot be used with a {KIND}, which needs Heads ({reason}): use a "
+            "GKDTrainer with heads=False"
         ) from None
     used = _scale_in(config) if is_scaled else 1.0
     if abs(measured - used) > TOLERANCE * abs(measured):
@@ -184,7 +193,7 @@ def _check_head(which: str, model: nn.Module, is_scaled: bool) -> None:
 
 
 def _scale_in(config: Any) -> float:
-    """Return the scale that TRL reads in a configuration."""
+    """Return the scale of the logits that TRL reads in a configuration; 1.0 if there is none."""
     for name in _SCALES:
         scale = getattr(config, name, None)
         if scale is not None:
@@ -194,7 +203,7 @@ def _scale_in(config: Any) -> float:
 
 
 def _capped(which: str, cap: float) -> str:
-    """Return the message for a soft-cap."""
+    """Return the error message for a model with a soft-cap; `which` is "student" or "teacher"."""
     return (
         f"the {which} soft-caps its logits (final_logit_softcapping={cap}), which fused_kd does "
         f"not do with heads: use TRL's own loss in this {KIND}, or train with a GKDTrainer and "

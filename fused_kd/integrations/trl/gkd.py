@@ -37,10 +37,11 @@ def generalized_jsd_loss(
     """Compute ``GKDTrainer.generalized_jsd_loss``, in float32 for logits of any dtype.
 
     Args:
-        student_logits: (B, S, V). If they are a slice of logits along S, as in GKDTrainer, the
-            slice costs nothing.
+        student_logits: (B, S, V). If both logits are the same slice along S, as in GKDTrainer,
+            the backward makes no second gradient for the slice.
         teacher_logits: (B, S, V), without grad.
-        labels: (B, S), aligned with the logits; -100 where a token does not count.
+        labels: (B, S), aligned with the logits; -100 for a token that does not count; None: all
+            count.
         beta: the teacher's weight; 0 and 1 are forward and reverse KL.
         temperature: softens both sides.
         reduction: "batchmean" divides by the tokens that count, or by B without labels; "mean" by V
@@ -61,7 +62,7 @@ def generalized_jsd_loss(
 
 
 def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes to set in a GKDTrainer."""
+    """Return the attributes to set in a GKDTrainer; raises as :func:`.use_fused_kd`."""
     check_inherited(trainer, KIND, "generalized_jsd_loss")
     installed = inspect.signature(class_of(trainer, KIND).generalized_jsd_loss)
     known = set(inspect.signature(generalized_jsd_loss).parameters) - {"options"}
@@ -86,7 +87,7 @@ class _Headless:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **keywords: Any
     ) -> Any:
-        """Compute GKDTrainer's loss; outputs returned for metrics have their logits."""
+        """Compute GKDTrainer's loss from hidden states; with `return_outputs` from logits."""
         if return_outputs:
             return self.own(self.trainer, model, inputs, return_outputs=True, **keywords)
         student, teacher = models_of(self.trainer)
@@ -107,11 +108,11 @@ class _Headless:
         reduction: str = "batchmean",
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        """Compute generalized_jsd_loss, from hidden states while the models are headless."""
+        """Compute generalized_jsd_loss; inside compute_loss the inputs are hidden states."""
         if not self.is_headless:
-            arguments = student_logits, teacher_logits, labels, beta, temperature, reduction
+            inputs = student_logits, teacher_logits, labels, beta, temperature, reduction
             backend = self.options["backend"]
-            return generalized_jsd_loss(*arguments, num_items_in_batch, backend=backend)
+            return generalized_jsd_loss(*inputs, num_items_in_batch, backend=backend)
         outputs = student_logits, teacher_logits
         student, teacher = map(side_of, models_of(self.trainer), outputs, self.scales)
         num_items = _num_items(student, labels, reduction, num_items_in_batch)
@@ -126,7 +127,7 @@ def _num_items(
     reduction: str,
     num_items: float | Tensor | None,
 ) -> float | Tensor:
-    """Return TRL's divisor of the sum over the tokens."""
+    """Return the divisor of the sum over the tokens: `num_items`, else that of the reduction."""
     if num_items is not None:
         device = rows_tensor(student).device
         return num_items.to(device) if isinstance(num_items, Tensor) else num_items
@@ -141,8 +142,9 @@ def _unsliced(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the whole logits for slices ``logits[:, a:b]``, with labels that ignore the rest.
 
-    Autograd's backward of a slice makes a second gradient of the size of the logits. A view has its
-    base, so the loss is computed from that, and the slice never gets a gradient.
+    Autograd's backward of a slice makes a second gradient of the size of the logits. The loss is
+    computed from the view's base instead, and the slice gets no gradient. Other arguments (views of
+    another kind, different slices, no labels) are returned unchanged.
     """
     sliced = student, teacher, labels
     student_base, teacher_base = student._base, teacher._base
@@ -159,7 +161,7 @@ def _unsliced(
 
 
 def _begin(view: Tensor, base: Tensor) -> int | None:
-    """Return the a with view = base[:, a:b], three-dimensional; None: it is another view."""
+    """Return the a of a three-dimensional view = base[:, a:b]; None for any other view."""
     if not view.dim() == base.dim() == 3 or view.stride() != base.stride() or view.numel() == 0:
         return None
     if view.shape[0] != base.shape[0] or view.shape[2] != base.shape[2]:
@@ -168,10 +170,10 @@ def _begin(view: Tensor, base: Tensor) -> int | None:
 
 
 def _liger_loss(trainer: Any) -> dict[str, Any]:
-    """Return our form of the trainer's Liger loss, which TRL before 1.16 calls on request.
+    """Return the attribute liger_loss, which TRL before 1.16 may call, as ours; {} if it is None.
 
     Raises:
-        TypeError: The trainer has a loss of another class there.
+        TypeError: The trainer's liger_loss is of another class.
     """
     before = getattr(trainer, "liger_loss", None)
     if before is None:
@@ -179,7 +181,7 @@ def _liger_loss(trainer: Any) -> dict[str, Any]:
     if type(before).__name__ != LigerFusedLinearJSDLoss.__name__:
         raise TypeError(
             f"trainer.liger_loss must be a {LigerFusedLinearJSDLoss.__name__}; got "
-            f"{type(before).__name__}"
+            f"{type(before).__name__}: train without fused_kd"
         )
     settings = {name: getattr(before, name) for name in _LIGERS}
     return {"liger_loss": LigerFusedLinearJSDLoss(**settings)}

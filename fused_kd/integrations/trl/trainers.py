@@ -14,16 +14,16 @@ OLDEST = "1.10.0"
 
 
 def class_of(trainer: object, name: str) -> Any:
-    """Return TRL's class of that name from which the trainer inherits; None if there is none.
+    """Return the class `name` of TRL from which the trainer inherits; None if there is none.
 
-    It is looked up by name, since the classes have moved between TRL's modules.
+    The class is looked up by name, since TRL has moved its classes between modules.
     """
     classes = (c for c in type(trainer).__mro__ if c.__module__.split(".")[0] == "trl")
     return next((c for c in classes if c.__name__ == name), None)
 
 
 def models_of(trainer: Any) -> tuple[nn.Module, nn.Module]:
-    """Return student and teacher, unwrapped."""
+    """Return a trainer's student and teacher, without the wrappers of accelerate."""
     unwrap = trainer.accelerator.unwrap_model
     return unwrap(trainer.model), unwrap(trainer.teacher_model)
 
@@ -32,14 +32,15 @@ def check_inherited(trainer: object, kind: str, method: str) -> None:
     """Refuse a subclass that overrides a method, which would no longer be called.
 
     Raises:
-        TypeError: There is one; or TRL's class has no such method, as in other versions.
+        TypeError: The trainer's class overrides `method`; or TRL's class `kind` has no such method,
+            as in other versions.
     """
     if not hasattr(class_of(trainer, kind), method):
         raise TypeError(f"{kind} has no {method} {unknown_version()}")
     if getattr(type(trainer), method) is not getattr(class_of(trainer, kind), method):
         raise TypeError(
             f"trainer must not override {kind}.{method}, which fused_kd replaces; got "
-            f"{type(trainer).__name__}.{method}: call fused_kd in it instead"
+            f"{type(trainer).__name__}.{method}: remove it, or call KDLoss in it"
         )
 
 
@@ -55,7 +56,7 @@ def check_arguments(
         optional: the arguments that it may have.
 
     Raises:
-        TypeError: It has others, or lacks one.
+        TypeError: The function has an argument that is neither, or lacks a required one.
     """
     actual = set(names)
     has, lacks = sorted(actual - required - optional), sorted(required - actual)
@@ -65,6 +66,6 @@ def check_arguments(
 
 
 def unknown_version() -> str:
-    """Return the end of a message: the installed version, and the supported ones."""
+    """Return the end of a message: the installed and the supported versions of TRL."""
     trl = FRAMEWORKS["trl"]
-    return f"in trl {trl.installed}; fused_kd works with trl {OLDEST} to {trl.tested}"
+    return f"in trl {trl.installed}; fused_kd works with trl {OLDEST} to {trl.tested}: install one"
