@@ -13,7 +13,7 @@ from pandas import DataFrame
 
 from .tables import MIB, unit_of
 
-#: Okabe and Ito's colours, told apart by colour-blind readers too; ours are the blues.
+#: Okabe and Ito's colours, distinct for colour-blind readers too; ours are the blues.
 COLOURS = {
     "kdloss-heads": "#56b4e9",
     "kdloss": "#0072b2",
