@@ -12,7 +12,7 @@ from math import inf
 from operator import itemgetter
 from typing import Any
 
-# What eager needs at large sizes leaves no room for fragments on a GPU.
+# What eager needs at large sizes leaves no memory for fragments on a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
@@ -68,7 +68,7 @@ class Turn:
     """A method in a case, measured so far."""
 
     name: str  # in METHODS; "": the lower bound
-    steps: Iterator[None] = field(default_factory=lambda: iter(()))
+    steps: Iterator[None] | None = None
     fields: dict[str, Any] = field(default_factory=dict)  # of its record
     repeats: int = 0  # that are wanted
     seconds: list[float] = field(default_factory=list)
@@ -88,6 +88,8 @@ def measure(task: Task) -> Iterator[Record | str]:
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     problem, turns = PROBLEMS[task.case.level](task.case), [Turn(name) for name in task.methods]
+    for turn in turns:
+        turn.steps = _steps(task, problem, turn)
 
     def attempt(turn: Turn) -> Iterator[Record | str]:
         """Run the next step of a method; yield its key, and its record if it cannot go on."""
@@ -107,8 +109,6 @@ def measure(task: Task) -> Iterator[Record | str]:
         torch.cuda.empty_cache()
         yield task.result(turn.name, *ending, **turn.fields)
 
-    for turn in turns:
-        turn.steps = _steps(task, problem, turn)
     for _ in ("check", "prepare"):
         # what was compiled for a few rows may be dynamic now, and more sizes would run eagerly
         if any(METHODS[turn.name].compiles for turn in turns):

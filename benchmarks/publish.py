@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ NUMERICS = "docs/numerics.md"
 #: What README and the picture show of both suites, next to the fastest peer and the lower bound.
 SHOWN = {LOGITS: [IN_PLACE, KDLOSS, "compile", "eager"], HEADS: [WITH_HEADS, "compile", "eager"]}
 USUAL = "n == 512 and temperature == 2.0 and divergence == 'forward_kl'"
+_filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 SIZE = "v == 128256 and dtype in ('bf16', 'fp32')"
 
 
@@ -116,8 +118,9 @@ def headline(results: DataFrame, facts: dict[str, Any]) -> str:
     units = [(x, *tables.unit_of(x)) for x in rows.seconds]
     time, *times = [f"{tables.figure(x / scale)} {unit}" for x, unit, scale in units]
     peak, *peaks = [f"{tables.mebibytes(x)} MiB" for x in rows.memory]
-    device = f"{facts['threads']} threads of {facts['processor']}"
-    device = device if rows.device.iloc[0] == "cpu" else facts["device"]
+    is_cpu = rows.device.iloc[0] == "cpu"
+    device = "{threads} threads of {processor}" if is_cpu else "{device}"
+    device = device.format_map(facts)
     return _filled(
         f"On {device} ({facts['instruction_set']}; 512 × 128256 logits, bf16, forward + "
         f"backward): **{time}** in place against {times[0]} for `torch.compile` and {times[1]} for "
@@ -157,7 +160,3 @@ def shown_sweeps(results: DataFrame) -> list[DataFrame]:
             sweep = max(tables.sweeps(rows, "v"), key=len)
             shown.append(sweep[sweep.method.isin([*keys, *best_peer(rows.query(SIZE))])])
     return shown
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

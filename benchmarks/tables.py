@@ -21,7 +21,7 @@ SIZES = [field.name for field in fields(Case) if field.name != "regime"]
 #: The numbers of a result, and in which nested fields records have them.
 NUMBERS = ["seconds", "memory", "bound", "loss", "gradients"]
 NESTED = "time_median_s", "memory_allocator_bytes", "bound_seconds", "error_loss", "error_gradients"
-#: Smaller matrices stay in the caches, where a copy is no lower bound; a GPU is to be filled.
+#: Smaller matrices stay in the caches, then a copy is no lower bound; a GPU is to be filled.
 LARGE = f"suite == level and divergence == 'forward_kl' and n * v >= {2**23}"
 LARGE += " and (device == 'cpu' or n >= 8192)"
 #: Which results of ours, and the most that their time over the lower bound may be.
@@ -51,8 +51,6 @@ def frame(records: Iterable[Record]) -> DataFrame:
         raise ValueError("the files have no results")
     table = pandas.json_normalize(rows, sep="_")
     table[NUMBERS] = table.reindex(columns=NESTED).apply(pandas.to_numeric)
-    bound = table.reindex(columns=["bound_name", "bound_why"])
-    why = (" (" + bound.bound_why + ")").where(bound.bound_why != "", "")
     computes = ("computes: " + table.nearest).where(table.nearest != "")
     status = (table.status + ": " + table.why).where(table.status != "measured")
     prefix = (table.suite + ": ").where(table.suite != table.level, "")
@@ -60,8 +58,13 @@ def frame(records: Iterable[Record]) -> DataFrame:
         name=prefix + [case.name for case in table.case],
         notes=[*zip(computes, status, strict=True)],
         share=pandas.to_numeric(table.bound_share.where(table.nearest == "")),
-        bound_title="lower bound: " + bound.bound_name.map(BOUNDS) + why,
     )
+
+
+def bound_title(row: pandas.Series) -> str:
+    """Return the name of the lower bound of a result."""
+    why = f" ({row.bound_why})" if row.bound_why else ""
+    return f"lower bound: {BOUNDS[row.bound_name]}{why}"
 
 
 def seconds_of(table: DataFrame, *methods: str) -> pandas.Series:
@@ -71,9 +74,8 @@ def seconds_of(table: DataFrame, *methods: str) -> pandas.Series:
 
 def figure(value: float) -> str:
     """Return three significant digits, without an exponent; "" for NaN."""
-    if math.isnan(value):
-        return ""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+    digits = 0 if math.isnan(value) else max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:.{digits}f}".replace("nan", "")
 
 
 def unit_of(seconds: float) -> tuple[str, float]:
@@ -151,7 +153,7 @@ def overview(results: DataFrame, size: str, methods: Sequence[str] = ()) -> str:
     bounds = results.dropna(subset="bound").drop_duplicates("label").set_index("label")
     if len(bounds):
         cells = (bounds.bound / scale).map(figure).add_suffix(f": {unit}")
-        table.loc[bounds.bound_title.iloc[-1]] = cells
+        table.loc[bound_title(bounds.iloc[-1])] = cells
     return markdown(table)
 
 
@@ -170,10 +172,9 @@ def faster(results: DataFrame) -> list[str]:
     results = results[~results.is_ours & (results.nearest == "") & (results.of_ours < 1)]
     lines = []
     for title, rows in results.groupby("title", sort=False):
-        best = rows.loc[rows.of_ours.idxmin()]
+        least, case = rows.of_ours.min(), rows.name[rows.of_ours.idxmin()]
         more = f", less than it in {len(rows)} cases" if len(rows) > 1 else ""
-        time = f"{best.of_ours:.2f} of our time in {best['name']}"
-        lines.append(f"* faster than ours: {title} takes {time}{more}")
+        lines.append(f"* faster than ours: {title} takes {least:.2f} of our time in {case}{more}")
     return lines
 
 
@@ -236,7 +237,7 @@ def compare(before: DataFrame, after: DataFrame, tolerance: float) -> tuple[Data
         results = results.assign(ratio=ratio).sort_values("ratio")
         frames.append(results.drop_duplicates(["name", "method"]))
     both = frames[0].merge(frames[1], "inner", ["name", "method"], suffixes=("", "_now"))
-    both = both.assign(change=both.ratio_now / both.ratio - 1, verdict="")
+    both["change"] = both.ratio_now / both.ratio - 1
     reasons = {
         f"ratio grew by more than {tolerance:.0%}": both.is_ours & (both.change > tolerance),
         "lost its time": both.seconds.notna() & both.seconds_now.isna(),
@@ -244,6 +245,7 @@ def compare(before: DataFrame, after: DataFrame, tolerance: float) -> tuple[Data
     for part in ("loss", "gradients"):
         most = ERROR_GROWTH * both[part] + ERROR_SLACK
         reasons[f"error of the {part} grew"] = both[f"{part}_now"] > most
+    both["verdict"] = ""
     for reason, is_so in reasons.items():
         both["verdict"] += is_so.map({True: f"REGRESSION: {reason}. ", False: ""})
     columns = ["name", "method", "ratio", "ratio_now", "change", "loss", "loss_now", "verdict"]

@@ -237,8 +237,7 @@ def _no_cut_ce(case: Case) -> str | None:
 
 @on_heads("cut-cross-entropy", "Cut Cross-Entropy", _no_cut_ce, compiles=True, **_HARD)
 def _cut_ce(case: Case) -> Loss:
-    """Return its kernels on a GPU, on a CPU the ``torch.compile`` of its own composition."""
+    """Return its kernels on a GPU, on a CPU the ``torch.compile`` of its composition."""
+    loss = import_module("cut_cross_entropy").linear_cross_entropy
     implementation = "cce" if case.device == "cuda" else "torch_compile"
-    whole = import_module("cut_cross_entropy").linear_cross_entropy
-    loss = partial(whole, impl=implementation)
-    return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels)
+    return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels, impl=implementation)
