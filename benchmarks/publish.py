@@ -26,8 +26,8 @@ NUMERICS = "docs/numerics.md"
 #: What README and the picture show of both suites, next to the fastest peer and the lower bound.
 SHOWN = {LOGITS: [IN_PLACE, KDLOSS, "compile", "eager"], HEADS: [WITH_HEADS, "compile", "eager"]}
 USUAL = "n == 512 and temperature == 2.0 and divergence == 'forward_kl'"
-_filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 SIZE = "v == 128256 and dtype in ('bf16', 'fp32')"
+_filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 
 
 def plot(files: Sequence[Path], output: Path) -> int:
@@ -106,8 +106,7 @@ def page(records: Sequence[Record]) -> str:
         for title, table in tables.overviews(rows):
             parts += [f"{title}:", table]
         parts += ["\n".join(lines)] if (lines := tables.faster(rows)) else []
-    goals = tables.goals(results)
-    parts += ["#### Goals", tables.markdown(goals.set_index("goal"))] if len(goals) else []
+    parts += ["#### Goals", goals] if (goals := tables.goals(results)) else []
     return "\n\n".join(parts)
 
 
@@ -119,8 +118,7 @@ def headline(results: DataFrame, facts: dict[str, Any]) -> str:
     time, *times = [f"{tables.figure(x / scale)} {unit}" for x, unit, scale in units]
     peak, *peaks = [f"{tables.mebibytes(x)} MiB" for x in rows.memory]
     is_cpu = rows.device.iloc[0] == "cpu"
-    device = "{threads} threads of {processor}" if is_cpu else "{device}"
-    device = device.format_map(facts)
+    device = f"{facts['threads']} threads of {facts['processor']}" if is_cpu else facts["device"]
     return _filled(
         f"On {device} ({facts['instruction_set']}; 512 × 128256 logits, bf16, forward + "
         f"backward): **{time}** in place against {times[0]} for `torch.compile` and {times[1]} for "
@@ -145,9 +143,8 @@ def readme(results: DataFrame, note: str) -> str:
 def best_peer(results: DataFrame) -> list[str]:
     """Return the fastest that is not plain torch and computes the same, in float32 if possible."""
     plain_torch = results.method.isin(("eager", "compile", "checkpoint"))
-    peers = results[~results.is_ours & ~plain_torch & (results.nearest == "")].dropna(
-        subset="seconds"
-    )
+    is_peer = ~results.is_ours & ~plain_torch & (results.nearest == "")
+    peers = results[is_peer].dropna(subset="seconds")
     return list(peers.sort_values(["dtype", "seconds"], ascending=[False, True]).method[:1])
 
 

@@ -202,24 +202,18 @@ def error_units(results: DataFrame) -> str:
     return "\n\n".join(lines)
 
 
-def goals(results: DataFrame) -> DataFrame:
-    """Return every goal that there are figures for, the worst of them, and how often it is met."""
+def goals(results: DataFrame) -> str:
+    """Return a table of the goals with figures, the worst of them, and how often each is met."""
     results = results.query(LARGE).assign(ratio=lambda rows: 1 / rows.share).dropna(subset="ratio")
-    rows = []
+    rows = {}
     for which, most in GOALS.items():
         for title, group in results.query(which).groupby("title", sort=False):
             worst, met = group.loc[group.ratio.idxmax()], (group.ratio <= most).sum()
-            rows.append(
-                {
-                    "goal": f"{title}: time / lower bound",
-                    "at most": f"{most:.3g}",
-                    "worst here": f"{worst.ratio:.3g}",
-                    "in": worst["name"],
-                    "in cases": f"{met} of {len(group)}",
-                    "verdict": "reached" if met == len(group) else "NOT reached",
-                }
-            )
-    return DataFrame(rows)
+            verdict = "reached" if met == len(group) else "NOT reached"
+            cells = f"{most:.3g}", f"{worst.ratio:.3g}", worst["name"], f"{met} of {len(group)}"
+            rows[f"{title}: time / lower bound", most] = *cells, verdict
+    table = DataFrame(rows, ["at most", "worst here", "in", "in cases", "verdict"]).T
+    return markdown(table.droplevel(1)) if rows else ""
 
 
 def compare(before: DataFrame, after: DataFrame, tolerance: float) -> tuple[DataFrame, int, int]:
