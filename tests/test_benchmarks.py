@@ -208,10 +208,10 @@ def test_compare_fails_on_a_regression(method: str, change: Any, regressions: in
 
 
 def test_compare_needs_something_and_takes_the_best_run(tmp_path: Path) -> None:
-    text, slow = COMMITTED.read_text(), tmp_path / "slow.jsonl"
-    slow.write_text(text.replace('"bound_share": 0.', '"bound_share": 0.0'))
+    text, slow = COMMITTED.read_text(), str(tmp_path / "slow.jsonl")
+    Path(slow).write_text(text.replace('"bound_share": 0.', '"bound_share": 0.0'))
     same, heads = str(COMMITTED), str(COMMITTED).replace("logits", "heads")
-    for after, status in ([str(slow)], 1), ([same, str(slow)], 0), ([heads], 1):
+    for after, status in ([slow], 1), ([same, slow], 0), ([slow, same], 0), ([heads], 1):
         assert cli.main(["compare", same, *after]) == status
 
 
