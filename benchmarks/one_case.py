@@ -179,7 +179,7 @@ def _require_time(task: Task) -> None:
 
 
 def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
-    """Time a call once, which must not exceed the limit; then once in each of its turns."""
+    """Measure a call once, which must not exceed the limit; then once in each of its turns."""
     seconds, limit = clock(call, task.case.device), task.limit_seconds
     if seconds > limit and turn.name:
         raise Rejected("no time", f"a call took {seconds:.3g} s, the limit is {limit:g} s")
