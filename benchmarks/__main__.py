@@ -51,7 +51,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("files", nargs="+", type=Path, metavar="FILE", help="before, and after (runs: the best)")
     add("--tolerance", type=float, default=0.1, help="of ratios; default: %(default)g")
     add = commands.add_parser("publish", help="README and docs from all results").add_argument
-    add("--check", action="store_true", help="write nothing; status 1 if something would change")
     add("--accuracy", type=Path, metavar="FILE", help="its errors, too, into docs/numerics.md")
     add = commands.add_parser("run", help="measure suites, into a file of results").add_argument
     add("suites", nargs="*", metavar="SUITE", help=f"{' '.join(SUITES)}; default: all but guard")
@@ -76,9 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _list() -> int:
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for method in METHODS.values():
-        cases = [Case(8, 64, "fp32", 2.0, name, method.level, 8, 8, where) for name in DIVERGENCES]
+        cases = [Case(8, 64, "fp32", 2.0, name, method.level, 8, 8, device) for name in DIVERGENCES]
         reasons = [method.why_not(case) for case in cases]
         why = "runs here" if None in reasons else reasons[0]
         print(f"{method.key:<24} {method.level:<7} {method.title:<36} {why}")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fused_kd import Head, kd_loss
+from fused_kd import kd_loss
 from fused_kd.options import KDOptions
 from fused_kd.testing import DTYPES, Result, conditioning, make_inputs, truth_and_eager
 
-from .cases import LOGITS, Case
+from .cases import Case
 from .methods import Loss, Method
-from .problems import Problem
+from .problems import Problem, loss_and_gradients
 
 
 def errors(problem: Problem, method: Method, loss: Loss) -> dict[str, float | None]:
@@ -22,34 +22,20 @@ def errors(problem: Problem, method: Method, loss: Loss) -> dict[str, float | No
 
     Infinity: no number. None: not compared (it has no gradient, or its loss another constant).
     """
-
-    def reference(*tensors: Tensor) -> Tensor:
-        *sides, labels = tensors
-        if problem.case.level != LOGITS:
-            sides = [Head(*sides[:2]), Head(*sides[2:])]
-        return kd_loss(*sides, labels, backend="reference", **method.computes(problem.case))
-
-    few = problem.few()
-    double = [x.double() if x.is_floating_point() else x for x in few]
-    pairs = zip(_outcome(loss, few, problem), _outcome(reference, double, problem), strict=False)
-    value, *gradients = (_distance(*pair) for pair in pairs)
+    student, teacher, labels = problem.few()
+    double = student.to(torch.float64), teacher.to(torch.float64), labels
+    reference = partial(kd_loss, backend="reference", **method.computes(problem.case))
+    results = loss_and_gradients(loss, student, teacher, labels)
+    exact = loss_and_gradients(reference, *double)
+    value, *gradients = map(_distance, results, exact)
     parts = {"loss": value, "gradients": max(gradients, default=None)}
     return {part: error if part in method.compared else None for part, error in parts.items()}
 
 
-def _outcome(loss: Loss, tensors: Sequence[Tensor], problem: Problem) -> list[Tensor]:
-    """Return a loss and its gradients; none if the loss is not attached to a graph."""
-    by = {i: tensors[i].detach().clone().requires_grad_() for i in problem.leaves}
-    # no leaf: it may be written over
-    value = loss(*(by[i] * 1 if i in by else x for i, x in enumerate(tensors)))
-    gradients = torch.autograd.grad(value, [*by.values()]) if value.requires_grad else ()
-    return [value.detach(), *gradients]
-
-
-def _distance(got: Tensor, exact: Tensor) -> float:
+def _distance(result: Tensor, exact: Tensor) -> float:
     """Return the norm of the difference, relative to that of the exact value unless that is 0."""
     size = exact.norm()
-    error = (got.double() - exact).norm() / torch.where(size > 0, size, 1.0)
+    error = (result.double() - exact).norm() / torch.where(size > 0, size, 1.0)
     return float(error.nan_to_num(math.inf, math.inf))
 
 
@@ -72,25 +58,25 @@ def units(case: Case, key: str) -> dict[str, float]:
         return {}
     inputs = make_inputs(case.regime, case.n, case.v, DTYPES[case.dtype])
     upstream = torch.linspace(0.6, 1.7, case.n)
-    truth, got = truth_and_eager(inputs, upstream, **case.keywords)
+    truth, result = truth_and_eager(inputs, upstream, **case.keywords)
     if key == "kdloss":  # the gradient of Σ upstream·row, as training takes it
         student = inputs.student.clone().requires_grad_()
-        rest, weight = (inputs.teacher, inputs.labels), {"token_weight": upstream}
-        kd_loss(student, *rest, **weight, reduction="sum", **case.keywords).backward()
-        got = Result(kd_loss(*inputs, reduction="none", **case.keywords), student.grad)
+        keywords = {"token_weight": upstream, "reduction": "sum", **case.keywords}
+        kd_loss(student, inputs.teacher, inputs.labels, **keywords).backward()
+        result = Result(kd_loss(*inputs, reduction="none", **case.keywords), student.grad)
     unit = conditioning(inputs, truth, upstream, KDOptions(**case.keywords))
-    info = torch.finfo(got.grad.dtype)
-    rounding = 0.0 if got.grad.dtype == torch.float32 else info.eps / 2
+    info = torch.finfo(result.grad.dtype)
+    rounding = 0.0 if result.grad.dtype == torch.float32 else info.eps / 2
     exact = torch.where(unit.clear, truth.grad, 0.0)  # (N, V)
-    error = torch.where(unit.clear, got.grad.double() - truth.grad, 0.0).abs()
+    error = torch.where(unit.clear, result.grad.double() - truth.grad, 0.0).abs()
     # undetermined signs, and the fixed step of subnormals of float16, are per entry: in norm they
     # count root-V times
     per_entry = unit.undetermined + info.smallest_normal * (info.eps / 2)  # (N,)
     in_norm = unit.grad + per_entry * case.v**0.5
-    found = {
-        "loss": (got.rows.double() - truth.rows).abs() / unit.loss,
+    parts = {
+        "loss": (result.rows.double() - truth.rows).abs() / unit.loss,
         "gradients": error.norm(dim=1) / (rounding * exact.norm(dim=1) + in_norm),
         "element": (error / (rounding * exact.abs() + (unit.grad + per_entry)[:, None])).amax(1),
     }
     finite = truth.rows.isfinite() & truth.grad.isfinite().all(1)
-    return {part: float(rows[finite].max()) for part, rows in found.items() if finite.any()}
+    return {part: float(rows[finite].max()) for part, rows in parts.items() if finite.any()}

@@ -44,7 +44,7 @@ class Case:
     def setting(self, *without: str) -> str:
         """Return the case in words, without some of its sizes and what is usual."""
         words = {
-            "level": {LOGITS: "logits", HEADS: "hidden states"}.get(self.level, "training step"),
+            "level": {HEADS: "hidden states", STEP: "training step"}.get(self.level, self.level),
             "dtype": self.dtype,
             "n": f"N={self.n}",
             "v": f"V={self.v}",
@@ -73,14 +73,14 @@ def logits(
     options: Namespace, level: str = LOGITS, regime: str = "randn", **own: Any
 ) -> Iterator[Case]:
     """Yield every combination of the options' sizes, else of the suite's own, else of USUAL."""
-    sizes = {name: getattr(options, name) or own.get(name, USUAL[name]) for name in USUAL}
-    hidden = (0, 0) if level == LOGITS else sizes["hidden"]
-    for dtype, v, n, divergence, t in product(*list(sizes.values())[:-1]):
-        yield Case(n, v, dtype, t, divergence, level, *hidden, options.device, regime)
+    *sizes, hidden = (getattr(options, name) or own.get(name, USUAL[name]) for name in USUAL)
+    for dtype, v, n, divergence, t in product(*sizes):
+        heads = (0, 0) if level == LOGITS else hidden
+        yield Case(n, v, dtype, t, divergence, level, *heads, options.device, regime)
 
 
 def growth(options: Namespace) -> Iterator[Case]:
-    """Double N at the middle vocabulary, and V at the middle number of rows; both levels."""
+    """Yield doubled N at the middle vocabulary, and V at the middle number of rows; both levels."""
     every_n = options.n or (128, 256, 512, 1024)
     every_v = options.v or (32064, 64128, 128256, 256512)
     n, v = every_n[len(every_n) // 2], every_v[len(every_v) // 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
-import time
+import timeit
 from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
@@ -28,21 +28,15 @@ PEERS |= {"cut-cross-entropy"}
 
 def clock(call: Call, device: str) -> float:
     """Return the seconds of a call, by the host's clock or by events of the GPU."""
-    gc.disable()
-    try:
-        if device == "cpu":
-            begin = time.perf_counter()
-            call()
-            return time.perf_counter() - begin
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    finally:
-        gc.enable()
+    if device == "cpu":
+        return timeit.timeit(call, number=1)  # without garbage collection
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_bytes(call: Call, device: str) -> int:
@@ -65,13 +59,12 @@ def peak_bytes(call: Call, device: str) -> int:
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Return what a figure depends on besides the code."""
     facts, info = report(), extension.cpu.build_info() or {}
-    processor, card = facts["processor"]["name"], {}
-    if device != "cpu":
-        card = {"memory_bytes": torch.cuda.get_device_properties(0).total_memory}
+    processor, is_cpu = facts["processor"]["name"], device == "cpu"
+    card = {} if is_cpu else {"memory_bytes": torch.cuda.get_device_properties(0).total_memory}
     git = f"git -C {Path(__file__).parent} describe --always --exclude='*' --dirty=' and changes'"
     status, commit = subprocess.getstatusoutput(git)
     return {
-        "device": f"CPU: {processor}" if device == "cpu" else torch.cuda.get_device_name(),
+        "device": f"CPU: {processor}" if is_cpu else torch.cuda.get_device_name(),
         **card,
         "processor": processor,
         "threads": torch.get_num_threads(),

@@ -6,12 +6,13 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from operator import itemgetter
 from typing import Any
 
-# What eager needs at large sizes leaves no room for fragments on a GPU.
+# What eager needs at large sizes leaves no memory for fragments on a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
@@ -20,8 +21,8 @@ import torch
 from .accuracy import errors, units
 from .cases import ACCURACY, LOGITS, STEP, Case
 from .measuring import Call, clock, peak_bytes
-from .methods import FORWARD, METHODS, Loss
-from .problems import PROBLEMS, Problem, after_heads
+from .methods import FORWARD, METHODS, after_heads, one_line
+from .problems import PROBLEMS, Problem
 
 #: A line of a file of results; docs/benchmarks.md lists the fields.
 Record = dict[str, Any]
@@ -67,9 +68,8 @@ class Turn:
     """A method in a case, measured so far."""
 
     name: str  # in METHODS; "": the lower bound
+    steps: Iterator[None] | None = None
     fields: dict[str, Any] = field(default_factory=dict)  # of its record
-    loss: Loss | None = None
-    call: Call | None = None
     repeats: int = 0  # that are wanted
     seconds: list[float] = field(default_factory=list)
 
@@ -87,28 +87,45 @@ def measure(task: Task) -> Iterator[Record | str]:
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
-    case, problem = task.case, PROBLEMS[task.case.level](task.case)
-    turns, first, is_late = [Turn(name) for name in task.methods], [], False
-    for step in (_check, _prepare):
+    problem, turns = PROBLEMS[task.case.level](task.case), [Turn(name) for name in task.methods]
+    for turn in turns:
+        turn.steps = _steps(task, problem, turn)
+
+    def attempt(turn: Turn) -> Iterator[Record | str]:
+        """Run the next step of a method; yield its key, and its record if it cannot go on."""
+        yield turn.name
+        try:
+            return next(turn.steps)
+        except Rejected as rejected:
+            ending = rejected.args
+        except torch.OutOfMemoryError:
+            ending = "no memory", "the GPU's memory does not suffice"
+        except Exception as error:  # of a peer, of a compiler: the others continue
+            ending = "failed", one_line(error)
+        finally:
+            problem.restore()
+        turns.remove(turn)
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield task.result(turn.name, *ending, **turn.fields)
+
+    for _ in ("check", "prepare"):
         # what was compiled for a few rows may be dynamic now, and more sizes would run eagerly
         if any(METHODS[turn.name].compiles for turn in turns):
             torch.compiler.reset()
         for turn in list(turns):
-            yield turn.name
-            is_late |= time.time() > task.end
-            if record := _attempt(_reject if is_late else step, task, problem, turn):
-                turns.remove(turn)
-                yield record
-    bound = problem.lower_bound() if turns else None
+            yield from attempt(turn)
+    is_late, bound = time.time() > task.end, problem.lower_bound() if turns else None
     if bound is not None:
-        first.append(_plan(task, Turn("", call=bound.call), clock(bound.call, case.device)))
-    for turn in in_turns([*first, *turns]):
-        yield turn.name
-        if turn in (*first, *turns) and (record := _attempt(_repeat, task, problem, turn)):
-            turns.remove(turn)
-            yield record
+        turns.insert(0, turn := Turn(""))
+        turn.steps = _repeat(task, turn, bound.call)
+        next(turn.steps)
+    for turn in in_turns(turns):
+        if turn in turns:
+            yield from attempt(turn)
     if bound is not None:
-        least, seconds = bound.times * first[0].time()["median_s"], first[0].time()
+        seconds = turns.pop(0).time()
+        least = bound.times * seconds["median_s"]
         yield task.record("bound", name=bound.name, why=bound.why, seconds=least, time=seconds)
     for turn in turns:
         method, seconds = METHODS[turn.name], turn.time()
@@ -120,84 +137,54 @@ def measure(task: Task) -> Iterator[Record | str]:
         yield task.record("done", threads=torch.get_num_threads())
 
 
-def in_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """Yield each its wanted number of times: A B C A B C ...
+def in_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Return each its wanted number of times, evenly spread: A B C A B C ...
 
-    So drift of the machine affects all of them equally. Fewer repeats are spread over all rounds.
+    So drift of the machine affects all of them equally.
     """
-    rounds = max((turn.repeats for turn in turns), default=0)
-    for number in range(rounds):
-        for turn in turns:
-            before, after = (int(t * turn.repeats / rounds + 0.5) for t in (number, number + 1))
-            if after > before:
-                yield turn
+    places = [((k + 0.5) / turn.repeats, turn) for turn in turns for k in range(turn.repeats)]
+    return [turn for _, turn in sorted(places, key=itemgetter(0))]
 
 
-def _attempt(step: Callable[..., None], task: Task, problem: Problem, turn: Turn) -> Record | None:
-    """Run a step with a method; return its record if it cannot go on."""
-    try:
-        step(task, problem, turn)
-        return None
-    except Rejected as rejected:
-        ending = rejected.args
-    except torch.OutOfMemoryError:
-        ending = "no memory", "the GPU's memory does not suffice"
-    except Exception as error:  # of a peer, of a compiler: the others continue
-        ending = "failed", one_line(error)
-    finally:
-        problem.restore()
-    gc.collect()
-    torch.cuda.empty_cache()
-    return task.result(turn.name, *ending, **turn.fields)
-
-
-def _reject(task: Task, problem: Problem, turn: Turn) -> None:
-    raise Rejected("no time", "the time is up")
-
-
-def _check(task: Task, problem: Problem, turn: Turn) -> None:
-    """Compare a method with float64."""
-    method = METHODS[turn.name]
+def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
+    """Compare a method with float64; measure memory and one call; repeat the call."""
+    method, device, level = METHODS[turn.name], task.case.device, task.case.level
     case = replace(task.case, level=method.level)
+    _require_time(task)
     if (why := method.why_not(case)) is not None:
         raise Rejected("skipped", why)
     loss = method.build(case)
-    turn.loss = after_heads(loss) if (task.case.level, method.level) == (STEP, LOGITS) else loss
-    turn.fields["error"] = error = errors(problem, method, turn.loss)
+    loss = after_heads(loss) if method.level == LOGITS else loss
+    turn.fields["error"] = error = errors(problem, method, loss)
     worst = max((x for x in error.values() if x is not None), default=0.0)
     if case.regime == "randn" and worst >= WRONG[case.dtype]:
         raise Rejected("wrong", f"a relative error of {worst:.2g}")
     if task.suite == ACCURACY:
         turn.fields["units"] = units(case, method.key)
         raise Rejected("measured")
-
-
-def _prepare(task: Task, problem: Problem, turn: Turn) -> None:
-    """Measure memory and one call, which must not exceed the limit."""
-    method, case, device = METHODS[turn.name], task.case, task.case.device
-    turn.call = problem.call(turn.loss)
-    if method.compiles or device != "cpu" or case.level == STEP:
-        turn.call()  # compiles, tunes, allocates what is kept
+    yield
+    _require_time(task)
+    call = problem.call(loss)
+    if method.compiles or device != "cpu" or level == STEP:
+        call()  # compiles, tunes, allocates what is kept
         problem.restore()
-    turn.fields["memory"] = {"allocator_bytes": peak_bytes(turn.call, device)}
+    turn.fields["memory"] = {"allocator_bytes": peak_bytes(call, device)}
     problem.restore()
-    seconds = clock(turn.call, device)
-    if seconds > (limit := task.limit_seconds):
+    yield from _repeat(task, turn, call)
+
+
+def _require_time(task: Task) -> None:
+    if time.time() > task.end:
+        raise Rejected("no time", "the time is up")
+
+
+def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
+    """Measure a call once, which must not exceed the limit; then once in each of its turns."""
+    seconds, limit = clock(call, task.case.device), task.limit_seconds
+    if seconds > limit and turn.name:
         raise Rejected("no time", f"a call took {seconds:.3g} s, the limit is {limit:g} s")
-    _plan(task, turn, seconds)
-
-
-def _plan(task: Task, turn: Turn, seconds: float) -> Turn:
-    """Set the number of repeats of a call of these seconds."""
     least = LEAST_REPEATS if seconds < LONG else 2
     turn.repeats = min(task.repeats, max(least, int(task.seconds_each / max(seconds, 1e-9))))
-    return turn
-
-
-def _repeat(task: Task, problem: Problem, turn: Turn) -> None:
-    turn.seconds.append(clock(turn.call, task.case.device))
-
-
-def one_line(error: Exception) -> str:
-    """Return what an exception says, without line breaks."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    while True:
+        yield
+        turn.seconds.append(clock(call, task.case.device))

@@ -11,9 +11,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from .tables import MIB, unit_of
+from .tables import MIB, bound_title, unit_of
 
-#: Okabe and Ito's colours, told apart by colour-blind readers too; ours are the blues.
+#: Okabe and Ito's colours, distinct for colour-blind readers too; ours are the blues.
 COLOURS = {
     "kdloss-heads": "#56b4e9",
     "kdloss": "#0072b2",
@@ -45,7 +45,7 @@ def of_sweeps(groups: Sequence[DataFrame], size: str, note: str) -> str:
             _panel(left, group, size, "seconds", scale, f"time, {unit}")
             bounds = group.dropna(subset="bound").drop_duplicates(size).sort_values(size)
             if len(bounds):
-                label = bounds.bound_title.iloc[-1]
+                label = bound_title(bounds.iloc[-1])
                 left.plot(bounds[size], bounds.bound / scale, "k--", label=label)
             _panel(right, group, size, "memory", MIB, "peak memory beyond the inputs, MiB")
             lines = left.get_legend_handles_labels()

@@ -1,18 +1,17 @@
-"""The tensors of a case, and what a method is called with.
-
-Every problem has `call(loss)`, which returns forward and backward of the whole public call, and
-`few()`, copies of a few rows as the arguments of a loss.
-"""
+"""The sides and labels of a case, that a method is called with."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_kd import Head
+from fused_kd.sides import Side
 from fused_kd.testing import DTYPES, make_inputs
 
 from .cases import HEADS, LOGITS, STEP, Case
@@ -26,8 +25,10 @@ CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
 #: The 16-bit products are slow if a few rows of them take more than SLOW times as long as in
 #: float32; each is tried TRIES times.
 FEW_ROWS, SLOW, TRIES = 8, 4.0, 3
-#: Of a training step: at most the tokens of a sequence, about the entries of an attention head.
+#: Of a training step: at most the tokens of a sequence, the entries of an attention head at least.
 LENGTH, HEAD = 128, 64
+
+Arguments = tuple[Side, Side, Tensor]  # student, teacher, labels
 
 
 class LowerBound(NamedTuple):
@@ -39,143 +40,140 @@ class LowerBound(NamedTuple):
     why: str = ""  # it is not in the case's dtype
 
 
-class LogitsProblem:
-    """Logits of both models in existing buffers.
+def loss_and_gradients(
+    loss: Loss, student: Side, teacher: Side, labels: Tensor
+) -> tuple[Tensor, ...]:
+    """Return a loss and its gradients by the student's tensors; none if it is attached to no graph.
 
-    The student's are the output of an autograd node, as a model's are, and their gradient is
-    dropped, as by a model's last layer after it used it.
+    Logits are the output of an autograd node, as a model's are, so they may be overwritten.
     """
+    tensors = student[:2] if isinstance(student, Head) else (student,)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    value = loss(Head(*leaves) if len(leaves) > 1 else Output.apply(*leaves), teacher, labels)
+    return value.detach(), *(torch.autograd.grad(value, leaves) if value.requires_grad else ())
 
-    #: The positions of the tensors of `few` by which the gradients are taken.
-    leaves: tuple[int, ...] = (0,)
+
+class Problem:
+    """What the problems share; `arguments` returns those of a loss, all or of the first rows."""
+
+    case: Case
+    arguments: Callable[..., Arguments]
+
+    def few(self) -> Arguments:
+        """Return copies of a few rows, on which methods are compared with float64."""
+        student, teacher, labels = self.arguments(CHECKED_ROWS)
+        if not isinstance(student, Head):
+            return student.clone(), teacher.clone(), labels
+        entries = min(CHECKED_VOCABULARY, self.case.v)
+        student, teacher = (
+            Head(x.hidden[:CHECKED_ROWS].detach(), x.weight[:entries].detach())
+            for x in (student, teacher)
+        )
+        return student, teacher, labels[:CHECKED_ROWS] % entries
+
+    def call(self, loss: Loss) -> Call:
+        """Return forward and backward of the whole public call; the gradients are dropped."""
+        return partial(loss_and_gradients, loss, *self.arguments())
+
+    def restore(self) -> None:
+        """Undo what a call may have written over its inputs: nothing of heads."""
+
+    def lower_bound(self) -> LowerBound | None:
+        """Return None: of a training step no simple call is a lower bound."""
+
+
+class LogitsProblem(Problem):
+    """Logits of both models in existing buffers."""
 
     def __init__(self, case: Case) -> None:
         self.case, shape, kind = case, (case.n, case.v), DTYPES[case.dtype]
         if case.regime == "randn":
             generator = torch.Generator(case.device).manual_seed(0)
-            original, teacher = (_random(shape, kind, generator) for _ in range(2))
-            labels = _labels(case, generator)
+            self._original, self._teacher = (_random(shape, kind, generator) for _ in range(2))
+            self._labels = _labels(case, generator)
         else:
             inputs = make_inputs(case.regime, *shape, kind)
-            original, teacher, labels = (x.to(case.device) for x in inputs)
-        self._original, self._rest = original, (teacher, labels)
-        self._student = original.clone()
+            self._original, self._teacher, self._labels = (x.to(case.device) for x in inputs)
+        self._student = self._original.clone()
 
-    def call(self, loss: Loss) -> Call:
-        leaf = self._student.detach().requires_grad_()
-
-        def run() -> None:
-            value = loss(logits := Output.apply(leaf), *self._rest)
-            if value.requires_grad:
-                torch.autograd.grad(value, logits)
-
-        return run
+    def arguments(self, rows: int | None = None) -> Arguments:
+        return self._student[:rows], self._teacher[:rows], self._labels[:rows]
 
     def restore(self) -> None:
-        """Undo what a call may have written over its inputs."""
         self._student.copy_(self._original)
 
-    def few(self) -> tuple[Tensor, ...]:
-        return tuple(x[:CHECKED_ROWS].clone() for x in (self._original, *self._rest))
-
-    def lower_bound(self) -> LowerBound | None:
+    def lower_bound(self) -> LowerBound:
         """Return a copy, which moves two of the three matrices."""
-        return LowerBound("copy", lambda: self._student.copy_(self._rest[0]), 1.5)
+        return LowerBound("copy", lambda: self._student.copy_(self._teacher), 1.5)
 
 
-class HeadsProblem:
+class HeadsProblem(Problem):
     """Hidden states and heads of both models; logits of standard deviation 2."""
-
-    leaves = (0, 1)
 
     def __init__(self, case: Case) -> None:
         self.case, generator = case, torch.Generator(case.device).manual_seed(0)
-        self._hidden, self._weight, self._teacher, self._head = (
+        hidden, weight, teacher, head = (
             _random((rows, h), DTYPES[case.dtype], generator, std)
             for h in (case.student_hidden, case.teacher_hidden)
             for rows, std in ((case.n, 1.0), (case.v, 2 / h**0.5))
         )
-        self._labels = _labels(case, generator)
+        self._arguments = Head(hidden, weight), Head(teacher, head), _labels(case, generator)
 
-    def tensors(self, rows: int | None = None) -> tuple[Tensor, ...]:
-        """Return the arguments of a loss on the first rows."""
-        hidden, teacher, labels = (x[:rows] for x in (self._hidden, self._teacher, self._labels))
-        return hidden, self._weight, teacher, self._head, labels
+    def arguments(self, rows: int | None = None) -> Arguments:
+        student, teacher, labels = self._arguments
+        return student.rows(slice(rows)), teacher.rows(slice(rows)), labels[:rows]
 
-    def call(self, loss: Loss) -> Call:
-        hidden, weight, *rest = self.tensors()
-        by = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-
-        def run() -> None:
-            torch.autograd.grad(loss(*by, *rest), by)  # dropped, not accumulated
-
-        return run
-
-    def restore(self) -> None:
-        """Do nothing: no method writes over hidden states or weights."""
-
-    def few(self) -> tuple[Tensor, ...]:
-        hidden, weight, teacher, head, labels = (x.detach() for x in self.tensors(CHECKED_ROWS))
-        entries = min(CHECKED_VOCABULARY, self.case.v)
-        rows = hidden[:CHECKED_ROWS], teacher[:CHECKED_ROWS], labels[:CHECKED_ROWS] % entries
-        return rows[0], weight[:entries], rows[1], head[:entries], rows[2]
-
-    def lower_bound(self) -> LowerBound | None:
+    def lower_bound(self) -> LowerBound:
         """Return the products, in float32 if the processor emulates those of 16 bits."""
-        if self.case.dtype != "fp32" and self.case.device == "cpu":
+        dtype, why = DTYPES[self.case.dtype], ""
+        if dtype != torch.float32 and self.case.device == "cpu":
             narrow, fp32 = (
-                min(clock(self._products(FEW_ROWS, dtype), "cpu") for _ in range(TRIES))
-                for dtype in (None, torch.float32)
+                min(clock(self._products(kind, FEW_ROWS), "cpu") for _ in range(TRIES))
+                for kind in (dtype, torch.float32)
             )
             if narrow > SLOW * fp32:
-                why = (
-                    f"in float32; in {self.case.dtype} they take {narrow / fp32:.0f} times as long"
-                )
-                return LowerBound("products", self._products(None, torch.float32), why=why)
-        return LowerBound("products", self._products())
+                slowdown, dtype = narrow / fp32, torch.float32
+                why = f"in float32; in {self.case.dtype} they take {slowdown:.0f} times as long"
+        return LowerBound("products", self._products(dtype), why=why)
 
-    def _products(self, rows: int | None = None, dtype: torch.dtype | None = None) -> Call:
+    def _products(self, dtype: torch.dtype, rows: int | None = None) -> Call:
         """Return the four products of whole matrices, one after the other.
 
         The student's logits stand in for their gradient: they have its shape.
         """
-        hidden, weight, teacher, head = (x.to(dtype or x.dtype) for x in self.tensors(rows)[:4])
+        student, teacher = (x.to(dtype) for x in self.arguments(rows)[:2])
 
         def run() -> None:
-            logits = torch.mm(hidden, weight.t())
-            torch.mm(teacher, head.t())
-            torch.mm(logits, weight)
-            torch.mm(logits.t(), hidden)
+            logits = torch.mm(student.hidden, student.weight.t())
+            torch.mm(teacher.hidden, teacher.weight.t())
+            torch.mm(logits, student.weight)
+            torch.mm(logits.t(), student.hidden)
 
         return run
 
 
-class StepProblem(HeadsProblem):
-    """Student, frozen teacher, one batch, and AdamW; a loss takes hidden states and weights."""
+class StepProblem(Problem):
+    """Student, frozen teacher, one batch, and AdamW; a loss takes Heads."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         torch.manual_seed(0)
         self._student = _model(case, case.student_hidden, layers=1)
-        self._frozen = _model(case, case.teacher_hidden, layers=2).requires_grad_(False).eval()
+        self._teacher = _model(case, case.teacher_hidden, layers=2).requires_grad_(False).eval()
         length = math.gcd(LENGTH, case.n)
         self._ids = torch.randint(case.v, (case.n // length, length), device=case.device)
         self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-5, fused=True)
 
-    def tensors(self, rows: int | None = None) -> tuple[Tensor, ...]:
+    def arguments(self, rows: int | None = None) -> Arguments:
+        """Return what the models compute of the batch; with `rows` of its first sequence."""
         ids = self._ids if rows is None else self._ids[:1]
-        (body, head), (teacher, teacher_head) = self._student, self._frozen
-        with torch.no_grad():
-            hidden = teacher(ids).flatten(0, 1)
-        labels = ids.roll(-1, 1).flatten()
-        return body(ids).flatten(0, 1), head.weight, hidden, teacher_head.weight, labels
-
-    def lower_bound(self) -> LowerBound | None:
-        return None
+        models = self._student, self._teacher
+        student, teacher = (Head(body(ids).flatten(0, 1), head.weight) for body, head in models)
+        return student, teacher, ids.roll(-1, 1).flatten()
 
     def call(self, loss: Loss) -> Call:
         def run() -> None:
-            loss(*self.tensors()).backward()
+            loss(*self.arguments()).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
 
@@ -184,8 +182,7 @@ class StepProblem(HeadsProblem):
 
 def _model(case: Case, hidden: int, layers: int) -> nn.ModuleList:
     """Return embedding with transformer layers, and a head that the loss applies, or the step."""
-    # as many attention heads as divide the hidden size, of HEAD entries or a few more
-    heads = next(n for n in range(max(1, hidden // HEAD), 0, -1) if hidden % n == 0)
+    heads = math.gcd(hidden, max(1, hidden // HEAD))
     options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(hidden, heads, 4 * hidden, **options)
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(hidden), enable_nested_tensor=False)
@@ -194,15 +191,7 @@ def _model(case: Case, hidden: int, layers: int) -> nn.ModuleList:
     return model.to(case.device, DTYPES[case.dtype])
 
 
-Problem = LogitsProblem | HeadsProblem
-PROBLEMS = {LOGITS: LogitsProblem, HEADS: HeadsProblem, STEP: StepProblem}
-
-
-def after_heads(loss: Loss) -> Loss:
-    """Return a loss of logits as one of hidden states and weights."""
-    return lambda hidden, weight, teacher, head, labels: loss(
-        F.linear(hidden, weight), F.linear(teacher, head), labels
-    )
+PROBLEMS: Any = {LOGITS: LogitsProblem, HEADS: HeadsProblem, STEP: StepProblem}
 
 
 def _labels(case: Case, generator: torch.Generator) -> Tensor:

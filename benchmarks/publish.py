@@ -6,9 +6,9 @@ cpu_avx512 before gpu; docs/benchmarks.md has all of them, the last one first.
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,15 @@ NUMERICS = "docs/numerics.md"
 SHOWN = {LOGITS: [IN_PLACE, KDLOSS, "compile", "eager"], HEADS: [WITH_HEADS, "compile", "eager"]}
 USUAL = "n == 512 and temperature == 2.0 and divergence == 'forward_kl'"
 SIZE = "v == 128256 and dtype in ('bf16', 'fp32')"
+_filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 
 
 def plot(files: Sequence[Path], output: Path) -> int:
-    """Write a page and pictures of files of one machine and version, and print where they are."""
+    """Write a page and pictures of files of one machine and version, and print their names."""
     records, environments = runner.read(*files), [runner.environment(runner.read(x)) for x in files]
     for other in environments:
-        if found := runner.differences(environments[0], other):
-            raise ValueError(f"files of different machines or versions: {'; '.join(found)}")
+        if different := runner.differences(environments[0], other):
+            raise ValueError(f"files of different machines or versions: {'; '.join(different)}")
     output.mkdir(parents=True, exist_ok=True)
     pictures, note = [], machine(environments[0])
     for suite, rows in tables.frame(records).dropna(subset="seconds").groupby("suite", sort=False):
@@ -52,8 +53,8 @@ def compare(files: Sequence[Path], tolerance: float) -> int:
     """Print what changed from the first file to the others; return 1 if there is a regression."""
     before, *after = [runner.read(path) for path in files]
     for records in after:
-        found = runner.differences(*map(runner.environment, (before, records)))
-        print(*(f"not the same: {what}" for what in found), sep="\n")
+        different = runner.differences(*map(runner.environment, (before, records)))
+        print(*(f"not the same: {what}" for what in different), sep="\n")
     frames = tables.frame(before), pandas.concat(map(tables.frame, after))
     table, compared, regressions = tables.compare(*frames, tolerance)
     print(table.to_string(index=False, float_format="{:.3g}".format))
@@ -61,8 +62,8 @@ def compare(files: Sequence[Path], tolerance: float) -> int:
     return int(regressions > 0 or compared == 0)
 
 
-def publish(check: bool, accuracy: Path | None, root: Path = ROOT) -> int:
-    """Write the documents, or print how they differ from the results."""
+def publish(accuracy: Path | None, root: Path = ROOT) -> int:
+    """Write the documents from all results; git shows what changed."""
     machines: dict[Any, list[Path]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.jsonl")):
         facts = runner.environment(runner.read(path))
@@ -79,54 +80,45 @@ def publish(check: bool, accuracy: Path | None, root: Path = ROOT) -> int:
         measured = runner.read(accuracy)
         note = f"`make accuracy`: {machine(runner.environment(measured))}"
         texts[NUMERICS, "accuracy"] = f"{tables.error_units(tables.frame(measured))}\n\n{note}"
-    differences = []
     for (name, marker), text in texts.items():
-        old = (root / name).read_text()
-        before, rest = old.split(f"<!-- {marker}:begin -->\n")
-        new = f"{before}<!-- {marker}:begin -->\n{text}\n<!-- {marker}:end -->"
-        new += rest.split(f"<!-- {marker}:end -->")[1]
-        lines = old.split("\n"), new.split("\n")
-        differences += difflib.unified_diff(*lines, name, "the results", n=0, lineterm="")
-        if not check:
-            (root / name).write_text(new)
+        before, rest = (root / name).read_text().split(f"<!-- {marker}:begin -->\n")
+        after = rest.split(f"<!-- {marker}:end -->")[1]
+        marked = f"<!-- {marker}:begin -->\n{text}\n<!-- {marker}:end -->"
+        (root / name).write_text(before + marked + after)
     sweeps, path = shown_sweeps(last), root / PICTURE
-    if picture.digest(sweeps) not in path.read_text():
-        differences.append(f"{PICTURE} was not made from these results")
-    if not check:
+    if picture.digest(sweeps) not in path.read_text():  # other versions of matplotlib draw others
         path.write_text(picture.of_sweeps(sweeps, "v", machine(facts)))
-    print(*differences, sep="\n")
-    return int(check and bool(differences))
+    return 0
 
 
 def machine(environment: dict[str, Any]) -> str:
     """Return what the figures depend on, in a line."""
-    named = {"device": "{}", "threads": "{} threads", "instruction_set": "{}", "torch": "torch {}"}
-    facts = [text.format(environment[key]) for key, text in named.items()]
-    return ", ".join([*facts, f"commit {environment['commit']}"])
+    text = "{device}, {threads} threads, {instruction_set}, torch {torch}, commit {commit}"
+    return text.format_map(environment)
 
 
 def page(records: Sequence[Record]) -> str:
     """Return everything about a machine's results in Markdown."""
-    found = tables.frame(records)
+    results = tables.frame(records)
     parts = [f"### {machine(runner.environment(records))}"]
-    for suite, rows in found.groupby("suite", sort=False):
+    for suite, rows in results.groupby("suite", sort=False):
         parts.append(f"#### {suite}")
         for title, table in tables.overviews(rows):
             parts += [f"{title}:", table]
         parts += ["\n".join(lines)] if (lines := tables.faster(rows)) else []
-    goals = tables.goals(found)
-    return "\n\n".join(parts + (["#### Goals", tables.markdown(goals)] if len(goals) else []))
+    parts += ["#### Goals", goals] if (goals := tables.goals(results)) else []
+    return "\n\n".join(parts)
 
 
-def headline(found: DataFrame, facts: dict[str, Any]) -> str:
+def headline(results: DataFrame, facts: dict[str, Any]) -> str:
     """Return a sentence: ours in place against plain torch, in bfloat16."""
-    rows = found.query(f"suite == '{LOGITS}' and {USUAL} and {SIZE} and dtype == 'bf16'")
+    rows = results.query(f"suite == '{LOGITS}' and {USUAL} and {SIZE} and dtype == 'bf16'")
     rows = rows.set_index("method").loc[[IN_PLACE, "compile", "eager"]]
     units = [(x, *tables.unit_of(x)) for x in rows.seconds]
     time, *times = [f"{tables.figure(x / scale)} {unit}" for x, unit, scale in units]
     peak, *peaks = [f"{tables.mebibytes(x)} MiB" for x in rows.memory]
-    device = f"{facts['threads']} threads of {facts['processor']}"
-    device = device if rows.device.iloc[0] == "cpu" else facts["device"]
+    is_cpu = rows.device.iloc[0] == "cpu"
+    device = f"{facts['threads']} threads of {facts['processor']}" if is_cpu else facts["device"]
     return _filled(
         f"On {device} ({facts['instruction_set']}; 512 × 128256 logits, bf16, forward + "
         f"backward): **{time}** in place against {times[0]} for `torch.compile` and {times[1]} for "
@@ -134,12 +126,12 @@ def headline(found: DataFrame, facts: dict[str, Any]) -> str:
     )
 
 
-def readme(found: DataFrame, note: str) -> str:
+def readme(results: DataFrame, note: str) -> str:
     """Return a table for each suite: ours, plain torch, the fastest peer and the lower bound."""
     about = "Forward + backward, `forward_kl` + cross-entropy, T = 2; MiB: the peak beyond the"
     parts = [_filled(f"{note}. {about} inputs.")]
     for suite, title in ((LOGITS, "From logits"), (HEADS, "From hidden states")):
-        rows = found.query(f"suite == '{suite}' and {USUAL} and {SIZE}")
+        rows = results.query(f"suite == '{suite}' and {USUAL} and {SIZE}")
         if len(rows):
             setting = rows.case.iloc[0].setting("level", "dtype", "temperature", "divergence")
             shown = [*SHOWN[suite], *best_peer(rows)]
@@ -148,23 +140,20 @@ def readme(found: DataFrame, note: str) -> str:
     return "\n\n".join(parts)
 
 
-def best_peer(found: DataFrame) -> list[str]:
-    """Return the fastest that is not plain torch and computes the same, in float32 if there is."""
-    plain_torch = found.method.isin(("eager", "compile", "checkpoint"))
-    peers = found[~found.is_ours & ~plain_torch & (found.nearest == "")].dropna(subset="seconds")
+def best_peer(results: DataFrame) -> list[str]:
+    """Return the fastest that is not plain torch and computes the same, in float32 if possible."""
+    plain_torch = results.method.isin(("eager", "compile", "checkpoint"))
+    is_peer = ~results.is_ours & ~plain_torch & (results.nearest == "")
+    peers = results[is_peer].dropna(subset="seconds")
     return list(peers.sort_values(["dtype", "seconds"], ascending=[False, True]).method[:1])
 
 
-def shown_sweeps(found: DataFrame) -> list[DataFrame]:
+def shown_sweeps(results: DataFrame) -> list[DataFrame]:
     """Return what the picture shows: by suite the sweep over V with most times."""
     shown = []
     for suite, keys in SHOWN.items():
-        rows = found.query(f"suite == '{suite}' and {USUAL}").dropna(subset="seconds")
+        rows = results.query(f"suite == '{suite}' and {USUAL}").dropna(subset="seconds")
         if len(rows):
             sweep = max(tables.sweeps(rows, "v"), key=len)
             shown.append(sweep[sweep.method.isin([*keys, *best_peer(rows.query(SIZE))])])
     return shown
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

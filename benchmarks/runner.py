@@ -20,8 +20,8 @@ import torch
 
 from .cases import GUARD, SUITES, Case
 from .measuring import environment as environment_of
-from .methods import METHODS, taking_part
-from .one_case import SCHEMA, Record, Task, measure, one_line
+from .methods import METHODS, one_line, taking_part
+from .one_case import SCHEMA, Record, Task, measure
 
 #: What must be the same for results to be in one file: the machine and the versions.
 SAME = (
@@ -42,9 +42,8 @@ def read(*paths: Path) -> list[Record]:
     """
     records = []
     for path in paths:
-        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                break
+        *lines, _ = path.read_text().split("\n")
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line, parse_constant=lambda name: inf)  # NaN too
                 if record["schema"] != SCHEMA:
@@ -73,15 +72,23 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def tasks(options: Namespace) -> Iterator[Task]:
-    """Yield the tasks of the options of ``run``, one for each case."""
+def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
+    """Yield a task for each case of ``run`` that the records do not have complete.
+
+    With all methods that they have in the case: the times of two runs cannot be compared.
+    """
     limits = options.repeats, options.seconds_each, options.limit_seconds, options.threads
-    for name in options.suites or [name for name in SUITES if name != GUARD]:
-        if name not in SUITES:
-            raise ValueError(f"unknown suite {name!r}; there are {' '.join(SUITES)}")
-        for case in dict.fromkeys(SUITES[name](options)):
-            if methods := taking_part(name, case, options.peers):
-                yield Task(name, case, methods, *limits, time.time() + options.seconds)
+    for suite in options.suites or [name for name in SUITES if name != GUARD]:
+        if suite not in SUITES:
+            raise ValueError(f"unknown suite {suite!r}; there are {' '.join(SUITES)}")
+        for case in dict.fromkeys(SUITES[suite](options)):
+            methods = taking_part(suite, case, options.peers)
+            same = [x for x in records if (x.get("suite"), x.get("case")) == (suite, case)]
+            known = {x["method"] for x in same if x["kind"] == "result"}
+            wanted = {METHODS[name].key for name in methods}
+            if wanted - known or (wanted and all(x["kind"] != "done" for x in same)):
+                methods = taking_part(suite, case, wanted | known)
+                yield Task(suite, case, methods, *limits, time.time() + options.seconds)
 
 
 def run(options: Namespace) -> int:
@@ -90,39 +97,24 @@ def run(options: Namespace) -> int:
         raise ValueError(f"--device: torch {torch.__version__} finds no CUDA device")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    wanted, path = list(tasks(options)), options.output
-    here = environment_of(options.device)
+    path, machine, records = options.output, environment_of(options.device), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = path.read_bytes() if path.exists() else b""
-    if content:
+    if path.exists() and (content := path.read_bytes()):
         if not options.resume:
             raise ValueError(f"--output: {path} is not empty; --resume, or another name")
         records = read(path)
-        if found := differences(environment(records), here):
-            raise ValueError(f"--resume: {path} was made elsewhere: {'; '.join(found)}")
-        wanted = list(_remaining(wanted, records))
+        if changed := differences(environment(records), machine):
+            raise ValueError(f"--resume: {path} was made elsewhere: {'; '.join(changed)}")
         os.truncate(path, content.rfind(b"\n") + 1)  # a last line that was cut off
+    remaining = list(tasks(options, records))
     with path.open("a") as file:
-        begin = {"schema": SCHEMA, "kind": "run", "environment": here, "command": sys.argv[1:]}
+        begin = {"schema": SCHEMA, "kind": "run", "environment": machine, "command": sys.argv[1:]}
         _write(file, begin)
         try:
-            return int(any([_run_task(x, file, not options.in_process) for x in wanted]))
+            return int(any([_run_task(x, file, not options.in_process) for x in remaining]))
         except KeyboardInterrupt:
             print(f"\ninterrupted; what is measured is kept: --resume --output {path}")
             return INTERRUPTED
-
-
-def _remaining(tasks: Sequence[Task], records: Sequence[Record]) -> Iterator[Task]:
-    """Yield the tasks that a file does not have complete, with all methods that it has there.
-
-    The times of two runs cannot be compared.
-    """
-    for task in tasks:
-        here = [x for x in records if (x.get("suite"), x.get("case")) == (task.suite, task.case)]
-        known = {x["method"] for x in here if x["kind"] == "result"}
-        wanted = {METHODS[name].key for name in task.methods}
-        if not wanted <= known or all(x["kind"] != "done" for x in here):
-            yield replace(task, methods=taking_part(task.suite, task.case, wanted | known))
 
 
 def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
@@ -175,7 +167,7 @@ TARGET = send
 
 
 def _in_child(task: Task) -> Iterator[Record | str]:
-    """Run one task in a process of its own.
+    """Run one task in its own process.
 
     Raises:
         RuntimeError: If it crashed.

@@ -41,10 +41,10 @@ def test_it_computes_what_it_says(method: Method, device: str, temperature: floa
             continue
         torch.compiler.reset()  # or what compiles would run eagerly after a few cases
         problem, loss = PROBLEMS[case.level](case), method.build(case)
-        found = errors(problem, method, loss)
-        assert {part for part, error in found.items() if error is not None} == {*method.compared}
-        assert max(found[part] for part in method.compared) < 1e-5, case
-        assert errors(problem, method, loss) == found  # nothing is kept of a call
+        parts = errors(problem, method, loss)
+        assert {part for part, error in parts.items() if error is not None} == {*method.compared}
+        assert max(parts[part] for part in method.compared) < 1e-5, case
+        assert errors(problem, method, loss) == parts  # nothing is kept of a call
     if None not in reasons:
         pytest.skip(next(why for why in reasons if not why.startswith("it has no")))
 

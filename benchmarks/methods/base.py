@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from fused_kd import Head
+from fused_kd.sides import Side
 
 from ..cases import HEADS, LOGITS, Case
 
-#: At level "logits" called with student (N, V), teacher (N, V), labels (N,); at level "heads" with
-#: student hidden (N, H_s), weight (V, H_s), teacher hidden (N, H_t), weight (V, H_t), labels (N,).
-#: Returns the 0-d mean over the rows, attached to the graph.
+#: Called with student, teacher and labels (N,). Both sides are logits (N, V) at level "logits",
+#: and Heads, hidden (N, H) and weight (V, H), at level "heads". Returns the 0-d mean over the rows.
 Loss = Callable[..., Tensor]
 Build = Callable[[Case], Loss]
 #: Returns why a method cannot run a case: it is not installed, has no such divergence, needs a GPU.
@@ -55,6 +58,16 @@ def _method(level: str, *fields: Any, **more: Any) -> Callable[[Build], Build]:
 on_logits, on_heads = partial(_method, LOGITS), partial(_method, HEADS)
 
 
+def logits_of(side: Side) -> Tensor:
+    """Return a side's logits; those of a Head without its scale, which would be one more pass."""
+    return F.linear(side.hidden, side.weight) if isinstance(side, Head) else side
+
+
+def after_heads(loss: Loss) -> Loss:
+    """Return a loss of logits as one of logits or Heads."""
+    return lambda student, teacher, labels: loss(logits_of(student), logits_of(teacher), labels)
+
+
 def needs(module: str, *divergences: str, gpu: bool = False) -> WhyNot:
     """Return a `why_not` for a loss of this module, with these divergences; none: any."""
 
@@ -68,7 +81,12 @@ def needs(module: str, *divergences: str, gpu: bool = False) -> WhyNot:
         except ModuleNotFoundError as error:
             return f"not installed (no module named {error.name!r})"
         except Exception as error:  # what is installed may fail on this machine
-            return " ".join(f"cannot be imported: {type(error).__name__}: {error}".split())[:300]
+            return f"cannot be imported: {one_line(error)}"
         return None
 
     return why_not
+
+
+def one_line(error: Exception) -> str:
+    """Return the type and the message of an exception, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:280]

@@ -6,17 +6,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_kd import Head, KDLoss
 from fused_kd.backends import why_not
 from fused_kd.options import MIB
+from fused_kd.sides import Side
 from fused_kd.testing import eager_kd_loss
 
-from ..cases import HEADS, LOGITS, Case
-from .base import Loss, WhyNot, on_heads, on_logits
+from ..cases import Case
+from .base import Loss, after_heads, on_heads, on_logits
 
 #: Keys. On a GPU these are the automatic backend's; others append the backend's name.
 KDLOSS, IN_PLACE, FORWARD = "kdloss", "kdloss-inplace", "kdloss-forward"
@@ -28,62 +28,42 @@ CHUNK_ROWS = 256
 _CHECKPOINT = f"eager, checkpointed {CHUNK_ROWS}-row chunks"
 
 
-def _why_not(backend: str) -> WhyNot:
-    """Return a check for the fastest backend of the CPU, the automatic one or Triton's of a GPU."""
-
-    def why(case: Case) -> str | None:
-        if backend == "triton":
-            return "a backend for GPUs" if case.device == "cpu" else why_not(backend, case.device)
-        names = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
-        reasons = [why_not(name, case.device) for name in names]
-        return None if None in reasons else reasons[0]
-
-    return why
+def _why_not(case: Case, backend: str = "auto") -> str | None:
+    """Return why neither the automatic backend of the device can run, nor the one by name."""
+    if case.device == "cpu":
+        return "a backend for GPUs" if backend == "triton" else why_not("cpu", "cpu")
+    names = ("cuda", "triton") if backend == "auto" else (backend,)
+    reasons = [why_not(name, case.device) for name in names]
+    return None if None in reasons else reasons[0]
 
 
-def _logits(case: Case, **keywords: Any) -> Loss:
+def _kd_loss(case: Case, **keywords: Any) -> Loss:
     return KDLoss(**keywords, **case.keywords)
 
 
 def _forward(case: Case, **keywords: Any) -> Loss:
-    return torch.no_grad()(_logits(case, **keywords).forward)
-
-
-def _heads(case: Case, **keywords: Any) -> Loss:
-    loss = _logits(case, **keywords)
-    return lambda hidden, weight, teacher, head, labels: loss(
-        Head(hidden, weight), Head(teacher, head), labels
-    )
+    return torch.no_grad()(KDLoss(**keywords, **case.keywords).forward)
 
 
 for backend, end, words in (("auto", "", ""), ("triton", "-triton", ", triton backend")):
-    ours: Any = {"is_ours": True, "why_not": _why_not(backend)}
-    for add, key, title, loss, options in (
-        (on_logits, KDLOSS, "KDLoss", _logits, {}),
-        (on_logits, IN_PLACE, "KDLoss, in place", _logits, {"inplace": True}),
-        (on_logits, FORWARD, "KDLoss, forward only", _forward, {}),
-        (on_heads, WITH_HEADS, "KDLoss, heads", _heads, {}),
-    ):
-        parts = ("loss",) if key == FORWARD else ("loss", "gradients")
-        build = partial(loss, backend=backend, **options)
-        add(key + end, title + words, compared=parts, **ours)(build)
+    ours: Any = {"is_ours": True, "why_not": partial(_why_not, backend=backend)}
+    build = partial(_kd_loss, backend=backend)
+    in_place, forward = partial(build, inplace=True), partial(_forward, backend=backend)
+    on_logits(KDLOSS + end, "KDLoss" + words, **ours)(build)
+    on_logits(IN_PLACE + end, "KDLoss, in place" + words, **ours)(in_place)
+    title = "KDLoss, forward only" + words
+    on_logits(FORWARD + end, title, compared=("loss",), **ours)(forward)
+    on_heads(WITH_HEADS + end, "KDLoss, heads" + words, **ours)(build)
 for key, budget in BUDGETED.items():
-    build, title = partial(_heads, memory_budget=budget * MIB), f"KDLoss, heads, {budget} MiB"
-    on_heads(key, title, _why_not("auto"), is_ours=True)(build)
+    build = partial(_kd_loss, memory_budget=budget * MIB)
+    on_heads(key, f"KDLoss, heads, {budget} MiB", _why_not, is_ours=True)(build)
 
 
 @on_heads("eager", "eager torch")
 @on_logits("eager", "eager torch")
 def _eager(case: Case) -> Loss:
     """Return the baseline; with heads, after the logits of both models."""
-
-    def from_hidden(hidden, weight, teacher, head, labels):
-        with torch.no_grad():
-            teacher_logits = F.linear(teacher, head)
-        return on_logits(F.linear(hidden, weight), teacher_logits, labels)
-
-    on_logits = partial(eager_kd_loss, **case.keywords)
-    return on_logits if case.level == LOGITS else from_hidden
+    return after_heads(partial(eager_kd_loss, **case.keywords))
 
 
 @on_heads("compile", "torch.compile(eager)", compiles=True)
@@ -97,15 +77,15 @@ def _compiled(case: Case) -> Loss:
 @on_logits("checkpoint", _CHECKPOINT)
 def _checkpointed(case: Case) -> Loss:
     """Return the baseline over chunks of rows, each recomputed in the backward."""
-    whole, weights = _eager(case), (1, 3) if case.level == HEADS else ()
+    whole = _eager(case)
 
-    def loss(*tensors: Tensor) -> Tensor:
-        labels, total = tensors[-1], tensors[0].new_zeros((), dtype=torch.float32)
+    def loss(student: Side, teacher: Side, labels: Tensor) -> Tensor:
+        total: Any = 0.0
         for begin in range(0, len(labels), CHUNK_ROWS):
             rows = slice(begin, begin + CHUNK_ROWS)
-            chunk = [x if i in weights else x[rows] for i, x in enumerate(tensors)]
-            share = len(chunk[-1]) / len(labels)
-            total = total + share * checkpoint(whole, *chunk, use_reentrant=False)
+            sides = (x.rows(rows) if isinstance(x, Head) else x[rows] for x in (student, teacher))
+            share = len(labels[rows]) / len(labels)
+            total = total + share * checkpoint(whole, *sides, labels[rows], use_reentrant=False)
         return total
 
     return loss

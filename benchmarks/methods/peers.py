@@ -14,17 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_kd import Head
+from fused_kd.sides import Side
+
 from ..cases import Case
-from .base import Loss, needs, on_heads, on_logits
+from .base import Loss, logits_of, needs, on_heads, on_logits
 
 #: Liger's JSDs and TRL's are the forward KL at beta 0 and the reverse one at beta 1.
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 #: The default number of chunks of torchtune; entries of the vocabulary at a time in the
 #: log-probabilities of TRL's fine-tuning trainer.
 CHUNKS, TILE = 8, 32768
-LIGER, TUNE = "liger_kernel.transformers.", "torchtune.modules.loss"
+LIGER, LIGER_CHUNKED = "liger_kernel.transformers.", "liger_kernel.chunked_loss"
+MODELOPT, TUNE = "modelopt.torch.distill.losses", "torchtune.modules.loss"
 _KL = {"forward_kl": "ForwardKL", "reverse_kl": "ReverseKL"}
-_CHUNKED = needs("liger_kernel.chunked_loss", *BETA)
 _SOFT: Any = {"compared": ("gradients",), "nearest": "the same without the teacher's entropy"}
 _HARD: Any = {"computes": lambda case: {"hard_weight": 0.5, "soft_weight": 0.0}}
 _HARD["nearest"] = "the cross-entropy alone"
@@ -41,14 +44,14 @@ def _halves(hard: Loss, soft: Loss, case: Case) -> Loss:
     For Liger's cross-entropy of logits writes its gradient over them in the forward.
     """
 
-    def loss(*tensors: Tensor) -> Tensor:
-        divergence = soft(*tensors)
-        return 0.5 * hard(*tensors) + 0.5 * case.temperature**2 * divergence
+    def loss(student: Side, teacher: Side, labels: Tensor) -> Tensor:
+        divergence = soft(student, teacher, labels)
+        return 0.5 * hard(student, labels) + 0.5 * case.temperature**2 * divergence
 
     return loss
 
 
-def _cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of transformers, which converts the logits to float32 first."""
     return F.cross_entropy(student.float(), labels)
 
@@ -63,13 +66,12 @@ def _liger(case: Case) -> Loss:
         "tvd": ("tvd", "LigerTVDLoss", {}),
     }[case.divergence]
     divergence = _from(LIGER + module, name, **keywords)
-    cross_entropy = _from(LIGER + "cross_entropy", "LigerCrossEntropyLoss")
     soften = F.softmax if case.divergence == "tvd" else F.log_softmax
 
-    def soft(*tensors: Tensor) -> Tensor:
-        return divergence(*(soften(x.float() / case.temperature, -1) for x in tensors[:2]))
+    def soft(*sides_and_labels: Tensor) -> Tensor:
+        return divergence(*(soften(x.float() / case.temperature, -1) for x in sides_and_labels[:2]))
 
-    return _halves(lambda student, teacher, labels: cross_entropy(student, labels), soft, case)
+    return _halves(_from(LIGER + "cross_entropy", "LigerCrossEntropyLoss"), soft, case)
 
 
 @on_logits(
@@ -82,7 +84,7 @@ def _liger(case: Case) -> Loss:
 def _liger_tvd(case: Case) -> Loss:
     """Return both terms of a row in one kernel, so at one temperature."""
     both = _from(LIGER + "fused_ce_tvd", "LigerFusedCETVDLoss")
-    return lambda *logits_and_labels: 0.5 * sum(both(*logits_and_labels)).mean()
+    return lambda *sides_and_labels: 0.5 * sum(both(*sides_and_labels)).mean()
 
 
 @on_logits("trl-gkd", "TRL GKD", needs("trl.experimental.gkd", *BETA))
@@ -94,13 +96,15 @@ def _trl(case: Case) -> Loss:
     return _halves(_cross_entropy, soft, case)
 
 
+def _soften(logits: Tensor, case: Case) -> Tensor:
+    """Divide by the temperature, as a user of torchtune must: its losses have none."""
+    return logits if case.temperature == 1 else logits / case.temperature
+
+
 @on_logits("torchtune-reverse", "torchtune reverse KL", needs(TUNE, "reverse_kl"))
 @on_logits("torchtune", "torchtune", needs(TUNE, "forward_kl"), **_SOFT)
 def _torchtune(case: Case) -> Loss:
-    """Return its loss; it has no temperature: the logits are divided before, as a user must.
-
-    Its forward KL is the soft cross-entropy, whose gradient is the same.
-    """
+    """Return its loss; its forward KL is the soft cross-entropy, whose gradient is the same."""
     kl = _from(TUNE, f"{_KL[case.divergence]}Loss")
 
     def soft(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -125,18 +129,21 @@ def _torchtune_chunked(case: Case) -> Loss:
     return loss
 
 
-def _soften(logits: Tensor, case: Case) -> Tensor:
-    return logits if case.temperature == 1 else logits / case.temperature
-
-
-@on_logits(
-    "modelopt", "NVIDIA Model Optimizer", needs("modelopt.torch.distill.losses", "forward_kl")
-)
+@on_logits("modelopt", "NVIDIA Model Optimizer", needs(MODELOPT, "forward_kl"))
 def _modelopt(case: Case) -> Loss:
     """Return its loss, T² included; its default reduction divides by N·V, "batchmean" by rows."""
-    name, t = "LogitsDistillationLoss", case.temperature
-    soft = _from("modelopt.torch.distill.losses", name, t, reduction="batchmean")
-    return lambda *tensors: 0.5 * _cross_entropy(*tensors) + 0.5 * soft(*tensors[:2])
+    soft = _from(MODELOPT, "LogitsDistillationLoss", case.temperature, reduction="batchmean")
+    return lambda student, teacher, labels: (
+        0.5 * _cross_entropy(student, labels) + 0.5 * soft(student, teacher)
+    )
+
+
+_LIGER_JSD, _LIGER_KL = LIGER + "fused_linear_jsd", LIGER + "fused_linear_kl_div"
+_CHUNKED = needs(LIGER_CHUNKED, *BETA)
+
+
+def _of_tensors(loss: Loss) -> Loss:
+    return lambda student, teacher, labels: loss(*student[:2], *teacher[:2], labels)
 
 
 @on_heads("liger-chunked", "Liger chunked", _CHUNKED)
@@ -144,7 +151,8 @@ def _liger_chunked(case: Case, compiled: bool = False) -> Loss:
     """Return its loss whose softened softmaxes and weight gradient are in the inputs' dtype."""
     weights, beta = (0.5, 0.5 * case.temperature**2), BETA[case.divergence]
     keywords = {"temperature": case.temperature, "compiled": compiled}
-    return _from("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss", *weights, beta, **keywords)
+    loss = _from(LIGER_CHUNKED, "LigerFusedLinearJSDLoss", *weights, beta, **keywords)
+    return _of_tensors(loss)
 
 
 @on_heads("liger-chunked-compiled", "Liger chunked, compiled", _CHUNKED, compiles=True)
@@ -152,37 +160,29 @@ def _liger_chunked_compiled(case: Case) -> Loss:
     return _liger_chunked(case, compiled=True)
 
 
-@on_heads(
-    "liger-fused-jsd", "Liger fused linear JSD", needs(LIGER + "fused_linear_jsd", *BETA, gpu=True)
-)
-def _liger_jsd(case: Case) -> Loss:
-    module, beta = LIGER + "fused_linear_jsd", BETA[case.divergence]
-    soft = _from(module, "LigerFusedLinearJSD", beta, temperature=case.temperature)
-    return _halves(_liger_cross_entropy(), soft, case)
-
-
-@on_heads(
-    "liger-fused-kl",
-    "Liger fused linear KL",
-    needs(LIGER + "fused_linear_kl_div", "forward_kl", gpu=True),
-)
-def _liger_kl(case: Case) -> Loss:
-    """Return its KL of the teacher's probabilities: torch's softmax of whole logits before it."""
-    name, t = "LigerFusedLinearKLDivLoss", case.temperature
-    divergence = _from(LIGER + "fused_linear_kl_div", name, temperature=t)
-
-    def soft(hidden, weight, teacher, head, labels):
-        with torch.no_grad():
-            target = F.softmax(F.linear(teacher, head).float() / t, -1)
-        return divergence(hidden, weight, target, labels)
-
-    return _halves(_liger_cross_entropy(), soft, case)
-
-
 def _liger_cross_entropy() -> Loss:
     """Return its cross-entropy from hidden states, which also works in chunks."""
     loss = _from(LIGER + "fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
-    return lambda hidden, weight, teacher, head, labels: loss(weight, hidden, labels)
+    return lambda student, labels: loss(student.weight, student.hidden, labels)
+
+
+@on_heads("liger-fused-jsd", "Liger fused linear JSD", needs(_LIGER_JSD, *BETA, gpu=True))
+def _liger_jsd(case: Case) -> Loss:
+    beta, t = BETA[case.divergence], case.temperature
+    soft = _from(_LIGER_JSD, "LigerFusedLinearJSD", beta, temperature=t)
+    return _halves(_liger_cross_entropy(), _of_tensors(soft), case)
+
+
+@on_heads("liger-fused-kl", "Liger fused linear KL", needs(_LIGER_KL, "forward_kl", gpu=True))
+def _liger_kl(case: Case) -> Loss:
+    """Return its KL of the teacher's probabilities: torch's softmax of whole logits before it."""
+    divergence = _from(_LIGER_KL, "LigerFusedLinearKLDivLoss", temperature=case.temperature)
+
+    def soft(student: Head, teacher: Head, labels: Tensor) -> Tensor:
+        target = F.softmax(logits_of(teacher).float() / case.temperature, -1)
+        return divergence(*student[:2], target, labels)
+
+    return _halves(_liger_cross_entropy(), soft, case)
 
 
 @on_heads("trl-chunked", "TRL chunked", needs("trl.kernels.chunked_divergence", *BETA))
@@ -193,13 +193,13 @@ def _trl_chunked(case: Case) -> Loss:
 
     keywords = {"beta": BETA[case.divergence], "temperature": case.temperature}
 
-    def hard(hidden, weight, teacher, head, labels):
+    def hard(student: Head, labels: Tensor) -> Tensor:
         options = None, labels, 1.0, TILE, None, 1.0, ("log_probs",)
-        return -ChunkedLogProbFunction.apply(hidden, weight, *options)[0].mean()
+        return -ChunkedLogProbFunction.apply(*student[:2], *options)[0].mean()
 
-    def soft(hidden, weight, teacher, head, labels):
-        mask = labels != -100
-        return _chunked_divergence_loss(hidden, teacher, weight, head, mask, **keywords)[0]
+    def soft(student: Head, teacher: Head, labels: Tensor) -> Tensor:
+        hidden, weights = (student.hidden, teacher.hidden), (student.weight, teacher.weight)
+        return _chunked_divergence_loss(*hidden, *weights, labels != -100, **keywords)[0]
 
     return _halves(hard, soft, case)
 
@@ -207,13 +207,13 @@ def _trl_chunked(case: Case) -> Loss:
 @on_heads("fla", "Flash Linear Attention", needs("fla.modules", "forward_kl", gpu=True))
 def _fla(case: Case) -> Loss:
     """Return its loss; it has no temperature, so hidden states over T give logits over T."""
-    kl, cross_entropy = (
-        _from("fla.modules", x) for x in ("FusedKLDivLoss", "FusedLinearCrossEntropyLoss")
-    )
-    t = case.temperature
+    kl, t = _from("fla.modules", "FusedKLDivLoss"), case.temperature
+    cross_entropy = _from("fla.modules", "FusedLinearCrossEntropyLoss")
     return _halves(
-        lambda hidden, weight, teacher, head, labels: cross_entropy(hidden, labels, weight),
-        lambda hidden, weight, teacher, head, labels: kl(hidden / t, teacher / t, weight, head),
+        lambda student, labels: cross_entropy(student.hidden, labels, student.weight),
+        lambda student, teacher, labels: kl(
+            student.hidden / t, teacher.hidden / t, student.weight, teacher.weight
+        ),
         case,
     )
 
@@ -226,10 +226,8 @@ def _no_torch_ce(case: Case) -> str | None:
 @on_heads("torch-linear-ce", "F.linear_cross_entropy", _no_torch_ce, **_HARD)
 def _torch_ce(case: Case) -> Loss:
     """Return torch's cross-entropy in chunks of rows; its gradients are computed in the forward."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return lambda hidden, weight, teacher, head, labels: (
-        0.5 * F.linear_cross_entropy(hidden, weight, labels, options=options)
-    )
+    loss = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels)
 
 
 def _no_cut_ce(case: Case) -> str | None:
@@ -239,9 +237,7 @@ def _no_cut_ce(case: Case) -> str | None:
 
 @on_heads("cut-cross-entropy", "Cut Cross-Entropy", _no_cut_ce, compiles=True, **_HARD)
 def _cut_ce(case: Case) -> Loss:
-    """Return its kernels on a GPU, on a CPU the ``torch.compile`` of its own composition."""
+    """Return its kernels on a GPU, on a CPU the ``torch.compile`` of its composition."""
     loss = import_module("cut_cross_entropy").linear_cross_entropy
     implementation = "cce" if case.device == "cuda" else "torch_compile"
-    return lambda hidden, weight, teacher, head, labels: (
-        0.5 * loss(hidden, weight, labels, impl=implementation)
-    )
+    return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels, impl=implementation)
