@@ -55,7 +55,7 @@ def launch(case: gpu_smoke.Case) -> None:
 
 @contextmanager
 def filling(folder: Path, capability: str = "9.0") -> Iterator[None]:
-    """Let launches of the triton backend on CPU tensors compile into a folder, and end."""
+    """Make launches of the triton backend on CPU tensors compile into a folder, and end."""
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
     with compiling(int(capability.replace(".", ""))):
         yield

@@ -102,9 +102,9 @@ def _run(session: Session, backend: str, every: Sequence[Case]) -> None:
         errors = session.call(what, lambda case=case: measure(case, backend, session.device))
         session.write(case=what, errors=errors)
         for name, error in (errors or {}).items():
-            limit = WRONG_LOSS if name.startswith("losses") else WRONG[case.student]
             key = f"{case.student} {name.split()[0]}"
             worst[key] = max(worst.get(key, 0.0), error)
+            limit = WRONG_LOSS if name.startswith("losses") else WRONG[case.student]
             if not error <= limit:  # a NaN is below nothing
                 session.fail(f"{what}, {name}: error {error:.3g}, allowed {limit:g}")
     print(f"{backend}, worst errors:", *(f"{k} {x:.2g}" for k, x in worst.items()), flush=True)

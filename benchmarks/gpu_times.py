@@ -39,7 +39,7 @@ Calls = dict[str, tuple[int, Callable[[], object]]]  # by name: matrices that it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; return 1 if a call failed."""
+    """Run the measurement; return 1 if a call failed."""
     run = {"operators": _time_operators, "heads": _time_heads, "launch": _launch}
     parser = argparse.ArgumentParser("gpu_times", description=__doc__)
     parser.add_argument("what", choices=run)

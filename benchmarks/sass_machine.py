@@ -128,7 +128,7 @@ class Machine:
         return lanes & self.registers.read(condition, "?") if condition else lanes
 
     def _execute(self, instruction: Instruction, mask: Array) -> None:
-        """Execute an instruction that is no branch and does not wait."""
+        """Run an instruction that is no branch and does not wait."""
         own = {
             **dict.fromkeys(("LDG", "STG", "LDS", "STS", "STAS"), self._access),
             "UBLKCP": self._bulk_copy,
@@ -187,7 +187,7 @@ class Machine:
         self.tokens[int(barrier[1:])][mask] = self.steps * self.lanes + self.leader[mask]
 
     def _release(self) -> None:
-        """Let the lanes go on whose wait is over."""
+        """Make the lanes go on whose wait is over."""
         places = [int(i) for i in np.unique(self.pc[self.waiting])]
         free = {i: self._over(i, self.waiting & (self.pc == i)) for i in places}
         for i, lanes in free.items():
@@ -198,11 +198,11 @@ class Machine:
         if not any(lanes.any() for lanes in free.values()):
             raise RuntimeError(f"the kernel waits for ever, at instructions {places}")
 
-    def _over(self, i: int, here: Array) -> Array:
+    def _over(self, i: int, present: Array) -> Array:
         """Return those lanes, of the ones that wait at an instruction, whose wait is over."""
         instruction = self.code.instructions[i]
-        operands, missing = split(instruction.operands), ~here & ~self.ended
-        groups = {  # all lanes of which have to be here
+        operands, missing = split(instruction.operands), ~present & ~self.ended
+        groups = {  # all lanes of which have to be present
             "BSYNC": lambda: self.tokens[int(operands[0][1:])],
             "WARPSYNC.ALL": lambda: self.lane // WARP,
             "BAR.SYNC.DEFER_BLOCKING": lambda: {"0x0": self.block}[operands[0]],
@@ -210,8 +210,8 @@ class Machine:
         }
         if instruction.opcode in groups:
             group = groups[instruction.opcode]()
-            return here & ~np.isin(group, group[missing])
-        lanes, over = here.nonzero()[0], np.zeros_like(here)
+            return present & ~np.isin(group, group[missing])
+        lanes, over = present.nonzero()[0], np.zeros_like(present)
         barriers = self._barriers(lanes, self.registers.address(operands[1]))
         parity = self.registers.read(operands[2], "I")
         over[lanes] = np.array([barrier.phase % 2 for barrier in barriers]) != parity[lanes]

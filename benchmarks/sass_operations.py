@@ -111,7 +111,7 @@ def split(operands: str) -> list[str]:
 
 
 def execute(opcode: str, operands: str, registers: Registers, mask: Array) -> None:
-    """Execute an instruction other than memory accesses and branches on the lanes of a mask."""
+    """Run an instruction other than memory accesses and branches on the lanes of a mask."""
     if opcode.split(".")[0] in NOTHING:
         return
     signature, function = OPERATIONS.get(opcode) or OPERATIONS[opcode.removeprefix("U")]

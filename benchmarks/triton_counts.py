@@ -19,7 +19,6 @@ The loops have no branch that depends on the logits. Predicated instructions cou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +34,9 @@ from .triton_resources import Variant, compile_variant
 
 #: Criteria of a path count one after the other: each outweighs any number of the next.
 _BASE = 10**5
+_LEAVES = ("EXIT", "RET", "BRX", "JMP", "JMX")
+#: The slow path of a division, and a division of integers.
+_SLOW = ("CALL", "I2F")
 
 
 def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[float, float, int]:
@@ -58,21 +60,36 @@ def count(
     Then of these exponentials, logarithms and reciprocals. The kernel passes over each row `passes`
     times; LookupError if its loops are not as expected.
     """
-    opcodes = [instruction.opcode for instruction in code.instructions]
+    opcodes = [*(instruction.opcode for instruction in code.instructions), ""]
     graph, loops = _control_flow(code)
     if len(loops) != 2 * passes:
         raise LookupError(f"expected two loops for each of {passes} passes; got {loops}")
+
+    def path(first: int, last: int, stores: int = 0) -> list[int]:
+        """Return the longest path through all loops with the most (1) or fewest (-1) stores."""
+
+        def cost(_: int, i: int, edge: object) -> int:
+            worth = int(i in loops)
+            for criterion in (
+                -opcodes[i].startswith(_SLOW),
+                stores * opcodes[i].startswith("STG"),
+                (opcodes[i] == "MUFU.EX2") * (-1 if two else 1),
+                1,
+            ):
+                worth = worth * _BASE + criterion
+            return -worth
+
+        return nx.bellman_ford_path(graph, first, last, cost)
+
     whole, rest, entries = trips(vocabulary, chosen)
     runs = []  # how often, and which instructions
     for share, stores in ((1 / chosen.parts, 1), (1 - 1 / chosen.parts, -1)):
-        path = _path(graph, opcodes, (0, len(opcodes)), loops, two, stores)
-        if not loops.keys() <= set(path):  # one pass through each
+        runs.append((share, path(0, len(code.instructions), stores)[:-1]))
+        if not loops.keys() <= set(runs[-1][1]):  # one pass through each
             raise LookupError("no path leads through all loops")
-        runs.append((share, path[:-1]))
     most = max(loads for _, loads in loops.values())
     for last, (first, loads) in loops.items():
-        rounds = whole if loads == most else rest
-        runs.append((rounds - 1, _path(graph, opcodes, (first, last), loops, two)))
+        runs.append(((whole if loads == most else rest) - 1, path(first, last)))
     special = [opcode.startswith("MUFU") for opcode in opcodes]
     total = sum(times * len(path) for times, path in runs)
     return total / entries, sum(n * sum(special[i] for i in path) for n, path in runs) / entries
@@ -97,7 +114,7 @@ def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
     """
     edges, loops = [], {}
     for i, instruction in enumerate(code.instructions):
-        leaves = instruction.opcode.startswith(("EXIT", "RET", "BRX", "JMP", "JMX"))
+        leaves = instruction.opcode.startswith(_LEAVES)
         if instruction.opcode.startswith(("BRA", "UBRA")):
             edges.append((i, code.labels[instruction.target]))
             leaves = instruction.operands == f"`({instruction.target})"
@@ -114,32 +131,6 @@ def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
         loads = sum(name.startswith("LDG") and "STRONG" not in name for name in names)
         loops |= {i: (j, loads) for i, j in back if i != j and loads}
     return graph, loops
-
-
-def _path(
-    graph: nx.DiGraph,
-    opcodes: Sequence[str],
-    ends: tuple[int, int],
-    loops: Collection[int],
-    two: bool,
-    stores: int = 0,
-) -> list[int]:
-    """Return the instructions of the best path, with the most stores (1), the fewest or any (0)."""
-
-    def cost(i: int, j: int, _: object) -> int:
-        opcode, worth = [*opcodes, ""][j], 0
-        for criterion in (
-            j in loops,  # through every loop over a slice
-            -opcode.startswith("CALL"),  # the slow path of a division
-            -opcode.startswith("I2F"),  # a division of integers
-            stores * opcode.startswith("STG"),
-            (opcode == "MUFU.EX2") * (-1 if two else 1),
-            1,
-        ):
-            worth = worth * _BASE + criterion
-        return -worth
-
-    return nx.bellman_ford_path(graph, *ends, cost)
 
 
 #: What is counted: a name, the call, T.

@@ -95,7 +95,7 @@ def compile_variant(variant: Variant, target: int | str, folder: Path) -> list[K
 
 @contextmanager
 def compiling(target: int | str) -> Iterator[list[Any]]:
-    """Let launches on CPU tensors compile for a target, and end; yield what they compile."""
+    """Make launches on CPU tensors compile for a target, and end; yield what they compile."""
     is_amd = isinstance(target, str)
     gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", target, 32)
     stand_in = SimpleNamespace(
