@@ -72,15 +72,9 @@ _NCU = (
     "sm__inst_issued.avg.pct_of_peak_sustained_active,smsp__inst_executed.sum,"
     "launch__registers_per_thread "
 )
-_SUITE = (
-    "{python} -m benchmarks run --in-process --device {device} --seconds {seconds} "
-    "--output {output}"
-)
-_OURS = (
-    "--peers kdloss kdloss-inplace kdloss-forward kdloss-triton kdloss-heads kdloss-heads-triton "
-    "eager"
-)
-_COMPILED = "--peers kdloss kdloss-heads {compiled}"
+_SUITE = "{python} -m benchmarks run --in-process --device {device} --seconds {seconds} "
+_SUITE += "--output {output} --peers"
+_OURS = "kdloss kdloss-inplace kdloss-forward kdloss-triton kdloss-heads kdloss-heads-triton eager"
 _REAL, _TINY = "--n 8192 --repeats 10 --seconds-each 2", "--n 5 --repeats 2 --dtype bf16 --v 33"
 # racecheck does not follow barriers that bulk copies complete: it is left to the emulator
 _SANITIZER = "compute-sanitizer --error-exitcode 97 --print-limit 20 --tool"
@@ -93,14 +87,14 @@ FIELDS = {
         "gpu": "",
         "logits": f"--dtype bf16 fp32 --v 151936 32000 262144 128256 {_REAL}",
         "heads": f"--dtype bf16 --v 151936 --hidden 2048 4096 {_REAL}",
-        "compiled": "compile liger liger-fused-kl",
+        "compiled": "kdloss kdloss-heads compile liger liger-fused-kl",
         "memcheck": f"{_SANITIZER} memcheck",
     },
     "cpu": {
         "gpu": TOOLS[0],
         "logits": _TINY,
         "heads": f"--hidden 8 12 {_TINY}",
-        "compiled": "eager",
+        "compiled": "kdloss kdloss-heads eager",
         "memcheck": "",
     },
 }
@@ -116,10 +110,10 @@ PARTS = (
     Part("triton", SECOND, 30, "triton", _SMOKE),
     Part("triton-operators", SECOND, 25, "triton", f"{_TIMES} operators"),
     Part("triton-tests", SECOND, 90, "triton", _PYTEST),
-    Part("logits", SECOND, 35, "", f"{_SUITE} logits {{logits}} {_OURS}"),
-    Part("heads", SECOND, 20, "", f"{_SUITE} heads {{heads}} {_OURS}"),
+    Part("logits", SECOND, 35, "", f"{_SUITE} {_OURS} {{logits}} -- logits"),
+    Part("heads", SECOND, 20, "", f"{_SUITE} {_OURS} {{heads}} -- heads"),
     # torch.compile and Liger compile for longer than all else takes: one size
-    Part("peers", SECOND, 50, "", f"{_SUITE} logits heads {{heads}} {_COMPILED}"),
+    Part("peers", SECOND, 50, "", f"{_SUITE} {{compiled}} {{heads}} -- logits heads"),
     Part("memcheck", SECOND, 22, "cuda", f"{_SLICED} {{memcheck}} {_SMOKE}"),
     Part("synccheck", SECOND, 17, "cuda", f"{{gpu}} {_SLICED} {_SANITIZER} synccheck {_SMOKE}"),
     # a write out of bounds, which shows that the sanitizer works on this machine
@@ -146,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end += options.stretch * part.seconds
             limit = max(LEAST, end - time.monotonic())
             report.append(run_part(part, options.device, limit, log))
-    text = "\n".join(line for lines in report for line in lines)
+    text = "\n".join(map("\n".join, report))
     print(f"\n{text}")
     log.open("a").write(f"\n{text}\n")
     return 1 if any(": failed" in lines[0] for lines in report) else 0
@@ -181,8 +175,8 @@ def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
     fields = {"python": python, "device": device, "seconds": seconds, "output": path}
     command = shlex.split(part.command.format(**fields, **FIELDS[device]))
     environment = _environment(part, device, seconds, results)
-    for tool in set(TOOLS) & set(command):
-        if shutil.which(tool, path=environment["PATH"]) is None:
+    for tool in TOOLS:
+        if tool in command and shutil.which(tool, path=environment["PATH"]) is None:
             return [f"{part.name}: skipped, there is no {tool}"]
     with log.open("a") as file:
         file.write(f"\n===== {part.name}: at most {limit:.0f} s\n{shlex.join(command)}\n")
