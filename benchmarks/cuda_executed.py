@@ -23,6 +23,7 @@ from .sass import disassemble, usage
 from .sass_machine import GLOBAL_BASE, Launch, Machine
 
 V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
+NAMES = ("student", "teacher", "grad", "labels", "w_hard", "w_soft", "hard", "soft", "stats")
 #: By the way in which the hard term's exponential is computed.
 TEMPERATURES = {"1": 1.0, "2": 2.0, "another": 3.0}
 
@@ -33,41 +34,26 @@ class Rows:
     def __init__(self, divergence: str, temperature: float) -> None:
         self.divergence, self.temperature = divergence, temperature
         random = np.random.default_rng(SEED)
-        student, teacher = (
-            torch.from_numpy((SPREAD * random.standard_normal((ROWS, V))).astype(np.float32))
-            for _ in range(2)
-        )
+        sides = torch.from_numpy(SPREAD * random.standard_normal((2, ROWS, V))).float().bfloat16()
+        labels = torch.from_numpy(random.integers(0, V, ROWS))
         weights, losses = torch.full((ROWS,), 0.5 / ROWS), torch.zeros(ROWS)
-        #: In the order of captured_launch.cu.
-        self.tensors = {
-            "student": student.bfloat16(),
-            "teacher": teacher.bfloat16(),
-            "grad": torch.zeros(ROWS, V, dtype=torch.bfloat16),
-            "labels": torch.from_numpy(random.integers(0, V, ROWS)),
-            "w_hard": weights,
-            "w_soft": weights,
-            "hard": losses,
-            "soft": losses,
-            "stats": torch.zeros(ROWS, STATS),
-        }
-        self.memory = torch.zeros(4 * student.nbytes, dtype=torch.uint8)
-        self.places: list[int] = []
-        begin = 0
-        for name, tensor in self.tensors.items():
+        tensors = [*sides, torch.zeros_like(sides[0]), labels, weights, weights, losses, losses]
+        self.memory = torch.zeros(4 * sides.nbytes, dtype=torch.uint8)
+        #: By name, in the order of captured_launch.cu: tensors, and their addresses.
+        self.tensors, self.addresses, begin = {}, {}, 0
+        for name, tensor in zip(NAMES, [*tensors, torch.zeros(ROWS, STATS)], strict=True):
             stored = self.memory[begin : begin + tensor.nbytes].view(tensor.dtype)
             self.tensors[name] = stored.view(tensor.shape).copy_(tensor)
-            self.places.append(
-                GLOBAL_BASE + begin if (name, divergence) != ("w_soft", "none") else 0
-            )
+            self.addresses[name] = GLOBAL_BASE + begin
             begin += -(-tensor.nbytes // 256) * 256
+        if divergence == "none":
+            self.addresses["w_soft"] = 0
 
     def plan(self, library: ctypes.CDLL) -> Launch:
         """Return what launch.cu launches for them."""
         params, shape = ctypes.create_string_buffer(4096), (ctypes.c_int64 * 4)()
-        number, temperature = DIVERGENCES.index(self.divergence), ctypes.c_double(self.temperature)
-        places = map(ctypes.c_void_p, self.places)
-        sizes = ctypes.c_int64(ROWS), ctypes.c_int64(V)
-        size = library.capture(*sizes, number, temperature, *places, params, shape)
+        call = ROWS, V, DIVERGENCES.index(self.divergence), self.temperature
+        size = library.capture(*call, *self.addresses.values(), params, shape)
         if not size:
             raise RuntimeError("launch.cu does not launch rows_cluster once")
         return Launch(*shape, params.raw[:size])
@@ -82,9 +68,9 @@ class Rows:
         true = kd_loss(student, teacher, labels, **options)
         (gradient,) = torch.autograd.grad(true.loss.mean(), student)
         for name, expected in (("hard", true.hard), ("soft", true.soft)):
-            found = self.tensors[name].double()
-            if not torch.allclose(found, expected.detach(), rtol=1e-4, atol=1e-6):
-                raise RuntimeError(f"the {name} loss comes out wrong: {found}, {expected}")
+            loss = self.tensors[name].double()
+            if not torch.allclose(loss, expected.detach(), rtol=1e-4, atol=1e-6):
+                raise RuntimeError(f"the {name} loss comes out wrong: {loss}, {expected}")
         # the label's entry is larger than all others together
         is_label = torch.nn.functional.one_hot(labels, V).bool()
         error = self.tensors["grad"].double() - gradient
@@ -97,8 +83,11 @@ class Rows:
 def compile_launcher(folder: Path) -> ctypes.CDLL:
     """Return captured_launch.cu, compiled for the host."""
     source, library = Path(__file__).with_name("captured_launch.cu"), folder / "captured_launch.so"
-    flags = ("-shared", "-Xcompiler=-fPIC")
-    return ctypes.CDLL(str(compile_with_nvcc(source, library, "90a", *flags)))
+    compile_with_nvcc(source, library, "90a", "-shared", "-Xcompiler=-fPIC")
+    launcher = ctypes.CDLL(str(library))
+    numbers = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_double]
+    launcher.capture.argtypes = [*numbers, *[ctypes.c_void_p] * (len(NAMES) + 2)]
+    return launcher
 
 
 def compile_cluster(divergence: str, folder: Path) -> Path:
@@ -119,7 +108,7 @@ def execute(
     rows = Rows(divergence, temperature)
     counts = Machine(code, rows.plan(library), rows.memory.numpy()).run() * 32 / (ROWS * V)
     rows.check()
-    special = [one.opcode.startswith("MUFU") for one in code.instructions]
+    special = [line.opcode.startswith("MUFU") for line in code.instructions]
     return counts.sum(), counts[special].sum()
 
 
@@ -131,11 +120,11 @@ def main() -> None:
         library = compile_launcher(Path(name))
         for divergence in DIVERGENCES:
             cubin = compile_cluster(divergence, Path(name))
-            (used,) = usage(cubin).values()
+            (resources,) = usage(cubin).values()
             matters = divergence not in ("mse", "none")
             for label, temperature in (TEMPERATURES if matters else {"any": 1.0}).items():
-                found, special = execute(divergence, temperature, cubin, library)
-                cells = f"{found:.1f} | {special:.1f} | {used.registers}"
+                total, special = execute(divergence, temperature, cubin, library)
+                cells = f"{total:.1f} | {special:.1f} | {resources.registers}"
                 print(f"| {divergence} | {label} | {cells} |", flush=True)
 
 

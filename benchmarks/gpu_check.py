@@ -39,23 +39,21 @@ TESTS, TEST_SECONDS = ("test_gpu", "test_gpu_running", "test_gpu_heads"), 45
 GRACE, LEAST = 6.0, 10.0
 #: Lines of a part's output that are repeated in the report, and how many at most.
 NOTED, MOST = ("FAILED", "ERROR", "==ERROR==", "========= ERROR", "LEFT OUT", "SKIPPED"), 40
-#: What a part needs if its command has the word: it is skipped without.
+#: A part whose command has one of these words is skipped where there is no such program.
 TOOLS = ("GPU", "ncu", "compute-sanitizer", "nvidia-smi")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part; {python}, {device}, {seconds}, {output} are filled in in its commands."""
+    """A part; {python}, {device}, {seconds}, {output} and FIELDS are filled in in its command."""
 
     name: str
     run: str
     seconds: float  # of the run that it is meant to have
     backend: str  # under test
     command: str
-    tiny: str = ""  # the command for --device cpu, if that is another one
 
 
-_NONE = TOOLS[0]
 _SMOKE, _TIMES = "{python} -m benchmarks.gpu_smoke", "{python} -m benchmarks.gpu_times"
 _PYTEST = (
     "{python} -m pytest -m gpu -p gpu_plugin -p no:cacheprovider --durations=5 -rs --tb=short "
@@ -74,54 +72,56 @@ _NCU = (
     "sm__inst_issued.avg.pct_of_peak_sustained_active,smsp__inst_executed.sum,"
     "launch__registers_per_thread "
 )
-_SUITE = (
-    "{python} -m benchmarks run --in-process --device {device} --seconds {seconds} "
-    "--output {output}"
-)
-_OURS = (
-    "--peers kdloss kdloss-inplace kdloss-forward kdloss-triton kdloss-heads kdloss-heads-triton "
-    "eager"
-)
-_PEERS = "--peers kdloss kdloss-heads"
+_SUITE = "{python} -m benchmarks run --in-process --device {device} --seconds {seconds} "
+_SUITE += "--output {output} --peers"
+_OURS = "kdloss kdloss-inplace kdloss-forward kdloss-triton kdloss-heads kdloss-heads-triton eager"
 _REAL, _TINY = "--n 8192 --repeats 10 --seconds-each 2", "--n 5 --repeats 2 --dtype bf16 --v 33"
-_ONE, _LOGITS = "--dtype bf16 --v 151936 --hidden 2048 4096", "--v 151936 32000 262144 128256"
-_FEW = f"--hidden 8 12 {_TINY}"
 # racecheck does not follow barriers that bulk copies complete: it is left to the emulator
 _SANITIZER = "compute-sanitizer --error-exitcode 97 --print-limit 20 --tool"
 _SLICES = max(1, PROCESSORS // 2)
 _SLICED = f"bash -c 'seq 0 {_SLICES - 1} | xargs -P {_SLICES} -I% \"$@\" --slice % {_SLICES}' -"
 _EXPECT_97 = "bash -c '\"$@\"; test $? = 97' -"
+#: What commands leave to the device; {gpu}: without one the part is skipped.
+FIELDS = {
+    "cuda": {
+        "gpu": "",
+        "logits": f"--dtype bf16 fp32 --v 151936 32000 262144 128256 {_REAL}",
+        "heads": f"--dtype bf16 --v 151936 --hidden 2048 4096 {_REAL}",
+        "compiled": "kdloss kdloss-heads compile liger liger-fused-kl",
+        "memcheck": f"{_SANITIZER} memcheck",
+    },
+    "cpu": {
+        "gpu": TOOLS[0],
+        "logits": _TINY,
+        "heads": f"--hidden 8 12 {_TINY}",
+        "compiled": "kdloss kdloss-heads eager",
+        "memcheck": "",
+    },
+}
 
 PARTS = (
-    Part("build", FIRST, 70, "cuda", "{python} setup.py build_ext --inplace", tiny=_NONE),
+    Part("build", FIRST, 70, "cuda", "{gpu} {python} setup.py build_ext --inplace"),
     Part("smoke", FIRST, 30, "cuda", _SMOKE),
     Part("operators", FIRST, 35, "cuda", f"{_TIMES} operators"),
-    Part("ncu", FIRST, 30, "cuda", f"{_NCU}{_TIMES} launch", tiny=_NONE),
+    Part("ncu", FIRST, 30, "cuda", f"{{gpu}} {_NCU}{_TIMES} launch"),
     Part("cuda-tests", FIRST, 55, "cuda", _PYTEST),
     Part("heads-times", FIRST, 20, "cuda", f"{_TIMES} heads"),
     # programs that wait for each other: no emulation can vouch for that
     Part("triton", SECOND, 30, "triton", _SMOKE),
     Part("triton-operators", SECOND, 25, "triton", f"{_TIMES} operators"),
     Part("triton-tests", SECOND, 90, "triton", _PYTEST),
-    Part("logits", SECOND, 35, "", f"{_SUITE} logits --dtype bf16 fp32 {_LOGITS} {_REAL} {_OURS}",
-         tiny=f"{_SUITE} logits {_TINY} {_OURS}"),
-    Part("heads", SECOND, 20, "", f"{_SUITE} heads {_ONE} {_REAL} {_OURS}",
-         tiny=f"{_SUITE} heads {_FEW} {_OURS}"),
+    Part("logits", SECOND, 35, "", f"{_SUITE} {_OURS} {{logits}} -- logits"),
+    Part("heads", SECOND, 20, "", f"{_SUITE} {_OURS} {{heads}} -- heads"),
     # torch.compile and Liger compile for longer than all else takes: one size
-    Part("peers", SECOND, 50, "",
-         f"{_SUITE} logits heads {_ONE} {_REAL} {_PEERS} compile liger liger-fused-kl",
-         tiny=f"{_SUITE} logits heads {_FEW} {_PEERS} eager"),
-    Part("memcheck", SECOND, 22, "cuda", f"{_SLICED} {_SANITIZER} memcheck {_SMOKE}",
-         tiny=f"{_SLICED} {_SMOKE}"),
-    Part("synccheck", SECOND, 17, "cuda", f"{_SLICED} {_SANITIZER} synccheck {_SMOKE}",
-         tiny=_NONE),
+    Part("peers", SECOND, 50, "", f"{_SUITE} {{compiled}} {{heads}} -- logits heads"),
+    Part("memcheck", SECOND, 22, "cuda", f"{_SLICED} {{memcheck}} {_SMOKE}"),
+    Part("synccheck", SECOND, 17, "cuda", f"{{gpu}} {_SLICED} {_SANITIZER} synccheck {_SMOKE}"),
     # a write out of bounds, which shows that the sanitizer works on this machine
-    Part("planted", SECOND, 11, "cuda", f"{_EXPECT_97} {_SANITIZER} memcheck {_SMOKE} --planted",
-         tiny=_NONE),
-)  # fmt: skip
+    Part("planted", SECOND, 11, "cuda", f"{{gpu}} {_EXPECT_97} {{memcheck}} {_SMOKE} --planted"),
+)
 ENVIRONMENT = (
     Part("environment", "", 20, "", "{python} -m fused_kd.env"),
-    Part("card", "", 10, "", "nvidia-smi", tiny=_NONE),
+    Part("card", "", 10, "", "{gpu} nvidia-smi"),
     Part("commit", "", 10, "", "git describe --always --dirty"),
 )
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end += options.stretch * part.seconds
             limit = max(LEAST, end - time.monotonic())
             report.append(run_part(part, options.device, limit, log))
-    text = "\n".join(line for lines in report for line in lines)
+    text = "\n".join(map("\n".join, report))
     print(f"\n{text}")
     log.open("a").write(f"\n{text}\n")
     return 1 if any(": failed" in lines[0] for lines in report) else 0
@@ -171,12 +171,12 @@ def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
     seconds, begin = max(1.0, limit - GRACE), time.monotonic()
     results = log.with_name(f"{part.name}.jsonl")
     results.unlink(missing_ok=True)
-    text = part.tiny if part.tiny and device == "cpu" else part.command
     python, path = shlex.quote(sys.executable), shlex.quote(str(results))
-    command = shlex.split(text.format(python=python, device=device, seconds=seconds, output=path))
+    fields = {"python": python, "device": device, "seconds": seconds, "output": path}
+    command = shlex.split(part.command.format(**fields, **FIELDS[device]))
     environment = _environment(part, device, seconds, results)
-    for tool in set(TOOLS) & set(command):
-        if shutil.which(tool, path=environment["PATH"]) is None:
+    for tool in TOOLS:
+        if tool in command and shutil.which(tool, path=environment["PATH"]) is None:
             return [f"{part.name}: skipped, there is no {tool}"]
     with log.open("a") as file:
         file.write(f"\n===== {part.name}: at most {limit:.0f} s\n{shlex.join(command)}\n")

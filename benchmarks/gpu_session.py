@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import time
-import timeit
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,24 +21,23 @@ from torch import Tensor
 
 from fused_kd.backends import why_not
 
+from .measuring import clock
+
 BACKENDS = {"cuda": ["cuda", "triton"], "cpu": ["cpu"]}
 #: Seconds that a call may take, compilation included.
 PATIENCE = 20
 #: Calls that count, after those that compile and allocate.
 REPEATS, WARM_UP = 10, 2
-#: Clock cycles (about a millisecond) of a busy wait before a timed call: the host runs ahead, so
-#: that the time is the device's and not that of launching.
-HEAD_START = 2_000_000
 
 _Result = TypeVar("_Result")
 
 
 class Session:
-    """A run of a script: its device, its failures, its results."""
+    """A run of a script: its device, its backends, its results, its exit status."""
 
     def __init__(self) -> None:
         read = os.environ.get
-        self.device, self.failed = read("GPU_CHECK_DEVICE", "cuda"), 0
+        self.device, self.status = read("GPU_CHECK_DEVICE", "cuda"), 0
         self.is_gpu = self.device == "cuda"
         self._file = open(read("GPU_CHECK_OUTPUT", os.devnull), "a")  # noqa: SIM115  for the run
         names = read("GPU_CHECK_BACKENDS", "").split() if self.is_gpu else []
@@ -57,8 +55,8 @@ class Session:
         return is_up
 
     def fail(self, text: str) -> None:
-        """Count a failure and print it."""
-        self.failed += 1
+        """Print a failure; the script's exit status is 1 then."""
+        self.status = 1
         print(f"FAILED {text}", flush=True)
 
     def write(self, **content: Any) -> None:
@@ -106,7 +104,7 @@ class Session:
             times = []
             for _ in range(WARM_UP + REPEATS):
                 restore()
-                times.append(_seconds(function, self.is_gpu))
+                times.append(clock(function, self.device))
             return statistics.median(times[WARM_UP:])
 
         seconds = self.call(what, median)
@@ -115,18 +113,6 @@ class Session:
             ratio = f"{seconds / bound:8.3f} x bound" if bound else ""
             print(f"{what:<60} {1e3 * seconds:10.4f} ms {ratio}", flush=True)
         return seconds
-
-
-def _seconds(function: Callable[[], object], is_gpu: bool) -> float:
-    if not is_gpu:
-        return timeit.timeit(function, number=1)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(HEAD_START)
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 class Output(torch.autograd.Function):

@@ -11,6 +11,7 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -62,13 +63,13 @@ def cases(device: str) -> list[Case]:
     Every number of blocks with one divergence, every pair of dtypes, then the other divergences.
     """
     ladder, mixed = (LADDER, MIXED) if device == "cuda" else (TINY, TINY_MIXED)
-    found = []
-    for i, divergence in enumerate(DIVERGENCES):
-        for dtype, rungs in ladder.items():
-            found += [Case(divergence, dtype, dtype, v) for v in (*rungs.values(), SHORT)]
-        pairs = [(student, teacher) for student in DTYPES for teacher in DTYPES]
-        found += [Case(divergence, *pair, mixed[(i + j) % 2]) for j, pair in enumerate(pairs)]
-    return found
+    sizes = [(x, x, v) for x, rungs in ladder.items() for v in (*rungs.values(), SHORT)]
+    pairs = list(product(DTYPES, DTYPES))
+    return [
+        Case(divergence, *rest)
+        for i, divergence in enumerate(DIVERGENCES)
+        for rest in (*sizes, *((*pair, mixed[(i + j) % 2]) for j, pair in enumerate(pairs)))
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         every = every[options.slice[0] :: options.slice[1]]
     for backend in session.backends:
         _run(session, backend, every)
-    return 1 if session.failed else 0
+    return session.status
 
 
 def _run(session: Session, backend: str, every: Sequence[Case]) -> None:
@@ -101,9 +102,9 @@ def _run(session: Session, backend: str, every: Sequence[Case]) -> None:
         errors = session.call(what, lambda case=case: measure(case, backend, session.device))
         session.write(case=what, errors=errors)
         for name, error in (errors or {}).items():
-            limit = WRONG_LOSS if name.startswith("losses") else WRONG[case.student]
             key = f"{case.student} {name.split()[0]}"
             worst[key] = max(worst.get(key, 0.0), error)
+            limit = WRONG_LOSS if name.startswith("losses") else WRONG[case.student]
             if not error <= limit:  # a NaN is below nothing
                 session.fail(f"{what}, {name}: error {error:.3g}, allowed {limit:g}")
     print(f"{backend}, worst errors:", *(f"{k} {x:.2g}" for k, x in worst.items()), flush=True)

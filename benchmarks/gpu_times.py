@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,7 +23,9 @@ from fused_kd.divergences import CODES, DIVERGENCES
 from fused_kd.options import KDOptions, temperature_tensor
 from fused_kd.testing import DTYPES
 
+from .cases import Case
 from .gpu_session import Output, Session
+from .problems import HeadsProblem
 
 #: What is measured, in this order: a row of 50257 entries begins at any address.
 BF16 = [("bf16", v) for v in (151_936, 32_000, 262_144, 50_257, 128_256)]
@@ -35,61 +39,49 @@ Calls = dict[str, tuple[int, Callable[[], object]]]  # by name: matrices that it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; return 1 if a call failed."""
+    """Run the measurement; return 1 if a call failed."""
+    run = {"operators": _time_operators, "heads": _time_heads, "launch": _launch}
     parser = argparse.ArgumentParser("gpu_times", description=__doc__)
-    parser.add_argument("what", choices=("operators", "heads", "launch"))
+    parser.add_argument("what", choices=run)
     what, session = parser.parse_args(arguments).what, Session()
-    sizes, rows = (SIZES, ROWS) if session.is_gpu else (TINY, FEW_ROWS)
-    if what == "heads":
-        _time_heads(session)
-        return 1 if session.failed else 0
-    for backend in session.backends:
-        if what == "launch":
-            _launch(backend, [_logits(session, rows, *size) for size in sizes[:2]])
-            continue
-        for i, (dtype, v) in enumerate(sizes):
-            size, divergences = f"{dtype} V={v}", DIVERGENCES if i == 0 else DIVERGENCES[:1]
-            if session.skips(f"{backend} {size}"):
-                break
-            sides = session.call(size, lambda dtype=dtype, v=v: _logits(session, rows, dtype, v))
-            if sides is not None:  # else the memory did not suffice
-                _time_operators(session, backend, size, sides, divergences)
-    return 1 if session.failed else 0
+    run[what](session)
+    return session.status
 
 
-def _normal(session: Session, dtype: str, *shape: int, std: float = 2.0) -> Tensor:
-    return torch.empty(shape, dtype=DTYPES[dtype], device=session.device).normal_(std=std)
+def _time_operators(session: Session) -> None:
+    for backend, size in product(session.backends, SIZES if session.is_gpu else TINY):
+        if not session.skips(f"{backend} {size}"):
+            _time_size(session, backend, *size)
 
 
-def _logits(session: Session, rows: int, dtype: str, v: int) -> tuple[Tensor, Tensor]:
-    return _normal(session, dtype, rows, v), _normal(session, dtype, rows, v)
-
-
-def _time_operators(
-    session: Session,
-    backend: str,
-    size: str,
-    sides: tuple[Tensor, Tensor],
-    divergences: Sequence[str],
-) -> None:
-    """Measure all operators with the first divergence, forward_backward with the others."""
-    student, teacher = sides
-    original = student.clone()
+def _time_size(session: Session, backend: str, dtype: str, v: int) -> None:
+    """Measure all operators with the first divergence; at the first size one with all others."""
+    size = f"{dtype} V={v}"
+    sides = session.call(size, lambda: [_logits(session, dtype, v) for _ in range(3)])
+    if sides is None:  # the memory did not suffice
+        return
+    student, teacher, original = sides
     copy = session.time(f"{size} copy of a matrix", lambda: student.copy_(teacher))
     if copy is None:
         return
-    print(f"{2 * original.nbytes / copy / 1e12:.3f} TB/s")
+    print(f"{2 * student.nbytes / copy / 1e12:.3f} TB/s")
     student.copy_(original)
     calls = whole_calls(student, teacher, backend)
-    for name in divergences:
-        of = session.call(name, lambda name=name: operators(student, teacher, backend, name))
-        kept = of if name == divergences[0] else {"forward_backward"}
-        calls |= {f"{name} {key}": of[key] for key in kept} if of else {}
+    for divergence in DIVERGENCES if (dtype, v) in (SIZES[0], TINY[0]) else DIVERGENCES[:1]:
+        build = partial(operators, student, teacher, backend, divergence)
+        for name, call in (session.call(divergence, build) or {}).items():
+            if name == "forward_backward" or divergence == DIVERGENCES[0]:
+                calls[f"{divergence} {name}"] = call
     for name, (matrices, call) in calls.items():
-        if session.skips(f"{backend} {size} {name}"):
-            return
+        what = f"{backend} {size} {name}"
         restore = (lambda: student.copy_(original)) if "in place" in name else (lambda: None)
-        session.time(f"{backend} {size} {name}", call, matrices / 2 * copy, restore)
+        if not session.skips(what):
+            session.time(what, call, matrices / 2 * copy, restore)
+
+
+def _logits(session: Session, dtype: str, v: int) -> Tensor:
+    shape = (ROWS if session.is_gpu else FEW_ROWS, v)
+    return torch.empty(shape, dtype=DTYPES[dtype], device=session.device).normal_(std=2.0)
 
 
 def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -> Calls:
@@ -101,7 +93,7 @@ def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -
     temperature = temperature_tensor(KDOptions(temperature=2.0))
     beta, scale_t2, label_smoothing = 0.5, True, 0.0
     numbers = (CODES[divergence], temperature, beta, scale_t2, label_smoothing)
-    one, other = (torch.tensor(x, device=student.device) for x in (1.0, 0.3))
+    unchanged, changed = (torch.tensor(x, device=student.device) for x in (1.0, 0.3))
 
     def call(name: str, *arguments: object) -> tuple[Tensor, ...]:
         full = f"triton_{name}" if backend == "triton" else name
@@ -113,9 +105,9 @@ def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -
         "forward_backward": (3, lambda: call("forward_backward", *rows, *numbers)),
         "forward": (2, lambda: call("forward", *rows, *numbers)),
         "backward": (3, lambda: call("backward", *rows, stats, *numbers)),
-        "rescale_ by 1 (nothing to do)": (3, lambda: call(*rescale, one, gradient)),
-        "rescale_ by 0.3 (made again in 16 bits)": (3, lambda: call(*rescale, other, gradient)),
-        "scale_ by 1 (nothing to do)": (3, lambda: call("scale_", gradient, one)),
+        "rescale_ by 1 (nothing to do)": (3, lambda: call(*rescale, unchanged, gradient)),
+        "rescale_ by 0.3 (made again in 16 bits)": (3, lambda: call(*rescale, changed, gradient)),
+        "scale_ by 1 (nothing to do)": (3, lambda: call("scale_", gradient, unchanged)),
     }
 
 
@@ -134,42 +126,33 @@ def whole_calls(student: Tensor, teacher: Tensor, backend: str) -> Calls:
 
 def _time_heads(session: Session) -> None:
     sizes, chunks = (HEADS, CHUNKS) if session.is_gpu else (TINY_HEADS, FEW_CHUNKS)
-    n, v, student, teacher = sizes
-    hidden, teacher_hidden = (_normal(session, "bf16", n, h, std=1) for h in (student, teacher))
-    weight, head = (_normal(session, "bf16", v, h, std=2 / h**0.5) for h in (student, teacher))
-    labels = torch.arange(n, device=session.device) % v
-
-    def products() -> None:
-        logits = hidden @ weight.t()  # and in place of their gradient, which has its shape
-        torch.mm(teacher_hidden, head.t())
-        torch.mm(logits, weight)
-        torch.mm(logits.t(), hidden)
-
-    bound = session.time(f"bf16 N, V, H, H' = {sizes}, four products", products)
-    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    for backend in session.backends:
-        for rows in chunks:
-            what = f"{backend}, {rows} rows a chunk"
-            if session.skips(what):
-                return
-            loss = KDLoss(temperature=2.0, chunk_rows=rows, backend=backend)
-
-            def call(loss: KDLoss = loss) -> None:
-                value = loss(Head(*leaves), Head(teacher_hidden, head), labels)
-                torch.autograd.grad(value, leaves)
-
-            if session.is_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            session.time(what, call, bound)
-            if session.is_gpu:
-                print(f"peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB with the inputs")
+    n, v, *hidden = sizes
+    problem = HeadsProblem(
+        Case(n, v, "bf16", 2.0, DIVERGENCES[0], "heads", *hidden, session.device)
+    )
+    bound = session.time(f"{problem.case.name}, four products", problem.lower_bound().call)
+    for backend, rows in product(session.backends, chunks):
+        what = f"{backend}, {rows} rows a chunk"
+        if session.skips(what):
+            continue
+        loss = KDLoss(temperature=2.0, chunk_rows=rows, backend=backend)
+        call = problem.call(lambda h, w, t, u, y, loss=loss: loss(Head(h, w), Head(t, u), y))
+        if session.is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        session.time(what, call, bound)
+        if session.is_gpu:
+            print(f"peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB with the inputs")
 
 
-def _launch(backend: str, logits: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _launch(session: Session) -> None:
     """Launch forward_backward of both sizes twice, then backward of the first."""
-    first, second = (operators(*sides, backend, DIVERGENCES[0]) for sides in logits)
-    for _, call in (first["forward_backward"], second["forward_backward"], first["backward"]):
-        call()  # without the limit of a call: a profiler repeats it
+    for backend in session.backends:
+        first, second = (
+            operators(*(_logits(session, *size) for _ in range(2)), backend, DIVERGENCES[0])
+            for size in (SIZES if session.is_gpu else TINY)[:2]
+        )
+        for _, call in (first["forward_backward"], second["forward_backward"], first["backward"]):
+            call()  # without the limit of a call: a profiler repeats it
 
 
 if __name__ == "__main__":

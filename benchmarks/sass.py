@@ -66,11 +66,11 @@ def run_tool(name: str, *arguments: str) -> str:
 
 def usage(cubin: Path) -> dict[str, Usage]:
     """Return the resources of a cubin's kernels, by mangled name."""
-    found = {}
+    kernels = {}
     for name, *numbers in _USAGE.findall(run_tool("cuobjdump", "-res-usage", str(cubin))):
         registers, stack, shared, local = map(int, numbers)
-        found[name] = Usage(registers, stack + local, shared)
-    return found
+        kernels[name] = Usage(registers, stack + local, shared)
+    return kernels
 
 
 def disassemble(cubin: Path) -> dict[str, Code]:

@@ -10,22 +10,22 @@ costs nothing: a lane that waits for a barrier or a copy goes on when that is do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .sass import Code, Instruction
-from .sass_operations import WARP, Array, Operation, Registers, build, split, whole_warps
+from .sass_operations import WARP, Array, Registers, execute, split, whole_warps
 
 #: Straight runs of instructions: over a hundred times what a row takes.
 MAX_STEPS = 200_000
 #: Where a block's shared memory begins in its window, and global memory.
 SHARED_BASE, GLOBAL_BASE = 0x400, 0x7000_0000_0000
-_BYTES = {"U8": 1, "U16": 2, "64": 8, "128": 16}
+_BYTES = {"": 4, "U8": 1, "U16": 2, "64": 8, "128": 16}  # of an access, by the opcode's suffixes
 _CONTROL = ("BRA", "EXIT", "BSYNC", "WARPSYNC", "BAR", "UCGABAR_WAIT", "SYNCS.PHASECHK")
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A grid."""
 
     blocks: int
@@ -40,11 +40,9 @@ class Mbarrier:
     """A barrier in shared memory."""
 
     count: int
+    pending: int
     bytes: int = 0  # still to come
     phase: int = 0
-
-    def __post_init__(self) -> None:
-        self.pending = self.count
 
     def add(self, arrivals: int, bytes_: int) -> None:
         """Take arrivals and expected bytes into account; begin the next phase if this is over."""
@@ -89,7 +87,6 @@ class Machine:
         self.tokens = np.full((16, self.lanes), -1)  # of convergence barriers: with whom
         self.steps = 0
         self.heads = set(code.labels.values())
-        self.operations: dict[int, Operation] = {}
         #: How often each instruction was executed by a warp, or a part of one.
         self.counts = np.zeros(len(code.instructions), np.int64)
 
@@ -115,53 +112,50 @@ class Machine:
         parts = len(np.unique(self.leader[active]))
         while True:
             self.counts[i] += parts
-            one = self.code.instructions[i]
-            mask = self._taken(one.guard, active)
-            if one.opcode.startswith(_CONTROL):
+            instruction = self.code.instructions[i]
+            mask = self._holds(instruction.guard, active)
+            if instruction.opcode.startswith(_CONTROL):
                 return self._control(i, mask, active)
             if mask.any():
-                self._operation(i)(mask)
+                self._execute(instruction, mask)
             i += 1
             if i in self.heads:
                 self.pc[active] = i
                 return None
 
-    def _taken(self, condition: str, lanes: Array) -> Array:
+    def _holds(self, condition: str, lanes: Array) -> Array:
         """Return the lanes for which a predicate holds."""
-        return lanes & self.registers.source(condition, "?")() if condition else lanes
+        return lanes & self.registers.read(condition, "?") if condition else lanes
 
-    def _operation(self, i: int) -> Operation:
-        if i not in self.operations:
-            one = self.code.instructions[i]
-            own = {
-                **dict.fromkeys(("LDG", "STG", "LDS", "STS"), self._access),
-                "STAS": self._push,
-                "UBLKCP.S.G": self._bulk_copy,
-                "SYNCS": self._mbarrier,
-                "BSSY": self._convergence,
-            }
-            make = own.get(one.opcode) or own.get(one.opcode.split(".")[0])
-            try:
-                self.operations[i] = (
-                    make(one.opcode, *split(one.operands))
-                    if make
-                    else build(one.opcode, one.operands, self.registers)
-                )
-            except (KeyError, NotImplementedError) as error:
-                where = f"{one.address:#x}: {one.opcode} {one.operands}"
-                raise NotImplementedError(f"unknown instruction at {where} ({error})") from error
-        return self.operations[i]
+    def _execute(self, instruction: Instruction, mask: Array) -> None:
+        """Run an instruction that is no branch and does not wait."""
+        own = {
+            **dict.fromkeys(("LDG", "STG", "LDS", "STS", "STAS"), self._access),
+            "UBLKCP": self._bulk_copy,
+            "SYNCS": self._mbarrier,
+            "BSSY": self._convergence,
+        }
+        opcode, operands = instruction.opcode, instruction.operands
+        run = own.get(opcode.split(".")[0])
+        try:
+            if run:
+                run(mask, opcode, *split(operands))
+            else:
+                execute(opcode, operands, self.registers, mask)
+        except (KeyError, NotImplementedError) as error:
+            where = f"{instruction.address:#x}: {opcode} {operands}"
+            raise NotImplementedError(f"unknown instruction at {where} ({error})") from error
 
     # -------------------------------------------------------------------- branches and waiting
 
     def _control(self, i: int, taken: Array, active: Array) -> None:
         """Run an instruction at which lanes part, end or wait."""
-        one = self.code.instructions[i]
+        instruction = self.code.instructions[i]
         self.pc[active] = i + 1
-        if one.opcode.startswith("BRA"):
-            taken = self._branch(one, taken, active)
-            self.pc[taken] = self.code.labels[one.target]
-        elif one.opcode == "EXIT":
+        if instruction.opcode.startswith("BRA"):
+            taken = self._branch(instruction, taken, active)
+            self.pc[taken] = self.code.labels[instruction.target]
+        elif instruction.opcode == "EXIT":
             self.ended |= taken
         else:
             self.waiting |= taken
@@ -169,17 +163,17 @@ class Machine:
         self._group(taken, self.leader)
         self._group(active & ~taken, self.leader)
 
-    def _branch(self, one: Instruction, taken: Array, active: Array) -> Array:
+    def _branch(self, instruction: Instruction, taken: Array, active: Array) -> Array:
         """Return the lanes that a branch takes away."""
-        if one.opcode == "BRA.DIV":  # unless the whole warp is here, as one
+        if instruction.opcode == "BRA.DIV":  # unless the whole warp is here, as one
             together = active & (self.leader == self.lane // WARP * WARP)
             return taken & whole_warps(~together)
-        for condition in split(one.operands)[:-1]:
-            taken = self._taken(condition, taken)
-        if one.opcode == "BRA.U.ANY":
+        for condition in split(instruction.operands)[:-1]:
+            taken = self._holds(condition, taken)
+        if instruction.opcode == "BRA.U.ANY":
             return active & whole_warps(taken)
-        if one.opcode != "BRA":
-            raise NotImplementedError(one.opcode)
+        if instruction.opcode != "BRA":
+            raise NotImplementedError(instruction.opcode)
         return taken
 
     def _group(self, lanes: Array, key: Array) -> None:
@@ -188,8 +182,12 @@ class Machine:
         _, first, back = np.unique(key[where], return_index=True, return_inverse=True)
         self.leader[where] = where[first][back]
 
+    def _convergence(self, mask: Array, opcode: str, barrier: str, target: str) -> None:
+        """Record the part of a warp that will converge at a barrier."""
+        self.tokens[int(barrier[1:])][mask] = self.steps * self.lanes + self.leader[mask]
+
     def _release(self) -> None:
-        """Let the lanes go on whose wait is over."""
+        """Make the lanes go on whose wait is over."""
         places = [int(i) for i in np.unique(self.pc[self.waiting])]
         free = {i: self._over(i, self.waiting & (self.pc == i)) for i in places}
         for i, lanes in free.items():
@@ -200,47 +198,32 @@ class Machine:
         if not any(lanes.any() for lanes in free.values()):
             raise RuntimeError(f"the kernel waits for ever, at instructions {places}")
 
-    def _over(self, i: int, here: Array) -> Array:
+    def _over(self, i: int, present: Array) -> Array:
         """Return those lanes, of the ones that wait at an instruction, whose wait is over."""
-        one = self.code.instructions[i]
-        operands, missing = split(one.operands), ~here & ~self.ended
-        groups = {  # all lanes of which have to be here
+        instruction = self.code.instructions[i]
+        operands, missing = split(instruction.operands), ~present & ~self.ended
+        groups = {  # all lanes of which have to be present
             "BSYNC": lambda: self.tokens[int(operands[0][1:])],
             "WARPSYNC.ALL": lambda: self.lane // WARP,
-            "BAR.SYNC.DEFER_BLOCKING": lambda: {"0x0": self.block}[one.operands],
+            "BAR.SYNC.DEFER_BLOCKING": lambda: {"0x0": self.block}[operands[0]],
             "UCGABAR_WAIT": lambda: self.block // self.launch.cluster,
         }
-        if one.opcode in groups:
-            group = groups[one.opcode]()
-            return here & ~np.isin(group, group[missing])
-        lanes, over = here.nonzero()[0], np.zeros_like(here)
-        barriers = self._barriers(lanes, self.registers.address(operands[1])())
-        parity = self.registers.register(operands[2])
+        if instruction.opcode in groups:
+            group = groups[instruction.opcode]()
+            return present & ~np.isin(group, group[missing])
+        lanes, over = present.nonzero()[0], np.zeros_like(present)
+        barriers = self._barriers(lanes, self.registers.address(operands[1]))
+        parity = self.registers.read(operands[2], "I")
         over[lanes] = np.array([barrier.phase % 2 for barrier in barriers]) != parity[lanes]
-        self.registers.target(operands[0], "?")(True, over)
+        self.registers.write(operands[0], "?", over, over)
         return over
-
-    def _convergence(self, opcode: str, barrier: str, target: str) -> Operation:
-        tokens = self.tokens[int(barrier[1:])]
-
-        def run(mask: Array) -> None:
-            tokens[mask] = self.steps * self.lanes + self.leader[mask]
-
-        return run
 
     # ---------------------------------------------------------------------------------- memory
 
     def _words(self, text: str, count: int) -> list[Array]:
         """Return the arrays of neighbouring registers."""
         name = text.strip("[]").removesuffix(".64")
-        return [self.registers.register(name, "I", k) for k in range(count)]
-
-    def _size(self, opcode: str) -> int:
-        """Return the bytes of an access."""
-        suffixes = [one for one in opcode.split(".")[1:] if one not in ("E", "EF")]
-        if len(suffixes) > 1 or not _BYTES.keys() >= set(suffixes):
-            raise NotImplementedError(opcode)
-        return _BYTES[suffixes[0]] if suffixes else 4
+        return [self.registers.array(name, "I", k) for k in range(count)]
 
     def _index(self, lanes: Array, address: Array, size: int, peers: bool = False) -> Array:
         """Return where in `data` addresses are: in shared memory their block's own, or a peer's."""
@@ -260,72 +243,46 @@ class Machine:
     def _barriers(self, lanes: Array, address: Array) -> list[Mbarrier]:
         return [self.barriers[int(at)] for at in self._index(lanes, address, 8, peers=True)]
 
-    def _access(self, opcode: str, first: str, second: str) -> Operation:
-        """Return a load or a store."""
-        size, loads = self._size(opcode), opcode[0] == "L"
-        name, place = (first, second) if loads else (second, first)
-        address, words = self.registers.address(place), self._words(name, max(1, size // 4))
+    def _access(self, mask: Array, opcode: str, first: str, second: str) -> None:
+        """Load, store, or (STAS) store to a peer's shared memory, which its mbarrier expects."""
+        kind, *suffixes = (word for word in opcode.split(".") if word not in ("E", "EF"))
+        size, lanes = _BYTES[".".join(suffixes)], mask.nonzero()[0]
+        name, place = (first, second) if kind.startswith("L") else (second, first)
+        barrier = self._words(place, 2)[1] if kind == "STAS" else None  # after the address
+        address = self._words(place, 1)[0] if kind == "STAS" else self.registers.address(place)
         unit = min(size, 4)
         view = self.data.view(f"u{unit}")
+        index = self._index(lanes, address, size, peers=kind == "STAS") // unit
+        for k, word in enumerate(self._words(name, max(1, size // 4))):
+            if kind.startswith("L"):
+                word[lanes] = view[index + k]
+            else:
+                view[index + k] = word[lanes]
+        for waited in () if barrier is None else self._barriers(lanes, barrier):
+            waited.add(0, -size)
 
-        def run(mask: Array) -> None:
-            lanes = mask.nonzero()[0]
-            index = self._index(lanes, address(), size) // unit
-            for k, word in enumerate(words):
-                if loads:
-                    word[lanes] = view[index + k]
-                else:
-                    view[index + k] = word[lanes]
+    def _mbarrier(self, mask: Array, opcode: str, target: str, place: str, register: str) -> None:
+        """Begin an mbarrier, or arrive and expect bytes."""
+        lanes, address = mask.nonzero()[0], self.registers.address(place)
+        values = self.registers.read(register, "I")[lanes].tolist()
+        if opcode == "SYNCS.EXCH.64":
+            for value, at in zip(values, self._index(lanes, address, 8).tolist(), strict=True):
+                count = 0x100000 - (value >> 1)
+                self.barriers[at] = Mbarrier(count, count)
+        elif opcode == "SYNCS.ARRIVE.TRANS64":
+            for value, barrier in zip(values, self._barriers(lanes, address), strict=True):
+                barrier.add(1, value)
+        else:
+            raise NotImplementedError(opcode)
 
-        return run
-
-    def _mbarrier(self, opcode: str, target: str, place: str, register: str) -> Operation:
-        """Return the beginning of an mbarrier, or an arrival that expects bytes."""
-        address, source = self.registers.address(place), self.registers.register(register)
-
-        def begin(mask: Array) -> None:
-            lanes = _firsts(mask)
-            for lane, at in zip(lanes, self._index(lanes, address(), 8), strict=True):
-                self.barriers[int(at)] = Mbarrier(0x100000 - (int(source[lane]) >> 1))
-
-        def arrive(mask: Array) -> None:
-            lanes = mask.nonzero()[0]
-            for lane, barrier in zip(lanes, self._barriers(lanes, address()), strict=True):
-                barrier.add(1, int(source[lane]))
-
-        return {"SYNCS.EXCH.64": begin, "SYNCS.ARRIVE.TRANS64": arrive}[opcode]
-
-    def _push(self, opcode: str, place: str, data: str) -> Operation:
-        """Return a store to a peer's shared memory, which its mbarrier expects."""
-        size = self._size(opcode)
-        words, (target, barrier) = self._words(data, size // 4), self._words(place, 2)
-
-        def run(mask: Array) -> None:
-            lanes = mask.nonzero()[0]
-            index = self._index(lanes, target, size, peers=True) // 4
-            for k, word in enumerate(words):
-                self.data.view(np.uint32)[index + k] = word[lanes]
-            for waited in self._barriers(lanes, barrier):
-                waited.add(0, -size)
-
-        return run
-
-    def _bulk_copy(self, opcode: str, to: str, from_: str, units: str, policy: str) -> Operation:
-        """Return a copy of units of 16 bytes to shared memory, which an mbarrier expects."""
+    def _bulk_copy(
+        self, mask: Array, opcode: str, to: str, from_: str, units: str, *_: str
+    ) -> None:
+        """Copy units of 16 bytes to shared memory, which an mbarrier expects."""
         (target, barrier), (count,) = self._words(to, 2), self._words(units, 1)
-        source = self.registers.source(from_.strip("[]"), "Q")
-
-        def run(mask: Array) -> None:
-            for lane in _firsts(mask):
-                where, size = np.array([lane]), int(count[lane]) * 16
-                (begin,), (start,) = (self._index(where, x, size) for x in (target, source()))
-                self.data[begin : begin + size] = self.data[start : start + size]
-                self._barriers(where, barrier)[0].add(0, -size)
-
-        return run
-
-
-def _firsts(mask: Array) -> Array:
-    """Return the first lane of each warp that is here."""
-    lanes = mask.nonzero()[0]
-    return lanes[np.unique(lanes // WARP, return_index=True)[1]]
+        source = self.registers.read(from_.strip("[]"), "Q")
+        for lane in mask.nonzero()[0]:
+            where, size = np.array([lane]), int(count[lane]) * 16
+            (begin,), (start,) = (self._index(where, x, size) for x in (target, source))
+            self.data[begin : begin + size] = self.data[start : start + size]
+            self._barriers(where, barrier)[0].add(0, -size)

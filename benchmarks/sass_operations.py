@@ -11,17 +11,18 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-#: Runs an instruction on the lanes of a mask.
-Operation = Callable[[Array], None]
 
 WARP = 32
 LOW = 0xFFFFFFFF
 _PREDICATE = re.compile(r"(U?)P([0-6T])")
+_REGISTER = re.compile(r"(U?)R(\d+)")
 _SIGNS = {"-": np.negative, "~": np.invert, "!": np.invert}
 
 
@@ -46,34 +47,31 @@ class Registers:
         self.predicates = np.zeros((16, lanes), bool)
         self.predicates[[7, 15]] = True
 
-    def register(self, name: str, kind: str = "I", offset: int = 0) -> Array:
+    def array(self, name: str, kind: str = "I", offset: int = 0) -> Array:
         """Return the array of a register or predicate, some registers further; zeros for RZ."""
         if match := _PREDICATE.fullmatch(name):
             return self.predicates[8 * bool(match[1]) + (7 if match[2] == "T" else int(match[2]))]
         if name in ("RZ", "URZ", "SRZ"):
             return np.zeros(self.lanes, kind)
-        match = re.fullmatch(r"(U?)R(\d+)", name)
-        if match is None:
+        if (match := _REGISTER.fullmatch(name)) is None:
             raise NotImplementedError(f"operand {name}")
         number, typed = int(match[2]) + offset + 256 * bool(match[1]), self.words.view(kind)
         return typed[number // 2, :, number % 2 * typed.shape[2] // 2]
 
-    def source(self, text: str, kind: str) -> Callable[[], Array]:
-        """Return a function that reads an operand, with its sign."""
+    def read(self, text: str, kind: str) -> Array:
+        """Return the value of an operand, with its sign."""
         if text == "PR":  # the predicates as bits
-            return lambda: np.packbits(self.predicates[:7], 0, "little")[0].astype(np.uint32)
-        sign, name = re.fullmatch(r"([-+~!]?)(.*)", text).groups()  # type: ignore[union-attr]
-        value = self._value(name.strip("|"), "I" if kind == "w" else kind)
-        negate = _SIGNS.get(sign)
-        if kind == "w":
-            carry = np.uint64(sign == "-")
-            return lambda: (~value if negate else value).astype(np.uint64) + carry
+            return np.packbits(self.predicates[:7], 0, "little")[0].astype(np.uint32)
+        sign, name = (text[0], text[1:]) if text[0] in "-+~!" else ("", text)
+        value = self._unsigned(name.strip("|"), "I" if kind == "w" else kind)
         if name.startswith("|"):
-            return lambda: negate(np.fabs(value)) if negate else np.fabs(value)
-        return (lambda: negate(value)) if negate else (lambda: value)
+            value = np.fabs(value)
+        if kind == "w":
+            return (~value if sign else value).astype(np.uint64) + np.uint64(sign == "-")
+        return _SIGNS[sign](value) if sign in _SIGNS else value
 
-    def _value(self, name: str, kind: str) -> Array:
-        """Return the array of an operand without its sign."""
+    def _unsigned(self, name: str, kind: str) -> Array:
+        """Return the value of an operand without its sign."""
         if name.startswith("c["):
             return np.full(self.lanes, self._constant(name, np.dtype(kind)))
         if name in self.special:
@@ -82,7 +80,7 @@ class Registers:
             return np.full(self.lanes, int(name, 16), "Q" if kind == "Q" else "I").view(kind)
         if kind == "f" and not re.match("U?R", name):
             return np.full(self.lanes, float(name.replace("QNAN", "nan")), np.float32)
-        return self.register(name.removesuffix(".H0_H0") if kind == "e" else name, kind)
+        return self.array(name.removesuffix(".H0_H0") if kind == "e" else name, kind)
 
     def _constant(self, text: str, kind: np.dtype[Any]) -> Any:
         bank, offset = (int(number, 16) for number in re.findall("0x[0-9a-f]+", text))
@@ -91,63 +89,52 @@ class Registers:
                 return np.frombuffer(data, kind, 1, offset - start)[0]
         raise NotImplementedError(f"constant {text}, {kind.itemsize} bytes")
 
-    def address(self, text: str) -> Callable[[], Array]:
-        """Return a function that reads a memory operand's address."""
+    def address(self, text: str) -> Array:
+        """Return the address of a memory operand."""
         inner = text[text.rindex("[") + 1 : -1]
-        terms = [
-            self.source(term.removesuffix(".64"), "Q" if ".64" in inner or "0x" in term else "w")
+        total = sum(
+            self.read(term.removesuffix(".64"), "Q" if ".64" in inner or "0x" in term else "w")
             for term in inner.split("+")
-        ]
-        mask = np.uint64(0xFFFFFFFFFFFFFFFF if ".64" in inner else LOW)
-        return lambda: sum(term() for term in terms) & mask
+        )
+        return total & np.uint64(0xFFFFFFFFFFFFFFFF if ".64" in inner else LOW)
 
-    def target(self, name: str, kind: str) -> Callable[[Any, Array], None]:
-        """Return a function that writes an operand; PT and RZ are not written."""
-        if name in ("PT", "UPT", "RZ", "URZ"):
-            return lambda value, mask: None
-        array = self.register(name, kind)
-        if name.startswith("U"):
-            return lambda value, mask: np.copyto(array, value, where=whole_warps(mask))
-        return lambda value, mask: np.copyto(array, value, where=mask)
+    def write(self, name: str, kind: str, value: Array, mask: Array) -> None:
+        """Write an operand; PT and RZ are not written, a uniform register for the whole warp."""
+        if name not in ("PT", "UPT", "RZ", "URZ"):
+            where = whole_warps(mask) if name.startswith("U") else mask
+            np.copyto(self.array(name, kind), value, where=where)
 
 
 def split(operands: str) -> list[str]:
     """Return the operands of a line of a listing."""
-    return [one.strip().replace(".reuse", "") for one in operands.split(",")] if operands else []
+    return [text.strip().replace(".reuse", "") for text in operands.split(",") if operands]
 
 
-def build(opcode: str, operands: str, registers: Registers) -> Operation:
-    """Return what an instruction does, besides memory accesses and branches."""
+def execute(opcode: str, operands: str, registers: Registers, mask: Array) -> None:
+    """Run an instruction other than memory accesses and branches on the lanes of a mask."""
     if opcode.split(".")[0] in NOTHING:
-        return lambda mask: None
-    if opcode not in OPERATIONS and opcode.removeprefix("U") not in OPERATIONS:
-        raise NotImplementedError(opcode)
+        return
     signature, function = OPERATIONS.get(opcode) or OPERATIONS[opcode.removeprefix("U")]
-    texts = split(operands)
-    outputs, inputs = (side.split() for side in signature.split("="))
-    puts, gets = [], []
+    texts, (outputs, inputs) = split(operands), (x.split() for x in signature.split("="))
+    targets, values = [], []
     for kind in outputs:  # an optional predicate that is not there is not written
         absent = kind == "?" and not _PREDICATE.fullmatch(texts[0])
-        puts.append(registers.target("PT" if absent else texts.pop(0), kind))
+        targets.append(("PT" if absent else texts.pop(0), kind))
     for kind in inputs:
         text = "" if kind == "mask" else texts.pop(0) if texts or kind != "?" else "!PT"
-        if kind == "n":
-            gets.append(lambda n=0 if text == "RZ" else int(text, 0): n)
+        if kind == "mask":
+            values.append(mask)
+        elif kind == "n":
+            values.append(0 if text == "RZ" else int(text, 0))
         elif len(kind) == 1:
-            gets.append(registers.source(text, kind))
-        elif kind == "mask":
-            gets.append(None)
+            values.append(registers.read(text, kind))
         elif text.removeprefix("U") != kind:
             raise NotImplementedError(f"{opcode} without {kind}")
     if texts:
         raise NotImplementedError(f"{opcode} with {', '.join(texts)}")
-
-    def run(mask: Array) -> None:
-        values = function(*[mask if get is None else get() for get in gets])
-        for put, value in zip(puts, values if len(puts) > 1 else (values,), strict=True):
-            put(value, mask)
-
-    return run
+    results = function(*values)
+    for target, result in zip(targets, results if len(targets) > 1 else (results,), strict=True):
+        registers.write(*target, result, mask)
 
 
 # --------------------------------------------------------------------------------- the functions
@@ -222,14 +209,12 @@ def _maximum(a: Array, mask: Array) -> Array:
     return np.where(mask, a, np.int32(-(2**31))).reshape(-1, WARP).max(1).repeat(WARP)
 
 
-def _comparison(test: Callable[..., Any], join: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function to two predicates, of the test and of its contrary, each with a third."""
-
-    def compare(a: Array, b: Array, *others: Array) -> tuple[Array, Array]:
-        value = test(a, b, *others[1:])
-        return join(value, others[0]), join(~value, others[0])
-
-    return compare
+def _compare(
+    test: Callable[..., Any], join: Callable[..., Any], a: Array, b: Array, *others: Array
+) -> tuple[Array, Array]:
+    """Return two predicates, of the test and of its contrary, each joined with a third."""
+    value = test(a, b, *others[1:])
+    return join(value, others[0]), join(~value, others[0])
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -302,25 +287,26 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "REDUX.MAX.S32": ("i = i mask", _maximum),
 }
 #: In the names of comparisons; a U at the end: or not a number.
-_COMPARE: dict[str, Callable[..., Any]] = {
-    **{name.upper(): getattr(operator, name) for name in ("eq", "lt", "gt", "ge", "ne")},
+_TESTS: dict[str, Callable[..., Any]] = {
+    **{name.upper(): getattr(operator, name) for name in ("eq", "lt", "gt", "ge")},
+    "NE": lambda a, b: (a < b) | (a > b),
     "NEU": operator.ne,
     "GEU": lambda a, b: ~(a < b),
     "LEU": lambda a, b: ~(a > b),
     "NUM": lambda a, b: (a == a) & (b == b),
 }
-for _name, _test in _COMPARE.items():
-    for _join in (operator.and_, operator.or_):
-        for _opcode, _kind in (("ISETP.{}", "i"), ("ISETP.{}.U32", "I"), ("FSETP.{}", "f")):
-            if (_opcode, _name) != ("FSETP.{}", "NE"):  # false for what is not a number
-                OPERATIONS[f"{_opcode.format(_name)}.{_join.__name__.strip('_').upper()}"] = (
-                    f"? ? = {_kind} {_kind} ?",
-                    _comparison(_test, _join),
-                )
+_JOINS = {"AND": operator.and_, "OR": operator.or_}
+_FORMS = {"ISETP.{}.{}": "i", "ISETP.{}.U32.{}": "I", "FSETP.{}.{}": "f"}
+OPERATIONS |= {
+    form.format(name, how): (f"? ? = {kind} {kind} ?", partial(_compare, _TESTS[name], _JOINS[how]))
+    for (form, kind), name, how in product(_FORMS.items(), _TESTS, _JOINS)
+}
 #: The upper halves of 64 bits, with the comparison of the lower ones.
 _HALVES: dict[str, Callable[..., Any]] = {
     "NE": lambda a, b, lower: (a != b) | lower,
     "GE": lambda a, b, lower: (a > b) | ((a == b) & lower),
 }
-for _name, _test in _HALVES.items():
-    OPERATIONS[f"ISETP.{_name}.AND.EX"] = ("? ? = i i ? ?", _comparison(_test, operator.and_))
+OPERATIONS |= {
+    f"ISETP.{name}.AND.EX": ("? ? = i i ? ?", partial(_compare, test, operator.and_))
+    for name, test in _HALVES.items()
+}

@@ -34,6 +34,9 @@ from .triton_resources import Variant, compile_variant
 
 #: Criteria of a path count one after the other: each outweighs any number of the next.
 _BASE = 10**5
+_LEAVES = ("EXIT", "RET", "BRX", "JMP", "JMX")
+#: The slow path of a division, and a division of integers.
+_SLOW = ("CALL", "I2F")
 
 
 def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[float, float, int]:
@@ -57,20 +60,37 @@ def count(
     Then of these exponentials, logarithms and reciprocals. The kernel passes over each row `passes`
     times; LookupError if its loops are not as expected.
     """
-    graph = _Graph(code, two)
-    if len(graph.loops) != 2 * passes:
-        raise LookupError(f"expected two loops for each of {passes} passes; found {graph.loops}")
+    opcodes = [*(instruction.opcode for instruction in code.instructions), ""]
+    graph, loops = _control_flow(code)
+    if len(loops) != 2 * passes:
+        raise LookupError(f"expected two loops for each of {passes} passes; got {loops}")
+
+    def path(first: int, last: int, stores: int = 0) -> list[int]:
+        """Return the longest path through all loops with the most (1) or fewest (-1) stores."""
+
+        def cost(_: int, i: int, edge: object) -> int:
+            worth = int(i in loops)
+            for criterion in (
+                -opcodes[i].startswith(_SLOW),
+                stores * opcodes[i].startswith("STG"),
+                (opcodes[i] == "MUFU.EX2") * (-1 if two else 1),
+                1,
+            ):
+                worth = worth * _BASE + criterion
+            return -worth
+
+        return nx.bellman_ford_path(graph, first, last, cost)
+
     whole, rest, entries = trips(vocabulary, chosen)
     runs = []  # how often, and which instructions
     for share, stores in ((1 / chosen.parts, 1), (1 - 1 / chosen.parts, -1)):
-        runs.append((share, graph.path(0, None, stores)))  # one pass through each loop
-        if not graph.loops.keys() <= set(runs[-1][1]):
+        runs.append((share, path(0, len(code.instructions), stores)[:-1]))
+        if not loops.keys() <= set(runs[-1][1]):  # one pass through each
             raise LookupError("no path leads through all loops")
-    most = max(loads for _, loads in graph.loops.values())
-    for last, (first, loads) in graph.loops.items():
-        rounds = whole if loads == most else rest
-        runs.append((rounds - 1, graph.path(first, last)))
-    special = [one.opcode.startswith("MUFU") for one in code.instructions]
+    most = max(loads for _, loads in loops.values())
+    for last, (first, loads) in loops.items():
+        runs.append(((whole if loads == most else rest) - 1, path(first, last)))
+    special = [opcode.startswith("MUFU") for opcode in opcodes]
     total = sum(times * len(path) for times, path in runs)
     return total / entries, sum(n * sum(special[i] for i in path) for n, path in runs) / entries
 
@@ -87,61 +107,30 @@ def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
     return whole, rest, vocabulary / chosen.parts / chosen.lanes
 
 
-class _Graph:
-    """The control flow of a kernel, a node for each instruction, without the edges back."""
+def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
+    """Return a graph of the instructions, then an end, without the edges back; and the loops.
 
-    def __init__(self, code: Code, two: bool) -> None:
-        self.opcodes, self.two = [*(one.opcode for one in code.instructions), ""], two
-        edges = []
-        for i, one in enumerate(code.instructions):
-            leaves = one.opcode.startswith(("EXIT", "RET", "BRX", "JMP", "JMX"))
-            if one.opcode.startswith(("BRA", "UBRA")):
-                edges.append((i, code.labels[one.target]))
-                leaves = one.operands == f"`({one.target})"
-            if one.guard or not leaves:
-                edges.append((i, i + 1))
-        self.forward = nx.DiGraph(edges)
-        #: The loops over a slice: the last instruction of each, its first, and its loads.
-        self.loops: dict[int, tuple[int, int]] = {}
-        for part in list(nx.strongly_connected_components(self.forward)):
-            back = [(i, j) for i, j in self.forward.subgraph(part).edges if j <= i]
-            self.forward.remove_edges_from(back)
-            # what waits reads a counter, with a memory order
-            names = [self.opcodes[i] for i in part if back]
-            loads = sum(name.startswith("LDG") and "STRONG" not in name for name in names)
-            self.loops |= {i: (j, loads) for i, j in back if i != j and loads}
-
-    def path(self, first: int, last: int | None, stores: int = 0) -> list[int]:
-        """Return the instructions of the best path; None: to the kernel's end.
-
-        With the most stores (1), the fewest (-1) or any number (0).
-        """
-        value, before = {first: self._worth(first, stores)}, {first: -1}
-        for i in nx.topological_sort(self.forward):
-            for j in self.forward.successors(i) if i in value else ():
-                found = value[i] + self._worth(j, stores)
-                if j not in value or found > value[j]:
-                    value[j], before[j] = found, i
-        if last is None:
-            last = max((i for i in value if self.opcodes[i] == "EXIT"), key=value.__getitem__)
-        path = [last]
-        while before[path[-1]] != -1:
-            path.append(before[path[-1]])
-        return path
-
-    def _worth(self, i: int, stores: int) -> int:
-        """Return what an instruction adds to its path."""
-        opcode, worth = self.opcodes[i], 0
-        for criterion in (
-            i in self.loops,  # through every loop over a slice
-            -opcode.startswith("CALL"),  # the slow path of a division
-            -opcode.startswith("I2F"),  # a division of integers
-            stores * opcode.startswith("STG"),
-            (opcode == "MUFU.EX2") * (-1 if self.two else 1),
-            1,
-        ):
-            worth = worth * _BASE + criterion
-        return worth
+    The loops over a slice: the last instruction of each, its first, and its loads.
+    """
+    edges, loops = [], {}
+    for i, instruction in enumerate(code.instructions):
+        leaves = instruction.opcode.startswith(_LEAVES)
+        if instruction.opcode.startswith(("BRA", "UBRA")):
+            edges.append((i, code.labels[instruction.target]))
+            leaves = instruction.operands == f"`({instruction.target})"
+        if instruction.opcode == "EXIT":
+            edges.append((i, len(code.instructions)))
+        if instruction.guard or not leaves:
+            edges.append((i, i + 1))
+    graph = nx.DiGraph(edges)
+    for part in list(nx.strongly_connected_components(graph)):
+        back = [(i, j) for i, j in graph.subgraph(part).edges if j <= i]
+        graph.remove_edges_from(back)
+        # what waits reads a counter, with a memory order
+        names = [code.instructions[i].opcode for i in part if back]
+        loads = sum(name.startswith("LDG") and "STRONG" not in name for name in names)
+        loops |= {i: (j, loads) for i, j in back if i != j and loads}
+    return graph, loops
 
 
 #: What is counted: a name, the call, T.
@@ -162,8 +151,8 @@ def main() -> None:
         for name, variant, temperature in COUNTED:
             for vocabulary in (128256, 151936):
                 call = replace(variant, vocabulary=vocabulary)
-                found, special, used = executed(call, Path(folder), temperature == "2")
-                cells = f"{vocabulary} | {found:.1f} | {special:.1f} | {used}"
+                total, special, registers = executed(call, Path(folder), temperature == "2")
+                cells = f"{vocabulary} | {total:.1f} | {special:.1f} | {registers}"
                 print(f"| {name} | {temperature} | {cells} |", flush=True)
 
 

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fused_kd.backends import triton as backend
 from fused_kd.backends.triton import launch
 from fused_kd.backends.triton.configuration import AMD, BLACKWELL, NVIDIA, may_wait
 from fused_kd.divergences import DIVERGENCES
@@ -83,14 +84,18 @@ def compile_variant(variant: Variant, target: int | str, folder: Path) -> list[K
         target: A CUDA compute capability (90) or an AMD architecture ("gfx942").
         folder: For NVIDIA's cubins.
     """
-    with _compiling(target) as compiled:
+    # strides of 64 bits, as in a batch of more than 2^31 entries
+    strides = mock.patch.object(
+        launch, "_row_strides", lambda x: (2**40, 2**40 + (0 if x is None else x.stride(1)))
+    )
+    with strides, compiling(target) as kernels:
         variant.call()
-    return [_kernel(one, folder) for one in compiled]
+    return [_describe(kernel, folder) for kernel in kernels]
 
 
 @contextmanager
-def _compiling(target: int | str) -> Iterator[list[Any]]:
-    """Have launches on CPU tensors compile for a target, and end; yield what they compile."""
+def compiling(target: int | str) -> Iterator[list[Any]]:
+    """Make launches on CPU tensors compile for a target, and end; yield what they compile."""
     is_amd = isinstance(target, str)
     gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", target, 32)
     stand_in = SimpleNamespace(
@@ -98,14 +103,15 @@ def _compiling(target: int | str) -> Iterator[list[Any]]:
         get_current_device=lambda: f"{target}",  # a key of what is compiled already
         get_current_stream=lambda device: 0,
     )
-    run, compiled = JITFunction.run, []
+    run, kernels = JITFunction.run, []
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        compiled.append(run(self, *arguments, grid=grid, warmup=True, **keywords))
+    def compile_only(self: Any, *arguments: Any, warmup: bool, **keywords: Any) -> None:
+        kernels.append(run(self, *arguments, warmup=True, **keywords))
 
     with (
         mock.patch.object(driver, "_active", stand_in),
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(backend, "why_not", return_value=None),
         mock.patch.multiple(
             launch,
             why_not=lambda device: None,
@@ -113,15 +119,13 @@ def _compiling(target: int | str) -> Iterator[list[Any]]:
             can_wait=lambda device, parts: not is_amd and may_wait(),
             capability=lambda device: 0 if is_amd else target,
             multiprocessors=lambda device: 132,
-            # of 64 bits, as in a batch of more than 2^31 entries
-            _row_strides=lambda x: (2**40, 2**40 + (0 if x is None else x.stride(1))),
         ),
     ):
-        yield compiled
+        yield kernels
 
 
-def _kernel(compiled: Any, folder: Path) -> Kernel:
-    shared, code = int(compiled.metadata.shared), compiled.asm
+def _describe(kernel: Any, folder: Path) -> Kernel:
+    shared, code = int(kernel.metadata.shared), kernel.asm
     if "amdgcn" in code:
         registers, *spills = (
             int(re.findall(rf"\.{name}:\s+(\d+)", code["amdgcn"])[0])
@@ -130,5 +134,5 @@ def _kernel(compiled: Any, folder: Path) -> Kernel:
         return Kernel(registers, sum(spills), shared, code)
     file = folder / "kernel.cubin"
     file.write_bytes(code["cubin"])
-    (found,) = usage(file).values()
-    return Kernel(found.registers, found.stack, shared, code)
+    (resources,) = usage(file).values()
+    return Kernel(resources.registers, resources.stack, shared, code)
