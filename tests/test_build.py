@@ -97,17 +97,17 @@ def test_vector_instructions_stay_in_their_namespaces() -> None:
     if "rows_forward" not in symbols:
         pytest.skip("the module is stripped of its symbols")
     listing = _tool("objdump", "-d", "--no-show-raw-insn", str(_module.__file__))  # type: ignore[union-attr]
-    found: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "avx512_bf16": set()}
+    functions: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "avx512_bf16": set()}
     for name, code in _functions(listing).items():
         width = "zmm" if "%zmm" in code else "ymm" if "%ymm" in code else None
         vex = width or re.search(r"^\s+[0-9a-f]+:\s+v[a-z0-9]+ ", code, flags=re.MULTILINE)
         if not vex:
             continue
-        owners = [isa for isa in found if f"{len(isa)}{isa}" in name]
+        owners = [isa for isa in functions if f"{len(isa)}{isa}" in name]
         assert owners, f"AVX outside the kernels: {name}"
         assert width != "zmm" or owners != ["avx2"], f"AVX-512 in {name}"
-        found[owners[0]].add(name)
-    assert all(found.values()), {isa: len(names) for isa, names in found.items()}
+        functions[owners[0]].add(name)
+    assert all(functions.values()), {isa: len(names) for isa, names in functions.items()}
 
 
 def test_the_package_without_the_module() -> None:
@@ -189,8 +189,8 @@ def _setup(source: Path, code: str, **environment: str) -> subprocess.CompletedP
 
 
 def _files(folder: Path) -> set[str]:
-    found = (path.relative_to(folder) for path in folder.rglob("*"))
-    return {str(path) for path in found if "__pycache__" not in path.parts}
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {str(path) for path in paths if "__pycache__" not in path.parts}
 
 
 def test_importing_setup_builds_nothing(source: Path, tmp_path: Path) -> None:

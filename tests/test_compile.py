@@ -225,12 +225,12 @@ class Model(nn.Module):
         self.head = nn.Linear(H, V)
         self.loss = KDLoss(temperature=2.0, backend=backend, chunk_rows=4 if heads else None)
 
-    def forward(self, ids: Tensor, taught: Tensor, head: Tensor, labels: Tensor) -> Any:
+    def forward(self, ids: Tensor, teacher_hidden: Tensor, head: Tensor, labels: Tensor) -> Any:
         hidden = torch.tanh(self.body(self.embedding(ids)))
         if self.loss.chunk_rows is None:
-            return self.loss(self.head(hidden), taught @ head.t(), labels)
+            return self.loss(self.head(hidden), teacher_hidden @ head.t(), labels)
         student = Head(hidden, self.head.weight, self.head.bias)
-        return self.loss(student, Head(taught, head), labels)
+        return self.loss(student, Head(teacher_hidden, head), labels)
 
 
 def train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
@@ -241,8 +241,8 @@ def train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
     for length in (12, 21, 9):
         ids, labels = (torch.randint(V, (3, length), generator=draw) for _ in range(2))
         labels[:, :2] = -100
-        taught, head = (torch.randn(*n, 6, generator=draw).to(dtype) for n in ((3, length), (V,)))
-        loss = call(ids, taught, head, labels)
+        teacher, head = (torch.randn(*n, 6, generator=draw).to(dtype) for n in ((3, length), (V,)))
+        loss = call(ids, teacher, head, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

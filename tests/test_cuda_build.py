@@ -40,8 +40,8 @@ def _run(command: list[str], cwd: Path, **environment: str) -> subprocess.Comple
 def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
         pytest.skip("no nvcc")
-    if given := os.environ.get("FUSED_KD_CUDA_PYTHON"):
-        return given
+    if python := os.environ.get("FUSED_KD_CUDA_PYTHON"):
+        return python
     folder = tmp_path_factory.mktemp("cuda_torch")
     if shutil.disk_usage(folder).free < 12e9:
         pytest.skip("a CUDA build of torch needs 6 GB, and pip as much to unpack it")
@@ -96,21 +96,21 @@ def test_it_is_imported_without_a_driver(cuda_python: str, package: Path) -> Non
         "    'torch': torch.__version__, 'cuda': torch.version.cuda,\n"
         "    'missing': [x for x in sys.argv[1:] if not has('fused_kd::' + x, 'CUDA')]}))"
     )
-    told = json.loads(_ask(cuda_python, package, code, *OPERATORS))
-    assert told["missing"] == []
-    assert told["why_not"] is None
-    info = told["info"]
+    report = json.loads(_ask(cuda_python, package, code, *OPERATORS))
+    assert report["missing"] == []
+    assert report["why_not"] is None
+    info = report["info"]
     assert info["architectures"] == "9.0"
-    assert info["built_with_torch"] == told["torch"]
+    assert info["built_with_torch"] == report["torch"]
     assert info["row_statistics"] == ops.STATS
-    assert str(info["cuda_toolkit"] // 1000) == told["cuda"].split(".")[0]
+    assert str(info["cuda_toolkit"] // 1000) == report["cuda"].split(".")[0]
 
 
 def test_what_it_loads(package: Path) -> None:
     if shutil.which("readelf") is None:
         pytest.skip("no readelf")
-    told = _run(["readelf", "-d", str(_module(package))], package).stdout
-    names = {name.partition(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", told)}
+    listing = _run(["readelf", "-d", str(_module(package))], package).stdout
+    names = {name.partition(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", listing)}
     assert {"libtorch_cpu", "libcudart"} <= names
     assert {name for name in names if not name.startswith("ld-linux")} <= ALLOWED
 
@@ -166,9 +166,9 @@ def test_a_compiler_that_fails_leaves_the_cpu_module(cuda_python: str, tmp_path:
     assert len(list(target.glob("fused_kd/_C*.so"))) == 1
     assert list(target.glob("fused_kd/_cuda*.so")) == []
     code = "from fused_kd.extension import cpu, cuda; print(cuda.why_not(), cpu.why_not())"
-    told = _ask(cuda_python, target, code)
-    assert re.search(r"compiling it failed: command '\S*nvcc' failed", told), told
-    assert told.endswith(" None\n")
+    reasons = _ask(cuda_python, target, code)
+    assert re.search(r"compiling it failed: command '\S*nvcc' failed", reasons), reasons
+    assert reasons.endswith(" None\n")
     build |= {"FUSED_KD_CUDA": "1"}
     _, done = _install(cuda_python, tmp_path / "demanded", **build)
     assert done.returncode != 0

@@ -32,20 +32,20 @@ FORBIDDEN = r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|\S*\.F64\b.*|MUFU\.\w*64\w*|(LDL|STL)
 
 def _faults(cubin: Path, target: str) -> dict[str, list[str]]:
     """Return what kernels take that they must not, or lack."""
-    found, codes, clusters = {}, disassemble(cubin), int(target.rstrip("a")) >= 90
+    faults, codes, clusters = {}, disassemble(cubin), int(target.rstrip("a")) >= 90
     for name, used in usage(cubin).items():
         kernel, budget = describe(name)
         # before there were clusters the kernel for them is empty
         needed = VECTORS[kernel] if clusters or kernel != "rows_cluster" else ()
-        opcodes = {one.opcode for one in codes[name].instructions}
-        found[name] = [
+        opcodes = {x.opcode for x in codes[name].instructions}
+        faults[name] = [
             *(opcode for opcode in opcodes if re.fullmatch(FORBIDDEN, opcode)),
-            *(form for form in needed if not any(re.fullmatch(form, one) for one in opcodes)),
+            *(form for form in needed if not any(re.fullmatch(form, x) for x in opcodes)),
             *["registers"] * (used.registers > budget),
             *["a stack"] * (used.stack > 0),
             *["static shared memory"] * (used.shared > 1024 * clusters),
         ]
-    return {name: faults for name, faults in found.items() if faults}
+    return {name: kinds for name, kinds in faults.items() if kinds}
 
 
 @pytest.fixture(autouse=True)

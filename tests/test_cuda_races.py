@@ -80,15 +80,16 @@ def test_whatever_is_left_out_is_reported(tmp_path: Path) -> None:
             (copy / "csrc" / "cuda" / "rows.cuh").write_text(changed)
         flags = [*THREAD, "-O0", "-DONLY_TVD"]
         status, text = _run(_build(copy / "build", flags, copy / "csrc", []), seeds=2)
-        found = status == RACE or "cuda_on_cpu: kernel" in text
-        return "reported" if found else f"status {status}: {text[-500:]}"
+        if status == RACE or "cuda_on_cpu: kernel" in text:
+            return "reported"
+        return f"status {status}: {text[-500:]}"
 
     with ThreadPoolExecutor(2) as pool:
-        none, *found = pool.map(report, [None, *places])
+        none, *outcomes = pool.map(report, [None, *places])
     assert none.startswith("status 0: "), none
     missed = {
-        f"line {source.count(chr(10), 0, place.start()) + 1}, {place[0]}": told
-        for place, told in zip(places, found, strict=True)
-        if told != "reported"
+        f"line {source.count(chr(10), 0, place.start()) + 1}, {place[0]}": outcome
+        for place, outcome in zip(places, outcomes, strict=True)
+        if outcome != "reported"
     }
     assert missed == {}

@@ -20,28 +20,28 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_distributed_data_parallel(ranks: int, tmp_path: Path) -> None:
     # P10, P47, P50: the gradient's size, hangs, local counts.
-    assert not (found := failures(DDP_CHECKS, ranks, tmp_path)), "\n".join(found)
+    assert not (failed := failures(DDP_CHECKS, ranks, tmp_path)), "\n".join(failed)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fully_shard(ranks: int, tmp_path: Path) -> None:
     # P57: the lm_head is a DTensor but in the forward of what was sharded.
-    assert not (found := failures(FSDP_CHECKS, ranks, tmp_path)), "\n".join(found)
+    assert not (failed := failures(FSDP_CHECKS, ranks, tmp_path)), "\n".join(failed)
 
 
 def test_the_count_of_one_process() -> None:
     labels = torch.tensor([[3, -100], [-100, 5]]), torch.tensor([7, 8, -100])
-    found = global_num_items(*labels)
-    assert found.shape == ()
-    assert found.dtype == torch.float64
-    assert found == 4
+    count = global_num_items(*labels)
+    assert count.shape == ()
+    assert count.dtype == torch.float64
+    assert count == 4
     assert global_num_items(labels[1], ignore_index=7) == 2
     with pytest.raises(
         ValueError, match="labels of every micro-batch of the update must be passed"
     ):
         global_num_items()
-    for bad, found in ((None, "NoneType"), (torch.ones(2), r"torch\.float32")):
-        with pytest.raises(TypeError, match=f"labels must be tensors of integers; got {found}"):
+    for bad, kind in ((None, "NoneType"), (torch.ones(2), r"torch\.float32")):
+        with pytest.raises(TypeError, match=f"labels must be tensors of integers; got {kind}"):
             global_num_items(bad)
 
 

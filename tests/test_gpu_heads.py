@@ -152,14 +152,14 @@ def test_nothing_waits_for_the_device(backend: str, layout: str, dtype: torch.dt
                     torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
 
 
-@pytest.mark.parametrize("given", few_here(["logits", "head"]))
+@pytest.mark.parametrize("kind", few_here(["logits", "head"]))
 @heavy
-def test_peak_memory(backend: str, given: str) -> None:
+def test_peak_memory(backend: str, kind: str) -> None:
     # Gradients, a float32 weight gradient, the budget, and a few mebibytes
     student, teacher, labels = _heads(BRAIN, size(2048, 9), size(128256, 90), size(512, 8))
     logits = teacher.hidden @ teacher.weight.t()
     budget = size(256, 64) * MIB
-    sides = (student, teacher if given == "head" else logits, labels)
+    sides = (student, teacher if kind == "head" else logits, labels)
     keywords = {"memory_budget": budget, "backend": backend}
     peak = peak_bytes(lambda: _outcome(loss_of, sides, **keywords))  # type: ignore[arg-type]
     gradients = student.hidden.nbytes + student.weight.nbytes

@@ -132,9 +132,9 @@ def test_rows_by_the_definitions(native: ModuleType, divergence: str) -> None:
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _module is not None
-    found = _module.build_info()["instruction_sets"]
+    sets = _module.build_info()["instruction_sets"]
     try:
-        for name, runs in found.items():
+        for name, runs in sets.items():
             monkeypatch.setenv("FUSED_KD_CPU", name)
             if runs:
                 _module.choose_instruction_set("")
@@ -143,12 +143,12 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
                 with pytest.raises(RuntimeError, match=f"FUSED_KD_CPU={name}: this processor has"):
                     _module.choose_instruction_set("")
         monkeypatch.setenv("FUSED_KD_CPU", "sse9")
-        known = ", ".join(found)
+        known = ", ".join(sets)
         with pytest.raises(RuntimeError, match=f"expected one of {known}, got 'sse9'"):
             _module.choose_instruction_set("")
         monkeypatch.delenv("FUSED_KD_CPU")
         _module.choose_instruction_set("")  # the best
-        best = next(name for name, runs in found.items() if runs)
+        best = next(name for name, runs in sets.items() if runs)
         assert _module.build_info()["instruction_set"] == best
     finally:
         monkeypatch.undo()
@@ -186,17 +186,17 @@ def test_the_threads_change_no_bit(
 ) -> None:
     inputs = make_inputs("language_model", *shape, dtype)
     for divergence in ("forward_kl", "jsd"):
-        one = _everything(inputs, 1, divergence)
+        want = _everything(inputs, 1, divergence)
         for number in (2, 3):
-            identical(_everything(inputs, number, divergence), one)
+            identical(_everything(inputs, number, divergence), want)
 
 
 def test_a_row_has_the_same_bits_alone(native: ModuleType) -> None:
     student, teacher, labels = make_inputs("language_model", 16, 40_000, torch.bfloat16)
     batch = _everything((student, teacher, labels), 2, "forward_kl")
     for row in (0, 7, 15):
-        one = slice(row, row + 1)
-        alone = _everything((student[one], teacher[one], labels[one]), 2, "forward_kl")
-        assert torch.equal(batch[0][one], alone[0])
+        part = slice(row, row + 1)
+        alone = _everything((student[part], teacher[part], labels[part]), 2, "forward_kl")
+        assert torch.equal(batch[0][part], alone[0])
         for index in (1, 3):
-            assert torch.equal(batch[index][one], alone[index])
+            assert torch.equal(batch[index][part], alone[index])

@@ -250,9 +250,9 @@ def test_a_type_checker_sees_the_result_and_refuses_what_is_wrong(tmp_path: Path
     snippet.write_text(CHECKED)
     # Tensor.backward has no annotations
     done = run_python("-m", "mypy", "--strict", "--allow-untyped-calls", snippet)
-    found = re.findall(r"snippet\.py:(\d+): error: ", done.stdout)
+    reported = re.findall(r"snippet\.py:(\d+): error: ", done.stdout)
     expected = [i for i, line in enumerate(CHECKED.splitlines(), 1) if line.endswith("# error")]
-    assert {int(line) for line in found} == set(expected), done.stdout + done.stderr
+    assert {int(line) for line in reported} == set(expected), done.stdout + done.stderr
 
 
 def test_a_call_takes_its_own_keywords_alone() -> None:
@@ -270,9 +270,9 @@ def test_public_names() -> None:
 
 
 def test_the_environment_report_prints_every_backend_and_variable() -> None:
-    found = report()
-    assert set(found["backends"]) == set(BACKENDS)
-    assert found["backends"]["reference"] == "available"
+    environment = report()
+    assert set(environment["backends"]) == set(BACKENDS)
+    assert environment["backends"]["reference"] == "available"
     assert (
         json.loads(passes(run_python("-m", "fused_kd.env", "--json")))["versions"]["fused_kd"]
         == fused_kd.__version__

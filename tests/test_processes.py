@@ -38,9 +38,9 @@ def end_rank_1() -> None:
 
 
 def test_a_check_that_fails_on_one_rank_is_reported_with_the_rank(tmp_path: Path) -> None:
-    (found,) = failures({"one": raise_on_rank_1}, 2, tmp_path)
-    assert found.startswith("one, rank 1 of 2:\n")
-    assert "ValueError: rank 1 fails" in found
+    (message,) = failures({"one": raise_on_rank_1}, 2, tmp_path)
+    assert message.startswith("one, rank 1 of 2:\n")
+    assert "ValueError: rank 1 fails" in message
 
 
 def test_a_rank_that_ends_is_named(tmp_path: Path) -> None:

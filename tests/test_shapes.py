@@ -93,9 +93,9 @@ def test_views_are_not_copied_where_two_strides_reach() -> None:
         (other[0, 0], base[0, 0, :4, :V]),
         (other[0, 0, 0], base[0, 0, 0, :V]),
     ):
-        for given, seen in zip((student, teacher), logit_rows(student, teacher), strict=True):
-            assert seen.dim() == 3
-            assert seen.data_ptr() == given.data_ptr()
+        for side, rows in zip((student, teacher), logit_rows(student, teacher), strict=True):
+            assert rows.dim() == 3
+            assert rows.data_ptr() == side.data_ptr()
 
 
 @pytest.mark.parametrize("labels_dtype", [torch.int32, torch.int16, torch.uint8])
@@ -213,8 +213,8 @@ def test_huge_views_of_stride_0(backend: str) -> None:
     student, teacher = pair(1, 300)
     labels = torch.tensor([7]).expand(500)
     want = scalar_and_gradient(student, teacher, labels[:1], backend=backend)
-    wide = [x.expand(500, 300) for x in (student, teacher)]
-    got = rows_and_gradient(*wide, labels, backend=backend)
+    expanded = [x.expand(500, 300) for x in (student, teacher)]
+    got = rows_and_gradient(*expanded, labels, backend=backend)
     assert torch.equal(got[0], want[0].expand(500))
     constant = torch.zeros(1).expand(70_000)  # stride 0 over the vocabulary
     rows, by_student = rows_and_gradient(constant, constant, torch.tensor(3), backend=backend)

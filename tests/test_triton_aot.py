@@ -32,18 +32,18 @@ def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
     """Return what a call launches, which neither spills nor lacks vector loads nor has float64."""
     kernels = compile_variant(variant, target, folder)
     assert kernels
-    for found in kernels:
-        assert found.spills == 0
-        assert found.shared <= (SHARED_LIMIT if variant.aligned else SHARED_LIMIT_UNALIGNED)
-        code = found.code["amdgcn" if isinstance(target, str) else "ptx"]
-        wide = (
+    for kernel in kernels:
+        assert kernel.spills == 0
+        assert kernel.shared <= (SHARED_LIMIT if variant.aligned else SHARED_LIMIT_UNALIGNED)
+        code = kernel.code["amdgcn" if isinstance(target, str) else "ptx"]
+        vector_load = (
             "(?:global|buffer)_load_dwordx4"
             if isinstance(target, str)
             else r"ld\.global\S*\.v4\.b32"
         )
         # AMD's compiler also joins the loads of a row's sums, which are neighbours
         if variant.aligned or not isinstance(target, str):
-            assert bool(re.search(wide, code)) == variant.aligned
+            assert bool(re.search(vector_load, code)) == variant.aligned
         assert not re.search(r"^\s*(?!\.param|ld\.param)\S*f64", code, re.MULTILINE)
     return kernels
 
@@ -69,16 +69,16 @@ def test_some_kernels(target: int | str, variant: Variant, launches: int, tmp_pa
 
 def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_kd.backends.triton.launch.registers", lambda *_: 40)
-    (found,) = compile_variant(Variant(), 90, tmp_path)
-    assert found.registers <= 40
-    assert found.spills > 0
+    (kernel,) = compile_variant(Variant(), 90, tmp_path)
+    assert kernel.registers <= 40
+    assert kernel.spills > 0
 
 
 def test_barriers_around_the_label(tmp_path: Path) -> None:
     # In place, no warp may store a gradient before all have read the label's logits.
     # Nor the label's gradient before all have stored. The interpreter, one thread, sees neither
-    (found,) = compile_variant(Variant("backward_"), 90, tmp_path)
-    assert len(re.findall(r"bar\.sync|barrier\.sync", found.code["ptx"])) == 2
+    (kernel,) = compile_variant(Variant("backward_"), 90, tmp_path)
+    assert len(re.findall(r"bar\.sync|barrier\.sync", kernel.code["ptx"])) == 2
 
 
 @pytest.mark.parametrize(("divergence", "waits"), [("forward_kl", 2), ("tvd", 3)])
@@ -88,7 +88,7 @@ def test_the_memory_order_of_programs_that_wait(
     # Nothing here runs them: what is stored is released, and read from L2 after an acquire.
     # They wait for the row before in the ring, then for each statistics pass of their own row, and
     # release their own row as often
-    (found,) = compile_variant(Variant(divergence=divergence), 90, tmp_path)
+    (kernel,) = compile_variant(Variant(divergence=divergence), 90, tmp_path)
     kinds = {
         "release": r"red\.global\.gpu\.release\.add\.u32|atom\.global\.gpu\.release\.add\.u32",
         "acquire": r"ld\.global\.gpu\.acquire\.b32|atom\.global\.gpu\.acquire\.add\.u32",
@@ -96,7 +96,7 @@ def test_the_memory_order_of_programs_that_wait(
         "barrier": r"bar\.sync",
     }
     pattern = "|".join(f"(?P<{name}>{form})" for name, form in kinds.items())
-    order = [str(one.lastgroup) for one in re.finditer(pattern, found.code["ptx"])]
+    order = [str(match.lastgroup) for match in re.finditer(pattern, kernel.code["ptx"])]
     text = " ".join(order)
     assert order.count("acquire") == waits
     # once more to release the place in the ring, here and where an ignored row has none to read
@@ -118,8 +118,8 @@ def test_programs_that_report_nothing_read_no_sums(
     divergence: str, loads_of_reports: int, tmp_path: Path
 ) -> None:
     # Forward only: what another program may not have stored yet is read after waiting for it
-    (found,) = compile_variant(Variant("forward", divergence), 90, tmp_path)
-    code = found.code["ttgir"]
+    (kernel,) = compile_variant(Variant("forward", divergence), 90, tmp_path)
+    code = kernel.code["ttgir"]
     around: list[str] = []  # the lines that open the regions around a line
     loads = []
     for line in code.splitlines():
@@ -129,18 +129,18 @@ def test_programs_that_report_nothing_read_no_sums(
             loads.append([opening for opening in around if "scf.if" in opening])
         if line.endswith("{"):
             around.append(line)
-    waiting = [one for one in re.split(r"(?=scf\.if)", code) if "tt.atomic_rmw add, acquire" in one]
+    waits = [x for x in re.split(r"(?=scf\.if)", code) if "tt.atomic_rmw add, acquire" in x]
     for regions in loads[-loads_of_reports:]:
         # a row that counts, and a program that goes on
         assert len(regions) == 2, regions
         condition = regions[-1].split("scf.if")[1].split()[0]
-        assert any(one.startswith(f"scf.if {condition} ") for one in waiting), condition
+        assert any(x.startswith(f"scf.if {condition} ") for x in waits), condition
 
 
 def test_a_scale_is_looked_at_first(tmp_path: Path) -> None:
     # If it leaves nothing to do, no program reads anything else
-    for found in compile_variant(Variant("rescale_"), 90, tmp_path):
-        before, condition, _ = found.code["ttgir"].partition("scf.if")
+    for kernel in compile_variant(Variant("rescale_"), 90, tmp_path):
+        before, condition, _ = kernel.code["ttgir"].partition("scf.if")
         assert condition
         assert len(re.findall(r"tt\.load|tt\.atomic", before)) == 1
 
@@ -200,14 +200,14 @@ def test_configurations(vocabulary: int, warps: int, vector: int, parts: int) ->
         assert other.parts == chosen.parts
 
 
-@pytest.mark.parametrize("given", ["49152", "160000", "0", "-5", "48K", ""])
-def test_slices_of_another_size(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", given)
+@pytest.mark.parametrize("setting", ["49152", "160000", "0", "-5", "48K", ""])
+def test_slices_of_another_size(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", setting)
     cut._slice_bytes.cache_clear()
     expected = {"49152": 16, "160000": 4}
     try:
-        if given in expected:
-            assert cut.configuration(128256, B16, B16).parts == expected[given]
+        if setting in expected:
+            assert cut.configuration(128256, B16, B16).parts == expected[setting]
         else:
             with pytest.raises(ValueError, match="FUSED_KD_SLICE_BYTES must be a positive number"):
                 cut.configuration(128256, B16, B16)
@@ -227,11 +227,11 @@ def test_logits_are_float32_before_they_are_used() -> None:
     uses = re.findall(r"(.{8})tile\.[st]\[", source)
     assert uses == ["widened("] * 6
     nodes = list(ast.walk(ast.parse(source)))
-    cast = {id(one.value) for one in nodes if isinstance(one, ast.Attribute) and one.attr == "to"}
-    calls = [one for one in nodes if isinstance(one, ast.Call)]
-    loads = [one for one in calls if ast.unparse(one.func) == "tl.load"]
+    cast = {id(x.value) for x in nodes if isinstance(x, ast.Attribute) and x.attr == "to"}
+    calls = [x for x in nodes if isinstance(x, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "tl.load"]
     assert len(loads) > 10
-    for one in loads:
-        assert id(one) in cast or ast.unparse(one.args[0]).split(" ")[0] in PLAIN
+    for load in loads:
+        assert id(load) in cast or ast.unparse(load.args[0]).split(" ")[0] in PLAIN
     for name in ("elements.py", "formulas.py", "rules.py"):
         assert "tl.load" not in (folder / name).read_text(encoding="utf-8")

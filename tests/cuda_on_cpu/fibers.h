@@ -66,9 +66,9 @@ struct Flow {
 inline Flow* left = nullptr;  // the flow that the last switch came from
 
 // What happens first in a flow after it has been switched to.
-inline void arrived(Flow& here) {
+inline void arrived(Flow& flow) {
 #ifdef EMULATOR_ASAN
-  __sanitizer_finish_switch_fiber(here.fake_stack, &left->bottom, &left->size);
+  __sanitizer_finish_switch_fiber(flow.fake_stack, &left->bottom, &left->size);
 #endif
 }
 

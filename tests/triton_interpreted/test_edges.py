@@ -158,9 +158,9 @@ def test_the_same_bits_alone_and_in_a_batch(divergence: int) -> None:
     student, teacher, *vectors = rows(5, dtype=torch.bfloat16)
     with configured(**TWO_PARTS):
         batch = forward_backward(student, teacher, *vectors, divergence=divergence)
-        one = [x[2:3].clone() for x in vectors]
+        row_vectors = [x[2:3].clone() for x in vectors]
         alone = forward_backward(
-            student[:, 2:3].clone(), teacher[:, 2:3].clone(), *one, divergence=divergence
+            student[:, 2:3].clone(), teacher[:, 2:3].clone(), *row_vectors, divergence=divergence
         )
     for got, want in zip(alone[:3], batch[:3], strict=True):
         assert torch.equal(got[0], want[2])
@@ -234,12 +234,13 @@ def test_few_programs_where_the_scale_decides(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_scale_of_a_view() -> None:
-    wide = torch.randn(2, 3, V + 4).bfloat16()
-    wide[0, 1, :9] = 0
-    expected = wide.clone()
-    expected[..., :V] = torch.where(wide[..., :V] == 0, 0.0, wide[..., :V].float() * 3).bfloat16()
-    ops.triton_scale_(wide[..., :V], torch.tensor(3.0))
-    assert torch.equal(wide, expected)
+    padded = torch.randn(2, 3, V + 4).bfloat16()
+    padded[0, 1, :9] = 0
+    expected = padded.clone()
+    view = padded[..., :V]
+    expected[..., :V] = torch.where(view == 0, 0.0, view.float() * 3).bfloat16()
+    ops.triton_scale_(view, torch.tensor(3.0))
+    assert torch.equal(padded, expected)
 
 
 # --------------------------------------------------------------------------------- operators
