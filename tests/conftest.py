@@ -21,7 +21,7 @@ from fused_kd.divergences import DIVERGENCES
 
 torch.set_num_threads(2)  # few rows: the vocabulary is split over threads too
 
-# Values that many tests take in turn. Of a session: hypothesis takes no fixture of a function.
+# Values that tests are repeated for. Session scope: hypothesis refuses function-scoped fixtures.
 
 
 @pytest.fixture(params=HERE, scope="session")

@@ -1,7 +1,7 @@
 """What the tests marked ``gpu`` share: the device, its backends, and the error rule on it.
 
 GPU_CHECK_DEVICE=cpu runs them on the CPU at tiny sizes, its backend standing in for both of the
-GPU's, to see that they run; GPU_CHECK_BACKENDS names those of a GPU to test (default: all).
+GPU's, to check that they run; GPU_CHECK_BACKENDS names those of a GPU to test (default: all).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def size(real: int, tiny: int) -> int:
 
 
 def few_here(values: Iterable[_Value]) -> list[_Value]:
-    """Return all of them on a GPU; elsewhere the last, to see that the tests run."""
+    """Return all of them on a GPU; elsewhere the last, to check that the tests run."""
     return list(values)[0 if REAL else -1 :]
 
 

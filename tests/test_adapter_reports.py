@@ -31,7 +31,7 @@ def logits(seed: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_teacher_that_is_one_token_off_is_seen_N_23(name: str) -> None:
-    # RLCSD#6 and fmchisel#23; and P03, TRL#5731: equal models have nothing to learn
+    # RLCSD#6 and fmchisel#23; and P03, TRL#5731: equal models have no loss
     s, y = logits(0), torch.arange(N)
     y[-1] = -100
     same, gradient = outcome(ADAPTERS[name], [s], s.clone(), y)

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what was expected and what came; nothing written."""
+"""Bad input raises an error with argument, expectation and value, and nothing is written."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_guard_pages() -> None:
 @pytest.mark.parametrize(("side", "offset"), [("after", 4), ("before", -1)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_guard_page_notices(side: str, offset: int) -> None:
-    # What the test above rests on: the access next to the tensor ends the process.
+    # The test above assumes that an access next to the tensor ends the process.
     address = guarded(1, torch.float32, side).data_ptr() + offset
     if (child := os.fork()) == 0:
         faulthandler.disable()

@@ -144,7 +144,7 @@ def test_the_package_without_numpy() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Copy what is built from: a build leaves files behind."""
+    """Copy the sources, since a build leaves files behind."""
     target = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
     for name in ("csrc", "fused_kd", "tests"):

@@ -127,7 +127,7 @@ PAIRS: dict[str, tuple[bool, bool]] = {  # is a Head: student, teacher
 
 
 def make_sides(pair: str, n: int) -> tuple[Side, Side, Tensor]:
-    # Sides of n rows as a model makes them, and labels; those of the student require grad.
+    # Sides of n rows as a model computes them, and labels; the student's tensors require grad.
     sides: list[Side] = []
     for is_head, grad in zip(PAIRS[pair], (True, False), strict=True):
         hidden, weight = torch.randn(n, H), torch.randn(V, H)
@@ -308,7 +308,7 @@ COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
     ["forward_kl", *(pytest.param(d, marks=pytest.mark.slow) for d in ("reverse_kl", "jsd"))],
 )
 def test_equal_sides_give_nothing(divergence: str, compiler: str, backend: str) -> None:
-    # A compiler may fuse the two sides differently.
+    # A compiler can fuse the two sides differently.
     def loss(student: Tensor, teacher: Tensor) -> Any:
         return kd_loss(student, teacher, hard_weight=0, divergence=divergence, backend=backend)
 

@@ -31,7 +31,7 @@ FORBIDDEN = r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|\S*\.F64\b.*|MUFU\.\w*64\w*|(LDL|STL)
 
 
 def _faults(cubin: Path, target: str) -> dict[str, list[str]]:
-    """Return what kernels take that they must not, or lack."""
+    """Return the faults of each kernel: what it uses and must not, or lacks."""
     faults, codes, clusters = {}, disassemble(cubin), int(target.rstrip("a")) >= 90
     for name, used in usage(cubin).items():
         kernel, budget = describe(name)
@@ -82,7 +82,7 @@ def test_every_kernel(target: str, dtype: str, tmp_path: Path) -> None:
     assert _faults(cubin, target) == {}
 
 
-# a kernel in float64, with an array that only memory can hold, and static shared memory
+# a kernel in float64, with an array that does not fit in registers, and static shared memory
 BAD = """
 namespace fused_kd {
 enum class Dtype : int { f32, bf16 };

@@ -24,7 +24,7 @@ def sources(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, sources: list[str]) -> Path:
-    # Objects, as far as anyone looks at them, and their stamp.
+    # Files that stand for objects (only their names are checked), and their stamp.
     target = tmp_path / "objects"
     target.mkdir()
     for source in sources:

@@ -1,6 +1,6 @@
 """The CUDA backend's launchers under ThreadSanitizer and AddressSanitizer, run on the CPU.
 
-tests/cuda_on_cpu/check_races.cpp says what is launched. A race is reported if nothing orders two
+tests/cuda_on_cpu/check_races.cpp has the launches. A race is reported if nothing orders two
 accesses, regardless of their order in that run.
 """
 

@@ -25,7 +25,7 @@ def test_distributed_data_parallel(ranks: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fully_shard(ranks: int, tmp_path: Path) -> None:
-    # P57: the lm_head is a DTensor but in the forward of what was sharded.
+    # P57: the lm_head is a DTensor, except within the forward of a sharded module.
     assert not (failed := failures(FSDP_CHECKS, ranks, tmp_path)), "\n".join(failed)
 
 

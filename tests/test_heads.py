@@ -87,7 +87,7 @@ def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
     double = masked._replace(teacher_hidden=masked.teacher_hidden.double())
     double = double._replace(teacher_weight=masked.teacher_weight.double())
     for got, expected in zip(ours(double, **options), with_teacher, strict=True):
-        # the teacher decides no dtype
+        # the teacher has no influence on dtypes
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
     rest = [i for i in range(131) if i != 5]
@@ -175,7 +175,7 @@ def test_rows_that_lie_apart_are_not_copied_together() -> None:
 
 
 def test_rows_at_an_offset_of_2_to_the_31() -> None:
-    # Address space, of which two rows of each model are touched.
+    # Address space only: two rows of each model are touched.
     heads = make_heads(rows=2, dtype=torch.bfloat16)
     want = ours(heads)
 
@@ -252,7 +252,7 @@ def test_a_vocabulary_padded_with_minus_infinity_changes_nothing() -> None:
 
 
 def test_a_skewed_mask_in_chunks_of_any_height(backend: str) -> None:
-    # A mean over the chunks is another number than one over the tokens.
+    # A mean over the chunks differs from a mean over the tokens.
     plain = make_heads(rows=11)
     for first, last in ((2, 5), (0, 1), (3, 11)):  # all kept tokens follow each other
         labels = torch.full((11,), -100)

@@ -2,8 +2,8 @@
 
 A product of hidden states and weights in float32 carries an error that its length and the sizes of
 its terms bound. From it follow bounds for the loss and the gradients, in float64, without a second
-implementation to compare with. If the bound leaves the softmax open (logits of 1e30, say), or
-a sum of the product may overflow, only the range is checked.
+implementation to compare with. If the bound leaves the softmax undetermined (logits of 1e30, for
+example), or a sum of the product may overflow, only the range is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Side(NamedTuple):
 
     probability: Tensor  # (N, V)
     error: Tensor  # (N, 1) relative, of each probability that does not vanish
-    is_open: Tensor  # (N,) bool: the bound does not decide the softmax
+    is_open: Tensor  # (N,) bool: the softmax is undetermined by the bound
     may_overflow: Tensor  # (N,) bool
 
 
@@ -173,7 +173,7 @@ def test_tvd_of_any_heads(cases: int, backend: str) -> None:
         case = _draw(seed)
         compared += _check(case, backend)
         rows += len(case.upstream)
-    assert compared > rows / 3  # or the bounds decide nothing
+    assert compared > rows / 3  # or the bounds prove nothing
 
 
 def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str) -> None:

@@ -71,7 +71,7 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
 def test_cuda_too_few_kept_rows_are_not_a_number(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # If the host does not look, rows must not be left out silently.
+    # Without the check on the host, rows must not be left out silently.
     monkeypatch.setattr(checks, "_check_kept_rows", lambda *arguments: None)
     heads = make_heads()
     assert ours(heads, kept_rows=37).loss.isfinite()
@@ -216,7 +216,7 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
 
 
 def _problem(student: Head, teacher: Any) -> driver.Problem:
-    """Return what sizes are computed from."""
+    """Return a problem from which sizes are computed."""
     if isinstance(teacher, Head):
         teacher = products.Projection(*teacher[:3], torch.bfloat16)
     return driver.Problem(
@@ -242,7 +242,7 @@ def _problem(student: Head, teacher: Any) -> driver.Problem:
 @pytest.mark.parametrize("kind", ["head", "logits", "none"])
 @pytest.mark.usefixtures("as_on_cuda")
 def test_cuda_memory_of_a_chunk(kind: str, gathered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the height of a chunk is computed from is what a chunk takes.
+    # The bytes that determine a chunk's height are the bytes that a chunk takes.
     def mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
         """Allocate nothing."""
         torch.ops.fused_kd.product_(out, a, b, None, torch.bfloat16, False, add)
@@ -314,7 +314,7 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 
 class _NothingWaits(TorchDispatchMode):
-    """Refuses what a GPU's host waits for: values that are read, tensors of Python numbers."""
+    """Refuse what a GPU's host waits for: reading values, making tensors of Python numbers."""
 
     aten = torch.ops.aten
     refused = (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select)
@@ -323,7 +323,7 @@ class _NothingWaits(TorchDispatchMode):
         assert func.overloadpacket not in self.refused, f"{func}: the host waits for the device"
         for name in ("chunked_losses", "chunked_gradients"):
             if func is getattr(torch.ops.fused_kd, name).default:
-                with self:  # look into it
+                with self:  # trace into the operator
                     return getattr(operators, name)(*args)
         return func(*args, **(kwargs or {}))
 

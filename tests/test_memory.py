@@ -45,7 +45,7 @@ def check(peak: Peak, gradients: int, rows: int, size: int) -> None:
 
 
 def test_the_probe_reads_a_known_figure() -> None:
-    # The recipe uses private attributes of torch: this pins what it reads.
+    # The recipe reads private attributes of torch: this pins them.
     logits = torch.randn(256, 32000, requires_grad=True)
     labels = torch.randint(32000, (256,))
     size = 256 * 32000 * 4

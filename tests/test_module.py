@@ -1,4 +1,4 @@
-"""KDLoss and every keyword, as users, editors, type checkers and help() see them; the package."""
+"""KDLoss and every keyword: for users, editors, type checkers and help(); the package."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_the_docstrings_equivalent_block_is_true(backend: str) -> None:
 def test_type_checkers_see_the_fields_of_the_options() -> None:
     hints = get_type_hints(KDOptions)
     assert hints.keys() == FIELDS.keys()
-    del hints["return_parts"]  # explicit in the signatures: it decides the type of the result
+    del hints["return_parts"]  # explicit in the signatures: the type of the result depends on it
     assert get_type_hints(Keywords) == hints
     assert list(get_type_hints(Keywords)) == list(hints)
     assert Keywords.__required_keys__ == frozenset()

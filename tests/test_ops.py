@@ -380,7 +380,7 @@ def test_a_place_for_the_gradient_is_refused() -> None:
 
 
 def test_a_label_outside_is_never_read() -> None:
-    # Python refuses it; the operator itself answers NaN, in that row alone.
+    # Python refuses it; the operator itself returns NaN, in that row alone.
     inputs = rows()
     inputs[LABELS] = torch.tensor([0, V, -1, 2**62, -(2**63), 1])
     inputs[W_HARD] = torch.ones(N)

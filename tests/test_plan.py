@@ -88,7 +88,7 @@ def assert_close(parts: dict[str, int], measured: int) -> None:
 SHAPES = [(64, 8192, 32, 64), (32, 8192, 256, 64)]
 
 
-# large enough for 5 % to hold what torch's 16-bit products take for themselves: up to 0.4 MiB on a
+# large enough for 5 % to include what torch's 16-bit products allocate: up to 0.4 MiB on a
 # processor that has such products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], (32, 16384, 512, 64)], ids=str)
@@ -204,7 +204,7 @@ RUNS = [
 
 
 def allowed(tensors: Tensors, budget: int, narrow: bool = False) -> int:
-    # Gradients, one accumulator, and the budget, or the head's gradient when the chunk is gone.
+    # Gradients, one accumulator, and the budget, or the head's gradient after the chunk is freed.
     hidden, weight = tensors[:2]
     total = weight.nbytes if narrow else weight.numel() * 4
     rounded = 0 if total == weight.nbytes else weight.nbytes
@@ -236,7 +236,9 @@ def test_one_chunk_needs_no_accumulator(products: str) -> None:
     peak = cpu_peak(lambda: plain(tensors, 64 * MIB).backward()).highest
     tiles = 4 * TILE_BYTES  # of weights that torch's products widen, and of the gradient
     assert peak <= hidden.nbytes + weight.nbytes + chunk + tiles + SLACK
-    assert tiles < weight.nbytes + weight.numel() * 4 - weight.nbytes - chunk  # it would show
+    assert (
+        tiles < weight.nbytes + weight.numel() * 4 - weight.nbytes - chunk
+    )  # it would be measurable
 
 
 # a view of the rows; gathered rows; a layout that is copied chunk by chunk

@@ -50,7 +50,7 @@ def test_a_rank_that_ends_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("last", "status"), [("pass", 0), ("raise ValueError('bad')", 1)])
 def test_the_status_of_a_rank(last: str, status: int) -> None:
-    # Output arrives and Python does not finalize, which is what can abort.
+    # Output arrives, and Python does not finalize: finalization can abort.
     ran = run_python("-c", RANK.format(last=last), PYTHONPATH=PATH)
     assert ran.returncode == status, ran.stderr
     assert ran.stdout == "main ran\n"

@@ -75,8 +75,8 @@ def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_barriers_around_the_label(tmp_path: Path) -> None:
-    # In place, no warp may store a gradient before all have read the label's logits.
-    # Nor the label's gradient before all have stored. The interpreter, one thread, sees neither
+    # In place, no warp may store a gradient before all have read the label's logits, nor the
+    # label's gradient before all have stored. The interpreter has one thread and finds neither
     (kernel,) = compile_variant(Variant("backward_"), 90, tmp_path)
     assert len(re.findall(r"bar\.sync|barrier\.sync", kernel.code["ptx"])) == 2
 
@@ -86,8 +86,8 @@ def test_the_memory_order_of_programs_that_wait(
     divergence: str, waits: int, tmp_path: Path
 ) -> None:
     # Nothing here runs them: what is stored is released, and read from L2 after an acquire.
-    # They wait for the row before in the ring, then for each statistics pass of their own row, and
-    # release their own row as often
+    # A program waits for the previous row in the ring, then for each statistics pass of its row,
+    # and releases its row as often
     (kernel,) = compile_variant(Variant(divergence=divergence), 90, tmp_path)
     kinds = {
         "release": r"red\.global\.gpu\.release\.add\.u32|atom\.global\.gpu\.release\.add\.u32",
@@ -99,7 +99,7 @@ def test_the_memory_order_of_programs_that_wait(
     order = [str(match.lastgroup) for match in re.finditer(pattern, kernel.code["ptx"])]
     text = " ".join(order)
     assert order.count("acquire") == waits
-    # once more to release the place in the ring, here and where an ignored row has none to read
+    # once more to release the slot in the ring, here and for an ignored row, which reads nothing
     assert order.count("release") == waits - 1 + 2
     # every warp has stored before one thread releases, and waits for the one that acquires
     assert text.count("barrier release") == order.count("release")
@@ -108,7 +108,7 @@ def test_the_memory_order_of_programs_that_wait(
     groups = re.findall(r"barrier release barrier acquire barrier(?: sums)+", text)
     assert len(groups) == waits - 1
     assert sum(group.count("sums") for group in groups) == order.count("sums") >= 6
-    # and the place in the ring is released after the last of them
+    # and the slot in the ring is released after the last of them
     assert re.search(r"sums(?: barrier)+ release(?: barrier)+$", text)
 
 

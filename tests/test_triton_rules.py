@@ -69,7 +69,7 @@ def test_functions_take_few_parameters() -> None:
 
 
 def _key() -> str:
-    """Return the key of the kernel's source, by which Triton finds its binary, made again."""
+    """Compute again the key of the kernel's source, by which Triton finds its binary."""
     for module in MODULES:
         for value in vars(module).values():
             if hasattr(value, "hash") and hasattr(value, "cache_key"):
@@ -84,7 +84,7 @@ def _key() -> str:
 def test_a_changed_rule_is_compiled_again(
     member: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Triton sees formulas as values: what it hashes of them is the rule's own text.
+    # Formulas are values to Triton, which hashes only the text of the rule.
     before = _key()
     with monkeypatch.context() as patch:
         patch.setattr(rules.ForwardKL, member, other)

@@ -2,8 +2,8 @@
 // sanitizers: built with ThreadSanitizer it shows two accesses that nothing orders, with
 // AddressSanitizer and UBSan every access outside a tensor.
 //     check_races SEEDS [PART]      PART: general or cluster; both without
-// Exit status 0: the same bits in any order of threads and blocks, numbers where there must be
-// some. Buffers have their exact size; gaps between strided rows hold NaN and stay untouched.
+// Exit status 0: the same bits in any order of threads and blocks, and no NaN in
+// rows that have a value. Buffers have their exact size; gaps between strided rows hold NaN and stay untouched.
 //
 // -DONLY_TVD leaves one instance of either kernel, so that a changed copy compiles in seconds. It has
 // every barrier: two passes for statistics.

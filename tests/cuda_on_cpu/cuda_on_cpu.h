@@ -93,7 +93,7 @@ inline Bits16 load16(const void* p, Place place = Place::current()) {
   return bits;
 }
 
-// ThreadSanitizer does not see it: others may write what the caller discards.
+// Hidden from ThreadSanitizer: other threads may write what the caller discards.
 inline Bits16 load16_in_part(const void* p, Place place = Place::current()) {
   emulator::about_to_load16(p, "load16_in_part", place);
   return emulator::copy_unseen(p);
@@ -113,7 +113,7 @@ inline void store16(void* p, Bits16 bits, Place place = Place::current()) {
 
 namespace emulator {
 
-// What the lane `source` of this warp gives; `kind` is the same for all that meet.
+// The value of lane `source` of this warp; `kind` is the same in all lanes that take part.
 inline uint32_t exchange(uint32_t value, unsigned source, int kind, Place place) {
   Fiber& me = *machine.current;
   me.value = value;

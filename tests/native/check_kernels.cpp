@@ -2,7 +2,7 @@
 // instruction sets must agree to the bit, against each other.
 //
 // Tables: -DTABLES="&kernels_generic,&kernels_avx2". Exit status 1 and a line per failure if a
-// check fails. Buffers have their exact size, off any alignment: a sanitizer sees every access
+// check fails. Buffers have their exact size, off any alignment: a sanitizer reports every access
 // outside.
 #include <random>
 
@@ -240,7 +240,7 @@ static void check_same_bits(const Case& c) {
 }
 
 // Maxima and minima are exact, the sum is finite exactly if every entry is, regardless of
-// the place of the odd one; `sums` notices it too.
+// the place of the odd one; `sums` checks it too.
 static void check_not_finite(const Kernels& table, bool bf16) {
   const Load load = bf16 ? Load::bf16 : Load::f32;
   const int size = 4 * MAX_PAIR;

@@ -60,7 +60,7 @@ def compile_all(commands: Sequence[Sequence[object]]) -> None:
 
 
 def copy_source(target: Path, *folders: str) -> Path:
-    """Copy what a build needs: it leaves files behind."""
+    """Copy the files that a build needs, since it leaves files behind."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
     for name in ("csrc", "fused_kd", *folders):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)

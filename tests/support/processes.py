@@ -19,7 +19,7 @@ from torch import multiprocessing
 from .ranks import run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Of a Python that imports test files and the package.
+#: PYTHONPATH that finds test files and the package.
 PATH = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "csrc"), str(ROOT)])
 #: A collective that a rank does not enter fails after this, and the test with it.
 TIMEOUT = timedelta(minutes=5)
