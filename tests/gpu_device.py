@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.logits import gradient
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -76,10 +77,6 @@ def loss_of(*sides: Tensor | Head, **keywords: Any) -> Tensor:
     result = kd_loss(*sides, **keywords)  # type: ignore[arg-type]
     assert isinstance(result, Tensor)
     return result
-
-
-def gradient(loss: Tensor, student: Tensor, *upstream: Tensor, **keywords: Any) -> Tensor:
-    return torch.autograd.grad(loss, student, *upstream, **keywords)[0]
 
 
 def both(student: Tensor, *rest: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:

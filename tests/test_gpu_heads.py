@@ -23,6 +23,7 @@ from gpu_device import (
     peak_bytes,
     size,
 )
+from support.heads import distance
 from torch import Tensor
 
 from fused_kd import Head
@@ -66,14 +67,9 @@ def _outcome(loss: Callable[..., Any], sides: Sides, **keywords: Any) -> tuple[T
     return value.detach(), *(x / scale for x in torch.autograd.grad(scale * value, leaves))
 
 
-def _distance(got: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference, relative to that of the exact value."""
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
-
-
 def _close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], loss: float, grad: float) -> None:
     for mine, theirs, limit in zip(got, want, (loss, grad, grad), strict=True):
-        assert _distance(mine, theirs) <= limit
+        assert distance(mine, theirs) <= limit
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -88,7 +84,7 @@ def test_error_rule(backend: str, divergence: str, dtype: torch.dtype) -> None:
         got = _outcome(loss_of, sides, **keywords)
         for i, (mine, theirs, want) in enumerate(zip(got, baseline, exact, strict=True)):
             slack = 8 * EPS + (0 if i == 0 else torch.finfo(dtype).eps / 4)
-            assert _distance(mine, want) <= 1.1 * _distance(theirs, want) + slack
+            assert distance(mine, want) <= 1.1 * distance(theirs, want) + slack
 
 
 @pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)

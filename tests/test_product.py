@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from itertools import product as crossed
 from typing import Any
 
 import pytest
 import torch
-from support.backends import instruction_sets, needs_cpu, threads
+from support.backends import needs_cpu, threads
 from support.logits import DTYPES
 from support.processes import PATH, passes, run_python
 from torch import Tensor
@@ -28,15 +27,6 @@ EPS = 2.0**-24  # of one rounding to float32
 # of columns (1008); nothing to sum
 SHAPES = [(1, 1, 1), (1, 70, 3), (65, 1, 31), (5, 7, 2), (6, 16, 256), (13, 33, 257), (70, 69, 67)]
 SHAPES += [(11, 15, 513), (25, 63, 1030), (300, 17, 9), (3, 1030, 40), (4, 5, 0)]
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Return the name of the instruction set that computes."""
-    assert _module is not None
-    _module.choose_instruction_set(request.param)
-    yield request.param
-    _module.choose_instruction_set("")
 
 
 def _product(

@@ -41,6 +41,11 @@ def run_python(*arguments: object, **keywords: Any) -> subprocess.CompletedProce
     return run(sys.executable, *arguments, **keywords)
 
 
+def printed_by(code: str, **environment: str) -> str:
+    """Run code in another Python, outside the repository; return what it printed."""
+    return passes(run_python("-c", code, cwd=Path("/"), **environment))
+
+
 def passes(done: subprocess.CompletedProcess[str]) -> str:
     """Assert that a command succeeded; return what it printed."""
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
