@@ -22,8 +22,7 @@ from support.processes import passes, run_python
 from torch import nn
 
 import fused_kd
-from fused_kd import KDLoss, kd_loss
-from fused_kd.env import VARIABLES, report
+from fused_kd import KDLoss, env, kd_loss
 from fused_kd.options import BACKENDS, OF_A_CALL, KDOptions, Keywords
 
 # ------------------------------------------------------------------------------------ the module
@@ -269,13 +268,14 @@ def test_public_names() -> None:
     assert fused_kd.__version__ == "0.1.0"
 
 
-def test_the_environment_report_prints_every_backend_and_variable() -> None:
-    environment = report()
+def test_the_environment_report_prints_every_backend_and_variable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environment = env.report()
     assert set(environment["backends"]) == set(BACKENDS)
     assert environment["backends"]["reference"] == "available"
-    assert (
-        json.loads(passes(run_python("-m", "fused_kd.env", "--json")))["versions"]["fused_kd"]
-        == fused_kd.__version__
-    )
-    shown = passes(run_python("-m", "fused_kd.env"))
-    assert all(name in shown for name, _ in VARIABLES)
+    printed = json.loads(passes(run_python("-m", "fused_kd.env", "--json")))
+    assert printed["versions"]["fused_kd"] == fused_kd.__version__
+    assert env.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name, _ in env.VARIABLES)
