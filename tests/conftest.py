@@ -33,6 +33,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else extension modules report leaks at exit
+
+
 # Values that tests are repeated for. Session scope: hypothesis refuses function-scoped fixtures.
 
 

@@ -112,7 +112,7 @@ _MODULES: dict[str, ModuleType | str] = {
 
 
 def _not_traced(function: _Function) -> _Function:
-    """Mark a function as torch.compiler.assume_constant_result does, which imports torch._dynamo.
+    """Set what torch.compiler.assume_constant_result sets, without importing torch._dynamo.
 
     That import takes as long as torch's own, and only programs that trace need it.
     """
