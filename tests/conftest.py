@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 os.environ.pop("FUSED_KD_BACKEND", None)  # the tests choose
 
@@ -14,14 +16,28 @@ if os.environ.get("FUSED_KD_EMULATED_CUDA"):  # see test_cuda_kernels.py: the su
 
     emulated_cuda.install_from_environment()
 
-from support.backends import FAST, HERE
+from support.backends import FAST, HERE, instruction_sets
 from support.logits import DTYPES
 
+from fused_kd import extension
 from fused_kd.divergences import DIVERGENCES
+
+_module = extension.cpu.load()
 
 torch.set_num_threads(2)  # few rows: the vocabulary is split over threads too
 
-# Values that many tests take in turn. Of a session: hypothesis takes no fixture of a function.
+
+def pytest_collection_finish() -> None:
+    # cpu_peak collects garbage: 0.2 s at every call, if modules and tests are searched for it.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else extension modules report leaks at exit
+
+
+# Values that tests are repeated for. Session scope: hypothesis refuses function-scoped fixtures.
 
 
 @pytest.fixture(params=HERE, scope="session")
@@ -44,6 +60,16 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(params=DIVERGENCES, scope="session")
 def divergence(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Return the name of an instruction set, with which the compiled module computes."""
+    assert _module is not None
+    _module.choose_instruction_set(request.param)
+    assert _module.build_info()["instruction_set"] == request.param
+    yield request.param
+    _module.choose_instruction_set("")
 
 
 @pytest.fixture(autouse=True)

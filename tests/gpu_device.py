@@ -1,7 +1,7 @@
 """What the tests marked ``gpu`` share: the device, its backends, and the error rule on it.
 
 GPU_CHECK_DEVICE=cpu runs them on the CPU at tiny sizes, its backend standing in for both of the
-GPU's, to see that they run; GPU_CHECK_BACKENDS names those of a GPU to test (default: all).
+GPU's, to check that they run; GPU_CHECK_BACKENDS names those of a GPU to test (default: all).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.logits import gradient
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
@@ -36,7 +37,7 @@ DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
 REAL = DEVICE == "cuda"
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 MIB = 2**20
-Made = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor]
 _Value = TypeVar("_Value")
 
 
@@ -57,11 +58,11 @@ def size(real: int, tiny: int) -> int:
 
 
 def few_here(values: Iterable[_Value]) -> list[_Value]:
-    """Return all of them on a GPU; elsewhere the last, to see that the tests run."""
+    """Return all of them on a GPU; elsewhere the last, to check that the tests run."""
     return list(values)[0 if REAL else -1 :]
 
 
-def made(*shape: int, dtype: torch.dtype = BRAIN) -> Made:
+def make_batch(*shape: int, dtype: torch.dtype = BRAIN) -> Batch:
     """Return logits like a language model's and labels, the first of them ignored."""
     generator = torch.Generator(DEVICE).manual_seed(shape[-1])
     kinds: dict[str, Any] = {"generator": generator, "device": DEVICE}
@@ -76,10 +77,6 @@ def loss_of(*sides: Tensor | Head, **keywords: Any) -> Tensor:
     result = kd_loss(*sides, **keywords)  # type: ignore[arg-type]
     assert isinstance(result, Tensor)
     return result
-
-
-def gradient(loss: Tensor, student: Tensor, *upstream: Tensor, **keywords: Any) -> Tensor:
-    return torch.autograd.grad(loss, student, *upstream, **keywords)[0]
 
 
 def both(student: Tensor, *rest: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
@@ -162,7 +159,7 @@ def obey(
 def obey_on_device(
     rows: Tensor | None,  # (N,), None: not compared
     grad: Tensor,  # (N, V)
-    inputs: Made,
+    inputs: Batch,
     upstream: Tensor,  # (N,)
     **keywords: Any,
 ) -> None:
@@ -171,8 +168,8 @@ def obey_on_device(
     info = torch.finfo(grad.dtype)
     tiny = info.smallest_normal * (info.eps / 2 if grad.dtype == HALF else 1.0)
     for start in range(0, len(labels), 64):
-        here, what = slice(start, start + 64), f"of rows from {start}"
-        part, weights = Inputs(student[here], teacher[here], labels[here]), upstream[here]
+        chunk, what = slice(start, start + 64), f"of rows from {start}"
+        part, weights = Inputs(student[chunk], teacher[chunk], labels[chunk]), upstream[chunk]
         double = Inputs(part.student.double(), part.teacher.double(), part.labels)
         truth = evaluate(kd_loss, double, weights, backend="reference", **keywords)
         eager = evaluate(eager_kd_loss, part, weights, **keywords)
@@ -180,10 +177,10 @@ def obey_on_device(
         assert truth.grad.isfinite().all()
         assert eager.grad.isfinite().all()
         if rows is not None:
-            error, allowed = (rows[here].double() - truth.rows).abs(), eager.rows - truth.rows
+            error, allowed = (rows[chunk].double() - truth.rows).abs(), eager.rows - truth.rows
             assert (error <= 2 * allowed.abs() + 4 * unit.loss).all(), f"loss {what}"
         error, allowed = (
-            torch.where(unit.clear, x.double() - truth.grad, 0.0) for x in (grad[here], eager.grad)
+            torch.where(unit.clear, x.double() - truth.grad, 0.0) for x in (grad[chunk], eager.grad)
         )
         floor, worst = 4 * unit.grad + unit.undetermined + tiny, allowed.abs().amax(1)
         assert (error.abs().amax(1) <= 2 * worst + floor).all(), f"gradient {what}"

@@ -31,7 +31,7 @@ def logits(seed: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_teacher_that_is_one_token_off_is_seen_N_23(name: str) -> None:
-    # RLCSD#6 and fmchisel#23; and P03, TRL#5731: equal models have nothing to learn
+    # RLCSD#6 and fmchisel#23; and P03, TRL#5731: equal models have no loss
     s, y = logits(0), torch.arange(N)
     y[-1] = -100
     same, gradient = outcome(ADAPTERS[name], [s], s.clone(), y)
@@ -68,9 +68,9 @@ def of_probabilities(q: Tensor) -> dict[str, Tensor]:
 def test_a_target_that_does_not_sum_to_1_keeps_its_mass_N_08() -> None:
     # pytorch#69230; the rows' masses are 0, a half, 1, nearly 1 and 3
     q = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    found = of_probabilities(q * torch.tensor([0.0, 0.5, 1.0, 0.999, 3.0])[:, None])
-    for name, value in found.items():
-        torch.testing.assert_close(value, found["formula"], rtol=1e-5, atol=1e-6, msg=name)
+    losses = of_probabilities(q * torch.tensor([0.0, 0.5, 1.0, 0.999, 3.0])[:, None])
+    for name, value in losses.items():
+        torch.testing.assert_close(value, losses["formula"], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_negative_target_is_never_dropped_N_08() -> None:
@@ -118,4 +118,4 @@ def test_a_label_beyond_the_vocabulary_is_refused_N_21() -> None:
 )
 def test_the_terms_weigh_the_same_with_tensor_parallelism_N_18(tmp_path: Path) -> None:
     # NeMo RL#2745: the soft term was divided by all ranks, the hard term by its replicas only
-    assert not (found := failures(MESH_CHECKS, 4, tmp_path)), "\n".join(found)
+    assert not (failed := failures(MESH_CHECKS, 4, tmp_path)), "\n".join(failed)

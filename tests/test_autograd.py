@@ -202,9 +202,9 @@ def _softmax(loss: Any, x: Tensor, teacher: Tensor, labels: Tensor, **keywords: 
 
 
 def _two_losses(loss: Any, x: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
-    one = loss(x, teacher, labels, **keywords)
-    two = loss(x, teacher.flip(0), labels, divergence="reverse_kl", **keywords)
-    return one + 3 * two + F.cross_entropy(x, labels) + x.logsumexp(1).square().mean()
+    first = loss(x, teacher, labels, **keywords)
+    second = loss(x, teacher.flip(0), labels, divergence="reverse_kl", **keywords)
+    return first + 3 * second + F.cross_entropy(x, labels) + x.logsumexp(1).square().mean()
 
 
 def _checkpoint(loss: Any, x: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
@@ -315,9 +315,9 @@ def test_saved_tensor_hooks_see_every_saved_tensor(backend: str, reduction: str)
 
 def test_an_unused_teacher_is_not_saved(backend: str) -> None:
     student, teacher, labels = make_ignored()
-    for given in (teacher, None):
+    for unused in (teacher, None):
         keywords: dict[str, Any] = {"soft_weight": 0.0, "backend": backend}
-        seen = saved_by(lambda t=given, k=keywords: kd_loss(student * 1.0, t, labels, **k))
+        seen = saved_by(lambda t=unused, k=keywords: kd_loss(student * 1.0, t, labels, **k))
         assert len([x for x in seen if x.numel() == student.numel()]) == 1
 
 

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what was expected and what came; nothing written."""
+"""Bad input raises an error with argument, expectation and value, and nothing is written."""
 
 from __future__ import annotations
 
@@ -156,11 +156,6 @@ def teacher(**fields: Any) -> dict[str, Any]:
     return {"teacher": HEADS.teacher_side._replace(**fields)}
 
 
-def attached(*shape: int) -> Tensor:
-    """Return a teacher's tensor in a graph: a leaf is a parameter that is detached."""
-    return torch.randn(shape, requires_grad=True) * 1
-
-
 # arguments in place of GOOD's
 HEAD_ROWS: list[Row] = [
     (student(weight=torch.randn(19, 25)), VALUE, "student.hidden | H = 24 | H = 25"),
@@ -199,9 +194,9 @@ HEAD_ROWS: list[Row] = [
     (teacher(weight=HEADS.teacher_weight.half()), TYPE, "teacher.hidden | float16"),
     (student(weight=HEADS.weight.flatten()), VALUE, "student.weight | inside the forward"),
     (student(weight=HEADS.weight[:0]), VALUE, "student.weight | V > 0"),
-    (teacher(hidden=attached(6, 40)), VALUE, "teacher.hidden must not be attached | detach"),
-    (teacher(weight=attached(19, 40)), VALUE, "teacher.weight must not be attached"),
-    (teacher(bias=attached(19)), VALUE, "teacher.bias must not be attached"),
+    (teacher(hidden=grown(6, 40)), VALUE, "teacher.hidden must not be attached | detach"),
+    (teacher(weight=grown(19, 40)), VALUE, "teacher.weight must not be attached"),
+    (teacher(bias=grown(19)), VALUE, "teacher.bias must not be attached"),
     ({"labels": HEADS.labels[:5]}, VALUE, "labels | student.hidden | (6,) | (5,)"),
     ({"labels": HEADS.labels + 19}, VALUE, "labels | [0, 19)"),
     ({"labels": None}, VALUE, "labels | hard_weight"),

@@ -104,20 +104,20 @@ def walk_along_guard_pages() -> None:
                     rest = (torch.randint(vocabulary, (N,)), torch.rand(N), torch.rand(N))
                     if turn % 3 == 0:  # kept and out of range: NaN, and never read
                         rest[0][turn % N] = (-100, -4000, vocabulary + 4000)[turn // 3 % 3]
-                    given = [_guarded(x, side) for x in (*rows, *rest)]
-                    *_, stats, grad = op.forward_backward.default(*given, *numbers)
+                    inputs = [_guarded(x, side) for x in (*rows, *rest)]
+                    *_, stats, grad = op.forward_backward.default(*inputs, *numbers)
                     assert stats.shape == (N, ops.STATS)
                     into, stats = _guarded(grad, side), _guarded(stats, side)
                     for factor in (0.75, 4 / 3):  # computed again in 16 bits, else multiplied
                         scale = _guarded(torch.tensor([factor]), side)
-                        op.rescale_.default(*given, stats, *numbers, scale, into)
+                        op.rescale_.default(*inputs, stats, *numbers, scale, into)
                     op.scale_.default(into, _guarded(torch.tensor([0.75]), side))
                     if dtypes[0] == torch.float32:
                         into = _guarded(grad.to(dtypes[1]), side)
-                        op.forward_backward_into.default(*given, *numbers, into)
+                        op.forward_backward_into.default(*inputs, *numbers, into)
                         assert torch.equal(into.isnan(), grad.isnan())
-                    op.forward_backward_.default(*given, *numbers)
-                    assert torch.equal(given[0].nan_to_num(7.0), grad.nan_to_num(7.0))
+                    op.forward_backward_.default(*inputs, *numbers)
+                    assert torch.equal(inputs[0].nan_to_num(7.0), grad.nan_to_num(7.0))
     print("walked")
 
 
@@ -131,7 +131,7 @@ def test_guard_pages() -> None:
 @pytest.mark.parametrize(("side", "offset"), [("after", 4), ("before", -1)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_guard_page_notices(side: str, offset: int) -> None:
-    # What the test above rests on: the access next to the tensor ends the process.
+    # The test above assumes that an access next to the tensor ends the process.
     address = guarded(1, torch.float32, side).data_ptr() + offset
     if (child := os.fork()) == 0:
         faulthandler.disable()

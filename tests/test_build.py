@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.native_build import copy_source
+from support.processes import ROOT, passes, printed_by, run_python
 
 from fused_kd import extension, ops
 from fused_kd.divergences import DIVERGENCES
 
-ROOT = Path(__file__).resolve().parent.parent
 _module = extension.cpu.load()
 compiled = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_not()))
 
@@ -26,15 +27,6 @@ def _tool(*command: str) -> str:
     if shutil.which(command[0]) is None:
         pytest.skip(f"no {command[0]}")
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment}, cwd="/", capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @compiled
@@ -97,17 +89,17 @@ def test_vector_instructions_stay_in_their_namespaces() -> None:
     if "rows_forward" not in symbols:
         pytest.skip("the module is stripped of its symbols")
     listing = _tool("objdump", "-d", "--no-show-raw-insn", str(_module.__file__))  # type: ignore[union-attr]
-    found: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "avx512_bf16": set()}
+    functions: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "avx512_bf16": set()}
     for name, code in _functions(listing).items():
         width = "zmm" if "%zmm" in code else "ymm" if "%ymm" in code else None
         vex = width or re.search(r"^\s+[0-9a-f]+:\s+v[a-z0-9]+ ", code, flags=re.MULTILINE)
         if not vex:
             continue
-        owners = [isa for isa in found if f"{len(isa)}{isa}" in name]
+        owners = [isa for isa in functions if f"{len(isa)}{isa}" in name]
         assert owners, f"AVX outside the kernels: {name}"
         assert width != "zmm" or owners != ["avx2"], f"AVX-512 in {name}"
-        found[owners[0]].add(name)
-    assert all(found.values()), {isa: len(names) for isa, names in found.items()}
+        functions[owners[0]].add(name)
+    assert all(functions.values()), {isa: len(names) for isa, names in functions.items()}
 
 
 def test_the_package_without_the_module() -> None:
@@ -122,7 +114,7 @@ def test_the_package_without_the_module() -> None:
         "try: fused_kd.kd_loss(x, x, hard_weight=0, backend='cpu')\n"
         "except RuntimeError as error: print(error)\n"
     )
-    lines = _python(code, PYTHONPATH=str(ROOT)).splitlines()
+    lines = printed_by(code, PYTHONPATH=str(ROOT)).splitlines()
     assert float(lines[0]) == 0.0
     assert lines[1].startswith("the compiled module ")
     assert lines[1] in lines[2]
@@ -138,30 +130,19 @@ def test_the_package_without_numpy() -> None:
         "x = torch.randn(2, 5, requires_grad=True)\n"
         "fused_kd.KDLoss()(x, torch.randn(2, 5), torch.tensor([1, 2])).backward()\n"
         "print(x.grad.isfinite().all().item(), env.report()['backends']['reference'])\n"
+        "print('torch._dynamo' in sys.modules)\n"  # its import takes as long as torch's
     )
-    assert _python(code, PYTHONPATH=str(ROOT)) == "True available\n"
+    assert printed_by(code, PYTHONPATH=str(ROOT)) == "True available\nFalse\n"
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Copy what is built from: a build leaves files behind."""
-    target = tmp_path / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
-    for name in ("csrc", "fused_kd", "tests"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignore)
-    for path in ROOT.iterdir():
-        if path.is_file():
-            shutil.copy(path, target)
-    return target
+    return copy_source(tmp_path / "source", "tests")
 
 
 def _pip(source: Path, *arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pip", *arguments, "--no-build-isolation", "--no-deps", "."]
-    done = subprocess.run(
-        command, cwd=source, env={**os.environ, **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    options = "--no-build-isolation", "--no-deps", "."
+    passes(run_python("-m", "pip", *arguments, *options, cwd=source, **environment))
 
 
 def _installed(target: Path) -> tuple[list[Path], str]:
@@ -176,21 +157,18 @@ def _installed(target: Path) -> tuple[list[Path], str]:
         f"assert fused_kd.__file__.startswith({str(target)!r}), fused_kd.__file__\n"
         "from fused_kd import env; env.main([])"
     )
-    return sorted(target.glob("fused_kd/_C*.so")), _python(code, PYTHONPATH=str(target))
+    return sorted(target.glob("fused_kd/_C*.so")), printed_by(code, PYTHONPATH=str(target))
 
 
 def _setup(source: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run setup.py, after some code, in another process."""
     code += "\nimport runpy; runpy.run_path('setup.py', run_name='__main__')"
-    return subprocess.run(
-        [sys.executable, "-c", code, "build_py", "-d", "built"],
-        cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return run_python("-c", code, "build_py", "-d", "built", cwd=source, **environment)
 
 
 def _files(folder: Path) -> set[str]:
-    found = (path.relative_to(folder) for path in folder.rglob("*"))
-    return {str(path) for path in found if "__pycache__" not in path.parts}
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {str(path) for path in paths if "__pycache__" not in path.parts}
 
 
 def test_importing_setup_builds_nothing(source: Path, tmp_path: Path) -> None:
@@ -204,10 +182,7 @@ def test_importing_setup_builds_nothing(source: Path, tmp_path: Path) -> None:
         "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
         "print(os.getcwd(), 'torch' in sys.modules)"
     )
-    command = [sys.executable, "-c", code, "build_py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path} False\n"
+    assert passes(run_python("-c", code, "build_py", cwd=tmp_path)) == f"{tmp_path} False\n"
     assert note.read_text() == "the last build's reason"
     assert _files(tmp_path) == before
 
@@ -216,13 +191,9 @@ def test_setup_runs_from_another_directory(source: Path, tmp_path: Path) -> None
     # Metadata, packages and notes are found: the path of the caller does not matter
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {**os.environ, "FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "0"}
+    off = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "0"}
     for arguments in (["build_py", "-d", "built"], ["build_ext", "--inplace"]):
-        command = [sys.executable, str(source / "setup.py"), *arguments]
-        done = subprocess.run(
-            command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        passes(run_python(source / "setup.py", *arguments, cwd=elsewhere, **off))
     assert _files(elsewhere) == set()
     names = {"_not_built.txt", "_cuda_not_built.txt"}
     assert {"__init__.py", "autograd.py", "py.typed", *names} <= _files(source / "built/fused_kd")

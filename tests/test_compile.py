@@ -127,7 +127,7 @@ PAIRS: dict[str, tuple[bool, bool]] = {  # is a Head: student, teacher
 
 
 def make_sides(pair: str, n: int) -> tuple[Side, Side, Tensor]:
-    # Sides of n rows as a model makes them, and labels; those of the student require grad.
+    # Sides of n rows as a model computes them, and labels; the student's tensors require grad.
     sides: list[Side] = []
     for is_head, grad in zip(PAIRS[pair], (True, False), strict=True):
         hidden, weight = torch.randn(n, H), torch.randn(V, H)
@@ -225,12 +225,12 @@ class Model(nn.Module):
         self.head = nn.Linear(H, V)
         self.loss = KDLoss(temperature=2.0, backend=backend, chunk_rows=4 if heads else None)
 
-    def forward(self, ids: Tensor, taught: Tensor, head: Tensor, labels: Tensor) -> Any:
+    def forward(self, ids: Tensor, teacher_hidden: Tensor, head: Tensor, labels: Tensor) -> Any:
         hidden = torch.tanh(self.body(self.embedding(ids)))
         if self.loss.chunk_rows is None:
-            return self.loss(self.head(hidden), taught @ head.t(), labels)
+            return self.loss(self.head(hidden), teacher_hidden @ head.t(), labels)
         student = Head(hidden, self.head.weight, self.head.bias)
-        return self.loss(student, Head(taught, head), labels)
+        return self.loss(student, Head(teacher_hidden, head), labels)
 
 
 def train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
@@ -241,8 +241,8 @@ def train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
     for length in (12, 21, 9):
         ids, labels = (torch.randint(V, (3, length), generator=draw) for _ in range(2))
         labels[:, :2] = -100
-        taught, head = (torch.randn(*n, 6, generator=draw).to(dtype) for n in ((3, length), (V,)))
-        loss = call(ids, taught, head, labels)
+        teacher, head = (torch.randn(*n, 6, generator=draw).to(dtype) for n in ((3, length), (V,)))
+        loss = call(ids, teacher, head, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -308,7 +308,7 @@ COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
     ["forward_kl", *(pytest.param(d, marks=pytest.mark.slow) for d in ("reverse_kl", "jsd"))],
 )
 def test_equal_sides_give_nothing(divergence: str, compiler: str, backend: str) -> None:
-    # A compiler may fuse the two sides differently.
+    # A compiler can fuse the two sides differently.
     def loss(student: Tensor, teacher: Tensor) -> Any:
         return kd_loss(student, teacher, hard_weight=0, divergence=divergence, backend=backend)
 

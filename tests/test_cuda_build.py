@@ -32,26 +32,22 @@ OPERATORS = ["forward", "forward_backward", "forward_backward_", "forward_backwa
 OPERATORS += ["backward", "backward_", "rescale_", "scale_"]
 
 
-def _run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(*command, cwd=cwd, **environment)
-
-
 @pytest.fixture(scope="module")
 def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
         pytest.skip("no nvcc")
-    if given := os.environ.get("FUSED_KD_CUDA_PYTHON"):
-        return given
+    if python := os.environ.get("FUSED_KD_CUDA_PYTHON"):
+        return python
     folder = tmp_path_factory.mktemp("cuda_torch")
     if shutil.disk_usage(folder).free < 12e9:
         pytest.skip("a CUDA build of torch needs 6 GB, and pip as much to unpack it")
-    done = _run([sys.executable, "-m", "venv", "venv"], folder)
+    done = run(sys.executable, "-m", "venv", "venv", cwd=folder)
     assert done.returncode == 0, done.stderr
     python = str(folder / "venv" / "bin" / "python")
-    done = _run([python, "-m", "pip", "install", "-q", "--no-cache-dir", *PACKAGES], folder)
+    done = run(python, "-m", "pip", "install", "-q", "--no-cache-dir", *PACKAGES, cwd=folder)
     if done.returncode != 0:
         pytest.skip(f"pip cannot get a CUDA build of torch: {done.stderr[-300:]}")
-    if _run([python, "-c", "import torch; assert torch.version.cuda"], folder).returncode != 0:
+    if run(python, "-c", "import torch; assert torch.version.cuda", cwd=folder).returncode != 0:
         pytest.skip("pip's torch is not a CUDA build here")
     return python
 
@@ -62,7 +58,7 @@ def _install(
     # From a copy of the source into a separate folder; that folder.
     source, target = copy_source(folder / "source"), folder / "installed"
     command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-    done = _run([*command, "--target", str(target), "."], source, MAX_JOBS="2", **environment)
+    done = run(*command, "--target", str(target), ".", cwd=source, MAX_JOBS="2", **environment)
     return target, done
 
 
@@ -76,8 +72,7 @@ def package(cuda_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _ask(python: str, package: Path, code: str, *arguments: str) -> str:
-    done = _run([python, "-c", code, *arguments], package)
-    return passes(done)
+    return passes(run(python, "-c", code, *arguments, cwd=package))
 
 
 def _module(package: Path) -> Path:
@@ -96,21 +91,21 @@ def test_it_is_imported_without_a_driver(cuda_python: str, package: Path) -> Non
         "    'torch': torch.__version__, 'cuda': torch.version.cuda,\n"
         "    'missing': [x for x in sys.argv[1:] if not has('fused_kd::' + x, 'CUDA')]}))"
     )
-    told = json.loads(_ask(cuda_python, package, code, *OPERATORS))
-    assert told["missing"] == []
-    assert told["why_not"] is None
-    info = told["info"]
+    report = json.loads(_ask(cuda_python, package, code, *OPERATORS))
+    assert report["missing"] == []
+    assert report["why_not"] is None
+    info = report["info"]
     assert info["architectures"] == "9.0"
-    assert info["built_with_torch"] == told["torch"]
+    assert info["built_with_torch"] == report["torch"]
     assert info["row_statistics"] == ops.STATS
-    assert str(info["cuda_toolkit"] // 1000) == told["cuda"].split(".")[0]
+    assert str(info["cuda_toolkit"] // 1000) == report["cuda"].split(".")[0]
 
 
 def test_what_it_loads(package: Path) -> None:
     if shutil.which("readelf") is None:
         pytest.skip("no readelf")
-    told = _run(["readelf", "-d", str(_module(package))], package).stdout
-    names = {name.partition(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", told)}
+    listing = run("readelf", "-d", str(_module(package)), cwd=package).stdout
+    names = {name.partition(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", listing)}
     assert {"libtorch_cpu", "libcudart"} <= names
     assert {name for name in names if not name.startswith("ld-linux")} <= ALLOWED
 
@@ -118,7 +113,7 @@ def test_what_it_loads(package: Path) -> None:
 def test_it_uses_only_the_stable_interface_of_torch(package: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
-    symbols = _run(["nm", "-D", "--undefined-only", str(_module(package))], package).stdout.split()
+    symbols = run("nm", "-D", "--undefined-only", str(_module(package)), cwd=package).stdout.split()
     assert [s for s in symbols if s.startswith("aoti_torch_")]
     assert [s for s in symbols if re.match(r"_Z\w*N(K?)(2at|3c10|5torch)\d", s)] == []
 
@@ -166,9 +161,9 @@ def test_a_compiler_that_fails_leaves_the_cpu_module(cuda_python: str, tmp_path:
     assert len(list(target.glob("fused_kd/_C*.so"))) == 1
     assert list(target.glob("fused_kd/_cuda*.so")) == []
     code = "from fused_kd.extension import cpu, cuda; print(cuda.why_not(), cpu.why_not())"
-    told = _ask(cuda_python, target, code)
-    assert re.search(r"compiling it failed: command '\S*nvcc' failed", told), told
-    assert told.endswith(" None\n")
+    reasons = _ask(cuda_python, target, code)
+    assert re.search(r"compiling it failed: command '\S*nvcc' failed", reasons), reasons
+    assert reasons.endswith(" None\n")
     build |= {"FUSED_KD_CUDA": "1"}
     _, done = _install(cuda_python, tmp_path / "demanded", **build)
     assert done.returncode != 0
@@ -183,7 +178,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("objects")
     command = [sys.executable, "setup.py", "-q", "cuda_objects", "--output", str(folder / "o")]
     build = {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "2"}
-    done = _run(command, copy_source(folder / "source"), **build)
+    done = run(*command, cwd=copy_source(folder / "source"), **build)
     passes(done)
     return folder / "o"
 
@@ -196,7 +191,7 @@ def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
     build = {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""}
     build |= {"FUSED_KD_CUDA_OBJECTS": objects.name, "CUDA_HOME": str(tmp_path / "none")}
     command = [cuda_python, str(source / "setup.py"), "build_ext", "--inplace"]
-    done = _run(command, objects.parent, **build)
+    done = run(*command, cwd=objects.parent, **build)
     passes(done)
     assert "nvcc" not in done.stdout
     code = (
@@ -210,7 +205,7 @@ def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
     # one that the sources have left behind is refused, by name
     with (source / "csrc" / "cuda" / "rows_f16.cu").open("a") as file:
         file.write("// changed\n")
-    done = _run(command, objects.parent, **build)
+    done = run(*command, cwd=objects.parent, **build)
     assert done.returncode != 0
     assert f"{objects / 'rows_f16.o'} is stale" in done.stderr.splitlines()[-1]
 
@@ -227,7 +222,7 @@ needs_cpu_torch = pytest.mark.skipif(
 @pytest.mark.parametrize("build", ["", "0"])
 def test_it_cannot_be_demanded_of_a_cpu_torch(build: str, tmp_path: Path) -> None:
     asked = {"FUSED_KD_CUDA": "1", "FUSED_KD_BUILD": build}
-    done = _run([sys.executable, "setup.py", "build"], copy_source(tmp_path / "s"), **asked)
+    done = run(sys.executable, "setup.py", "build", cwd=copy_source(tmp_path / "s"), **asked)
     assert done.returncode != 0
     assert "torch is not a CUDA build" in done.stderr.splitlines()[-1]
 
@@ -247,7 +242,7 @@ def test_the_cpu_module_does_not_need_it(
     environment = {"FUSED_KD_CUDA": "", **environment}
     source = copy_source(tmp_path / "s")
     command = [sys.executable, "setup.py", "build_py", "-d", str(tmp_path / "built")]
-    done = _run(command, source, **environment)
+    done = run(*command, cwd=source, **environment)
     assert done.returncode == 0, done.stderr
     notes = {file.name: file for file in tmp_path.rglob("*_not_built.txt")}
     assert list(notes) == ["_cuda_not_built.txt"], "the CPU's module is left to be built"

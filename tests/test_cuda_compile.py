@@ -31,21 +31,21 @@ FORBIDDEN = r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|\S*\.F64\b.*|MUFU\.\w*64\w*|(LDL|STL)
 
 
 def _faults(cubin: Path, target: str) -> dict[str, list[str]]:
-    """Return what kernels take that they must not, or lack."""
-    found, codes, clusters = {}, disassemble(cubin), int(target.rstrip("a")) >= 90
+    """Return the faults of each kernel: what it uses and must not, or lacks."""
+    faults, codes, clusters = {}, disassemble(cubin), int(target.rstrip("a")) >= 90
     for name, used in usage(cubin).items():
         kernel, budget = describe(name)
         # before there were clusters the kernel for them is empty
         needed = VECTORS[kernel] if clusters or kernel != "rows_cluster" else ()
-        opcodes = {one.opcode for one in codes[name].instructions}
-        found[name] = [
+        opcodes = {x.opcode for x in codes[name].instructions}
+        faults[name] = [
             *(opcode for opcode in opcodes if re.fullmatch(FORBIDDEN, opcode)),
-            *(form for form in needed if not any(re.fullmatch(form, one) for one in opcodes)),
+            *(form for form in needed if not any(re.fullmatch(form, x) for x in opcodes)),
             *["registers"] * (used.registers > budget),
             *["a stack"] * (used.stack > 0),
             *["static shared memory"] * (used.shared > 1024 * clusters),
         ]
-    return {name: faults for name, faults in found.items() if faults}
+    return {name: kinds for name, kinds in faults.items() if kinds}
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_every_kernel(target: str, dtype: str, tmp_path: Path) -> None:
     assert _faults(cubin, target) == {}
 
 
-# a kernel in float64, with an array that only memory can hold, and static shared memory
+# a kernel in float64, with an array that does not fit in registers, and static shared memory
 BAD = """
 namespace fused_kd {
 enum class Dtype : int { f32, bf16 };

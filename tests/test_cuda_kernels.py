@@ -222,11 +222,11 @@ def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) 
         hard, soft, stats, gradient = cuda.forward_backward(*rows)
         assert torch.equal(cuda.forward(*rows)[1], soft)
         for n in range(13):
-            one = slice(n, n + 1)
-            alone = student[None, one], teacher[None, one], labels[one], w[one], w[one], formula
+            row = slice(n, n + 1)
+            alone = student[None, row], teacher[None, row], labels[row], w[row], w[row], formula
             got = cuda.forward_backward(*alone)
             for mine, its in zip((hard, soft, stats, gradient[0]), got, strict=True):
-                assert torch.equal(mine[one], its.view_as(mine[one])), n
+                assert torch.equal(mine[row], its.view_as(mine[row])), n
 
 
 def shifted(x: Tensor, offset: int) -> Tensor:

@@ -24,7 +24,7 @@ def sources(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, sources: list[str]) -> Path:
-    # Objects, as far as anyone looks at them, and their stamp.
+    # Files that stand for objects (only their names are checked), and their stamp.
     target = tmp_path / "objects"
     target.mkdir()
     for source in sources:
@@ -35,9 +35,9 @@ def folder(tmp_path: Path, sources: list[str]) -> Path:
 
 def test_objects_of_these_sources(folder: Path, sources: list[str]) -> None:
     for architectures in ("", "9.0"):
-        found = cuda_objects.find(folder, sources, FLAGS, "13.1", architectures)
-        assert found.files == [str(folder / f"{Path(source).stem}.o") for source in sources]
-        assert found.architectures == "9.0"
+        objects = cuda_objects.find(folder, sources, FLAGS, "13.1", architectures)
+        assert objects.files == [str(folder / f"{Path(source).stem}.o") for source in sources]
+        assert objects.architectures == "9.0"
 
 
 def _why(folder: Path, sources: list[str], cuda: str = "13.0", architectures: str = "") -> str:

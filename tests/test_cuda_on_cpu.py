@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import native_build
+from support.native_build import RACE, run_emulated
 from support.processes import passes, run
 
 #: One worker builds what all of these tests use.
@@ -23,7 +24,6 @@ BUILDS: dict[str, list[str]] = {
     "memory": ["-rdynamic", "-O0", *native_build.SANITIZE],
     "races": ["-rdynamic", "-O0", "-g", "-fsanitize=thread"],
 }
-RACE = 66  # ThreadSanitizer's exit status
 
 Programs = dict[str, Path]
 
@@ -41,18 +41,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     return {name: folder / name for name in BUILDS}
 
 
-def _run(program: Path, case: str, seeds: int) -> tuple[int, str]:
-    done = run(program, case, seeds, TSAN_OPTIONS=f"halt_on_error=1:exitcode={RACE}")
-    text = done.stdout + done.stderr
-    if "unexpected memory mapping" in text:
-        pytest.skip("ThreadSanitizer cannot run here: the kernel randomises addresses too widely")
-    return done.returncode, text
-
-
-# Each build runs all three kernels: meetings; clusters, bulk copies and peers; tickets.
 @pytest.mark.parametrize(("build", "seeds"), [("plain", 200), ("memory", 24), ("races", 2)])
 def test_correct_kernels(programs: Programs, build: str, seeds: int) -> None:
-    status, text = _run(programs[build], "none", seeds)
+    status, text = run_emulated(programs[build], "none", seeds)
     assert status == 0, text[-3000:]
     assert text == "0 wrong\n"
 
@@ -90,7 +81,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("bug", MESSAGES)
 def test_a_bug_is_named(programs: Programs, bug: str) -> None:
-    status, text = _run(programs["plain"], bug, seeds=24)
+    status, text = run_emulated(programs["plain"], bug, 24)
     assert status < 0, text  # abort()
     where = r"cuda_on_cpu: kernel \w+\(\w+\), block \d+, thread \d+.*: "
     assert re.search(where + MESSAGES[bug], text), text
@@ -109,7 +100,7 @@ def test_a_bug_is_named(programs: Programs, bug: str) -> None:
     ],
 )
 def test_a_race_gives_wrong_results(programs: Programs, bug: str) -> None:
-    status, text = _run(programs["plain"], bug, seeds=24)
+    status, text = run_emulated(programs["plain"], bug, 24)
     assert status == 1, text
     assert re.search(r"\n[1-9]\d* wrong\n$", text), text
 
@@ -128,7 +119,7 @@ def test_a_race_gives_wrong_results(programs: Programs, bug: str) -> None:
     ],
 )
 def test_a_wrong_address(programs: Programs, bug: str, message: str) -> None:
-    status, text = _run(programs["memory"], bug, seeds=24)
+    status, text = run_emulated(programs["memory"], bug, 24)
     assert status not in (0, RACE), text
     assert message in text, text
 
@@ -144,16 +135,16 @@ def test_a_wrong_address(programs: Programs, bug: str, message: str) -> None:
         "missing_barrier_before_arrive",
     ],
 )
-def test_a_race_in_one_run(programs: Programs, bug: str) -> None:
-    status, text = _run(programs["races"], bug, seeds=1)
+def test_a_race_in_onerun_emulated(programs: Programs, bug: str) -> None:
+    status, text = run_emulated(programs["races"], bug, 1)
     assert status == RACE, text
     assert "WARNING: ThreadSanitizer: data race" in text, text
     assert "check_emulator.cpp" in text, text
 
 
-def test_a_seed_repeats_a_run(programs: Programs) -> None:
-    first = _run(programs["plain"], "missing_second_barrier", 3)
-    assert first == _run(programs["plain"], "missing_second_barrier", 3)
+def test_a_seed_repeats_arun_emulated(programs: Programs) -> None:
+    first = run_emulated(programs["plain"], "missing_second_barrier", 3)
+    assert first == run_emulated(programs["plain"], "missing_second_barrier", 3)
 
 
 @pytest.mark.slow
@@ -162,7 +153,7 @@ def test_without_assembly(tmp_path: Path) -> None:
     for build, flags in BUILDS.items():
         source = SOURCES / "check_emulator.cpp"
         native_build.compile_one(*_command(tmp_path / build, *flags, "-DEMULATOR_UCONTEXT", source))
-        status, text = _run(tmp_path / build, "none", 8)
+        status, text = run_emulated(tmp_path / build, "none", 8)
         assert status == 0, text[-3000:]
         assert "0 wrong\n" in text  # AddressSanitizer adds a general warning about ucontext
 

@@ -1,6 +1,6 @@
 """The CUDA backend's launchers under ThreadSanitizer and AddressSanitizer, run on the CPU.
 
-tests/cuda_on_cpu/check_races.cpp says what is launched. A race is reported if nothing orders two
+tests/cuda_on_cpu/check_races.cpp has the launches. A race is reported if nothing orders two
 accesses, regardless of their order in that run.
 """
 
@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 from support import native_build
 from support.emulated_cuda import FLAGS
-from support.processes import run
+from support.native_build import RACE, run_emulated
 
 pytestmark = pytest.mark.slow
 
 DRIVER = native_build.ROOT / "tests" / "cuda_on_cpu" / "check_races.cpp"
 THREAD = ["-g", "-fsanitize=thread"]
-RACE = 66  # ThreadSanitizer's exit status
 
 
 def _build(folder: Path, flags: list[str], csrc: Path, kernels: list[str]) -> Path:
@@ -36,23 +35,13 @@ def _build(folder: Path, flags: list[str], csrc: Path, kernels: list[str]) -> Pa
     return program
 
 
-def _run(program: Path, seeds: int) -> tuple[int, str]:
-    options = {"TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}", "ASAN_OPTIONS": ""}
-    done = run(program, seeds, **options)
-    text = done.stdout + done.stderr
-    if "unexpected memory mapping" in text:
-        pytest.skip("ThreadSanitizer cannot run here: the kernel randomises addresses too widely")
-    return done.returncode, text
-
-
-# every access is ordered; every access is inside a tensor, a slice or the workspace
 @pytest.mark.parametrize(
     ("flags", "seeds"), [(THREAD, 1), (native_build.SANITIZE, 2)], ids=["races", "memory"]
 )
 def test_every_launch(tmp_path: Path, flags: list[str], seeds: int) -> None:
     kernels = ["rows_f32.cu", "rows_bf16.cu"]
     program = _build(tmp_path / "all", flags, native_build.ROOT / "csrc", kernels)
-    status, text = _run(program, seeds)
+    status, text = run_emulated(program, seeds)
     assert status == 0, text[:6000]
     assert re.fullmatch(r"[1-9]\d{3,} launches, 0 failed\n", text), text
 
@@ -79,16 +68,17 @@ def test_whatever_is_left_out_is_reported(tmp_path: Path) -> None:
             changed = source[: place.start()] + "(void)0;" + source[place.end() :]
             (copy / "csrc" / "cuda" / "rows.cuh").write_text(changed)
         flags = [*THREAD, "-O0", "-DONLY_TVD"]
-        status, text = _run(_build(copy / "build", flags, copy / "csrc", []), seeds=2)
-        found = status == RACE or "cuda_on_cpu: kernel" in text
-        return "reported" if found else f"status {status}: {text[-500:]}"
+        status, text = run_emulated(_build(copy / "build", flags, copy / "csrc", []), 2)
+        if status == RACE or "cuda_on_cpu: kernel" in text:
+            return "reported"
+        return f"status {status}: {text[-500:]}"
 
     with ThreadPoolExecutor(2) as pool:
-        none, *found = pool.map(report, [None, *places])
+        none, *outcomes = pool.map(report, [None, *places])
     assert none.startswith("status 0: "), none
     missed = {
-        f"line {source.count(chr(10), 0, place.start()) + 1}, {place[0]}": told
-        for place, told in zip(places, found, strict=True)
-        if told != "reported"
+        f"line {source.count(chr(10), 0, place.start()) + 1}, {place[0]}": outcome
+        for place, outcome in zip(places, outcomes, strict=True)
+        if outcome != "reported"
     }
     assert missed == {}

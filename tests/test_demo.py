@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.processes import run_python
 
 from fused_kd import KDLoss
 from fused_kd.options import MIB
@@ -20,13 +19,7 @@ from fused_kd.testing import eager_kd_loss
 if TYPE_CHECKING:
     from demo import train
 
-ROOT = Path(__file__).parent.parent
 HEADS = "KDLoss, heads"
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "demo", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +33,8 @@ def packages() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_curves_coincide(tmp_path: Path, inplace: bool) -> None:
     picture = tmp_path / "curves.png"
-    done = run("--steps", 3, "--output", picture, *(["--inplace"] if inplace else []))
+    options = ["--inplace"] if inplace else []
+    done = run_python("-m", "demo", "--steps", 3, "--output", picture, *options)
     assert done.returncode == 0, done.stderr
     difference = re.search(r"curves differ by at most (\S+)\.\n", done.stdout)
     assert difference, done.stdout
@@ -138,7 +132,7 @@ def test_report(students: list[train.Student]) -> None:
     ],
 )
 def test_bad_options(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
+    done = run_python("-m", "demo", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"demo: {message}")

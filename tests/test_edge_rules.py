@@ -153,8 +153,8 @@ def test_a_teacher_of_weight_0_decides_nothing(backend: str, case: str) -> None:
     keywords = {"label_smoothing": smoothing, "backend": backend, **HARD}
     student, labels = logits(*PART), torch.tensor([label])
     want = rows_and_gradient(student[:, :2], None, labels.clamp(max=1), **keywords)
-    for given in (None, logits(*teacher), logits(INF, NAN, 1), logits(*PART).double()):
-        got = rows_and_gradient(student, given, labels, **keywords)
+    for unused in (None, logits(*teacher), logits(INF, NAN, 1), logits(*PART).double()):
+        got = rows_and_gradient(student, unused, labels, **keywords)
         if label < 2:  # the third entry is absent
             torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
             torch.testing.assert_close(got[1], F.pad(want[1], (0, 1)), rtol=1e-6, atol=1e-7)
@@ -203,10 +203,10 @@ def test_whole_blocks_without_a_finite_logit(
 
 def test_one_finite_logit(backend: str, divergence: str) -> None:
     # Segments and blocks without any other, before it and after it.
-    one = torch.full((1, 100_000), -INF)
-    one[0, 50_000] = 1.5
+    row = torch.full((1, 100_000), -INF)
+    row[0, 50_000] = 1.5
     label = torch.tensor([50_000])
-    got = rows_and_gradient(one, one.clone(), label, backend=backend, divergence=divergence)
+    got = rows_and_gradient(row, row.clone(), label, backend=backend, divergence=divergence)
     identical(got, (torch.zeros(1), torch.zeros(1, 100_000)))
 
 

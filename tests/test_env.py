@@ -24,11 +24,11 @@ def test_without_torch() -> None:
     code = "sys.argv = ['env', '--json']; import runpy; "
     done = _run(WITHOUT_TORCH + code + "runpy.run_module('fused_kd.env', {}, '__main__')")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["versions"]["torch"].startswith("not available: ModuleNotFoundError: ")
-    assert found["versions"]["fused_kd"] == "0.1.0"
-    assert found["frameworks"]["trl"]
-    assert found["backends"].startswith("not available: ")
+    report = json.loads(done.stdout)
+    assert report["versions"]["torch"].startswith("not available: ModuleNotFoundError: ")
+    assert report["versions"]["fused_kd"] == "0.1.0"
+    assert report["frameworks"]["trl"]
+    assert report["backends"].startswith("not available: ")
 
 
 @pytest.mark.parametrize(

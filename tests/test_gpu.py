@@ -19,7 +19,7 @@ from gpu_device import (
     gradient,
     heavy,
     loss_of,
-    made,
+    make_batch,
     obey,
     obey_on_device,
     size,
@@ -80,7 +80,7 @@ def test_regimes(divergence: str, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_rows_differ_by_nothing(divergence: str, dtype: torch.dtype, backend: str) -> None:
-    student, _, _ = made(3, size(32003, 37), dtype=dtype)
+    student, _, _ = make_batch(3, size(32003, 37), dtype=dtype)
     keywords = {"hard_weight": 0.0, "temperature": 2.0, "backend": backend}
     loss = loss_of(student, student.detach(), divergence=divergence, **keywords)
     assert loss.item() == 0.0
@@ -93,7 +93,7 @@ def test_equal_rows_differ_by_nothing(divergence: str, dtype: torch.dtype, backe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_real_shapes(divergence: str, dtype: torch.dtype, backend: str) -> None:
     n, v = size(2048, 40), size(151936, 80)
-    inputs = made(n, v, dtype=dtype)
+    inputs = make_batch(n, v, dtype=dtype)
     keywords: dict[str, Any] = {"divergence": divergence, "temperature": 2.0, "beta": 0.3}
     weight = torch.linspace(0.5, 1.5, n, device=inputs[0].device)
     weight = 1024 * weight if dtype == HALF else weight
@@ -109,7 +109,9 @@ def test_real_shapes(divergence: str, dtype: torch.dtype, backend: str) -> None:
 @heavy
 def test_more_than_2_to_the_31_entries_R_12_R_14(backend: str) -> None:
     n, v = size(16400, 40), size(131072, 64)
-    student, teacher = (torch.empty(n, v, dtype=BRAIN, device=x.device) for x in made(1, 8)[:2])
+    student, teacher = (
+        torch.empty(n, v, dtype=BRAIN, device=x.device) for x in make_batch(1, 8)[:2]
+    )
     for x in (student, teacher):
         for piece in x.split(1024):
             piece.normal_(std=2)
@@ -143,9 +145,9 @@ def _turned(x: Tensor) -> Tensor:
 
 def _shifted(x: Tensor) -> Tensor:
     """Return a copy whose rows begin at odd addresses: each is stored with one entry more."""
-    wide = torch.full((*x.shape[:-1], x.shape[-1] + 1), math.nan, dtype=x.dtype, device=x.device)
-    wide[..., 1:] = x
-    return wide[..., 1:]
+    padded = torch.full((*x.shape[:-1], x.shape[-1] + 1), math.nan, dtype=x.dtype, device=x.device)
+    padded[..., 1:] = x
+    return padded[..., 1:]
 
 
 @pytest.mark.parametrize("layout", [_sliced, _turned, _shifted])
@@ -154,7 +156,7 @@ def _shifted(x: Tensor) -> Tensor:
 def test_views_and_labels_at_odd_offsets_R_52_R_54(
     dtype: torch.dtype, layout: Callable[[Tensor], Tensor], backend: str
 ) -> None:
-    student, teacher, _ = made(3, 5, size(24000, 40), dtype=dtype)
+    student, teacher, _ = make_batch(3, 5, size(24000, 40), dtype=dtype)
     s, t = (layout(x.detach()) for x in (student, teacher))
     v = s.shape[-1]
     count = s.shape[0] * s.shape[1]
@@ -177,7 +179,7 @@ def test_views_and_labels_at_odd_offsets_R_52_R_54(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_infinities_are_the_references(divergence: str, dtype: torch.dtype, backend: str) -> None:
     v = size(24001, 50)
-    student, teacher, labels = made(5, v, dtype=dtype)
+    student, teacher, labels = make_batch(5, v, dtype=dtype)
     s, t = student.detach().clone(), teacher.clone()
     s[1, v // 3], t[2, v - 1] = -math.inf, -math.inf  # one side alone
     s[3, : v // 2], t[3, : v // 2] = -math.inf, -math.inf  # both: absent
@@ -203,7 +205,7 @@ def test_a_broken_row_is_nan_and_no_other_R_07(
 ) -> None:
     # Rows: ignored, whole, NaN, +inf, and (on a GPU) labels outside of the vocabulary
     v = size(24000, 50)
-    student, teacher, labels = made(8, v, dtype=dtype)
+    student, teacher, labels = make_batch(8, v, dtype=dtype)
     keywords: dict[str, Any] = {"divergence": divergence, "reduction": "none", "backend": backend}
     rows = loss_of(student, teacher, labels, **keywords)
     want = gradient(rows, student, torch.ones_like(rows))
@@ -228,7 +230,7 @@ def test_a_broken_row_is_nan_and_no_other_R_07(
 def test_debug_names_a_label_out_of_range_R_34(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, teacher, labels = made(4, 33)
+    student, teacher, labels = make_batch(4, 33)
     labels[2] = 33
     monkeypatch.setenv("FUSED_KD_DEBUG", "1")
     with pytest.raises(ValueError, match=r"labels must be in \[0, 33\).*got 33 at position 2"):

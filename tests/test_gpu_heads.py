@@ -23,6 +23,7 @@ from gpu_device import (
     peak_bytes,
     size,
 )
+from support.heads import distance
 from torch import Tensor
 
 from fused_kd import Head
@@ -66,14 +67,9 @@ def _outcome(loss: Callable[..., Any], sides: Sides, **keywords: Any) -> tuple[T
     return value.detach(), *(x / scale for x in torch.autograd.grad(scale * value, leaves))
 
 
-def _distance(got: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference, relative to that of the exact value."""
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
-
-
 def _close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], loss: float, grad: float) -> None:
     for mine, theirs, limit in zip(got, want, (loss, grad, grad), strict=True):
-        assert _distance(mine, theirs) <= limit
+        assert distance(mine, theirs) <= limit
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -88,7 +84,7 @@ def test_error_rule(backend: str, divergence: str, dtype: torch.dtype) -> None:
         got = _outcome(loss_of, sides, **keywords)
         for i, (mine, theirs, want) in enumerate(zip(got, baseline, exact, strict=True)):
             slack = 8 * EPS + (0 if i == 0 else torch.finfo(dtype).eps / 4)
-            assert _distance(mine, want) <= 1.1 * _distance(theirs, want) + slack
+            assert distance(mine, want) <= 1.1 * distance(theirs, want) + slack
 
 
 @pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
@@ -152,14 +148,14 @@ def test_nothing_waits_for_the_device(backend: str, layout: str, dtype: torch.dt
                     torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
 
 
-@pytest.mark.parametrize("given", few_here(["logits", "head"]))
+@pytest.mark.parametrize("kind", few_here(["logits", "head"]))
 @heavy
-def test_peak_memory(backend: str, given: str) -> None:
+def test_peak_memory(backend: str, kind: str) -> None:
     # Gradients, a float32 weight gradient, the budget, and a few mebibytes
     student, teacher, labels = _heads(BRAIN, size(2048, 9), size(128256, 90), size(512, 8))
     logits = teacher.hidden @ teacher.weight.t()
     budget = size(256, 64) * MIB
-    sides = (student, teacher if given == "head" else logits, labels)
+    sides = (student, teacher if kind == "head" else logits, labels)
     keywords = {"memory_budget": budget, "backend": backend}
     peak = peak_bytes(lambda: _outcome(loss_of, sides, **keywords))  # type: ignore[arg-type]
     gradients = student.hidden.nbytes + student.weight.nbytes

@@ -23,7 +23,7 @@ from gpu_device import (
     gradient,
     heavy,
     loss_of,
-    made,
+    make_batch,
     no_synchronization,
     obey_on_device,
     peak_bytes,
@@ -53,7 +53,7 @@ def _number(x: float) -> Tensor:
 @pytest.mark.parametrize("vocabulary", [size(32000, 40), size(151936, 90)])
 @pytest.mark.parametrize("divergence", few_here(["forward_kl", "jsd"]))
 def test_200_repetitions(backend: str, divergence: str, vocabulary: int) -> None:
-    inputs = made(size(1056, 8), vocabulary)
+    inputs = make_batch(size(1056, 8), vocabulary)
     keywords: Keywords = {"divergence": divergence, "temperature": 2.0, "backend": backend}
     want = both(*inputs, **keywords)
     for i in range(size(200, 3)):
@@ -64,16 +64,16 @@ def test_200_repetitions(backend: str, divergence: str, vocabulary: int) -> None
 @each_divergence
 def test_a_row_alone_and_in_a_batch(backend: str, divergence: str, dtype: torch.dtype) -> None:
     n = size(300, 5)
-    student, teacher, labels = made(n, size(128256, 90), dtype=dtype)
+    student, teacher, labels = make_batch(n, size(128256, 90), dtype=dtype)
     keywords: Keywords = {"divergence": divergence, "temperature": 2.0, "backend": backend}
     for reduction in ("sum", "none"):
         loss, grad = both(student, teacher, labels, reduction=reduction, **keywords)
         for row in (1, n // 2, n - 1):
-            one = slice(row, row + 1)
-            leaf = student.detach()[one].requires_grad_()
-            alone = both(leaf, teacher[one], labels[one], reduction=reduction, **keywords)
-            assert torch.equal(alone[1], grad[one])
-            assert reduction == "sum" or torch.equal(alone[0], loss[one])
+            part = slice(row, row + 1)
+            leaf = student.detach()[part].requires_grad_()
+            alone = both(leaf, teacher[part], labels[part], reduction=reduction, **keywords)
+            assert torch.equal(alone[1], grad[part])
+            assert reduction == "sum" or torch.equal(alone[0], loss[part])
 
 
 # --------------------------------------------------------------------------------- backward passes
@@ -82,7 +82,7 @@ def test_a_row_alone_and_in_a_batch(backend: str, divergence: str, dtype: torch.
 @each_dtype
 @each_divergence
 def test_in_place(backend: str, divergence: str, dtype: torch.dtype) -> None:
-    student, teacher, labels = made(ROWS, V, dtype=dtype)
+    student, teacher, labels = make_batch(ROWS, V, dtype=dtype)
     keywords: Keywords = {"divergence": divergence, "backend": backend}
     want = both(student, teacher, labels, **keywords)
     logits = as_output(student.detach().clone().requires_grad_())
@@ -94,7 +94,7 @@ def test_in_place(backend: str, divergence: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 @each_dtype
 def test_upstream_gradients(backend: str, dtype: torch.dtype, inplace: bool) -> None:
-    student, teacher, labels = made(ROWS, V, dtype=dtype)
+    student, teacher, labels = make_batch(ROWS, V, dtype=dtype)
     keywords: Keywords = {"temperature": 2.0, "reduction": "sum", "backend": backend}
 
     def times(factor: float) -> Tensor:
@@ -118,7 +118,7 @@ def test_upstream_gradients(backend: str, dtype: torch.dtype, inplace: bool) -> 
 
 @each_dtype
 def test_a_graph_that_is_retained_R_20(backend: str, dtype: torch.dtype) -> None:
-    inputs = made(ROWS, V, dtype=dtype)
+    inputs = make_batch(ROWS, V, dtype=dtype)
     keywords: Keywords = {"temperature": 2.0, "reduction": "sum", "backend": backend}
     loss, close = loss_of(*inputs, **keywords), {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2**-23}
     first = gradient(loss, inputs[0], _number(2.0), retain_graph=True)
@@ -136,7 +136,7 @@ def test_a_graph_that_is_retained_R_20(backend: str, dtype: torch.dtype) -> None
 def test_rows_with_upstream_gradients_of_their_own_R_23_R_24(
     backend: str, dtype: torch.dtype, expanded: bool
 ) -> None:
-    inputs = made(ROWS, V, dtype=dtype)
+    inputs = make_batch(ROWS, V, dtype=dtype)
     upstream = _number(-0.7).expand(ROWS) if expanded else torch.randn(ROWS, device=DEVICE)
     rows = loss_of(*inputs, reduction="none", temperature=2.0, backend=backend)
     got = gradient(rows, inputs[0], upstream)
@@ -147,7 +147,7 @@ def test_half_precision_with_a_loss_scale(backend: str) -> None:
     # torch.amp's scaler at 65536, float32 weights, float16 logits: against float32 logits
     n, v = size(256, 16), size(32000, 60)
     hidden, head = torch.randn(n, 32, device=DEVICE), nn.Linear(32, v, device=DEVICE)
-    _, teacher, labels = made(n, v, dtype=HALF)
+    _, teacher, labels = make_batch(n, v, dtype=HALF)
 
     def run(half: bool, backend: str) -> Tensor:
         scaler = torch.amp.GradScaler(DEVICE, init_scale=65536.0, enabled=half)
@@ -192,7 +192,7 @@ def test_a_captured_graph_with_other_inputs(
     backend: str, divergence: str, dtype: torch.dtype
 ) -> None:
     v = size(128256, 50)
-    student, teacher, labels = made(6, v, dtype=dtype)
+    student, teacher, labels = make_batch(6, v, dtype=dtype)
     keywords: Keywords = {"divergence": divergence, "temperature": 2.0, "backend": backend}
     results, replay = _captured(lambda: both(student, teacher, labels, **keywords))
     for seed in range(3):
@@ -210,7 +210,7 @@ def test_a_captured_graph_with_other_inputs(
 @each_divergence
 def test_another_stream_R_56(backend: str, divergence: str, dtype: torch.dtype) -> None:
     # The stream is busy before the inputs arrive: work on another one reads NaN
-    student, teacher, labels = made(ROWS, V, dtype=dtype)
+    student, teacher, labels = make_batch(ROWS, V, dtype=dtype)
     base: Keywords = {"divergence": divergence, "temperature": 2.0, "backend": backend}
     for reduction in ("none", "mean", "sum"):
         keywords = {**base, "reduction": reduction}
@@ -233,7 +233,7 @@ def test_another_stream_R_56(backend: str, divergence: str, dtype: torch.dtype) 
 def test_nothing_waits_for_the_device_R_57(
     backend: str, divergence: str, dtype: torch.dtype
 ) -> None:
-    student, teacher, labels = made(ROWS, V, dtype=dtype)
+    student, teacher, labels = make_batch(ROWS, V, dtype=dtype)
     weight, upstream = torch.rand(ROWS, device=DEVICE), _number(0.3)
     calls: list[Keywords] = [
         {"reduction": "mean"},
@@ -253,7 +253,7 @@ def test_nothing_waits_for_the_device_R_57(
 def test_a_device_that_is_not_the_current_one_R_55(backend: str) -> None:
     if REAL and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    student, teacher, labels = made(ROWS, V)
+    student, teacher, labels = make_batch(ROWS, V)
     want = both(student, teacher, labels, backend=backend)
     student, teacher, labels = (
         x.detach().to("cuda:1" if REAL else DEVICE) for x in (student, teacher, labels)
@@ -272,7 +272,7 @@ def test_a_device_that_is_not_the_current_one_R_55(backend: str) -> None:
 @heavy
 def test_peak_memory(backend: str, divergence: str, n: int) -> None:
     # One gradient and less than a mebibyte; in place, the mebibyte alone
-    student, teacher, labels = made(n, size(128256, 90))
+    student, teacher, labels = make_batch(n, size(128256, 90))
     keywords: Keywords = {"temperature": 2.0, "divergence": divergence, "backend": backend}
     for inplace in (False, True):
 
@@ -294,7 +294,7 @@ def test_compiled_without_a_break(backend: str, dtype: torch.dtype, reduction: s
 
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if REAL else "aot_eager")
     for n in (6, 11):
-        inputs = made(n, size(32000, 50), dtype=dtype)
+        inputs = make_batch(n, size(32000, 50), dtype=dtype)
         ours, theirs = compiled(*inputs), loss(*inputs)
         torch.testing.assert_close(ours, theirs)
         upstream = torch.rand_like(theirs)

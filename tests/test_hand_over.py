@@ -63,13 +63,13 @@ def test_two_threads_in_the_backward_of_one_graph(
     upstream = torch.tensor(2.0)  # a scale that rounds nothing
     for _ in range(5):
         loss, inputs = make(dtype, backend=backend)
-        found = in_threads(
+        results = in_threads(
             lambda loss=loss, inputs=inputs: torch.autograd.grad(
                 loss, inputs, upstream, retain_graph=True
             )
         )
         once = torch.autograd.grad(loss, inputs)
-        for gradients in found:
+        for gradients in results:
             for got, want in zip(gradients, once, strict=True):
                 torch.testing.assert_close(got, 2 * want, rtol=1e-2, atol=1e-6)
 
@@ -79,12 +79,12 @@ def test_in_place_one_of_two_threads_raises(backend: str, dtype: torch.dtype) ->
     want = torch.autograd.grad(kd_loss(student, teacher, labels, backend=backend), student)
     logits = student * 1.0
     loss = kd_loss(logits, teacher, labels, inplace=True, backend=backend)
-    found = in_threads(
+    outcomes = in_threads(
         lambda: torch.autograd.grad(loss, logits, torch.tensor(2.0), retain_graph=True)[0].clone()
     )
-    (error,) = (x for x in found if isinstance(x, Exception))
+    (error,) = (x for x in outcomes if isinstance(x, Exception))
     assert "a second backward after inplace=True" in str(error)
-    (gradient,) = (x for x in found if isinstance(x, Tensor))
+    (gradient,) = (x for x in outcomes if isinstance(x, Tensor))
     torch.testing.assert_close(gradient, 2 * want[0], rtol=1e-2, atol=1e-6)
 
 
@@ -98,8 +98,8 @@ def test_a_batch_of_upstream_gradients(
     upstream = torch.rand(3, *loss.shape)
     torch.autograd.grad(loss, inputs, upstream[0], retain_graph=True)  # takes the first gradient
     batch = torch.autograd.grad(loss, inputs, upstream, is_grads_batched=True, retain_graph=True)
-    for i, one in enumerate(upstream):
-        want = torch.autograd.grad(loss, inputs, one, retain_graph=True)
+    for i, vector in enumerate(upstream):
+        want = torch.autograd.grad(loss, inputs, vector, retain_graph=True)
         for got, expected in zip(batch, want, strict=True):
             assert torch.equal(got[i], expected)
 

@@ -52,10 +52,10 @@ def test_rows_do_not_depend_on_the_height_of_a_chunk(dtype: torch.dtype) -> None
 def test_the_weight_gradient_is_as_exact_in_many_chunks() -> None:
     heads = make_heads(rows=512, dtype=torch.bfloat16)
     exact = truth(heads).weight
-    one, many = (distance(ours(heads, chunk_rows=c).weight, exact) for c in (512, 2))
-    assert many <= 1.01 * one
+    in_one, in_many = (distance(ours(heads, chunk_rows=c).weight, exact) for c in (512, 2))
+    assert in_many <= 1.01 * in_one
     rounded = ours(heads, chunk_rows=2, grad_accum_dtype=torch.bfloat16)
-    assert distance(rounded.weight, exact) > 3 * one  # what float32 is there to avoid
+    assert distance(rounded.weight, exact) > 3 * in_one  # what float32 is there to avoid
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 7])
@@ -65,11 +65,11 @@ def test_a_bias_wider_than_its_head_keeps_its_digits(
 ) -> None:
     # In one chunk too, whose weight gradient is accumulated in 16 bits.
     narrow = make_heads(dtype=torch.bfloat16)
-    for wide in (torch.float32, torch.float64):  # of which the sums are float32
-        heads = narrow._replace(bias=narrow.bias.detach().to(wide).requires_grad_())
+    for bias_dtype in (torch.float32, torch.float64):  # of which the sums are float32
+        heads = narrow._replace(bias=narrow.bias.detach().to(bias_dtype).requires_grad_())
         upstream = torch.tensor(3.0)
         got = ours(heads, upstream, chunk_rows=chunk_rows, grad_accum_dtype=accumulate)
-        assert got.bias.dtype == wide
+        assert got.bias.dtype == bias_dtype
         assert distance(got.bias, truth(heads, upstream).bias) < 1e-6
 
 
@@ -81,36 +81,37 @@ def test_no_teacher_where_only_labels_are_learned_from(backend: str) -> None:
         bias=masked.bias.requires_grad_(), labels=torch.where(heads.labels == 5, 6, heads.labels)
     )
     options: dict[str, Any] = {"soft_weight": 0, "label_smoothing": 0.1, "backend": backend}
-    given = ours(masked, **options)
+    with_teacher = ours(masked, **options)
     loss = kd_loss(masked.student_side, None, masked.labels, **options)
-    assert torch.equal(loss, given.loss)
+    assert torch.equal(loss, with_teacher.loss)
     double = masked._replace(teacher_hidden=masked.teacher_hidden.double())
     double = double._replace(teacher_weight=masked.teacher_weight.double())
-    for got, expected in zip(ours(double, **options), given, strict=True):  # it decides no dtype
+    for got, expected in zip(ours(double, **options), with_teacher, strict=True):
+        # the teacher has no influence on dtypes
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
     rest = [i for i in range(131) if i != 5]
     logits = F.linear(*masked.student)[:, rest]
     labels = torch.where(masked.labels > 5, masked.labels - 1, masked.labels)
     want = 0.5 * F.cross_entropy(logits, labels, label_smoothing=0.1)
-    torch.testing.assert_close(given.loss, want.detach())
+    torch.testing.assert_close(with_teacher.loss, want.detach())
     gradients = torch.autograd.grad(want, masked.student)
-    torch.testing.assert_close(given[1:], gradients, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(with_teacher[1:], gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_of_a_teacher_instead_of_a_head() -> None:
     heads = make_heads()
     logits = F.linear(*heads.teacher)
     for dtype in DTYPES:
-        given = logits.to(dtype)
-        padded = F.pad(given, (0, 3))[:, :-3]  # rows that are not contiguous
-        for teacher in (given, padded, given.t().contiguous().t()):
+        cast = logits.to(dtype)
+        padded = F.pad(cast, (0, 3))[:, :-3]  # rows that are not contiguous
+        for teacher in (cast, padded, cast.t().contiguous().t()):
             for ignored in (False, True):
                 labels = heads.labels.clone()
                 labels[::2] = -100 if ignored else 0
                 student = Head(heads.hidden, heads.weight)
                 got = kd_loss(student, teacher, labels, chunk_rows=9)
-                want = kd_loss(F.linear(heads.hidden, heads.weight), given, labels)
+                want = kd_loss(F.linear(heads.hidden, heads.weight), cast, labels)
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
@@ -118,16 +119,16 @@ def test_logits_of_a_teacher_instead_of_a_head() -> None:
 def test_each_model_has_its_own_dtype(dtypes: tuple[int, int]) -> None:
     kinds = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
     heads = make_heads(dtype=kinds[dtypes[0]])
-    taught = make_heads(dtype=kinds[dtypes[1]])
+    teachers = make_heads(dtype=kinds[dtypes[1]])
     heads = heads._replace(
-        teacher_hidden=taught.teacher_hidden, teacher_weight=taught.teacher_weight
+        teacher_hidden=teachers.teacher_hidden, teacher_weight=teachers.teacher_weight
     )
     got, want = ours(heads), truth(heads)
     assert got.loss.dtype == (torch.float64 if 64 in dtypes else torch.float32)
     eps = torch.finfo(kinds[dtypes[0]]).eps
     near(got, want, 1e-6 + eps)
-    given = F.linear(*(x.double() for x in heads.teacher))
-    loss = kd_loss(heads.student_side, given, heads.labels)
+    teacher_logits = F.linear(*(x.double() for x in heads.teacher))
+    loss = kd_loss(heads.student_side, teacher_logits, heads.labels)
     assert distance(loss.detach(), want.loss) < 1e-6
 
 
@@ -167,14 +168,14 @@ def test_rows_that_lie_apart_are_not_copied_together() -> None:
     student = Head(hidden.contiguous(), heads.weight)
     want = kd_loss(student, Head(teacher.contiguous(), heads.teacher_weight), labels)
     (expected,) = torch.autograd.grad(want, hidden)
-    for given in (Head(teacher, heads.teacher_weight), logits):
-        got = kd_loss(Head(hidden, heads.weight), given, labels, chunk_rows=7)
+    for side in (Head(teacher, heads.teacher_weight), logits):
+        got = kd_loss(Head(hidden, heads.weight), side, labels, chunk_rows=7)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], expected)
 
 
 def test_rows_at_an_offset_of_2_to_the_31() -> None:
-    # Address space, of which two rows of each model are touched.
+    # Address space only: two rows of each model are touched.
     heads = make_heads(rows=2, dtype=torch.bfloat16)
     want = ours(heads)
 
@@ -251,7 +252,7 @@ def test_a_vocabulary_padded_with_minus_infinity_changes_nothing() -> None:
 
 
 def test_a_skewed_mask_in_chunks_of_any_height(backend: str) -> None:
-    # A mean over the chunks is another number than one over the tokens.
+    # A mean over the chunks differs from a mean over the tokens.
     plain = make_heads(rows=11)
     for first, last in ((2, 5), (0, 1), (3, 11)):  # all kept tokens follow each other
         labels = torch.full((11,), -100)

@@ -1,7 +1,7 @@
 """Heads that something else changes: the loss is that of the model's logits, or refused (N-26).
 
-Public reports (TRL#4612, unsloth#9331): an lm_head whose weight is read past what changes it gives
-a loss of another model, in silence.
+Public reports (TRL#4612, unsloth#9331): if the weight of an lm_head is read
+without what changes it, the loss is silently that of another model.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A product of hidden states and weights in float32 carries an error that its length and the sizes of
 its terms bound. From it follow bounds for the loss and the gradients, in float64, without a second
-implementation to compare with. If the bound leaves the softmax open (logits of 1e30, say), or
-a sum of the product may overflow, only the range is checked.
+implementation to compare with. If the bound leaves the softmax undetermined (logits of 1e30, for
+example), or a sum of the product may overflow, only the range is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Side(NamedTuple):
 
     probability: Tensor  # (N, V)
     error: Tensor  # (N, 1) relative, of each probability that does not vanish
-    is_open: Tensor  # (N,) bool: the bound does not decide the softmax
+    is_open: Tensor  # (N,) bool: the softmax is undetermined by the bound
     may_overflow: Tensor  # (N,) bool
 
 
@@ -126,8 +126,8 @@ def _check(case: Drawn, backend: str) -> int:
         chunk_rows=case.chunk_rows,
         backend=backend,
     )
-    given = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad(losses, given, case.upstream.float())
+    inputs = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad(losses, inputs, case.upstream.float())
 
     s, t = (_side(side, case.temperature) for side in (case.student, case.teacher))
     wild, t2 = s.may_overflow | t.may_overflow, case.temperature**2
@@ -148,7 +148,7 @@ def _check(case: Drawn, backend: str) -> int:
     moved = 0.5 * (flipped + p * flipped.sum(1, keepdim=True) + p * (6 * s.error + 16 * EPS))
     moved = scale.abs() * (torch.where(closed[:, None], moved, 1.0) + 8 * TINY) + 2 * TINY
     # by the products: their own rounding, one of the operand to 16 bits
-    x, w = (tensor.detach().double() for tensor in given[:2])
+    x, w = (tensor.detach().double() for tensor in inputs[:2])
     assert x is not None
     largest, rounding = by_logits.abs() + moved, (p.shape[1] + len(p)) * EPS
     rounding += 2**-8 if weight.dtype == torch.bfloat16 else 0.0
@@ -173,7 +173,7 @@ def test_tvd_of_any_heads(cases: int, backend: str) -> None:
         case = _draw(seed)
         compared += _check(case, backend)
         rows += len(case.upstream)
-    assert compared > rows / 3  # or the bounds decide nothing
+    assert compared > rows / 3  # or the bounds prove nothing
 
 
 def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str) -> None:
@@ -181,13 +181,13 @@ def test_logits_beyond_float32_follow_the_rules_of_infinite_logits(backend: str)
     up, down = 2.0**100, -(2.0**100)
     hidden = torch.tensor([[1.0, 0.0], [up, 0.0], [down, 0.0], [0.0, down]], requires_grad=True)
     weight = torch.tensor([[0.5, 0.0], [up, up], [0.0, 0.25]], requires_grad=True)
-    taught = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, down]])
+    teacher_hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, down]])
     head = torch.tensor([[0.25, 0.0], [0.125, up], [0.0, 0.5]])
     options = {"hard_weight": 0.0, "soft_weight": 1.0, "divergence": "tvd", "backend": backend}
-    sides = Head(hidden, weight), Head(taught, head)
+    sides = Head(hidden, weight), Head(teacher_hidden, head)
     loss = kd_loss(*sides, reduction="none", chunk_rows=2, **options)
     with torch.no_grad():
-        logits, teacher = hidden @ weight.t(), taught @ head.t()
+        logits, teacher = hidden @ weight.t(), teacher_hidden @ head.t()
     assert logits[:, 1].tolist() == [up, math.inf, -math.inf, -math.inf]
     assert teacher[3].tolist() == [0.0, -math.inf, 0.5 * down]
     q = teacher[0].softmax(0)

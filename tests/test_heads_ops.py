@@ -95,7 +95,7 @@ def test_flop_counter_mode_counts_the_products(wanted: tuple[bool, bool], reduct
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_logits_next_to_a_head_are_an_operator(inplace: bool) -> None:
-    # A mode that counts or fakes operators sees it.
+    # So a mode that counts or fakes operators includes it.
     heads = make_heads()
     logits = F.linear(*heads.student)
     with FlopCounterMode(display=False) as counter:

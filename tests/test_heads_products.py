@@ -71,7 +71,7 @@ def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
 def test_cuda_too_few_kept_rows_are_not_a_number(
     as_on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # If the host does not look, rows must not be left out silently.
+    # Without the check on the host, rows must not be left out silently.
     monkeypatch.setattr(checks, "_check_kept_rows", lambda *arguments: None)
     heads = make_heads()
     assert ours(heads, kept_rows=37).loss.isfinite()
@@ -120,28 +120,28 @@ def _rounded_by_a_kernel_of_its_own(
     w = torch.full((rows,), 0.5) / rows
     of_hidden, of_weight = torch.empty_like(hidden), torch.zeros(weight.shape)
     for begin in range(0, rows, chunk_rows):
-        here = slice(begin, begin + chunk_rows)
-        s = (hidden[here].double() @ weight.t().double()).float()
+        chunk = slice(begin, begin + chunk_rows)
+        s = (hidden[chunk].double() @ weight.t().double()).float()
         if isinstance(teacher, tuple):
-            t = (teacher[0][here].double() @ teacher[1].t().double()).float()
+            t = (teacher[0][chunk].double() @ teacher[1].t().double()).float()
         else:
-            t = s if teacher is None else teacher[here]
-        w_soft = None if teacher is None else w[here]
-        inputs = (s[None], t[None], heads.labels[here], w[here], w_soft)
+            t = s if teacher is None else teacher[chunk]
+        w_soft = None if teacher is None else w[chunk]
+        inputs = (s[None], t[None], heads.labels[chunk], w[chunk], w_soft)
         gradient = reference.forward_backward(*inputs, formula)[3][0].to(dtype).double()
-        of_hidden[here] = (gradient @ weight.double()).float().to(dtype)
-        of_weight.add_(gradient.t() @ hidden[here].double())
+        of_hidden[chunk] = (gradient @ weight.double()).float().to(dtype)
+        of_weight.add_(gradient.t() @ hidden[chunk].double())
     return of_hidden, of_weight.to(dtype)
 
 
 @pytest.mark.parametrize("first_part", [16, 1])
 @pytest.mark.parametrize("chunk_rows", [37, 10])
-@pytest.mark.parametrize("given", ["head", "logits", "copied logits", "none"])
+@pytest.mark.parametrize("kind", ["head", "logits", "copied logits", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("as_on_cuda")
 def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     dtype: torch.dtype,
-    given: str,
+    kind: str,
     chunk_rows: int,
     first_part: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -152,13 +152,13 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     logits = F.linear(*heads.teacher).float()
     copied = torch.stack([logits, logits], -1)[..., 0]
     sides = {"head": heads.teacher_side, "logits": logits, "copied logits": copied}
-    teacher: Any = sides.get(given)
+    teacher: Any = sides.get(kind)
     keywords: dict[str, Any] = {"chunk_rows": chunk_rows, "backend": "reference"}
-    if given == "none":
+    if kind == "none":
         keywords["soft_weight"] = 0.0
     loss = kd_loss(Head(heads.hidden, heads.weight), teacher, heads.labels, **keywords)
     got = torch.autograd.grad(loss, (heads.hidden, heads.weight))
-    plain = heads.teacher if given == "head" else teacher
+    plain = heads.teacher if kind == "head" else teacher
     want = _rounded_by_a_kernel_of_its_own(heads, plain, chunk_rows)
     identical(got, want)
 
@@ -169,11 +169,11 @@ def _apart(a: Tensor, b: Tensor) -> bool:
     return a_end <= b_begin or b_end <= a_begin
 
 
-@pytest.mark.parametrize("given", ["head", "logits", "copied logits"])
+@pytest.mark.parametrize("kind", ["head", "logits", "copied logits"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.usefixtures("as_on_cuda")
 def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
-    dtype: torch.dtype, given: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The row kernel rounds the others; and no buffer but the logits' own with a teacher's head.
     visits: list[tuple[int, bool, torch.dtype]] = []
@@ -193,36 +193,35 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
     monkeypatch.setattr(driver, "_HeadChunk", Watched)
     monkeypatch.setattr(operators, "named", lambda name: SimpleNamespace(forward_backward=watch))
     heads = make_heads(rows=37, dtype=dtype)
-    given_logits = F.linear(*heads.teacher)
-    copied = torch.stack([given_logits, given_logits], -1)[..., 0]
-    sides = {"head": heads.teacher_side, "logits": given_logits, "copied logits": copied}
-    kd_loss(Head(heads.hidden, heads.weight), sides[given], heads.labels, backend="reference")
-    wide = torch.float32
-    if dtype == wide or given == "copied logits":
-        assert visits == [(37, True, wide)]
-    elif given == "logits":
+    teacher_logits = F.linear(*heads.teacher)
+    copied = torch.stack([teacher_logits, teacher_logits], -1)[..., 0]
+    sides = {"head": heads.teacher_side, "logits": teacher_logits, "copied logits": copied}
+    kd_loss(Head(heads.hidden, heads.weight), sides[kind], heads.labels, backend="reference")
+    accum_dtype = torch.float32
+    if dtype == accum_dtype or kind == "copied logits":
+        assert visits == [(37, True, accum_dtype)]
+    elif kind == "logits":
         assert visits == [(37, False, dtype)]
     else:
         out = [(rows, False, dtype) for rows in (3, 6, 12, 13)]
-        assert visits == [(3, True, wide), *out]
+        assert visits == [(3, True, accum_dtype), *out]
     (buffer,) = buffers
     if buffer.gradient is None:  # made when the copy is gone
-        assert given == "copied logits"
+        assert kind == "copied logits"
         return
     gradient = buffer.gradient.untyped_storage().data_ptr()
     buffers_of_logits = (buffer.logits, buffer.teacher.buffer)
     logits = [x.untyped_storage().data_ptr() for x in buffers_of_logits if x is not None]
-    assert (gradient in logits) == (given == "head" or dtype == wide)
+    assert (gradient in logits) == (kind == "head" or dtype == accum_dtype)
 
 
-def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
-    """Return what sizes are computed from."""
-    given = teacher
+def _problem(student: Head, teacher: Any) -> driver.Problem:
+    """Return a problem from which sizes are computed."""
     if isinstance(teacher, Head):
-        given = products.Projection(*teacher[:3], torch.bfloat16)
+        teacher = products.Projection(*teacher[:3], torch.bfloat16)
     return driver.Problem(
         student=products.Projection(*student[:3], torch.bfloat16),
-        teacher=given,
+        teacher=teacher,
         labels=None,
         w_hard=None,
         w_soft=None,
@@ -240,12 +239,10 @@ def _problem(student: Head, teacher: Head | Tensor | None) -> driver.Problem:
 
 
 @pytest.mark.parametrize("gathered", [True, False])
-@pytest.mark.parametrize("given", ["head", "logits", "none"])
+@pytest.mark.parametrize("kind", ["head", "logits", "none"])
 @pytest.mark.usefixtures("as_on_cuda")
-def test_cuda_memory_of_a_chunk(
-    given: str, gathered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What the height of a chunk is computed from is what a chunk takes.
+def test_cuda_memory_of_a_chunk(kind: str, gathered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The bytes that determine a chunk's height are the bytes that a chunk takes.
     def mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
         """Allocate nothing."""
         torch.ops.fused_kd.product_(out, a, b, None, torch.bfloat16, False, add)
@@ -255,9 +252,9 @@ def test_cuda_memory_of_a_chunk(
     heads = make_heads(rows, vocabulary, torch.bfloat16)
     student = Head(heads.hidden, heads.weight)
     sides = {"head": heads.teacher_side, "logits": F.linear(*heads.teacher)}
-    teacher = sides.get(given)
+    teacher = sides.get(kind)
     sizes = driver.sizes_of(_problem(student, teacher), products.CudaProducts(), gathered)
-    soft_weight = 0.0 if given == "none" else 0.5
+    soft_weight = 0.0 if kind == "none" else 0.5
 
     def step() -> None:
         loss = kd_loss(
@@ -293,8 +290,8 @@ def test_cuda_student_logits(dtype: torch.dtype, inplace: bool, kept_rows: int |
         logits[::3] = torch.nan
         heads.teacher_hidden[::3] = torch.inf
     keywords: dict[str, Any] = {"chunk_rows": 10, "kept_rows": kept_rows, "inplace": inplace}
-    given = logits * 1 if inplace else logits
-    loss = kd_loss(given, heads.teacher_side, heads.labels, **keywords)
+    student = logits * 1 if inplace else logits
+    loss = kd_loss(student, heads.teacher_side, heads.labels, **keywords)
     (got,) = torch.autograd.grad(loss, logits)
     assert got.dtype == dtype
     assert not got[::3].any()
@@ -317,7 +314,7 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 
 class _NothingWaits(TorchDispatchMode):
-    """Refuses what a GPU's host waits for: values that are read, tensors of Python numbers."""
+    """Refuse what a GPU's host waits for: reading values, making tensors of Python numbers."""
 
     aten = torch.ops.aten
     refused = (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select)
@@ -326,7 +323,7 @@ class _NothingWaits(TorchDispatchMode):
         assert func.overloadpacket not in self.refused, f"{func}: the host waits for the device"
         for name in ("chunked_losses", "chunked_gradients"):
             if func is getattr(torch.ops.fused_kd, name).default:
-                with self:  # look into it
+                with self:  # trace into the operator
                     return getattr(operators, name)(*args)
         return func(*args, **(kwargs or {}))
 
@@ -345,13 +342,13 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("given", ["head", "logits"])
+@pytest.mark.parametrize("kind", ["head", "logits"])
 @pytest.mark.parametrize("kept_rows", [None, 32])
 @pytest.mark.parametrize("layout", _LAYOUTS)
 def test_nothing_waits_for_the_device(
     layout: str,
     kept_rows: int | None,
-    given: str,
+    kind: str,
     as_on_cuda: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -361,7 +358,7 @@ def test_nothing_waits_for_the_device(
     lay_out = _LAYOUTS[layout]
     student = Head(lay_out(heads.hidden), heads.weight, heads.bias)
     teacher: Any = Head(lay_out(heads.teacher_hidden), heads.teacher_weight)
-    if given == "logits":
+    if kind == "logits":
         teacher = lay_out(F.linear(*heads.teacher))
     labels = heads.labels.view(student.hidden.shape[:-1])
     with _NothingWaits():

@@ -118,9 +118,9 @@ def test_tied_embeddings_get_both_gradients() -> None:
     tokens = torch.randint(131, (37,))
     heads = make_heads()
 
-    def run(given: str) -> Tensor:
+    def run(kind: str) -> Tensor:
         hidden = torch.tanh(embedding(tokens))
-        if given == "heads":
+        if kind == "heads":
             loss = kd_loss(Head(hidden, embedding.weight), heads.teacher_side, heads.labels)
         else:
             logits = F.linear(hidden, embedding.weight)

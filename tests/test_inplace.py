@@ -100,7 +100,7 @@ def test_the_gradient_has_the_memory_of_the_logits_and_is_given_once(
 def test_a_second_backward_out_of_place_gives_the_same(
     backend: str, dtype: torch.dtype, reduction: str
 ) -> None:
-    # Next to a Head; of logits it is in test_autograd.py.
+    # Next to a Head; test_autograd.py has it for logits.
     _, logits, teacher, labels = make("head", dtype, "a slice of the sequence")
     loss = run(logits, teacher, labels, reduction=reduction, backend=backend)
     upstream = torch.full(loss.shape, 2.0)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.backends import instruction_sets, threads
+from support.backends import threads
 from support.logits import (
     identical,
     rows_and_gradient,
@@ -27,16 +25,6 @@ _module = extension.cpu.load()
 pytestmark = pytest.mark.skipif(_module is None, reason=str(extension.cpu.why_not()))
 
 
-@pytest.fixture(params=instruction_sets())
-def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """Return the compiled module, computing with one instruction set after the other."""
-    assert _module is not None
-    _module.choose_instruction_set(request.param)
-    assert _module.build_info()["instruction_set"] == request.param
-    yield _module
-    _module.choose_instruction_set("")
-
-
 # read in place (float32, bfloat16), and through copies (half, and a teacher of another dtype)
 DTYPE_PAIRS = [
     (torch.float32, torch.float32),
@@ -49,9 +37,7 @@ SOME_REGIMES = ["language_model", "confident", "range_400", "inf_columns", "fini
 
 
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
-def test_error_rule(
-    native: ModuleType, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
+def test_error_rule(isa: str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     for i, regime in enumerate(SOME_REGIMES):
         if divergence == "mse" and regime == "finite_mask":
             continue  # the square of 1e30 is no float32
@@ -64,7 +50,7 @@ def test_error_rule(
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[:4])
-def test_a_low_temperature_does_not_overflow(native: ModuleType, divergence: str) -> None:
+def test_a_low_temperature_does_not_overflow(isa: str, divergence: str) -> None:
     # A later block whose maximum is a little above the first's: e^(4/T) is beyond float32.
     student, teacher = 0.1 * torch.randn(2, 2, 6016)
     student[:, 3000], teacher[:, 3000], student[:, 3001] = 3.5, 3.4, 3.45
@@ -78,7 +64,7 @@ def test_a_low_temperature_does_not_overflow(native: ModuleType, divergence: str
 @pytest.mark.parametrize("logit", [-2000.0, -1e4, -float("inf")])
 @pytest.mark.parametrize("divergence", DIVERGENCES[:4])
 def test_the_gradient_at_a_label_of_probability_zero(
-    native: ModuleType, divergence: str, logit: float
+    isa: str, divergence: str, logit: float
 ) -> None:
     student, teacher = torch.randn(2, 1, 50)
     student[0, 3] = logit
@@ -104,7 +90,7 @@ def _divergence(name: str, s: Any, t: Any, temperature: float, beta: float) -> A
     return terms[name].sum(1)
 
 
-def test_rows_by_the_definitions(native: ModuleType, divergence: str) -> None:
+def test_rows_by_the_definitions(isa: str, divergence: str) -> None:
     # Losses and gradients by numpy alone: no reference backend, no autograd.
     generator = np.random.default_rng(0)
     student, teacher = generator.standard_normal((2, 4, 77)).astype(np.float32)
@@ -132,9 +118,9 @@ def test_rows_by_the_definitions(native: ModuleType, divergence: str) -> None:
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _module is not None
-    found = _module.build_info()["instruction_sets"]
+    sets = _module.build_info()["instruction_sets"]
     try:
-        for name, runs in found.items():
+        for name, runs in sets.items():
             monkeypatch.setenv("FUSED_KD_CPU", name)
             if runs:
                 _module.choose_instruction_set("")
@@ -143,12 +129,12 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
                 with pytest.raises(RuntimeError, match=f"FUSED_KD_CPU={name}: this processor has"):
                     _module.choose_instruction_set("")
         monkeypatch.setenv("FUSED_KD_CPU", "sse9")
-        known = ", ".join(found)
+        known = ", ".join(sets)
         with pytest.raises(RuntimeError, match=f"expected one of {known}, got 'sse9'"):
             _module.choose_instruction_set("")
         monkeypatch.delenv("FUSED_KD_CPU")
         _module.choose_instruction_set("")  # the best
-        best = next(name for name, runs in found.items() if runs)
+        best = next(name for name, runs in sets.items() if runs)
         assert _module.build_info()["instruction_set"] == best
     finally:
         monkeypatch.undo()
@@ -181,22 +167,20 @@ def _everything(inputs: tuple[Tensor, Tensor, Tensor], number: int, divergence: 
 
 # (N, V): the vocabulary split (one segment is 32768); the same, more rows; rows split; one thread's
 @pytest.mark.parametrize("shape", [(1, 70_001), (3, 32_800), (9, 4_100), (2, 300)])
-def test_the_threads_change_no_bit(
-    native: ModuleType, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_the_threads_change_no_bit(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     inputs = make_inputs("language_model", *shape, dtype)
     for divergence in ("forward_kl", "jsd"):
-        one = _everything(inputs, 1, divergence)
+        want = _everything(inputs, 1, divergence)
         for number in (2, 3):
-            identical(_everything(inputs, number, divergence), one)
+            identical(_everything(inputs, number, divergence), want)
 
 
-def test_a_row_has_the_same_bits_alone(native: ModuleType) -> None:
+def test_a_row_has_the_same_bits_alone(isa: str) -> None:
     student, teacher, labels = make_inputs("language_model", 16, 40_000, torch.bfloat16)
     batch = _everything((student, teacher, labels), 2, "forward_kl")
     for row in (0, 7, 15):
-        one = slice(row, row + 1)
-        alone = _everything((student[one], teacher[one], labels[one]), 2, "forward_kl")
-        assert torch.equal(batch[0][one], alone[0])
+        part = slice(row, row + 1)
+        alone = _everything((student[part], teacher[part], labels[part]), 2, "forward_kl")
+        assert torch.equal(batch[0][part], alone[0])
         for index in (1, 3):
-            assert torch.equal(batch[index][one], alone[index])
+            assert torch.equal(batch[index][part], alone[index])

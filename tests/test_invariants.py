@@ -217,8 +217,8 @@ def test_padding_with_absent_entries_and_ignored_rows(
         "backend": fast,
     }
     value, gradient = scalar_and_gradient(student, teacher, labels, **keywords)
-    wide = [F.pad(x, (0, padding), value=-math.inf) for x in (student, teacher)]
-    got = scalar_and_gradient(*wide, labels, **keywords)
+    padded = [F.pad(x, (0, padding), value=-math.inf) for x in (student, teacher)]
+    got = scalar_and_gradient(*padded, labels, **keywords)
     torch.testing.assert_close(got[0], value, rtol=4e-6, atol=1e-6)
     step = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     torch.testing.assert_close(got[1][:, :vocabulary], gradient, rtol=step, atol=1e-7)

@@ -62,8 +62,8 @@ def test_dtensors_are_refused(backend: str, mesh: DeviceMesh) -> None:
         for arguments in ((sharded(student), sharded(teacher)), (student, sharded(teacher))):
             with pytest.raises(TypeError, match="must be a local tensor; got a DTensor"):
                 kd_loss(*arguments, labels, backend=backend)
-        given = [heads.hidden, heads.weight, *heads.teacher]
+        tensors = [heads.hidden, heads.weight, *heads.teacher]
         for i in range(4):
-            arguments = (*given[:i], sharded(given[i]), *given[i + 1 :])
+            arguments = (*tensors[:i], sharded(tensors[i]), *tensors[i + 1 :])
             with pytest.raises(TypeError, match="must be a local tensor; got a DTensor"):
                 kd_loss(Head(*arguments[:2]), Head(*arguments[2:]), heads.labels, backend=backend)

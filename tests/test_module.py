@@ -1,4 +1,4 @@
-"""KDLoss and every keyword, as users, editors, type checkers and help() see them; the package."""
+"""KDLoss and every keyword: for users, editors, type checkers and help(); the package."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from support.processes import passes, run_python
 from torch import nn
 
 import fused_kd
-from fused_kd import KDLoss, kd_loss
-from fused_kd.env import VARIABLES, report
+from fused_kd import KDLoss, env, kd_loss
 from fused_kd.options import BACKENDS, OF_A_CALL, KDOptions, Keywords
 
 # ------------------------------------------------------------------------------------ the module
@@ -186,7 +185,7 @@ def test_the_docstrings_equivalent_block_is_true(backend: str) -> None:
 def test_type_checkers_see_the_fields_of_the_options() -> None:
     hints = get_type_hints(KDOptions)
     assert hints.keys() == FIELDS.keys()
-    del hints["return_parts"]  # explicit in the signatures: it decides the type of the result
+    del hints["return_parts"]  # explicit in the signatures: the type of the result depends on it
     assert get_type_hints(Keywords) == hints
     assert list(get_type_hints(Keywords)) == list(hints)
     assert Keywords.__required_keys__ == frozenset()
@@ -250,9 +249,9 @@ def test_a_type_checker_sees_the_result_and_refuses_what_is_wrong(tmp_path: Path
     snippet.write_text(CHECKED)
     # Tensor.backward has no annotations
     done = run_python("-m", "mypy", "--strict", "--allow-untyped-calls", snippet)
-    found = re.findall(r"snippet\.py:(\d+): error: ", done.stdout)
+    reported = re.findall(r"snippet\.py:(\d+): error: ", done.stdout)
     expected = [i for i, line in enumerate(CHECKED.splitlines(), 1) if line.endswith("# error")]
-    assert {int(line) for line in found} == set(expected), done.stdout + done.stderr
+    assert {int(line) for line in reported} == set(expected), done.stdout + done.stderr
 
 
 def test_a_call_takes_its_own_keywords_alone() -> None:
@@ -269,13 +268,14 @@ def test_public_names() -> None:
     assert fused_kd.__version__ == "0.1.0"
 
 
-def test_the_environment_report_prints_every_backend_and_variable() -> None:
-    found = report()
-    assert set(found["backends"]) == set(BACKENDS)
-    assert found["backends"]["reference"] == "available"
-    assert (
-        json.loads(passes(run_python("-m", "fused_kd.env", "--json")))["versions"]["fused_kd"]
-        == fused_kd.__version__
-    )
-    shown = passes(run_python("-m", "fused_kd.env"))
-    assert all(name in shown for name, _ in VARIABLES)
+def test_the_environment_report_prints_every_backend_and_variable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environment = env.report()
+    assert set(environment["backends"]) == set(BACKENDS)
+    assert environment["backends"]["reference"] == "available"
+    printed = json.loads(passes(run_python("-m", "fused_kd.env", "--json")))
+    assert printed["versions"]["fused_kd"] == fused_kd.__version__
+    assert env.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name, _ in env.VARIABLES)

@@ -71,18 +71,18 @@ def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[Any
     return DIVERGENCES.index(divergence), temperature, beta, True, smoothing
 
 
-def arguments(name: str, given: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
+def arguments(name: str, inputs: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
     """Return the arguments of an operator; statistics come from its forward."""
     numeric = numbers(divergence)
     if name == "forward_backward_into":
-        return *given, *numeric, torch.zeros(B, S, V, dtype=given[STUDENT].dtype)
+        return *inputs, *numeric, torch.zeros(B, S, V, dtype=inputs[STUDENT].dtype)
     if name in ROW_OPS:
-        return *given, *numeric
-    stats = op("forward")(*given, *numeric)[2]
+        return *inputs, *numeric
+    stats = op("forward")(*inputs, *numeric)[2]
     if name != "rescale_":
-        return *given, stats, *numeric
-    made = op("backward")(*given, stats, *numeric)
-    return *given, stats, *numeric, torch.tensor(0.75), made
+        return *inputs, stats, *numeric
+    gradient = op("backward")(*inputs, stats, *numeric)
+    return *inputs, stats, *numeric, torch.tensor(0.75), gradient
 
 
 @pytest.mark.parametrize(
@@ -154,23 +154,23 @@ def test_schema(name: str, written: list[str], returned: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: str) -> None:
-    given = rows(dtypes, layout=layout)
-    student = given[0]
+    inputs = rows(dtypes, layout=layout)
+    student = inputs[0]
     assert student is not None
-    *plain, grad = op("forward_backward")(*given, *numbers())
-    versions = [grad, op("backward")(*given, plain[2], *numbers())]
+    *plain, grad = op("forward_backward")(*inputs, *numbers())
+    versions = [grad, op("backward")(*inputs, plain[2], *numbers())]
     for name in ("forward_backward_", "backward_"):
         over = torch.empty_strided(student.shape, student.stride(), dtype=student.dtype)
         over.copy_(student)
         stats = () if name == "forward_backward_" else (plain[2],)
-        again = op(name)(over, *given[1:], *stats, *numbers())
+        again = op(name)(over, *inputs[1:], *stats, *numbers())
         versions.append(over)
         if again is not None:
             identical(again, plain)
     versions.append(logits(dtypes[0], layout))
-    again = op("forward_backward_into")(*given, *numbers(), versions[-1])
+    again = op("forward_backward_into")(*inputs, *numbers(), versions[-1])
     identical(again, plain)
-    identical(op("forward")(*given, *numbers()), plain)
+    identical(op("forward")(*inputs, *numbers()), plain)
     assert not grad.isnan().any()
     for version in versions:
         assert torch.equal(version, grad)
@@ -179,17 +179,17 @@ def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: st
         op("scale_")(into, scale)
         assert torch.equal(into, grad * scale)
         again = grad.clone()
-        op("rescale_")(*given, plain[2], *numbers(), scale, again)
+        op("rescale_")(*inputs, plain[2], *numbers(), scale, again)
         assert torch.equal(again, into)
 
 
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    given, scale = rows(dtypes), torch.tensor(0.3)
-    *_, stats, grad = op("forward_backward")(*given, *numbers())
-    op("rescale_")(*given, stats, *numbers(), scale, grad)
-    double = [x.double() if i in (0, 1) else x for i, x in enumerate(given)]
-    weights = [x * scale for x in given[W_HARD:]]
+    inputs, scale = rows(dtypes), torch.tensor(0.3)
+    *_, stats, grad = op("forward_backward")(*inputs, *numbers())
+    op("rescale_")(*inputs, stats, *numbers(), scale, grad)
+    double = [x.double() if i in (0, 1) else x for i, x in enumerate(inputs)]
+    weights = [x * scale for x in inputs[W_HARD:]]
     exact = reference.backward(*double[:W_HARD], *weights, stats, formula())
     eps = torch.finfo(dtypes[0]).eps
     torch.testing.assert_close(grad.double(), exact, rtol=0.51 * eps, atol=3e-7)
@@ -210,10 +210,10 @@ def test_a_gradient_of_16_bits_is_the_rounded_one(
         labels[1] = 0
         w_hard, w_soft = torch.rand(12), torch.rand(12)
         w_hard[4], w_soft[5], w_hard[6], w_soft[6] = 0, 0, 0, 0
-        given = (student, teacher.to(teacher_dtype), labels, w_hard, w_soft, formula(divergence))
-        *want, grad = run(*given)
+        inputs = (student, teacher.to(teacher_dtype), labels, w_hard, w_soft, formula(divergence))
+        *want, grad = run(*inputs)
         memory = torch.full((3, 5, vocabulary + 3), 7.0, dtype=dtype)
-        *got, into = run(*given, out=memory[:, :-1, 1:-2])
+        *got, into = run(*inputs, out=memory[:, :-1, 1:-2])
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         assert into.data_ptr() == memory[0, 0, 1:].data_ptr()
         torch.testing.assert_close(into, grad.to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -233,8 +233,8 @@ def test_a_gradient_has_one_place(backend: str) -> None:
 
 
 def test_no_rows_is_no_error() -> None:
-    given = [x if x is None else x[:0] for x in rows()]
-    hard, soft, stats, grad = op("forward_backward")(*given, *numbers())
+    inputs = [x if x is None else x[:0] for x in rows()]
+    hard, soft, stats, grad = op("forward_backward")(*inputs, *numbers())
     assert hard.shape == soft.shape == (0,)
     assert stats.shape == (0, ops.STATS)
     assert grad.shape == (0, S, V)
@@ -388,11 +388,11 @@ def test_a_place_for_the_gradient_is_refused() -> None:
 
 
 def test_a_label_outside_is_never_read() -> None:
-    # Python refuses it; the operator itself answers NaN, in that row alone.
-    given = rows()
-    given[LABELS] = torch.tensor([0, V, -1, 2**62, -(2**63), 1])
-    given[W_HARD] = torch.ones(N)
-    hard, soft, _, grad = op("forward_backward")(*given, *numbers())
+    # Python refuses it; the operator itself returns NaN, in that row alone.
+    inputs = rows()
+    inputs[LABELS] = torch.tensor([0, V, -1, 2**62, -(2**63), 1])
+    inputs[W_HARD] = torch.ones(N)
+    hard, soft, _, grad = op("forward_backward")(*inputs, *numbers())
     outside = torch.tensor([False, True, True, True, True, False])
     assert torch.equal(hard.isnan(), outside)
     assert not soft.isnan().any()

@@ -79,26 +79,26 @@ def step_peak(loss_of: Callable[..., Tensor], tensors: Tensors, **keywords: Any)
     return cpu_peak(lambda: loss_of(*tensors, **keywords).backward()).highest
 
 
-def assert_close(found: dict[str, int], measured: int) -> None:
-    predicted = sum(found.values())
-    assert abs(predicted - measured) <= 0.05 * measured, (found, predicted / MIB, measured / MIB)
+def assert_close(parts: dict[str, int], measured: int) -> None:
+    predicted = sum(parts.values())
+    assert abs(predicted - measured) <= 0.05 * measured, (parts, predicted / MIB, measured / MIB)
 
 
 # the logits are largest, so the peak is in the loss; the heads are, so it is in their gradients
 SHAPES = [(64, 8192, 32, 64), (32, 8192, 256, 64)]
 
 
-# large enough for 5 % to hold what torch's 16-bit products take for themselves: up to 0.4 MiB on a
+# large enough for 5 % to include what torch's 16-bit products allocate: up to 0.4 MiB on a
 # processor that has such products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], (32, 16384, 512, 64)], ids=str)
 def test_whole_logits_peak_within_5_percent(
     shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
-    found, tensors = plan(*shape, dtype), make(*shape, dtype)
-    assert_close(found.eager.memory, step_peak(eager, tensors))
-    assert_close(found.logits.memory, step_peak(logits, tensors))
-    assert_close(found.logits_inplace.memory, step_peak(logits, tensors, inplace=True))
+    planned, tensors = plan(*shape, dtype), make(*shape, dtype)
+    assert_close(planned.eager.memory, step_peak(eager, tensors))
+    assert_close(planned.logits.memory, step_peak(logits, tensors))
+    assert_close(planned.logits_inplace.memory, step_peak(logits, tensors, inplace=True))
 
 
 # gradients in the forward; converted operands; gradients in the backward, logits made twice
@@ -108,19 +108,19 @@ def test_whole_logits_peak_within_5_percent(
 def test_heads_peak_within_5_percent(
     shape: tuple[int, int, int, int], budget: int | None, dtype: torch.dtype, products: str
 ) -> None:
-    found = plan(*shape, dtype, budget)
+    planned = plan(*shape, dtype, budget)
     measured = step_peak(heads, make(*shape, dtype), memory_budget=budget)
-    unseen = unseen_bytes(products) if "products" in found.heads.memory else 0
-    assert_close(found.heads.memory, measured + unseen)
+    unseen = unseen_bytes(products) if "products" in planned.heads.memory else 0
+    assert_close(planned.heads.memory, measured + unseen)
 
 
 def test_heads_peak_with_a_narrow_accumulator_within_5_percent(products: str) -> None:
     narrow = {"grad_accum_dtype": torch.bfloat16}
     for shape in SHAPES:
-        found = plan(*shape, torch.bfloat16, 9 * MIB, **narrow)
+        planned = plan(*shape, torch.bfloat16, 9 * MIB, **narrow)
         tensors = make(*shape, torch.bfloat16)
         measured = step_peak(heads, tensors, memory_budget=9 * MIB, **narrow)
-        assert_close(found.heads.memory, measured + unseen_bytes(products))
+        assert_close(planned.heads.memory, measured + unseen_bytes(products))
 
 
 # automatic; budgets of a few rows and of nearly all; not a multiple of anything
@@ -142,9 +142,9 @@ def test_the_height_is_the_drivers(
     shape = (301, 8192, 512, 768)
     with pytest.raises(Stop):
         heads(*make(*shape, dtype), memory_budget=budget)
-    found = plan(*shape, dtype, budget)
-    assert heights == [found.chunk_rows]
-    assert found.chunks == -(-301 // found.chunk_rows)
+    planned = plan(*shape, dtype, budget)
+    assert heights == [planned.chunk_rows]
+    assert planned.chunks == -(-301 // planned.chunk_rows)
 
 
 def plain(tensors: Tensors, budget: int) -> Tensor:
@@ -204,7 +204,7 @@ RUNS = [
 
 
 def allowed(tensors: Tensors, budget: int, narrow: bool = False) -> int:
-    # Gradients, one accumulator, and the budget, or the head's gradient when the chunk is gone.
+    # Gradients, one accumulator, and the budget, or the head's gradient after the chunk is freed.
     hidden, weight = tensors[:2]
     total = weight.nbytes if narrow else weight.numel() * 4
     rounded = 0 if total == weight.nbytes else weight.nbytes
@@ -236,7 +236,9 @@ def test_one_chunk_needs_no_accumulator(products: str) -> None:
     peak = cpu_peak(lambda: plain(tensors, 64 * MIB).backward()).highest
     tiles = 4 * TILE_BYTES  # of weights that torch's products widen, and of the gradient
     assert peak <= hidden.nbytes + weight.nbytes + chunk + tiles + SLACK
-    assert tiles < weight.nbytes + weight.numel() * 4 - weight.nbytes - chunk  # it would show
+    assert (
+        tiles < weight.nbytes + weight.numel() * 4 - weight.nbytes - chunk
+    )  # it would be measurable
 
 
 # a view of the rows; gathered rows; a layout that is copied chunk by chunk
@@ -291,10 +293,10 @@ def test_the_reason_for_the_height() -> None:
 
 def test_more_budget_means_fewer_chunks_and_less_traffic() -> None:
     plans = [llama(memory_budget=n * MIB) for n in (64, 256, 1024)]
-    for tight, wide in itertools.pairwise(plans):
-        assert tight.chunks > wide.chunks
-        assert tight.heads.traffic > wide.heads.traffic
-        assert tight.weight_gradient_share > wide.weight_gradient_share
+    for small, large in itertools.pairwise(plans):
+        assert small.chunks > large.chunks
+        assert small.heads.traffic > large.heads.traffic
+        assert small.weight_gradient_share > large.weight_gradient_share
 
 
 # arguments and what the message names
@@ -331,13 +333,13 @@ LLAMA = ["--model-like", "llama-3.2-1b", "--teacher-like", "llama-3.1-8b"]
 def test_the_command_prints_levels_parts_and_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*LLAMA, "--memory-budget", "256MiB"]) == 0
     text = capsys.readouterr().out
-    found = llama(memory_budget=256 * MIB)
+    planned = llama(memory_budget=256 * MIB)
     assert "8192 rows, V = 128256, H = 2048 (student) and 4096 (teacher), bfloat16, cpu" in text
-    for level in found.levels.values():
+    for level in planned.levels.values():
         assert levels.shown(level.peak) in text
         assert all(part in text for part in level.memory)
-    assert f"chunks of {found.chunk_rows} rows, what memory_budget=256 MiB allows" in text
-    assert f"{found.chunks} in all" in text
+    assert f"chunks of {planned.chunk_rows} rows, what memory_budget=256 MiB allows" in text
+    assert f"{planned.chunks} in all" in text
     assert "Least memory: heads" in text
 
 

@@ -38,9 +38,9 @@ def end_rank_1() -> None:
 
 
 def test_a_check_that_fails_on_one_rank_is_reported_with_the_rank(tmp_path: Path) -> None:
-    (found,) = failures({"one": raise_on_rank_1}, 2, tmp_path)
-    assert found.startswith("one, rank 1 of 2:\n")
-    assert "ValueError: rank 1 fails" in found
+    (message,) = failures({"one": raise_on_rank_1}, 2, tmp_path)
+    assert message.startswith("one, rank 1 of 2:\n")
+    assert "ValueError: rank 1 fails" in message
 
 
 def test_a_rank_that_ends_is_named(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_rank_that_ends_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("last", "status"), [("pass", 0), ("raise ValueError('bad')", 1)])
 def test_the_status_of_a_rank(last: str, status: int) -> None:
-    # Output arrives and Python does not finalize, which is what can abort.
+    # Output arrives, and Python does not finalize: finalization can abort.
     ran = run_python("-c", RANK.format(last=last), PYTHONPATH=PATH)
     assert ran.returncode == status, ran.stderr
     assert ran.stdout == "main ran\n"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from itertools import product as crossed
 from typing import Any
 
 import pytest
 import torch
-from support.backends import instruction_sets, needs_cpu, threads
+from support.backends import needs_cpu, threads
 from support.logits import DTYPES
 from support.processes import PATH, passes, run_python
 from torch import Tensor
@@ -28,15 +27,6 @@ EPS = 2.0**-24  # of one rounding to float32
 # of columns (1008); nothing to sum
 SHAPES = [(1, 1, 1), (1, 70, 3), (65, 1, 31), (5, 7, 2), (6, 16, 256), (13, 33, 257), (70, 69, 67)]
 SHAPES += [(11, 15, 513), (25, 63, 1030), (300, 17, 9), (3, 1030, 40), (4, 5, 0)]
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Return the name of the instruction set that computes."""
-    assert _module is not None
-    _module.choose_instruction_set(request.param)
-    yield request.param
-    _module.choose_instruction_set("")
 
 
 def _product(
@@ -106,15 +96,15 @@ def test_values_are_rounded_to_nearest_even(isa: str) -> None:
         [torch.where(words > 2**31 - 1, words - 2**32, words).int().view(F32), small]
     )
     values = values.repeat(2)[:97].contiguous()  # whole vectors and single elements
-    one = torch.ones(1, 1)
+    unit = torch.ones(1, 1)
     for round_to in (F32, BF16, F16):
         want = values.to(round_to).float()
         if isa == "avx512_bf16" and round_to == BF16:
             want = torch.where(want.abs() < 2.0**-126, 0, want)  # the instruction flushes them
         for row in (values[None], values[:, None].t().contiguous()):
-            got = _product(one, row, round_to=round_to)[0]
+            got = _product(unit, row, round_to=round_to)[0]
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-        got = _product(values[:, None], one, round_to=round_to, round_a=True)[:, 0]
+        got = _product(values[:, None], unit, round_to=round_to, round_a=True)[:, 0]
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -195,9 +185,9 @@ def walk_along_guard_pages() -> None:
     # In another process: every tensor ends, or begins, at a page that can't be touched.
     assert _module is not None
     torch.set_num_threads(1)
-    found = _module.build_info()["instruction_sets"]
+    sets = _module.build_info()["instruction_sets"]
     turn = 0
-    for isa in (name for name, runs in found.items() if runs):
+    for isa in (name for name, runs in sets.items() if runs):
         _module.choose_instruction_set(isa)
         sizes = [(1, 1, 1), (7, 17, 9), (13, 33, 33), (5, 47, 258)]
         for (M, N, K), of_a, of_b, side in crossed(sizes, DTYPES, DTYPES, ("after", "before")):
@@ -207,8 +197,8 @@ def walk_along_guard_pages() -> None:
                 a, b = torch.randn(M, K).to(of_a), torch.randn(K, N).to(of_b)
                 bias = _guarded(torch.randn(1, N), side, False)[0]
                 out = _guarded(torch.zeros(M, N), side, False)
-                given = _guarded(a, side, transpose_a), _guarded(b, side, transpose_b)
-                torch.ops.fused_kd.product_(out, *given, bias, round_to, False, False)
+                operands = _guarded(a, side, transpose_a), _guarded(b, side, transpose_b)
+                torch.ops.fused_kd.product_(out, *operands, bias, round_to, False, False)
                 assert torch.equal(out, _product(a, b, bias, round_to))
     print("walked")
 
@@ -220,7 +210,7 @@ def test_guard_pages() -> None:
 
 
 def _bad_input() -> list[tuple[dict[str, Any], str]]:
-    wide = torch.zeros(6, 8)
+    matrix = torch.zeros(6, 8)
     return [
         ({"out": torch.zeros(2, 4, dtype=torch.float64)}, "out must be float32"),
         ({"out": torch.zeros(3, 4)}, r"out must be \(2, 4\); got \(3, 4\)"),
@@ -230,35 +220,35 @@ def _bad_input() -> list[tuple[dict[str, Any], str]]:
         ({"a": torch.zeros(2, 5)}, "b must have a row for each column of a, 5; got 3"),
         ({"a": torch.zeros(2, 3, dtype=torch.int32)}, "a must be float32, bfloat16 or float16"),
         ({"a": torch.zeros(2, 3, 1)}, "a must be a matrix; got 3 dimensions"),
-        ({"a": wide[::3, :6:2]}, "a must have stride 1 in one dimension; got strides 24 and 2"),
-        ({"b": wide[::2, ::2]}, "b must have stride 1 in one dimension; got strides 16 and 2"),
+        ({"a": matrix[::3, :6:2]}, "a must have stride 1 in one dimension; got strides 24 and 2"),
+        ({"b": matrix[::2, ::2]}, "b must have stride 1 in one dimension; got strides 16 and 2"),
         ({"b": torch.zeros(3, 4, dtype=torch.float64)}, "b must be float32, bfloat16 or float16"),
         ({"bias": torch.zeros(5)}, "bias must be contiguous with one entry for each of the 4"),
         ({"bias": torch.zeros(8)[::2]}, "bias must be contiguous with one entry"),
         ({"bias": torch.zeros(4, dtype=BF16)}, "bias must be a float32 CPU tensor"),
         ({"bias": torch.zeros(4), "accumulate": True}, "bias and accumulate exclude each other"),
         ({"round_to": torch.float64}, "round_to must be float32, bfloat16 or float16"),
-        ({"out": wide[:2, :4], "a": wide[1:3, :3]}, "out shares memory with a"),
-        ({"out": wide[:2, :4], "b": wide[:3, 4:]}, "out shares memory with b"),
+        ({"out": matrix[:2, :4], "a": matrix[1:3, :3]}, "out shares memory with a"),
+        ({"out": matrix[:2, :4], "b": matrix[:3, 4:]}, "out shares memory with b"),
     ]
 
 
 @pytest.mark.parametrize(("changed", "message"), _bad_input())
 def test_bad_input(changed: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"out": torch.zeros(2, 4), "a": torch.zeros(2, 3)}
-    given |= {"b": torch.zeros(3, 4), "bias": None, "round_to": F32, "round_a": False}
-    given |= {"accumulate": False} | changed
+    arguments: dict[str, Any] = {"out": torch.zeros(2, 4), "a": torch.zeros(2, 3)}
+    arguments |= {"b": torch.zeros(3, 4), "bias": None, "round_to": F32, "round_a": False}
+    arguments |= {"accumulate": False} | changed
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fused_kd.product_(*given.values())
+        torch.ops.fused_kd.product_(*arguments.values())
 
 
 def test_registration_and_fake() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    given = (torch.zeros(2, 4), torch.randn(2, 3), torch.randn(4, 3).t(), torch.randn(4))
+    inputs = (torch.zeros(2, 4), torch.randn(2, 3), torch.randn(4, 3).t(), torch.randn(4))
     torch.library.opcheck(
-        torch.ops.fused_kd.product_.default, (*given, BF16, True, False), test_utils=tests
+        torch.ops.fused_kd.product_.default, (*inputs, BF16, True, False), test_utils=tests
     )
-    meta = [x.to("meta") for x in given]
+    meta = [x.to("meta") for x in inputs]
     with pytest.raises(RuntimeError, match=r"must be matrices that fit; got \(2, 4\), \(2, 3\)"):
         torch.ops.fused_kd.product_(meta[0], meta[1], meta[1], None, F32, False, False)
 
@@ -266,6 +256,6 @@ def test_registration_and_fake() -> None:
 def test_the_scratch_memory_is_told() -> None:
     info = extension.cpu.build_info()
     assert info is not None
-    told = info["product_bytes_per_thread"]
-    assert isinstance(told, int)
-    assert 0 < told <= 2**20 + 64
+    size = info["product_bytes_per_thread"]
+    assert isinstance(size, int)
+    assert 0 < size <= 2**20 + 64

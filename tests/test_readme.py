@@ -71,20 +71,20 @@ def test_heads_give_the_loss_of_logits() -> None:
     student, teacher = Model(8), Model(12)
     leaves = student.states, student.lm_head.weight
     names: dict[str, Any] = {"batch": batch(), "teacher": teacher, "student": student}
-    found = []
+    outcomes = []
     for block in (BLOCKS[1] + BLOCKS[0], BLOCKS[3]):
         exec(block, names)
-        found.append((names["loss"], *(leaf.grad for leaf in leaves)))
+        outcomes.append((names["loss"], *(leaf.grad for leaf in leaves)))
         for leaf in leaves:
             leaf.grad = None
-    from_logits, from_heads = found
+    from_logits, from_heads = outcomes
     torch.testing.assert_close(from_heads, from_logits)
     assert torch.equal(from_heads[1].abs().sum(-1) > 0, trained_on())
 
 
 def test_a_batch_without_labels_trains_on_all_but_padding() -> None:
     (instead,) = re.findall(r"If the batch has no labels, `(.*)`", README)
-    given = batch()
-    labels = eval(instead, {"batch": given})
-    assert torch.equal(labels == -100, given["attention_mask"] == 0)
-    assert torch.equal(labels[labels != -100], given["input_ids"][labels != -100])
+    tokens = batch()
+    labels = eval(instead, {"batch": tokens})
+    assert torch.equal(labels == -100, tokens["attention_mask"] == 0)
+    assert torch.equal(labels[labels != -100], tokens["input_ids"][labels != -100])

@@ -141,7 +141,7 @@ def test_a_term_of_weight_zero_is_not_computed_and_reported_as_zero(backend: str
     assert gradient(parts.loss, student).isfinite().all()
 
 
-# 156 is -100 in eight bits: labels are compared as what they say
+# 156 is -100 in eight bits: labels are compared by their values
 def test_narrow_labels_do_not_wrap_into_ignore_index(backend: str) -> None:
     student, teacher = torch.randn(3, 300), torch.randn(3, 300)
     labels = torch.tensor([156, 44, 7])

@@ -17,13 +17,13 @@ SUITE = ["test_ops.py", "test_shapes.py", "test_inplace.py", "test_bounds.py", "
 
 def _libraries() -> list[str]:
     """Return what Python must preload: without libstdc++ the first C++ exception aborts."""
-    found = []
+    paths = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
         path = passes(run(native_build.COMPILER, f"-print-file-name={name}")).strip()
         if path == name:
             pytest.skip(f"the compiler has no {name}")
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def test_the_kernels_alone(tmp_path: Path) -> None:

@@ -87,15 +87,15 @@ def test_views_are_not_copied_where_two_strides_reach() -> None:
     base = torch.randn(2, 2, 6, V + 3)
     other = torch.randn(2, 2, 4, V)
     for student, teacher in (
-        (base[..., :4, :V], other),  # the student decides the fold
-        (other, base[..., :4, :V]),  # the teacher does
+        (base[..., :4, :V], other),  # by the student's strides the rows fold
+        (other, base[..., :4, :V]),  # by the teacher's
         (other[0], base[0, :, :4, :V]),
         (other[0, 0], base[0, 0, :4, :V]),
         (other[0, 0, 0], base[0, 0, 0, :V]),
     ):
-        for given, seen in zip((student, teacher), logit_rows(student, teacher), strict=True):
-            assert seen.dim() == 3
-            assert seen.data_ptr() == given.data_ptr()
+        for side, rows in zip((student, teacher), logit_rows(student, teacher), strict=True):
+            assert rows.dim() == 3
+            assert rows.data_ptr() == side.data_ptr()
 
 
 @pytest.mark.parametrize("labels_dtype", [torch.int32, torch.int16, torch.uint8])
@@ -142,7 +142,7 @@ def test_float64_runs_on_the_reference(double: str) -> None:
 
 # ------------------------------------------------------------------------------- without rows
 
-#: (..., 4) without rows: a rank of DDP may have such a batch while others train.
+#: (..., 4) without rows: one rank of DDP can have such a batch.
 NO_ROWS: dict[str, Callable[[], Tensor]] = {
     "plain": lambda: torch.randn(0, 4),
     "transposed": lambda: torch.randn(4, 0).t(),
@@ -196,7 +196,7 @@ class Place(torch.autograd.Function):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rows_at_an_offset_of_2_to_the_31(backend: str, inplace: bool) -> None:
-    # 4 GiB of address space, of which two rows are touched.
+    # 4 GiB of address space; only two rows are touched.
     buffers = [torch.empty(2**31 + 4096, dtype=torch.bfloat16) for _ in range(2)]
     views = [x.as_strided((2, 2100), (2**31, 1)) for x in buffers]
     student, teacher = pair(2, 2100, dtype=torch.bfloat16)
@@ -213,8 +213,8 @@ def test_huge_views_of_stride_0(backend: str) -> None:
     student, teacher = pair(1, 300)
     labels = torch.tensor([7]).expand(500)
     want = scalar_and_gradient(student, teacher, labels[:1], backend=backend)
-    wide = [x.expand(500, 300) for x in (student, teacher)]
-    got = rows_and_gradient(*wide, labels, backend=backend)
+    expanded = [x.expand(500, 300) for x in (student, teacher)]
+    got = rows_and_gradient(*expanded, labels, backend=backend)
     assert torch.equal(got[0], want[0].expand(500))
     constant = torch.zeros(1).expand(70_000)  # stride 0 over the vocabulary
     rows, by_student = rows_and_gradient(constant, constant, torch.tensor(3), backend=backend)

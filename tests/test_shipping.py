@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -13,17 +12,7 @@ from pathlib import Path
 from runpy import run_path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def _run(*command: str | Path, cwd: Path = Path("/"), **environment: str) -> str:
-    done = subprocess.run(
-        [str(x) for x in command], cwd=cwd, env={**os.environ, **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
+from support.processes import ROOT, passes, printed_by, run
 
 
 def test_the_api_page_is_up_to_date() -> None:
@@ -42,7 +31,8 @@ def test_make_dist(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*_not_built.txt", "out", "build")
     shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)  # a build leaves files behind
     environment = f"VENV={sys.prefix}"  # taken as it is: -o
-    _run("make", "-o", f"{sys.prefix}/.packages", "dist", environment, cwd=tmp_path / "tree")
+    command = "make", "-o", f"{sys.prefix}/.packages", "dist", environment
+    passes(run(*command, cwd=tmp_path / "tree"))
     sdist, wheel = sorted((tmp_path / "tree/dist").iterdir(), key=lambda path: path.suffix)
 
     with tarfile.open(sdist) as content:
@@ -68,7 +58,7 @@ def test_make_dist(tmp_path: Path) -> None:
         f"{PARITY}print(fused_kd.__file__, compare(fused_kd, 'cpu', fused_kd))"
     )
     path = str(tmp_path / "installed")
-    where, error = _run(sys.executable, "-c", code, PYTHONPATH=path).split()
+    where, error = printed_by(code, PYTHONPATH=path).split()
     assert where.startswith(path)
     assert float(error) < 1e-6
 
@@ -112,6 +102,6 @@ def test_the_hub_kernel_runs_alongside_the_package(tmp_path: Path) -> None:
         f"{PARITY}print(kernel.__file__, compare(kernel, 'triton', fused_kd))"
     )
     offline = {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    where, error = _run(sys.executable, "-c", code, **offline).split()
+    where, error = printed_by(code, **offline).split()
     assert where == str(tmp_path / "build" / "torch-cpu" / "__init__.py")
     assert float(error) < 1e-6

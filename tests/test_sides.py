@@ -142,7 +142,7 @@ def test_rows_takes_the_rows_of_the_hidden_states(index: Any) -> None:
 def test_one_row_of_hidden_states_is_one_row() -> None:
     student, teacher, labels = make("head, logits")
     assert isinstance(student, Head)
-    one = kd_loss(student.rows(1), teacher[1], labels[1], reduction="none")
-    many = kd_loss(student, teacher, labels, reduction="none")
-    assert one.shape == ()
-    torch.testing.assert_close(one, many[1])
+    alone = kd_loss(student.rows(1), teacher[1], labels[1], reduction="none")
+    rows = kd_loss(student, teacher, labels, reduction="none")
+    assert alone.shape == ()
+    torch.testing.assert_close(alone, rows[1])

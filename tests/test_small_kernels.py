@@ -1,4 +1,4 @@
-"""The kernels around the row kernel: on a GPU each launch takes as long as many rows."""
+"""The kernels around the row kernel: on a GPU each launch takes the time of many rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FREE = ("view", "detach", "empty", "unsqueeze", "reshape", "alias", "expand")
 
 
 class _Count(TorchDispatchMode):
-    """Names of the operators that compute something, but for the temperature: on the CPU always."""
+    """Record the operators that compute; those for the temperature are always on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()

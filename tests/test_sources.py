@@ -56,7 +56,7 @@ def test_no_int_holds_a_size_or_an_offset() -> None:
     assert len(files) > 5
     assert narrow.search("int row_stride = 3;")  # it can fail
     for file in files:
-        assert not (found := narrow.search(file.read_text())), (file.name, found)
+        assert not (match := narrow.search(file.read_text())), (file.name, match)
 
 
 def test_every_divergence_has_a_row_of_formulas() -> None:

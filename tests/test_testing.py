@@ -1,4 +1,4 @@
-"""The instruments: a comparator must fail on known-bad input, an input maker must do as it says."""
+"""fused_kd.testing: a comparator fails on known-bad input, inputs are what they promise to be."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_the_error_rule_fails_on_broken_results(
 def test_the_error_rule_fails_on_broken_losses(
     monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype
 ) -> None:
-    with pytest.raises(AssertionError):  # a confident row's loss is below what would be noticed
+    with pytest.raises(AssertionError):  # a confident row's loss is below the tolerance
         obey(monkeypatch, BROKEN[case], "randn", dtype)
 
 

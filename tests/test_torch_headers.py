@@ -55,7 +55,7 @@ def test_bindings(name: str, headers: Path) -> None:
 
 
 def test_they_are_the_older_headers(headers: Path, tmp_path: Path) -> None:
-    # What a later torch added is not there: else the check above would see nothing.
+    # Otherwise the check above would accept what a later torch added.
     source = tmp_path / "version.cpp"
     major, minor, _ = VERSION.split(".")
     source.write_text(

@@ -75,8 +75,8 @@ def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_barriers_around_the_label(tmp_path: Path) -> None:
-    # In place, no warp may store a gradient before all have read the label's logits.
-    # Nor the label's gradient before all have stored. The interpreter, one thread, sees neither
+    # In place, no warp may store a gradient before all have read the label's logits, nor the
+    # label's gradient before all have stored. The interpreter has one thread and finds neither
     (kernel,) = compile_variant(Variant("backward_"), 90, tmp_path)
     assert len(re.findall(r"bar\.sync|barrier\.sync", kernel.code["ptx"])) == 2
 
@@ -86,8 +86,8 @@ def test_the_memory_order_of_programs_that_wait(
     divergence: str, waits: int, tmp_path: Path
 ) -> None:
     # Nothing here runs them: what is stored is released, and read from L2 after an acquire.
-    # They wait for the row before in the ring, then for each statistics pass of their own row, and
-    # release their own row as often
+    # A program waits for the previous row in the ring, then for each statistics pass of its row,
+    # and releases its row as often
     (kernel,) = compile_variant(Variant(divergence=divergence), 90, tmp_path)
     kinds = {
         "release": r"red\.global\.gpu\.release\.add\.u32|atom\.global\.gpu\.release\.add\.u32",
@@ -99,7 +99,7 @@ def test_the_memory_order_of_programs_that_wait(
     order = [str(match.lastgroup) for match in re.finditer(pattern, kernel.code["ptx"])]
     text = " ".join(order)
     assert order.count("acquire") == waits
-    # once more to release the place in the ring, here and where an ignored row has none to read
+    # once more to release the slot in the ring, here and for an ignored row, which reads nothing
     assert order.count("release") == waits - 1 + 2
     # every warp has stored before one thread releases, and waits for the one that acquires
     assert text.count("barrier release") == order.count("release")
@@ -108,7 +108,7 @@ def test_the_memory_order_of_programs_that_wait(
     groups = re.findall(r"barrier release barrier acquire barrier(?: sums)+", text)
     assert len(groups) == waits - 1
     assert sum(group.count("sums") for group in groups) == order.count("sums") >= 6
-    # and the place in the ring is released after the last of them
+    # and the slot in the ring is released after the last of them
     assert re.search(r"sums(?: barrier)+ release(?: barrier)+$", text)
 
 
@@ -129,16 +129,12 @@ def test_programs_that_report_nothing_read_no_sums(
             loads.append([opening for opening in around if "scf.if" in opening])
         if line.endswith("{"):
             around.append(line)
-    waiting = [
-        region
-        for region in re.split(r"(?=scf\.if)", code)
-        if "tt.atomic_rmw add, acquire" in region
-    ]
+    waits = [x for x in re.split(r"(?=scf\.if)", code) if "tt.atomic_rmw add, acquire" in x]
     for regions in loads[-loads_of_reports:]:
         # a row that counts, and a program that goes on
         assert len(regions) == 2, regions
         condition = regions[-1].split("scf.if")[1].split()[0]
-        assert any(region.startswith(f"scf.if {condition} ") for region in waiting), condition
+        assert any(x.startswith(f"scf.if {condition} ") for x in waits), condition
 
 
 def test_a_scale_is_looked_at_first(tmp_path: Path) -> None:
@@ -204,14 +200,14 @@ def test_configurations(vocabulary: int, warps: int, vector: int, parts: int) ->
         assert other.parts == chosen.parts
 
 
-@pytest.mark.parametrize("size", ["49152", "160000", "0", "-5", "48K", ""])
-def test_slices_of_another_size(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", size)
+@pytest.mark.parametrize("setting", ["49152", "160000", "0", "-5", "48K", ""])
+def test_slices_of_another_size(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_KD_SLICE_BYTES", setting)
     cut._slice_bytes.cache_clear()
     expected = {"49152": 16, "160000": 4}
     try:
-        if size in expected:
-            assert cut.configuration(128256, B16, B16).parts == expected[size]
+        if setting in expected:
+            assert cut.configuration(128256, B16, B16).parts == expected[setting]
         else:
             with pytest.raises(ValueError, match="FUSED_KD_SLICE_BYTES must be a positive number"):
                 cut.configuration(128256, B16, B16)
@@ -231,13 +227,11 @@ def test_logits_are_float32_before_they_are_used() -> None:
     uses = re.findall(r"(.{8})tile\.[st]\[", source)
     assert uses == ["widened("] * 6
     nodes = list(ast.walk(ast.parse(source)))
-    cast = {
-        id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr == "to"
-    }
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    loads = [node for node in calls if ast.unparse(node.func) == "tl.load"]
+    cast = {id(x.value) for x in nodes if isinstance(x, ast.Attribute) and x.attr == "to"}
+    calls = [x for x in nodes if isinstance(x, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "tl.load"]
     assert len(loads) > 10
-    for node in loads:
-        assert id(node) in cast or ast.unparse(node.args[0]).split(" ")[0] in PLAIN
+    for load in loads:
+        assert id(load) in cast or ast.unparse(load.args[0]).split(" ")[0] in PLAIN
     for name in ("elements.py", "formulas.py", "rules.py"):
         assert "tl.load" not in (folder / name).read_text(encoding="utf-8")

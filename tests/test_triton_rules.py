@@ -30,7 +30,7 @@ def _functions() -> Iterator[Any]:
     for module in MODULES:
         for node in ast.walk(_tree(module)):
             decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
-            if any("triton.jit" in ast.unparse(one) for one in decorators):
+            if any("triton.jit" in ast.unparse(decorator) for decorator in decorators):
                 yield node
 
 
@@ -52,7 +52,7 @@ def test_only_rules_know_divergences_by_name(module: ModuleType) -> None:
     for node in ast.walk(_tree(module)):
         names = [node.id] if isinstance(node, ast.Name) else []
         names += [node.value] if isinstance(node, ast.Constant) else []
-        names += [one.name for one in node.names] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
         assert not known & {name for name in names if isinstance(name, str)}, ast.unparse(node)
         is_rule = isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("rule")
         assert not (is_rule and node.attr == "name"), ast.unparse(node)
@@ -69,11 +69,11 @@ def test_functions_take_few_parameters() -> None:
 
 
 def _key() -> str:
-    """Return the key of the kernel's source, by which Triton finds its binary, made again."""
+    """Compute again the key of the kernel's source, by which Triton finds its binary."""
     for module in MODULES:
-        for one in vars(module).values():
-            if hasattr(one, "hash") and hasattr(one, "cache_key"):
-                one.hash = None
+        for value in vars(module).values():
+            if hasattr(value, "hash") and hasattr(value, "cache_key"):
+                value.hash = None
     return str(kernels._kd_rows_kernel.cache_key)
 
 
@@ -84,7 +84,7 @@ def _key() -> str:
 def test_a_changed_rule_is_compiled_again(
     member: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Triton sees formulas as values: what it hashes of them is the rule's own text.
+    # Formulas are values to Triton, which hashes only the text of the rule.
     before = _key()
     with monkeypatch.context() as patch:
         patch.setattr(rules.ForwardKL, member, other)

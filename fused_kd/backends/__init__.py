@@ -16,8 +16,9 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from ..sides import Side, rows_tensor
 from . import reference
 
 ENVIRONMENT_VARIABLE = "FUSED_KD_BACKEND"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Backend(Protocol):
@@ -124,7 +126,16 @@ _MODULES: dict[str, ModuleType | str] = {
 }
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
+def _not_traced(function: _Function) -> _Function:
+    """Set what torch.compiler.assume_constant_result sets, without importing torch._dynamo.
+
+    That import takes as long as torch's own, and only programs that trace need it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_not_traced
 def why_not(name: str, device_type: str | None = None) -> str | None:
     """Return the reason why a backend cannot run, or None if it can.
 
@@ -207,7 +218,7 @@ _REMEDIES = {
 _warned = set[str]()  # device types
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not traced
+@_not_traced
 def _warn_of_reference(device_type: str, *skipped: str) -> None:
     """Warn that the automatic choice is `reference`, once per device type."""
     if device_type in _warned:

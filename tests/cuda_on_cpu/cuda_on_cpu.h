@@ -86,20 +86,20 @@ EMULATOR_UNSEEN inline Bits16 copy_unseen(const void* p) {
 
 }  // namespace emulator
 
-inline Bits16 load16(const void* p, Place place = Place::here()) {
+inline Bits16 load16(const void* p, Place place = Place::current()) {
   emulator::about_to_load16(p, "load16", place);
   Bits16 bits;
   memcpy(&bits, p, sizeof bits);
   return bits;
 }
 
-// ThreadSanitizer does not see it: others may write what the caller discards.
-inline Bits16 load16_in_part(const void* p, Place place = Place::here()) {
+// Hidden from ThreadSanitizer: other threads may write what the caller discards.
+inline Bits16 load16_in_part(const void* p, Place place = Place::current()) {
   emulator::about_to_load16(p, "load16_in_part", place);
   return emulator::copy_unseen(p);
 }
 
-inline void store16(void* p, Bits16 bits, Place place = Place::here()) {
+inline void store16(void* p, Bits16 bits, Place place = Place::current()) {
   {
     using namespace emulator;
     Inside inside;
@@ -113,7 +113,7 @@ inline void store16(void* p, Bits16 bits, Place place = Place::here()) {
 
 namespace emulator {
 
-// What the lane `source` of this warp gives; `kind` is the same for all that meet.
+// The value of lane `source` of this warp; `kind` is the same in all lanes that take part.
 inline uint32_t exchange(uint32_t value, unsigned source, int kind, Place place) {
   Fiber& me = *machine.current;
   me.value = value;
@@ -126,7 +126,7 @@ inline uint32_t exchange(uint32_t value, unsigned source, int kind, Place place)
 
 }  // namespace emulator
 
-inline float shuffle_xor(float v, int mask, Place place = Place::here()) {
+inline float shuffle_xor(float v, int mask, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   const Fiber& me = *machine.current;
@@ -138,35 +138,35 @@ inline float shuffle_xor(float v, int mask, Place place = Place::here()) {
   return v;
 }
 
-inline uint32_t shuffle(uint32_t v, int lane, Place place = Place::here()) {
+inline uint32_t shuffle(uint32_t v, int lane, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   if (lane < 0 || lane >= int(WARP)) machine.die(machine.current, place, "shuffle: lane %d", lane);
   return exchange(v, unsigned(lane), ANY_LANE, place);
 }
 
-inline float warp_max(float v, Place place = Place::here()) {
+inline float warp_max(float v, Place place = Place::current()) {
   for (int mask = int(emulator::WARP) / 2; mask > 0; mask /= 2)
     v = fmaxf(v, shuffle_xor(v, mask, place));
   return v;
 }
 
-inline bool warp_any(bool v, Place place = Place::here()) {
+inline bool warp_any(bool v, Place place = Place::current()) {
   return warp_max(v ? 1.0f : 0.0f, place) > 0.0f;
 }
 
-inline void warp_sync(Place place = Place::here()) {
+inline void warp_sync(Place place = Place::current()) {
   emulator::Inside inside;
   emulator::exchange(0, 0, emulator::WARP_SYNC, place);
 }
 
-inline void block_sync(Place place = Place::here()) {
+inline void block_sync(Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   machine.meet(machine.current->block->meeting, State::block_sync, place);
 }
 
-inline uint32_t take_ticket(uint32_t* counter, Place place = Place::here()) {
+inline uint32_t take_ticket(uint32_t* counter, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   must_be_aligned(counter, 4, "take_ticket", place);
@@ -177,7 +177,7 @@ inline uint32_t take_ticket(uint32_t* counter, Place place = Place::here()) {
   return ticket;
 }
 
-inline void arrive(uint32_t* counter, Place place = Place::here()) {
+inline void arrive(uint32_t* counter, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   must_be_aligned(counter, 4, "arrive", place);
@@ -188,7 +188,7 @@ inline void arrive(uint32_t* counter, Place place = Place::here()) {
   chance(2, place);
 }
 
-inline void wait_until(const uint32_t* counter, uint32_t target, Place place = Place::here()) {
+inline void wait_until(const uint32_t* counter, uint32_t target, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   must_be_aligned(counter, 4, "wait_until", place);
@@ -210,14 +210,14 @@ inline uint32_t cluster_rank() {
          uint32_t(emulator::machine.current->block->cluster->blocks.size());
 }
 
-inline void cluster_arrive(Place place = Place::here()) {
+inline void cluster_arrive(Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   chance(4, place);
   machine.arrive_at_cluster(place);
 }
 
-inline void cluster_wait(Place place = Place::here()) {
+inline void cluster_wait(Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   chance(4, place);
@@ -229,7 +229,7 @@ inline unsigned char* dynamic_shared() {
   return emulator::machine.current->block->shared;
 }
 
-inline void barrier_init(uint64_t* barrier, Place place = Place::here()) {
+inline void barrier_init(uint64_t* barrier, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   Block& block = *machine.current->block;
@@ -251,7 +251,7 @@ inline void barrier_init_fence() {
   }
 }
 
-inline void barrier_expect(uint64_t* barrier, uint32_t bytes, Place place = Place::here()) {
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   chance(4, place);
@@ -304,7 +304,7 @@ inline void send(const char* what, const Copy& copy, uint64_t* barrier, Place pl
 }  // namespace emulator
 
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
-                      Place place = Place::here()) {
+                      Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   const Fiber* me = machine.current;
@@ -321,7 +321,8 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
 }
 
 template <class Bits>
-void push(void* shared, Bits bits, uint64_t* barrier, uint32_t rank, Place place = Place::here()) {
+void push(void* shared, Bits bits, uint64_t* barrier, uint32_t rank,
+          Place place = Place::current()) {
   using namespace emulator;
   static_assert(sizeof bits <= sizeof Copy::pushed);
   Inside inside;
@@ -341,7 +342,7 @@ void push(void* shared, Bits bits, uint64_t* barrier, uint32_t rank, Place place
   chance(2, place);
 }
 
-inline void barrier_wait(uint64_t* barrier, uint32_t parity, Place place = Place::here()) {
+inline void barrier_wait(uint64_t* barrier, uint32_t parity, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;
   chance(4, place);
@@ -357,7 +358,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity, Place place = Place
 }
 
 inline void barrier_wait_for_peers(uint64_t* barrier, uint32_t parity,
-                                   Place place = Place::here()) {
+                                   Place place = Place::current()) {
   barrier_wait(barrier, parity, place);
 }
 
@@ -379,8 +380,8 @@ int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, void* stream
     return 9;
   }
   machine.kernel.function = reinterpret_cast<void (*)()>(kernel);
-  machine.kernel.call = [](void (*function)(), const void* given) {
-    reinterpret_cast<void (*)(Params)>(function)(*static_cast<const Params*>(given));
+  machine.kernel.call = [](void (*function)(), const void* arguments) {
+    reinterpret_cast<void (*)(Params)>(function)(*static_cast<const Params*>(arguments));
   };
   machine.kernel.params = &params;
   machine.kernel.type = __PRETTY_FUNCTION__;

@@ -21,7 +21,7 @@
 
 #ifdef EMULATOR_ASSEMBLY
 extern "C" void fused_kd_switch_stack(void** save, void* load);
-// Outside any function: the compiler must not see that no register but these is touched.
+// Outside any function, so that the compiler assumes nothing about registers.
 asm(R"(
 .pushsection .text.fused_kd_switch_stack,"axG",@progbits,fused_kd_switch_stack,comdat
 .weak fused_kd_switch_stack
@@ -66,9 +66,9 @@ struct Flow {
 inline Flow* left = nullptr;  // the flow that the last switch came from
 
 // What happens first in a flow after it has been switched to.
-inline void arrived(Flow& here) {
+inline void arrived(Flow& flow) {
 #ifdef EMULATOR_ASAN
-  __sanitizer_finish_switch_fiber(here.fake_stack, &left->bottom, &left->size);
+  __sanitizer_finish_switch_fiber(flow.fake_stack, &left->bottom, &left->size);
 #endif
 }
 
@@ -101,7 +101,7 @@ inline void create_flow(Flow& flow, void (*entry)()) {
   flow.size = STACK;
 #ifdef EMULATOR_ASSEMBLY
   void** top = reinterpret_cast<void**>(bottom + STACK);
-  *--top = nullptr;                         // where a backtrace ends
+  *--top = nullptr;                         // a backtrace ends there
   *--top = reinterpret_cast<void*>(entry);  // the switch returns to it
   flow.top = top - 6;                       // six registers, zero in fresh memory
 #else

@@ -1,5 +1,5 @@
 // The emulated machine: blocks of fibers, one per thread, and the scheduler that runs them in an
-// order drawn from a seed. What a fiber waits for, and what is wrong with it, is decided here.
+// order drawn from a seed. A fiber's waits and faults are determined here.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ constexpr size_t GUARD_BYTES = 256;
 struct Place {
   const char* file;
   int line;
-  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  static constexpr Place current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return {file, line};
   }
 };
@@ -41,7 +41,7 @@ enum class State { ready, shuffle, block_sync, cluster_wait, phase, counter, don
 constexpr const char* STATE_NAMES[] = {"ready",        "shuffle_xor", "block_sync", "cluster_wait",
                                        "barrier_wait", "wait_until",  "ended"};
 
-// An mbarrier. The 64 bits in shared memory only hold a mark: whoever overwrites it is found out.
+// An mbarrier. The 64 bits in shared memory only hold a mark: overwriting it is detected.
 struct Mbarrier {
   unsigned init_thread = 0;
   bool fenced = false, arrived = false;  // arrived: barrier_expect was called in this phase
@@ -67,14 +67,14 @@ struct Fiber {
   unsigned phase = 0;                // of that barrier
 };
 
-// Threads that meet: all of a warp or a block.
+// A barrier of all threads of a warp or a block.
 struct Meeting {
   std::vector<Fiber*> waiting;
   unsigned size = 0, ended = 0, opened = 0;
-  char clocks[2] = {};  // addresses for ThreadSanitizer: this meeting's, and the next one's
+  char clocks[2] = {};  // addresses for ThreadSanitizer: this barrier's, and the next one's
 };
 
-// All threads of its blocks meet at a barrier of which arriving and waiting are two calls.
+// All threads of its blocks share a barrier with separate calls to arrive and to wait.
 struct Cluster {
   std::vector<Fiber*> waiting;
   Place place = {"", 0};                                  // of those that have arrived

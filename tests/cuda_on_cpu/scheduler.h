@@ -186,10 +186,10 @@ inline bool Machine::wake_satisfied() {
 }
 
 inline Mbarrier& Machine::mbarrier(Block& block, const void* address, Place place) {
-  const auto found = block.mbarriers.find(address);
-  if (found == block.mbarriers.end()) die(current, place, "an mbarrier used before barrier_init");
-  if (!found->second.fenced) die(current, place, "an mbarrier used before barrier_init_fence");
-  return found->second;
+  const auto entry = block.mbarriers.find(address);
+  if (entry == block.mbarriers.end()) die(current, place, "an mbarrier used before barrier_init");
+  if (!entry->second.fenced) die(current, place, "an mbarrier used before barrier_init_fence");
+  return entry->second;
 }
 
 // Completes the phase if all has come that it waits for.

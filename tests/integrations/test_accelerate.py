@@ -59,7 +59,7 @@ def _divided_at_the_end(heads: bool, rows: int, micro_batches: int) -> Any:
 
 
 def _counted_first(heads: bool, rows: int, micro_batches: int) -> Any:
-    """Train with lists of micro-batches; accumulate() learns too late that an update ends."""
+    """Train with lists of micro-batches; accumulate() knows too late that an update ends."""
     accelerator, model, optimizer, loader = _prepared(heads, rows)
     batches = list(loader)
     for start in range(0, len(batches), micro_batches):

@@ -11,8 +11,17 @@ import torch
 from needs import need
 from support.losses import refused
 from torch import nn
-from trl_training import BETAS, KINDS, conversations, models, same, settings, tokenizer, trained
-from trl_training import trainer_of as made
+from trl_training import (
+    BETAS,
+    KINDS,
+    conversations,
+    models,
+    same,
+    settings,
+    tokenizer,
+    trained,
+    trainer_of,
+)
 
 need("trl")
 from trl import SFTConfig, SFTTrainer  # noqa: E402
@@ -41,7 +50,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_training(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
-    make = partial(made, kind, tmp_path, **options)
+    make = partial(trainer_of, kind, tmp_path, **options)
     theirs = trained(make())
     for heads in HEADS[kind]:
         in_place = not heads and CUT.items() <= options.items()
@@ -50,14 +59,14 @@ def test_training(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
 
 @EACH
 def test_mixed_precision_and_checkpointing(tmp_path: Path, kind: str, heads: bool) -> None:
-    make = partial(made, kind, tmp_path, bf16=True, gradient_checkpointing=True)
+    make = partial(trainer_of, kind, tmp_path, bf16=True, gradient_checkpointing=True)
     losses = trained(use_fused_kd(make(), heads=heads))[0], trained(make())[0]
     torch.testing.assert_close(*losses, rtol=0.01, atol=0)  # logits rounded to bfloat16
 
 
 @EACH
 def test_evaluation_N_30(tmp_path: Path, kind: str, heads: bool) -> None:
-    trainers = use_fused_kd(made(kind, tmp_path), heads=heads), made(kind, tmp_path)
+    trainers = use_fused_kd(trainer_of(kind, tmp_path), heads=heads), trainer_of(kind, tmp_path)
     scores: list[dict[str, float]] = []
     for trainer in trainers:
         torch.manual_seed(0)
@@ -75,7 +84,7 @@ def test_only_this_trainer(
 ) -> None:
     owners = OWN[kind][0], KINDS[kind][0]
     in_trl = [dict(vars(owner)) for owner in owners]
-    make = partial(made, kind, tmp_path, max_steps=1)
+    make = partial(trainer_of, kind, tmp_path, max_steps=1)
     trainer, other = make(), make()
     before = set(vars(other))
     assert use_fused_kd(use_fused_kd(trainer, heads=heads), heads=heads) is trainer
@@ -99,7 +108,7 @@ def test_only_this_trainer(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_trainers_and_options(tmp_path: Path, kind: str) -> None:
-    trainer = made(kind, tmp_path)
+    trainer = trainer_of(kind, tmp_path)
     before = set(vars(trainer))
     bad = {"heads": True, "memory_budget": 0}
     refused(ValueError, "memory_budget must be at least 1", use_fused_kd, trainer, **bad)

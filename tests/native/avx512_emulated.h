@@ -3,7 +3,7 @@
 //
 // Included before everything else (g++ -include) with -mavx2 -mfma -mf16c; with EMULATE_AVX512BF16
 // also the bfloat16 conversion and product. An intrinsic that is missing here does not compile: its own
-// definition wants the instruction set.
+// definition requires the instruction set.
 #pragma once
 
 #include <immintrin.h>

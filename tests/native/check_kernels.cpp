@@ -2,7 +2,7 @@
 // instruction sets must agree to the bit, against each other.
 //
 // Tables: -DTABLES="&kernels_generic,&kernels_avx2". Exit status 1 and a line per failure if a
-// check fails. Buffers have their exact size, off any alignment: a sanitizer sees every access
+// check fails. Buffers have their exact size, off any alignment: a sanitizer reports every access
 // outside.
 #include <random>
 
@@ -240,7 +240,7 @@ static void check_same_bits(const Case& c) {
 }
 
 // Maxima and minima are exact, the sum is finite exactly if every entry is, regardless of
-// the place of the odd one; `sums` notices it too.
+// the place of the odd one; `sums` checks it too.
 static void check_not_finite(const Kernels& table, bool bf16) {
   const Load load = bf16 ? Load::bf16 : Load::f32;
   const int size = 4 * MAX_PAIR;
@@ -326,14 +326,14 @@ static void check_conversions(const Kernels& table, Dtype dtype) {
   const std::string name = std::string(table.name) + " dtype " + std::to_string(int(dtype));
   std::vector<uint16_t> patterns(65536 + 5), back(patterns.size());
   for (size_t i = 0; i < patterns.size(); ++i) patterns[i] = uint16_t(i);
-  std::vector<float> wide(patterns.size()), want(patterns.size());
-  table.widen(dtype, patterns.data(), wide.data(), int(wide.size()));
-  kernels_generic.widen(dtype, patterns.data(), want.data(), int(wide.size()));
-  table.narrow(dtype, wide.data(), back.data(), int(wide.size()));
-  for (size_t i = 0; i < wide.size(); ++i) {
+  std::vector<float> widened(patterns.size()), want(patterns.size());
+  table.widen(dtype, patterns.data(), widened.data(), int(widened.size()));
+  kernels_generic.widen(dtype, patterns.data(), want.data(), int(widened.size()));
+  table.narrow(dtype, widened.data(), back.data(), int(widened.size()));
+  for (size_t i = 0; i < widened.size(); ++i) {
     const bool nan = std::isnan(want[i]);
-    expect(nan ? std::isnan(wide[i]) : to_bits(wide[i]) == to_bits(want[i]), name + " widen",
-           wide[i], want[i]);
+    expect(nan ? std::isnan(widened[i]) : to_bits(widened[i]) == to_bits(want[i]), name + " widen",
+           widened[i], want[i]);
     expect(nan || back[i] == patterns[i], name + " there and back", back[i], patterns[i]);
   }
   std::vector<float> values;

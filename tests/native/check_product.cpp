@@ -1,7 +1,7 @@
 // Whole matrix products with the instruction sets named on the command line: every element type,
 // layout and rounding against double arithmetic, the same bits for any number of regions.
 //
-// Buffers have their exact size, off any alignment: a sanitizer sees every access outside.
+// Buffers have their exact size, off any alignment: a sanitizer reports every access outside.
 #include <random>
 
 #include "../../csrc/cpu/product.h"

@@ -173,8 +173,8 @@ static void check_finite(const Setting& c, const Outcome& out) {
 
 // The ways to the same row: in place or not, at once or in two calls, with one thread or three.
 static Outcome check_ways(Setting c) {
-  Outcome one = run(c, one_thread, false);
-  check_finite(c, one);
+  Outcome want = run(c, one_thread, false);
+  check_finite(c, want);
   Setting swapped = c;
   swapped.in_place = !c.in_place;
   const Outcome others[] = {run(c, three_threads, false), run(c, one_thread, true),
@@ -182,11 +182,11 @@ static Outcome check_ways(Setting c) {
   for (const Outcome& other : others) {
     const std::string name =
         c.name() + ": other bits, way " + std::to_string(&other - others) + " ";
-    expect(same_bits(one.hard, other.hard) && same_bits(one.soft, other.soft), name + "losses");
-    expect(same_bits(one.stats, other.stats), name + "statistics");
-    for (int64_t n = 0; n < c.N; ++n) expect(same_bits(one.grad[n], other.grad[n]), name + "grad");
+    expect(same_bits(want.hard, other.hard) && same_bits(want.soft, other.soft), name + "losses");
+    expect(same_bits(want.stats, other.stats), name + "statistics");
+    for (int64_t n = 0; n < c.N; ++n) expect(same_bits(want.grad[n], other.grad[n]), name + "grad");
   }
-  return one;
+  return want;
 }
 
 static bool near(const std::vector<float>& a, const std::vector<float>& b, double relative) {

@@ -26,7 +26,7 @@ from support.models import VOCABULARY, Block, SmallLM
 
 STEPS, ROWS, LENGTH = 3, 2, 7
 CPU = torch.device("cpu")
-#: Of weights after a few steps: float32 sums in another order.
+#: Tolerance of weights after a few steps: float32 sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 Batch = dict[str, Tensor]
@@ -60,7 +60,7 @@ class Case:
         return StudentTeacherLoss(*models, KDLoss(temperature=2.0), heads=self.heads)
 
     def train(self, model: nn.Module, rank: int | None) -> Tensor:
-        """Return the loss of every step, (STEPS,); of a rank: its share times the ranks."""
+        """Return the loss of every step, (STEPS,); for a rank, its share times the ranks."""
         optimizer = torch.optim.SGD(student_of(model).parameters(), lr=0.5)
         losses = torch.zeros(STEPS)
         for step in range(STEPS):
@@ -74,7 +74,7 @@ class Case:
         return losses
 
     def backward_of_all(self, model: nn.Module, parts: list[Batch]) -> Tensor:
-        # Of the micro-batches of a rank.
+        # For all micro-batches of a rank.
         num_items = global_num_items(*(shifted(part["labels"]) for part in parts))
         loss = torch.zeros(())
         for i, part in enumerate(parts):
@@ -91,7 +91,7 @@ class Case:
         return loss.detach()
 
     def batches(self, step: int, rank: int | None) -> list[Batch]:
-        """Return the micro-batches of a rank; of None: the whole batch of all, in one."""
+        """Return the micro-batches of a rank; for None, the whole batch of all ranks, in one."""
         generator = torch.Generator().manual_seed(step)
         count = dist.get_world_size() * self.micro_batches * ROWS
         ids = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
@@ -125,7 +125,7 @@ def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def shard(model: StudentTeacherLoss, teacher_apart: bool = False, **options: Any) -> nn.Module:
-    # FSDP2: every block for itself; embeddings, norms and heads belong to the outermost.
+    # FSDP2: each block is a unit; embeddings, norms and heads belong to the outermost one.
     options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [*model.student.blocks, *model.teacher.blocks]:
         fully_shard(block, **options)
@@ -141,7 +141,7 @@ def shard_flat(model: StudentTeacherLoss) -> nn.Module:
 
 
 def a_mean_of_means_is_another() -> None:
-    # What the other checks would not notice, they could not check.
+    # Proof that the other checks can fail: this difference is larger than their tolerance.
     case = Case(DistributedDataParallel)
     model = case.wrap(case.distilled())
     (batch,) = case.batches(0, dist.get_rank())
@@ -167,7 +167,7 @@ def no_rank_keeps_a_token() -> None:
 
 
 class Gathers(TorchDispatchMode):
-    """Elements of every all-gather."""
+    """Record the number of elements of every all-gather."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,8 +180,8 @@ class Gathers(TorchDispatchMode):
 
 
 def the_head_is_gathered_once() -> None:
-    # In a whole step, with all else that is in no block. The student's blocks are gathered twice,
-    # the teacher's once: nothing of it is prefetched for the backward.
+    # Once per step, together with the other weights outside the blocks. The student's blocks are
+    # gathered twice, the teacher's once: nothing of it is prefetched for the backward.
     model = shard(Case(shard).distilled())
     model.student.blocks[0].set_modules_to_backward_prefetch([model])
     (batch,) = Case(shard).batches(0, dist.get_rank())

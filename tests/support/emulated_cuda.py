@@ -175,7 +175,7 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
 
 @contextmanager
 def installed(backend: EmulatedCUDA) -> Iterator[None]:
-    # ``backend="cuda"`` means this one.
+    # ``backend="cuda"`` means this backend.
     before = backends._MODULES["cuda"]
     backends._MODULES["cuda"] = backend
     try:

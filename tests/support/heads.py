@@ -79,7 +79,7 @@ def ours(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outco
 
 
 def truth(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """Return the same of the float64 reference on whole logits."""
+    """Return the results of the float64 reference on whole logits."""
     student = [x.detach().double().requires_grad_() for x in heads.student]
     teacher = F.linear(*(x.double() for x in heads.teacher))
     loss = kd_loss(F.linear(*student), teacher, heads.labels, backend="reference", **keywords)

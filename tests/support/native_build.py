@@ -15,6 +15,7 @@ from kernel_sources import AVX2, HOST_FLAGS, INSTRUCTION_SETS, KERNEL_FLAGS, ROO
 from support.processes import passes
 from support.processes import run as run_command
 
+RACE = 66  # ThreadSanitizer's exit status
 COMPILER = os.environ.get("CXX", "g++")
 
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
@@ -60,7 +61,7 @@ def compile_all(commands: Sequence[Sequence[object]]) -> None:
 
 
 def copy_source(target: Path, *folders: str) -> Path:
-    """Copy what a build needs: it leaves files behind."""
+    """Copy the files that a build needs, since it leaves files behind."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
     for name in ("csrc", "fused_kd", *folders):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
@@ -134,3 +135,13 @@ def build_conversions(folder: Path, name: str) -> Path:
 def run(program: Path, *arguments: str) -> None:
     """Run a check program; its output is the failure's message."""
     assert passes(run_command(program, *arguments)).strip().endswith(" 0 failed")
+
+
+def run_emulated(program: Path, *arguments: object) -> tuple[int, str]:
+    """Run a program of tests/cuda_on_cpu/; return its status and output."""
+    options = {"TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}", "ASAN_OPTIONS": ""}
+    done = run_command(program, *arguments, **options)
+    text = done.stdout + done.stderr
+    if "unexpected memory mapping" in text:
+        pytest.skip("ThreadSanitizer cannot run here: the kernel randomises addresses too widely")
+    return done.returncode, text

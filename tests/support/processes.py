@@ -19,7 +19,7 @@ from torch import multiprocessing
 from .ranks import run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Of a Python that imports test files and the package.
+#: PYTHONPATH that finds test files and the package.
 PATH = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "csrc"), str(ROOT)])
 #: A collective that a rank does not enter fails after this, and the test with it.
 TIMEOUT = timedelta(minutes=5)
@@ -39,6 +39,11 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 
 def run_python(*arguments: object, **keywords: Any) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, *arguments, **keywords)
+
+
+def printed_by(code: str, **environment: str) -> str:
+    """Run code in another Python, outside the repository; return what it printed."""
+    return passes(run_python("-c", code, cwd=Path("/"), **environment))
 
 
 def passes(done: subprocess.CompletedProcess[str]) -> str:

@@ -33,7 +33,7 @@ def forward_backward(*arguments: object, **changes: object) -> tuple[Tensor, ...
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("divergence", [0, 2])  # one pass before the gradient, and two
 def test_no_access_beyond_guard_pages(divergence: int, name: str) -> None:
-    # A row that ends at one: a read behind it is a segmentation fault.
+    # A row that ends at a page boundary: a read behind it is a segmentation fault.
     student, teacher = (guarded(V, torch.bfloat16).view(1, 1, V) for _ in range(2))
     student.copy_(torch.randn(V))
     teacher.copy_(torch.randn(V))
@@ -64,7 +64,7 @@ def test_nothing_around_the_rows_is_read_or_written(name: str) -> None:
 
 
 def test_rows_at_two_strides() -> None:
-    # A batch that leaves out its last row: that one, between the others, stays as it is.
+    # Batches without their last rows: those, between the others, stay as they are.
     whole, other = torch.randn(2, 3, 4, V)
     student, teacher = whole[:, :-1], other[:, :-1]
     rest = rows(9)[2:]
@@ -136,7 +136,7 @@ def test_rows_of_weight_0_are_not_read() -> None:
 
 @pytest.mark.parametrize("divergence", SOFT)
 def test_a_term_of_weight_0_in_one_row(divergence: int) -> None:
-    # The other term of that row is what it is alone, for any teacher.
+    # The row's other term has the value that it has alone, for any teacher.
     student, teacher, labels, w_hard, w_soft = rows(3)
     teacher[0, 0, 3], w_soft[0] = NAN, 0
     labels[2], w_hard[2] = -7, 0
@@ -158,9 +158,9 @@ def test_the_same_bits_alone_and_in_a_batch(divergence: int) -> None:
     student, teacher, *vectors = rows(5, dtype=torch.bfloat16)
     with configured(**TWO_PARTS):
         batch = forward_backward(student, teacher, *vectors, divergence=divergence)
-        one = [x[2:3].clone() for x in vectors]
+        row_vectors = [x[2:3].clone() for x in vectors]
         alone = forward_backward(
-            student[:, 2:3].clone(), teacher[:, 2:3].clone(), *one, divergence=divergence
+            student[:, 2:3].clone(), teacher[:, 2:3].clone(), *row_vectors, divergence=divergence
         )
     for got, want in zip(alone[:3], batch[:3], strict=True):
         assert torch.equal(got[0], want[2])
@@ -207,7 +207,7 @@ def test_rescale(dtype: torch.dtype, scale: float) -> None:
 
 
 def test_few_programs_where_the_scale_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A launch that mostly has nothing to do is not one of a program for each part of each row.
+    # A launch that usually has nothing to do does not start a program for each part of each row.
     grids: dict[str, list[int]] = {"_kd_rows_kernel": [], "_kd_scale_kernel": []}
     loaded = load_kernels()
 
@@ -234,12 +234,13 @@ def test_few_programs_where_the_scale_decides(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_scale_of_a_view() -> None:
-    wide = torch.randn(2, 3, V + 4).bfloat16()
-    wide[0, 1, :9] = 0
-    expected = wide.clone()
-    expected[..., :V] = torch.where(wide[..., :V] == 0, 0.0, wide[..., :V].float() * 3).bfloat16()
-    ops.triton_scale_(wide[..., :V], torch.tensor(3.0))
-    assert torch.equal(wide, expected)
+    padded = torch.randn(2, 3, V + 4).bfloat16()
+    padded[0, 1, :9] = 0
+    expected = padded.clone()
+    view = padded[..., :V]
+    expected[..., :V] = torch.where(view == 0, 0.0, view.float() * 3).bfloat16()
+    ops.triton_scale_(view, torch.tensor(3.0))
+    assert torch.equal(padded, expected)
 
 
 # --------------------------------------------------------------------------------- operators

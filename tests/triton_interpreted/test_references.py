@@ -35,7 +35,7 @@ def _rising(step: float) -> Tensor:
 # by more than an exponential bridges; by about as much as the logits differ
 @pytest.mark.parametrize(("step", "name"), [(300.0, "one part"), (3.0, "two parts")])
 def test_a_maximum_that_rises_with_every_tile(divergence: str, step: float, name: str) -> None:
-    # Of one side alone, or of one while the other's falls.
+    # One side's alone, or one side's while the other's falls.
     student, teacher, labels = _normal(1)
     lift = _rising(step)
     sides = [(student + lift, teacher), (student, teacher + lift), (student - lift, teacher + lift)]
@@ -50,7 +50,7 @@ def test_a_maximum_that_rises_with_every_tile(divergence: str, step: float, name
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", range(len(DIVERGENCES)))
 def test_an_entry_that_spoils_a_row(divergence: int, side: str) -> None:
-    # Whenever it comes: the terms that see it are NaN, in that row alone.
+    # At any position: the terms that contain it are NaN, in that row alone.
     student, teacher, labels = _normal(7)
     spoilt = student if side == "student" else teacher
     # in the first tile, in one that finds references, at the ragged end
