@@ -85,7 +85,8 @@ def is_caught(mutation: Mutation, folder: Path) -> bool:
     try:
         if mutation.is_compiled:
             build(folder)
-        return run_tests(mutation.tests, folder).returncode == 1
+        status = run_tests(mutation.tests, folder).returncode
+        return status == 1 or status < 0  # below 0: a signal, as of an access outside of memory
     finally:
         path.write_text(source)
 
