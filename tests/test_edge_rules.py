@@ -403,7 +403,7 @@ def test_confident_losses_are_not_negative(
     assert (rows >= 0).all()
 
 
-# in which a backend may still sum relative to the first block's maximum
+# in which a backend may still add exponentials relative to the first block's maximum
 def test_a_confident_label_in_the_second_block(fast: str) -> None:
     student, teacher = pair(16, 2560, scale=3.0)
     labels = 2048 + torch.arange(16) * 7
