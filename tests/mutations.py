@@ -1,14 +1,14 @@
 """Break the product in a copy, one fault at a time: ``python tests/mutations.py [WORD ...]``.
 
 Each entry of mutations.toml replaces one text of one file, and names the tests that must then
-fail. Words select the entries whose file or promise contains one of them. About half an hour
-for all on two cores: a change of csrc/ is compiled again. Needs Python 3.11.
+fail; without a fault they must pass. Words select the entries whose file or promise contains one
+of them. Needs Python 3.11, and the module for CPUs, compiled in place. With ccache on the PATH, a
+fault of that module compiles only the files that it changes.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +20,9 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("fused_kd", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml", "README.md")
+#: Sources of the module for CPUs. Those in csrc/cuda are compiled by the tests that emulate them.
 COMPILED = ("csrc/bindings", "csrc/cpu", "csrc/kd_math.h", "csrc/problem.h")
+INTERPRETED = "tests/triton_interpreted"
 
 
 class Mutation(NamedTuple):
@@ -30,66 +32,85 @@ class Mutation(NamedTuple):
     file: str
     before: str  # occurs once in the file
     after: str
-    tests: str  # arguments of pytest
+    tests: list[str]  # node ids of pytest; at least one of these tests must fail
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.file.startswith(COMPILED)
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in the copy, which its Python imports."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "FUSED_KD_CUDA": "0"}
+def selected(words: list[str]) -> list[Mutation]:
+    """Return the entries that contain one of the words, those to be compiled last.
+
+    Raises:
+        ValueError: The text of an entry does not occur exactly once.
+    """
+    entries = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())["mutation"]
+    mutations = [Mutation(**entry) for entry in entries]
+    for m in mutations:
+        if (ROOT / m.file).read_text().count(m.before) != 1:
+            raise ValueError(f"{m.file} must contain once: {m.before!r}")
+    if words:
+        mutations = [m for m in mutations if any(w in m.file or w in m.what for w in words)]
+    return sorted(mutations, key=lambda m: m.is_compiled)
+
+
+def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the copy, with these environment variables."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), **variables}
+    command = [sys.executable, *command]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def build(folder: Path) -> None:
-    """Compile the CPU module of the copy."""
-    run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder).check_returncode()
+    """Compile the module for CPUs."""
+    compilers = {"CC": "ccache gcc", "CXX": "ccache g++"} if shutil.which("ccache") else {}
+    variables = {"FUSED_KD_BUILD": "1", "FUSED_KD_CUDA": "0", **compilers}
+    run(["setup.py", "-q", "build_ext", "--inplace"], folder, **variables).check_returncode()
 
 
-def tested(tests: str, folder: Path) -> int:
-    """Return pytest's exit status: 0 if the tests pass, 1 if one fails."""
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-m", "not gpu"]
-    return run([*command, *shlex.split(tests)], folder).returncode
+def run_tests(tests: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run pytest, whose exit status is 0 if all tests pass, 1 if one fails."""
+    variables = {"FUSED_KD_ALL_FRAMEWORKS": "1"}  # a missing one is an error, no skipped test
+    if tests[0].startswith(INTERPRETED):
+        variables["TRITON_INTERPRET"] = "1"
+    return run(["-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests], folder, **variables)
 
 
 def is_caught(mutation: Mutation, folder: Path) -> bool:
-    """Return True if the tests fail with the fault; the copy is mended afterwards."""
+    """Return True if the tests fail with the fault; the source is mended afterwards."""
     path = folder / mutation.file
     source = path.read_text()
-    if source.count(mutation.before) != 1:
-        raise ValueError(f"{mutation.file} must contain once: {mutation.before!r}")
     path.write_text(source.replace(mutation.before, mutation.after))
-    is_compiled = mutation.file.startswith(COMPILED)
     try:
-        if is_compiled:
+        if mutation.is_compiled:
             build(folder)
-        return tested(mutation.tests, folder) == 1
+        status = run_tests(mutation.tests, folder).returncode
+        return status == 1 or status < 0  # below 0: a signal, as of an access outside of memory
     finally:
         path.write_text(source)
-        if is_compiled:
-            build(folder)
 
 
 def main(words: list[str]) -> int:
     """Return 0 if all selected faults are caught and the tests pass without them."""
-    entries = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())["mutation"]
-    mutations = [Mutation(**entry) for entry in entries]
-    if words:
-        mutations = [m for m in mutations if any(w in m.file or w in m.what for w in words)]
+    mutations = selected(words)
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in COPIED:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, folder / part)
-        for tests in sorted({m.tests for m in mutations}):
-            if tested(tests, folder) != 0:
-                print(f"fails without a fault: {tests}")
+        for is_interpreted in (False, True):
+            tests = sorted({x for m in mutations for x in m.tests})
+            tests = [x for x in tests if x.startswith(INTERPRETED) == is_interpreted]
+            result = run_tests(tests, folder) if tests else None
+            if result is not None and result.returncode != 0:
+                print(f"fails without a fault:\n{result.stdout}{result.stderr}")
                 return 1
-        for mutation in mutations:
-            caught = is_caught(mutation, folder)
+        for m in mutations:
+            caught = is_caught(m, folder)
             missed += not caught
-            print(
-                "caught" if caught else "MISSED", mutation.file, mutation.what, sep="  ", flush=True
-            )
+            print("caught" if caught else "MISSED", m.file, m.what, sep="  ", flush=True)
     print(f"{len(mutations) - missed} of {len(mutations)} caught")
     return int(missed > 0)
 

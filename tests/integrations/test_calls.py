@@ -149,19 +149,23 @@ def test_messages_say_why_there_is_no_loss() -> None:
         attached(student(IDS), IDS)
 
 
-def test_positional_arguments_reach_the_teacher_by_their_names(heads: bool) -> None:
+@pytest.mark.parametrize("kind", ["GPT-2", "PEFT"])
+def test_positional_arguments_reach_the_teacher_by_their_names(heads: bool, kind: str) -> None:
     # GPT-2's second argument is not Llama's, nor the third of PEFT's model that of its base
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 32}
-    gpt = tiny.build(transformers.GPT2LMHeadModel, transformers.GPT2Config, 0, **sizes)
     mask = torch.ones_like(IDS)
     mask[:, :2] = 0
-    before = [None] * (list(inspect.signature(gpt.forward).parameters).index("attention_mask") - 1)
-    peft = need("peft")
-    adapted = peft.get_peft_model(tiny.llama(2), peft.LoraConfig(task_type="CAUSAL_LM"))
-    for student, arguments in ((gpt, (IDS, *before, mask)), (adapted, (IDS, mask, None, IDS))):
-        attached = DistillationLoss(student, tiny.llama(1), heads=heads)
-        want = attached(student(input_ids=IDS, attention_mask=mask), IDS)
-        assert attached(student(*arguments), IDS) == want
+    if kind == "PEFT":
+        peft = need("peft")
+        student = peft.get_peft_model(tiny.llama(2), peft.LoraConfig(task_type="CAUSAL_LM"))
+        arguments = (IDS, mask, None, IDS)
+    else:
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 32}
+        student = tiny.build(transformers.GPT2LMHeadModel, transformers.GPT2Config, 0, **sizes)
+        names = list(inspect.signature(student.forward).parameters)
+        arguments = (IDS, *[None] * (names.index("attention_mask") - 1), mask)
+    attached = DistillationLoss(student, tiny.llama(1), heads=heads)
+    want = attached(student(input_ids=IDS, attention_mask=mask), IDS)
+    assert attached(student(*arguments), IDS) == want
 
 
 def test_losses_one_of_which_bypasses_the_students_head() -> None:
