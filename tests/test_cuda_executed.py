@@ -31,7 +31,7 @@ def _run(
 ) -> tuple[dict[str, int], list[int]]:
     """Return how often warps of a cluster executed each line, and memory: the argument's words."""
     words = np.array(memory if isinstance(memory, list) else [0] * memory, np.uint32)
-    launch = Launch(blocks, blocks, threads, 256, GLOBAL_BASE.to_bytes(8, "little"))
+    launch = Launch(blocks, threads, 256, blocks, GLOBAL_BASE.to_bytes(8, "little"))
     code = code_of(text)
     counts = Machine(code, launch, words.view(np.uint8)).run()
     lines = [f"{line.opcode} {line.operands}".strip() for line in code.instructions]
@@ -126,7 +126,7 @@ NOT_COPIED = COPY.replace("UBLKCP.S.G [UR10], [UR6], UR14, desc[UR16]", "NOP")
 @pytest.mark.parametrize(
     ("text", "memory", "grid", "message"),
     [
-        (TENSOR, 0, {}, r"unknown instruction at 0x1: TENSOR\.CORE R1, R0"),
+        (TENSOR, 0, {}, r"unknown instruction TENSOR\.CORE R1, R0"),
         ("FADD.SAT R1, R2, R3", 0, {}, r"unknown .*FADD\.SAT"),
         ("LDC R1, c[0x0][0x1c]", 0, {}, r"unknown .*constant c\[0x0\]\[0x1c\]"),
         ("SHFL.BFLY PT, R1, R2, 0x1, 0x1e0f", 0, {}, "unknown .*without 0x1f"),
@@ -206,7 +206,8 @@ def test_code_that_is_read_wrongly_is_refused(
     name: str, forward_kl: tuple[Path, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sass_operations.OPERATIONS, name, MISREAD[name])
-    with pytest.raises(RuntimeError, match=r"comes out wrong|unknown instruction"):
+    errors = AssertionError, NotImplementedError
+    with pytest.raises(errors, match=r"close|unknown instruction"):
         cuda_executed.execute("forward_kl", 2.0, *forward_kl)
 
 
