@@ -3,16 +3,19 @@
 operators: each operator over the time of a copy. The lower bound is its traffic in (N, V) matrices
 at the bandwidth of a copy, timed first: three for a gradient (two reads, one write), two for a
 forward alone. An operator that has nothing to do is compared with the three that it does not move.
-launch: three kernels for a profiler, after two others; nothing is measured.
+launch: four kernels for a profiler; nothing is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import statistics
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import product
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -22,13 +25,17 @@ from fused_kd.divergences import CODES, DIVERGENCES
 from fused_kd.options import KDOptions, temperature_tensor
 
 from .cases import Case
-from .gpu_session import Session
+from .measuring import clock
+from .methods import one_line
 from .problems import LogitsProblem
 
 #: What is measured, in this order: a row of 50257 entries begins at any address.
 BF16 = [("bf16", v) for v in (151_936, 32_000, 262_144, 50_257, 128_256)]
 SIZES = [BF16[0], ("fp32", 151_936), *BF16[1:3], ("fp32", 262_144), *BF16[3:]]
 ROWS, TINY, FEW_ROWS = 8192, [("bf16", 33), ("fp32", 33)], 5
+#: Calls that count, after those that compile and allocate.
+REPEATS, WARM_UP = 10, 2
+COPY = "copy of a matrix"
 
 Calls = dict[str, tuple[int, Callable[[], object]]]  # by name: matrices that it has to move, call
 
@@ -37,44 +44,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the measurement; return 1 if a call failed."""
     parser = argparse.ArgumentParser("gpu_times", description=__doc__)
     parser.add_argument("what", choices=("operators", "launch"))
-    what, session = parser.parse_args(arguments).what, Session()
-    sizes, rows = (SIZES, ROWS) if session.is_gpu else (TINY, FEW_ROWS)
-    cases = [Case(rows, v, dtype, device=session.device) for dtype, v in sizes]
-    for backend in session.backends:
+    what, read = parser.parse_args(arguments).what, os.environ.get
+    device, backends = read("GPU_CHECK_DEVICE", "cuda"), read("GPU_CHECK_BACKENDS", "cuda triton")
+    is_gpu, succeeded = device == "cuda", []
+    rows, sizes = (ROWS, SIZES) if is_gpu else (FEW_ROWS, TINY)
+    cases = [Case(rows, v, dtype, device=device) for dtype, v in sizes]
+    for backend in backends.split() if is_gpu else ["cpu"]:
         if what == "launch":
             _launch(backend, *cases[:2])
-            continue
-        for case, divergences in zip(cases, [DIVERGENCES, *[DIVERGENCES[:1]] * len(cases)]):
-            if not session.skips(f"{backend} {case.name}"):
-                _time(session, backend, case, divergences)
-    return session.status
+        else:
+            succeeded += _time(backend, cases[0], DIVERGENCES)
+            for case in cases[1:]:
+                succeeded += _time(backend, case, DIVERGENCES[:1])
+    return 0 if all(succeeded) else 1
 
 
-def _time(session: Session, backend: str, case: Case, divergences: Sequence[str]) -> None:
-    """Measure all operators with the first divergence, one with the others, and whole calls."""
-    problem = session.call(case.name, partial(LogitsProblem, case))
-    if problem is None:  # the memory did not suffice
-        return
-    copy = session.time(f"{case.name} copy of a matrix", problem.lower_bound().call)
-    if copy is None:
+def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool]:
+    """Time a copy, whole calls and operators, of all but the first divergence one.
+
+    Yields whether a call succeeded; prints and writes its seconds, and how many times as long as
+    the lower bound they are.
+    """
+    size = f"{backend} {case.dtype} V={case.v}"
+    try:
+        problem = LogitsProblem(case)
+    except torch.OutOfMemoryError:
+        print(f"LEFT OUT {size}: the memory does not suffice")
         return
     student, teacher, _ = problem.arguments()
-    print(f"{2 * student.nbytes / copy / 1e12:.3f} TB/s")
-    problem.restore()
     loss = partial(KDLoss, temperature=case.temperature, backend=backend)
     calls: Calls = {
+        COPY: (2, problem.lower_bound().call),
         "KDLoss": (3, problem.call(loss())),
         "KDLoss in place": (3, problem.call(loss(inplace=True))),
     }
     for divergence in divergences:
-        build = partial(operators, student, teacher, backend, divergence)
-        for name, call in (session.call(divergence, build) or {}).items():
+        for name, call in operators(student, teacher, backend, divergence).items():
             if name == "forward_backward" or divergence == divergences[0]:
                 calls[f"{divergence} {name}"] = call
+
+    def once(call: Callable[[], object]) -> float:
+        problem.restore()
+        return clock(call, case.device)
+
+    seconds = {}
     for name, (matrices, call) in calls.items():
-        what = f"{backend} {case.name} {name}"
-        if not session.skips(what):
-            session.time(what, call, matrices / 2 * copy, problem.restore)
+        if time.time() > float(os.environ.get("GPU_CHECK_UNTIL", "inf")):
+            print(f"LEFT OUT {size} {name}: the time is up", flush=True)
+            continue
+        try:
+            times = [once(call) for _ in range(WARM_UP + REPEATS)]
+            seconds[name] = statistics.median(times[WARM_UP:])
+            bound = matrices / 2 * seconds[COPY]
+        except Exception as error:
+            print(f"FAILED {size} {name}: {one_line(error)}", flush=True)
+            yield False
+            continue
+        what, speed = f"{size} {name}", matrices * student.nbytes / seconds[name] / 1e12
+        times = f"{1e3 * seconds[name]:10.4f} ms {seconds[name] / bound:8.3f} x bound"
+        print(f"{what:<60} {times} {speed:6.3f} TB/s", flush=True)
+        with open(os.environ.get("GPU_CHECK_OUTPUT", os.devnull), "a") as file:
+            result = {"size": size, "call": name, "seconds": seconds[name], "bound": bound}
+            print(json.dumps(result), file=file)
+        yield True
 
 
 def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -> Calls:
@@ -84,32 +116,36 @@ def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -
     weight = torch.full((n,), 0.5 / n, device=student.device)
     rows = (student[None], teacher[None], labels, weight, weight)
     temperature = temperature_tensor(KDOptions(temperature=2.0))
-    beta, scale_t2, label_smoothing = 0.5, True, 0.0
-    numbers = (CODES[divergence], temperature, beta, scale_t2, label_smoothing)
+    numbers = (CODES[divergence], temperature, 0.5, True, 0.0)  # beta, scale_t2, label_smoothing
     unchanged, changed = (torch.tensor(x, device=student.device) for x in (1.0, 0.3))
 
     def call(name: str, *arguments: object) -> tuple[Tensor, ...]:
         full = f"triton_{name}" if backend == "triton" else name
         return getattr(torch.ops.fused_kd, full).default(*arguments)
 
-    _, _, stats, gradient = call("forward_backward", *rows, *numbers)
-    rescale = ("rescale_", *rows, stats, *numbers)
+    @cache
+    def made() -> tuple[Tensor, ...]:  # statistics and gradient
+        return call("forward_backward", *rows, *numbers)[2:]
+
+    def rescale(factor: Tensor) -> tuple[Tensor, ...]:
+        return call("rescale_", *rows, made()[0], *numbers, factor, made()[1])
+
     return {
         "forward_backward": (3, lambda: call("forward_backward", *rows, *numbers)),
         "forward": (2, lambda: call("forward", *rows, *numbers)),
-        "backward": (3, lambda: call("backward", *rows, stats, *numbers)),
-        "rescale_ by 1 (nothing to do)": (3, lambda: call(*rescale, unchanged, gradient)),
-        "rescale_ by 0.3 (made again in 16 bits)": (3, lambda: call(*rescale, changed, gradient)),
-        "scale_ by 1 (nothing to do)": (3, lambda: call("scale_", gradient, unchanged)),
+        "backward": (3, lambda: call("backward", *rows, made()[0], *numbers)),
+        "rescale_ by 1 (nothing to do)": (3, lambda: rescale(unchanged)),
+        "rescale_ by 0.3 (made again in 16 bits)": (3, lambda: rescale(changed)),
+        "scale_ by 1 (nothing to do)": (3, lambda: call("scale_", made()[1], unchanged)),
     }
 
 
 def _launch(backend: str, *cases: Case) -> None:
-    """Launch forward_backward of both sizes twice, then backward of the first."""
+    """Launch forward_backward at both sizes; at the first again, and backward."""
     sides = [LogitsProblem(case).arguments()[:2] for case in cases]
     first, second = (operators(*pair, backend, DIVERGENCES[0]) for pair in sides)
     for _, call in (first["forward_backward"], second["forward_backward"], first["backward"]):
-        call()  # without the limit of a call: a profiler repeats it
+        call()
 
 
 if __name__ == "__main__":
