@@ -5,7 +5,7 @@ both without it): PARTS below, the most informative first. Each part is a proces
 time limit; one that fails, hangs or loses the device does not stop the next. A part that needs less
 than its time leaves the rest to the later ones of its run.
 
-Left in --output, written as it comes: gpu_check.log (all output), and the results of each part,
+Left in --output, written as it comes: gpu_check.log (all output), and the results of each suite,
 <part>.jsonl. The console shows a part's output when it has ended. --device cpu runs all of it at
 tiny sizes, the CPU's backend standing in.
 """
@@ -177,7 +177,7 @@ def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
     python, path = shlex.quote(sys.executable), shlex.quote(str(results))
     fields = {"python": python, "device": device, "seconds": seconds, "output": path}
     command = shlex.split(part.command.format(**fields, **FIELDS[device]))
-    environment = _environment(part, device, seconds, results)
+    environment = _environment(part, device, seconds)
     for tool in TOOLS:
         if tool in command and shutil.which(tool, path=environment["PATH"]) is None:
             return [f"{part.name}: skipped, there is no {tool}"]
@@ -205,14 +205,13 @@ def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
     return [summary, *notes[:MOST]]
 
 
-def _environment(part: Part, device: str, seconds: float, results: Path) -> dict[str, str]:
+def _environment(part: Part, device: str, seconds: float) -> dict[str, str]:
     read, join = os.environ.get, os.pathsep.join
     environment = {
         **os.environ,
         "GPU_CHECK_DEVICE": device,
         "GPU_CHECK_BACKENDS": part.backend,
         "GPU_CHECK_UNTIL": str(time.time() + seconds),
-        "GPU_CHECK_OUTPUT": str(results),
         "PATH": join([read("PATH", os.defpath), f"{read('CUDA_HOME', '/usr/local/cuda')}/bin"]),
         "PYTHONPATH": join([str(ROOT / "tests"), read("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",

@@ -9,7 +9,6 @@ launch: four kernels for a profiler; nothing is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -35,7 +34,7 @@ SIZES = [BF16[0], ("fp32", 151_936), *BF16[1:3], ("fp32", 262_144), *BF16[3:]]
 ROWS, TINY, FEW_ROWS = 8192, [("bf16", 33), ("fp32", 33)], 5
 #: Calls that count, after those that compile and allocate.
 REPEATS, WARM_UP = 10, 2
-COPY = "copy of a matrix"
+COPY, BOTH = "copy of a matrix", "forward_backward"
 
 Calls = dict[str, tuple[int, Callable[[], object]]]  # by name: matrices that it has to move, call
 
@@ -50,20 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, sizes = (ROWS, SIZES) if is_gpu else (FEW_ROWS, TINY)
     cases = [Case(rows, v, dtype, device=device) for dtype, v in sizes]
     for backend in backends.split() if is_gpu else ["cpu"]:
-        if what == "launch":
-            _launch(backend, *cases[:2])
-        else:
-            succeeded += _time(backend, cases[0], DIVERGENCES)
-            for case in cases[1:]:
-                succeeded += _time(backend, case, DIVERGENCES[:1])
+        if what == "launch":  # forward_backward at two sizes; at the first again, and backward
+            sides = [LogitsProblem(case).arguments()[:2] for case in cases[:2]]
+            first, second = (operators(*pair, backend, DIVERGENCES[0]) for pair in sides)
+            for calls, name in ((first, BOTH), (second, BOTH), (first, "backward")):
+                calls[name][1]()
+            continue
+        for case in cases:
+            succeeded += _time(backend, case, DIVERGENCES if case == cases[0] else DIVERGENCES[:1])
     return 0 if all(succeeded) else 1
 
 
 def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool]:
     """Time a copy, whole calls and operators, of all but the first divergence one.
 
-    Yields whether a call succeeded; prints and writes its seconds, and how many times as long as
-    the lower bound they are.
+    Yields whether a call succeeded; prints its time, how many times as long as the lower bound that
+    is, and the bandwidth.
     """
     size = f"{backend} {case.dtype} V={case.v}"
     try:
@@ -80,7 +81,7 @@ def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool
     }
     for divergence in divergences:
         for name, call in operators(student, teacher, backend, divergence).items():
-            if name == "forward_backward" or divergence == divergences[0]:
+            if name == BOTH or divergence == divergences[0]:
                 calls[f"{divergence} {name}"] = call
 
     def once(call: Callable[[], object]) -> float:
@@ -101,11 +102,8 @@ def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool
             yield False
             continue
         what, speed = f"{size} {name}", matrices * student.nbytes / seconds[name] / 1e12
-        times = f"{1e3 * seconds[name]:10.4f} ms {seconds[name] / bound:8.3f} x bound"
+        times = f"{1e3 * seconds[name]:10.5f} ms {seconds[name] / bound:8.3f} x bound"
         print(f"{what:<60} {times} {speed:6.3f} TB/s", flush=True)
-        with open(os.environ.get("GPU_CHECK_OUTPUT", os.devnull), "a") as file:
-            result = {"size": size, "call": name, "seconds": seconds[name], "bound": bound}
-            print(json.dumps(result), file=file)
         yield True
 
 
@@ -125,27 +123,19 @@ def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -
 
     @cache
     def made() -> tuple[Tensor, ...]:  # statistics and gradient
-        return call("forward_backward", *rows, *numbers)[2:]
+        return call(BOTH, *rows, *numbers)[2:]
 
     def rescale(factor: Tensor) -> tuple[Tensor, ...]:
         return call("rescale_", *rows, made()[0], *numbers, factor, made()[1])
 
     return {
-        "forward_backward": (3, lambda: call("forward_backward", *rows, *numbers)),
+        BOTH: (3, lambda: call(BOTH, *rows, *numbers)),
         "forward": (2, lambda: call("forward", *rows, *numbers)),
         "backward": (3, lambda: call("backward", *rows, made()[0], *numbers)),
         "rescale_ by 1 (nothing to do)": (3, lambda: rescale(unchanged)),
         "rescale_ by 0.3 (made again in 16 bits)": (3, lambda: rescale(changed)),
         "scale_ by 1 (nothing to do)": (3, lambda: call("scale_", made()[1], unchanged)),
     }
-
-
-def _launch(backend: str, *cases: Case) -> None:
-    """Launch forward_backward at both sizes; at the first again, and backward."""
-    sides = [LogitsProblem(case).arguments()[:2] for case in cases]
-    first, second = (operators(*pair, backend, DIVERGENCES[0]) for pair in sides)
-    for _, call in (first["forward_backward"], second["forward_backward"], first["backward"]):
-        call()
 
 
 if __name__ == "__main__":
