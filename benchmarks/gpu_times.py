@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool]:
-    """Time a copy, whole calls and operators, of all but the first divergence one.
+    """Measure a copy, whole calls, and all operators; of later divergences forward_backward alone.
 
     Yields whether a call succeeded; prints its time, how many times as long as the lower bound that
     is, and the bandwidth.
@@ -102,8 +102,8 @@ def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool
             yield False
             continue
         what, speed = f"{size} {name}", matrices * student.nbytes / seconds[name] / 1e12
-        times = f"{1e3 * seconds[name]:10.5f} ms {seconds[name] / bound:8.3f} x bound"
-        print(f"{what:<60} {times} {speed:6.3f} TB/s", flush=True)
+        ratio = f"{1e3 * seconds[name]:10.5f} ms {seconds[name] / bound:8.3f} x bound"
+        print(f"{what:<60} {ratio} {speed:6.3f} TB/s", flush=True)
         yield True
 
 

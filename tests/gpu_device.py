@@ -41,9 +41,8 @@ Made = tuple[Tensor, Tensor, Tensor]
 _Value = TypeVar("_Value")
 
 
-WANTED = (
-    (os.environ.get("GPU_CHECK_BACKENDS", "").split() or ["cuda", "triton"]) if REAL else ["cpu"]
-)
+NAMED = os.environ.get("GPU_CHECK_BACKENDS", "").split()
+WANTED = (NAMED or ["cuda", "triton"]) if REAL else ["cpu"]
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(why is not None, reason=f"{name}: {why}"))
     for name in WANTED
