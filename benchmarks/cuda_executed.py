@@ -9,11 +9,14 @@ gradients that come out are compared with float64: code that is read wrongly giv
 from __future__ import annotations
 
 import ctypes
+import struct
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fused_kd import kd_loss
 from fused_kd.ops import STATS
@@ -23,71 +26,63 @@ from .sass import disassemble, usage
 from .sass_machine import GLOBAL_BASE, Launch, Machine
 
 V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
+#: What a launch reads and writes, in the order of captured_launch.cu.
 NAMES = ("student", "teacher", "grad", "labels", "w_hard", "w_soft", "hard", "soft", "stats")
+LAUNCH_SHAPE = struct.Struct("qiii4x")  # of csrc/cuda/launching.h, without its last field
 #: By the way in which the hard term's exponential is computed.
 TEMPERATURES = {"1": 1.0, "2": 2.0, "another": 3.0}
 
 
-class Rows:
-    """Rows of logits as an ordinary step has them, in one piece of memory, and what comes out."""
+def make_rows() -> tuple[Tensor, dict[str, Tensor]]:
+    """Return memory, and its parts by name: rows of a training step, and space for the results."""
+    random = np.random.default_rng(SEED)
+    sides = torch.from_numpy(SPREAD * random.standard_normal((2, ROWS, V))).float().bfloat16()
+    labels = torch.from_numpy(random.integers(0, V, ROWS))
+    weights, losses = torch.full((2, ROWS), 0.5 / ROWS), torch.zeros(2, ROWS)
+    given = *sides, torch.zeros_like(sides[0]), labels, *weights, *losses, torch.zeros(ROWS, STATS)
+    memory = torch.zeros(len(NAMES), sides[0].nbytes, dtype=torch.uint8)
+    places = zip(NAMES, memory, given, strict=True)
+    return memory, {
+        name: place[: x.nbytes].view(x.dtype).view(x.shape).copy_(x) for name, place, x in places
+    }
 
-    def __init__(self, divergence: str, temperature: float) -> None:
-        self.divergence, self.temperature = divergence, temperature
-        random = np.random.default_rng(SEED)
-        sides = torch.from_numpy(SPREAD * random.standard_normal((2, ROWS, V))).float().bfloat16()
-        labels = torch.from_numpy(random.integers(0, V, ROWS))
-        weights, losses = torch.full((ROWS,), 0.5 / ROWS), torch.zeros(ROWS)
-        tensors = [*sides, torch.zeros_like(sides[0]), labels, weights, weights, losses, losses]
-        self.memory = torch.zeros(4 * sides.nbytes, dtype=torch.uint8)
-        #: By name, in the order of captured_launch.cu: tensors, and their addresses.
-        self.tensors, self.addresses, begin = {}, {}, 0
-        for name, tensor in zip(NAMES, [*tensors, torch.zeros(ROWS, STATS)], strict=True):
-            stored = self.memory[begin : begin + tensor.nbytes].view(tensor.dtype)
-            self.tensors[name] = stored.view(tensor.shape).copy_(tensor)
-            self.addresses[name] = GLOBAL_BASE + begin
-            begin += -(-tensor.nbytes // 256) * 256
-        if divergence == "none":
-            self.addresses["w_soft"] = 0
 
-    def plan(self, library: ctypes.CDLL) -> Launch:
-        """Return what launch.cu launches for them."""
-        params, shape = ctypes.create_string_buffer(4096), (ctypes.c_int64 * 4)()
-        call = ROWS, V, DIVERGENCES.index(self.divergence), self.temperature
-        size = library.capture(*call, *self.addresses.values(), params, shape)
-        if not size:
-            raise RuntimeError("launch.cu does not launch rows_cluster once")
-        return Launch(*shape, params.raw[:size])
+def plan(divergence: str, temperature: float, memory: Tensor, library: ctypes.CDLL) -> Launch:
+    """Return what launch.cu launches for the rows in memory."""
+    addresses = {name: GLOBAL_BASE + i * memory.shape[1] for i, name in enumerate(NAMES)}
+    if divergence == "none":
+        addresses["w_soft"] = 0
+    at = (ctypes.c_void_p * len(NAMES))(*addresses.values())
+    params, shape = (ctypes.create_string_buffer(size) for size in (4096, LAUNCH_SHAPE.size))
+    code = DIVERGENCES.index(divergence)
+    size = library.capture(ROWS, V, code, ctypes.c_double(temperature), at, params, shape)
+    if not size:
+        raise RuntimeError("launch.cu does not launch rows_cluster once")
+    return Launch(*LAUNCH_SHAPE.unpack(shape.raw), params.raw[:size])
 
-    def check(self) -> None:
-        """Raise unless losses and gradients are those of float64: code was read wrongly."""
-        student, labels = self.tensors["student"].double().requires_grad_(), self.tensors["labels"]
-        teacher, options = self.tensors["teacher"].double(), {"divergence": self.divergence}
-        if self.divergence == "none":
-            options = {"soft_weight": 0.0}
-        options |= {"temperature": self.temperature, "reduction": "none", "return_parts": True}
-        true = kd_loss(student, teacher, labels, **options)
-        (gradient,) = torch.autograd.grad(true.loss.mean(), student)
-        for name, expected in (("hard", true.hard), ("soft", true.soft)):
-            loss = self.tensors[name].double()
-            if not torch.allclose(loss, expected.detach(), rtol=1e-4, atol=1e-6):
-                raise RuntimeError(f"the {name} loss comes out wrong: {loss}, {expected}")
-        # the label's entry is larger than all others together
-        is_label = torch.nn.functional.one_hot(labels, V).bool()
-        error = self.tensors["grad"].double() - gradient
-        for part in (is_label, ~is_label):
-            share = (error * part).norm(dim=1) / (gradient * part).norm(dim=1)
-            if not (share < 0.01).all():
-                raise RuntimeError(f"the gradient comes out wrong, by {share}")
+
+def check(divergence: str, temperature: float, rows: dict[str, Tensor]) -> None:
+    """Raise AssertionError unless losses and gradients are those of float64: code was misread."""
+    student, teacher = rows["student"].double().requires_grad_(), rows["teacher"].double()
+    soft = {"soft_weight": 0.0} if divergence == "none" else {"divergence": divergence}
+    options = {"temperature": temperature, "reduction": "none", "return_parts": True, **soft}
+    true = kd_loss(student, teacher, rows["labels"], **options)
+    (gradient,) = torch.autograd.grad(true.loss.mean(), student)
+    close = partial(torch.testing.assert_close, check_dtype=False)
+    close(rows["hard"], true.hard.detach(), rtol=1e-4, atol=1e-6)
+    close(rows["soft"], true.soft.detach(), rtol=1e-4, atol=1e-6)
+    # the label's entry is larger than all others together
+    is_label = torch.nn.functional.one_hot(rows["labels"], V).bool()
+    for part in (is_label, ~is_label):
+        error = ((rows["grad"].double() - gradient) * part).norm(dim=1)
+        close(error / (gradient * part).norm(dim=1), torch.zeros(ROWS), rtol=0, atol=0.01)
 
 
 def compile_launcher(folder: Path) -> ctypes.CDLL:
     """Return captured_launch.cu, compiled for the host."""
     source, library = Path(__file__).with_name("captured_launch.cu"), folder / "captured_launch.so"
     compile_with_nvcc(source, library, "90a", "-shared", "-Xcompiler=-fPIC")
-    launcher = ctypes.CDLL(str(library))
-    numbers = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_double]
-    launcher.capture.argtypes = [*numbers, *[ctypes.c_void_p] * (len(NAMES) + 2)]
-    return launcher
+    return ctypes.CDLL(str(library))
 
 
 def compile_cluster(divergence: str, folder: Path) -> Path:
@@ -105,9 +100,10 @@ def execute(
     Then of these exponentials, logarithms and reciprocals: one kind of unit does them all.
     """
     (code,) = disassemble(cubin).values()
-    rows = Rows(divergence, temperature)
-    counts = Machine(code, rows.plan(library), rows.memory.numpy()).run() * 32 / (ROWS * V)
-    rows.check()
+    memory, rows = make_rows()
+    launch = plan(divergence, temperature, memory, library)
+    counts = Machine(code, launch, memory.view(-1).numpy()).run() * 32 / (ROWS * V)
+    check(divergence, temperature, rows)
     special = [line.opcode.startswith("MUFU") for line in code.instructions]
     return counts.sum(), counts[special].sum()
 

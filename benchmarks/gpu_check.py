@@ -5,7 +5,7 @@ both without it): PARTS below, the most informative first. Each part is a proces
 time limit; one that fails, hangs or loses the device does not stop the next. A part that needs less
 than its time leaves the rest to the later ones of its run.
 
-Left in --output, written as it comes: gpu_check.log (all output), and the results of each part,
+Left in --output, written as it comes: gpu_check.log (all output), and the results of each suite,
 <part>.jsonl. The console shows a part's output when it has ended. --device cpu runs all of it at
 tiny sizes, the CPU's backend standing in.
 """
@@ -33,8 +33,8 @@ FIRST, SECOND = "first", "second"
 PROCESSORS = os.cpu_count() or 1
 #: Triton's cache, from the folder of the repository; gpu_cache.py fills it beforehand.
 CACHE = "out/gpu_cache"
-#: The tests marked gpu, the most informative first, and the seconds that one may take.
-TESTS, TEST_SECONDS = ("test_gpu", "test_gpu_running", "test_gpu_heads"), 45
+#: The tests marked gpu besides the smoke, the most informative first.
+TESTS = ("test_gpu", "test_gpu_running", "test_gpu_heads")
 #: Seconds kept for a part that ends by itself before it is ended, and the least that a part gets.
 GRACE, LEAST = 6.0, 10.0
 #: Lines of a part's output that are repeated in the report, and how many at most.
@@ -54,19 +54,18 @@ class Part:
     command: str
 
 
-_SMOKE, _TIMES = "{python} -m benchmarks.gpu_smoke", "{python} -m benchmarks.gpu_times"
-_PYTEST = (
-    "{python} -m pytest -m gpu -p gpu_plugin -p no:cacheprovider --durations=5 -rs --tb=short "
-    f"-o faulthandler_timeout={TEST_SECONDS} -o faulthandler_exit_on_timeout=true "
-    + " ".join(f"tests/{name}.py" for name in TESTS)
-)
+_ALONE = "env FUSED_KD_BUILD=0 FUSED_KD_CUDA=1"  # the CUDA module, for this card or from objects
+_TIMES = "{python} -m benchmarks.gpu_times"
+_PYTEST = "{python} -m pytest -m gpu -p gpu_plugin -p no:cacheprovider --durations=5 -rs --tb=short"
+_PYTEST += " -o faulthandler_exit_on_timeout=true -o faulthandler_timeout="
+_SMOKE = f"{_PYTEST}20 -v tests/test_gpu_smoke.py"
+_TESTS = _PYTEST + " ".join(["45", *(f"tests/{name}.py" for name in TESTS)])
 if importlib.util.find_spec("xdist") is not None:
-    _PYTEST += f" -n {max(1, min(12, 3 * PROCESSORS // 4))} --dist loadgroup"
-# time, occupancy, memory, issue slots, instructions and registers of the third to fifth launch of
-# a row kernel of either backend; clocks are left alone
+    _TESTS += f" -n {max(1, min(12, 3 * PROCESSORS // 4))} --dist loadgroup"
+# time, occupancy, memory, issue slots, instructions and registers; clocks are left alone
 _NCU = (
     "ncu --clock-control none --print-kernel-base function --kernel-name regex:rows "
-    "--launch-skip 2 --launch-count 3 --metrics gpu__time_duration.sum,"
+    "--launch-count 4 --metrics gpu__time_duration.sum,"
     "sm__warps_active.avg.pct_of_peak_sustained_active,"
     "dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum.per_second,"
     "sm__inst_issued.avg.pct_of_peak_sustained_active,smsp__inst_executed.sum,"
@@ -74,13 +73,17 @@ _NCU = (
 )
 _SUITE = "{python} -m benchmarks run --in-process --device {device} --seconds {seconds} "
 _SUITE += "--output {output} --peers"
+_HEADS = "kdloss-heads kdloss-heads-1024"
 _OURS = "kdloss kdloss-inplace kdloss-forward kdloss-triton kdloss-heads kdloss-heads-triton eager"
 _REAL, _TINY = "--n 8192 --repeats 10 --seconds-each 2", "--n 5 --repeats 2 --dtype bf16 --v 33"
 # racecheck does not follow barriers that bulk copies complete: it is left to the emulator
-_SANITIZER = "compute-sanitizer --error-exitcode 97 --print-limit 20 --tool"
+# without torch's cache, which would hide a use after a free
+_SANITIZER = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 "
+_SANITIZER += "compute-sanitizer --error-exitcode 97 --print-limit 20 --tool"
 _SLICES = max(1, PROCESSORS // 2)
-_SLICED = f"bash -c 'seq 0 {_SLICES - 1} | xargs -P {_SLICES} -I% \"$@\" --slice % {_SLICES}' -"
-_EXPECT_97 = "bash -c '\"$@\"; test $? = 97' -"
+_SLICED = f"seq 0 {_SLICES - 1} | xargs -P {_SLICES} -I% env GPU_CHECK_SLICE=%/{_SLICES}"
+_SLICED = f"bash -c '{_SLICED} \"$@\"' -"
+_PLANTED = "bash -c '\"$@\" {python} tests/gpu_planted.py; test $? = 97' -"
 #: What commands leave to the device; {gpu}: without one the part is skipped.
 FIELDS = {
     "cuda": {
@@ -100,16 +103,16 @@ FIELDS = {
 }
 
 PARTS = (
-    Part("build", FIRST, 70, "cuda", "{gpu} {python} setup.py build_ext --inplace"),
+    Part("build", FIRST, 70, "cuda", f"{{gpu}} {_ALONE} {{python}} setup.py build_ext --inplace"),
     Part("smoke", FIRST, 30, "cuda", _SMOKE),
     Part("operators", FIRST, 35, "cuda", f"{_TIMES} operators"),
     Part("ncu", FIRST, 30, "cuda", f"{{gpu}} {_NCU}{_TIMES} launch"),
-    Part("cuda-tests", FIRST, 55, "cuda", _PYTEST),
-    Part("heads-times", FIRST, 20, "cuda", f"{_TIMES} heads"),
+    Part("cuda-tests", FIRST, 55, "cuda", _TESTS),
+    Part("heads-times", FIRST, 20, "", f"{_SUITE} {_HEADS} {{heads}} -- heads"),
     # programs that wait for each other: no emulation can vouch for that
     Part("triton", SECOND, 30, "triton", _SMOKE),
     Part("triton-operators", SECOND, 25, "triton", f"{_TIMES} operators"),
-    Part("triton-tests", SECOND, 90, "triton", _PYTEST),
+    Part("triton-tests", SECOND, 90, "triton", _TESTS),
     Part("logits", SECOND, 35, "", f"{_SUITE} {_OURS} {{logits}} -- logits"),
     Part("heads", SECOND, 20, "", f"{_SUITE} {_OURS} {{heads}} -- heads"),
     # torch.compile and Liger compile for longer than all else takes: one size
@@ -117,7 +120,7 @@ PARTS = (
     Part("memcheck", SECOND, 22, "cuda", f"{_SLICED} {{memcheck}} {_SMOKE}"),
     Part("synccheck", SECOND, 17, "cuda", f"{{gpu}} {_SLICED} {_SANITIZER} synccheck {_SMOKE}"),
     # a write out of bounds, which shows that the sanitizer works on this machine
-    Part("planted", SECOND, 11, "cuda", f"{{gpu}} {_EXPECT_97} {{memcheck}} {_SMOKE} --planted"),
+    Part("planted", SECOND, 11, "cuda", f"{{gpu}} {_PLANTED} {{memcheck}}"),
 )
 ENVIRONMENT = (
     Part("environment", "", 20, "", "{python} -m fused_kd.env"),
@@ -174,7 +177,7 @@ def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
     python, path = shlex.quote(sys.executable), shlex.quote(str(results))
     fields = {"python": python, "device": device, "seconds": seconds, "output": path}
     command = shlex.split(part.command.format(**fields, **FIELDS[device]))
-    environment = _environment(part, device, seconds, results)
+    environment = _environment(part, device, seconds)
     for tool in TOOLS:
         if tool in command and shutil.which(tool, path=environment["PATH"]) is None:
             return [f"{part.name}: skipped, there is no {tool}"]
@@ -202,26 +205,21 @@ def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
     return [summary, *notes[:MOST]]
 
 
-def _environment(part: Part, device: str, seconds: float, results: Path) -> dict[str, str]:
+def _environment(part: Part, device: str, seconds: float) -> dict[str, str]:
     read, join = os.environ.get, os.pathsep.join
     environment = {
         **os.environ,
         "GPU_CHECK_DEVICE": device,
         "GPU_CHECK_BACKENDS": part.backend,
         "GPU_CHECK_UNTIL": str(time.time() + seconds),
-        "GPU_CHECK_OUTPUT": str(results),
         "PATH": join([read("PATH", os.defpath), f"{read('CUDA_HOME', '/usr/local/cuda')}/bin"]),
         "PYTHONPATH": join([str(ROOT / "tests"), read("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": CACHE,
     }
-    if "setup.py" in part.command:  # the CUDA module alone, for this card or from objects
-        environment |= {"FUSED_KD_BUILD": "0", "FUSED_KD_CUDA": "1", "MAX_JOBS": str(PROCESSORS)}
-        if not {"FUSED_KD_CUDA_OBJECTS", "TORCH_CUDA_ARCH_LIST"} & set(os.environ):
-            major, minor = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-            environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    if "compute-sanitizer" in part.command:  # a cache would hide a use after a free
-        environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    if device == "cuda" and "FUSED_KD_CUDA_OBJECTS" not in environment:  # they have a stamp
+        major, minor = torch.cuda.get_device_capability()
+        environment.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
     return environment
 
 

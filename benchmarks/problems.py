@@ -15,7 +15,6 @@ from fused_kd.sides import Side
 from fused_kd.testing import DTYPES, make_inputs
 
 from .cases import HEADS, LOGITS, STEP, Case
-from .gpu_session import Output
 from .measuring import Call, clock
 from .methods import Loss
 
@@ -38,6 +37,18 @@ class LowerBound(NamedTuple):
     call: Call
     times: float = 1.0  # of the call's seconds: what the case takes at least
     why: str = ""  # it is not in the case's dtype
+
+
+class Output(torch.autograd.Function):
+    """Logits in their own memory as the output of a layer: they may be overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
 
 
 def loss_and_gradients(

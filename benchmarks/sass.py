@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 _LABEL = re.compile(r"\s*(\.L\w+|\$\S+):")
 _INSTRUCTION = re.compile(
-    r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;"
+    r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@(?P<guard>!?U?P\w+)\s+)?"
+    r"(?P<opcode>[A-Z][A-Z0-9_.]*)\s*(?P<operands>.*?)\s*;"
 )
 _TARGET = re.compile(r"`\(([.$][^)]+)\)")
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -21,11 +22,15 @@ _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL
 class Instruction(NamedTuple):
     """One instruction, without its encoding."""
 
-    address: int
     opcode: str  # with its suffixes: "LDG.E.128"
     operands: str
     guard: str  # "!P0": a lane for which it is false does nothing
-    target: str  # the label of a branch
+
+    @property
+    def target(self) -> str:
+        """Return the label of a branch; "" of another instruction."""
+        match = _TARGET.search(self.operands)
+        return match[1] if match else ""
 
 
 class Code(NamedTuple):
@@ -87,12 +92,5 @@ def parse(listing: str) -> dict[str, Code]:
             if label := _LABEL.match(line):
                 code.labels[label[1]] = len(code.instructions)
             elif match := _INSTRUCTION.match(line):
-                address, guard, opcode, operands = match.groups()
-                guard = (guard or "").strip().removeprefix("@")
-                target = _TARGET.search(operands)
-                code.instructions.append(
-                    Instruction(
-                        int(address, 16), opcode, operands, guard, target[1] if target else ""
-                    )
-                )
+                code.instructions.append(Instruction(**match.groupdict("")))
     return kernels

@@ -29,9 +29,9 @@ class Launch(NamedTuple):
     """A grid."""
 
     blocks: int
-    cluster: int  # blocks
     threads: int  # of a block
     shared_bytes: int  # of a block
+    cluster: int  # blocks
     params: bytes  # the kernel's argument
 
 
@@ -143,8 +143,8 @@ class Machine:
             else:
                 execute(opcode, operands, self.registers, mask)
         except (KeyError, NotImplementedError) as error:
-            where = f"{instruction.address:#x}: {opcode} {operands}"
-            raise NotImplementedError(f"unknown instruction at {where} ({error})") from error
+            what = f"unknown instruction {opcode} {operands} ({error})"
+            raise NotImplementedError(what) from error
 
     # -------------------------------------------------------------------- branches and waiting
 

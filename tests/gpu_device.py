@@ -19,6 +19,7 @@ import torch
 from support.logits import gradient
 from torch import Tensor
 
+from benchmarks.problems import Output
 from fused_kd import Head, kd_loss
 from fused_kd.backends import why_not
 from fused_kd.options import KDOptions
@@ -41,10 +42,11 @@ Batch = tuple[Tensor, Tensor, Tensor]
 _Value = TypeVar("_Value")
 
 
-_WANTED = os.environ.get("GPU_CHECK_BACKENDS", "").split() or ["cuda", "triton"]
+NAMED = os.environ.get("GPU_CHECK_BACKENDS", "").split()
+WANTED = (NAMED or ["cuda", "triton"]) if REAL else ["cpu"]
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(why is not None, reason=f"{name}: {why}"))
-    for name in (_WANTED if REAL else ["cpu"])
+    for name in WANTED
     for why in [why_not(name, DEVICE)]
 ]
 #: A test that needs gigabytes of the device: one at a time, if several tests run at once.
@@ -90,19 +92,9 @@ def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-class _Output(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:  # type: ignore[override]
-        return upstream
-
-
 def as_output(logits: Tensor) -> Tensor:
     """Return the same memory as the output of a layer: it may be written in place."""
-    result: Tensor = _Output.apply(logits)  # type: ignore[no-untyped-call]
+    result: Tensor = Output.apply(logits)
     return result
 
 

@@ -2,12 +2,14 @@
 
 A failure is printed when it happens. A process whose context a test has lost ends, since every
 later test would fail too; pytest-xdist starts another in its place. After GPU_CHECK_UNTIL the tests
-that are left are skipped. What compiles the longest is last.
+that are left are skipped. What compiles the longest is last. GPU_CHECK_SLICE="2/8" runs the third
+eighth of the tests, in a mixed order.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterator
 
@@ -36,6 +38,10 @@ def _context() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "compiled" in item.name)
+    if wanted := os.environ.get("GPU_CHECK_SLICE"):
+        index, count = map(int, wanted.split("/"))
+        random.Random(0).shuffle(items)
+        items[:] = items[index::count]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import operator
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,23 +15,13 @@ from benchmarks import cuda_executed, sass_machine, sass_operations
 from benchmarks.sass import find_tool
 from benchmarks.sass_machine import GLOBAL_BASE, Launch, Machine
 
-#: Instructions and special functions per element at most, at the temperature that takes most.
-WORK = {
-    "forward_kl": (38.7, 6.3),
-    "reverse_kl": (41.7, 5.3),
-    "jsd": (109.0, 9.3),
-    "tvd": (56.5, 8.3),
-    "mse": (34.7, 2.2),
-    "none": (24.0, 2.3),
-}
-
 
 def _run(
     text: str, memory: int | list[int], blocks: int = 1, threads: int = 64
 ) -> tuple[dict[str, int], list[int]]:
     """Return how often warps of a cluster executed each line, and memory: the argument's words."""
     words = np.array(memory if isinstance(memory, list) else [0] * memory, np.uint32)
-    launch = Launch(blocks, blocks, threads, 256, GLOBAL_BASE.to_bytes(8, "little"))
+    launch = Launch(blocks, threads, 256, blocks, GLOBAL_BASE.to_bytes(8, "little"))
     code = code_of(text)
     counts = Machine(code, launch, words.view(np.uint8)).run()
     lines = [f"{line.opcode} {line.operands}".strip() for line in code.instructions]
@@ -126,7 +116,7 @@ NOT_COPIED = COPY.replace("UBLKCP.S.G [UR10], [UR6], UR14, desc[UR16]", "NOP")
 @pytest.mark.parametrize(
     ("text", "memory", "grid", "message"),
     [
-        (TENSOR, 0, {}, r"unknown instruction at 0x1: TENSOR\.CORE R1, R0"),
+        (TENSOR, 0, {}, r"unknown instruction TENSOR\.CORE R1, R0"),
         ("FADD.SAT R1, R2, R3", 0, {}, r"unknown .*FADD\.SAT"),
         ("LDC R1, c[0x0][0x1c]", 0, {}, r"unknown .*constant c\[0x0\]\[0x1c\]"),
         ("SHFL.BFLY PT, R1, R2, 0x1, 0x1e0f", 0, {}, "unknown .*without 0x1f"),
@@ -172,49 +162,56 @@ def test_arithmetic_that_losses_do_not_show(lines: str, result: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], tuple[float, ...]]:
+    """Return a function that returns the counts of a divergence at a temperature."""
     for tool in ("nvcc", "nvdisasm"):
         if find_tool(tool) is None:
             pytest.skip(f"no {tool} (on PATH, in CUDA_HOME, or in triton's wheel)")
-    return tmp_path_factory.mktemp("executed")
+    folder = tmp_path_factory.mktemp("executed")
+    launcher = cuda_executed.compile_launcher(folder)
+    compiled = cache(lambda divergence: cuda_executed.compile_cluster(divergence, folder))
+    return lambda name, t: cuda_executed.execute(name, t, compiled(name), launcher)
 
 
-@pytest.fixture(scope="module")
-def forward_kl(folder: Path) -> tuple[Path, ctypes.CDLL]:
-    compiled = cuda_executed.compile_cluster("forward_kl", folder)
-    return compiled, cuda_executed.compile_launcher(folder)
+slow = pytest.mark.slow
 
 
-def test_work_of_forward_kl(forward_kl: tuple[Path, ctypes.CDLL]) -> None:
-    total, special = cuda_executed.execute("forward_kl", 2.0, *forward_kl)
-    # nothing is left out: two exponentials an element of each side at least
-    assert 30 < total <= 34.5
-    assert 4 < special <= WORK["forward_kl"][1]
+# instructions and special functions per element at most, and nothing is left out: where both sides
+# have an exponential, these are two in each of two passes
+@pytest.mark.parametrize(
+    ("divergence", "temperature", "most", "most_special"),
+    [
+        ("forward_kl", 2.0, 34.5, 4.3),
+        pytest.param("forward_kl", 3.0, 38.7, 6.3, marks=slow),
+        pytest.param("reverse_kl", 3.0, 41.7, 5.3, marks=slow),
+        pytest.param("jsd", 3.0, 109.0, 9.3, marks=slow),
+        pytest.param("tvd", 3.0, 56.5, 8.3, marks=slow),
+        pytest.param("mse", 1.0, 34.7, 2.2, marks=slow),
+        pytest.param("none", 1.0, 24.0, 2.3, marks=slow),
+    ],
+)
+def test_work(
+    divergence: str, temperature: float, most: float, most_special: float, executed: Any
+) -> None:
+    total, special = executed(divergence, temperature)
+    assert 0.85 * most < total <= most
+    assert 0.85 * most_special < special <= most_special
 
 
-#: An instruction, and what it might be taken for: another function of the same operands.
+#: What an instruction might be taken for: another function of the same operands.
 MISREAD = {
-    "FADD": ("f = f f", operator.sub),
-    "FFMA": ("f = f f f", lambda a, b, c: a * b - c),
-    "SHFL.BFLY": ("? I = I n 0x1f", lambda a, n: (True, a)),
-    "F2FP.BF16.F32.PACK_AB": ("I = f f", lambda a, b: np.full(len(a), 0x3F803F80, np.uint32)),
+    "FADD": operator.sub,
+    "FFMA": lambda a, b, c: a * b - c,
+    "SHFL.BFLY": lambda a, n: (True, a),
+    "F2FP.BF16.F32.PACK_AB": lambda a, b: np.full(len(a), 0x3F803F80, np.uint32),
 }
 
 
 @pytest.mark.parametrize("name", MISREAD)
 def test_code_that_is_read_wrongly_is_refused(
-    name: str, forward_kl: tuple[Path, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+    name: str, executed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sass_operations.OPERATIONS, name, MISREAD[name])
-    with pytest.raises(RuntimeError, match=r"comes out wrong|unknown instruction"):
-        cuda_executed.execute("forward_kl", 2.0, *forward_kl)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("divergence", WORK)
-def test_work_of_every_divergence(divergence: str, folder: Path) -> None:
-    launcher = cuda_executed.compile_launcher(folder)
-    cubin = cuda_executed.compile_cluster(divergence, folder)
-    for temperature in (1.0, 2.0, 3.0):
-        counts = cuda_executed.execute(divergence, temperature, cubin, launcher)
-        assert (np.array(counts) <= WORK[divergence]).all()
+    operands, _ = sass_operations.OPERATIONS[name]
+    monkeypatch.setitem(sass_operations.OPERATIONS, name, (operands, MISREAD[name]))
+    with pytest.raises((AssertionError, NotImplementedError), match=r"close|unknown instruction"):
+        executed("forward_kl", 2.0)
