@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 from operator import itemgetter
 from typing import Any
@@ -17,16 +18,18 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
+from torch import Tensor
 
-from .accuracy import errors, units
-from .cases import ACCURACY, LOGITS, STEP, Case
+from fused_kd import kd_loss
+
+from .cases import LOGITS, STEP, Case
 from .measuring import Call, clock, peak_bytes
-from .methods import FORWARD, METHODS, after_heads, one_line
-from .problems import PROBLEMS, Problem
+from .methods import FORWARD, METHODS, Loss, Method, after_heads, one_line
+from .problems import PROBLEMS, Problem, loss_and_gradients
 
 #: A line of a file of results; docs/benchmarks.md lists the fields.
 Record = dict[str, Any]
-SCHEMA = 4
+SCHEMA = 5
 #: Relative errors beyond which a method is wrong.
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 #: Repeats at least; if a call takes more seconds than LONG, two.
@@ -43,7 +46,6 @@ class Task:
     repeats: int = 15  # at most
     seconds_each: float = 8.0  # that the repeats of a method may take together
     limit_seconds: float = 30.0  # of one call on all rows; slower ones have "no time"
-    threads: int | None = None
     end: float = inf  # time.time() after which nothing is begun
 
     def record(self, kind: str, **fields: Any) -> Record:
@@ -85,8 +87,6 @@ def measure(task: Task) -> Iterator[Record | str]:
 
     A case that the clock cut off has no record "done": another run completes it.
     """
-    if task.threads is not None:
-        torch.set_num_threads(task.threads)
     problem, turns = PROBLEMS[task.case.level](task.case), [Turn(name) for name in task.methods]
     for turn in turns:
         turn.steps = _steps(task, problem, turn)
@@ -157,11 +157,8 @@ def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
     loss = after_heads(loss) if method.level == LOGITS else loss
     turn.fields["error"] = error = errors(problem, method, loss)
     worst = max((x for x in error.values() if x is not None), default=0.0)
-    if case.regime == "randn" and worst >= WRONG[case.dtype]:
+    if worst >= WRONG[case.dtype]:
         raise Rejected("wrong", f"a relative error of {worst:.2g}")
-    if task.suite == ACCURACY:
-        turn.fields["units"] = units(case, method.key)
-        raise Rejected("measured")
     yield
     _require_time(task)
     call = problem.call(loss)
@@ -188,3 +185,25 @@ def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
     while True:
         yield
         turn.seconds.append(clock(call, task.case.device))
+
+
+def errors(problem: Problem, method: Method, loss: Loss) -> dict[str, float | None]:
+    """Return relative errors on a few rows: of the loss, and of the worst gradient in norm.
+
+    Infinity: no number. None: not compared (it has no gradient, or its loss another constant).
+    """
+    student, teacher, labels = problem.few()
+    double = student.to(torch.float64), teacher.to(torch.float64), labels
+    reference = partial(kd_loss, backend="reference", **method.computes(problem.case))
+    results = loss_and_gradients(loss, student, teacher, labels)
+    exact = loss_and_gradients(reference, *double)
+    value, *gradients = map(_distance, results, exact)
+    parts = {"loss": value, "gradients": max(gradients, default=None)}
+    return {part: error if part in method.compared else None for part, error in parts.items()}
+
+
+def _distance(result: Tensor, exact: Tensor) -> float:
+    """Return the norm of the difference, relative to that of the exact value unless that is 0."""
+    size = exact.norm()
+    error = (result.double() - exact).norm() / torch.where(size > 0, size, 1.0)
+    return float(error.nan_to_num(inf, inf))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_kd import Head
 from fused_kd.sides import Side
-from fused_kd.testing import DTYPES, make_inputs
+from fused_kd.testing import DTYPES
 
 from .cases import HEADS, LOGITS, STEP, Case
 from .gpu_session import Output
@@ -86,15 +86,11 @@ class LogitsProblem(Problem):
     """Logits of both models in existing buffers."""
 
     def __init__(self, case: Case) -> None:
-        self.case, shape, kind = case, (case.n, case.v), DTYPES[case.dtype]
-        if case.regime == "randn":
-            generator = torch.Generator(case.device).manual_seed(0)
-            self._original, self._teacher = (_random(shape, kind, generator) for _ in range(2))
-            self._labels = _labels(case, generator)
-        else:
-            inputs = make_inputs(case.regime, *shape, kind)
-            self._original, self._teacher, self._labels = (x.to(case.device) for x in inputs)
-        self._student = self._original.clone()
+        self.case, generator = case, torch.Generator(case.device).manual_seed(0)
+        self._original, self._teacher = (
+            _random((case.n, case.v), DTYPES[case.dtype], generator) for _ in range(2)
+        )
+        self._student, self._labels = self._original.clone(), _labels(case, generator)
 
     def arguments(self, rows: int | None = None) -> Arguments:
         return self._student[:rows], self._teacher[:rows], self._labels[:rows]

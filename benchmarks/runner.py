@@ -24,13 +24,10 @@ from .methods import METHODS, one_line, taking_part
 from .one_case import SCHEMA, Record, Task, measure
 
 #: What must be the same for results to be in one file: the machine and the versions.
-SAME = (
-    *("device", "processor", "instruction_set", "threads", "platform"),
-    *("torch", "fused_kd", "commit", "packages"),
-)
+SAME = "device", "processor", "instruction_set", "threads", "platform", "torch", "fused_kd", "commit"
+SAME += ("packages",)
 INTERRUPTED = 130
-#: A call that hangs is ended after the limit of a call this many times, and the seconds that
-#: compilation may take.
+#: A process is ended after PATIENCE times the limit of a call, and the seconds of a compilation.
 PATIENCE, COMPILATION = 4, 180
 
 
@@ -77,11 +74,11 @@ def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
 
     With all methods that they have in the case: the times of two runs cannot be compared.
     """
-    limits = options.repeats, options.seconds_each, options.limit_seconds, options.threads
+    limits = options.repeats, options.seconds_each, options.limit_seconds
     for suite in options.suites or [name for name in SUITES if name != GUARD]:
         if suite not in SUITES:
             raise ValueError(f"unknown suite {suite!r}; there are {' '.join(SUITES)}")
-        for case in dict.fromkeys(SUITES[suite](options)):
+        for case in dict.fromkeys(SUITES[suite][0](options)):
             methods = taking_part(suite, case, options.peers)
             same = [x for x in records if (x.get("suite"), x.get("case")) == (suite, case)]
             known = {x["method"] for x in same if x["kind"] == "result"}
@@ -162,24 +159,18 @@ def send(task: Task, sender: Connection) -> None:
         sender.send(record)
 
 
-#: What a child runs.
-TARGET = send
-
-
 def _in_child(task: Task) -> Iterator[Record | str]:
-    """Run one task in its own process.
+    """Run a task in its own process; raise RuntimeError if that crashed, TimeoutError if it hangs.
 
-    Raises:
-        RuntimeError: If it crashed.
-        TimeoutError: If it hangs.
+    A thread for each core: left alone, Linux was seen to keep both of two threads on one core for a
+    whole run. This process must not be bound so: its children would be bound to one core.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=TARGET, args=(task, sender), daemon=True)
-    # A thread for each core: left alone, Linux was seen to keep both of two threads on one core for
-    # a whole run. This process must not be bound so: its children would be bound to one core.
-    bind = {"OMP_PROC_BIND": "spread"} if task.case.device == "cpu" else {}
-    with mock.patch.dict(os.environ, {**bind, **os.environ}):
+    process = context.Process(target=send, args=(task, sender), daemon=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    bound = {"OMP_PROC_BIND": "spread"} if task.case.device == "cpu" else {}
+    with mock.patch.dict(os.environ, {**bound, **os.environ, **threads}):
         process.start()
     sender.close()
     seconds = PATIENCE * task.limit_seconds + COMPILATION

@@ -12,9 +12,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks.accuracy import errors  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.methods import METHODS, Method  # noqa: E402
+from benchmarks.one_case import errors  # noqa: E402
 from benchmarks.problems import PROBLEMS  # noqa: E402
 from fused_kd.divergences import DIVERGENCES  # noqa: E402
 
