@@ -75,18 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--v", nargs="+", type=int, help="vocabulary sizes")
     add("--hidden", nargs=2, type=int, help="hidden sizes of student and teacher")
     add("--temperature", nargs="+", type=float, help="temperatures of the divergence")
-    add(
-        "--divergence",
-        nargs="+",
-        choices=DIVERGENCES,
-        help="divergences of the student from the teacher",
-    )
+    add("--divergence", nargs="+", choices=DIVERGENCES, help="divergences from the teacher")
     keys = sorted({method.key for method in METHODS.values()})
     text = "methods to measure; keys from `python -m benchmarks list`"
     add("--peers", nargs="+", default=[], choices=keys, metavar="KEY", help=text)
     add("--repeats", type=int, default=15, help="calls to time, at most" + DEFAULT)
-    text = "seconds that the timed calls of a method may take together" + DEFAULT
-    add("--seconds-each", type=float, default=8.0, help=text)
+    add("--seconds-each", type=float, default=8.0, help="seconds for all of them" + DEFAULT)
     text = "seconds that one call may take; the times of slower methods are left out" + DEFAULT
     add("--limit-seconds", type=float, default=30.0, help=text)
     add("--seconds", type=float, default=inf, help="seconds after which nothing is begun")
@@ -101,9 +95,9 @@ def _list() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for method in METHODS.values():
         cases = [Case(8, 64, "fp32", 2.0, name, method.level, 8, 8, device) for name in DIVERGENCES]
-        reasons = [method.why_not(case) for case in cases]
-        why = "runs here" if None in reasons else reasons[0]
-        print(f"{method.key:<24} {method.level:<7} {method.title:<36} {why}")
+        reasons = [method.why_not(case) or "" for case in cases]  # "": it runs here
+        why = min(reasons, key=lambda why: (why != "", why.startswith("it has no"))) or "runs here"
+        print(f"{method.key:<26} {method.level:<7} {method.title:<44} {why}")
     return 0
 
 

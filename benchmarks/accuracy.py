@@ -41,16 +41,15 @@ def errors(regime: str, v: int, dtype: torch.dtype, **keywords: Any) -> Tensor:
 if __name__ == "__main__":
     table, lost = "", {}
     for dtype, divergence in product(DTYPES, DIVERGENCES):
-        worst, name = torch.zeros(3, 2, 1, dtype=torch.float64), f"{dtype} `{divergence}`"
+        worst, cells = torch.zeros(3, 2, 1, dtype=torch.float64), [dtype, f"`{divergence}`"]
         for regime, v, t in product(REGIMES, VOCABULARIES, TEMPERATURES):
             error = errors(regime, v, DTYPES[dtype], temperature=t, divergence=divergence)
             for method in (~error.isfinite()).any(2).any(0).nonzero():
-                lost[f"* {('ours', 'eager')[method]}, {name}: `{regime}`\n"] = None
+                lost[f"* {('ours', 'eager')[method]}, {' '.join(cells)}: `{regime}`\n"] = None
             worst = torch.cat([worst, error.nan_to_num(0.0, 0.0)], 2).amax(2, keepdim=True)
-        cells = dtype, f"`{divergence}`", *(f"{x:.2f}" for x in worst.flatten())
-        table += f"| {' | '.join(cells)} |\n"
+        table += f"| {' | '.join(cells + [f'{x:.2f}' for x in worst.flatten()])} |\n"
     table += "\nNot finite where the exact value is (left out above):\n\n" + "".join(lost)
     machine = env.report()["processor"]["name"], extension.cpu.build_info()["instruction_set"]
     table += f"\n`make accuracy`: {', '.join(machine)}, torch {torch.__version__}\n"
-    pattern = r"(?s)(?<=---: \|\n)[^#]*(?=<!-- accuracy:end)"  # below the head of the table
-    PAGE.write_text(re.sub(pattern, lambda _: table, PAGE.read_text()))
+    below = re.compile(r"(?<=---: \|\n)[^#]*(?=<!-- accuracy:end)")  # the table's head
+    PAGE.write_text(below.sub(lambda _: table, PAGE.read_text()))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
-from operator import itemgetter
 from typing import Any
 
 # What eager needs at large sizes leaves no memory for fragments on a GPU.
@@ -18,7 +16,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
-from torch import Tensor
 
 from fused_kd import kd_loss
 
@@ -70,15 +67,15 @@ class Turn:
     """A method in a case, measured so far."""
 
     name: str  # in METHODS; "": the lower bound
-    steps: Iterator[None] | None = None
+    steps: Any = None  # an iterator
     fields: dict[str, Any] = field(default_factory=dict)  # of its record
     repeats: int = 0  # that are wanted
     seconds: list[float] = field(default_factory=list)
 
     def time(self) -> dict[str, Any]:
         """Return the "time" of its record."""
-        several = self.seconds if len(self.seconds) > 1 else self.seconds * 2
-        low, median, high = statistics.quantiles(several, n=4, method="inclusive")
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        low, median, high = (seconds.quantile(x).item() for x in (0.25, 0.5, 0.75))
         return {"median_s": median, "quartiles_s": [low, high], "repeats": len(self.seconds)}
 
 
@@ -95,6 +92,8 @@ def measure(task: Task) -> Iterator[Record | str]:
         """Run the next step of a method; yield its key, and its record if it cannot go on."""
         yield turn.name
         try:
+            if time.time() > task.end and not turn.repeats:
+                raise Rejected("no time", "the time is up")
             return next(turn.steps)
         except Rejected as rejected:
             ending = rejected.args
@@ -138,19 +137,15 @@ def measure(task: Task) -> Iterator[Record | str]:
 
 
 def in_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """Return each its wanted number of times, evenly spread: A B C A B C ...
-
-    So drift of the machine affects all of them equally.
-    """
+    """Return each its wanted number of times, evenly spread, as A B C A B C, to average drift."""
     places = [((k + 0.5) / turn.repeats, turn) for turn in turns for k in range(turn.repeats)]
-    return [turn for _, turn in sorted(places, key=itemgetter(0))]
+    return [turn for _, turn in sorted(places, key=lambda place: place[0])]
 
 
 def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
     """Compare a method with float64; measure memory and one call; repeat the call."""
     method, device, level = METHODS[turn.name], task.case.device, task.case.level
     case = replace(task.case, level=method.level)
-    _require_time(task)
     if (why := method.why_not(case)) is not None:
         raise Rejected("skipped", why)
     loss = method.build(case)
@@ -160,7 +155,6 @@ def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
     if worst >= WRONG[case.dtype]:
         raise Rejected("wrong", f"a relative error of {worst:.2g}")
     yield
-    _require_time(task)
     call = problem.call(loss)
     if method.compiles or device != "cpu" or level == STEP:
         call()  # compiles, tunes, allocates what is kept
@@ -168,11 +162,6 @@ def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
     turn.fields["memory"] = {"allocator_bytes": peak_bytes(call, device)}
     problem.restore()
     yield from _repeat(task, turn, call)
-
-
-def _require_time(task: Task) -> None:
-    if time.time() > task.end:
-        raise Rejected("no time", "the time is up")
 
 
 def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
@@ -196,14 +185,9 @@ def errors(problem: Problem, method: Method, loss: Loss) -> dict[str, float | No
     double = student.to(torch.float64), teacher.to(torch.float64), labels
     reference = partial(kd_loss, backend="reference", **method.computes(problem.case))
     results = loss_and_gradients(loss, student, teacher, labels)
-    exact = loss_and_gradients(reference, *double)
-    value, *gradients = map(_distance, results, exact)
-    parts = {"loss": value, "gradients": max(gradients, default=None)}
+    distances = []
+    for result, exact in zip(results, loss_and_gradients(reference, *double), strict=False):
+        distance, size = (result.double() - exact).norm(), exact.norm()
+        distances.append(float((distance / (size if size > 0 else 1)).nan_to_num(inf, inf)))
+    parts = {"loss": distances[0], "gradients": max(distances[1:], default=None)}
     return {part: error if part in method.compared else None for part, error in parts.items()}
-
-
-def _distance(result: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference, relative to that of the exact value unless that is 0."""
-    size = exact.norm()
-    error = (result.double() - exact).norm() / torch.where(size > 0, size, 1.0)
-    return float(error.nan_to_num(inf, inf))

@@ -31,17 +31,18 @@ _filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyp
 
 def plot(files: Sequence[Path], output: Path) -> int:
     """Write a page and pictures of files of one machine and version, and print their names."""
-    records, environments = runner.read(*files), [runner.environment(runner.read(x)) for x in files]
-    for other in environments:
-        if different := runner.differences(environments[0], other):
+    records = runner.read(*files)
+    first, *others = [x["environment"] for x in records if x["kind"] == "run"]
+    for other in others:
+        if different := runner.differences(first, other):
             raise ValueError(f"files of different machines or versions: {'; '.join(different)}")
     output.mkdir(parents=True, exist_ok=True)
-    pictures, note = [], machine(environments[0])
+    pictures = []
     for suite, rows in tables.frame(records).dropna(subset="seconds").groupby("suite", sort=False):
         size, sweeps = tables.sweeps(rows)
         if sweeps := [x for x in sweeps if x[size].nunique() > 1]:
             pictures.append(output / f"{suite}.svg")
-            pictures[-1].write_text(picture.of_sweeps(sweeps, size, note))
+            pictures[-1].write_text(picture.of_sweeps(sweeps, size, machine(first)))
     shown = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
     (output / "report.md").write_text(f"# Benchmarks\n\n{shown}\n\n{page(records)}\n")
     print(*pictures, output / "report.md", sep="\n")
@@ -63,12 +64,12 @@ def compare(files: Sequence[Path], tolerance: float) -> int:
 
 def publish(root: Path = ROOT) -> int:
     """Write the documents from all results; git shows what changed."""
-    machines: dict[Any, list[Path]] = {}
+    machines: dict[tuple[str, ...], list[Record]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.jsonl")):
-        facts = runner.environment(runner.read(path))
-        key = tuple(facts[name] for name in ("device", "instruction_set", "threads"))
-        machines.setdefault(key, []).append(path)
-    reports = [runner.read(*paths) for paths in machines.values()]
+        facts = runner.environment(records := runner.read(path))
+        key = facts["device"], facts["instruction_set"], facts["threads"]
+        machines.setdefault(key, []).extend(records)
+    reports = [*machines.values()]
     facts, last = runner.environment(reports[-1]), tables.frame(reports[-1])
     texts = {
         (README, "headline"): headline(last, facts),
@@ -76,10 +77,11 @@ def publish(root: Path = ROOT) -> int:
         (DOCUMENT, "benchmarks"): "\n\n".join(map(page, reversed(reports))),
     }
     for (name, marker), text in texts.items():
-        before, rest = (root / name).read_text().split(f"<!-- {marker}:begin -->\n")
-        after = rest.split(f"<!-- {marker}:end -->")[1]
-        marked = f"<!-- {marker}:begin -->\n{text}\n<!-- {marker}:end -->"
-        (root / name).write_text(before + marked + after)
+        before, rest = (root / name).read_text().split(f"{marker}:begin -->\n")
+        after = rest.split(f"\n<!-- {marker}:end -->")[1]
+        (root / name).write_text(
+            f"{before}{marker}:begin -->\n{text}\n<!-- {marker}:end -->{after}"
+        )
     sweeps, path = shown_sweeps(last), root / PICTURE
     if picture.digest(sweeps) not in path.read_text():  # other versions of matplotlib draw others
         path.write_text(picture.of_sweeps(sweeps, "v", machine(facts)))
@@ -138,9 +140,8 @@ def readme(results: DataFrame, note: str) -> str:
 
 def best_peer(results: DataFrame) -> list[str]:
     """Return the fastest that is not plain torch and computes the same, in float32 if possible."""
-    plain_torch = results.method.isin(("eager", "compile", "checkpoint"))
-    is_peer = ~results.is_ours & ~plain_torch & (results.nearest == "")
-    peers = results[is_peer].dropna(subset="seconds")
+    peers = results.query("not is_ours and nearest == '' and seconds == seconds")
+    peers = peers[~peers.method.isin(("eager", "compile", "checkpoint"))]
     return list(peers.sort_values(["dtype", "seconds"], ascending=[False, True]).method[:1])
 
 

@@ -24,19 +24,15 @@ from .methods import METHODS, one_line, taking_part
 from .one_case import SCHEMA, Record, Task, measure
 
 #: What must be the same for results to be in one file: the machine and the versions.
-SAME = "device", "processor", "instruction_set", "threads", "platform", "torch", "fused_kd", "commit"
-SAME += ("packages",)
+SAME = "device", "processor", "instruction_set", "threads", "platform"
+SAME += "torch", "fused_kd", "commit", "packages"
 INTERRUPTED = 130
 #: A process is ended after PATIENCE times the limit of a call, and the seconds of a compilation.
 PATIENCE, COMPILATION = 4, 180
 
 
 def read(*paths: Path) -> list[Record]:
-    """Return the records of files of results; skip a last line that was cut off.
-
-    Raises:
-        ValueError: If one is no such file; the message names the file and the line.
-    """
+    """Return the records of result files, without a last line that was cut off; check them."""
     records = []
     for path in paths:
         *lines, _ = path.read_text().split("\n")
@@ -50,8 +46,8 @@ def read(*paths: Path) -> list[Record]:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}:{number}: no line of results ({error})") from error
             records.append(record)
-    if not any(record["kind"] == "run" for record in records):
-        raise ValueError(f"{', '.join(map(str, paths))}: no results in it")
+        if not any(record["kind"] == "run" for record in records):
+            raise ValueError(f"{path}: no results in it")
     return records
 
 
@@ -62,11 +58,8 @@ def environment(records: Iterable[Record]) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return in what two environments differ that must be the same."""
-    return [
-        f"{name} was {before[name]!r} and is {now[name]!r}"
-        for name in SAME
-        if name in before and name in now and before[name] != now[name]
-    ]
+    changed = [x for x in SAME if x in before and x in now and before[x] != now[x]]
+    return [f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed]
 
 
 def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
@@ -75,9 +68,9 @@ def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
     With all methods that they have in the case: the times of two runs cannot be compared.
     """
     limits = options.repeats, options.seconds_each, options.limit_seconds
+    if unknown := {*options.suites} - {*SUITES}:
+        raise ValueError(f"unknown suites {unknown}; there are {' '.join(SUITES)}")
     for suite in options.suites or [name for name in SUITES if name != GUARD]:
-        if suite not in SUITES:
-            raise ValueError(f"unknown suite {suite!r}; there are {' '.join(SUITES)}")
         for case in dict.fromkeys(SUITES[suite][0](options)):
             methods = taking_part(suite, case, options.peers)
             same = [x for x in records if (x.get("suite"), x.get("case")) == (suite, case)]
@@ -143,11 +136,13 @@ def _write(file: TextIO, record: Record) -> None:
     """Write a record, and a result to the terminal, too."""
     print(json.dumps(record, default=vars), file=file, flush=True)
     if record["kind"] == "result":
-        status, time = record["status"], record["time"]
-        word = {"measured": "", "wrong": "FAILED", "failed": "FAILED"}.get(status, status)
+        word = {"measured": "", "wrong": "FAILED", "failed": "FAILED"}
+        status, time = word.get(record["status"], record["status"]), record["time"]
         seconds = f"{1e3 * time['median_s']:.4g} ms of {time['repeats']}" if time else ""
         errors = " ".join(f"{x:.1e}" for x in record["error"].values() if x is not None)
-        print(f"{word:<9} {record['title']:<36} {seconds:<20} {errors} {record['why']}", flush=True)
+        print(
+            f"{status:<9} {record['title']:<44} {seconds:<20} {errors} {record['why']}", flush=True
+        )
 
 
 def send(task: Task, sender: Connection) -> None:
