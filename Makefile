@@ -43,7 +43,7 @@ bench: $(VENV)/.peers
 
 # Tables and picture of README and docs/benchmarks.md, from the committed results.
 publish: $(VENV)/.peers
-	$(BIN)/python -m benchmarks publish $(ARGS)
+	$(BIN)/python -m benchmarks publish
 
 # No ratio of ours to the lower bound grew against the baseline of the instruction set in use; up to
 # three runs, of which the best counts: a regression stays, a disturbance goes. A new baseline, on a
@@ -56,13 +56,9 @@ bench-guard: $(VENV)/.built
 		$(BIN)/python -m benchmarks compare benchmarks/baseline_$$set.jsonl out/guard*.jsonl \
 			--tolerance $(GUARD_TOLERANCE) && exit 0; done; exit 1
 
-# Measures the errors of all divergences, and rewrites the table in docs/numerics.md.
+# Measures the errors of all divergences, and rewrites the table in docs/numerics.md: six minutes.
 accuracy: $(VENV)/.built
-	rm -f out/accuracy.jsonl
-	$(BIN)/python -m benchmarks run accuracy --in-process --threads 1 --peers kdloss eager --n 8 \
-		--v 1009 32003 --dtype fp32 bf16 fp16 --temperature 1 2 \
-		--divergence forward_kl reverse_kl jsd tvd mse --output out/accuracy.jsonl
-	$(BIN)/python -m benchmarks publish --accuracy out/accuracy.jsonl
+	$(BIN)/python -m benchmarks.accuracy
 
 # On a machine with a GPU; with that machine's own Python: python -m benchmarks.gpu_check
 gpu-check: $(VENV)/.packages

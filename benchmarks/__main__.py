@@ -1,8 +1,4 @@
-"""``python -m benchmarks run|plot|compare|list|publish``: our losses and all peers, in one run.
-
-A run in which something crashed or ours is wrong, and a comparison that finds a regression, end
-with status 1, bad options with 2, an interrupted run, whose results are kept, with 130.
-"""
+"""The command line: ``python -m benchmarks run|plot|compare|list|publish``."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +17,20 @@ from fused_kd.testing import DTYPES
 from . import runner
 from .cases import SUITES, Case
 from .methods import METHODS
+
+DESCRIPTION = """Time and check fused_kd and other libraries' losses.
+
+Exit status: 0; 1 if a method crashed, a result of ours is wrong, or compare finds a regression;
+2 for bad options; 130 if interrupted (results are kept)."""
+COMMANDS = {
+    "run": "measure suites and append to a result file",
+    "plot": "draw a page and pictures from result files",
+    "compare": "compare two result files; report regressions",
+    "list": "list the methods; say which cannot run here, and why",
+    "publish": "rewrite the tables of README and docs from the results",
+}
+_LINES = "\n".join(f"  {name:<16}{about}" for name, (_, about) in SUITES.items())
+DEFAULT = " (default: %(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,35 +52,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="methods, and why one cannot run here")
-    add = commands.add_parser("plot", help="a page and pictures of files of results").add_argument
-    add("files", nargs="+", type=Path)
-    add("--output", type=Path, default=Path("out/benchmarks"), metavar="FOLDER")
-    add = commands.add_parser("compare", help="whether the second has a regression").add_argument
-    add("files", nargs="+", type=Path, metavar="FILE", help="before, and after (runs: the best)")
-    add("--tolerance", type=float, default=0.1, help="of ratios; default: %(default)g")
-    add = commands.add_parser("publish", help="README and docs from all results").add_argument
-    add("--accuracy", type=Path, metavar="FILE", help="its errors, too, into docs/numerics.md")
-    add = commands.add_parser("run", help="measure suites, into a file of results").add_argument
-    add("suites", nargs="*", metavar="SUITE", help=f"{' '.join(SUITES)}; default: all but guard")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", nargs="+", choices=list(DTYPES))
+    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m benchmarks", description=DESCRIPTION, **raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run, plot, compare, *_ = (
+        commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **raw)
+        for name, text in COMMANDS.items()
+    )
+    folder, file = Path("out/benchmarks"), Path("out/benchmarks.jsonl")
+    plot.add_argument("files", nargs="+", type=Path, help="results of one machine")
+    plot.add_argument("--output", type=Path, default=folder, help="folder to write" + DEFAULT)
+    text = "results before, and after; of several runs after, the best time of a method counts"
+    compare.add_argument("files", nargs="+", type=Path, help=text)
+    text = "growth of our ratios that is no regression" + DEFAULT
+    compare.add_argument("--tolerance", type=float, default=0.1, help=text)
+    run.epilog = f"suites:\n{_LINES}\n\nSizes default to those of the suite."
+    add = run.add_argument
+    add("suites", nargs="*", metavar="SUITE", help="see below (default: all but guard)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run" + DEFAULT)
+    add("--dtype", nargs="+", choices=list(DTYPES), help="dtypes of logits, hidden states, heads")
     add("--n", nargs="+", type=int, help="numbers of rows")
-    add("--v", nargs="+", type=int, help="vocabularies")
+    add("--v", nargs="+", type=int, help="vocabulary sizes")
     add("--hidden", nargs=2, type=int, help="hidden sizes of student and teacher")
-    add("--temperature", nargs="+", type=float)
-    add("--divergence", nargs="+", choices=DIVERGENCES)
+    add("--temperature", nargs="+", type=float, help="temperatures of the divergence")
+    add("--divergence", nargs="+", choices=DIVERGENCES, help="divergences from the teacher")
     keys = sorted({method.key for method in METHODS.values()})
-    add("--peers", nargs="+", default=[], choices=keys, metavar="KEY", help="only these methods")
-    add("--repeats", type=int, default=15, help="of each method, at most")
-    add("--seconds-each", type=float, default=8.0, help="of all repeats of one method")
-    add("--limit-seconds", type=float, default=30.0, help="of a call; slower ones get no time")
-    add("--seconds", type=float, default=inf, help="of the run; nothing is begun after that")
-    add("--threads", type=int, help="default: torch's choice")
+    text = "methods to measure; keys from `python -m benchmarks list`"
+    add("--peers", nargs="+", default=[], choices=keys, metavar="KEY", help=text)
+    add("--repeats", type=int, default=15, help="calls to time, at most" + DEFAULT)
+    add("--seconds-each", type=float, default=8.0, help="seconds for all of them" + DEFAULT)
+    text = "seconds that one call may take; the times of slower methods are left out" + DEFAULT
+    add("--limit-seconds", type=float, default=30.0, help=text)
+    add("--seconds", type=float, default=inf, help="seconds after which nothing is begun")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--in-process", action="store_true", help="quicker, but a crash ends the run")
-    add("--output", type=Path, default=Path("out/benchmarks.jsonl"), metavar="FILE")
+    add("--output", type=Path, default=file, help="the result file" + DEFAULT)
     add("--resume", action="store_true", help="measure what the output does not have yet")
     return parser
 
@@ -78,9 +95,9 @@ def _list() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for method in METHODS.values():
         cases = [Case(8, 64, "fp32", 2.0, name, method.level, 8, 8, device) for name in DIVERGENCES]
-        reasons = [method.why_not(case) for case in cases]
-        why = "runs here" if None in reasons else reasons[0]
-        print(f"{method.key:<24} {method.level:<7} {method.title:<36} {why}")
+        reasons = [method.why_not(case) or "" for case in cases]  # "": it runs here
+        why = min(reasons, key=lambda why: (why != "", why.startswith("it has no"))) or "runs here"
+        print(f"{method.key:<26} {method.level:<7} {method.title:<44} {why}")
     return 0
 
 

@@ -10,7 +10,6 @@ from itertools import product
 from typing import Any
 
 from fused_kd.divergences import DIVERGENCES
-from fused_kd.testing import REGIMES
 
 #: What a case gives a method: logits, heads (hidden states and lm_heads), or a training step.
 LOGITS, HEADS, STEP = "logits", "heads", "step"
@@ -29,7 +28,6 @@ class Case:
     student_hidden: int = 0  # with heads, and of a training step
     teacher_hidden: int = 0
     device: str = "cpu"
-    regime: str = "randn"  # of the logits, by fused_kd.testing.make_inputs; only for accuracy
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -39,23 +37,22 @@ class Case:
     @property
     def name(self) -> str:
         """Return a name for people, unique among cases."""
-        return f"{self.level} {self.setting('level')}"
+        return self.setting()
 
     def setting(self, *without: str) -> str:
         """Return the case in words, without some of its sizes and what is usual."""
+        hidden = f"H={self.student_hidden} (student) / {self.teacher_hidden} (teacher)"
         words = {
             "level": {HEADS: "hidden states", STEP: "training step"}.get(self.level, self.level),
             "dtype": self.dtype,
             "n": f"N={self.n}",
             "v": f"V={self.v}",
-            "hidden": f"H={self.student_hidden}/{self.teacher_hidden}",
+            "hidden": hidden if self.level != LOGITS else "",
             "temperature": f"T={self.temperature:g}",
             "divergence": self.divergence,
-            "regime": self.regime,
-            "device": self.device,
+            "device": self.device if self.device != "cpu" else "",
         }
-        usual = "H=0/0", "randn", "cpu"
-        return " ".join(x for key, x in words.items() if key not in without and x not in usual)
+        return ", ".join(word for key, word in words.items() if word and key not in without)
 
 
 #: Sizes that the options replace: those of real vocabularies, and heads of small models.
@@ -69,30 +66,12 @@ USUAL: dict[str, Any] = {
 }
 
 
-def logits(
-    options: Namespace, level: str = LOGITS, regime: str = "randn", **own: Any
-) -> Iterator[Case]:
+def logits(options: Namespace, level: str = LOGITS, **own: Any) -> Iterator[Case]:
     """Yield every combination of the options' sizes, else of the suite's own, else of USUAL."""
     *sizes, hidden = (getattr(options, name) or own.get(name, USUAL[name]) for name in USUAL)
     for dtype, v, n, divergence, t in product(*sizes):
         heads = (0, 0) if level == LOGITS else hidden
-        yield Case(n, v, dtype, t, divergence, level, *heads, options.device, regime)
-
-
-def growth(options: Namespace) -> Iterator[Case]:
-    """Yield doubled N at the middle vocabulary, and V at the middle number of rows; both levels."""
-    every_n = options.n or (128, 256, 512, 1024)
-    every_v = options.v or (32064, 64128, 128256, 256512)
-    n, v = every_n[len(every_n) // 2], every_v[len(every_v) // 2]
-    for level, sizes in product((LOGITS, HEADS), ((every_n, [v]), ([n], every_v))):
-        sweep = Namespace(**{**vars(options), "n": sizes[0], "v": sizes[1]})
-        yield from logits(sweep, level, dtype=["fp32"], hidden=(256, 512))
-
-
-def accuracy(options: Namespace) -> Iterator[Case]:
-    """Yield inputs that have broken some implementation."""
-    for regime in REGIMES:
-        yield from logits(options, regime=regime, v=[8192], n=[16])
+        yield Case(n, v, dtype, t, divergence, level, *heads, options.device)
 
 
 def guard(options: Namespace) -> Iterator[Case]:
@@ -101,12 +80,12 @@ def guard(options: Namespace) -> Iterator[Case]:
     yield from logits(options, dtype=["bf16"], n=[64], v=[32768], divergence=DIVERGENCES)
 
 
-ACCURACY, GUARD = "accuracy", "guard"
+STEPS = partial(logits, level=STEP, dtype=["fp32"], v=[32000], hidden=(512, 1024))
+GUARD = "guard"
+#: The cases of each suite, and its line of help.
 SUITES = {
-    "logits": logits,
-    "heads": partial(logits, level=HEADS),
-    "training-step": partial(logits, level=STEP, dtype=["fp32"], v=[32000], hidden=(512, 1024)),
-    "growth": growth,
-    ACCURACY: accuracy,  # errors alone, no times
-    GUARD: guard,  # only if named
+    "logits": (logits, "losses on logits, over dtype and vocabulary"),
+    "heads": (partial(logits, level=HEADS), "losses on hidden states and lm_heads"),
+    "training-step": (STEPS, "a step of a small model: forward, loss, backward, AdamW"),
+    GUARD: (guard, "what `make bench-guard` compares with a baseline; only if named"),
 }

@@ -59,13 +59,11 @@ def peak_bytes(call: Call, device: str) -> int:
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Return what a figure depends on besides the code."""
     facts, info = report(), extension.cpu.build_info() or {}
-    processor, is_cpu = facts["processor"]["name"], device == "cpu"
-    card = {} if is_cpu else {"memory_bytes": torch.cuda.get_device_properties(0).total_memory}
+    processor = facts["processor"]["name"]
     git = f"git -C {Path(__file__).parent} describe --always --exclude='*' --dirty=' and changes'"
     status, commit = subprocess.getstatusoutput(git)
     return {
-        "device": f"CPU: {processor}" if is_cpu else torch.cuda.get_device_name(),
-        **card,
+        "device": f"CPU: {processor}" if device == "cpu" else torch.cuda.get_device_name(),
         "processor": processor,
         "threads": torch.get_num_threads(),
         "instruction_set": info.get("instruction_set", "none (not built)"),

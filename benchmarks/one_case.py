@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
-from operator import itemgetter
 from typing import Any
 
 # What eager needs at large sizes leaves no memory for fragments on a GPU.
@@ -18,15 +17,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
 
-from .accuracy import errors, units
-from .cases import ACCURACY, LOGITS, STEP, Case
+from fused_kd import kd_loss
+
+from .cases import LOGITS, STEP, Case
 from .measuring import Call, clock, peak_bytes
-from .methods import FORWARD, METHODS, after_heads, one_line
-from .problems import PROBLEMS, Problem
+from .methods import FORWARD, METHODS, Loss, Method, after_heads, one_line
+from .problems import PROBLEMS, Problem, loss_and_gradients
 
 #: A line of a file of results; docs/benchmarks.md lists the fields.
 Record = dict[str, Any]
-SCHEMA = 4
+SCHEMA = 5
 #: Relative errors beyond which a method is wrong.
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 #: Repeats at least; if a call takes more seconds than LONG, two.
@@ -43,7 +43,6 @@ class Task:
     repeats: int = 15  # at most
     seconds_each: float = 8.0  # that the repeats of a method may take together
     limit_seconds: float = 30.0  # of one call on all rows; slower ones have "no time"
-    threads: int | None = None
     end: float = inf  # time.time() after which nothing is begun
 
     def record(self, kind: str, **fields: Any) -> Record:
@@ -68,15 +67,15 @@ class Turn:
     """A method in a case, measured so far."""
 
     name: str  # in METHODS; "": the lower bound
-    steps: Iterator[None] | None = None
+    steps: Any = None  # an iterator
     fields: dict[str, Any] = field(default_factory=dict)  # of its record
     repeats: int = 0  # that are wanted
     seconds: list[float] = field(default_factory=list)
 
     def time(self) -> dict[str, Any]:
         """Return the "time" of its record."""
-        several = self.seconds if len(self.seconds) > 1 else self.seconds * 2
-        low, median, high = statistics.quantiles(several, n=4, method="inclusive")
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        low, median, high = (seconds.quantile(x).item() for x in (0.25, 0.5, 0.75))
         return {"median_s": median, "quartiles_s": [low, high], "repeats": len(self.seconds)}
 
 
@@ -85,8 +84,6 @@ def measure(task: Task) -> Iterator[Record | str]:
 
     A case that the clock cut off has no record "done": another run completes it.
     """
-    if task.threads is not None:
-        torch.set_num_threads(task.threads)
     problem, turns = PROBLEMS[task.case.level](task.case), [Turn(name) for name in task.methods]
     for turn in turns:
         turn.steps = _steps(task, problem, turn)
@@ -95,6 +92,8 @@ def measure(task: Task) -> Iterator[Record | str]:
         """Run the next step of a method; yield its key, and its record if it cannot go on."""
         yield turn.name
         try:
+            if time.time() > task.end and not turn.repeats:
+                raise Rejected("no time", "the time is up")
             return next(turn.steps)
         except Rejected as rejected:
             ending = rejected.args
@@ -138,32 +137,24 @@ def measure(task: Task) -> Iterator[Record | str]:
 
 
 def in_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """Return each its wanted number of times, evenly spread: A B C A B C ...
-
-    So drift of the machine affects all of them equally.
-    """
+    """Return each its wanted number of times, evenly spread, as A B C A B C, to average drift."""
     places = [((k + 0.5) / turn.repeats, turn) for turn in turns for k in range(turn.repeats)]
-    return [turn for _, turn in sorted(places, key=itemgetter(0))]
+    return [turn for _, turn in sorted(places, key=lambda place: place[0])]
 
 
 def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
     """Compare a method with float64; measure memory and one call; repeat the call."""
     method, device, level = METHODS[turn.name], task.case.device, task.case.level
     case = replace(task.case, level=method.level)
-    _require_time(task)
     if (why := method.why_not(case)) is not None:
         raise Rejected("skipped", why)
     loss = method.build(case)
     loss = after_heads(loss) if method.level == LOGITS else loss
     turn.fields["error"] = error = errors(problem, method, loss)
     worst = max((x for x in error.values() if x is not None), default=0.0)
-    if case.regime == "randn" and worst >= WRONG[case.dtype]:
+    if worst >= WRONG[case.dtype]:
         raise Rejected("wrong", f"a relative error of {worst:.2g}")
-    if task.suite == ACCURACY:
-        turn.fields["units"] = units(case, method.key)
-        raise Rejected("measured")
     yield
-    _require_time(task)
     call = problem.call(loss)
     if method.compiles or device != "cpu" or level == STEP:
         call()  # compiles, tunes, allocates what is kept
@@ -171,11 +162,6 @@ def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
     turn.fields["memory"] = {"allocator_bytes": peak_bytes(call, device)}
     problem.restore()
     yield from _repeat(task, turn, call)
-
-
-def _require_time(task: Task) -> None:
-    if time.time() > task.end:
-        raise Rejected("no time", "the time is up")
 
 
 def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
@@ -188,3 +174,20 @@ def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
     while True:
         yield
         turn.seconds.append(clock(call, task.case.device))
+
+
+def errors(problem: Problem, method: Method, loss: Loss) -> dict[str, float | None]:
+    """Return relative errors on a few rows: of the loss, and of the worst gradient in norm.
+
+    Infinity: no number. None: not compared (it has no gradient, or its loss another constant).
+    """
+    student, teacher, labels = problem.few()
+    double = student.to(torch.float64), teacher.to(torch.float64), labels
+    reference = partial(kd_loss, backend="reference", **method.computes(problem.case))
+    results = loss_and_gradients(loss, student, teacher, labels)
+    distances = []
+    for result, exact in zip(results, loss_and_gradients(reference, *double), strict=False):
+        distance, size = (result.double() - exact).norm(), exact.norm()
+        distances.append(float((distance / (size if size > 0 else 1)).nan_to_num(inf, inf)))
+    parts = {"loss": distances[0], "gradients": max(distances[1:], default=None)}
+    return {part: error if part in method.compared else None for part, error in parts.items()}

@@ -42,6 +42,7 @@ def of_sweeps(groups: Sequence[DataFrame], size: str, note: str) -> str:
         axes = figure.subplots(len(groups), 2, squeeze=False)
         for (left, right), group in zip(axes, groups, strict=True):
             unit, scale = unit_of(group.seconds.min())
+            left.set_title(group.case.iloc[0].setting(size))
             _panel(left, group, size, "seconds", scale, f"time, {unit}")
             bounds = group.dropna(subset="bound").drop_duplicates(size).sort_values(size)
             if len(bounds):
@@ -68,7 +69,7 @@ def _panel(axis, group: DataFrame, size: str, column: str, scale: float, label: 
         colour = next(x for key, x in COLOURS.items() if rows.method.iloc[0].startswith(key))
         style = {"color": colour, "marker": marker, "linewidth": 1.2 + 1.2 * rows.is_ours.iloc[0]}
         axis.plot(rows[size], rows[column] / scale, label=title, **style)
-    title, values = group.case.iloc[0].setting(size), sorted(group[size].unique())
-    axis.set(xscale="log", yscale="log", xlabel=size.upper(), ylabel=label, title=title)
+    values = sorted(group[size].unique())
+    axis.set(xscale="log", yscale="log", xlabel=size.upper(), ylabel=label)
     axis.set_xticks(values, map(str, values))
     axis.set_xticks([], minor=True)

@@ -10,20 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_kd import Head
+from fused_kd import Head, extension
 from fused_kd.sides import Side
-from fused_kd.testing import DTYPES, make_inputs
+from fused_kd.testing import DTYPES
 
 from .cases import HEADS, LOGITS, STEP, Case
-from .measuring import Call, clock
+from .measuring import Call
 from .methods import Loss
 
 #: Rows on which a method is compared with float64; with heads, because that multiplies whole
 #: weights, also the largest number of vocabulary entries.
 CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
-#: The 16-bit products are slow if a few rows of them take more than SLOW times as long as in
-#: float32; each is tried TRIES times.
-FEW_ROWS, SLOW, TRIES = 8, 4.0, 3
 #: Of a training step: at most the tokens of a sequence, the entries of an attention head at least.
 LENGTH, HEAD = 128, 64
 
@@ -75,12 +72,11 @@ class Problem:
         student, teacher, labels = self.arguments(CHECKED_ROWS)
         if not isinstance(student, Head):
             return student.clone(), teacher.clone(), labels
-        entries = min(CHECKED_VOCABULARY, self.case.v)
+        rows, entries = slice(CHECKED_ROWS), min(CHECKED_VOCABULARY, self.case.v)
         student, teacher = (
-            Head(x.hidden[:CHECKED_ROWS].detach(), x.weight[:entries].detach())
-            for x in (student, teacher)
+            Head(x.hidden[rows].detach(), x.weight[:entries].detach()) for x in (student, teacher)
         )
-        return student, teacher, labels[:CHECKED_ROWS] % entries
+        return student, teacher, labels[rows] % entries
 
     def call(self, loss: Loss) -> Call:
         """Return forward and backward of the whole public call; the gradients are dropped."""
@@ -97,15 +93,10 @@ class LogitsProblem(Problem):
     """Logits of both models in existing buffers."""
 
     def __init__(self, case: Case) -> None:
-        self.case, shape, kind = case, (case.n, case.v), DTYPES[case.dtype]
-        if case.regime == "randn":
-            generator = torch.Generator(case.device).manual_seed(0)
-            self._original, self._teacher = (_random(shape, kind, generator) for _ in range(2))
-            self._labels = _labels(case, generator)
-        else:
-            inputs = make_inputs(case.regime, *shape, kind)
-            self._original, self._teacher, self._labels = (x.to(case.device) for x in inputs)
-        self._student = self._original.clone()
+        self.case, generator = case, torch.Generator(case.device).manual_seed(0)
+        self._original = _random(case, case.n, case.v, generator, 2.0)
+        self._teacher = _random(case, case.n, case.v, generator, 2.0)
+        self._student, self._labels = self._original.clone(), _labels(case, generator)
 
     def arguments(self, rows: int | None = None) -> Arguments:
         return self._student[:rows], self._teacher[:rows], self._labels[:rows]
@@ -124,7 +115,7 @@ class HeadsProblem(Problem):
     def __init__(self, case: Case) -> None:
         self.case, generator = case, torch.Generator(case.device).manual_seed(0)
         hidden, weight, teacher, head = (
-            _random((rows, h), DTYPES[case.dtype], generator, std)
+            _random(case, rows, h, generator, std)
             for h in (case.student_hidden, case.teacher_hidden)
             for rows, std in ((case.n, 1.0), (case.v, 2 / h**0.5))
         )
@@ -135,32 +126,25 @@ class HeadsProblem(Problem):
         return student.rows(slice(rows)), teacher.rows(slice(rows)), labels[:rows]
 
     def lower_bound(self) -> LowerBound:
-        """Return the products, in float32 if the processor emulates those of 16 bits."""
-        dtype, why = DTYPES[self.case.dtype], ""
-        if dtype != torch.float32 and self.case.device == "cpu":
-            narrow, fp32 = (
-                min(clock(self._products(kind, FEW_ROWS), "cpu") for _ in range(TRIES))
-                for kind in (dtype, torch.float32)
-            )
-            if narrow > SLOW * fp32:
-                slowdown, dtype = narrow / fp32, torch.float32
-                why = f"in float32; in {self.case.dtype} they take {slowdown:.0f} times as long"
-        return LowerBound("products", self._products(dtype), why=why)
-
-    def _products(self, dtype: torch.dtype, rows: int | None = None) -> Call:
         """Return the four products of whole matrices, one after the other.
 
-        The student's logits stand in for their gradient: they have its shape.
+        In float32 if the processor emulates those of 16 bits, which take 14 times as long. The
+        student's logits stand in for their gradient: they have its shape.
         """
-        student, teacher = (x.to(dtype) for x in self.arguments(rows)[:2])
+        dtype, why = self.case.dtype, ""
+        sets = (extension.cpu.build_info() or {}).get("instruction_sets", {})
+        is_native = dtype == "fp32" or (dtype == "bf16" and sets.get("avx512_bf16", False))
+        if self.case.device == "cpu" and not is_native:
+            why, dtype = f"in float32: the processor has no products in {dtype}", "fp32"
+        student, teacher = (x.to(DTYPES[dtype]) for x in self.arguments()[:2])
 
-        def run() -> None:
+        def products() -> None:
             logits = torch.mm(student.hidden, student.weight.t())
             torch.mm(teacher.hidden, teacher.weight.t())
             torch.mm(logits, student.weight)
             torch.mm(logits.t(), student.hidden)
 
-        return run
+        return LowerBound("products", products, why=why)
 
 
 class StepProblem(Problem):
@@ -209,8 +193,6 @@ def _labels(case: Case, generator: torch.Generator) -> Tensor:
     return torch.randint(case.v, (case.n,), generator=generator, device=case.device)
 
 
-def _random(
-    shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, std: float = 2.0
-) -> Tensor:
-    result = torch.empty(shape, dtype=dtype, device=generator.device)
+def _random(case: Case, rows: int, columns: int, generator: torch.Generator, std: float) -> Tensor:
+    result = torch.empty(rows, columns, dtype=DTYPES[case.dtype], device=case.device)
     return result.normal_(std=std, generator=generator)

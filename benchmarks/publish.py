@@ -22,7 +22,6 @@ from .one_case import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.svg"
-NUMERICS = "docs/numerics.md"
 #: What README and the picture show of both suites, next to the fastest peer and the lower bound.
 SHOWN = {LOGITS: [IN_PLACE, KDLOSS, "compile", "eager"], HEADS: [WITH_HEADS, "compile", "eager"]}
 USUAL = "n == 512 and temperature == 2.0 and divergence == 'forward_kl'"
@@ -32,17 +31,18 @@ _filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyp
 
 def plot(files: Sequence[Path], output: Path) -> int:
     """Write a page and pictures of files of one machine and version, and print their names."""
-    records, environments = runner.read(*files), [runner.environment(runner.read(x)) for x in files]
-    for other in environments:
-        if different := runner.differences(environments[0], other):
+    records = runner.read(*files)
+    first, *others = [x["environment"] for x in records if x["kind"] == "run"]
+    for other in others:
+        if different := runner.differences(first, other):
             raise ValueError(f"files of different machines or versions: {'; '.join(different)}")
     output.mkdir(parents=True, exist_ok=True)
-    pictures, note = [], machine(environments[0])
+    pictures = []
     for suite, rows in tables.frame(records).dropna(subset="seconds").groupby("suite", sort=False):
-        for size in ("n", "v"):
-            if sweeps := [x for x in tables.sweeps(rows, size) if x[size].nunique() > 1]:
-                pictures.append(output / f"{suite}-{size}.svg")
-                pictures[-1].write_text(picture.of_sweeps(sweeps, size, note))
+        size, sweeps = tables.sweeps(rows)
+        if sweeps := [x for x in sweeps if x[size].nunique() > 1]:
+            pictures.append(output / f"{suite}.svg")
+            pictures[-1].write_text(picture.of_sweeps(sweeps, size, machine(first)))
     shown = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
     (output / "report.md").write_text(f"# Benchmarks\n\n{shown}\n\n{page(records)}\n")
     print(*pictures, output / "report.md", sep="\n")
@@ -62,29 +62,26 @@ def compare(files: Sequence[Path], tolerance: float) -> int:
     return int(regressions > 0 or compared == 0)
 
 
-def publish(accuracy: Path | None, root: Path = ROOT) -> int:
+def publish(root: Path = ROOT) -> int:
     """Write the documents from all results; git shows what changed."""
-    machines: dict[Any, list[Path]] = {}
+    machines: dict[tuple[str, ...], list[Record]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.jsonl")):
-        facts = runner.environment(runner.read(path))
-        key = tuple(facts[name] for name in ("device", "instruction_set", "threads"))
-        machines.setdefault(key, []).append(path)
-    reports = [runner.read(*paths) for paths in machines.values()]
+        facts = runner.environment(records := runner.read(path))
+        key = facts["device"], facts["instruction_set"], facts["threads"]
+        machines.setdefault(key, []).extend(records)
+    reports = [*machines.values()]
     facts, last = runner.environment(reports[-1]), tables.frame(reports[-1])
     texts = {
         (README, "headline"): headline(last, facts),
         (README, "benchmarks"): readme(last, machine(facts)),
         (DOCUMENT, "benchmarks"): "\n\n".join(map(page, reversed(reports))),
     }
-    if accuracy is not None:
-        measured = runner.read(accuracy)
-        note = f"`make accuracy`: {machine(runner.environment(measured))}"
-        texts[NUMERICS, "accuracy"] = f"{tables.error_units(tables.frame(measured))}\n\n{note}"
     for (name, marker), text in texts.items():
-        before, rest = (root / name).read_text().split(f"<!-- {marker}:begin -->\n")
-        after = rest.split(f"<!-- {marker}:end -->")[1]
-        marked = f"<!-- {marker}:begin -->\n{text}\n<!-- {marker}:end -->"
-        (root / name).write_text(before + marked + after)
+        before, rest = (root / name).read_text().split(f"{marker}:begin -->\n")
+        after = rest.split(f"\n<!-- {marker}:end -->")[1]
+        (root / name).write_text(
+            f"{before}{marker}:begin -->\n{text}\n<!-- {marker}:end -->{after}"
+        )
     sweeps, path = shown_sweeps(last), root / PICTURE
     if picture.digest(sweeps) not in path.read_text():  # other versions of matplotlib draw others
         path.write_text(picture.of_sweeps(sweeps, "v", machine(facts)))
@@ -103,26 +100,27 @@ def page(records: Sequence[Record]) -> str:
     parts = [f"### {machine(runner.environment(records))}"]
     for suite, rows in results.groupby("suite", sort=False):
         parts.append(f"#### {suite}")
-        for title, table in tables.overviews(rows):
-            parts += [f"{title}:", table]
-        parts += ["\n".join(lines)] if (lines := tables.faster(rows)) else []
-    parts += ["#### Goals", goals] if (goals := tables.goals(results)) else []
-    return "\n\n".join(parts)
+        size, sweeps = tables.sweeps(rows[rows.status != "skipped"])
+        for sweep in sweeps:
+            parts += [f"{sweep.case.iloc[0].setting(size)}:", tables.overview(sweep, size)]
+        parts += [tables.faster(rows)]
+    return "\n\n".join(filter(None, parts))
 
 
 def headline(results: DataFrame, facts: dict[str, Any]) -> str:
     """Return a sentence: ours in place against plain torch, in bfloat16."""
     rows = results.query(f"suite == '{LOGITS}' and {USUAL} and {SIZE} and dtype == 'bf16'")
-    rows = rows.set_index("method").loc[[IN_PLACE, "compile", "eager"]]
+    rows = rows.set_index("method").loc[SHOWN[LOGITS]]
     units = [(x, *tables.unit_of(x)) for x in rows.seconds]
-    time, *times = [f"{tables.figure(x / scale)} {unit}" for x, unit, scale in units]
-    peak, *peaks = [f"{tables.mebibytes(x)} MiB" for x in rows.memory]
+    times = [f"{tables.figure(x / scale)} {unit}" for x, unit, scale in units]
+    peaks = [f"{tables.mebibytes(x)} MiB" for x in rows.memory]
     is_cpu = rows.device.iloc[0] == "cpu"
     device = f"{facts['threads']} threads of {facts['processor']}" if is_cpu else facts["device"]
     return _filled(
-        f"On {device} ({facts['instruction_set']}; 512 × 128256 logits, bf16, forward + "
-        f"backward): **{time}** in place against {times[0]} for `torch.compile` and {times[1]} for "
-        f"eager torch; memory beyond the logits: {peak} against {peaks[0]} and {peaks[1]}."
+        f"On {device} ({facts['instruction_set']}; 512 × 128256 logits, bf16, forward + backward): "
+        f"**{times[0]}** with `inplace=True` ({times[1]} without) against {times[2]} for "
+        f"`torch.compile` and {times[3]} for eager torch; memory beyond the inputs: {peaks[0]} "
+        f"({peaks[1]} without) against {peaks[2]} and {peaks[3]}."
     )
 
 
@@ -136,15 +134,14 @@ def readme(results: DataFrame, note: str) -> str:
             setting = rows.case.iloc[0].setting("level", "dtype", "temperature", "divergence")
             shown = [*SHOWN[suite], *best_peer(rows)]
             parts += [f"{title}, {setting}:", tables.overview(rows, "dtype", shown)]
-            parts += tables.faster(rows)
-    return "\n\n".join(parts)
+            parts += [tables.faster(rows)]
+    return "\n\n".join(filter(None, parts))
 
 
 def best_peer(results: DataFrame) -> list[str]:
     """Return the fastest that is not plain torch and computes the same, in float32 if possible."""
-    plain_torch = results.method.isin(("eager", "compile", "checkpoint"))
-    is_peer = ~results.is_ours & ~plain_torch & (results.nearest == "")
-    peers = results[is_peer].dropna(subset="seconds")
+    peers = results.query("not is_ours and nearest == '' and seconds == seconds")
+    peers = peers[~peers.method.isin(("eager", "compile", "checkpoint"))]
     return list(peers.sort_values(["dtype", "seconds"], ascending=[False, True]).method[:1])
 
 
@@ -154,6 +151,6 @@ def shown_sweeps(results: DataFrame) -> list[DataFrame]:
     for suite, keys in SHOWN.items():
         rows = results.query(f"suite == '{suite}' and {USUAL}").dropna(subset="seconds")
         if len(rows):
-            sweep = max(tables.sweeps(rows, "v"), key=len)
+            sweep = max(tables.sweeps(rows)[1], key=len)
             shown.append(sweep[sweep.method.isin([*keys, *best_peer(rows.query(SIZE))])])
     return shown

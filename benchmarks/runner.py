@@ -24,22 +24,15 @@ from .methods import METHODS, one_line, taking_part
 from .one_case import SCHEMA, Record, Task, measure
 
 #: What must be the same for results to be in one file: the machine and the versions.
-SAME = (
-    *("device", "processor", "instruction_set", "threads", "platform"),
-    *("torch", "fused_kd", "commit", "packages"),
-)
+SAME = "device", "processor", "instruction_set", "threads", "platform"
+SAME += "torch", "fused_kd", "commit", "packages"
 INTERRUPTED = 130
-#: A call that hangs is ended after the limit of a call this many times, and the seconds that
-#: compilation may take.
+#: A process is ended after PATIENCE times the limit of a call, and the seconds of a compilation.
 PATIENCE, COMPILATION = 4, 180
 
 
 def read(*paths: Path) -> list[Record]:
-    """Return the records of files of results; skip a last line that was cut off.
-
-    Raises:
-        ValueError: If one is no such file; the message names the file and the line.
-    """
+    """Return the records of result files, without a last line that was cut off; check them."""
     records = []
     for path in paths:
         *lines, _ = path.read_text().split("\n")
@@ -53,8 +46,8 @@ def read(*paths: Path) -> list[Record]:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}:{number}: no line of results ({error})") from error
             records.append(record)
-    if not any(record["kind"] == "run" for record in records):
-        raise ValueError(f"{', '.join(map(str, paths))}: no results in it")
+        if not any(record["kind"] == "run" for record in records):
+            raise ValueError(f"{path}: no results in it")
     return records
 
 
@@ -65,11 +58,8 @@ def environment(records: Iterable[Record]) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return in what two environments differ that must be the same."""
-    return [
-        f"{name} was {before[name]!r} and is {now[name]!r}"
-        for name in SAME
-        if name in before and name in now and before[name] != now[name]
-    ]
+    changed = [x for x in SAME if x in before and x in now and before[x] != now[x]]
+    return [f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed]
 
 
 def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
@@ -77,11 +67,11 @@ def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
 
     With all methods that they have in the case: the times of two runs cannot be compared.
     """
-    limits = options.repeats, options.seconds_each, options.limit_seconds, options.threads
+    limits = options.repeats, options.seconds_each, options.limit_seconds
+    if unknown := {*options.suites} - {*SUITES}:
+        raise ValueError(f"unknown suites {unknown}; there are {' '.join(SUITES)}")
     for suite in options.suites or [name for name in SUITES if name != GUARD]:
-        if suite not in SUITES:
-            raise ValueError(f"unknown suite {suite!r}; there are {' '.join(SUITES)}")
-        for case in dict.fromkeys(SUITES[suite](options)):
+        for case in dict.fromkeys(SUITES[suite][0](options)):
             methods = taking_part(suite, case, options.peers)
             same = [x for x in records if (x.get("suite"), x.get("case")) == (suite, case)]
             known = {x["method"] for x in same if x["kind"] == "result"}
@@ -146,11 +136,13 @@ def _write(file: TextIO, record: Record) -> None:
     """Write a record, and a result to the terminal, too."""
     print(json.dumps(record, default=vars), file=file, flush=True)
     if record["kind"] == "result":
-        status, time = record["status"], record["time"]
-        word = {"measured": "", "wrong": "FAILED", "failed": "FAILED"}.get(status, status)
+        word = {"measured": "", "wrong": "FAILED", "failed": "FAILED"}
+        status, time = word.get(record["status"], record["status"]), record["time"]
         seconds = f"{1e3 * time['median_s']:.4g} ms of {time['repeats']}" if time else ""
         errors = " ".join(f"{x:.1e}" for x in record["error"].values() if x is not None)
-        print(f"{word:<9} {record['title']:<36} {seconds:<20} {errors} {record['why']}", flush=True)
+        print(
+            f"{status:<9} {record['title']:<44} {seconds:<20} {errors} {record['why']}", flush=True
+        )
 
 
 def send(task: Task, sender: Connection) -> None:
@@ -162,24 +154,18 @@ def send(task: Task, sender: Connection) -> None:
         sender.send(record)
 
 
-#: What a child runs.
-TARGET = send
-
-
 def _in_child(task: Task) -> Iterator[Record | str]:
-    """Run one task in its own process.
+    """Run a task in its own process; raise RuntimeError if that crashed, TimeoutError if it hangs.
 
-    Raises:
-        RuntimeError: If it crashed.
-        TimeoutError: If it hangs.
+    A thread for each core: left alone, Linux was seen to keep both of two threads on one core for a
+    whole run. This process must not be bound so: its children would be bound to one core.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=TARGET, args=(task, sender), daemon=True)
-    # A thread for each core: left alone, Linux was seen to keep both of two threads on one core for
-    # a whole run. This process must not be bound so: its children would be bound to one core.
-    bind = {"OMP_PROC_BIND": "spread"} if task.case.device == "cpu" else {}
-    with mock.patch.dict(os.environ, {**bind, **os.environ}):
+    process = context.Process(target=send, args=(task, sender), daemon=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    bound = {"OMP_PROC_BIND": "spread"} if task.case.device == "cpu" else {}
+    with mock.patch.dict(os.environ, {**bound, **os.environ, **threads}):
         process.start()
     sender.close()
     seconds = PATIENCE * task.limit_seconds + COMPILATION

@@ -1,9 +1,9 @@
-"""Tables of results by pandas: suites, goals, errors, and what changed between two files."""
+"""Tables of results by pandas: suites, and what changed between two files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 import pandas
@@ -11,29 +11,19 @@ import torch
 from pandas import DataFrame
 
 from .cases import Case
-from .methods import FORWARD, IN_PLACE, KDLOSS, WITH_HEADS
+from .methods import KDLOSS, WITH_HEADS
 from .one_case import Record
 
 MIB = 2**20
-#: The lower bounds, as shown.
-BOUNDS = {"copy": "1.5 copies", "products": "the four products"}
-SIZES = [field.name for field in fields(Case) if field.name != "regime"]
+#: The lower bounds, as shown, and the share of it that a time reaches.
+BOUNDS = {
+    "copy": ("time of 1.5 tensor copies", "% of the fastest possible"),
+    "products": ("reference: the four matrix products by torch", "% of the reference"),
+}
+SIZES = [field.name for field in fields(Case)]
 #: The numbers of a result, and in which nested fields records have them.
 NUMBERS = ["seconds", "memory", "bound", "loss", "gradients"]
 NESTED = "time_median_s", "memory_allocator_bytes", "bound_seconds", "error_loss", "error_gradients"
-#: Smaller matrices stay in the caches, then a copy is no lower bound; a GPU is to be filled.
-LARGE = f"suite == level and divergence == 'forward_kl' and n * v >= {2**23}"
-LARGE += " and (device == 'cpu' or n >= 8192)"
-#: Which results of ours, and the most that their time over the lower bound may be.
-GOALS = {
-    f"device == 'cpu' and method == '{IN_PLACE}' and dtype != 'fp32'": 1.6,
-    f"device == 'cpu' and method == '{IN_PLACE}' and dtype == 'fp32'": 1.2,
-    f"device == 'cpu' and method == '{FORWARD}'": 1.3,
-    f"device == 'cpu' and method == '{WITH_HEADS}'": 1.15,
-    f"device == 'cuda' and method in ('{KDLOSS}', '{IN_PLACE}')": 1.15,
-    f"device == 'cuda' and method in ('{KDLOSS}-triton', '{IN_PLACE}-triton')": 1.5,
-    f"device == 'cuda' and method in ('{WITH_HEADS}', '{WITH_HEADS}-triton')": 1.1,
-}
 #: How far an error may grow: the order of sums differs between machines.
 ERROR_GROWTH, ERROR_SLACK = 2.0, 2 * torch.finfo(torch.float32).eps
 
@@ -63,8 +53,7 @@ def frame(records: Iterable[Record]) -> DataFrame:
 
 def bound_title(row: pandas.Series) -> str:
     """Return the name of the lower bound of a result."""
-    why = f" ({row.bound_why})" if row.bound_why else ""
-    return f"lower bound: {BOUNDS[row.bound_name]}{why}"
+    return BOUNDS[row.bound_name][0] + (f" ({row.bound_why})" if row.bound_why else "")
 
 
 def seconds_of(table: DataFrame, *methods: str) -> pandas.Series:
@@ -72,10 +61,12 @@ def seconds_of(table: DataFrame, *methods: str) -> pandas.Series:
     return table.name.map(table[table.method.isin(methods)].groupby("name").seconds.first())
 
 
-def figure(value: float) -> str:
+def figure(value: float, most_digits: int = 9) -> str:
     """Return three significant digits, without an exponent; "" for NaN."""
-    digits = 0 if math.isnan(value) else max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:.{digits}f}".replace("nan", "")
+    if math.isnan(value):
+        return ""
+    digits = 2 - math.floor(math.log10(max(value, 1e-9)))
+    return f"{value:.{min(most_digits, max(0, digits))}f}"
 
 
 def unit_of(seconds: float) -> tuple[str, float]:
@@ -85,8 +76,7 @@ def unit_of(seconds: float) -> tuple[str, float]:
 
 def mebibytes(count: float) -> str:
     """Return bytes in MiB; "" for NaN."""
-    digits = 2 if count < 10 * MIB else 1 if count < 100 * MIB else 0
-    return "" if math.isnan(count) else f"{count / MIB:.{digits}f}"
+    return figure(count / MIB, most_digits=2)
 
 
 def scientific(error: float) -> str:
@@ -94,33 +84,21 @@ def scientific(error: float) -> str:
     return "" if math.isnan(error) else f"{error:.1e}" if math.isfinite(error) else "not finite"
 
 
-def markdown(table: DataFrame, left: int = 1) -> str:
+def markdown(table: DataFrame) -> str:
     """Return a table in Markdown, its index as the first column, without empty columns."""
     table = table.fillna("")
-    table = table.loc[:, (table != "").any()].reset_index()
-    head = ["" if name in ("title", "index", "goal") else str(name) for name in table.columns]
-    rule = [":---" if i < left or name == "note" else "---:" for i, name in enumerate(head)]
-    lines = [head, rule, *table.astype(str).to_numpy().tolist()]
+    table = table.loc[:, (table != "").any()]
+    head = ["", *table.columns]
+    rule = [":---" if name in ("", "note") else "---:" for name in head]
+    lines = [head, rule, *table.reset_index().astype(str).to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def sweeps(table: DataFrame, size: str) -> list[DataFrame]:
-    """Return the rows of a suite in groups whose cases differ in one size alone."""
+def sweeps(table: DataFrame) -> tuple[str, list[DataFrame]]:
+    """Return the rows of a suite in groups whose cases differ in one size alone, and that size."""
+    size = "n" if table.v.nunique() == 1 < table.n.nunique() else "v"
     groups = table.groupby([name for name in SIZES if name != size], sort=False)
-    is_only = table.n.nunique() == 1 or table.v.nunique() == 1
-    return [group for _, group in groups if is_only or group[size].nunique() > 1]
-
-
-def overviews(table: DataFrame) -> Iterator[tuple[str, str]]:
-    """Yield tables of a suite in Markdown, and what each is about."""
-    table = table[table.status != "skipped"]
-    if table.seconds.isna().all():
-        setting = table.case.iloc[0].setting("dtype", "regime")
-        yield f"{setting}, worst of {table.regime.nunique()} kinds of inputs", errors(table)
-        return
-    for size in ("n", "v") if table.n.nunique() > 1 else ("v",):
-        for group in sweeps(table, size):
-            yield group.case.iloc[0].setting(size), overview(group, size)
+    return size, [group for _, group in groups]
 
 
 def overview(results: DataFrame, size: str, methods: Sequence[str] = ()) -> str:
@@ -145,12 +123,13 @@ def overview(results: DataFrame, size: str, methods: Sequence[str] = ()) -> str:
     times, peaks = (part.loc[titles, labels] for part in parts)
     table = times.add_suffix(f": {unit}").join(peaks.add_suffix(": MiB"))
     at_last, groups = results[results[size] == last].set_index("title"), results.groupby("title")
-    percent = (100 * at_last.share).map("{:.0f} %".format).replace("nan %", "")
-    table[f"{at_last.label.iloc[0]}: lower bound / time"] = percent
+    bounds = results.dropna(subset="bound").drop_duplicates("label").set_index("label")
+    if len(bounds):
+        percent = (100 * at_last.share).map("{:.0f} %".format).replace("nan %", "")
+        table[f"{at_last.label.iloc[0]}: {BOUNDS[bounds.bound_name.iloc[-1]][1]}"] = percent
     table["loss error"] = groups["loss"].max().map(scientific)
     table["gradient error"] = groups["gradients"].max().map(scientific)
     table["note"] = groups.apply(_notes)
-    bounds = results.dropna(subset="bound").drop_duplicates("label").set_index("label")
     if len(bounds):
         cells = (bounds.bound / scale).map(figure).add_suffix(f": {unit}")
         table.loc[bound_title(bounds.iloc[-1])] = cells
@@ -166,54 +145,17 @@ def _notes(rows: DataFrame) -> str:
     )
 
 
-def faster(results: DataFrame) -> list[str]:
+def faster(results: DataFrame) -> str:
     """Return the methods that take less time than ours, a line for each."""
     results = results.assign(of_ours=results.seconds / seconds_of(results, KDLOSS, WITH_HEADS))
     results = results[~results.is_ours & (results.nearest == "") & (results.of_ours < 1)]
     lines = []
     for title, rows in results.groupby("title", sort=False):
-        least, case = rows.of_ours.min(), rows.name[rows.of_ours.idxmin()]
-        more = f", less than it in {len(rows)} cases" if len(rows) > 1 else ""
-        lines.append(f"* faster than ours: {title} takes {least:.2f} of our time in {case}{more}")
-    return lines
-
-
-def errors(results: DataFrame) -> str:
-    """Return a table of the worst relative errors of each method over all inputs, by dtype."""
-    table = results.pivot_table(["loss", "gradients"], "title", "dtype", "max", sort=False)
-    table.columns = [f"{dtype}: {part} error" for part, dtype in table.columns]
-    return markdown(table.map(scientific))
-
-
-def error_units(results: DataFrame) -> str:
-    """Return a table of the worst errors in units, by dtype and divergence."""
-    parts = {"loss": "loss", "gradients": "gradient in norm", "element": "gradient by element"}
-    columns, by = [f"units_{part}" for part in parts], ["dtype", "divergence"]
-    rows = results.dropna(subset=columns)
-    rows[columns] = rows[columns].where(rows[columns] < math.inf)
-    lost = rows[rows[columns].isna().any(axis=1)]
-    table = rows.pivot_table(columns, by, "method", "max", sort=False)
-    table = table[[(column, key) for column in columns for key in ("kdloss", "eager")]]
-    table.columns = [x for part in parts.values() for x in (part, f"{part}, eager")]
-    lines = [markdown(table.map("{:.2f}".format), left=2)]
-    for names, regimes in lost.groupby([*by, "title"], sort=False).regime:
-        inputs = ", ".join(sorted(set(regimes)))
-        lines.append(f"Not finite, left out: {' '.join(names)}, on {inputs}.")
-    return "\n\n".join(lines)
-
-
-def goals(results: DataFrame) -> str:
-    """Return a table of the goals with figures, the worst of them, and how often each is met."""
-    results = results.query(LARGE).assign(ratio=lambda rows: 1 / rows.share).dropna(subset="ratio")
-    rows = {}
-    for which, most in GOALS.items():
-        for title, group in results.query(which).groupby("title", sort=False):
-            worst, met = group.loc[group.ratio.idxmax()], (group.ratio <= most).sum()
-            verdict = "reached" if met == len(group) else "NOT reached"
-            cells = f"{most:.3g}", f"{worst.ratio:.3g}", worst["name"], f"{met} of {len(group)}"
-            rows[f"{title}: time / lower bound", most] = *cells, verdict
-    table = DataFrame(rows, ["at most", "worst here", "in", "in cases", "verdict"]).T
-    return markdown(table.droplevel(1)) if rows else ""
+        number = "one case" if len(rows) == 1 else f"the best of {len(rows)} cases"
+        best = rows.loc[rows.of_ours.idxmin()]
+        setting = best.case.setting("hidden", "temperature", "divergence")
+        lines.append(f"* {title} takes {best.of_ours:.2f} of our time in {number}: {setting}.")
+    return "\n".join(lines)
 
 
 def compare(before: DataFrame, after: DataFrame, tolerance: float) -> tuple[DataFrame, int, int]:

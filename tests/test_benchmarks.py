@@ -6,10 +6,10 @@ import gc
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,14 @@ import pytest
 import torch
 from support.backends import needs_cpu, one_thread
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
-pytest.importorskip("pandas", reason="tables need pandas")
-
-from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import one_case, runner, tables  # noqa: E402
-from benchmarks.cases import HEADS, LOGITS, STEP, SUITES, Case  # noqa: E402
-from benchmarks.methods import METHODS  # noqa: E402
-from benchmarks.one_case import Task, Turn, in_turns  # noqa: E402
+from benchmarks import __main__ as cli
+from benchmarks import one_case, runner, tables
+from benchmarks.cases import HEADS, LOGITS, STEP, SUITES, Case
+from benchmarks.methods import METHODS
+from benchmarks.one_case import Task, Turn, in_turns
 
 pytestmark = needs_cpu
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--dtype", "fp32", "--n", "4", "--v", "60", "--hidden", "8", "12", "--repeats", "2"]
 QUICK = ["kdloss", "kdloss-inplace", "kdloss-heads", "eager"]
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu_avx2_logits.jsonl"
@@ -43,12 +40,10 @@ def _quick() -> Iterator[None]:
 
 
 def _run(path: Path, *words: str, peers: list[str] = QUICK) -> int:
-    options = ["--in-process", *TINY, "--peers", *peers, "--output", str(path)]
-    return cli.main(["run", *words, *options])
+    return cli.main(["run", *words, "--in-process", *TINY, f"--output={path}", "--peers", *peers])
 
 
 def _results(records: Any) -> dict[str, dict[str, Any]]:
-    """Return the results by method; the last ones win."""
     return {x["method"]: x for x in records if isinstance(x, dict) and x["kind"] == "result"}
 
 
@@ -62,15 +57,10 @@ def _replace(monkeypatch: Any, name: str, loss: Callable[..., Any]) -> None:
 def test_every_suite_measures_its_cases(tmp_path: Path) -> None:
     assert _run(tmp_path / "r.jsonl") == 0
     records = runner.read(tmp_path / "r.jsonl")
-    results = [x for x in records if x["kind"] == "result"]
-    cases = {(x["suite"], x["case"]) for x in results}
-    assert cases == {(x["suite"], x["case"]) for x in records if x["kind"] == "done"}
-    assert {suite for suite, _ in cases} == {*SUITES} - {"guard"}
-    for result in results:
-        assert result["status"] == "measured", result
-        assert (result["time"] is None) == ("units" in result) == (result["suite"] == "accuracy")
-        is_bound = result["suite"] in ("logits", "heads", "growth")
-        assert (result["bound_share"] is not None) == is_bound
+    assert {x["suite"] for x in records if x["kind"] == "done"} == {*SUITES} - {"guard"}
+    for result in (x for x in records if x["kind"] == "result"):
+        assert (result["status"], result["time"] is None) == ("measured", False), result
+        assert (result["bound_share"] is None) == (result["suite"] == "training-step")
     logits = _results(x for x in records if x.get("suite") == "logits")
     assert all(x["error"]["loss"] < 1e-5 for x in logits.values())
     peaks = {key: x["memory"]["allocator_bytes"] for key, x in logits.items()}
@@ -105,11 +95,10 @@ def test_a_wrong_method_gets_no_time(
 def test_a_method_that_raises_does_not_stop_the_others(
     call: int, error: Exception, status: str, monkeypatch: Any
 ) -> None:
-    calls: list[int] = []
+    calls = count(1)
 
     def fails(right: Any, *tensors: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
+        if next(calls) == call:
             raise error
         return right(*tensors)
 
@@ -128,11 +117,6 @@ def test_calls_take_turns_and_are_restored(monkeypatch: Any) -> None:
     assert len(seen) == 1
 
 
-def test_what_is_too_slow_has_no_time() -> None:
-    results = _results(one_case.measure(replace(SMALL, limit_seconds=1e-9)))
-    assert {(x["status"], x["time"]) for x in results.values()} == {("no time", None)}
-
-
 def test_resume_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     file, right, begun = tmp_path / "r.jsonl", runner.measure, []
 
@@ -143,18 +127,17 @@ def test_resume_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: Any, caps
         yield from right(task)
 
     monkeypatch.setattr(runner, "measure", interrupted)
-    peers = ["kdloss", "kdloss-heads", "eager"]
-    assert _run(file, "logits", "heads", peers=peers) == runner.INTERRUPTED
+    assert _run(file, "logits", "heads") == runner.INTERRUPTED
     kept = file.read_text()
-    file.write_text(kept + '{"schema": 4, "kind": "res')  # the line it was about to write
-    assert _run(file, "logits", "heads", peers=peers) == 2  # nothing is overwritten
-    assert _run(file, "logits", "heads", "--resume", peers=peers) == 0
+    file.write_text(kept + '{"schema": 5, "kind": "res')  # the line it was about to write
+    assert _run(file, "logits", "heads") == 2  # nothing is overwritten
+    assert _run(file, "logits", "heads", "--resume") == 0
     assert begun == [LOGITS, HEADS, HEADS]
     assert file.read_text().startswith(kept)
     # a method that was not there is measured with those that were: times of two runs differ
     assert _run(file, "logits", "--resume", peers=["checkpoint"]) == 0
     last = file.read_text().split('"kind": "run"')[-1]
-    assert set(re.findall(r'"method": "([^"]*)"', last)) == {"kdloss", "eager", "checkpoint"}
+    assert set(re.findall(r'"method": "([^"]*)"', last)) == {*QUICK[:2], "eager", "checkpoint"}
     # results of another machine are not mixed with these
     file.write_text(changed := file.read_text().replace('"threads": 1', '"threads": 99'))
     assert _run(file, "logits", "--resume") == 2
@@ -162,7 +145,11 @@ def test_resume_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: Any, caps
     assert file.read_text() == changed
 
 
-def test_resume_completes_what_the_clock_cut(tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_is_too_slow_has_no_time_and_resume_completes_what_the_clock_cut(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    results = _results(one_case.measure(replace(SMALL, limit_seconds=1e-9)))  # of a call
+    assert {(x["status"], x["time"]) for x in results.values()} == {("no time", None)}
     file, right = tmp_path / "r.jsonl", runner.measure
     with monkeypatch.context() as patch:  # begun, and then there was no time
         patch.setattr(runner, "measure", lambda task: right(replace(task, end=0.0)))
@@ -179,12 +166,11 @@ def _crashing_child(task: Task, sender: Any) -> None:
 
 
 def test_a_crash_ends_no_more_than_its_method(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(runner, "TARGET", _crashing_child)
-    output = ["--peers", "kdloss", "eager", "--output", str(tmp_path / "r.jsonl")]
-    assert cli.main(["run", "logits", *TINY, *output]) == 1
-    records = runner.read(tmp_path / "r.jsonl")
-    statuses = {key: x["status"] for key, x in _results(records).items()}
-    assert statuses == {"kdloss": "measured", "eager": "failed"}
+    monkeypatch.setattr(runner, "send", _crashing_child)
+    file = tmp_path / "r.jsonl"
+    assert cli.main(["run", "logits", *TINY, f"--output={file}", "--peers", "kdloss", "eager"]) == 1
+    results = _results(records := runner.read(file))
+    assert [results[x]["status"] for x in ("kdloss", "eager")] == ["measured", "failed"]
     assert [x["kind"] for x in records].count("done") == 1
 
 
@@ -203,8 +189,8 @@ def test_a_crash_ends_no_more_than_its_method(tmp_path: Path, monkeypatch: Any) 
 def test_compare_fails_on_a_regression(method: str, change: Any, regressions: int) -> None:
     before = runner.read(COMMITTED)
     after = [x | change(x) if x.get("method") == method else x for x in before]
-    table, compared, worse = tables.compare(tables.frame(before), tables.frame(after), 0.1)
-    assert (compared > 0, worse) == (True, regressions), table.to_string()
+    table, *counts = tables.compare(tables.frame(before), tables.frame(after), 0.1)
+    assert (counts[0] > 0, counts[1]) == (True, regressions), table.to_string()
 
 
 def test_compare_needs_something_and_takes_the_best_run(tmp_path: Path) -> None:
@@ -220,17 +206,17 @@ def test_the_documents_are_what_the_results_give(tmp_path: Path) -> None:
     from benchmarks import publish
 
     files = [publish.README, publish.DOCUMENT, publish.PICTURE]
-    for name in (*files, "benchmarks/results"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        copy(ROOT / name, tmp_path / name)
-    publish.publish(None, tmp_path)
+    shutil.copytree(COMMITTED.parent, tmp_path / "benchmarks" / "results")
+    (tmp_path / "docs").mkdir()
+    for name in files:
+        shutil.copy(ROOT / name, tmp_path / name)
+    publish.publish(tmp_path)
     assert all((tmp_path / name).read_text() == (ROOT / name).read_text() for name in files)
     results = tmp_path / "benchmarks" / "results" / "cpu_avx512_bf16_logits.jsonl"
     results.write_text(re.sub(r'"median_s": \d+\.', '"median_s": 77.', results.read_text()))
-    publish.publish(None, tmp_path)
-    assert "\n| KDLoss, in place | 77" in (tmp_path / publish.README).read_text()
+    publish.publish(tmp_path)
+    assert "\n| KDLoss(inplace=True) | 77" in (tmp_path / publish.README).read_text()
     assert all((tmp_path / name).read_text() != (ROOT / name).read_text() for name in files)
     assert publish.plot([results], tmp_path) == 0
     for picture in re.findall(r"\((.*svg)\)", (tmp_path / "report.md").read_text()):
-        assert "KDLoss, in place" in (tmp_path / picture).read_text()
+        assert "KDLoss(inplace=True)" in (tmp_path / picture).read_text()

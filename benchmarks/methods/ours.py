@@ -25,7 +25,7 @@ WITH_HEADS = "kdloss-heads"
 BUDGETED = {f"{WITH_HEADS}-{budget}": budget for budget in (64, 256, 1024)}
 #: Rows of a checkpointed chunk, as TRL's trainer has it by default.
 CHUNK_ROWS = 256
-_CHECKPOINT = f"eager, checkpointed {CHUNK_ROWS}-row chunks"
+_CHECKPOINT = f"plain torch, checkpointed {CHUNK_ROWS}-row chunks"
 
 
 def _why_not(case: Case, backend: str = "auto") -> str | None:
@@ -50,7 +50,7 @@ for backend, end, words in (("auto", "", ""), ("triton", "-triton", ", triton ba
     build = partial(_kd_loss, backend=backend)
     in_place, forward = partial(build, inplace=True), partial(_forward, backend=backend)
     on_logits(KDLOSS + end, "KDLoss" + words, **ours)(build)
-    on_logits(IN_PLACE + end, "KDLoss, in place" + words, **ours)(in_place)
+    on_logits(IN_PLACE + end, "KDLoss(inplace=True)" + words, **ours)(in_place)
     title = "KDLoss, forward only" + words
     on_logits(FORWARD + end, title, compared=("loss",), **ours)(forward)
     on_heads(WITH_HEADS + end, "KDLoss, heads" + words, **ours)(build)
@@ -59,15 +59,15 @@ for key, budget in BUDGETED.items():
     on_heads(key, f"KDLoss, heads, {budget} MiB", _why_not, is_ours=True)(build)
 
 
-@on_heads("eager", "eager torch")
-@on_logits("eager", "eager torch")
+@on_heads("eager", "plain torch")
+@on_logits("eager", "plain torch")
 def _eager(case: Case) -> Loss:
     """Return the baseline; with heads, after the logits of both models."""
     return after_heads(partial(eager_kd_loss, **case.keywords))
 
 
-@on_heads("compile", "torch.compile(eager)", compiles=True)
-@on_logits("compile", "torch.compile(eager)", compiles=True)
+@on_heads("compile", "torch.compile of plain torch", compiles=True)
+@on_logits("compile", "torch.compile of plain torch", compiles=True)
 def _compiled(case: Case) -> Loss:
     """Return ``torch.compile`` of the baseline, for this size alone."""
     return torch.compile(_eager(case), dynamic=False)

@@ -10,7 +10,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,6 +25,8 @@ BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 #: log-probabilities of TRL's fine-tuning trainer.
 CHUNKS, TILE = 8, 32768
 LIGER, LIGER_CHUNKED = "liger_kernel.transformers.", "liger_kernel.chunked_loss"
+LIGER_JSD, LIGER_KL = LIGER + "fused_linear_jsd", LIGER + "fused_linear_kl_div"
+_OPTIONS = "torch.nn.modules.linear_cross_entropy_options"
 MODELOPT, TUNE = "modelopt.torch.distill.losses", "torchtune.modules.loss"
 _KL = {"forward_kl": "ForwardKL", "reverse_kl": "ReverseKL"}
 _SOFT: Any = {"compared": ("gradients",), "nearest": "the same without the teacher's entropy"}
@@ -138,15 +139,10 @@ def _modelopt(case: Case) -> Loss:
     )
 
 
-_LIGER_JSD, _LIGER_KL = LIGER + "fused_linear_jsd", LIGER + "fused_linear_kl_div"
-_CHUNKED = needs(LIGER_CHUNKED, *BETA)
-
-
 def _of_tensors(loss: Loss) -> Loss:
     return lambda student, teacher, labels: loss(*student[:2], *teacher[:2], labels)
 
 
-@on_heads("liger-chunked", "Liger chunked", _CHUNKED)
 def _liger_chunked(case: Case, compiled: bool = False) -> Loss:
     """Return its loss whose softened softmaxes and weight gradient are in the inputs' dtype."""
     weights, beta = (0.5, 0.5 * case.temperature**2), BETA[case.divergence]
@@ -155,9 +151,9 @@ def _liger_chunked(case: Case, compiled: bool = False) -> Loss:
     return _of_tensors(loss)
 
 
-@on_heads("liger-chunked-compiled", "Liger chunked, compiled", _CHUNKED, compiles=True)
-def _liger_chunked_compiled(case: Case) -> Loss:
-    return _liger_chunked(case, compiled=True)
+_CHUNKED, _COMPILED = needs(LIGER_CHUNKED, *BETA), partial(_liger_chunked, compiled=True)
+on_heads("liger-chunked", "Liger chunked", _CHUNKED)(_liger_chunked)
+on_heads("liger-chunked-compiled", "Liger chunked, compiled", _CHUNKED, compiles=True)(_COMPILED)
 
 
 def _liger_cross_entropy() -> Loss:
@@ -166,17 +162,17 @@ def _liger_cross_entropy() -> Loss:
     return lambda student, labels: loss(student.weight, student.hidden, labels)
 
 
-@on_heads("liger-fused-jsd", "Liger fused linear JSD", needs(_LIGER_JSD, *BETA, gpu=True))
+@on_heads("liger-fused-jsd", "Liger fused linear JSD", needs(LIGER_JSD, *BETA, gpu=True))
 def _liger_jsd(case: Case) -> Loss:
     beta, t = BETA[case.divergence], case.temperature
-    soft = _from(_LIGER_JSD, "LigerFusedLinearJSD", beta, temperature=t)
+    soft = _from(LIGER_JSD, "LigerFusedLinearJSD", beta, temperature=t)
     return _halves(_liger_cross_entropy(), _of_tensors(soft), case)
 
 
-@on_heads("liger-fused-kl", "Liger fused linear KL", needs(_LIGER_KL, "forward_kl", gpu=True))
+@on_heads("liger-fused-kl", "Liger fused linear KL", needs(LIGER_KL, "forward_kl", gpu=True))
 def _liger_kl(case: Case) -> Loss:
     """Return its KL of the teacher's probabilities: torch's softmax of whole logits before it."""
-    divergence = _from(_LIGER_KL, "LigerFusedLinearKLDivLoss", temperature=case.temperature)
+    divergence = _from(LIGER_KL, "LigerFusedLinearKLDivLoss", temperature=case.temperature)
 
     def soft(student: Head, teacher: Head, labels: Tensor) -> Tensor:
         target = F.softmax(logits_of(teacher).float() / case.temperature, -1)
@@ -198,8 +194,8 @@ def _trl_chunked(case: Case) -> Loss:
         return -ChunkedLogProbFunction.apply(*student[:2], *options)[0].mean()
 
     def soft(student: Head, teacher: Head, labels: Tensor) -> Tensor:
-        hidden, weights = (student.hidden, teacher.hidden), (student.weight, teacher.weight)
-        return _chunked_divergence_loss(*hidden, *weights, labels != -100, **keywords)[0]
+        (x, w, *_), (y, u, *_) = student, teacher
+        return _chunked_divergence_loss(x, y, w, u, labels != -100, **keywords)[0]
 
     return _halves(hard, soft, case)
 
@@ -218,15 +214,10 @@ def _fla(case: Case) -> Loss:
     )
 
 
-def _no_torch_ce(case: Case) -> str | None:
-    has_it = hasattr(torch.nn, "LinearCrossEntropyOptions")
-    return None if has_it else f"torch {torch.__version__} has none in chunks"
-
-
-@on_heads("torch-linear-ce", "F.linear_cross_entropy", _no_torch_ce, **_HARD)
+@on_heads("torch-linear-ce", "F.linear_cross_entropy", needs(_OPTIONS), **_HARD)
 def _torch_ce(case: Case) -> Loss:
     """Return torch's cross-entropy in chunks of rows; its gradients are computed in the forward."""
-    loss = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    loss = partial(F.linear_cross_entropy, options=_from(_OPTIONS, "LinearCrossEntropyOptions"))
     return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels)
 
 
