@@ -6,12 +6,12 @@ import gc
 import os
 from collections.abc import Iterator
 
-os.environ.pop("FUSED_KD_BACKEND", None)  # the tests choose
+os.environ.pop("FUSED_KD_BACKEND", None)  # tests choose the backend
 
 import pytest
 import torch
 
-if os.environ.get("FUSED_KD_EMULATED_CUDA"):  # see test_cuda_kernels.py: the suite on its kernels
+if os.environ.get("FUSED_KD_EMULATED_CUDA"):  # test_cuda_kernels.py runs the suite so
     from support import emulated_cuda
 
     emulated_cuda.install_from_environment()
@@ -42,13 +42,16 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(params=HERE, scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """Return the name of a backend; one that cannot run is skipped with its reason."""
+    """Return the name of a backend for CPU tensors.
+
+    If cpu cannot run it is skipped with its reason; others that cannot run are left out.
+    """
     return str(request.param)
 
 
 @pytest.fixture(params=FAST, scope="session")
 def fast(request: pytest.FixtureRequest) -> str:
-    """Return the name of a backend that is tested against the reference."""
+    """Return the name of a backend to compare with the reference: any but the reference."""
     return str(request.param)
 
 
@@ -64,7 +67,7 @@ def divergence(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Return the name of an instruction set, with which the compiled module computes."""
+    """Yield the name of the instruction set that the compiled module uses during the test."""
     assert _module is not None
     _module.choose_instruction_set(request.param)
     assert _module.build_info()["instruction_set"] == request.param

@@ -22,7 +22,7 @@ from test_docstrings import VERBS  # the only list of verbs
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("fused_kd", "csrc", "docs", "benchmarks", "demo", "examples", "tests", "other")
-WORDS = {  # comment: what to write
+WORDS = {  # patterns; the comments say what to write instead
     "beside": r"beside",  # next to, alongside
     "anew": r"anew",  # again
     "lies, stands": r"(?<!not )(lie|lies|stands?(?! (for|in)))",  # is stored, is
@@ -45,7 +45,7 @@ COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
 
 def files(commit: str | None) -> Iterator[tuple[str, str]]:
-    """Yield path and text of every tracked source and page, now or in a commit."""
+    """Yield path and text of every tracked source and page in a commit; None: as they are now."""
     if commit is None:  # the working tree as a commit; "" if nothing was changed
         commit = subprocess.check_output(["git", "stash", "create"], cwd=ROOT, text=True).strip()
     archive = subprocess.check_output(["git", "archive", commit or "HEAD"], cwd=ROOT)
@@ -57,7 +57,7 @@ def files(commit: str | None) -> Iterator[tuple[str, str]]:
 
 
 def python_prose(text: str, count: Counter[str]) -> str:
-    """Return docstrings and comments; count verbs and names."""
+    """Return a Python file's docstrings and comments; add its verbs and names to `count`."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     prose = [x.string.lstrip("#: ") for x in tokens if x.type == tokenize.COMMENT]
     for node in ast.walk(ast.parse(text)):
@@ -74,7 +74,7 @@ def python_prose(text: str, count: Counter[str]) -> str:
 
 
 def measure(commit: str | None) -> dict[str, Counter[str]]:
-    """Return the counts of every folder, and of all together."""
+    """Return the counts of every folder and of "all", in a commit; None: as they are now."""
     counts = {folder: Counter[str]() for folder in (*FOLDERS, "all")}
     for path, text in files(commit):
         folder = "docs" if path == "README.md" else path.partition("/")[0]
@@ -95,7 +95,7 @@ def measure(commit: str | None) -> dict[str, Counter[str]]:
 
 
 def figure(count: Counter[str], name: str) -> str:
-    """Return one figure of a folder."""
+    """Return one cell of the table: a share, a number, or a rate per 10,000 words."""
     if name == "verbs, %":
         return f"{100 * count['verbs'] / count['docstrings']:.0f}" if count["docstrings"] else "-"
     rate = 1e4 * count[name] / max(count["words"], 1)
@@ -103,7 +103,7 @@ def figure(count: Counter[str], name: str) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table for now, with a commit of the command line for before and now."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("commit", nargs="?", help="a commit to compare with")
     commit = parser.parse_args().commit

@@ -1,7 +1,8 @@
 """What the tests marked ``gpu`` share: the device, its backends, and the error rule on it.
 
-GPU_CHECK_DEVICE=cpu runs them on the CPU at tiny sizes, its backend standing in for both of the
-GPU's, to check that they run; GPU_CHECK_BACKENDS names those of a GPU to test (default: all).
+GPU_CHECK_DEVICE=cpu runs the tests on the CPU at tiny sizes, with the cpu backend in place of both
+GPU backends, to check that they run; GPU_CHECK_BACKENDS names the GPU backends to test (default:
+both).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ BACKENDS = [
     for name in WANTED
     for why in [why_not(name, DEVICE)]
 ]
-#: A test that needs gigabytes of the device: one at a time, if several tests run at once.
+#: Marks a test that needs gigabytes of the device: pytest-xdist runs one of these at a time.
 heavy: Callable[[_Value], _Value] = (
     pytest.mark.xdist_group("heavy") if importlib.util.find_spec("xdist") else lambda test: test
 )
@@ -60,12 +61,15 @@ def size(real: int, tiny: int) -> int:
 
 
 def few_here(values: Iterable[_Value]) -> list[_Value]:
-    """Return all of them on a GPU; elsewhere the last, to check that the tests run."""
+    """Return all values on a GPU; elsewhere the last one, to check that the tests run."""
     return list(values)[0 if REAL else -1 :]
 
 
 def make_batch(*shape: int, dtype: torch.dtype = BRAIN) -> Batch:
-    """Return logits like a language model's and labels, the first of them ignored."""
+    """Return logits of a student, which requires grad, and of a teacher near it, and labels.
+
+    The first label is -100. The vocabulary size is the seed.
+    """
     generator = torch.Generator(DEVICE).manual_seed(shape[-1])
     kinds: dict[str, Any] = {"generator": generator, "device": DEVICE}
     student = 3 * torch.randn(shape, **kinds)
@@ -82,25 +86,25 @@ def loss_of(*sides: Tensor | Head, **keywords: Any) -> Tensor:
 
 
 def both(student: Tensor, *rest: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient."""
+    """Return the loss, and the gradient of its sum with respect to the student."""
     loss = loss_of(student, *rest, **keywords)
     return loss.detach(), gradient(loss, student, torch.ones_like(loss))
 
 
 def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
-    """Return True if they agree bit for bit; these have no NaN."""
+    """Return True if all pairs of tensors have equal values; a NaN equals nothing."""
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def as_output(logits: Tensor) -> Tensor:
-    """Return the same memory as the output of a layer: it may be written in place."""
+    """Return the same memory as the output of a layer, which inplace=True may overwrite."""
     result: Tensor = Output.apply(logits)
     return result
 
 
 @contextlib.contextmanager
 def no_synchronization(enabled: bool) -> Iterator[None]:
-    """Make waiting for the device an error."""
+    """Raise within the context, if `enabled`, when the host waits for a GPU."""
     mode = torch.cuda.get_sync_debug_mode() if REAL else 0
     if REAL and enabled:
         torch.cuda.set_sync_debug_mode("error")
@@ -112,7 +116,7 @@ def no_synchronization(enabled: bool) -> Iterator[None]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the most that the second of two calls allocates above the level before it."""
+    """Call twice; return the peak of the bytes that the second call allocates."""
     call()
     if not REAL:
         return cpu_peak(call).highest
@@ -138,7 +142,10 @@ def obey(
     dtypes: Iterable[torch.dtype],
     **keywords: Any,
 ) -> None:
-    """Assert the error rule; truth and baseline are on the CPU, only our call on the device."""
+    """Assert the error rule for inputs of a regime, shape (N <= 4, V) and dtypes of both sides.
+
+    Truth and baseline are computed on the CPU, only our loss on the device.
+    """
     inputs = make_inputs(regime, *shape, *dtypes)
     upstream = torch.tensor([1.0, -0.3, 2.0, 1e-3])[: shape[0]]
     if inputs.student.dtype == HALF:  # a loss scale, or the gradient is below float16's numbers
@@ -149,7 +156,7 @@ def obey(
 
 
 def obey_on_device(
-    rows: Tensor | None,  # (N,), None: not compared
+    rows: Tensor | None,  # (N,) losses; None: not compared
     grad: Tensor,  # (N, V)
     inputs: Batch,
     upstream: Tensor,  # (N,)

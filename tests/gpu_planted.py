@@ -1,4 +1,4 @@
-"""Writes behind 64 floats of GPU memory, which compute-sanitizer must find. See gpu_check.py."""
+"""Write past the end of 64 floats of GPU memory: compute-sanitizer must find it (gpu_check.py)."""
 
 from __future__ import annotations
 

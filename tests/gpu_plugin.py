@@ -1,9 +1,10 @@
-"""A pytest plugin for the tests on a GPU (``-p gpu_plugin``): each failure is shown and kept alone.
+"""A pytest plugin for the tests on a GPU (``-p gpu_plugin``): it shows failures at once.
 
-A failure is printed when it happens. A process whose context a test has lost ends, since every
-later test would fail too; pytest-xdist starts another in its place. After GPU_CHECK_UNTIL the tests
-that are left are skipped. What compiles the longest is last. GPU_CHECK_SLICE="2/8" runs the third
-eighth of the tests, in a mixed order.
+Each failure is printed when it happens. If a test has lost the CUDA context, the process exits,
+since every later test would fail too; pytest-xdist starts another in its place. After
+GPU_CHECK_UNTIL (seconds since 1970) the tests that are left are skipped. The slowest tests, with
+"compiled" in their name, are last. GPU_CHECK_SLICE="2/8" runs the third eighth of the tests, in a
+shuffled order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-LOST = 3
+LOST = 3  # exit status
 #: Standard error as it is now: pytest captures it later.
 _ERRORS = os.fdopen(os.dup(2), "w")
 

@@ -27,7 +27,7 @@ def labels(rows: int = N) -> Tensor:
 
 
 def heads(**changes: Any) -> list[Any]:
-    """Return a fused linear loss's inputs: the student's and the teacher's."""
+    """Return a fused linear loss's inputs: student s, sw, teacher t, tw, with `changes`."""
     usual = {"s": logits(N, H), "sw": logits(V, H), "t": logits(N, H), "tw": logits(V, H)}
     return list({**usual, **changes}.values())
 
@@ -36,6 +36,9 @@ def top_k(**changes: Any) -> list[Any]:
     entries = {"ids": labels(N).view(1, N, 1), "logs": -logits(1, N, 1).abs()}
     usual = {"s": logits(1, N, V), **entries, "mask": torch.ones(1, N, 1)}
     return list({**usual, **changes}.values())
+
+
+# Each yields calls that are refused, with words that the message must contain.
 
 
 def of_automodel() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -128,7 +131,7 @@ def of_model_optimizer() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 ADAPTERS = (of_automodel, of_axolotl, of_liger, of_model_optimizer)
 SIDES = ("student", "teacher")
-#: Our names, and those of them that a framework has for the same thing.
+#: Names of ours, which no message may contain except those that the framework has as well.
 OURS = {f"{side}.{part}" for side in SIDES for part in ("hidden", "weight", "bias", "detach")}
 OURS |= {"student_logits", "teacher_logits", "labels", "token_weight", "num_items", "hard_weight"}
 OURS |= {"soft_weight", "beta", "temperature", "divergence"}
@@ -141,7 +144,7 @@ SAME = {
 
 
 def unknown_keywords() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield calls with a keyword that is ours, and not one of the framework's."""
+    """Yield keywords of ours that the framework does not have, each with a call that passes it."""
     s, y = logits(), labels()
     yield "labels", lambda: liger.LigerJSD()(s, s, labels=y)
     yield "hard_weight", lambda: liger.LigerFusedLinearJSDLoss(hard_weight=1.0)

@@ -1,7 +1,7 @@
-"""Public reports about glue, over every adapter that needs no framework; numbers as N-08.
+"""Bugs that others reported in glue code, tested on every adapter that needs no framework.
 
-P01, P02, P09, P49 and the shift of labels are in the comparisons with the frameworks' own losses,
-and in real trainings.
+N-08 and P47 are numbers of reports. P01, P02, P09, P49 and the shift of labels are tested in the
+comparisons with the frameworks' own losses, and in real trainings.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_no_row_that_counts_P47(name: str) -> None:
 
 
 def of_probabilities(q: Tensor) -> dict[str, Tensor]:
-    """Return Σ q (log q - log p) by each adapter that takes a teacher's probabilities."""
+    """Return Σ q (log q - log p) by each adapter that takes probabilities q, and by the formula."""
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(N, H, generator=draw), torch.randn(V, H, generator=draw)
     logits = hidden @ weight.T

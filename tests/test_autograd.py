@@ -197,6 +197,9 @@ def test_inputs_and_versions_are_untouched(
     assert [x._version for x in inputs] == versions
 
 
+# Totals of a loss and other uses of the same logits x.
+
+
 def _softmax(loss: Any, x: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
     return x.softmax(-1).square().sum() + loss(x, teacher, labels, **keywords)
 
@@ -294,7 +297,7 @@ def test_autocast_changes_nothing(
 
 
 def saved_by(call: Callable[[], object]) -> list[Tensor]:
-    """Return the tensors that autograd saves in a call."""
+    """Return the tensors that autograd saves during `call`."""
     seen: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:

@@ -78,7 +78,10 @@ def test_tensor_parallelism_R_60(groups: dict[int, dist.ProcessGroup]) -> None:
 
 
 def top_k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a student's logits, and a teacher whose masked entries all have the id 0."""
+    """Return student logits (2, 6, 31), and a teacher's ids, log-probabilities and mask (2, 5, 4).
+
+    The id of a masked entry is 0.
+    """
     logs, ids = torch.randn(2, 5, 31).mul(3).log_softmax(-1).topk(4)
     mask = torch.rand(2, 5, 4) > 0.3
     return 3 * torch.randn(2, 6, 31), ids.where(mask, 0), logs, mask.long()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import native_build
 
-#: One worker builds what all of these tests use.
+#: So one worker builds the programs, which all of these tests use.
 pytestmark = pytest.mark.xdist_group("check programs")
 
 

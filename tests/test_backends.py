@@ -48,7 +48,7 @@ def test_why_not_of_an_unknown_backend() -> None:
         why_not("tpu")
 
 
-#: The first calls of a process: which of them warn. The compiled modules and triton are missing.
+#: Makes the calls named as arguments, without the compiled modules and triton; prints warnings.
 FIRST_CALLS = """
 import sys, warnings
 for missing in ("fused_kd._C", "fused_kd._cuda", "triton"):

@@ -21,7 +21,7 @@ ONES = torch.ones(2, 3)
 META = torch.device("meta")
 Row = tuple[dict[str, Any], type[Exception], str]
 
-# keywords of kd_loss and the constructor that are refused: error, what its message says
+# keywords that kd_loss and the constructor refuse, the error, and words of its message
 OPTIONS: list[Row] = [
     ({"temperature": 0.0}, VALUE, "temperature must be positive and finite; got 0.0"),
     ({"temperature": -1}, VALUE, "temperature must be positive and finite; got -1.0"),
@@ -74,7 +74,7 @@ def changed(x: Tensor, value: float) -> Tensor:
     return other
 
 
-# arguments in place of S, T, Y, and keywords
+# arguments that replace S, T and Y, or are added
 A_SIDE = "must be a torch.Tensor of logits or a fused_kd.Head; got"
 A_FLOAT = "must be float32, bfloat16, float16 or float64; got"
 AN_INTEGER = "labels must be an integer tensor of class indices; got"
@@ -156,7 +156,7 @@ def teacher(**fields: Any) -> dict[str, Any]:
     return {"teacher": HEADS.teacher_side._replace(**fields)}
 
 
-# arguments in place of GOOD's
+# arguments that replace those of GOOD, or are added
 HEAD_ROWS: list[Row] = [
     (student(weight=torch.randn(19, 25)), VALUE, "student.hidden | H = 24 | H = 25"),
     (student(weight=PARTITIONED), VALUE, "got (0,) | ZeRO-3 | GatheredParameters"),
@@ -254,7 +254,7 @@ INPLACE_ROWS: list[tuple[Tensor, str]] = [
 
 
 def refused(error: type[Exception], words: str, *sides: Any, **keywords: Any) -> None:
-    """Assert that kd_loss raises an error whose message has all words between bars."""
+    """Assert that kd_loss raises `error` with a message of all words between the bars."""
     with pytest.raises(error) as caught:
         kd_loss(*sides, **keywords)
     for word in words.split(" | "):

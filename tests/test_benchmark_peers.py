@@ -23,7 +23,7 @@ PEERS = [
 ]
 
 
-# 2: a factor T² that is left out or there twice; 1: for those that skip the division
+# 2 shows a factor T² that is missing or there twice; at 1 some methods skip the division by T
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("method", PEERS)

@@ -33,7 +33,7 @@ SMALL = Task("logits", Case(5, 40, "fp32"), ("logits/eager", "logits/kdloss-inpl
 
 @pytest.fixture(autouse=True)
 def _quick() -> Iterator[None]:
-    gc.freeze()  # no measurement searches all that other tests have left
+    gc.freeze()  # measurements collect garbage, and need not search what other tests have left
     with one_thread():
         yield
     gc.unfreeze()
@@ -48,7 +48,7 @@ def _results(records: Any) -> dict[str, dict[str, Any]]:
 
 
 def _replace(monkeypatch: Any, name: str, loss: Callable[..., Any]) -> None:
-    """Replace the loss of a method by one whose first argument is the right one."""
+    """Replace the loss of a method by `loss(right, *tensors)`, in which `right` is its own."""
     right = METHODS[name]
     build = lambda case: partial(loss, right.build(case))  # noqa: E731
     monkeypatch.setitem(METHODS, name, replace(right, build=build))

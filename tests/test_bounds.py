@@ -28,7 +28,7 @@ N = 3
 
 
 def _margins(values: Tensor) -> Tensor:
-    """Return the same (N, 1, V) values with NaN before, between and behind the rows."""
+    """Return the (N, 1, V) values in larger memory, with MARGIN NaNs before and after each row."""
     rows, _, vocabulary = values.shape
     memory = torch.full((rows, 1, vocabulary + 2 * MARGIN), float("nan"), dtype=values.dtype)
     view = memory[..., MARGIN:-MARGIN]
@@ -79,7 +79,7 @@ def _guarded(values: Tensor, side: str) -> Tensor:
 
 
 def walk_along_guard_pages() -> None:
-    # In another process: every tensor ends, or begins, at a page that can't be touched.
+    # Runs in another process: every tensor ends, or begins, at a page that can't be touched.
     torch.set_num_threads(1)
     op = torch.ops.fused_kd
     info = cpu.build_info()
@@ -131,7 +131,7 @@ def test_guard_pages() -> None:
 @pytest.mark.parametrize(("side", "offset"), [("after", 4), ("before", -1)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_guard_page_notices(side: str, offset: int) -> None:
-    # The test above assumes that an access next to the tensor ends the process.
+    # The test above relies on it: an access next to the tensor ends the process.
     address = guarded(1, torch.float32, side).data_ptr() + offset
     if (child := os.fork()) == 0:
         faulthandler.disable()

@@ -69,7 +69,7 @@ def test_both_languages_have_the_same_row_statistics_and_divergences() -> None:
 
 
 def _functions(listing: str) -> dict[str, str]:
-    """Return each function's disassembly by its mangled name."""
+    """Return the disassembled code of each function in objdump's listing, by mangled name."""
     parts = re.split(r"^[0-9a-f]+ <(\S+)>:$", listing, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -146,7 +146,7 @@ def _pip(source: Path, *arguments: str, **environment: str) -> None:
 
 
 def _installed(target: Path) -> tuple[list[Path], str]:
-    """Return an installation's compiled modules and its report; assert that it computes."""
+    """Return an installation's compiled modules and env's report; assert that it computes."""
     code = (
         # an editable installation would provide its own compiled module
         "import sys\n"
@@ -161,7 +161,7 @@ def _installed(target: Path) -> tuple[list[Path], str]:
 
 
 def _setup(source: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run setup.py, after some code, in another process."""
+    """Run `code`, then ``setup.py build_py``, in another process."""
     code += "\nimport runpy; runpy.run_path('setup.py', run_name='__main__')"
     return run_python("-c", code, "build_py", "-d", "built", cwd=source, **environment)
 

@@ -20,7 +20,7 @@ from fused_kd.sides import Side
 V, H = 33, 8
 
 
-QUICK = "reference" if why_not("cpu", "cpu") else "cpu"  # for the slow ones
+QUICK = "reference" if why_not("cpu", "cpu") else "cpu"  # if one backend is enough
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def make(n: int) -> tuple[Tensor, Tensor, Tensor]:
 def same(
     compiled: Any, eager: Any, arguments: Any, by: Any, rtol: float = 1e-5, atol: float = 1e-7
 ) -> None:
-    """Assert that losses, parts and gradients agree."""
+    """Assert that losses, parts and gradients with respect to `by` agree."""
     ours, theirs = compiled(*arguments), eager(*arguments)
     if isinstance(theirs, KDLossParts):
         torch.testing.assert_close(tuple(ours), tuple(theirs))
@@ -118,7 +118,7 @@ def test_heads_trace_under_autocast() -> None:
 
 #: Dynamo gives up at the ninth value of what it specialises on.
 TWELVE = range(1, 13)
-PAIRS: dict[str, tuple[bool, bool]] = {  # is a Head: student, teacher
+PAIRS: dict[str, tuple[bool, bool]] = {  # whether the student, and the teacher, is a Head
     "logits": (False, False),
     "heads": (True, True),
     "a head and logits": (True, False),
@@ -127,7 +127,7 @@ PAIRS: dict[str, tuple[bool, bool]] = {  # is a Head: student, teacher
 
 
 def make_sides(pair: str, n: int) -> tuple[Side, Side, Tensor]:
-    # Sides of n rows as a model computes them, and labels; the student's tensors require grad.
+    # Returns sides of n rows, and labels; the student's tensors require grad.
     sides: list[Side] = []
     for is_head, grad in zip(PAIRS[pair], (True, False), strict=True):
         hidden, weight = torch.randn(n, H), torch.randn(V, H)
@@ -146,7 +146,10 @@ def compiles_twice_at_most(
     calls: list[tuple[Any, ...]],
     set_up: Callable[[int], object] = lambda call: None,
 ) -> None:
-    """Assert that calls with these arguments give eager's numbers, from two graphs at most."""
+    """Assert that calls with these arguments give eager's numbers, from two graphs at most.
+
+    `set_up` is called with each call's index before the call.
+    """
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for number, arguments in enumerate(calls):
@@ -216,7 +219,7 @@ def test_gradients_of_a_16_bit_head_have_its_dtypes_in_a_trace() -> None:
 
 
 class Model(nn.Module):
-    """Embedding, one layer and a head, which computes its own loss, as trainers have it."""
+    """A model that computes its own loss, as trainers expect: of two Heads, or of logits."""
 
     def __init__(self, backend: str, heads: bool) -> None:
         super().__init__()
@@ -234,7 +237,7 @@ class Model(nn.Module):
 
 
 def train(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
-    """Train three steps of other sizes; return the losses and the weights."""
+    """Train three steps of different lengths by `call`; return their losses and the weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     draw = torch.Generator().manual_seed(0)
     dtype, losses = model.head.weight.dtype, []

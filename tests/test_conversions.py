@@ -12,11 +12,11 @@ import torch
 from support import native_build
 from support.backends import instruction_sets
 
-#: One worker builds what all of these tests use.
+#: So one worker builds the libraries, which all of these tests use.
 pytestmark = pytest.mark.xdist_group("conversions")
 
 DTYPES = {"bf16": 1, "f16": 2}  # csrc/problem.h
-#: float32 values, and the dtype that they are rounded to; the result is float32 again.
+#: Takes float32 values and a key of DTYPES; returns the values rounded to it, as float32.
 RoundTrip = Callable[[np.ndarray[Any, Any], str], np.ndarray[Any, Any]]
 
 
@@ -42,7 +42,7 @@ def _pointer(values: np.ndarray[Any, Any]) -> ctypes.c_void_p:
 
 
 def _as_dtype(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    # Rounded by numpy (half) or torch (bfloat16), as float32.
+    # Rounds with numpy (half) or torch (bfloat16); the result is float32.
     if dtype == "f16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
@@ -57,7 +57,7 @@ def _all_patterns(dtype: str) -> np.ndarray[Any, Any]:
 
 
 def _same(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
-    # The same bits, signs of zeros included; any NaN for a NaN.
+    # Asserts the same bits, signs of zeros included; a NaN may be any NaN.
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got[~nan].view(np.uint32), want[~nan].view(np.uint32))

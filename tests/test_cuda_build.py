@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch==2.14.1", "numpy", "setuptools>=77", "wheel", "pybind11>=2.12"]
-#: What a module may load by name. Never libcuda: it comes with a driver, and torch opens it late.
+#: Libraries that the module may need. Not libcuda: a driver brings it, and torch opens it late.
 ALLOWED = {"libtorch_cpu", "libtorch_cuda", "libc10", "libc10_cuda", "libcudart"}
 ALLOWED |= {"libstdc++", "libgcc_s", "libm", "libc", "libpthread"}
 OPERATORS = ["forward", "forward_backward", "forward_backward_", "forward_backward_into"]
@@ -55,7 +55,7 @@ def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _install(
     python: str, folder: Path, **environment: str
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    # From a copy of the source into a separate folder; that folder.
+    # Installs a copy of the source; returns the folder, empty if that failed, and pip's outcome.
     source, target = copy_source(folder / "source"), folder / "installed"
     command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     done = run(*command, "--target", str(target), ".", cwd=source, MAX_JOBS="2", **environment)
@@ -64,7 +64,7 @@ def _install(
 
 @pytest.fixture(scope="module")
 def package(cuda_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an installation with both modules."""
+    """Return the folder of an installation with both modules."""
     build = {"FUSED_KD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     target, done = _install(cuda_python, tmp_path_factory.mktemp("package"), **build)
     passes(done)
@@ -172,7 +172,7 @@ def test_a_compiler_that_fails_leaves_the_cpu_module(cuda_python: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the kernels compiled alone, by a command that needs no torch."""
+    """Return a folder of compiled kernels, made by a command that needs no torch."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH")
     folder = tmp_path_factory.mktemp("objects")
@@ -202,7 +202,7 @@ def test_the_module_alone_from_objects_without_a_compiler_of_cuda(
     cuda, cpu = _ask(cuda_python, source, code).splitlines()
     assert cuda == "9.0 None"
     assert cpu.endswith("FUSED_KD_BUILD=0 when it was built")
-    # one that the sources have left behind is refused, by name
+    # an object whose source has changed since is refused, by name
     with (source / "csrc" / "cuda" / "rows_f16.cu").open("a") as file:
         file.write("// changed\n")
     done = run(*command, cwd=objects.parent, **build)

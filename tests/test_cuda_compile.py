@@ -19,23 +19,23 @@ from benchmarks.cuda_resources import (
 )
 from benchmarks.sass import disassemble, find_tool, usage
 
-#: Kernel: instructions without which it reads or writes less than 16 bytes at a time.
+#: Kernel: the instructions that move 16 bytes at a time or more, each of which it must have.
 VECTORS = {
     "rows_general": (r"LDG\S*\.128\S*", r"STG\S*\.128\S*"),
     # the bulk copy; rows that it can't take
     "rows_cluster": (r"UBLKCP\S*", r"LDG\S*\.128\S*", r"LDS\S*\.128\S*", r"STG\S*\.128\S*"),
     "scale_rows": (r"LDG\S*\.128\S*", r"STG\S*\.128\S*"),
 }
-#: float64, and local memory: what a thread can't hold in registers.
+#: Instructions of float64, and of local memory, which holds what does not fit in registers.
 FORBIDDEN = r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|\S*\.F64\b.*|MUFU\.\w*64\w*|(LDL|STL)\b.*"
 
 
 def _faults(cubin: Path, target: str) -> dict[str, list[str]]:
-    """Return the faults of each kernel: what it uses and must not, or lacks."""
+    """Return what each faulty kernel uses but must not, or lacks; empty if no kernel is faulty."""
     faults, codes, clusters = {}, disassemble(cubin), int(target.rstrip("a")) >= 90
     for name, used in usage(cubin).items():
         kernel, budget = describe(name)
-        # before there were clusters the kernel for them is empty
+        # for a GPU without clusters, the kernel for clusters is empty
         needed = VECTORS[kernel] if clusters or kernel != "rows_cluster" else ()
         opcodes = {x.opcode for x in codes[name].instructions}
         faults[name] = [

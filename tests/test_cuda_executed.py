@@ -19,7 +19,10 @@ from benchmarks.sass_machine import GLOBAL_BASE, Launch, Machine
 def _run(
     text: str, memory: int | list[int], blocks: int = 1, threads: int = 64
 ) -> tuple[dict[str, int], list[int]]:
-    """Return how often warps of a cluster executed each line, and memory: the argument's words."""
+    """Run a listing on one cluster; return how many warps executed each line, and the memory.
+
+    `memory` is what the kernel's argument points to: 32-bit words, or the number of words of 0.
+    """
     words = np.array(memory if isinstance(memory, list) else [0] * memory, np.uint32)
     launch = Launch(blocks, threads, 256, blocks, GLOBAL_BASE.to_bytes(8, "little"))
     code = code_of(text)
@@ -28,7 +31,7 @@ def _run(
     return dict(zip(lines, counts.tolist(), strict=True)), words.tolist()
 
 
-#: R0 is the thread; R1 is stored at its place.
+#: Stores R1 in the word of memory with index R0.
 STORE = "LDC.64 R2, c[0x0][0x210]; IMAD.WIDE R2, R0, 0x4, R2; STG.E desc[UR4][R2.64], R1; EXIT"
 PARTING = f"""S2R R0, SR_TID.X; BSSY B0, `(.L_end); ISETP.GE.AND P0, PT, R0, 0x28, PT
     @P0 BRA `(.L_other); MOV R1, 0x1; BRA `(.L_end); .L_other:; MOV R1, 0x2; .L_end:; BSYNC B0
@@ -46,8 +49,8 @@ COPY = f"""S2R R0, SR_TID.X; ULDC.64 UR6, c[0x0][0x210]; S2UR UR4, SR_CgaCtaId; 
     SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR8], RZ; @!P1 BRA `(.L_wait)
     LOP3.LUT R8, R0, 0xf, RZ, 0xc0, !PT; LEA R6, R8, UR10, 0x2; LDS R1, [R6]
     S2R R9, SR_CTAID.X; IMAD R0, R9, 0x40, R0; {STORE.replace("64], R1", "64+0x40], R1")}"""
-# Each of four blocks writes its rank into every peer's memory, and waits for theirs: four times 4
-# words, of which the ranks are the first.
+# Each of four blocks writes 4 words, of which its rank is the first, into every peer's memory, and
+# waits for those of its peers.
 PUSH = f"""S2R R0, SR_TID.X; S2R R4, SR_CgaCtaId; MOV R3, 0x400; LEA R19, R4, R3, 0x18
     UMOV UR4, 0x1ffffe; MOV R2, 0x40; ISETP.NE.AND P0, PT, R0, RZ, PT
     @!P0 SYNCS.EXCH.64 URZ, [R19+URZ], UR4; UCGABAR_ARV; UCGABAR_WAIT
@@ -163,7 +166,7 @@ def test_arithmetic_that_losses_do_not_show(lines: str, result: int) -> None:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], tuple[float, ...]]:
-    """Return a function that returns the counts of a divergence at a temperature."""
+    """Return a function of divergence and temperature: instructions, special ones, per element."""
     for tool in ("nvcc", "nvdisasm"):
         if find_tool(tool) is None:
             pytest.skip(f"no {tool} (on PATH, in CUDA_HOME, or in triton's wheel)")
@@ -176,8 +179,8 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float],
 slow = pytest.mark.slow
 
 
-# instructions and special functions per element at most, and nothing is left out: where both sides
-# have an exponential, these are two in each of two passes
+# upper limits of the instructions and special functions per element; with less than 85 % of them
+# something was not counted. If both sides have an exponential, two passes compute two each
 @pytest.mark.parametrize(
     ("divergence", "temperature", "most", "most_special"),
     [

@@ -27,7 +27,7 @@ from fused_kd.divergences import DIVERGENCES
 from fused_kd.engines import driver
 from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
-#: One worker builds what all of these tests use.
+#: So one worker builds the library, which all of these tests use.
 pytestmark = pytest.mark.xdist_group("the emulated CUDA library")
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -45,7 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=KINDS, autouse=True)
 def cuda(request: pytest.FixtureRequest, library: Path) -> Iterator[EmulatedCUDA]:
-    # Either kernel as ``backend="cuda"``.
+    # Makes ``backend="cuda"`` the emulated one, with the kernel for clusters or without.
     backend = EmulatedCUDA(library, KINDS[request.param])
     backend.seed(1)
     with installed(backend), one_thread():
@@ -107,8 +107,8 @@ def test_a_row_too_long_for_a_cluster(cuda: EmulatedCUDA) -> None:
 SEVERAL_GROUPS = 40_000
 
 
-# each group of a thread further above its reference, the teacher's further below; and the reverse.
-# 0.04: every exponential is a number, their sums' reciprocals times a small weight would be none
+# each group of a thread is further above its reference, the teacher's further below, or the reverse
+# 0.04: exponentials are finite, but the reciprocals of sums times a small weight would underflow
 @pytest.mark.parametrize("slope", [0.2, 0.04, -0.2])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
 def test_references_that_are_left_behind(divergence: str, temperature: float, slope: float) -> None:
@@ -173,7 +173,7 @@ LOWEST = torch.finfo(SINGLE).min
 # a warp's first groups are all masked by the lowest number; its second groups are not
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_a_reference_that_rises_from_the_lowest_number(divergence: str) -> None:
-    # A thread whose sum vanishes has nothing to rebase by a shift that is infinite.
+    # A thread whose sum is 0 must not be rebased: the shift is infinite.
     student, teacher, _ = make(12288, SINGLE, rows=1)
     masked, other = (student, teacher) if divergence == "forward_kl" else (teacher, student)
     masked[:, :256] = LOWEST
@@ -184,7 +184,7 @@ def test_a_reference_that_rises_from_the_lowest_number(divergence: str) -> None:
 
 
 def test_smoothing_over_the_lowest_number() -> None:
-    # A thread without entries has nothing to rebase either.
+    # A thread without entries must not be rebased either.
     student, teacher, labels = make(12288, SINGLE, rows=1)
     for logits in (student, teacher):
         logits[:, :256] = LOWEST
@@ -212,7 +212,7 @@ def test_bits_depend_on_the_row_alone(cuda: EmulatedCUDA, divergence: str) -> No
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) -> None:
-    # More rows than records in memory, some of them off; each as if it were alone.
+    # Rows share the records in memory; some have weight 0. Each has the bits that it has alone.
     student, teacher, labels = make(1203, SINGLE, rows=13)
     w = torch.tensor([0.5, 0.0, 0.25, 0.0, 0.0, 1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.0, 0.5])
     formula = formula_of(divergence=divergence, temperature=2.0)
@@ -230,7 +230,7 @@ def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) 
 
 
 def shifted(x: Tensor, offset: int) -> Tensor:
-    """Return a copy `offset` elements behind a multiple of 64 bytes, with NaN around it."""
+    """Return a copy that begins `offset` elements after a multiple of 64 bytes, between NaNs."""
     memory = torch.full((x.numel() + 64 * 3,), NAN, dtype=x.dtype)
     start = (-memory.data_ptr() % 64) // x.element_size() + 64 + offset
     view = memory[start : start + x.numel()].view(x.shape)

@@ -16,7 +16,7 @@ FLAGS = ["-O3", "-fmad=false"]
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[str]:
-    """Return a copy of the kernels' sources; the files that are compiled."""
+    """Copy csrc/ to tmp_path; return the copied files that are compiled."""
     target = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", target, ignore=shutil.ignore_patterns("__pycache__"))
     return sorted(str(path) for path in (target / "cuda").glob("*.cu"))

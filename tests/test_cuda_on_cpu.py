@@ -14,7 +14,7 @@ from support import native_build
 from support.native_build import RACE, run_emulated
 from support.processes import passes, run
 
-#: One worker builds what all of these tests use.
+#: So one worker builds the programs, which all of these tests use.
 pytestmark = pytest.mark.xdist_group("the emulator")
 
 SOURCES = native_build.ROOT / "tests" / "cuda_on_cpu"
@@ -37,7 +37,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     folder = tmp_path_factory.mktemp("emulator")
     source = SOURCES / "check_emulator.cpp"
     jobs = [_command(folder / name, *flags, source) for name, flags in BUILDS.items()]
-    native_build.compile_all(jobs[::-1])  # the slowest are the last
+    native_build.compile_all(jobs[::-1])  # begins with the slowest
     return {name: folder / name for name in BUILDS}
 
 
@@ -48,7 +48,7 @@ def test_correct_kernels(programs: Programs, build: str, seeds: int) -> None:
     assert text == "0 wrong\n"
 
 
-# The sentence that names each: which thread, and what it has done.
+# Bug: the message that names it, after the kernel and the thread.
 MESSAGES = {
     "divergent_barrier": r"block_sync, but thread \d+ of block \d waits in another: \S+:\d+",
     "two_barriers": r"block_sync, but thread \d+ of block \d waits in another: \S+:\d+",
@@ -160,6 +160,7 @@ def test_without_assembly(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------- conversions
 
+#: Takes the name of a function of check_numbers.cpp and 32-bit words; returns its results.
 Numbers = Callable[[str, np.ndarray], np.ndarray]
 
 
@@ -214,7 +215,7 @@ def test_halves_are_rounded_as_torch_does(numbers: Numbers, name: str, dtype: to
 
 
 def test_exponentials(numbers: Numbers) -> None:
-    # Within one unit in the last place of the true value; subnormal numbers are zeros.
+    # They are within one unit in the last place; subnormal numbers are zeros.
     random = np.random.default_rng(0)
     x = random.uniform(-152, 130, 1 << 20).astype(np.float32)
     x = np.concatenate([x, np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-40], np.float32)])

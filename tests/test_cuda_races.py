@@ -23,13 +23,13 @@ THREAD = ["-g", "-fsanitize=thread"]
 
 
 def _build(folder: Path, flags: list[str], csrc: Path, kernels: list[str]) -> Path:
-    """Compile the driver with the launchers and these kernel files of a copy of csrc/."""
+    """Compile the driver with the launchers and kernel files of `csrc`; return the program."""
     folder.mkdir()
     files = [DRIVER, *(csrc / "cuda" / name for name in ["launch.cu", *kernels])]
     common = [*FLAGS, *flags, f"-I{csrc / 'cuda'}", "-xc++", "-c"]
     objects = [folder / f"{file.stem}.o" for file in files]
     jobs = [[*common, file, "-o", to] for file, to in zip(files, objects, strict=True)]
-    native_build.compile_all(jobs[::-1])  # the largest are the last
+    native_build.compile_all(jobs[::-1])  # begins with the largest
     program = folder / "check_races"
     native_build.compile_one(*flags, "-rdynamic", *objects, "-o", program)
     return program
@@ -46,7 +46,7 @@ def test_every_launch(tmp_path: Path, flags: list[str], seeds: int) -> None:
     assert re.fullmatch(r"[1-9]\d{3,} launches, 0 failed\n", text), text
 
 
-#: What orders memory, and must not be left out: a statement of rows.cuh.
+#: Statements of rows.cuh that order memory accesses, and must not be left out.
 ORDERING = re.compile(
     r"(exchange\.)?\b"
     r"(block_sync|warp_sync|cluster_arrive|cluster_wait|barrier_wait_for_peers|wait_for_place|"

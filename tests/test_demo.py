@@ -55,7 +55,7 @@ VOCABULARY, STEPS = 61, 3
 
 @pytest.fixture(scope="module")
 def students() -> list[train.Student]:
-    """Return three tiny students of a tiny teacher, after a few steps of the demo's own loop."""
+    """Return three tiny students of a tiny teacher, trained by the demo's loop for STEPS steps."""
     from demo import corpus, models, train
 
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def failed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the failures of all checks, on one group of ranks."""
+    """Run all checks on one group of ranks; return the failures, which begin with DDP or FSDP."""
     checks = {f"DDP, {name}": check for name, check in DDP_CHECKS.items()}
     checks |= {f"FSDP, {name}": check for name, check in FSDP_CHECKS.items()}
     return failures(checks, request.param, tmp_path_factory.mktemp("ranks"))

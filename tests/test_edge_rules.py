@@ -35,12 +35,12 @@ SEAMS = [0, 2047, 2048, 4095, 4096, V - 1]
 
 
 def logits(*row: float) -> Tensor:
-    """Return the logarithms of some weights: 0 is -inf."""
+    """Return one row of logits, the logarithms of `row`, in which 0 becomes -inf."""
     return torch.tensor([row]).log()
 
 
 def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    # The same infinities and NaNs, and numbers equal to the dtype's rounding.
+    # Asserts the same infinities and NaNs, and numbers equal to the dtype's rounding.
     for a, b in zip(got, want, strict=True):
         rtol = TOLERANCE[a.dtype]
         smallest = 2**-24 if a.dtype == torch.float16 else 1e-7
@@ -63,7 +63,7 @@ def jsd_by_hand(p: tuple[float, ...], q: tuple[float, ...], beta: float) -> floa
 
 
 P_FULL, P_PART = (0.25, 0.25, 0.5), (0.25, 0.75, 0.0)
-# (divergence, student lacks an entry, teacher lacks it): the value
+# values of the divergences if the student lacks an entry, and if the teacher lacks it
 STUDENT_LACKS = {
     "forward_kl": INF,
     "reverse_kl": 0.75 * LN3,
@@ -113,7 +113,7 @@ def test_minus_infinity_on_both_sides_is_absent(backend: str, divergence: str) -
     assert torch.equal(padded[1][:, [2, 4]], torch.zeros(1, 2))
 
 
-# ε → (teacher's row, value, gradient) of H for π = (¼, ¾, 0), by the formula π - target
+# (ε, teacher's row, label, H, its gradient) for π = (¼, ¾, 0); the gradient is π - target
 HARD_CASES: dict[str, tuple[float, tuple[float, ...], int, float, list[float]]] = {
     "label present": (0.0, FULL, 1, -math.log(0.75), [0.25, -0.25, 0.0]),
     "label at -inf": (0.0, FULL, 2, INF, [0.25, 0.75, -1.0]),
@@ -184,15 +184,15 @@ def test_infinities_at_the_seams_of_blocks(
         same(got, truth(student, teacher, labels, **keywords))
 
 
-# ends of absent runs: within a block, exactly a block, two blocks, two blocks and a half
+# runs of -inf: a part of a block, a block, two blocks, the second block, two blocks and one entry
 @pytest.mark.parametrize("run", [(0, 100), (0, 2048), (0, 4096), (2048, 4096), (0, 4097)])
 def test_whole_blocks_without_a_finite_logit(
     fast: str, run: tuple[int, int], divergence: str, dtype: torch.dtype
 ) -> None:
     student, teacher = pair(3, V)
     hole = slice(*run)
-    student[:2, hole] = -INF
-    teacher[0, hole] = -INF  # both; the student alone; the teacher alone
+    student[:2, hole] = -INF  # rows: both sides, the student alone, the teacher alone
+    teacher[0, hole] = -INF
     teacher[2, hole] = -INF
     student, teacher = student.to(dtype), teacher.to(dtype)
     labels = torch.full((3,), V - 1)
@@ -202,7 +202,7 @@ def test_whole_blocks_without_a_finite_logit(
 
 
 def test_one_finite_logit(backend: str, divergence: str) -> None:
-    # Segments and blocks without any other, before it and after it.
+    # Before it and after it are segments and blocks without any.
     row = torch.full((1, 100_000), -INF)
     row[0, 50_000] = 1.5
     label = torch.tensor([50_000])
@@ -222,7 +222,7 @@ def test_vector_lanes_without_a_finite_logit(backend: str, vocabulary: int) -> N
 
 # ------------------------------------------------------------------------------- rows of NaN
 
-# what is put into a row's entry, or into all of it
+# what is put into an entry of a row, or (nothing finite) into all entries
 BROKEN = {"NaN": NAN, "+inf": INF, "nothing finite": -INF}
 
 
@@ -331,7 +331,7 @@ def lowest_numbers(side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-# what a mask on one side makes about 1e37 in float32's range: at its end, only the size is known
+# (divergence, masked side) of losses near the end of float32's range: only their size is checked
 HUGE = {
     ("forward_kl", "student"),
     ("reverse_kl", "teacher"),
@@ -403,7 +403,7 @@ def test_confident_losses_are_not_negative(
     assert (rows >= 0).all()
 
 
-# in which a backend may still add exponentials relative to the first block's maximum
+# a backend may still add its exponentials relative to the first block's maximum
 def test_a_confident_label_in_the_second_block(fast: str) -> None:
     student, teacher = pair(16, 2560, scale=3.0)
     labels = 2048 + torch.arange(16) * 7

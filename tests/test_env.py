@@ -12,7 +12,7 @@ from support.processes import run_python
 
 from fused_kd import env, extension
 
-#: As a first statement: torch cannot be imported.
+#: A first statement, after which torch cannot be imported.
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
 
 

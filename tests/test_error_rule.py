@@ -24,11 +24,11 @@ from fused_kd.testing import (
 )
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
-# both read as stored (f32, bf16); f16 and mixed ones are widened block by block
+# equal f32 and bf16 are read as stored; f16 and mixed dtypes are widened block by block
 DTYPES = [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE)]
 ALL_DTYPES = list(itertools.product((SINGLE, BRAIN, HALF), repeat=2))
-# powers of the softened exponential serve the hard term at 1, 2 and 4; 3.7 takes its own; 0.3 and
-# 50 are outside the range of plain exponentials and inside a nearly flat one
+# powers of the softened exponential serve the hard term at 1, 2 and 4; 3.7 has a separate
+# one; 0.3 leaves the range of plain exponentials; at 50 rows are nearly flat
 TEMPERATURES = [1.0, 2.0, 4.0, 3.7, 0.3, 50.0]
 UPSTREAM = torch.tensor([1.0, -0.3, 2.0, 1e-3])
 

@@ -33,8 +33,8 @@ DIVERGENCES = few_here(divergences.DIVERGENCES)
 REGIMES = few_here(testing.REGIMES)
 Types = tuple[torch.dtype, torch.dtype]
 
-# those that are compiled for themselves, and at every kind of temperature: powers 1 and 2 of the
-# softened exponential serve the hard term, 3.7 takes its own
+# dtypes with kernels of their own, at every kind of temperature (powers 1 and 2 of the softened
+# exponential serve the hard term, 3.7 has a separate one); the other dtypes
 COMMON = [(SINGLE, SINGLE), (BRAIN, BRAIN), (BRAIN, SINGLE)]
 OTHERS = [(HALF, HALF), (SINGLE, BRAIN), (HALF, BRAIN), (SINGLE, HALF), (BRAIN, HALF)]
 KINDS = [(d, t) for d in COMMON for t in (1.0, 2.0, 3.7)] + [(d, 2.0) for d in OTHERS]
@@ -144,7 +144,7 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """Return a copy whose rows begin at odd addresses: each is stored with one entry more."""
+    """Return a copy with a NaN before each row, so that rows begin at unaligned addresses too."""
     padded = torch.full((*x.shape[:-1], x.shape[-1] + 1), math.nan, dtype=x.dtype, device=x.device)
     padded[..., 1:] = x
     return padded[..., 1:]

@@ -98,7 +98,7 @@ def test_the_module_is_built_for_this_card_and_what_a_sanitizer_finds_is_noticed
     assert report in (lines[-1], lines[0][len(name) : lines[0].rindex(", ")])
 
 
-@pytest.mark.parametrize("extra", [0, 800])  # bytes of a block besides its slice
+@pytest.mark.parametrize("extra", [0, 800])  # bytes that a block needs besides its slice
 def test_the_cases_reach_each_size_of_a_cluster(extra: int) -> None:
     # By the rule of csrc/cuda/launch.cu, on a multiprocessor with 228 KiB of shared memory
     of_three, of_two = 233472 // 3 - 1024, 233472 // 2 - 1024
@@ -120,6 +120,7 @@ def _overwrite(student: Any, loss: Any) -> Any:
     return loss
 
 
+#: What the smoke test must report, and a function of the student and the loss that makes it wrong.
 WRONG: list[tuple[str, Callable[[Any, Any], Any]]] = [
     ("gradient of rows", lambda _, loss: loss + 0.02 * (loss - loss.detach())),
     ("losses", lambda _, loss: 1.001 * loss),
@@ -222,6 +223,7 @@ with gpu_cache.filling(Path(gpu_cache.CACHE), "{capability}"):
 
 
 def _compile(folder: Path, capability: str = "9.0", vocabulary: int = 7) -> dict[str, int]:
+    """Compile kernels into the cache of `folder`; return the time of each kernel's last write."""
     folder.mkdir(exist_ok=True)
     code = COMPILE.format(capability=capability, vocabulary=vocabulary)
     done = _run("-c", code, folder=folder, TRITON_INTERPRET="0")

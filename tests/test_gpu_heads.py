@@ -39,7 +39,7 @@ Sides = tuple[Head, Head, Tensor]
 def _heads(
     dtype: torch.dtype, rows: int = 37, v: int = size(8003, 67), h: int = size(256, 8)
 ) -> Sides:
-    """Return both models, whose logits have standard deviation 2, and labels."""
+    """Return a Head of each model, whose logits have standard deviation 2, and labels."""
     draw = torch.Generator(DEVICE).manual_seed(0)
     sides = []
     for hidden in (h, 3 * h // 2):
@@ -49,16 +49,16 @@ def _heads(
 
 
 def _with_ignored(sides: Sides) -> Sides:
-    """Ignore every third row; it is not a number on either side."""
+    """Ignore every third row, and fill it with NaN or infinity, in place; return `sides`."""
     student, teacher, labels = sides
     labels[::3], student.hidden[::3], teacher.hidden[::3] = -100, math.nan, math.inf
     return sides
 
 
 def _outcome(loss: Callable[..., Any], sides: Sides, **keywords: Any) -> tuple[Tensor, ...]:
-    """Return the loss, and the gradients by the student's hidden states and weight.
+    """Return the summed loss, and its gradients by the student's hidden states and weight.
 
-    As training takes them: float16 with a loss scale, or its gradients fall below its numbers.
+    For float16 the backward runs with a loss scale, as in training: without it gradients underflow.
     """
     student, teacher, labels = sides
     leaves = [x.detach().requires_grad_() for x in student[:2]]
@@ -140,7 +140,7 @@ def test_nothing_waits_for_the_device(backend: str, layout: str, dtype: torch.dt
         {"memory_budget": 64 * MIB},
     ]
     base: dict[str, Any] = {"temperature": 2.0, "backend": backend}
-    for enabled in (False, True):  # what is compiled may wait, once
+    for enabled in (False, True):  # the first call compiles, and may wait
         for keywords in calls:
             with no_synchronization(enabled):
                 loss = loss_of(Head(*leaves), teacher, labels, **base, **keywords)

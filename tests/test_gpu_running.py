@@ -170,7 +170,10 @@ def test_half_precision_with_a_loss_scale(backend: str) -> None:
 
 
 def _captured(call: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-    """Return the results of the call under capture, and what computes them again."""
+    """Record a call in a CUDA graph; return its results, and a function that computes them again.
+
+    That function overwrites the results. On the CPU it repeats the call and copies.
+    """
     if not REAL:
         results = call()
         return results, lambda: [x.copy_(y) for x, y in zip(results, call(), strict=True)]
@@ -240,7 +243,7 @@ def test_nothing_waits_for_the_device_R_57(
         {"reduction": "sum", "token_weight": weight, "inplace": True},
         {"reduction": "mean", "num_items": torch.tensor(5, device=DEVICE), "label_smoothing": 0.1},
     ]
-    for enabled in (False, True):  # what is compiled may wait, once
+    for enabled in (False, True):  # the first call compiles, and may wait
         for keywords in calls:
             keywords = {"divergence": divergence, "temperature": 2.0, **keywords}
             with no_synchronization(enabled):

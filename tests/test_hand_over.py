@@ -38,7 +38,7 @@ LEVELS = pytest.mark.parametrize("make", [from_logits, from_heads, from_logits_a
 
 
 def in_threads(function: Callable[[], Any]) -> list[Any]:
-    """Call a function in two threads that start together; return both results."""
+    """Call a function in two threads that start together; return what each returned or raised."""
     barrier, results = Barrier(2), list[Any]()
 
     def run() -> None:

@@ -24,14 +24,14 @@ Change = Callable[[nn.Linear], Any]
 
 
 class _Twisted(nn.Module):
-    """A parametrization."""
+    """A parametrization that changes a weight, and has no parameters."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return 0.5 * weight + weight.mean(0)
 
 
 class _LowRank(nn.Module):
-    """What an adapter adds to a frozen weight."""
+    """A parametrization that freezes a weight and adds a trained product, as adapters do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ def _assigned_forward(head: nn.Linear) -> None:
     head.forward = lambda hidden: 3 * torch.tanh(forward(hidden) / 3)
 
 
+#: Changes that a loss of heads includes.
 RIGHT: dict[str, Change] = {
     "parametrize": _parametrized(_Twisted),
     "weight_norm": _weight_norm,
@@ -78,6 +79,7 @@ RIGHT: dict[str, Change] = {
         lambda module, inputs: (2 * torch.tanh(inputs[0]),)
     ),
 }
+#: Changes that a loss of heads refuses, and what the message calls them.
 REFUSED: dict[str, tuple[Change, str]] = {
     "cap": (lambda head: head.register_forward_hook(_capped), "register_forward_hook"),
     "cap in training": (

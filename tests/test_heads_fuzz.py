@@ -28,7 +28,7 @@ SCALES = ("unit", "unit", "unit", "small", "large", "any", "some_at_most", "all_
 
 
 class Drawn(NamedTuple):
-    """One case: both heads (hidden, weight, bias or None), T, rows of a chunk, upstream."""
+    """One case; each side is a list of hidden states, weight, and bias or None."""
 
     student: list[Tensor | None]
     teacher: list[Tensor | None]
@@ -38,10 +38,10 @@ class Drawn(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One side in float64, with what float32 may make of it."""
+    """The softmax of one side in float64, and bounds of what float32 makes of it."""
 
     probability: Tensor  # (N, V)
-    error: Tensor  # (N, 1) relative, of each probability that does not vanish
+    error: Tensor  # (N, 1) relative, the largest of a probability that is not 0 in float32
     is_open: Tensor  # (N,) bool: the softmax is undetermined by the bound
     may_overflow: Tensor  # (N,) bool
 
@@ -103,7 +103,10 @@ def _side(tensors: list[Tensor | None], temperature: float) -> Side:
 
 
 def _within(got: Tensor, exact: Tensor, error: Tensor, may_overflow: Tensor) -> bool:
-    """Return whether `got` is `exact` up to `error` and its dtype's rounding and underflow."""
+    """Return True if `got` is `exact` up to `error` and its dtype's rounding and underflow.
+
+    Entries that are, or may become, too large for the dtype are not compared.
+    """
     limits = torch.finfo(got.dtype)
     allowed = error + limits.eps * exact.abs() + limits.smallest_normal
     is_near = (got.double() - exact).abs() <= allowed
@@ -112,7 +115,7 @@ def _within(got: Tensor, exact: Tensor, error: Tensor, may_overflow: Tensor) -> 
 
 
 def _check(case: Drawn, backend: str) -> int:
-    """Return the number of rows that were compared by value."""
+    """Assert loss and gradients of a case; return the number of rows compared by value."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in case.student]
     _, weight, bias = leaves
     losses = kd_loss(

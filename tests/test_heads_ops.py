@@ -19,11 +19,12 @@ from fused_kd.options import Formula, KDOptions, temperature_tensor
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 FORMULA = Formula("forward_kl", temperature_tensor(KDOptions(temperature=2.0)), 0.5, "t2", 0.0)
 PAIRS = ("heads", "a head and logits", "logits and a head")
-#: Positions of the arguments.
+#: Positions in what _arguments returns.
 TEACHER, LABELS, W_HARD, W_SOFT = 3, 6, 7, 8
 
 
 def _arguments(dtype: torch.dtype, pair: str, ignored: bool) -> tuple[Any, ...]:
+    """Return chunked_losses' arguments; with `ignored` row 3 has weight 0, and no soft term."""
     heads = make_heads(rows=12, dtype=dtype)
     student: tuple[Tensor | None, ...] = tuple(x.detach() for x in heads.student)
     teacher: tuple[Tensor | None, ...] = (*heads.teacher, None)

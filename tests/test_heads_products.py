@@ -50,7 +50,7 @@ def test_cuda(dtype: torch.dtype, as_on_cuda: list[tuple[Any, ...]]) -> None:
     assert not got.hidden[::3].any()
     assert {call[2] for call in as_on_cuda} == {dtype}
     assert {call[3] for call in as_on_cuda} == {torch.float32}
-    # float16 comes back for its gradient: 4 chunks of 2 products, and again with 2 more
+    # float16 computes its gradient in the backward: 4 chunks of 2 products, then of 2 and 2 more
     assert len(as_on_cuda) == (4 * 2 + 4 * 4 if dtype == torch.float16 else 4 * 4)
 
 
@@ -113,7 +113,7 @@ def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any,
 def _rounded_by_a_kernel_of_its_own(
     heads: Heads, teacher: tuple[Tensor, Tensor] | Tensor | None, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients by hidden states and weight, from float32 ones of the logits."""
+    """Return the gradients of hidden states and weight, from logit gradients rounded separately."""
     dtype, rows = heads.hidden.dtype, heads.hidden.shape[0]
     hidden, weight = heads.hidden.detach(), heads.weight.detach()
     formula = formula_of()
@@ -164,7 +164,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
-    """Return whether two contiguous tensors share no memory: a kernel reads while it writes."""
+    """Return True if two contiguous tensors share no memory, so a kernel may write one of them."""
     (a_begin, a_end), (b_begin, b_end) = ((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (a, b))
     return a_end <= b_begin or b_end <= a_begin
 
@@ -175,7 +175,7 @@ def _apart(a: Tensor, b: Tensor) -> bool:
 def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
     dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The row kernel rounds the others; and no buffer but the logits' own with a teacher's head.
+    # The row kernel rounds the other rows; with a teacher's head no buffer is added to the logits.
     visits: list[tuple[int, bool, torch.dtype]] = []
     buffers: list[driver._HeadChunk] = []
 
@@ -216,7 +216,7 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
 
 
 def _problem(student: Head, teacher: Any) -> driver.Problem:
-    """Return a problem from which sizes are computed."""
+    """Return a driver.Problem of two sides, complete enough for driver.sizes_of."""
     if isinstance(teacher, Head):
         teacher = products.Projection(*teacher[:3], torch.bfloat16)
     return driver.Problem(
@@ -244,7 +244,7 @@ def _problem(student: Head, teacher: Any) -> driver.Problem:
 def test_cuda_memory_of_a_chunk(kind: str, gathered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The bytes that determine a chunk's height are the bytes that a chunk takes.
     def mm(out: Tensor, a: Tensor, b: Tensor, add: bool, scale: float) -> None:
-        """Allocate nothing."""
+        """Multiply into `out` without a temporary, which the measurement would include."""
         torch.ops.fused_kd.product_(out, a, b, None, torch.bfloat16, False, add)
 
     monkeypatch.setattr(products, "_mm", mm)
@@ -314,7 +314,7 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 
 class _NothingWaits(TorchDispatchMode):
-    """Refuse what a GPU's host waits for: reading values, making tensors of Python numbers."""
+    """A mode that fails if the host would wait for a GPU: reads values, copies Python numbers."""
 
     aten = torch.ops.aten
     refused = (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select)
@@ -329,7 +329,7 @@ class _NothingWaits(TorchDispatchMode):
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """Return the first rows of each of 4 sequences: the leading dimensions do not fold."""
+    """Return x as 4 sequences with a gap after each: the leading dimensions do not fold."""
     return F.pad(x.view(4, 9, -1), (0, 0, 0, 1), value=torch.nan)[:, :-1]
 
 

@@ -40,6 +40,7 @@ def test_gradients_only_where_they_are_asked_for(
 
 
 def _count_products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count the gradients' products from now on; return the counts, which later calls update."""
     calls = {"hidden_gradient": 0, "weight_gradient": 0}
     kind = type(products.products_for("auto", torch.device("cpu"), torch.float32))
 

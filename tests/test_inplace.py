@@ -19,7 +19,7 @@ from fused_kd.sides import Side
 B, S, V, H = 3, 4, 57, 10
 TEACHERS = pytest.mark.parametrize("kind", ["logits", "head"])
 
-#: (B, S, V) logits of a model from a larger tensor; the last two do not collapse to rows (N, V).
+#: Logits (B, S, V) of a larger tensor; the last two do not collapse to rows (N, V).
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "whole": lambda x: x[:, 1:, :-3].contiguous(),
     "rows with a gap": lambda x: x.flatten(0, 1)[:12, :V].unflatten(0, (B, S)),
@@ -31,7 +31,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 def make(
     kind: str, dtype: torch.dtype = torch.float32, view: str = "whole"
 ) -> tuple[Tensor, Tensor, Side, Tensor]:
-    """Return a leaf, the logits that are computed of it, a teacher, labels with ignored rows."""
+    """Return a leaf, logits (B, S, V) computed from it, a teacher, and labels with ignored rows."""
     shape = (S, B, V + 3) if "exchanged" in view else (B, S + 1, V + 3)
     leaf = (2 * torch.randn(shape)).to(dtype).requires_grad_()
     head = Head(torch.randn(B, S, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V))

@@ -52,6 +52,7 @@ def normal(
 def alone_or_in_company(
     backend: str, dtype: torch.dtype, divergence: str, vocabulary: int, scale: float, seed: int
 ) -> None:
+    """Assert that a row's bits depend on no other row, nor on the number of threads."""
     rows = 5 if vocabulary < 5000 else 3
     student, teacher = (
         normal(seed + i, rows, vocabulary, scale=scale, dtype=dtype) for i in (0, 1)

@@ -32,7 +32,7 @@ def make() -> Heads:
 
 
 def probabilities(*shape: int) -> Tensor:
-    """Return rows with entries of 0, one of which sums to a half."""
+    """Return rows of probabilities, five of them 0 in each; the second row sums to a half."""
     p = torch.randn(*shape).softmax(-1)
     p[..., :5] = 0
     p /= p.sum(-1, keepdim=True)
@@ -57,7 +57,7 @@ def test_kl_div_is_that_of_torch(reduction: str, log_target: bool) -> None:
 
 
 def test_the_functions_are_the_classes() -> None:
-    """Check orders and defaults: liger_kl_div divides by N·V, and ignores size_average."""
+    """Check orders and defaults of arguments: liger_kl_div divides by N·V, ignores size_average."""
     heads: Any = make()
     tensors, labels = (*heads[:2], *heads.teacher), heads.labels
     target, logs = probabilities(12, 67), torch.randn(12, 67).log_softmax(-1)
@@ -77,7 +77,7 @@ def test_the_functions_are_the_classes() -> None:
 
 
 def test_hidden_states_of_three_dimensions_are_chunked_P46() -> None:
-    """Compare peaks: that of flat ones, far below the logits of all rows."""
+    """Compare peaks of memory: that of flat hidden states, far below the logits of all rows."""
     heads = make_heads(rows=64, vocabulary=4096)
     loss = liger.LigerFusedLinearJSDLoss(chunk_size=4)
 
@@ -96,7 +96,7 @@ def test_hidden_states_of_three_dimensions_are_chunked_P46() -> None:
 
 
 def test_parts_carry_no_gradient_P41() -> None:
-    """Refuse a backward of a part, which in Liger gives zeros."""
+    """Assert that the backward of a part raises; in Liger its gradient is 0."""
     heads = make()
     arguments = (heads.hidden, heads.weight, *heads.teacher, heads.labels)
     _, soft, hard = liger.LigerFusedLinearJSDLoss(return_soft_hard_loss=True)(*arguments)
@@ -154,6 +154,6 @@ def test_labels_that_only_mask_may_be_any_number(ignore_index: int) -> None:
 
 @pytest.mark.parametrize("kind", [liger.LigerFusedLinearJSD, liger.LigerFusedLinearKLDivLoss])
 def test_accum_dtype_is_that_of_the_sum_of_weight_gradients(kind: Any) -> None:
-    """Check the option; test_heads.py checks the sums."""
+    """Check that the option is passed on; test_heads.py checks the sums."""
     for dtype, used in ((None, None), *((x, x) for x in (torch.float32, torch.bfloat16))):
         assert kind(accum_dtype=dtype)._loss().grad_accum_dtype == used

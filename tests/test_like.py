@@ -44,7 +44,7 @@ def kdflow(q: Tensor, p: Tensor, beta: float) -> Tensor:
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
 
-# name, keywords, what the framework makes of (q, p) at temperature T and of the cross-entropy: rows
+# name, keywords, and the framework's losses of rows from log q, log p (at T) and the cross-entropy
 Row = Callable[[Tensor, Tensor, Tensor], Tensor]
 FORMULAS: list[tuple[str, dict[str, Any], Row]] = [
     ("automodel", {}, lambda q, p, ce: T**2 * kl(q, p)),
@@ -64,7 +64,7 @@ FORMULAS: list[tuple[str, dict[str, Any], Row]] = [
 
 
 def _distributions(student: Tensor, teacher: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """Return log q and log p, float64."""
+    """Return log q of the teacher and log p of the student at temperature t, in float64."""
     s, t_ = student.double() / t, teacher.double() / t
     return F.log_softmax(t_, -1), F.log_softmax(s, -1)
 

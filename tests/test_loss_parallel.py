@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import loss_parallel  # noqa: E402
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Return a group of this process alone."""
+    """Yield a device mesh of this process alone."""
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fused_kd.integrations import automodel, axolotl, liger, model_optimizer
 
 T = 2.0
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of student (N, V), teacher and labels (N,)
 
 
 def _under_identity(fused_linear: nn.Module) -> Loss:
-    """Return a loss of logits: hidden states under a head that is the identity."""
+    """Return a loss of logits, which a fused linear loss multiplies by the identity matrix."""
 
     def of_logits(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
         head = torch.eye(s.shape[-1], dtype=s.dtype)
@@ -30,7 +30,7 @@ def _kl_under_identity(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 def _axolotl(loss: Any) -> Loss:
-    """Return `loss` of a teacher whose top k are all entries, in float32."""
+    """Return a loss of logits: the sum over the kept rows, with all V entries as the top k."""
 
     def of_logits(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
         logs = t.log_softmax(-1)[None].float()
@@ -43,7 +43,7 @@ def _axolotl(loss: Any) -> Loss:
 
 _MFT = model_optimizer.MFTLoss(T, 0.0)
 _ONLY_SOFT: Any = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "temperature": T}
-#: Those that ignore a row without a label.
+#: Adapters that skip the rows whose label is -100.
 LABELLED: dict[str, Loss] = {
     "liger fused linear jsd loss": _under_identity(liger.LigerFusedLinearJSDLoss(**_ONLY_SOFT)),
     "liger fused linear jsd": _under_identity(liger.LigerFusedLinearJSD(temperature=T)),

@@ -19,8 +19,8 @@ def _parameter(name: str, reason: str | None) -> Any:
 
 
 _REASONS = {name: why_not(name, "cpu") for name in BACKENDS}
-#: For CPU tensors: one that cannot run is skipped with its reason; a GPU's backend is included if
-#: it runs on them (an interpreter).
+#: The backends to compare with the reference on CPU tensors: "cpu", skipped with the reason if it
+#: cannot run, and those of a GPU that run here, in an interpreter or emulator.
 FAST = [
     _parameter(name, reason and f"backend {name}: {reason}")
     for name, reason in _REASONS.items()
@@ -33,7 +33,10 @@ needs_cpu = pytest.mark.skipif(
 
 
 def instruction_sets() -> list[Any]:
-    """Return those compiled in; one that this processor lacks is skipped with its name."""
+    """Return parameters for the instruction sets compiled in; those not on this CPU are skipped.
+
+    Without the compiled module: "generic" alone.
+    """
     info: Any = extension.cpu.build_info() or {"instruction_sets": {"generic": True}}
     return [
         _parameter(name, None if runs else f"no {name} here")
@@ -42,7 +45,7 @@ def instruction_sets() -> list[Any]:
 
 
 def formula_of(**keywords: Any) -> Formula:
-    """Return what a row kernel computes for keywords of kd_loss."""
+    """Return the Formula that row kernels take, for keywords of kd_loss and its defaults."""
     options = KDOptions(**keywords)
     temperature = temperature_tensor(options)
     return Formula(
@@ -52,7 +55,7 @@ def formula_of(**keywords: Any) -> Formula:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Set torch's number of threads, and the former one afterwards."""
+    """Set torch's number of threads within the context; restore it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -62,5 +65,5 @@ def threads(number: int) -> Iterator[None]:
 
 
 def one_thread() -> AbstractContextManager[None]:
-    """Compute on one thread, which is fastest for small tensors."""
+    """Set one thread within the context, which is fastest for small tensors."""
     return threads(1)

@@ -1,4 +1,4 @@
-"""What is checked on every rank: training on shares of a batch is training on the whole batch."""
+"""Checks that every rank runs: training on shares of a batch is training on the whole batch."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train; `wrap` is what makes it parallel."""
+    """A check of one way to train: calling it asserts that the ranks train as one process does.
+
+    `wrap` makes a model parallel; `micro_batches` are those of a rank in a step.
+    """
 
     wrap: Callable[..., nn.Module]
     heads: bool = True
     micro_batches: int = 1
     last_rank_is_empty: bool = False
-    divide: bool = False  # sums, divided at the end, instead of a count at the start
-    model: dict[str, Any] = field(default_factory=dict)  # of SmallLM
-    options: dict[str, Any] = field(default_factory=dict)  # of wrap
+    divide: bool = False  # divide the gradients of sums, instead of passing num_items
+    model: dict[str, Any] = field(default_factory=dict)  # keywords of the student
+    options: dict[str, Any] = field(default_factory=dict)  # keywords of wrap
 
     def __call__(self) -> None:
         alone, parallel = self.distilled(), self.wrap(self.distilled(), **self.options)
@@ -60,7 +63,11 @@ class Case:
         return StudentTeacherLoss(*models, KDLoss(temperature=2.0), heads=self.heads)
 
     def train(self, model: nn.Module, rank: int | None) -> Tensor:
-        """Return the loss of every step, (STEPS,); for a rank, its share times the ranks."""
+        """Train for STEPS steps; return their losses, (STEPS,).
+
+        With `rank` None a step takes the whole batch; else it takes the rank's share, and the
+        losses' mean over the ranks is the loss of the whole batch.
+        """
         optimizer = torch.optim.SGD(student_of(model).parameters(), lr=0.5)
         losses = torch.zeros(STEPS)
         for step in range(STEPS):
@@ -74,7 +81,7 @@ class Case:
         return losses
 
     def backward_of_all(self, model: nn.Module, parts: list[Batch]) -> Tensor:
-        # For all micro-batches of a rank.
+        """Run the backward of each micro-batch of a rank; return the rank's loss of the step."""
         num_items = global_num_items(*(shifted(part["labels"]) for part in parts))
         loss = torch.zeros(())
         for i, part in enumerate(parts):
@@ -91,12 +98,12 @@ class Case:
         return loss.detach()
 
     def batches(self, step: int, rank: int | None) -> list[Batch]:
-        """Return the micro-batches of a rank; for None, the whole batch of all ranks, in one."""
+        """Return a rank's micro-batches in a step; for None, the batch of all ranks as one."""
         generator = torch.Generator().manual_seed(step)
         count = dist.get_world_size() * self.micro_batches * ROWS
         ids = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
         kept = torch.rand(ids.shape, generator=generator) < torch.linspace(0.1, 0.9, count)[:, None]
-        kept[0, 1:3] = True  # the mean exists
+        kept[0, 1:3] = True  # so the mean exists
         if self.last_rank_is_empty:
             kept[-self.micro_batches * ROWS :] = False
         labels = torch.where(kept, ids, -100)
@@ -116,7 +123,7 @@ def whole(x: Any) -> Tensor:
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    # Gradients are reduced in the last micro-batch's backward.
+    # Gradients are reduced over the ranks in the backward of the last micro-batch alone.
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
     elif isinstance(model, (DistributedDataParallel, FSDP1)) and not last:
@@ -125,7 +132,8 @@ def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def shard(model: StudentTeacherLoss, teacher_apart: bool = False, **options: Any) -> nn.Module:
-    # FSDP2: each block is a unit; embeddings, norms and heads belong to the outermost one.
+    # FSDP2: each block is a unit; embeddings, norms and heads belong to the outermost unit;
+    # with `teacher_apart` those of the teacher are a unit of their own.
     options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [*model.student.blocks, *model.teacher.blocks]:
         fully_shard(block, **options)
@@ -135,13 +143,14 @@ def shard(model: StudentTeacherLoss, teacher_apart: bool = False, **options: Any
 
 
 def shard_flat(model: StudentTeacherLoss) -> nn.Module:
-    # Shard by FSDP1. Frozen weights share a flat parameter with others: views have a graph.
+    # FSDP1: frozen weights share a flat parameter with trained ones, so their views have a graph.
     policy = ModuleWrapPolicy({Block})
     return FSDP1(model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)
 
 
 def a_mean_of_means_is_another() -> None:
-    # Proof that the other checks can fail: this difference is larger than their tolerance.
+    # Without num_items, ranks average their own means. The difference is larger than the tolerance
+    # of the other checks, which proves that they can fail.
     case = Case(DistributedDataParallel)
     model = case.wrap(case.distilled())
     (batch,) = case.batches(0, dist.get_rank())
@@ -181,7 +190,7 @@ class Gathers(TorchDispatchMode):
 
 def the_head_is_gathered_once() -> None:
     # Once per step, together with the other weights outside the blocks. The student's blocks are
-    # gathered twice, the teacher's once: nothing of it is prefetched for the backward.
+    # gathered twice, the teacher's once: they are not prefetched for the backward.
     model = shard(Case(shard).distilled())
     model.student.blocks[0].set_modules_to_backward_prefetch([model])
     (batch,) = Case(shard).batches(0, dist.get_rank())
@@ -295,11 +304,11 @@ def one_count_for_both_terms() -> None:
         first = share * mesh.get_local_rank("dp")  # the first ranks keep nothing
         mine = slice(first, first + share)
         num_items = global_num_items(labels[mine], group=group)
-        assert num_items == global_num_items(labels[mine]), tp  # copies on both sides of /
+        assert num_items == global_num_items(labels[mine]), tp  # tp cancels in count / ranks
         sums = torch.stack(loss(student[mine], teacher[mine], labels[mine], num_items=num_items))
         dist.all_reduce(sums, group=group)
         torch.testing.assert_close(sums / group.size(), torch.stack(whole))
 
 
-#: On a mesh of data-parallel and tensor-parallel ranks.
+#: Checks on meshes of data-parallel and tensor-parallel ranks.
 MESH_CHECKS = {"one count for both terms": one_count_for_both_terms}

@@ -23,7 +23,7 @@ FLAGS += ["-DFUSED_KD_CUDA_ON_CPU", "-DFUSED_KD_SMALL_SIZES", "-Itests/cuda_on_c
 SOURCES = ["launch.cu", "rows_f32.cu", "rows_bf16.cu", "rows_f16.cu"]
 FILES = [f"csrc/cuda/{name}" for name in SOURCES] + ["tests/cuda_on_cpu/rows_on_cpu.cpp"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ROWS, GRADIENT, RESCALE, SCALE = range(4)
+ROWS, GRADIENT, RESCALE, SCALE = range(4)  # rows_on_cpu.cpp: what `run` launches
 
 
 INT, INT64, DOUBLE = ctypes.c_int, ctypes.c_int64, ctypes.c_double
@@ -31,6 +31,7 @@ POINTER = ctypes.c_void_p
 
 
 def _fields(*groups: tuple[str, Any]) -> list[tuple[str, Any]]:
+    """Return the fields of a ctypes structure; a group is names separated by spaces, and a type."""
     return [(name, kind) for names, kind in groups for name in names.split()]
 
 
@@ -41,7 +42,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """csrc/problem.h"""
+    """The struct Problem of csrc/problem.h."""
 
     _fields_ = _fields(
         ("N V", INT64),
@@ -54,13 +55,13 @@ class _Problem(ctypes.Structure):
 
 
 class _Device(ctypes.Structure):
-    """csrc/cuda/launch.h"""
+    """The struct Device of csrc/cuda/launch.h."""
 
     _fields_ = _fields(("multiprocessors bytes_of_three bytes_of_two cluster", INT))
 
 
 def build(folder: Path, sanitize: bool = False) -> Path:
-    """Compile the backend for the CPU; return the shared library."""
+    """Compile the CUDA backend for the CPU into a folder; return the shared library's path."""
     extra = SANITIZE if sanitize else []
     objects = [folder / f"{Path(name).stem}.o" for name in FILES]
     pairs = zip(FILES, objects, strict=True)
@@ -74,8 +75,8 @@ class EmulatedCUDA:
     """A backend (see fused_kd.backends) for CPU tensors.
 
     Args:
-        library: of `build`.
-        capability: 90 has clusters, 80 has not.
+        library: the path that `build` returned.
+        capability: of the emulated GPU; from 90 on it has clusters.
     """
 
     def __init__(self, library: Path, capability: int) -> None:
@@ -89,6 +90,7 @@ class EmulatedCUDA:
         return None
 
     def seed(self, number: int) -> None:
+        """Set the seed of the order in which threads and blocks run."""
         self._library.emulator_seed(ctypes.c_uint64(number))
 
     def forward(self, *rows: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +124,7 @@ class EmulatedCUDA:
         self._run(SCALE, problem)
 
     def workspace(self, *rows: Any) -> int:
-        """Return the bytes of global memory in which these rows' blocks exchange records."""
+        """Return the bytes of global memory in which blocks exchange records; a cluster needs 0."""
         problem = _problem(rows, rows[0])
         return int(self._library.workspace(ctypes.byref(problem), ctypes.byref(self._device)))
 
@@ -175,7 +177,7 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
 
 @contextmanager
 def installed(backend: EmulatedCUDA) -> Iterator[None]:
-    # ``backend="cuda"`` means this backend.
+    # Within the context, ``backend="cuda"`` is this backend.
     before = backends._MODULES["cuda"]
     backends._MODULES["cuda"] = backend
     try:

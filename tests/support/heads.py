@@ -1,4 +1,4 @@
-"""Inputs of heads, the float64 truth, the eager composition, and what a GPU would multiply."""
+"""Heads of both models, their losses by us, in float64 and by torch, and products as on a GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Heads(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Losses, and the gradients by hidden states, weight and bias."""
+    """A loss, and its gradients with respect to the student's hidden states, weight and bias."""
 
     loss: Tensor
     hidden: Tensor
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 def make_heads(
     rows: int = 37, vocabulary: int = 131, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Heads:
-    """Return heads whose logits are a few units; labels that ignore nothing."""
+    """Return random heads, whose logits are a few units, and labels that ignore no row."""
     draw = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
@@ -73,13 +73,13 @@ def make_heads(
 
 
 def ours(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """Return kd_loss of two heads, and its gradients."""
+    """Return kd_loss of both heads, and its gradients for an upstream gradient (None: ones)."""
     loss = kd_loss(heads.student_side, heads.teacher_side, heads.labels, **keywords)
     return _differentiate(loss, heads.student, upstream)
 
 
 def truth(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """Return the results of the float64 reference on whole logits."""
+    """Return the results of `ours` by the float64 reference on whole logits."""
     student = [x.detach().double().requires_grad_() for x in heads.student]
     teacher = F.linear(*(x.double() for x in heads.teacher))
     loss = kd_loss(F.linear(*student), teacher, heads.labels, backend="reference", **keywords)
@@ -87,7 +87,7 @@ def truth(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outc
 
 
 def eager(heads: Heads, upstream: Tensor | None = None, **keywords: Any) -> Outcome:
-    """Return what a careful user composes, in the inputs' own dtype."""
+    """Return the results of `ours` by eager_kd_loss on whole logits, in the inputs' dtype."""
     logits = F.linear(*heads.student), F.linear(*heads.teacher)
     loss = eager_kd_loss(*logits, heads.labels, **keywords)
     return _differentiate(loss, heads.student, upstream)
@@ -99,21 +99,24 @@ def _differentiate(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | 
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference, relative to that of the exact value."""
+    """Return the norm of the difference divided by the norm of the exact value."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def near(got: Iterable[Tensor], want: Iterable[Tensor], bound: float) -> None:
-    """Assert that the distance of each tensor from the exact one is at most a bound."""
+    """Assert that the distance of each tensor from the one in `want` is at most `bound`."""
     for mine, exact in zip(got, want, strict=True):
         assert distance(mine, exact) <= bound
 
 
 def multiply_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Use CudaProducts and masked rows; compute in float64 after cuBLAS's checks of dtypes.
+    """Use CudaProducts and mask ignored rows, as on a GPU, but multiply in float64 on the CPU.
+
+    Dtypes that cuBLAS does not multiply fail an assertion.
 
     Returns:
-        The calls so far: shapes of both operands, their dtype, that of the result, whether added.
+        A list to which each product is appended: both operands' shapes, their dtype, the result's
+        dtype, and whether the product is added to what the result holds.
     """
     calls: list[tuple[Any, ...]] = []
 

@@ -1,4 +1,4 @@
-"""Inputs of logits, values and gradients of a call, and their comparison."""
+"""Random logits and labels, losses with their gradients, and their comparison."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ N, V = 6, 23
 SOFT: dict[str, Any] = {"hard_weight": 0, "soft_weight": 1}
 HARD: dict[str, Any] = {"hard_weight": 1, "soft_weight": 0}
 
-# float32 and bfloat16: gradient in the forward; float16: in the backward
+# float32 and bfloat16 compute the gradient in the forward, float16 in the backward
 DTYPES = list(testing.DTYPES.values())
-# rounding of the gradient's dtype, and of float32 sums that differ in order
+# of gradients: the rounding of their dtype, and that of float32 sums in another order
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-7},
     torch.bfloat16: {"rtol": 2**-7, "atol": 1e-7},
@@ -27,21 +27,24 @@ TOLERANCE = {
 
 
 def make(*leading: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Return student, teacher and labels of some rows; the student is a leaf that requires grad."""
+    """Return student, teacher (*leading, V) and labels (*leading) of rows.
+
+    The student is a leaf that requires grad. Without `leading` there are N rows.
+    """
     shape = leading or (N,)
     student = torch.randn(*shape, V).to(dtype).requires_grad_()
     return student, torch.randn(*shape, V).to(dtype), torch.randint(V, shape)
 
 
 def make_ignored(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same with a first row that is ignored."""
+    """Return student, teacher and labels as `make` does; the first of the N rows is ignored."""
     student, teacher, labels = make(dtype=dtype)
     labels[0] = -100
     return student, teacher, labels
 
 
 def pair(*shape: int, scale: float = 2.0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return a student and a teacher."""
+    """Return random logits of a student and of a teacher; `scale` is their standard deviation."""
     return [(scale * torch.randn(*shape)).to(dtype) for _ in range(2)]
 
 
@@ -61,7 +64,7 @@ def gradient(loss: Tensor, student: Tensor, *upstream: Tensor, **keywords: Any) 
 def rows_and_gradient(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, **keywords: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return every row's loss and the gradient of their plain sum."""
+    """Return every row's loss, and the gradient of their sum with respect to the student."""
     leaf = student.detach().clone().requires_grad_()
     rows = kd_loss(leaf, teacher, labels, reduction="none", **keywords)
     return rows.detach(), gradient(rows, leaf, torch.ones_like(rows))
@@ -70,7 +73,7 @@ def rows_and_gradient(
 def scalar_and_gradient(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return the reduced loss and its gradient, made in the forward (not for float16)."""
+    """Return the reduced loss and its gradient; except for float16 the forward computes both."""
     leaf = student.detach().clone().requires_grad_()
     loss = kd_loss(leaf, teacher, labels, **keywords)
     return loss.detach(), gradient(loss, leaf)
@@ -79,19 +82,19 @@ def scalar_and_gradient(
 def truth(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return `rows_and_gradient` of the float64 reference."""
+    """Return `rows_and_gradient` by the float64 reference."""
     keywords["backend"] = "reference"
     return rows_and_gradient(student.double(), teacher.double(), labels, **keywords)
 
 
 def identical(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    """Assert that the tensors of two sequences have the same values."""
+    """Assert that the tensors of two sequences have equal values; a NaN equals nothing."""
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
 
 def check(got: Tensor, want: Tensor, student: Tensor) -> None:
-    """Assert that loss and gradient agree to float32 rounding."""
+    """Assert that two losses of `student`, and their gradients, agree to float32 rounding."""
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     upstream = torch.randn(got.shape)
     ours, theirs = gradient(got, student, upstream), gradient(want, student, upstream)
@@ -99,13 +102,13 @@ def check(got: Tensor, want: Tensor, student: Tensor) -> None:
 
 
 def soft(student: Tensor, teacher: Tensor, **keywords: Any) -> Tensor:
-    """Return the soft term of every row."""
+    """Return the soft term of every row, by the reference unless `backend` is passed."""
     options = {**SOFT, "reduction": "none", "backend": "reference", **keywords}
     return kd_loss(student, teacher, **options)
 
 
 def hard(student: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
-    """Return the hard term of every row."""
+    """Return the hard term of every row, by the reference unless `backend` is passed."""
     options = {**HARD, "reduction": "none", "backend": "reference", **keywords}
     return kd_loss(student, teacher, labels, **options)
 
@@ -113,6 +116,7 @@ def hard(student: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> T
 def value_and_gradient(
     term: Callable[..., Tensor], student: Tensor, *others: Tensor, **keywords: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return `term` of the student and the others, and the gradient of the sum of its entries."""
     leaf = student.clone().requires_grad_()
     value = term(leaf, *others, **keywords)
     return value.detach(), gradient(value.sum(), leaf)

@@ -14,7 +14,10 @@ from torch import Tensor
 def outcome(
     loss: Callable[..., Any], leaves: Sequence[Tensor], *rest: Any, **keywords: Any
 ) -> list[Tensor]:
-    """Return a loss or its parts, and the gradients by `leaves`; no upstream gradient is 1."""
+    """Return the loss, or its parts if it is a tuple, then the gradients with respect to `leaves`.
+
+    The entries' upstream gradients are 2, 3, ...: none is 1, so a dropped factor is seen.
+    """
     inputs = [x.detach().clone().requires_grad_() for x in leaves]
     result = loss(*inputs, *rest, **keywords)
     outputs = result if isinstance(result, tuple) else (result,)
@@ -24,13 +27,13 @@ def outcome(
 
 
 def parameters(call: Any) -> list[tuple[str, Any, Any]]:
-    """Return names, kinds and defaults of a signature."""
+    """Return the name, kind and default of each parameter of a callable."""
     return [(p.name, p.kind, p.default) for p in inspect.signature(call).parameters.values()]
 
 
 def refused(
     error: Any, message: str, call: Callable[..., Any], *arguments: Any, **keywords: Any
 ) -> None:
-    """Assert that a call raises an error, or one of several, whose message matches a pattern."""
+    """Assert that a call raises `error`, a class or several, with a message that matches."""
     with pytest.raises(error, match=message):
         call(*arguments, **keywords)

@@ -12,7 +12,7 @@ VOCABULARY = 61
 
 
 class Block(nn.Module):
-    """A residual layer."""
+    """A residual layer: x + tanh(linear(x))."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -23,7 +23,11 @@ class Block(nn.Module):
 
 
 class SmallLM(nn.Module):
-    """Embedding, blocks, norm and lm_head; the same seed, the same weights."""
+    """A model of an embedding, two blocks, a norm and an lm_head.
+
+    `seed` determines the weights, and is set as torch's global one. `tied`: lm_head has the
+    embedding's weight and no bias. `checkpointed`: the backward computes the blocks again.
+    """
 
     def __init__(
         self, seed: int, hidden: int = 16, tied: bool = False, checkpointed: bool = False

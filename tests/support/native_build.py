@@ -26,13 +26,14 @@ EMULATED = [*AVX2, "-include", "tests/native/avx512_emulated.h"]
 
 _CPU = Path("/proc/cpuinfo")
 _FEATURES = set(_CPU.read_text().split()) if _CPU.exists() else set()
-#: Instruction set: its flags here. AVX-512 is emulated with AVX2 by a header, which takes four
-#: times as long to compile, if this processor lacks it.
+#: Instruction set: its compiler flags. AVX-512 is emulated by a header, compiled with AVX2, which
+#: takes four times as long to compile.
 TABLES: dict[str, list[str]] = {"generic": []}
 if X86:
     TABLES["avx2"] = AVX2
     TABLES["avx512"] = EMULATED
     TABLES["avx512_bf16"] = [*EMULATED, "-DEMULATE_AVX512BF16"]
+#: The same, but avx512_bf16 is not emulated if this processor has it.
 NATIVE = dict(TABLES)
 if "avx512_bf16" in _FEATURES:
     NATIVE["avx512_bf16"] = INSTRUCTION_SETS["avx512_bf16"]
@@ -44,24 +45,25 @@ def need_compiler() -> None:
 
 
 def need_avx2() -> None:
-    """Skip if the emulation cannot run."""
+    """Skip the test if this processor has no AVX2, which the emulation of AVX-512 needs."""
     if not X86 or "avx2" not in _FEATURES:
         pytest.skip("AVX-512 is emulated with AVX2: this processor has none")
 
 
 def compile_one(*arguments: object) -> None:
+    """Run the compiler and assert that it succeeds; skip the test if there is none."""
     need_compiler()
     passes(run_command(COMPILER, *arguments, cwd=ROOT))
 
 
 def compile_all(commands: Sequence[Sequence[object]]) -> None:
-    """Run the compiler for each list of arguments, several at a time."""
+    """Run `compile_one` for each list of arguments, up to four at a time."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda command: compile_one(*command), commands))
 
 
 def copy_source(target: Path, *folders: str) -> Path:
-    """Copy the files that a build needs, since it leaves files behind."""
+    """Copy what a build needs, and `folders`, to `target`, where it may leave files; return it."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
     for name in ("csrc", "fused_kd", *folders):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
@@ -71,7 +73,8 @@ def copy_source(target: Path, *folders: str) -> Path:
 
 
 def _alias(name: str) -> str:
-    # dispatch.cpp names every table: one that isn't linked becomes the generic one.
+    # The linker's option that replaces a table without an object by the generic one, since
+    # dispatch.cpp names every table.
     options = []
     for kind in ("kernels", "product"):
         mangled = [f"_ZN8fused_kd{len(f'{kind}_{x}')}{kind}_{x}E" for x in (name, "generic")]
@@ -80,13 +83,13 @@ def _alias(name: str) -> str:
 
 
 def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]:
-    """Compile check_kernels, check_rows and check_product with these tables.
+    """Compile check_kernels, check_rows and check_product with the kernels of some tables.
 
-    Every table counts as one that the processor has: the last two take by name those to run.
-    With sanitizers AVX-512 is always emulated.
+    The programs take this processor to have every table; check_rows and check_product run those
+    named as arguments. With sanitizers AVX-512 is always emulated.
 
     Returns:
-        The programs.
+        The paths of the three programs, in this order.
     """
     extra = SANITIZE if sanitize else []
     flags = TABLES if sanitize else NATIVE
@@ -121,7 +124,7 @@ def build_conversions(folder: Path, name: str) -> Path:
     """Compile tests/native/conversions.cpp for an instruction set, with the module's own flags.
 
     Returns:
-        The shared library.
+        The path of the shared library.
     """
     kernels = f"csrc/cpu/rows_{name}.cpp"
     defines = re.findall(r"#define (FUSED_KD_\w+) (\w+)", (ROOT / kernels).read_text())
@@ -133,12 +136,16 @@ def build_conversions(folder: Path, name: str) -> Path:
 
 
 def run(program: Path, *arguments: str) -> None:
-    """Run a check program; its output is the failure's message."""
+    """Run a check program; assert that it succeeds, and that none of its checks failed."""
     assert passes(run_command(program, *arguments)).strip().endswith(" 0 failed")
 
 
 def run_emulated(program: Path, *arguments: object) -> tuple[int, str]:
-    """Run a program of tests/cuda_on_cpu/; return its status and output."""
+    """Run a program of tests/cuda_on_cpu/; return its exit status and output.
+
+    The status is RACE after a data race, negative after a signal. If ThreadSanitizer cannot run
+    here, the test is skipped.
+    """
     options = {"TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}", "ASAN_OPTIONS": ""}
     done = run_command(program, *arguments, **options)
     text = done.stdout + done.stderr

@@ -19,14 +19,14 @@ from torch import multiprocessing
 from .ranks import run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
-#: PYTHONPATH that finds test files and the package.
+#: PYTHONPATH that finds the test files, csrc/kernel_sources.py and the package.
 PATH = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "csrc"), str(ROOT)])
 #: A collective that a rank does not enter fails after this, and the test with it.
 TIMEOUT = timedelta(minutes=5)
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with these variables added to the environment; any status is returned."""
+    """Run a command with variables added to the environment; do not raise if it fails."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -42,12 +42,12 @@ def run_python(*arguments: object, **keywords: Any) -> subprocess.CompletedProce
 
 
 def printed_by(code: str, **environment: str) -> str:
-    """Run code in another Python, outside the repository; return what it printed."""
+    """Run code in another Python, outside the repository; assert success and return its output."""
     return passes(run_python("-c", code, cwd=Path("/"), **environment))
 
 
 def passes(done: subprocess.CompletedProcess[str]) -> str:
-    """Assert that a command succeeded; return what it printed."""
+    """Assert that a command succeeded; return its standard output."""
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 
@@ -81,7 +81,7 @@ def _run_checks(rank: int, ranks: int, folder: Path, checks: dict[str, Callable[
     dist.init_process_group(
         "gloo", f"file://{folder / 'store'}", TIMEOUT, world_size=ranks, rank=rank
     )
-    dist.barrier()  # a rank that ended at once would break the connection that another still makes
+    dist.barrier()  # a rank that ends at once would break a connection that another is still making
     failed: list[Any] = []
     for name, check in checks.items():
         torch.manual_seed(0)

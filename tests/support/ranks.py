@@ -1,4 +1,4 @@
-"""How a process of a process group ends: without Python's finalization, with a status."""
+"""The end of a process of a process group: with an exit status, without Python's finalization."""
 
 from __future__ import annotations
 
