@@ -45,7 +45,7 @@ COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
 
 def files(commit: str | None) -> Iterator[tuple[str, str]]:
-    """Yield path and text of every tracked source and page in a commit; None: as they are now."""
+    """Yield path and text of a commit's sources and pages; None: those tracked, as they are now."""
     if commit is None:  # the working tree as a commit; "" if nothing was changed
         commit = subprocess.check_output(["git", "stash", "create"], cwd=ROOT, text=True).strip()
     archive = subprocess.check_output(["git", "archive", commit or "HEAD"], cwd=ROOT)
@@ -57,7 +57,7 @@ def files(commit: str | None) -> Iterator[tuple[str, str]]:
 
 
 def python_prose(text: str, count: Counter[str]) -> str:
-    """Return a Python file's docstrings and comments; add its verbs and names to `count`."""
+    """Return a Python file's docstrings and comments; count docstrings, verbs and names."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     prose = [x.string.lstrip("#: ") for x in tokens if x.type == tokenize.COMMENT]
     for node in ast.walk(ast.parse(text)):
@@ -74,7 +74,7 @@ def python_prose(text: str, count: Counter[str]) -> str:
 
 
 def measure(commit: str | None) -> dict[str, Counter[str]]:
-    """Return the counts of every folder and of "all", in a commit; None: as they are now."""
+    """Return the counts of every folder and of "all", in a commit; None: in the working tree."""
     counts = {folder: Counter[str]() for folder in (*FOLDERS, "all")}
     for path, text in files(commit):
         folder = "docs" if path == "README.md" else path.partition("/")[0]
@@ -103,7 +103,7 @@ def figure(count: Counter[str], name: str) -> str:
 
 
 def main() -> None:
-    """Print the table for now, with a commit of the command line for before and now."""
+    """Print the table of the working tree; with a commit as argument, its figures first."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("commit", nargs="?", help="a commit to compare with")
     commit = parser.parse_args().commit

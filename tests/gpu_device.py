@@ -97,7 +97,7 @@ def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
 
 
 def as_output(logits: Tensor) -> Tensor:
-    """Return the same memory as the output of a layer, which inplace=True may overwrite."""
+    """Return the logits, in their memory, as a layer's output, which inplace=True may overwrite."""
     result: Tensor = Output.apply(logits)
     return result
 
@@ -162,7 +162,7 @@ def obey_on_device(
     upstream: Tensor,  # (N,)
     **keywords: Any,
 ) -> None:
-    """Assert the error rule for many rows: truth and baseline on the device, 64 rows at a time."""
+    """Assert the error rule for our `rows` and `grad`, 64 rows at a time on the device."""
     student, teacher, labels = (x.detach() for x in inputs)
     info = torch.finfo(grad.dtype)
     tiny = info.smallest_normal * (info.eps / 2 if grad.dtype == HALF else 1.0)

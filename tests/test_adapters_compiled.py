@@ -20,7 +20,7 @@ Y = torch.arange(N)
 
 
 def assigned(module: KDLoss) -> Any:
-    """Return the loss after an option was set, which is then part of the trace."""
+    """Return the loss after setting an option, which torch.compile traces too."""
     module.temperature = 3.0
     return module(S, T, Y)
 

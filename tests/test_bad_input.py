@@ -254,7 +254,7 @@ INPLACE_ROWS: list[tuple[Tensor, str]] = [
 
 
 def refused(error: type[Exception], words: str, *sides: Any, **keywords: Any) -> None:
-    """Assert that kd_loss raises `error` with a message of all words between the bars."""
+    """Assert that kd_loss raises `error` whose message has all of `words`, separated by " | "."""
     with pytest.raises(error) as caught:
         kd_loss(*sides, **keywords)
     for word in words.split(" | "):

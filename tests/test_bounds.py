@@ -28,7 +28,7 @@ N = 3
 
 
 def _margins(values: Tensor) -> Tensor:
-    """Return the (N, 1, V) values in larger memory, with MARGIN NaNs before and after each row."""
+    """Return the (N, 1, V) values as a view, with MARGIN NaNs before and after each row."""
     rows, _, vocabulary = values.shape
     memory = torch.full((rows, 1, vocabulary + 2 * MARGIN), float("nan"), dtype=values.dtype)
     view = memory[..., MARGIN:-MARGIN]

@@ -37,7 +37,7 @@ def make(n: int) -> tuple[Tensor, Tensor, Tensor]:
 def same(
     compiled: Any, eager: Any, arguments: Any, by: Any, rtol: float = 1e-5, atol: float = 1e-7
 ) -> None:
-    """Assert that losses, parts and gradients with respect to `by` agree."""
+    """Assert that both functions agree in loss, parts, and gradients with respect to `by`."""
     ours, theirs = compiled(*arguments), eager(*arguments)
     if isinstance(theirs, KDLossParts):
         torch.testing.assert_close(tuple(ours), tuple(theirs))

@@ -166,7 +166,10 @@ def test_arithmetic_that_losses_do_not_show(lines: str, result: int) -> None:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], tuple[float, ...]]:
-    """Return a function of divergence and temperature: instructions, special ones, per element."""
+    """Return a function of divergence and temperature that counts what runs for each element.
+
+    It returns the instructions, and those of them that are special functions.
+    """
     for tool in ("nvcc", "nvdisasm"):
         if find_tool(tool) is None:
             pytest.skip(f"no {tool} (on PATH, in CUDA_HOME, or in triton's wheel)")

@@ -196,7 +196,7 @@ def test_any_strides() -> None:
     want = ours(heads, chunk_rows=10)
 
     def spread(x: torch.Tensor) -> torch.Tensor:
-        """Return a copy with strides other than 1."""
+        """Return a copy whose last stride is 2."""
         return x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(x.requires_grad)
 
     def transposed(x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ TEACHER, LABELS, W_HARD, W_SOFT = 3, 6, 7, 8
 
 
 def _arguments(dtype: torch.dtype, pair: str, ignored: bool) -> tuple[Any, ...]:
-    """Return chunked_losses' arguments; with `ignored` row 3 has weight 0, and no soft term."""
+    """Return chunked_losses' arguments; `ignored`: row 3 has weight 0, the soft term is off."""
     heads = make_heads(rows=12, dtype=dtype)
     student: tuple[Tensor | None, ...] = tuple(x.detach() for x in heads.student)
     teacher: tuple[Tensor | None, ...] = (*heads.teacher, None)

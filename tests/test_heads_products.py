@@ -113,7 +113,7 @@ def test_cuda_teacher_logits_and_16_bit_accumulation(as_on_cuda: list[tuple[Any,
 def _rounded_by_a_kernel_of_its_own(
     heads: Heads, teacher: tuple[Tensor, Tensor] | Tensor | None, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of hidden states and weight, from logit gradients rounded separately."""
+    """Return hidden and weight gradients from logit gradients made in float32, then rounded."""
     dtype, rows = heads.hidden.dtype, heads.hidden.shape[0]
     hidden, weight = heads.hidden.detach(), heads.weight.detach()
     formula = formula_of()
@@ -164,7 +164,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
-    """Return True if two contiguous tensors share no memory, so a kernel may write one of them."""
+    """Return True if contiguous tensors share no memory: a kernel may read one and write the other."""
     (a_begin, a_end), (b_begin, b_end) = ((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (a, b))
     return a_end <= b_begin or b_end <= a_begin
 
@@ -314,7 +314,7 @@ def test_cuda_scale_of_a_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 
 class _NothingWaits(TorchDispatchMode):
-    """A mode that fails if the host would wait for a GPU: reads values, copies Python numbers."""
+    """A mode that fails at operators for which a GPU's host waits, such as reads of values."""
 
     aten = torch.ops.aten
     refused = (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select)

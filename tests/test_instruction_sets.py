@@ -158,7 +158,7 @@ fused_kd.kd_loss(x, x, hard_weight=0)
 
 
 def _everything(inputs: tuple[Tensor, Tensor, Tensor], number: int, divergence: str) -> Any:
-    """Return the rows' losses and their gradient, then the summed loss and its gradient."""
+    """Compute on `number` threads; return row losses and gradient, then sum and its gradient."""
     keywords = {"divergence": divergence, "backend": "cpu", "temperature": 2.0}
     with threads(number):
         rows = rows_and_gradient(*inputs, **keywords)

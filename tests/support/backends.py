@@ -33,7 +33,7 @@ needs_cpu = pytest.mark.skipif(
 
 
 def instruction_sets() -> list[Any]:
-    """Return parameters for the instruction sets compiled in; those not on this CPU are skipped.
+    """Return the compiled instruction sets as parameters; one that this CPU lacks is skipped.
 
     Without the compiled module: "generic" alone.
     """
@@ -45,7 +45,7 @@ def instruction_sets() -> list[Any]:
 
 
 def formula_of(**keywords: Any) -> Formula:
-    """Return the Formula that row kernels take, for keywords of kd_loss and its defaults."""
+    """Return the Formula that kd_loss passes to row kernels for these keywords."""
     options = KDOptions(**keywords)
     temperature = temperature_tensor(options)
     return Formula(

@@ -76,7 +76,7 @@ class EmulatedCUDA:
 
     Args:
         library: the path that `build` returned.
-        capability: of the emulated GPU; from 90 on it has clusters.
+        capability: that of the emulated GPU; 90 or more: it has clusters.
     """
 
     def __init__(self, library: Path, capability: int) -> None:

@@ -27,7 +27,7 @@ TOLERANCE = {
 
 
 def make(*leading: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Return student, teacher (*leading, V) and labels (*leading) of rows.
+    """Return random logits (*leading, V) of student and teacher, and labels (*leading).
 
     The student is a leaf that requires grad. Without `leading` there are N rows.
     """
@@ -116,7 +116,7 @@ def hard(student: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> T
 def value_and_gradient(
     term: Callable[..., Tensor], student: Tensor, *others: Tensor, **keywords: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return `term` of the student and the others, and the gradient of the sum of its entries."""
+    """Return `term` of the tensors, and its sum's gradient with respect to the student."""
     leaf = student.clone().requires_grad_()
     value = term(leaf, *others, **keywords)
     return value.detach(), gradient(value.sum(), leaf)

@@ -34,6 +34,6 @@ def parameters(call: Any) -> list[tuple[str, Any, Any]]:
 def refused(
     error: Any, message: str, call: Callable[..., Any], *arguments: Any, **keywords: Any
 ) -> None:
-    """Assert that a call raises `error`, a class or several, with a message that matches."""
+    """Assert that a call raises `error` (a class or several) with a matching message."""
     with pytest.raises(error, match=message):
         call(*arguments, **keywords)

@@ -63,7 +63,7 @@ def compile_all(commands: Sequence[Sequence[object]]) -> None:
 
 
 def copy_source(target: Path, *folders: str) -> Path:
-    """Copy what a build needs, and `folders`, to `target`, where it may leave files; return it."""
+    """Copy what a build needs, and `folders`, to `target`; return `target`."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*_not_built.txt")
     for name in ("csrc", "fused_kd", *folders):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
@@ -85,7 +85,7 @@ def _alias(name: str) -> str:
 def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]:
     """Compile check_kernels, check_rows and check_product with the kernels of some tables.
 
-    The programs take this processor to have every table; check_rows and check_product run those
+    In the programs every table counts as supported; check_rows and check_product run the tables
     named as arguments. With sanitizers AVX-512 is always emulated.
 
     Returns:
