@@ -164,7 +164,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
-    """Return True if contiguous tensors share no memory: a kernel may read one and write the other."""
+    """Return True if contiguous tensors share no memory: a kernel may read one, write the other."""
     (a_begin, a_end), (b_begin, b_end) = ((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (a, b))
     return a_end <= b_begin or b_end <= a_begin
 
