@@ -125,7 +125,8 @@ PARTS = (
 ENVIRONMENT = (
     Part("environment", "", 20, "", "{python} -m fused_kd.env"),
     Part("card", "", 10, "", "{gpu} nvidia-smi"),
-    Part("commit", "", 10, "", "git describe --always --dirty"),
+    # a copy of the working tree may have neither .git nor git
+    Part("commit", "", 10, "", "bash -c 'git describe --always --dirty || true'"),
 )
 
 
