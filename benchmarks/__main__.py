@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _list() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for method in METHODS.values():
-        cases = [Case(8, 64, "fp32", 2.0, name, method.level, 8, 8, device) for name in DIVERGENCES]
+        cases = [Case(8, 64, "bf16", 2.0, name, method.level, 8, 8, device) for name in DIVERGENCES]
         reasons = [method.why_not(case) or "" for case in cases]  # "": it runs here
         why = min(reasons, key=lambda why: (why != "", why.startswith("it has no"))) or "runs here"
         print(f"{method.key:<26} {method.level:<7} {method.title:<44} {why}")

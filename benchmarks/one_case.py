@@ -92,7 +92,7 @@ def measure(task: Task) -> Iterator[Record | str]:
         """Run the next step of a method; yield its key, and its record if it cannot go on."""
         yield turn.name
         try:
-            if time.time() > task.end and not turn.repeats:
+            if turn.name and not turn.repeats and time.time() > task.end:
                 raise Rejected("no time", "the time is up")
             return next(turn.steps)
         except Rejected as rejected:
@@ -106,7 +106,8 @@ def measure(task: Task) -> Iterator[Record | str]:
         turns.remove(turn)
         gc.collect()
         torch.cuda.empty_cache()
-        yield task.result(turn.name, *ending, **turn.fields)
+        if turn.name:
+            yield task.result(turn.name, *ending, **turn.fields)
 
     for _ in ("check", "prepare"):
         # what was compiled for a few rows may be dynamic now, and more sizes would run eagerly
@@ -118,10 +119,12 @@ def measure(task: Task) -> Iterator[Record | str]:
     if bound is not None:
         turns.insert(0, turn := Turn(""))
         turn.steps = _repeat(task, turn, bound.call)
-        next(turn.steps)
+        yield from attempt(turn)
     for turn in in_turns(turns):
         if turn in turns:
             yield from attempt(turn)
+    if not (turns and turns[0].name == ""):
+        bound = None  # it failed: no shares
     if bound is not None:
         seconds = turns.pop(0).time()
         least = bound.times * seconds["median_s"]

@@ -58,6 +58,9 @@ def compare(files: Sequence[Path], tolerance: float) -> int:
     frames = tables.frame(before), pandas.concat(map(tables.frame, after))
     table, compared, regressions = tables.compare(*frames, tolerance)
     print(table.to_string(index=False, float_format="{:.3g}".format))
+    keys = [set(zip(frame.name, frame.method, strict=True)) for frame in frames]
+    for where, only in (("before", keys[0] - keys[1]), ("after", keys[1] - keys[0])):
+        print(*(f"only {where}: {name}: {method}" for name, method in sorted(only)), sep="\n")
     print(f"{compared} results compared, {regressions} regressions")
     return int(regressions > 0 or compared == 0)
 

@@ -19,13 +19,14 @@ from unittest import mock
 import torch
 
 from .cases import GUARD, SUITES, Case
+from .measuring import PEERS
 from .measuring import environment as environment_of
 from .methods import METHODS, one_line, taking_part
 from .one_case import SCHEMA, Record, Task, measure
 
 #: What must be the same for results to be in one file: the machine and the versions.
 SAME = "device", "processor", "instruction_set", "threads", "platform"
-SAME += "torch", "fused_kd", "commit", "packages"
+SAME += "torch", "fused_kd", "commit"
 INTERRUPTED = 130
 #: A process is ended after PATIENCE times the limit of a call, and the seconds of a compilation.
 PATIENCE, COMPILATION = 4, 180
@@ -57,8 +58,13 @@ def environment(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return in what two environments differ that must be the same."""
-    changed = [x for x in SAME if x in before and x in now and before[x] != now[x]]
+    """Return in what two environments differ that must be the same.
+
+    A peer that is installed in one of them alone is no difference.
+    """
+    before, now = ({**x, **x.get("packages", {})} for x in (before, now))
+    names = (*SAME, *sorted(PEERS))
+    changed = [x for x in names if x in before and x in now and before[x] != now[x]]
     return [f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed]
 
 

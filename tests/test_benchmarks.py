@@ -22,6 +22,7 @@ from benchmarks import one_case, runner, tables
 from benchmarks.cases import HEADS, LOGITS, STEP, SUITES, Case
 from benchmarks.methods import METHODS
 from benchmarks.one_case import Task, Turn, in_turns
+from benchmarks.problems import LogitsProblem, LowerBound
 
 pytestmark = needs_cpu
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +32,12 @@ COMMITTED = ROOT / "benchmarks" / "results" / "cpu_avx2_logits.jsonl"
 SMALL = Task("logits", Case(5, 40, "fp32"), ("logits/eager", "logits/kdloss-inplace"), repeats=2)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
+    gc.collect()
     gc.freeze()  # measurements collect garbage, and need not search what other tests have left
     with one_thread():
         yield
-    gc.unfreeze()
 
 
 def _run(path: Path, *words: str, peers: list[str] = QUICK) -> int:
@@ -107,6 +108,13 @@ def test_a_method_that_raises_does_not_stop_the_others(
     assert [results[x]["status"] for x in ("eager", "kdloss-inplace")] == [status, "measured"]
 
 
+def test_a_lower_bound_that_raises_costs_no_method_its_time(monkeypatch: Any) -> None:
+    bound = LowerBound("copy", lambda: int("no"))
+    monkeypatch.setattr(LogitsProblem, "lower_bound", lambda problem: bound)
+    results = _results(one_case.measure(SMALL))
+    assert [(x["status"], x["bound_share"]) for x in results.values()] == [("measured", None)] * 2
+
+
 def test_calls_take_turns_and_are_restored(monkeypatch: Any) -> None:
     turns = [Turn(name, repeats=repeats) for name, repeats in (("a", 4), ("b", 2), ("c", 4))]
     assert "".join(turn.name for turn in in_turns(turns)) == "acbacacbac"
@@ -172,6 +180,22 @@ def test_a_crash_ends_no_more_than_its_method(tmp_path: Path, monkeypatch: Any) 
     results = _results(records := runner.read(file))
     assert [results[x]["status"] for x in ("kdloss", "eager")] == ["measured", "failed"]
     assert [x["kind"] for x in records].count("done") == 1
+
+
+def test_a_peer_that_is_not_in_both_is_no_difference() -> None:
+    before, now = ({"torch": "2", "packages": x} for x in ({"trl": "1", "fla": "3"}, {"trl": "2"}))
+    assert runner.differences(before, now) == ["trl was '1' and is '2'"]
+
+
+def test_list_names_every_method_and_why_it_cannot_run(monkeypatch: Any, capsys: Any) -> None:
+    gone = replace(METHODS["logits/eager"], why_not=lambda case: "it is gone")
+    monkeypatch.setitem(METHODS, "logits/eager", gone)
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [tuple(x.split()[:2]) for x in lines] == [(x.key, x.level) for x in METHODS.values()]
+    ends = {tuple(x.split()[:2]): x.split()[-2:] for x in lines}
+    assert ends["eager", "logits"] == ["is", "gone"]
+    assert ends["kdloss", "logits"] == ["runs", "here"]
 
 
 # slower, without its time, with a larger error, with one that is no number; of a peer too

@@ -6,8 +6,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,31 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(
     assert gpu_check.main([*options, "--part", "good"]) == 0
 
 
+SIGNALLED = """
+import sys
+from benchmarks import gpu_check
+assert "fused_kd" not in sys.modules  # this process builds its modules
+sleep = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
+gpu_check.ENVIRONMENT = ()
+gpu_check.PARTS = [gpu_check.Part("sleep", gpu_check.FIRST, 600, "", f'{{python}} -c "{sleep}"')]
+sys.exit(gpu_check.main(["--device", "cpu", "--output", sys.argv[1]]))
+"""
+
+
+def test_a_signal_ends_the_part_and_keeps_what_it_printed(tmp_path: Path) -> None:
+    log, pid = tmp_path / "gpu_check.log", None
+    process = subprocess.Popen([sys.executable, "-c", SIGNALLED, str(tmp_path)], cwd=ROOT)
+    while pid is None and process.poll() is None:
+        text = log.read_text() if log.exists() else ""
+        pid = re.search(r"^pid (\d+)$", text, re.MULTILINE)
+        time.sleep(0.05)
+    assert pid is not None
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):  # the part is not left behind
+        os.kill(int(pid[1]), 0)
+
+
 def test_the_plan() -> None:
     for run, minutes in ((FIRST, 4), (SECOND, 5)):
         assert sum(part.seconds for part in PARTS if part.run == run) <= 60 * minutes
@@ -87,6 +114,8 @@ def test_the_module_is_built_for_this_card_and_what_a_sanitizer_finds_is_noticed
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for unset in ("TORCH_CUDA_ARCH_LIST", "FUSED_KD_CUDA_OBJECTS"):
+        monkeypatch.delenv(unset, raising=False)
     monkeypatch.setenv(variable, "x")
     (tmp_path / tool).write_text(f"#!/bin/sh\n{code}\n")
     (tmp_path / tool).chmod(0o755)

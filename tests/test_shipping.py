@@ -28,7 +28,8 @@ def test_make_dist(tmp_path: Path) -> None:
         pytest.importorskip(name)
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no make, or no C++ compiler")
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*_not_built.txt", "out", "build")
+    made = ".*", "__pycache__", "*.so", "*_not_built.txt", "out", "build", "dist"
+    ignore = shutil.ignore_patterns(*made)
     shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)  # a build leaves files behind
     environment = f"VENV={sys.prefix}"  # taken as it is: -o
     command = "make", "-o", f"{sys.prefix}/.packages", "dist", environment

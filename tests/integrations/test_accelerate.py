@@ -12,6 +12,7 @@ import tiny
 import torch
 from needs import need
 from support.processes import failures
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 Accelerator = need("accelerate").Accelerator
@@ -21,6 +22,7 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
+from fused_kd.testing.memory import cpu_peak  # noqa: E402
 
 
 def _models(heads: bool) -> StudentTeacherLoss:
@@ -99,3 +101,30 @@ def _on_two_ranks(number: int) -> None:
 def test_on_two_processes(tmp_path: Path) -> None:
     checks = {loop.__name__: partial(_on_two_ranks, i) for i, loop in enumerate(LOOPS)}
     assert not (wrong := failures(checks, 2, tmp_path)), "\n".join(wrong)
+
+
+def test_the_logits_are_not_converted() -> None:
+    # accelerate converts to float32 what a prepared model returns: here the loss, not the logits
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    batch = tiny.padded(tiny.ragged(64))  # nothing else is as large as the logits
+    tokens = {name: x for name, x in batch.items() if name != "labels"}
+    labels = shifted(torch.full_like(batch["labels"], 5))  # every row counts
+    pair, alone = _models(heads=False), _models(heads=False)
+
+    def loss_of_logits(student: Any) -> Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            teacher_logits = alone.teacher(**tokens).logits
+        logits = student(**tokens).logits
+        assert logits.dtype == torch.float32
+        return alone.loss(logits, teacher_logits, labels)
+
+    def peak(model: Any, loss: Callable[[Any], Tensor]) -> int:
+        loss(model).backward()
+        model.zero_grad()
+        return cpu_peak(lambda: loss(model).backward()).highest
+
+    inside = peak(accelerator.prepare(pair), lambda model: model(**tokens, labels=labels))
+    outside = peak(accelerator.prepare(alone.student), loss_of_logits)
+    converted = 4 * labels.numel() * tiny.VOCABULARY
+    assert outside - inside > 0.8 * converted  # smaller things differ too

@@ -85,6 +85,30 @@ def test_training(case: tuple[Any, ...]) -> None:
     same(*runs)
 
 
+class Logits(nn.Module):
+    """A model that returns a tensor: modelopt then needs no names of layers."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.model = tiny.llama(seed)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids).logits
+        return logits
+
+
+def test_a_criterion_without_layers() -> None:
+    losses = []
+    for criterion in (LogitsDistillationLoss(), TheirLogits()):
+        config = {"teacher_model": Logits(2), "criterion": criterion}
+        model = mtd.convert(Logits(1), mode=[("kd_loss", config)])
+        model.train()
+        model(torch.arange(12).view(2, 6))
+        losses.append(model.compute_kd_loss())
+        assert mtd.export(model).state_dict().keys() == Logits(1).state_dict().keys()
+    same(*losses)
+
+
 def test_the_trainer_of_the_plugin(tmp_path: Path) -> None:
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
     from transformers import TrainingArguments
