@@ -20,9 +20,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "numerics.md"
 
 
 def errors(regime: str, v: int, dtype: torch.dtype, **keywords: Any) -> Tensor:
-    """Return errors divided by the units of `conditioning`: (3, 2, rows).
+    """Return the errors of loss, gradient in norm and its worst entry, each by ours and eager.
 
-    Of: loss, gradient in norm, its worst entry; ours, eager torch; rows with finite exact values.
+    (3, 2, rows) in the units of `conditioning`; rows without finite exact values are left out.
     """
     inputs, upstream = make_inputs(regime, ROWS, v, dtype), torch.linspace(0.6, 1.7, ROWS)
     truth, eager = truth_and_eager(inputs, upstream, **keywords)

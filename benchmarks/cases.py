@@ -31,7 +31,7 @@ class Case:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Return what KDLoss is built with for this case."""
+        """Return the keyword arguments of KDLoss for this case."""
         return {"temperature": self.temperature, "divergence": self.divergence}
 
     @property
@@ -40,7 +40,7 @@ class Case:
         return self.setting()
 
     def setting(self, *without: str) -> str:
-        """Return the case in words; `without`: keys of `words` to omit. The CPU is not named."""
+        """Return the case in words without these parts ("level", "hidden", "n", ...) and "cpu"."""
         hidden = f"H={self.student_hidden} (student) / {self.teacher_hidden} (teacher)"
         words = {
             "level": {HEADS: "hidden states", STEP: "training step"}.get(self.level, self.level),

@@ -34,7 +34,7 @@ TEMPERATURES = {"1": 1.0, "2": 2.0, "another": 3.0}
 
 
 def make_rows() -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a buffer with a row of bytes for each of NAMES, and its views: inputs, or zeros."""
+    """Return a buffer of bytes, a row for each of NAMES, and typed views of it by name."""
     random = np.random.default_rng(SEED)
     sides = torch.from_numpy(SPREAD * random.standard_normal((2, ROWS, V))).float().bfloat16()
     labels = torch.from_numpy(random.integers(0, V, ROWS))
@@ -48,7 +48,7 @@ def make_rows() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def plan(divergence: str, temperature: float, memory: Tensor, library: ctypes.CDLL) -> Launch:
-    """Return launch.cu's launch for make_rows' buffer; RuntimeError if not one rows_cluster."""
+    """Return how launch.cu launches a buffer's rows; RuntimeError unless by one rows_cluster."""
     addresses = {name: GLOBAL_BASE + i * memory.shape[1] for i, name in enumerate(NAMES)}
     if divergence == "none":
         addresses["w_soft"] = 0

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def launch(case: gpu_smoke.Case) -> None:
-    """Make all calls of a case of the smoke test, on CPU tensors."""
+    """Make all calls of a case of gpu_smoke on CPU tensors, which `filling` only compiles."""
     for _ in gpu_smoke.compute(*gpu_smoke.make(case, "cpu"), backend="triton", **case.keywords):
         pass
 

@@ -45,7 +45,7 @@ TOOLS = ("GPU", "ncu", "compute-sanitizer", "nvidia-smi")
 
 @dataclass(frozen=True)
 class Part:
-    """A process; its command has fields {python}, {device}, {seconds}, {output} and FIELDS."""
+    """A process; {python}, {device}, {seconds}, {output} and FIELDS are filled into its command."""
 
     name: str
     run: str  # FIRST, SECOND, or "": before both

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool]:
-    """Print the time of each call, its ratio to the lower bound and its bandwidth; yield success.
+    """Print each call's time, ratio to the lower bound, and bandwidth; yield whether it succeeded.
 
     Calls: a copy, KDLoss, and all operators; of later divergences forward_backward alone.
     """

@@ -143,7 +143,7 @@ def in_turns(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
-    """Yield after each step: errors; memory and one call; every repeat. Raises Rejected."""
+    """Fill in `turn`: errors; memory, one call; each repeat. Yields after each; raises Rejected."""
     method, device, level = METHODS[turn.name], task.case.device, task.case.level
     case = replace(task.case, level=method.level)
     if (why := method.why_not(case)) is not None:
@@ -165,7 +165,7 @@ def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
 
 
 def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
-    """Measure a call once to set turn.repeats, then once a step. Rejected if over the limit."""
+    """Measure a call to set turn.repeats (Rejected if over the limit), then once in each step."""
     seconds, limit = clock(call, task.case.device), task.limit_seconds
     if seconds > limit and turn.name:
         raise Rejected("no time", f"a call took {seconds:.3g} s, the limit is {limit:g} s")

@@ -30,7 +30,7 @@ _filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyp
 
 
 def plot(files: Sequence[Path], output: Path) -> int:
-    """Write a page and pictures, print their names; ValueError for files of different machines."""
+    """Write a page and pictures to `output`, print their paths; ValueError if machines differ."""
     records = runner.read(*files)
     first, *others = [x["environment"] for x in records if x["kind"] == "run"]
     for other in others:
@@ -125,7 +125,7 @@ def headline(results: DataFrame, facts: dict[str, Any]) -> str:
 
 
 def readme(results: DataFrame, note: str) -> str:
-    """Return README's table of each suite: ours, plain torch, fastest peer; `note`: the machine."""
+    """Return README's table of each suite: ours, plain torch, fastest peer; `note`: machine."""
     about = "Forward + backward, `forward_kl` + cross-entropy, T = 2; MiB: the peak beyond the"
     parts = [_filled(f"{note}. {about} inputs.")]
     for suite, title in ((LOGITS, "From logits"), (HEADS, "From hidden states")):

@@ -63,9 +63,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
-    """Yield a task for each case of ``run`` incomplete in the records; ValueError: unknown suite.
+    """Yield a task for each case that lacks records; ValueError for an unknown suite.
 
-    It measures again what they have of the case, since times of two runs cannot be compared.
+    It measures again what the records have of its case: times of two runs cannot be compared.
     """
     limits = options.repeats, options.seconds_each, options.limit_seconds
     if unknown := {*options.suites} - {*SUITES}:
@@ -108,7 +108,7 @@ def run(options: Namespace) -> int:
 
 
 def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
-    """Measure a case and append its records; return True if one crashed or ours is wrong."""
+    """Measure a case and append its records; return True if a process crashed or ours failed."""
     print(f"{task.suite}: {task.case.name}", flush=True)
     if time.time() > task.end:
         print("LEFT OUT: the time is up", flush=True)

@@ -34,7 +34,7 @@ class Instruction(NamedTuple):
 
 
 class Code(NamedTuple):
-    """One kernel."""
+    """A disassembled kernel."""
 
     instructions: list[Instruction]
     labels: dict[str, int]  # by label: the index of the next instruction

@@ -45,7 +45,7 @@ class Mbarrier:
     phase: int = 0  # the number of phases that are over
 
     def add(self, arrivals: int, bytes_: int) -> None:
-        """Add arrivals and expected bytes (received ones: negative); begin a phase if complete."""
+        """Add arrivals and expected bytes (received: negative); end a phase if all came."""
         self.pending -= arrivals
         self.bytes += bytes_
         if self.pending == 0 and self.bytes == 0:
@@ -199,7 +199,7 @@ class Machine:
             raise RuntimeError(f"the kernel waits for ever, at instructions {places}")
 
     def _over(self, i: int, present: Array) -> Array:
-        """Return the lanes of `present`, which wait at instruction i, whose wait is over."""
+        """Return those lanes of `present`, all waiting at instruction i, whose wait is over."""
         instruction = self.code.instructions[i]
         operands, missing = split(instruction.operands), ~present & ~self.ended
         groups = {  # all lanes of which have to be present
@@ -226,7 +226,10 @@ class Machine:
         return [self.registers.array(name, "I", k) for k in range(count)]
 
     def _index(self, lanes: Array, address: Array, size: int, peers: bool = False) -> Array:
-        """Return the indices in `data` of addresses; `peers`: other blocks' shared memory, too."""
+        """Return the lanes' indices in `data` for an access of `size` bytes at each address.
+
+        `peers` allows other blocks' shared memory. RuntimeError if it is outside or not aligned.
+        """
         offset, start, room = address[lanes].astype(np.int64), 0, self.memory.size
         if (offset < GLOBAL_BASE).all():
             rank, own, room = offset >> 24, self.rank[lanes], self.launch.shared_bytes

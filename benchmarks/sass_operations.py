@@ -48,7 +48,7 @@ class Registers:
         self.predicates[[7, 15]] = True
 
     def array(self, name: str, kind: str = "I", offset: int = 0) -> Array:
-        """Return the array of a predicate, or of the register `offset` after a name; 0 for RZ."""
+        """Return a predicate's array, or as `kind` that of the register `offset` after `name`."""
         if match := _PREDICATE.fullmatch(name):
             return self.predicates[8 * bool(match[1]) + (7 if match[2] == "T" else int(match[2]))]
         if name in ("RZ", "URZ", "SRZ"):
@@ -59,7 +59,7 @@ class Registers:
         return typed[number // 2, :, number % 2 * typed.shape[2] // 2]
 
     def read(self, text: str, kind: str) -> Array:
-        """Return the value of an operand in each lane, with its sign or negation applied."""
+        """Return an operand's value in each lane as `kind`, with its sign or negation applied."""
         if text == "PR":  # the predicates as bits
             return np.packbits(self.predicates[:7], 0, "little")[0].astype(np.uint32)
         sign, name = (text[0], text[1:]) if text[0] in "-+~!" else ("", text)
@@ -111,7 +111,7 @@ def split(operands: str) -> list[str]:
 
 
 def execute(opcode: str, operands: str, registers: Registers, mask: Array) -> None:
-    """Run an instruction that is no memory access and no branch on the lanes of a mask."""
+    """Run an instruction, but no memory access or branch, on a mask's lanes; raise if unknown."""
     if opcode.split(".")[0] in NOTHING:
         return
     signature, function = OPERATIONS.get(opcode) or OPERATIONS[opcode.removeprefix("U")]

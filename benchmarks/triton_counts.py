@@ -57,8 +57,8 @@ def count(
 ) -> tuple[float, float]:
     """Return the instructions that a thread executes per entry of a row, and those of them by MUFU.
 
-    MUFU computes exponentials, logarithms and reciprocals. The kernel passes over each row `passes`
-    times; LookupError if its loops are not as expected.
+    MUFU computes exponentials, logarithms and reciprocals. The kernel passes `passes` times over
+    each row; `two`: at T = 2. LookupError if its loops are not as expected.
     """
     opcodes = [*(instruction.opcode for instruction in code.instructions), ""]
     graph, loops = _control_flow(code)
@@ -110,7 +110,7 @@ def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
 def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
     """Return the graph of the instructions and an end, without back edges; and the loops.
 
-    Of a loop over a slice: its last instruction, the key; its first; the number of its loads.
+    The loops over a slice, by their last instruction: the first one, and the number of loads.
     """
     edges, loops = [], {}
     for i, instruction in enumerate(code.instructions):

@@ -20,9 +20,9 @@ USUAL = {
 
 
 def taking_part(suite: str, case: Case, chosen: Collection[str]) -> tuple[str, ...]:
-    """Return the keys of METHODS to measure in a case; `chosen`: Method.key's in options, if any.
+    """Return the keys of METHODS to measure in a case; `chosen`: the options' Method.keys, or none.
 
-    Of two methods with one key the later takes part; memory budgets usually do only in suite heads.
+    Of two methods with one key the later is measured; budgets, unless chosen, only in suite heads.
     """
     keys, names = chosen or USUAL.get(suite), {}
     for name, method in METHODS.items():

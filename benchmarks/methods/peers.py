@@ -227,7 +227,7 @@ def _no_cut_ce(case: Case) -> str | None:
 
 @on_heads("cut-cross-entropy", "Cut Cross-Entropy", _no_cut_ce, compiles=True, **_HARD)
 def _cut_ce(case: Case) -> Loss:
-    """Return the package's kernels on a GPU, ``torch.compile`` of its composition on a CPU."""
+    """Return Cut Cross-Entropy's kernels on a GPU, its ``torch.compile`` version on a CPU."""
     loss = import_module("cut_cross_entropy").linear_cross_entropy
     implementation = "cce" if case.device == "cuda" else "torch_compile"
     return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels, impl=implementation)
