@@ -34,7 +34,7 @@ DEFAULT = " (default: %(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status."""
+    """Run the command in `arguments` (None: in sys.argv); return the exit status of DESCRIPTION."""
     options = vars(make_parser().parse_args(arguments))
     command = options.pop("command")
     try:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+    """Return the parser of the command line; `command` is one of COMMANDS."""
     raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("python -m benchmarks", description=DESCRIPTION, **raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -20,13 +20,16 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "numerics.md"
 
 
 def errors(regime: str, v: int, dtype: torch.dtype, **keywords: Any) -> Tensor:
-    """Return errors in units: (3 parts, ours and eager, rows whose exact values are finite)."""
+    """Return the errors of loss, gradient in norm and its worst entry, each by ours and eager.
+
+    (3, 2, rows) in the units of `conditioning`; rows without finite exact values are left out.
+    """
     inputs, upstream = make_inputs(regime, ROWS, v, dtype), torch.linspace(0.6, 1.7, ROWS)
     truth, eager = truth_and_eager(inputs, upstream, **keywords)
     unit, info = conditioning(inputs, truth, upstream, KDOptions(**keywords)), torch.finfo(dtype)
     rounding = 0.0 if dtype == torch.float32 else info.eps / 2
     exact = torch.where(unit.clear, truth.grad, 0.0)  # (N, V), 0 if the sign is undetermined
-    # what such signs change in an entry, and the fixed step of subnormals of float16: (N,)
+    # (N,): what undetermined signs change in an entry, and the rounding of float16's subnormals
     step = unit.undetermined + info.smallest_normal * (info.eps / 2)
     in_norm = rounding * exact.norm(dim=1) + unit.grad + step * v**0.5
     by_element = rounding * exact.abs() + (unit.grad + step)[:, None]

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.cuda_executed``: what the CUDA kernel that reads each logit once executes.
+"""``python -m benchmarks.cuda_executed``: instructions of the CUDA kernel that reads logits once.
 
 The compiler's machine code of rows_cluster is run (see :mod:`.sass_machine`) on rows of a training
 step, with the parameters and the grid that launch.cu chooses, and every instruction that a warp
-executes is counted: prologue, new maxima, merges, exchange, gradient, ends. The losses and
-gradients that come out are compared with float64: code that is read wrongly gives wrong ones.
+executes is counted: prologue, new maxima, merges, exchange, gradient, ends. The resulting losses
+and gradients are compared with float64, since misread instructions would make them wrong.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .sass import disassemble, usage
 from .sass_machine import GLOBAL_BASE, Launch, Machine
 
 V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
-#: What a launch reads and writes, in the order of captured_launch.cu.
+#: The arrays that a launch reads and writes, in the order of captured_launch.cu.
 NAMES = ("student", "teacher", "grad", "labels", "w_hard", "w_soft", "hard", "soft", "stats")
-LAUNCH_SHAPE = struct.Struct("qiii4x")  # of csrc/cuda/launching.h, without its last field
-#: By the way in which the hard term's exponential is computed.
+LAUNCH_SHAPE = struct.Struct("qiii4x")  # that of launching.h, without its last field
+#: One for each way in which the hard term's exponential is computed, by label.
 TEMPERATURES = {"1": 1.0, "2": 2.0, "another": 3.0}
 
 
 def make_rows() -> tuple[Tensor, dict[str, Tensor]]:
-    """Return memory, and its parts by name: rows of a training step, and space for the results."""
+    """Return a buffer of bytes, a row for each of NAMES, and typed views of it by name."""
     random = np.random.default_rng(SEED)
     sides = torch.from_numpy(SPREAD * random.standard_normal((2, ROWS, V))).float().bfloat16()
     labels = torch.from_numpy(random.integers(0, V, ROWS))
@@ -48,7 +48,7 @@ def make_rows() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def plan(divergence: str, temperature: float, memory: Tensor, library: ctypes.CDLL) -> Launch:
-    """Return what launch.cu launches for the rows in memory."""
+    """Return how launch.cu launches a buffer's rows; RuntimeError unless by one rows_cluster."""
     addresses = {name: GLOBAL_BASE + i * memory.shape[1] for i, name in enumerate(NAMES)}
     if divergence == "none":
         addresses["w_soft"] = 0
@@ -62,7 +62,7 @@ def plan(divergence: str, temperature: float, memory: Tensor, library: ctypes.CD
 
 
 def check(divergence: str, temperature: float, rows: dict[str, Tensor]) -> None:
-    """Raise AssertionError unless losses and gradients are those of float64: code was misread."""
+    """Raise AssertionError if the results in `rows` differ from float64: code was misread."""
     student, teacher = rows["student"].double().requires_grad_(), rows["teacher"].double()
     soft = {"soft_weight": 0.0} if divergence == "none" else {"divergence": divergence}
     options = {"temperature": temperature, "reduction": "none", "return_parts": True, **soft}
@@ -79,14 +79,14 @@ def check(divergence: str, temperature: float, rows: dict[str, Tensor]) -> None:
 
 
 def compile_launcher(folder: Path) -> ctypes.CDLL:
-    """Return captured_launch.cu, compiled for the host."""
+    """Compile captured_launch.cu for the host into a folder; return the loaded library."""
     source, library = Path(__file__).with_name("captured_launch.cu"), folder / "captured_launch.so"
     compile_with_nvcc(source, library, "90a", "-shared", "-Xcompiler=-fPIC")
     return ctypes.CDLL(str(library))
 
 
 def compile_cluster(divergence: str, folder: Path) -> Path:
-    """Return the cubin of rows_cluster for bfloat16 on both sides and sm_90a."""
+    """Compile rows_cluster for sm_90a and bf16 sides into a folder; return the cubin's path."""
     kernel = ("rows_cluster", f"Divergence::{divergence}", "Dtype::bf16", "true")
     source = instantiate(folder / f"{divergence}.cu", [kernel])
     return compile_with_nvcc(source, folder / f"{divergence}.cubin", "90a", "-cubin")
@@ -95,9 +95,9 @@ def compile_cluster(divergence: str, folder: Path) -> Path:
 def execute(
     divergence: str, temperature: float, cubin: Path, library: ctypes.CDLL
 ) -> tuple[float, float]:
-    """Run a kernel on rows; return its warp instructions per element, times 32 lanes.
+    """Run and check a kernel; return its instructions per element, and those of the MUFU unit.
 
-    Then of these exponentials, logarithms and reciprocals: one kind of unit does them all.
+    A warp's instruction counts 32 times. MUFU: exponentials, logarithms and reciprocals.
     """
     (code,) = disassemble(cubin).values()
     memory, rows = make_rows()
@@ -109,7 +109,7 @@ def execute(
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table of the divergences and TEMPERATURES."""
     print("| divergence | hard term at T = | instructions | special | registers |")
     print("| :--- | :--- | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled by nvcc as the extension is. Needs no GPU."""
+"""Compile CUDA kernels with nvcc as the extension does. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .sass import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "mse", "none")  # of csrc/kd_math.h
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "mse", "none")  # csrc/kd_math.h's order
 NVCC_FLAGS = runpy.run_path(str(ROOT / "csrc" / "kernel_sources.py"))["NVCC_FLAGS"]
-#: Registers of each kernel at most; rows_cluster: as many as let three blocks of 256 threads share
-#: a multiprocessor, two for jsd. No instance spills.
+#: The most registers that a thread of each kernel may take; rows_cluster: those with which three
+#: blocks of 256 threads fit on a multiprocessor, two for jsd. No instance spills.
 REGISTERS = {"rows_general": 128, "rows_cluster": 80, "rows_cluster jsd": 128, "scale_rows": 48}
 
 
 def compile_with_nvcc(source: Path, output: Path, target: str, *flags: str) -> Path:
-    """Compile one file for one target ("90a") with the extension's flags; return the output."""
+    """Compile a file for a target ("90a") with the extension's flags; return `output`."""
     flags = (*NVCC_FLAGS, *flags, f"-arch=sm_{target}", f"-I{SOURCES}")
     run_tool("nvcc", *flags, str(source), "-o", str(output))
     return output
 
 
 def instantiate(file: Path, kernels: Iterable[tuple[str, ...]]) -> Path:
-    """Write a file that has only these kernels: name and template arguments, as C++ has them."""
+    """Write a source that instantiates kernels, (name, *template arguments) each; return `file`."""
     lines = ['#include "rows.cuh"', "using namespace fused_kd;"]
     for kernel, *arguments in kernels:
         name = f"fused_kd::{kernel}<{', '.join(arguments)}>"
@@ -36,7 +36,7 @@ def instantiate(file: Path, kernels: Iterable[tuple[str, ...]]) -> Path:
 
 
 def describe(mangled: str) -> tuple[str, int]:
-    """Return the kernel of a mangled name, and how many registers it may take."""
+    """Return a mangled name's kernel and the registers it may take; RuntimeError if not ours."""
     match = re.match(r"_ZN8fused_kd\d+(\w+?)I(?:LNS_10DivergenceE(\d)E)?LNS_5DtypeE", mangled)
     if match is None:
         raise RuntimeError(f"not a kernel of ours: {mangled}")

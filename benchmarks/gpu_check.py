@@ -1,13 +1,13 @@
-"""``python -m benchmarks.gpu_check``: builds, tests, measures and checks the memory on a GPU.
+"""``python -m benchmarks.gpu_check``: build, test, measure and check memory accesses on a GPU.
 
-Two runs, so that what the first shows can be mended before the second (--run first, --run second;
-both without it): PARTS below, the most informative first. Each part is a process of its own with a
-time limit; one that fails, hangs or loses the device does not stop the next. A part that needs less
-than its time leaves the rest to the later ones of its run.
+There are two runs, so that what the first shows can be mended before the second (--run first, --run
+second; without the option both). Each runs its PARTS below, the most informative first. A part is a
+separate process with a time limit; one that fails, hangs or loses the device does not stop the
+next. A part that ends early leaves the rest of its time to the later ones of its run.
 
-Left in --output, written as it comes: gpu_check.log (all output), and the results of each suite,
-<part>.jsonl. The console shows a part's output when it has ended. --device cpu runs all of it at
-tiny sizes, the CPU's backend standing in.
+Written to --output as it comes: gpu_check.log (all output), and the results of each suite,
+<part>.jsonl. The console shows a part's output when it has ended. --device cpu runs all parts at
+tiny sizes with the CPU's backend.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 FIRST, SECOND = "first", "second"
 PROCESSORS = os.cpu_count() or 1
-#: Triton's cache, from the folder of the repository; gpu_cache.py fills it beforehand.
+#: Triton's cache, relative to the repository; gpu_cache.py fills it beforehand.
 CACHE = "out/gpu_cache"
-#: The tests marked gpu besides the smoke, the most informative first.
+#: Files of tests marked gpu other than the smoke test, the most informative first.
 TESTS = ("test_gpu", "test_gpu_running", "test_gpu_heads")
-#: Seconds kept for a part that ends by itself before it is ended, and the least that a part gets.
+#: Seconds between the time that a part is given and its being killed; the least that a part gets.
 GRACE, LEAST = 6.0, 10.0
-#: Lines of a part's output that are repeated in the report, and how many at most.
+#: Beginnings of output lines that the report repeats, and the most lines it repeats of a part.
 NOTED, MOST = ("FAILED", "ERROR", "==ERROR==", "========= ERROR", "LEFT OUT", "SKIPPED"), 40
-#: A part whose command has one of these words is skipped where there is no such program.
+#: A part whose command has one of these words is skipped if no program has that name; none is GPU.
 TOOLS = ("GPU", "ncu", "compute-sanitizer", "nvidia-smi")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part; {python}, {device}, {seconds}, {output} and FIELDS are filled in in its command."""
+    """A process; {python}, {device}, {seconds}, {output} and FIELDS are filled into its command."""
 
     name: str
-    run: str
-    seconds: float  # of the run that it is meant to have
-    backend: str  # under test
+    run: str  # FIRST, SECOND, or "": before both
+    seconds: float  # that it should take, before --minutes scales them
+    backend: str  # under test; "" if the command itself chooses
     command: str
 
 
@@ -76,7 +76,7 @@ _SUITE += "--output {output} --peers"
 _HEADS = "kdloss-heads kdloss-heads-1024"
 _OURS = "kdloss kdloss-inplace kdloss-forward kdloss-triton kdloss-heads kdloss-heads-triton eager"
 _REAL, _TINY = "--n 8192 --repeats 10 --seconds-each 2", "--n 5 --repeats 2 --dtype bf16 --v 33"
-# racecheck does not follow barriers that bulk copies complete: it is left to the emulator
+# no racecheck, which does not follow barriers that bulk copies complete: the emulator finds races;
 # without torch's cache, which would hide a use after a free
 _SANITIZER = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 "
 _SANITIZER += "compute-sanitizer --error-exitcode 97 --print-limit 20 --tool"
@@ -84,7 +84,7 @@ _SLICES = max(1, PROCESSORS // 2)
 _SLICED = f"seq 0 {_SLICES - 1} | xargs -P {_SLICES} -I% env GPU_CHECK_SLICE=%/{_SLICES}"
 _SLICED = f"bash -c '{_SLICED} \"$@\"' -"
 _PLANTED = "bash -c '\"$@\" {python} tests/gpu_planted.py; test $? = 97' -"
-#: What commands leave to the device; {gpu}: without one the part is skipped.
+#: Fields of commands that depend on the device; {gpu} skips a part without a GPU.
 FIELDS = {
     "cuda": {
         "gpu": "",
@@ -131,7 +131,7 @@ ENVIRONMENT = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts; return 0 if none failed, else 1."""
+    """Run the chosen parts; print and log a report; return 0 if none failed, else 1."""
     options = _parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     log = options.output / "gpu_check.log"
@@ -171,7 +171,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
-    """Run a part; return its lines of the report, the first of which says how it went."""
+    """Run a part for at most `limit` seconds, append its output to `log`; return report lines."""
     seconds, begin = max(1.0, limit - GRACE), time.monotonic()
     results = log.with_name(f"{part.name}.jsonl")
     results.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ def run_part(part: Part, device: str, limit: float, log: Path) -> list[str]:
             status = None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # those that it started, too
+                os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
             process.wait()
     output = log.read_bytes()[start:].decode(errors="replace")
     went = {0: "passed", None: "failed, it had to be ended"}.get(status, f"failed with {status}")
@@ -220,7 +220,7 @@ def _environment(part: Part, device: str, seconds: float) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": CACHE,
     }
-    if device == "cuda" and "FUSED_KD_CUDA_OBJECTS" not in environment:  # they have a stamp
+    if device == "cuda" and "FUSED_KD_CUDA_OBJECTS" not in environment:  # objects have a stamp
         major, minor = torch.cuda.get_device_capability()
         environment.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
     return environment

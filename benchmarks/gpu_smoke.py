@@ -1,8 +1,8 @@
-"""Is every kernel right at every size of a cluster? The cases of tests/test_gpu_smoke.py.
+"""Check every kernel at every size of a cluster: the cases of tests/test_gpu_smoke.py.
 
 Each divergence, pair of dtypes and number of blocks is compared with the float64 reference: the
-losses of the rows, every way to the gradient, and the margins of NaN around the logits, which
-nothing may write.
+losses of the rows, every way to the gradient, and the margins of NaN around the logits, which must
+stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from fused_kd.testing import DTYPES, Inputs, evaluate
 
 from .problems import Output
 
-#: Vocabularies whose rows take this many blocks of a cluster, with 228 KiB of shared memory in a
-#: multiprocessor (H100, H200, B200) and both sides of that dtype; 0: no cluster holds them. Many
-#: blocks first: that they wait for each other is what no emulation can vouch for.
+#: Vocabularies, by the dtype of both sides and by the blocks of a cluster that hold a row, with 228
+#: KiB of shared memory on a multiprocessor (H100, H200, B200); 0: no cluster holds it. Many blocks
+#: first: blocks that wait for each other are what no emulation can vouch for.
 LADDER = {
     "bf16": {0: 1_000_000, 16: 262_144, 8: 151_936, 4: 50_257, 2: 32_000, 1: 1003},
     "fp32": {0: 262_144, 16: 151_936, 8: 50_257, 4: 32_000, 2: 16_001, 1: 1024},
 }
-#: Less than a vector. Where pairs of dtypes are tried: rows that are aligned, and that are not.
+#: A vocabulary of less than a vector; those of pairs of dtypes: rows aligned, and not.
 SHORT, MIXED = 7, (8_008, 8_003)
-#: The same without a GPU.
+#: LADDER and MIXED without a GPU.
 TINY, TINY_MIXED = {"bf16": {2: 70, 1: 33}, "fp32": {2: 70, 1: 33}}, (40, 41)
 ROWS = 3
 #: Relative errors beyond which something is wrong: of losses, and of gradients in norm by dtype.
 #: Rounding once gives at most 2^-9 of an entry in bfloat16, 2^-12 in float16.
 WRONG_LOSS, WRONG = 5e-5, {"fp32": 2e-5, "bf16": 6e-3, "fp16": 1e-3}
-#: float16's gradients need a loss scale, or they fall below its numbers.
+#: By the student's dtype: float16's gradients need a loss scale, or they underflow.
 SCALE = {"fp16": 4096.0}
 
 
 class Case(NamedTuple):
-    """Three rows of one kind, the first of them ignored; odd V: not aligned, labels smoothed."""
+    """Three rows, the first ignored; if V is odd, not aligned and with label smoothing."""
 
     divergence: str
     student: str  # keys of DTYPES
@@ -56,10 +56,7 @@ class Case(NamedTuple):
 
 
 def cases(device: str) -> list[Case]:
-    """Return all cases, ordered so that the first few tell most.
-
-    Every number of blocks with one divergence, every pair of dtypes, then the other divergences.
-    """
+    """Return all cases, the most informative first; tiny ones unless the device is "cuda"."""
     ladder, mixed = (LADDER, MIXED) if device == "cuda" else (TINY, TINY_MIXED)
     sizes = [(x, x, v) for x, rungs in ladder.items() for v in (*rungs.values(), SHORT)]
     pairs = list(product(DTYPES, DTYPES))
@@ -71,7 +68,7 @@ def cases(device: str) -> list[Case]:
 
 
 def measure(case: Case, backend: str, device: str) -> dict[str, float]:
-    """Return the errors of a case, as shares of what is allowed, by what was computed."""
+    """Return a case's errors by what was computed, as shares of what is allowed; over 1: wrong."""
     student, teacher, labels, weight = inputs = make(case, device)
     double = Inputs(student.double().cpu(), teacher.double().cpu(), labels.cpu())
     exact = evaluate(kd_loss, double, weight.cpu(), backend="reference", **case.keywords)
@@ -90,11 +87,10 @@ def measure(case: Case, backend: str, device: str) -> dict[str, float]:
 def compute(
     student: Tensor, teacher: Tensor, labels: Tensor, weight: Tensor, **keywords: Any
 ) -> Iterator[tuple[str, Tensor, float]]:
-    """Yield the losses of the rows, and every way to the gradient of their weighted sum.
+    """Yield (name, value, factor): rows' losses, then their weighted sum's gradient times `factor`.
 
-    Each as its name, the value, and the factor that it has. The gradient times 1 is made in the
-    forward; times 2 that is scaled, times 0.3 it is computed again from the logits, since rounding
-    twice would show. In place it is written over the student's logits.
+    Times 1 the gradient is computed in the forward; times 2 that one is scaled; times 0.3 it is
+    computed again, since rounding twice would show. In place it overwrites `student`.
     """
     with torch.no_grad():
         yield "losses", kd_loss(student, teacher, labels, reduction="none", **keywords), 1.0
@@ -103,7 +99,7 @@ def compute(
     yield "gradient of rows", rows.grad, 1.0
     keywords = {"reduction": "sum", "token_weight": weight, **keywords}
     ways = [(False, 1.0), (False, 2.0), (False, 0.3)]
-    if keywords["backend"] != "triton":  # compiles for each of them, which the tests have too
+    if keywords["backend"] != "triton":  # would compile each; the tests have them too
         ways += [(False, 0.7, 0.4), (True, 0.3)]
     for inplace, *factors in ways:
         logits = Output.apply(student.detach().requires_grad_())
@@ -115,7 +111,7 @@ def compute(
 
 
 def make(case: Case, device: str) -> tuple[Tensor, ...]:
-    """Return student, teacher, labels and weights; NaN are before, between and behind the rows."""
+    """Return student, teacher, labels and weights; NaNs are before, between and after the rows."""
     draw, offset, sides = torch.Generator().manual_seed(case.v), case.v % 2, []
     stride = (case.v + 31) // 16 * 16 + offset
     for dtype in (DTYPES[case.student], DTYPES[case.teacher]):

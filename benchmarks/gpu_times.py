@@ -1,9 +1,9 @@
-"""``python -m benchmarks.gpu_times operators|launch``: where the time of a call goes.
+"""``python -m benchmarks.gpu_times operators|launch``: time operators, or launch some to profile.
 
-operators: each operator over the time of a copy. The lower bound is its traffic in (N, V) matrices
-at the bandwidth of a copy, timed first: three for a gradient (two reads, one write), two for a
-forward alone. An operator that has nothing to do is compared with the three that it does not move.
-launch: four kernels for a profiler; nothing is measured.
+operators: prints each call's time and its ratio to a lower bound, the traffic in (N, V) matrices at
+the bandwidth of a copy: three for a gradient (two reads, one write), two for a forward alone. An
+operator that has nothing to do is compared with the three that it does not move.
+launch: launches four kernels of each backend for a profiler; measures nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .measuring import clock
 from .methods import one_line
 from .problems import LogitsProblem
 
-#: What is measured, in this order: a row of 50257 entries begins at any address.
+#: Dtypes and vocabularies, in the order of measuring; rows of 50257 entries are not aligned.
 BF16 = [("bf16", v) for v in (151_936, 32_000, 262_144, 50_257, 128_256)]
 SIZES = [BF16[0], ("fp32", 151_936), *BF16[1:3], ("fp32", 262_144), *BF16[3:]]
 ROWS, TINY, FEW_ROWS = 8192, [("bf16", 33), ("fp32", 33)], 5
@@ -36,11 +36,11 @@ ROWS, TINY, FEW_ROWS = 8192, [("bf16", 33), ("fp32", 33)], 5
 REPEATS, WARM_UP = 10, 2
 COPY, BOTH = "copy of a matrix", "forward_backward"
 
-Calls = dict[str, tuple[int, Callable[[], object]]]  # by name: matrices that it has to move, call
+Calls = dict[str, tuple[int, Callable[[], object]]]  # by name: matrices moved, call
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the measurement; return 1 if a call failed."""
+    """Measure on GPU_CHECK_DEVICE with GPU_CHECK_BACKENDS; return 1 if a call failed, else 0."""
     parser = argparse.ArgumentParser("gpu_times", description=__doc__)
     parser.add_argument("what", choices=("operators", "launch"))
     what, read = parser.parse_args(arguments).what, os.environ.get
@@ -61,10 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool]:
-    """Measure a copy, whole calls, and all operators; of later divergences forward_backward alone.
+    """Print each call's time, ratio to the lower bound, and bandwidth; yield whether it succeeded.
 
-    Yields whether a call succeeded; prints its time, how many times as long as the lower bound that
-    is, and the bandwidth.
+    Calls: a copy, KDLoss, and all operators; of later divergences forward_backward alone.
     """
     size = f"{backend} {case.dtype} V={case.v}"
     try:
@@ -108,7 +107,7 @@ def _time(backend: str, case: Case, divergences: Sequence[str]) -> Iterator[bool
 
 
 def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -> Calls:
-    """Return calls of the operators of a backend on logits (N, V)."""
+    """Return calls of a backend's operators on logits (N, V), which they do not overwrite."""
     n, v = student.shape
     labels = torch.arange(n, device=student.device) % v
     weight = torch.full((n,), 0.5 / n, device=student.device)

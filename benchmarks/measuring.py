@@ -1,4 +1,4 @@
-"""Seconds of a call, its peak of memory, and the machine."""
+"""Measure the seconds of a call and its peak of memory; describe the machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Call = Callable[[], object]
 #: Clock cycles for which a GPU is kept busy before a timed call (about a millisecond): the host
 #: gets ahead, so that the time is the device's and not that of launching.
 HEAD_START = 2_000_000
-#: The distributions that the peers come from.
+#: The distributions that have the peers' losses.
 PEERS = {"liger-kernel", "trl", "torchtune", "nvidia-modelopt", "flash-linear-attention"}
 PEERS |= {"cut-cross-entropy"}
 
 
 def clock(call: Call, device: str) -> float:
-    """Return the seconds of a call, by the host's clock or by events of the GPU."""
+    """Return the seconds of one call, by the host's clock ("cpu") or else by events of the GPU."""
     if device == "cpu":
         return timeit.timeit(call, number=1)  # without garbage collection
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -40,9 +40,9 @@ def clock(call: Call, device: str) -> float:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Return the peak of what the allocator had allocated during a call, beyond the level before.
+    """Return the most bytes that were allocated during a call, beyond those allocated before it.
 
-    Give it a call that has been made before, or what is allocated once counts too.
+    Pass a call that has run before; otherwise what is allocated only once counts too.
     """
     if device == "cpu":
         return cpu_peak(call).highest
@@ -57,7 +57,7 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Return what a figure depends on besides the code."""
+    """Return what results depend on: device, threads, versions, commit, load."""
     facts, info = report(), extension.cpu.build_info() or {}
     processor = facts["processor"]["name"]
     git = f"git -C {Path(__file__).parent} describe --always --exclude='*' --dirty=' and changes'"

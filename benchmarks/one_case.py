@@ -1,4 +1,4 @@
-"""One case of a suite, measured: for each method, is it right, how large, how fast."""
+"""Measure one case of a suite: the errors, memory and time of each method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from math import inf
 from typing import Any
 
-# What eager needs at large sizes leaves no memory for fragments on a GPU.
+# At large sizes eager torch leaves no GPU memory for fragmentation.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
@@ -24,12 +24,12 @@ from .measuring import Call, clock, peak_bytes
 from .methods import FORWARD, METHODS, Loss, Method, after_heads, one_line
 from .problems import PROBLEMS, Problem, loss_and_gradients
 
-#: A line of a file of results; docs/benchmarks.md lists the fields.
+#: A line of a result file; docs/benchmarks.md lists the fields.
 Record = dict[str, Any]
 SCHEMA = 5
 #: Relative errors beyond which a method is wrong.
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
-#: Repeats at least; if a call takes more seconds than LONG, two.
+#: The fewest repeats of a call; two if it takes more than LONG seconds.
 LEAST_REPEATS, LONG = 3, 5.0
 
 
@@ -46,11 +46,11 @@ class Task:
     end: float = inf  # time.time() after which nothing is begun
 
     def record(self, kind: str, **fields: Any) -> Record:
-        """Return a record of the case."""
+        """Return a record of the case; kind: "bound", "result" or "done"."""
         return {"schema": SCHEMA, "kind": kind, "suite": self.suite, "case": self.case, **fields}
 
     def result(self, name: str, status: str, why: str = "", **measured: Any) -> Record:
-        """Return the record of a method."""
+        """Return the record of a method (a key of METHODS); what was not measured is empty."""
         method = METHODS[name]
         about = {x: getattr(method, x) for x in ("title", "is_ours", "nearest")}
         about |= {"method": method.key, "status": status, "why": why}
@@ -59,37 +59,37 @@ class Task:
 
 
 class Rejected(Exception):
-    """Raised with the status and the reason of a method that is not measured further."""
+    """Raised, with a status and a reason, if a method is not measured further."""
 
 
 @dataclass(eq=False)
 class Turn:
-    """A method in a case, measured so far."""
+    """A method in a case, and what was measured of it so far."""
 
     name: str  # in METHODS; "": the lower bound
-    steps: Any = None  # an iterator
+    steps: Any = None  # an iterator; each item is a finished step
     fields: dict[str, Any] = field(default_factory=dict)  # of its record
-    repeats: int = 0  # that are wanted
+    repeats: int = 0  # wanted; 0 until one call was timed
     seconds: list[float] = field(default_factory=list)
 
     def time(self) -> dict[str, Any]:
-        """Return the "time" of its record."""
+        """Return the "time" of its record, from at least one repeat."""
         seconds = torch.tensor(self.seconds, dtype=torch.float64)
         low, median, high = (seconds.quantile(x).item() for x in (0.25, 0.5, 0.75))
         return {"median_s": median, "quartiles_s": [low, high], "repeats": len(self.seconds)}
 
 
 def measure(task: Task) -> Iterator[Record | str]:
-    """Measure one case; yield its records, and before each step the key of the method that runs.
+    """Measure one case; yield its records, and before each step the method's key in METHODS.
 
-    A case that the clock cut off has no record "done": another run completes it.
+    The key of the lower bound is "". A case without a record "done" (time was up) can be resumed.
     """
     problem, turns = PROBLEMS[task.case.level](task.case), [Turn(name) for name in task.methods]
     for turn in turns:
         turn.steps = _steps(task, problem, turn)
 
     def attempt(turn: Turn) -> Iterator[Record | str]:
-        """Run the next step of a method; yield its key, and its record if it cannot go on."""
+        """Yield a method's key, run its next step; if that fails, drop it and yield its record."""
         yield turn.name
         try:
             if turn.name and not turn.repeats and time.time() > task.end:
@@ -99,7 +99,7 @@ def measure(task: Task) -> Iterator[Record | str]:
             ending = rejected.args
         except torch.OutOfMemoryError:
             ending = "no memory", "the GPU's memory does not suffice"
-        except Exception as error:  # of a peer, of a compiler: the others continue
+        except Exception as error:  # of a peer or a compiler; other methods continue
             ending = "failed", one_line(error)
         finally:
             problem.restore()
@@ -110,7 +110,7 @@ def measure(task: Task) -> Iterator[Record | str]:
             yield task.result(turn.name, *ending, **turn.fields)
 
     for _ in ("check", "prepare"):
-        # what was compiled for a few rows may be dynamic now, and more sizes would run eagerly
+        # what was compiled for a few rows may become dynamic, and too many sizes run eagerly
         if any(METHODS[turn.name].compiles for turn in turns):
             torch.compiler.reset()
         for turn in list(turns):
@@ -132,7 +132,7 @@ def measure(task: Task) -> Iterator[Record | str]:
     for turn in turns:
         method, seconds = METHODS[turn.name], turn.time()
         if bound is not None and not method.nearest:
-            own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # writes no gradient
+            own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # it writes no gradient
             turn.fields["bound_share"] = own / seconds["median_s"]
         yield task.result(turn.name, "measured", time=seconds, **turn.fields)
     if not is_late:
@@ -140,13 +140,13 @@ def measure(task: Task) -> Iterator[Record | str]:
 
 
 def in_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """Return each its wanted number of times, evenly spread, as A B C A B C, to average drift."""
+    """Return each turn `repeats` times, evenly spread as A B C A B C, which averages drift."""
     places = [((k + 0.5) / turn.repeats, turn) for turn in turns for k in range(turn.repeats)]
     return [turn for _, turn in sorted(places, key=lambda place: place[0])]
 
 
 def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
-    """Compare a method with float64; measure memory and one call; repeat the call."""
+    """Fill in `turn`: errors; memory, one call; each repeat. Yields after each; raises Rejected."""
     method, device, level = METHODS[turn.name], task.case.device, task.case.level
     case = replace(task.case, level=method.level)
     if (why := method.why_not(case)) is not None:
@@ -168,7 +168,7 @@ def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
 
 
 def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
-    """Measure a call once, which must not exceed the limit; then once in each of its turns."""
+    """Measure a call to set turn.repeats (Rejected if over the limit), then once in each step."""
     seconds, limit = clock(call, task.case.device), task.limit_seconds
     if seconds > limit and turn.name:
         raise Rejected("no time", f"a call took {seconds:.3g} s, the limit is {limit:g} s")
@@ -180,9 +180,9 @@ def _repeat(task: Task, turn: Turn, call: Call) -> Iterator[None]:
 
 
 def errors(problem: Problem, method: Method, loss: Loss) -> dict[str, float | None]:
-    """Return relative errors on a few rows: of the loss, and of the worst gradient in norm.
+    """Return relative errors on a few rows: "loss", and "gradients", the largest in norm.
 
-    Infinity: no number. None: not compared (it has no gradient, or its loss another constant).
+    Infinity if not finite; None if not compared (no gradient, or a loss with another constant).
     """
     student, teacher, labels = problem.few()
     double = student.to(torch.float64), teacher.to(torch.float64), labels

@@ -13,7 +13,7 @@ from pandas import DataFrame
 
 from .tables import MIB, bound_title, unit_of
 
-#: Okabe and Ito's colours, distinct for colour-blind readers too; ours are the blues.
+#: By the beginning of a method's key: Okabe and Ito's colours, for colour-blind readers too.
 COLOURS = {
     "kdloss-heads": "#56b4e9",
     "kdloss": "#0072b2",
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def of_sweeps(groups: Sequence[DataFrame], size: str, note: str) -> str:
-    """Return an SVG of sweeps, a row each: time and memory, a line for each method."""
+    """Return an SVG: for each sweep over the column `size` its time and memory; a note below."""
     with rc_context(SETTINGS):
         figure = Figure((14, 4.4 * len(groups)), layout="constrained")
         axes = figure.subplots(len(groups), 2, squeeze=False)

@@ -1,4 +1,4 @@
-"""The sides and labels of a case, that a method is called with."""
+"""The student, teacher and labels that the methods of a case are called with."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .cases import HEADS, LOGITS, STEP, Case
 from .measuring import Call
 from .methods import Loss
 
-#: Rows on which a method is compared with float64; with heads, because that multiplies whole
-#: weights, also the largest number of vocabulary entries.
+#: The most rows on which a method is compared with float64; of heads, whose whole weights are
+#: multiplied, also the most vocabulary entries.
 CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
-#: Of a training step: at most the tokens of a sequence, the entries of an attention head at least.
+#: In a training step: the most tokens of a sequence, the fewest entries of an attention head.
 LENGTH, HEAD = 128, 64
 
 Arguments = tuple[Side, Side, Tensor]  # student, teacher, labels
@@ -32,12 +32,12 @@ class LowerBound(NamedTuple):
 
     name: str  # copy or products
     call: Call
-    times: float = 1.0  # of the call's seconds: what the case takes at least
-    why: str = ""  # it is not in the case's dtype
+    times: float = 1.0  # the bound in seconds of the call
+    why: str = ""  # if the call is not in the case's dtype
 
 
 class Output(torch.autograd.Function):
-    """Logits in their own memory as the output of a layer: they may be overwritten."""
+    """The identity, without a copy: makes logits a layer's output, which a loss may overwrite."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -51,9 +51,9 @@ class Output(torch.autograd.Function):
 def loss_and_gradients(
     loss: Loss, student: Side, teacher: Side, labels: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return a loss and its gradients by the student's tensors; none if it is attached to no graph.
+    """Return a loss, then its gradients by the student's tensors; only the loss if it has no graph.
 
-    Logits are the output of an autograd node, as a model's are, so they may be overwritten.
+    Logits are passed as an autograd node's output, as a model's are: the loss may overwrite them.
     """
     tensors = student[:2] if isinstance(student, Head) else (student,)
     leaves = [x.detach().requires_grad_() for x in tensors]
@@ -62,13 +62,13 @@ def loss_and_gradients(
 
 
 class Problem:
-    """What the problems share; `arguments` returns those of a loss, all or of the first rows."""
+    """What problems share; `arguments(rows=None)` returns a loss's arguments; None: of all rows."""
 
     case: Case
     arguments: Callable[..., Arguments]
 
     def few(self) -> Arguments:
-        """Return copies of a few rows, on which methods are compared with float64."""
+        """Return few rows (heads: few vocabulary entries) to find errors on; logits are copied."""
         student, teacher, labels = self.arguments(CHECKED_ROWS)
         if not isinstance(student, Head):
             return student.clone(), teacher.clone(), labels
@@ -79,14 +79,14 @@ class Problem:
         return student, teacher, labels[rows] % entries
 
     def call(self, loss: Loss) -> Call:
-        """Return forward and backward of the whole public call; the gradients are dropped."""
+        """Return a call of the loss, forward and backward, on all rows."""
         return partial(loss_and_gradients, loss, *self.arguments())
 
     def restore(self) -> None:
-        """Undo what a call may have written over its inputs: nothing of heads."""
+        """Restore inputs that a call may have overwritten; heads never are."""
 
     def lower_bound(self) -> LowerBound | None:
-        """Return None: of a training step no simple call is a lower bound."""
+        """Return a call that no method can be faster than; None: a training step has none."""
 
 
 class LogitsProblem(Problem):
@@ -105,12 +105,12 @@ class LogitsProblem(Problem):
         self._student.copy_(self._original)
 
     def lower_bound(self) -> LowerBound:
-        """Return a copy, which moves two of the three matrices."""
+        """Return a copy, which moves two matrices, while the loss moves three: 1.5 times."""
         return LowerBound("copy", lambda: self._student.copy_(self._teacher), 1.5)
 
 
 class HeadsProblem(Problem):
-    """Hidden states and heads of both models; logits of standard deviation 2."""
+    """Hidden states and heads of both models, whose logits have standard deviation 2."""
 
     def __init__(self, case: Case) -> None:
         self.case, generator = case, torch.Generator(case.device).manual_seed(0)
@@ -128,8 +128,8 @@ class HeadsProblem(Problem):
     def lower_bound(self) -> LowerBound:
         """Return the four products of whole matrices, one after the other.
 
-        In float32 if the processor emulates those of 16 bits, which take 14 times as long. The
-        student's logits stand in for their gradient: they have its shape.
+        In float32 if the processor would emulate products of 16 bits, which take 14 times as long.
+        The student's logits replace their gradient, which has the same shape.
         """
         dtype, why = self.case.dtype, ""
         sets = (extension.cpu.build_info() or {}).get("instruction_sets", {})
@@ -148,7 +148,7 @@ class HeadsProblem(Problem):
 
 
 class StepProblem(Problem):
-    """Student, frozen teacher, one batch, and AdamW; a loss takes Heads."""
+    """Student, frozen teacher, one batch and AdamW; a loss takes Heads, a call makes an update."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -160,7 +160,7 @@ class StepProblem(Problem):
         self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-5, fused=True)
 
     def arguments(self, rows: int | None = None) -> Arguments:
-        """Return what the models compute of the batch; with `rows` of its first sequence."""
+        """Return the models' Heads and labels of the batch; with `rows`, of its first sequence."""
         ids = self._ids if rows is None else self._ids[:1]
         models = self._student, self._teacher
         student, teacher = (Head(body(ids).flatten(0, 1), head.weight) for body, head in models)
@@ -176,7 +176,7 @@ class StepProblem(Problem):
 
 
 def _model(case: Case, hidden: int, layers: int) -> nn.ModuleList:
-    """Return embedding with transformer layers, and a head that the loss applies, or the step."""
+    """Return [embedding and transformer layers, lm_head]; `hidden` is the hidden size."""
     heads = math.gcd(hidden, max(1, hidden // HEAD))
     options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(hidden, heads, 4 * hidden, **options)

@@ -1,7 +1,7 @@
 """The commands that read results: plot, compare, publish.
 
-README and the picture are of the last machine by the names of its files, cpu_avx2 before
-cpu_avx512 before gpu; docs/benchmarks.md has all of them, the last one first.
+README and the picture show the machine whose files come last by name (cpu_avx2, cpu_avx512, gpu);
+docs/benchmarks.md shows all machines, the last one first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .one_case import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCUMENT, PICTURE = "README.md", "docs/benchmarks.md", "docs/benchmarks.svg"
-#: What README and the picture show of both suites, next to the fastest peer and the lower bound.
+#: Methods that README and the picture show of a suite, with the fastest peer and the lower bound.
 SHOWN = {LOGITS: [IN_PLACE, KDLOSS, "compile", "eager"], HEADS: [WITH_HEADS, "compile", "eager"]}
 USUAL = "n == 512 and temperature == 2.0 and divergence == 'forward_kl'"
 SIZE = "v == 128256 and dtype in ('bf16', 'fp32')"
@@ -30,7 +30,7 @@ _filled = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyp
 
 
 def plot(files: Sequence[Path], output: Path) -> int:
-    """Write a page and pictures of files of one machine and version, and print their names."""
+    """Write a page and pictures to `output`, print their paths; ValueError if machines differ."""
     records = runner.read(*files)
     first, *others = [x["environment"] for x in records if x["kind"] == "run"]
     for other in others:
@@ -50,7 +50,7 @@ def plot(files: Sequence[Path], output: Path) -> int:
 
 
 def compare(files: Sequence[Path], tolerance: float) -> int:
-    """Print what changed from the first file to the others; return 1 if there is a regression."""
+    """Print changes since the first file; return 1 if any regressed or nothing is comparable."""
     before, *after = [runner.read(path) for path in files]
     for records in after:
         different = runner.differences(*map(runner.environment, (before, records)))
@@ -66,7 +66,7 @@ def compare(files: Sequence[Path], tolerance: float) -> int:
 
 
 def publish(root: Path = ROOT) -> int:
-    """Write the documents from all results; git shows what changed."""
+    """Replace the tables of README and docs, and the picture, from benchmarks/results; return 0."""
     machines: dict[tuple[str, ...], list[Record]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.jsonl")):
         facts = runner.environment(records := runner.read(path))
@@ -92,13 +92,13 @@ def publish(root: Path = ROOT) -> int:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """Return what the figures depend on, in a line."""
+    """Return a line that names the machine, threads, versions and commit of an environment."""
     text = "{device}, {threads} threads, {instruction_set}, torch {torch}, commit {commit}"
     return text.format_map(environment)
 
 
 def page(records: Sequence[Record]) -> str:
-    """Return everything about a machine's results in Markdown."""
+    """Return a machine's results in Markdown: every sweep of every suite, and the faster peers."""
     results = tables.frame(records)
     parts = [f"### {machine(runner.environment(records))}"]
     for suite, rows in results.groupby("suite", sort=False):
@@ -111,7 +111,7 @@ def page(records: Sequence[Record]) -> str:
 
 
 def headline(results: DataFrame, facts: dict[str, Any]) -> str:
-    """Return a sentence: ours in place against plain torch, in bfloat16."""
+    """Return README's sentence on time and memory of KDLoss and plain torch, logits in bfloat16."""
     rows = results.query(f"suite == '{LOGITS}' and {USUAL} and {SIZE} and dtype == 'bf16'")
     rows = rows.set_index("method").loc[SHOWN[LOGITS]]
     units = [(x, *tables.unit_of(x)) for x in rows.seconds]
@@ -128,7 +128,7 @@ def headline(results: DataFrame, facts: dict[str, Any]) -> str:
 
 
 def readme(results: DataFrame, note: str) -> str:
-    """Return a table for each suite: ours, plain torch, the fastest peer and the lower bound."""
+    """Return README's table of each suite: ours, plain torch, fastest peer; `note`: machine."""
     about = "Forward + backward, `forward_kl` + cross-entropy, T = 2; MiB: the peak beyond the"
     parts = [_filled(f"{note}. {about} inputs.")]
     for suite, title in ((LOGITS, "From logits"), (HEADS, "From hidden states")):
@@ -142,14 +142,14 @@ def readme(results: DataFrame, note: str) -> str:
 
 
 def best_peer(results: DataFrame) -> list[str]:
-    """Return the fastest that is not plain torch and computes the same, in float32 if possible."""
+    """Return [key] of the fastest peer with the same loss, in float32 if possible; else []."""
     peers = results.query("not is_ours and nearest == '' and seconds == seconds")
     peers = peers[~peers.method.isin(("eager", "compile", "checkpoint"))]
     return list(peers.sort_values(["dtype", "seconds"], ascending=[False, True]).method[:1])
 
 
 def shown_sweeps(results: DataFrame) -> list[DataFrame]:
-    """Return what the picture shows: by suite the sweep over V with most times."""
+    """Return the results that the picture shows: of each suite the sweep with the most times."""
     shown = []
     for suite, keys in SHOWN.items():
         rows = results.query(f"suite == '{suite}' and {USUAL}").dropna(subset="seconds")

@@ -1,4 +1,4 @@
-"""Runs cases one after the other, each in a child process; writes, reads and resumes files."""
+"""Run cases one after the other, each in a child process; write, read and resume result files."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .measuring import environment as environment_of
 from .methods import METHODS, one_line, taking_part
 from .one_case import SCHEMA, Record, Task, measure
 
-#: What must be the same for results to be in one file: the machine and the versions.
+#: Fields of an environment that must be equal within a result file: machine and versions.
 SAME = "device", "processor", "instruction_set", "threads", "platform"
 SAME += "torch", "fused_kd", "commit"
-INTERRUPTED = 130
-#: A process is ended after PATIENCE times the limit of a call, and the seconds of a compilation.
+INTERRUPTED = 130  # the exit status
+#: A child is killed if it sends nothing for PATIENCE limits of a call, plus COMPILATION seconds.
 PATIENCE, COMPILATION = 4, 180
 
 
 def read(*paths: Path) -> list[Record]:
-    """Return the records of result files, without a last line that was cut off; check them."""
+    """Return the records of files, but no last line that was cut off; ValueError if malformed."""
     records = []
     for path in paths:
         *lines, _ = path.read_text().split("\n")
@@ -53,12 +53,12 @@ def read(*paths: Path) -> list[Record]:
 
 
 def environment(records: Iterable[Record]) -> dict[str, Any]:
-    """Return what the figures of the last run depend on."""
+    """Return the environment of the last run in the records."""
     return [record for record in records if record["kind"] == "run"][-1]["environment"]
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return in what two environments differ that must be the same.
+    """Return a text for each field, or version of a peer, in which two environments differ.
 
     A peer that is installed in one of them alone is no difference.
     """
@@ -69,9 +69,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
-    """Yield a task for each case of ``run`` that the records do not have complete.
+    """Yield a task for each case that lacks records; ValueError for an unknown suite.
 
-    With all methods that they have in the case: the times of two runs cannot be compared.
+    It measures again what the records have of its case: times of two runs cannot be compared.
     """
     limits = options.repeats, options.seconds_each, options.limit_seconds
     if unknown := {*options.suites} - {*SUITES}:
@@ -88,7 +88,7 @@ def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
 
 
 def run(options: Namespace) -> int:
-    """Measure what the output does not have yet; return the exit status."""
+    """Measure what `options.output` does not have yet and append it; return the exit status."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: torch {torch.__version__} finds no CUDA device")
     if options.threads is not None:
@@ -114,7 +114,7 @@ def run(options: Namespace) -> int:
 
 
 def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
-    """Measure a case; return True if something crashed or ours is wrong."""
+    """Measure a case and append its records; return True if a process crashed or ours failed."""
     print(f"{task.suite}: {task.case.name}", flush=True)
     if time.time() > task.end:
         print("LEFT OUT: the time is up", flush=True)
@@ -128,7 +128,7 @@ def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
                 failed |= record.get("status") in ("wrong", "failed") and record["is_ours"]
                 _write(file, record)
         return failed
-    except Exception as error:  # the others are measured without it
+    except Exception as error:  # the other methods are measured without this one
         if not running:
             print(f"FAILED {one_line(error)}", flush=True)
             return True
@@ -139,7 +139,7 @@ def _run_task(task: Task, file: TextIO, isolate: bool) -> bool:
 
 
 def _write(file: TextIO, record: Record) -> None:
-    """Write a record, and a result to the terminal, too."""
+    """Append a record to a file; print it too if it is a result."""
     print(json.dumps(record, default=vars), file=file, flush=True)
     if record["kind"] == "result":
         word = {"measured": "", "wrong": "FAILED", "failed": "FAILED"}
@@ -152,7 +152,7 @@ def _write(file: TextIO, record: Record) -> None:
 
 
 def send(task: Task, sender: Connection) -> None:
-    """Send the records of a task; the first that nothing receives ends the process."""
+    """Run a task, in a child, and send its records; fail if the receiver is closed."""
     os.dup2(2, 1)  # what peers print
     if (score := Path("/proc/self/oom_score_adj")).exists():
         score.write_text("1000")  # if memory does not suffice, Linux ends this process first
@@ -161,10 +161,10 @@ def send(task: Task, sender: Connection) -> None:
 
 
 def _in_child(task: Task) -> Iterator[Record | str]:
-    """Run a task in its own process; raise RuntimeError if that crashed, TimeoutError if it hangs.
+    """Yield a task's records from a child; RuntimeError if that crashed, TimeoutError if it hangs.
 
-    A thread for each core: left alone, Linux was seen to keep both of two threads on one core for a
-    whole run. This process must not be bound so: its children would be bound to one core.
+    Threads are bound to cores: otherwise Linux was seen to keep both of two threads on one core for
+    a whole run. This process must not be bound: its children would all be bound to one core.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""GPU code as NVIDIA's tools disassemble it, and the resources that they report."""
+"""Disassemble GPU code with NVIDIA's tools; read the resources that they report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Instruction(NamedTuple):
 
     opcode: str  # with its suffixes: "LDG.E.128"
     operands: str
-    guard: str  # "!P0": a lane for which it is false does nothing
+    guard: str  # "!P0": lanes for which it is false do nothing; "": no guard
 
     @property
     def target(self) -> str:
@@ -34,22 +34,22 @@ class Instruction(NamedTuple):
 
 
 class Code(NamedTuple):
-    """One kernel."""
+    """A disassembled kernel."""
 
     instructions: list[Instruction]
-    labels: dict[str, int]  # the index of the instruction that follows
+    labels: dict[str, int]  # by label: the index of the next instruction
 
 
 class Usage(NamedTuple):
     """Resources of one kernel."""
 
     registers: int  # of a thread
-    stack: int  # bytes of local memory of a thread, where registers are spilled to
+    stack: int  # bytes of local memory of a thread: its stack and spilled registers
     shared: int  # bytes of static shared memory, of which sm_90 and later reserve 1024
 
 
 def find_tool(name: str) -> str | None:
-    """Return a program of the CUDA toolkit: on PATH, in CUDA_HOME, or in triton's wheel."""
+    """Return the path of a CUDA program, on PATH, in CUDA_HOME or in triton's wheel; else None."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     folders = [os.environ.get("PATH", ""), f"{home}/bin"]
     triton = find_spec("triton")
@@ -59,7 +59,7 @@ def find_tool(name: str) -> str | None:
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    """Return what a program of the CUDA toolkit prints; RuntimeError if it fails."""
+    """Return what a CUDA program prints; RuntimeError if it fails, FileNotFoundError if absent."""
     tool = find_tool(name)
     if tool is None:
         raise FileNotFoundError(f"no {name} (on PATH, in CUDA_HOME, or in triton's wheel)")
@@ -79,7 +79,7 @@ def usage(cubin: Path) -> dict[str, Usage]:
 
 
 def disassemble(cubin: Path) -> dict[str, Code]:
-    """Return the kernels of a cubin, by mangled name."""
+    """Return the disassembled kernels of a cubin, by mangled name."""
     return parse(run_tool("nvdisasm", "-c", str(cubin)))
 
 

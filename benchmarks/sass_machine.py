@@ -1,10 +1,10 @@
-"""Runs a disassembled kernel, and counts how often warps execute each of its instructions.
+"""Run a disassembled kernel, and count how often warps execute each of its instructions.
 
-All lanes of a launch advance together: a step takes the first instruction at which a lane is, and
-runs all lanes that are there as far as they stay together. The count is what a warp issues: its
-lanes part at branches, and are one again where the compiler's reconvergence instructions (BSYNC,
-WARPSYNC) join them; parted lanes are counted separately even if they run in the same step. Waiting
-costs nothing: a lane that waits for a barrier or a copy goes on when that is done, after one try.
+Each step takes the lowest instruction at which a lane of the launch is, and runs all lanes that are
+there as far as they stay together. The count is what warps issue: the lanes of a warp diverge at
+branches, and the compiler's reconvergence instructions (BSYNC, WARPSYNC) join them; diverged parts
+of a warp are counted separately even if they run in the same step. Waiting costs nothing: a lane
+that waits for a barrier or a copy continues when that is complete, after one try.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import numpy as np
 from .sass import Code, Instruction
 from .sass_operations import WARP, Array, Registers, execute, split, whole_warps
 
-#: Straight runs of instructions: over a hundred times what a row takes.
+#: The most steps of a launch: over a hundred times what a row takes.
 MAX_STEPS = 200_000
-#: Where a block's shared memory begins in its window, and global memory.
+#: The addresses at which a block's shared memory (in its window) and global memory begin.
 SHARED_BASE, GLOBAL_BASE = 0x400, 0x7000_0000_0000
 _BYTES = {"": 4, "U8": 1, "U16": 2, "64": 8, "128": 16}  # of an access, by the opcode's suffixes
 _CONTROL = ("BRA", "EXIT", "BSYNC", "WARPSYNC", "BAR", "UCGABAR_WAIT", "SYNCS.PHASECHK")
 
 
 class Launch(NamedTuple):
-    """A grid."""
+    """A grid, and what its kernel is called with."""
 
     blocks: int
     threads: int  # of a block
     shared_bytes: int  # of a block
-    cluster: int  # blocks
+    cluster: int  # blocks of a cluster
     params: bytes  # the kernel's argument
 
 
@@ -39,13 +39,13 @@ class Launch(NamedTuple):
 class Mbarrier:
     """A barrier in shared memory."""
 
-    count: int
-    pending: int
-    bytes: int = 0  # still to come
-    phase: int = 0
+    count: int  # arrivals that end a phase
+    pending: int  # arrivals missing in this phase
+    bytes: int = 0  # missing in this phase
+    phase: int = 0  # the number of phases that are over
 
     def add(self, arrivals: int, bytes_: int) -> None:
-        """Take arrivals and expected bytes into account; begin the next phase if this is over."""
+        """Add arrivals and expected bytes (received: negative); end a phase if all came."""
         self.pending -= arrivals
         self.bytes += bytes_
         if self.pending == 0 and self.bytes == 0:
@@ -54,7 +54,7 @@ class Mbarrier:
 
 
 class Machine:
-    """One launch of a kernel, on global memory of bytes from GLOBAL_BASE on."""
+    """A launch; `memory`: the bytes of global memory from GLOBAL_BASE on, which `run` changes."""
 
     def __init__(self, code: Code, launch: Launch, memory: Array) -> None:
         self.code, self.launch, self.memory = code, launch, memory
@@ -67,7 +67,7 @@ class Machine:
             "SR_CTAID.X": self.block,
             "SR_CgaCtaId": self.rank,
         }
-        # what the compiler reads there on sm_90: 0x28 is the stack, 0x208 the memory descriptor
+        # constants that code for sm_90 reads: 0x28 is the stack, 0x208 the memory descriptor
         words = {0x0: launch.threads, 0x28: 0, 0x140: 1, 0x188: launch.cluster}
         constants = {offset: value.to_bytes(4, "little") for offset, value in words.items()}
         self.registers = Registers(
@@ -83,15 +83,15 @@ class Machine:
 
         self.pc = np.zeros(self.lanes, np.int64)
         self.waiting, self.ended = np.zeros((2, self.lanes), bool)
-        self.leader = self.lane // WARP * WARP  # of the part of a warp that a lane belongs to
-        self.tokens = np.full((16, self.lanes), -1)  # of convergence barriers: with whom
+        self.leader = self.lane // WARP * WARP  # first lane of the lane's part of a warp
+        self.tokens = np.full((16, self.lanes), -1)  # by convergence barrier: number of the part
         self.steps = 0
         self.heads = set(code.labels.values())
         #: How often each instruction was executed by a warp, or a part of one.
         self.counts = np.zeros(len(code.instructions), np.int64)
 
     def run(self) -> Array:
-        """Run the launch to its end; return the counts. Raise if lanes wait or loop for ever."""
+        """Run the launch to its end; return counts. RuntimeError if lanes wait or loop for ever."""
         with np.errstate(all="ignore"):
             while not self.ended.all():
                 ready = ~(self.waiting | self.ended)
@@ -103,7 +103,7 @@ class Machine:
         return self.counts
 
     def _step(self, ready: Array) -> None:
-        """Run the lanes that are at the first instruction, up to where others may be."""
+        """Run the ready lanes at the lowest instruction, up to the next branch, wait or label."""
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise RuntimeError(f"the kernel does not end within {MAX_STEPS} steps")
@@ -124,11 +124,11 @@ class Machine:
                 return None
 
     def _holds(self, condition: str, lanes: Array) -> Array:
-        """Return the lanes for which a predicate holds."""
+        """Return those of the lanes for which a predicate holds; all for ""."""
         return lanes & self.registers.read(condition, "?") if condition else lanes
 
     def _execute(self, instruction: Instruction, mask: Array) -> None:
-        """Run an instruction that is no branch and does not wait."""
+        """Run an instruction without branch or wait; NotImplementedError if it is unknown."""
         own = {
             **dict.fromkeys(("LDG", "STG", "LDS", "STS", "STAS"), self._access),
             "UBLKCP": self._bulk_copy,
@@ -149,7 +149,7 @@ class Machine:
     # -------------------------------------------------------------------- branches and waiting
 
     def _control(self, i: int, taken: Array, active: Array) -> None:
-        """Run an instruction at which lanes part, end or wait."""
+        """Run a branch, exit or wait for the lanes `taken`, those of `active` whose guard holds."""
         instruction = self.code.instructions[i]
         self.pc[active] = i + 1
         if instruction.opcode.startswith("BRA"):
@@ -164,7 +164,7 @@ class Machine:
         self._group(active & ~taken, self.leader)
 
     def _branch(self, instruction: Instruction, taken: Array, active: Array) -> Array:
-        """Return the lanes that a branch takes away."""
+        """Return the active lanes that a branch takes; `taken` are those whose guard holds."""
         if instruction.opcode == "BRA.DIV":  # unless the whole warp is here, as one
             together = active & (self.leader == self.lane // WARP * WARP)
             return taken & whole_warps(~together)
@@ -177,17 +177,17 @@ class Machine:
         return taken
 
     def _group(self, lanes: Array, key: Array) -> None:
-        """Make these lanes a part of their warp for each value of the key, named by its first."""
+        """Split these lanes into parts of warps by values of `key`; the first lane leads each."""
         where = lanes.nonzero()[0]
         _, first, back = np.unique(key[where], return_index=True, return_inverse=True)
         self.leader[where] = where[first][back]
 
     def _convergence(self, mask: Array, opcode: str, barrier: str, target: str) -> None:
-        """Record the part of a warp that will converge at a barrier."""
+        """Record the parts of warps that will reconverge at a barrier (BSSY)."""
         self.tokens[int(barrier[1:])][mask] = self.steps * self.lanes + self.leader[mask]
 
     def _release(self) -> None:
-        """Make the lanes go on whose wait is over."""
+        """Release the lanes whose wait is over; RuntimeError if there are none."""
         places = [int(i) for i in np.unique(self.pc[self.waiting])]
         free = {i: self._over(i, self.waiting & (self.pc == i)) for i in places}
         for i, lanes in free.items():
@@ -199,7 +199,7 @@ class Machine:
             raise RuntimeError(f"the kernel waits for ever, at instructions {places}")
 
     def _over(self, i: int, present: Array) -> Array:
-        """Return those lanes, of the ones that wait at an instruction, whose wait is over."""
+        """Return those lanes of `present`, all waiting at instruction i, whose wait is over."""
         instruction = self.code.instructions[i]
         operands, missing = split(instruction.operands), ~present & ~self.ended
         groups = {  # all lanes of which have to be present
@@ -221,12 +221,15 @@ class Machine:
     # ---------------------------------------------------------------------------------- memory
 
     def _words(self, text: str, count: int) -> list[Array]:
-        """Return the arrays of neighbouring registers."""
+        """Return the arrays of `count` registers from a named one on."""
         name = text.strip("[]").removesuffix(".64")
         return [self.registers.array(name, "I", k) for k in range(count)]
 
     def _index(self, lanes: Array, address: Array, size: int, peers: bool = False) -> Array:
-        """Return where in `data` addresses are: in shared memory their block's own, or a peer's."""
+        """Return the lanes' indices in `data` for an access of `size` bytes at each address.
+
+        `peers` allows other blocks' shared memory. RuntimeError if it is outside or not aligned.
+        """
         offset, start, room = address[lanes].astype(np.int64), 0, self.memory.size
         if (offset < GLOBAL_BASE).all():
             rank, own, room = offset >> 24, self.rank[lanes], self.launch.shared_bytes
@@ -244,7 +247,7 @@ class Machine:
         return [self.barriers[int(at)] for at in self._index(lanes, address, 8, peers=True)]
 
     def _access(self, mask: Array, opcode: str, first: str, second: str) -> None:
-        """Load, store, or (STAS) store to a peer's shared memory, which its mbarrier expects."""
+        """Load, store, or (STAS) store to a peer's shared memory and count that at its mbarrier."""
         kind, *suffixes = (word for word in opcode.split(".") if word not in ("E", "EF"))
         size, lanes = _BYTES[".".join(suffixes)], mask.nonzero()[0]
         name, place = (first, second) if kind.startswith("L") else (second, first)
@@ -262,7 +265,7 @@ class Machine:
             waited.add(0, -size)
 
     def _mbarrier(self, mask: Array, opcode: str, target: str, place: str, register: str) -> None:
-        """Begin an mbarrier, or arrive and expect bytes."""
+        """Create an mbarrier, or arrive at one and expect bytes."""
         lanes, address = mask.nonzero()[0], self.registers.address(place)
         values = self.registers.read(register, "I")[lanes].tolist()
         if opcode == "SYNCS.EXCH.64":
@@ -278,7 +281,7 @@ class Machine:
     def _bulk_copy(
         self, mask: Array, opcode: str, to: str, from_: str, units: str, *_: str
     ) -> None:
-        """Copy units of 16 bytes to shared memory, which an mbarrier expects."""
+        """Copy units of 16 bytes to shared memory and count them at an mbarrier."""
         (target, barrier), (count,) = self._words(to, 2), self._words(units, 1)
         source = self.registers.read(from_.strip("[]"), "Q")
         for lane in mask.nonzero()[0]:

@@ -1,9 +1,9 @@
 """Registers and operations of disassembled code, for all lanes of a launch at once.
 
-The instruction set is not published. This is how its names read, and a kernel that is run this way
-has to give the right losses and gradients. The table has what the row kernels execute, on sm_90;
-anything else raises NotImplementedError. Fused multiply-adds are rounded twice (to float64 first),
-which differs in the last bit at most.
+The instruction set is not published: operations follow from their names, and are right if kernels
+that are run this way give the right losses and gradients. The table has what the row kernels
+execute on sm_90; anything else raises KeyError or NotImplementedError. Fused multiply-adds are
+rounded twice (to float64 first), which differs in the last bit at most.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _SIGNS = {"-": np.negative, "~": np.invert, "!": np.invert}
 class Registers:
     """The registers of every lane; a uniform register is stored for each lane of its warp.
 
-    They begin as garbage: a value that was never computed must not pass for 0. The type of an
-    operand is one of numpy's letters, or "w": 32 bits without a sign, widened to 64, so that the
-    two's complement of 0 carries.
+    They begin as garbage: a value that was never computed must not pass for 0. The kind of an
+    operand is one of numpy's letters for types, or "w": 32 bits without a sign, widened to 64, so
+    that the two's complement of 0 carries.
 
     Args:
         lanes: The number of lanes.
@@ -43,12 +43,12 @@ class Registers:
         self, lanes: int, special: Mapping[str, Array], constants: Mapping[int, bytes]
     ) -> None:
         self.lanes, self.special, self.constants = lanes, special, constants
-        self.words = np.full((160, lanes, 2), 0x7FE5E5E5, np.uint32)  # 256 and 64, in pairs
+        self.words = np.full((160, lanes, 2), 0x7FE5E5E5, np.uint32)  # 256, 64 uniform; in pairs
         self.predicates = np.zeros((16, lanes), bool)
         self.predicates[[7, 15]] = True
 
     def array(self, name: str, kind: str = "I", offset: int = 0) -> Array:
-        """Return the array of a register or predicate, some registers further; zeros for RZ."""
+        """Return a predicate's array, or as `kind` that of the register `offset` after `name`."""
         if match := _PREDICATE.fullmatch(name):
             return self.predicates[8 * bool(match[1]) + (7 if match[2] == "T" else int(match[2]))]
         if name in ("RZ", "URZ", "SRZ"):
@@ -59,7 +59,7 @@ class Registers:
         return typed[number // 2, :, number % 2 * typed.shape[2] // 2]
 
     def read(self, text: str, kind: str) -> Array:
-        """Return the value of an operand, with its sign."""
+        """Return an operand's value in each lane as `kind`, with its sign or negation applied."""
         if text == "PR":  # the predicates as bits
             return np.packbits(self.predicates[:7], 0, "little")[0].astype(np.uint32)
         sign, name = (text[0], text[1:]) if text[0] in "-+~!" else ("", text)
@@ -71,7 +71,7 @@ class Registers:
         return _SIGNS[sign](value) if sign in _SIGNS else value
 
     def _unsigned(self, name: str, kind: str) -> Array:
-        """Return the value of an operand without its sign."""
+        """Return the value of an operand whose sign was removed."""
         if name.startswith("c["):
             return np.full(self.lanes, self._constant(name, np.dtype(kind)))
         if name in self.special:
@@ -90,7 +90,7 @@ class Registers:
         raise NotImplementedError(f"constant {text}, {kind.itemsize} bytes")
 
     def address(self, text: str) -> Array:
-        """Return the address of a memory operand."""
+        """Return the address of a memory operand in each lane."""
         inner = text[text.rindex("[") + 1 : -1]
         total = sum(
             self.read(term.removesuffix(".64"), "Q" if ".64" in inner or "0x" in term else "w")
@@ -99,25 +99,25 @@ class Registers:
         return total & np.uint64(0xFFFFFFFFFFFFFFFF if ".64" in inner else LOW)
 
     def write(self, name: str, kind: str, value: Array, mask: Array) -> None:
-        """Write an operand; PT and RZ are not written, a uniform register for the whole warp."""
+        """Write an operand in the lanes of a mask, a uniform one in their warps; never PT or RZ."""
         if name not in ("PT", "UPT", "RZ", "URZ"):
             where = whole_warps(mask) if name.startswith("U") else mask
             np.copyto(self.array(name, kind), value, where=where)
 
 
 def split(operands: str) -> list[str]:
-    """Return the operands of a line of a listing."""
+    """Return the operands that a listing separates by commas."""
     return [text.strip().replace(".reuse", "") for text in operands.split(",") if operands]
 
 
 def execute(opcode: str, operands: str, registers: Registers, mask: Array) -> None:
-    """Run an instruction other than memory accesses and branches on the lanes of a mask."""
+    """Run an instruction, but no memory access or branch, on a mask's lanes; raise if unknown."""
     if opcode.split(".")[0] in NOTHING:
         return
     signature, function = OPERATIONS.get(opcode) or OPERATIONS[opcode.removeprefix("U")]
     texts, (outputs, inputs) = split(operands), (x.split() for x in signature.split("="))
     targets, values = [], []
-    for kind in outputs:  # an optional predicate that is not there is not written
+    for kind in outputs:  # an optional predicate can be missing
         absent = kind == "?" and not _PREDICATE.fullmatch(texts[0])
         targets.append(("PT" if absent else texts.pop(0), kind))
     for kind in inputs:
@@ -153,7 +153,7 @@ def _carry(total: Array) -> tuple[Array, Array]:
 
 
 def _table(a: Array, b: Array, c: Array, table: int) -> Array:
-    """Combine three inputs by a truth table: bit 4a + 2b + c of it."""
+    """Combine three inputs bit by bit: bits a, b, c select bit 4a + 2b + c of the table."""
     total = np.zeros_like(a)
     for index in range(8):
         if table >> index & 1:
@@ -167,7 +167,7 @@ def _logic(a: Array, b: Array, c: Array, table: int, other: Array) -> tuple[Arra
 
 
 def _permute(a: Array, selector: int, c: Array) -> Array:
-    """Select four bytes of the pair (c, a); from 8 on a selector takes the byte's sign."""
+    """Select four bytes of the pair (c, a); a nibble of 8 or more repeats the byte's sign bit."""
     pair, total = a | c << 32, np.zeros_like(a)
     for place in range(0, 32, 4):
         nibble = selector >> place & 15
@@ -195,31 +195,31 @@ def _f16(x: Array) -> Array:
 
 
 def whole_warps(mask: Array) -> Array:
-    """Return the mask of all lanes whose warp has a lane in this one."""
+    """Return a mask of all lanes whose warp has a lane in `mask`."""
     return mask.reshape(-1, WARP).any(1).repeat(WARP)
 
 
 def _first(mask: Array) -> Array:
-    """Return the first lane of each warp that is in the mask, for all its lanes."""
+    """Return for each lane the first lane of its warp that is in the mask."""
     return mask.reshape(-1, WARP).argmax(1).repeat(WARP) + np.arange(len(mask)) // WARP * WARP
 
 
 def _maximum(a: Array, mask: Array) -> Array:
-    """Return the maximum of each warp's lanes that are in the mask."""
+    """Return for each lane the maximum over the lanes of its warp that are in the mask."""
     return np.where(mask, a, np.int32(-(2**31))).reshape(-1, WARP).max(1).repeat(WARP)
 
 
 def _compare(
     test: Callable[..., Any], join: Callable[..., Any], a: Array, b: Array, *others: Array
 ) -> tuple[Array, Array]:
-    """Return two predicates, of the test and of its contrary, each joined with a third."""
+    """Return two predicates, the test and its negation, each joined with the first of `others`."""
     value = test(a, b, *others[1:])
     return join(value, others[0]), join(~value, others[0])
 
 
 # ------------------------------------------------------------------------------------- the table
 
-#: Nothing to do, since all lanes run in turn: memory is always in order.
+#: Opcodes that do nothing here: the lanes run one after the other, so memory is in order.
 NOTHING = ("NOP", "MEMBAR", "CCTL", "FENCE", "YIELD", "UCGABAR_ARV")
 #: Opcode: outputs = inputs, and a function of the inputs. A uniform instruction is the same with a
 #: U in front. Letters are the types of operands, "n" a number of the encoding; predicates at the
@@ -263,7 +263,7 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "FFMA": ("f = f f f", lambda a, b, c: a.astype(float) * b + c),
     "FMNMX": ("f = f f ?", lambda a, b, p: np.where(p, np.fmin(a, b), np.fmax(a, b))),
     "FSEL": ("f = f f ?", _choose),
-    # whether a/b needs the long way: that is not published, and only matters near the range's ends
+    # whether a/b needs the slow path: that is not published, and only matters for extreme values
     "FCHK": (
         "? = f f",
         lambda a, b: ~(_moderate(b) & (_moderate(a) & _moderate(a / b) | (a == 0))),
@@ -286,7 +286,7 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "SHFL.IDX": ("? I = I n 0x1f", lambda a, n: (True, a[n::WARP].repeat(WARP))),
     "REDUX.MAX.S32": ("i = i mask", _maximum),
 }
-#: In the names of comparisons; a U at the end: or not a number.
+#: Tests by their part of an opcode; with a U at the end they hold for NaN, too.
 _TESTS: dict[str, Callable[..., Any]] = {
     **{name.upper(): getattr(operator, name) for name in ("eq", "lt", "gt", "ge")},
     "NE": lambda a, b: (a < b) | (a > b),
@@ -301,7 +301,7 @@ OPERATIONS |= {
     form.format(name, how): (f"? ? = {kind} {kind} ?", partial(_compare, _TESTS[name], _JOINS[how]))
     for (form, kind), name, how in product(_FORMS.items(), _TESTS, _JOINS)
 }
-#: The upper halves of 64 bits, with the comparison of the lower ones.
+#: Comparisons of the upper halves of 64 bits, after that of the lower ones.
 _HALVES: dict[str, Callable[..., Any]] = {
     "NE": lambda a, b, lower: (a != b) | lower,
     "GE": lambda a, b, lower: (a > b) | ((a == b) & lower),

@@ -15,13 +15,13 @@ from .methods import KDLOSS, WITH_HEADS
 from .one_case import Record
 
 MIB = 2**20
-#: The lower bounds, as shown, and the share of it that a time reaches.
+#: Titles: of a lower bound, and of the column with the share of it that times reach.
 BOUNDS = {
     "copy": ("time of 1.5 tensor copies", "% of the fastest possible"),
     "products": ("reference: the four matrix products by torch", "% of the reference"),
 }
 SIZES = [field.name for field in fields(Case)]
-#: The numbers of a result, and in which nested fields records have them.
+#: The numbers of a result, and the nested fields of a record that hold them.
 NUMBERS = ["seconds", "memory", "bound", "loss", "gradients"]
 NESTED = "time_median_s", "memory_allocator_bytes", "bound_seconds", "error_loss", "error_gradients"
 #: How far an error may grow: the order of sums differs between machines.
@@ -29,7 +29,7 @@ ERROR_GROWTH, ERROR_SLACK = 2.0, 2 * torch.finfo(torch.float32).eps
 
 
 def frame(records: Iterable[Record]) -> DataFrame:
-    """Return a row for each method in each case, by the last record, with its lower bound."""
+    """Return a row for each method in each case, its last record and bound; ValueError if none."""
     results = [x for x in records if x["kind"] in ("bound", "result")]
     last = {(x["suite"], x["case"], x.get("method")): x for x in results}
     rows = [
@@ -52,17 +52,17 @@ def frame(records: Iterable[Record]) -> DataFrame:
 
 
 def bound_title(row: pandas.Series) -> str:
-    """Return the name of the lower bound of a result."""
+    """Return the title of a result's lower bound, with why it is not in the case's dtype."""
     return BOUNDS[row.bound_name][0] + (f" ({row.bound_why})" if row.bound_why else "")
 
 
 def seconds_of(table: DataFrame, *methods: str) -> pandas.Series:
-    """Return for each row the seconds of the first of these methods in its case."""
+    """Return for each row the seconds of the first result in its case by one of these methods."""
     return table.name.map(table[table.method.isin(methods)].groupby("name").seconds.first())
 
 
 def figure(value: float, most_digits: int = 9) -> str:
-    """Return three significant digits, without an exponent; "" for NaN."""
+    """Return three significant digits, or `most_digits` decimals if fewer; "" for NaN."""
     if math.isnan(value):
         return ""
     digits = 2 - math.floor(math.log10(max(value, 1e-9)))
@@ -70,7 +70,7 @@ def figure(value: float, most_digits: int = 9) -> str:
 
 
 def unit_of(seconds: float) -> tuple[str, float]:
-    """Return the unit in which times are shown of which this is the shortest, and its seconds."""
+    """Return the unit for times whose shortest takes `seconds`, and the unit's seconds."""
     return ("s", 1.0) if seconds >= 1.0 else ("ms", 1e-3)
 
 
@@ -80,7 +80,7 @@ def mebibytes(count: float) -> str:
 
 
 def scientific(error: float) -> str:
-    """Return an error; "" for NaN: it was not compared."""
+    """Return an error as text: "1.2e-03", or "not finite"; "" for NaN: it was not compared."""
     return "" if math.isnan(error) else f"{error:.1e}" if math.isfinite(error) else "not finite"
 
 
@@ -95,19 +95,19 @@ def markdown(table: DataFrame) -> str:
 
 
 def sweeps(table: DataFrame) -> tuple[str, list[DataFrame]]:
-    """Return the rows of a suite in groups whose cases differ in one size alone, and that size."""
+    """Return a size ("n" or "v"), and a suite's rows in groups whose cases differ in it alone."""
     size = "n" if table.v.nunique() == 1 < table.n.nunique() else "v"
     groups = table.groupby([name for name in SIZES if name != size], sort=False)
     return size, [group for _, group in groups]
 
 
 def overview(results: DataFrame, size: str, methods: Sequence[str] = ()) -> str:
-    """Return a table of methods against the cases of a sweep: times, memory, the worst errors.
+    """Return a sweep in Markdown: a row for each method; times, memory and the worst errors.
 
     Args:
         results: the rows of the sweep.
         size: the column in which the cases differ.
-        methods: the keys of the rows to show, in their order; none: all, ours first, then by time.
+        methods: the keys of the rows to show, in order; if empty all, ours first, then by time.
     """
     (unit, scale), last = unit_of(results.seconds.min()), results[size].max()
     results = results.sort_values(size, kind="stable")
@@ -137,7 +137,7 @@ def overview(results: DataFrame, size: str, methods: Sequence[str] = ()) -> str:
 
 
 def _notes(rows: DataFrame) -> str:
-    """Return all notes on a method, once each, and the cases of those that are not in all."""
+    """Return all notes on a method, once each; with its cases if a note is not on all of them."""
     notes = rows.explode("notes").dropna(subset="notes").groupby("notes", sort=False).label
     return "; ".join(
         note if len(labels) == len(rows) else f"{', '.join(labels)}: {note}"
@@ -146,7 +146,7 @@ def _notes(rows: DataFrame) -> str:
 
 
 def faster(results: DataFrame) -> str:
-    """Return the methods that take less time than ours, a line for each."""
+    """Return a line for each method that takes less time than ours, with its best case."""
     results = results.assign(of_ours=results.seconds / seconds_of(results, KDLOSS, WITH_HEADS))
     results = results[~results.is_ours & (results.nearest == "") & (results.of_ours < 1)]
     lines = []
@@ -159,11 +159,11 @@ def faster(results: DataFrame) -> str:
 
 
 def compare(before: DataFrame, after: DataFrame, tolerance: float) -> tuple[DataFrame, int, int]:
-    """Return what changed, the worst first, how much is compared, and the number of regressions.
+    """Return what changed, the worst first, and the numbers of comparisons and of regressions.
 
-    By ratios to the lower bound (eager torch if there is none), which do not move with the
-    machine's speed. A regression is a ratio of ours that grew by more than the tolerance, a method
-    that lost its time, or an error that became more than twice as large, or not finite.
+    Compared are ratios to the lower bound (to eager torch if there is none), which do not depend on
+    the machine's speed. A regression is a ratio of ours that grew by more than the tolerance, a
+    method that lost its time, or an error that became more than twice as large, or not finite.
     """
     frames = []
     for results in (before, after):

@@ -1,6 +1,6 @@
-"""Times of one call by pytest-benchmark: ``pytest benchmarks``; ``--benchmark-compare`` and the like.
+"""Time calls by pytest-benchmark: ``pytest benchmarks``, with its options (--benchmark-compare).
 
-For a change of code on one machine. ``python -m benchmarks`` measures memory, errors and peers too.
+For a change of code on one machine: ``python -m benchmarks`` also measures memory and errors.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ A kernel runs each of its instructions a number of times that follows from the s
   configuration (:func:`trips`), averaged over the parts of a row.
 * A loop that waits for the other programs of a row is counted once: what a program spends on
   waiting depends on the card.
-* Elsewhere the longest path is taken (an upper bound), with exceptions: the slow paths of a
-  division, which only subnormal numbers need; the division by S, which only rows at two strides
-  need; the zeros of an ignored row. At T = 2 the path is the longest of those with the fewest
+* Elsewhere the longest path is taken (an upper bound), except for the slow paths of a division,
+  which only subnormal numbers need; the division by S, which only rows at two strides need; and
+  the zeros of an ignored row. At T = 2 the path is the longest of those with the fewest
   exponentials, at another temperature the longest of those with the most.
 * The program that has the label in its part also reports the row: the longest path with the most
   stores is counted for one program of a row, the longest with the fewest for the others.
@@ -40,9 +40,9 @@ _SLOW = ("CALL", "I2F")
 
 
 def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[float, float, int]:
-    """Return the counts and the registers of a call that is one launch, on sm_90.
+    """Return what `count` does, and the registers, for a call that is one launch on sm_90.
 
-    At T = 2, or at a temperature that is neither 1 nor 2. The cubin is left in the folder.
+    two: T = 2; otherwise T is neither 1 nor 2. The cubin is left in the folder.
     """
     (kernel,) = compile_variant(variant, 90, folder)
     (code,) = disassemble(folder / "kernel.cubin").values()
@@ -55,10 +55,10 @@ def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[float, f
 def count(
     code: Code, vocabulary: int, chosen: Configuration, passes: int, two: bool = True
 ) -> tuple[float, float]:
-    """Return how many instructions a thread executes for an entry of a row.
+    """Return the instructions that a thread executes per entry of a row, and those of them by MUFU.
 
-    Then of these exponentials, logarithms and reciprocals. The kernel passes over each row `passes`
-    times; LookupError if its loops are not as expected.
+    MUFU computes exponentials, logarithms and reciprocals. The kernel passes `passes` times over
+    each row; `two`: at T = 2. LookupError if its loops are not as expected.
     """
     opcodes = [*(instruction.opcode for instruction in code.instructions), ""]
     graph, loops = _control_flow(code)
@@ -66,7 +66,7 @@ def count(
         raise LookupError(f"expected two loops for each of {passes} passes; got {loops}")
 
     def path(first: int, last: int, stores: int = 0) -> list[int]:
-        """Return the longest path through all loops with the most (1) or fewest (-1) stores."""
+        """Return the longest path through all loops, with the most (1) or fewest (-1) stores."""
 
         def cost(_: int, i: int, edge: object) -> int:
             worth = int(i in loops)
@@ -96,7 +96,7 @@ def count(
 
 
 def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
-    """Return the rounds of the loop over tiles and of that over the rest; a lane's entries."""
+    """Return means over a row's parts: rounds over tiles, over the rest, a lane's entries."""
     block = chosen.lanes * chosen.vector
     tile, step = block * chosen.unroll, 8 * chosen.vector
     length = -(-vocabulary // chosen.parts)
@@ -108,9 +108,9 @@ def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
 
 
 def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
-    """Return a graph of the instructions, then an end, without the edges back; and the loops.
+    """Return the graph of the instructions and an end, without back edges; and the loops.
 
-    The loops over a slice: the last instruction of each, its first, and its loads.
+    The loops over a slice, by their last instruction: the first one, and the number of loads.
     """
     edges, loops = [], {}
     for i, instruction in enumerate(code.instructions):
@@ -126,14 +126,14 @@ def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
     for part in list(nx.strongly_connected_components(graph)):
         back = [(i, j) for i, j in graph.subgraph(part).edges if j <= i]
         graph.remove_edges_from(back)
-        # what waits reads a counter, with a memory order
+        # a loop that waits reads a counter, with a memory order
         names = [code.instructions[i].opcode for i in part if back]
         loads = sum(name.startswith("LDG") and "STRONG" not in name for name in names)
         loops |= {i: (j, loads) for i, j in back if i != j and loads}
     return graph, loops
 
 
-#: What is counted: a name, the call, T.
+#: The rows of the table: a name, the call, T.
 COUNTED = [
     *((name, Variant(divergence=name), "2") for name in DIVERGENCES),
     ("forward_kl", Variant(), "1.5"),
@@ -144,7 +144,7 @@ COUNTED = [
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table of COUNTED at two vocabularies."""
     print("| | T | V | instructions | special | registers |")
     print("| :--- | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""The Triton kernels, compiled for a GPU that is not here, and the resources that they take.
+"""Compile the Triton kernels for a GPU that is absent, and read the resources that they take.
 
-The launches are the package's own, on CPU tensors that are never read: a stand-in for Triton's
+The package's own code launches them, on CPU tensors that are never read: a replacement of Triton's
 driver names the target, and each launch ends after its compilation.
 """
 
@@ -28,25 +28,25 @@ from fused_kd.ops import STATS
 
 from .sass import usage
 
-#: Rows of a launch: no multiple of 16, which Triton would make use of.
+#: Rows of a launch: not a multiple of 16, for which Triton would specialize.
 ROWS = 17
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A call of an operator."""
+    """A call of an operator on given dtypes and sizes."""
 
     operator: str = "forward_backward_into"  # or forward, backward_, rescale_
     divergence: str | None = "forward_kl"  # None: the hard term alone
-    hard: bool = True
-    smoothing: bool = False
+    hard: bool = True  # with the hard term
+    smoothing: bool = False  # of labels
     student: torch.dtype = torch.bfloat16
     teacher: torch.dtype = torch.bfloat16
     vocabulary: int = 128256
     aligned: bool = True  # rows begin at multiples of 16 bytes
 
     def call(self) -> None:
-        """Call the operator's implementation, on tensors that hold nothing."""
+        """Call the operator's implementation on uninitialized CPU tensors, within `compiling`."""
         pad = 0 if self.aligned else 1
         student, teacher, gradient = (
             torch.empty(1, ROWS, self.vocabulary + pad, dtype=dtype)[..., pad:]
@@ -95,12 +95,12 @@ def compile_variant(variant: Variant, target: int | str, folder: Path) -> list[K
 
 @contextmanager
 def compiling(target: int | str) -> Iterator[list[Any]]:
-    """Make launches on CPU tensors compile for a target, and end; yield what they compile."""
+    """Make launches on CPU tensors only compile, for a target; yield the list of the kernels."""
     is_amd = isinstance(target, str)
     gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", target, 32)
     stand_in = SimpleNamespace(
         get_current_target=lambda: gpu,
-        get_current_device=lambda: f"{target}",  # a key of what is compiled already
+        get_current_device=lambda: f"{target}",  # the key of Triton's compiled kernels
         get_current_stream=lambda device: 0,
     )
     run, kernels = JITFunction.run, []

@@ -40,7 +40,7 @@ class Mutation(NamedTuple):
 
 
 def selected(words: list[str]) -> list[Mutation]:
-    """Return the entries that contain one of the words, those to be compiled last.
+    """Return the entries that contain one of the words (no words: all), those to be compiled last.
 
     Raises:
         ValueError: The text of an entry does not occur exactly once.
@@ -56,21 +56,21 @@ def selected(words: list[str]) -> list[Mutation]:
 
 
 def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in the copy, with these environment variables."""
+    """Run Python with these arguments in a folder, with these variables; any status is returned."""
     environment = {**os.environ, "PYTHONPATH": str(folder), **variables}
     command = [sys.executable, *command]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def build(folder: Path) -> None:
-    """Compile the module for CPUs."""
+    """Compile the module for CPUs in place; raise CalledProcessError if that fails."""
     compilers = {"CC": "ccache gcc", "CXX": "ccache g++"} if shutil.which("ccache") else {}
     variables = {"FUSED_KD_BUILD": "1", "FUSED_KD_CUDA": "0", **compilers}
     run(["setup.py", "-q", "build_ext", "--inplace"], folder, **variables).check_returncode()
 
 
 def run_tests(tests: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run pytest, whose exit status is 0 if all tests pass, 1 if one fails."""
+    """Run pytest up to a failure; its exit status is 0 if all tests pass, 1 if one fails."""
     variables = {"FUSED_KD_ALL_FRAMEWORKS": "1"}  # a missing one is an error, no skipped test
     if tests[0].startswith(INTERPRETED):
         variables["TRITON_INTERPRET"] = "1"
@@ -78,7 +78,7 @@ def run_tests(tests: list[str], folder: Path) -> subprocess.CompletedProcess[str
 
 
 def is_caught(mutation: Mutation, folder: Path) -> bool:
-    """Return True if the tests fail with the fault; the source is mended afterwards."""
+    """Return True if the tests fail with the fault in place; the source is restored afterwards."""
     path = folder / mutation.file
     source = path.read_text()
     path.write_text(source.replace(mutation.before, mutation.after))
@@ -92,7 +92,7 @@ def is_caught(mutation: Mutation, folder: Path) -> bool:
 
 
 def main(words: list[str]) -> int:
-    """Return 0 if all selected faults are caught and the tests pass without them."""
+    """Print what is caught; return 0 if all selected faults are and the tests pass without them."""
     mutations = selected(words)
     missed = 0
     with tempfile.TemporaryDirectory() as name:

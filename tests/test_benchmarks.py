@@ -244,3 +244,8 @@ def test_the_documents_are_what_the_results_give(tmp_path: Path) -> None:
     assert publish.plot([results], tmp_path) == 0
     for picture in re.findall(r"\((.*svg)\)", (tmp_path / "report.md").read_text()):
         assert "KDLoss(inplace=True)" in (tmp_path / picture).read_text()
+
+
+def test_pytest_benchmark_times_the_methods() -> None:
+    ran = run_python("-m", "pytest", "-q", "--benchmark-disable", ROOT / "benchmarks")
+    assert "10 passed" in passes(ran)

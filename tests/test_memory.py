@@ -17,7 +17,7 @@ from fused_kd.divergences import DIVERGENCES
 from fused_kd.options import MIB
 from fused_kd.testing import Peak, cpu_peak
 
-# a row's own numbers: label, weights, losses, statistics; and scratch that does not grow
+# bytes of a row's own numbers (label, weights, losses, statistics), and of fixed scratch
 PER_ROW, SCRATCH = 256, 65536
 ROWS, VOCABULARY = 96, 8192
 # N and V, doubled one after the other
@@ -25,7 +25,7 @@ SHAPES = [(ROWS, VOCABULARY), (2 * ROWS, VOCABULARY), (ROWS, 2 * VOCABULARY)]
 
 
 def inputs(dtype: torch.dtype, rows: int = ROWS, vocabulary: int = VOCABULARY) -> list[Tensor]:
-    """Return student (a leaf), teacher, labels."""
+    """Return student (a leaf that requires grad), teacher, labels."""
     student, teacher = pair(rows, vocabulary, scale=1.0, dtype=dtype)
     return [student.requires_grad_(), teacher, torch.randint(vocabulary, (rows,))]
 
@@ -35,11 +35,12 @@ def loss_of(tensors: list[Tensor], **keywords: Any) -> Tensor:
 
 
 def small(rows: int) -> int:
+    """Return the bytes that may be allocated in addition to gradients."""
     return SCRATCH + PER_ROW * rows
 
 
 def check(peak: Peak, gradients: int, rows: int, size: int) -> None:
-    # At most `gradients` tensors of `size` bytes at once, and nothing else of that order.
+    """Assert that at most `gradients` tensors of `size` bytes exist at once, and little else."""
     assert peak.highest <= gradients * size + small(rows), peak
     assert peak.largest <= (size if gradients else small(rows)), peak
 
@@ -60,7 +61,7 @@ def test_the_probe_reads_a_known_figure() -> None:
 
 
 def test_the_probe_notices_an_upcast() -> None:
-    # Known-bad input: a float32 copy must fail what the losses are held to.
+    # Known-bad input: a float32 copy must fail the check that the losses pass.
     student, teacher, labels = inputs(torch.bfloat16)
 
     def upcast() -> Tensor:

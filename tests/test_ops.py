@@ -49,7 +49,7 @@ def rows(
     terms: str = "both",
     layout: str = "contiguous",
 ) -> list[Tensor | None]:
-    # student, teacher, labels, w_hard, w_soft; one row is off.
+    """Return student, teacher, labels, w_hard, w_soft; both weights of one row are 0."""
     weights: list[Tensor | None] = [torch.rand(N), torch.rand(N)]
     for weight in weights:
         weight[1] = 0.0
@@ -66,13 +66,13 @@ def formula(divergence: str = "forward_kl", smoothing: float = 0.1) -> Formula:
 
 
 def numbers(divergence: str = "forward_kl", smoothing: float = 0.1) -> tuple[Any, ...]:
-    """Return the numbers of `formula`, as the operators take them."""
+    """Return `formula` as the operators take it: code, temperature, beta, scale_t2, smoothing."""
     _, temperature, beta, _, _ = formula()
     return DIVERGENCES.index(divergence), temperature, beta, True, smoothing
 
 
 def arguments(name: str, inputs: list[Any], divergence: str = "forward_kl") -> tuple[Any, ...]:
-    """Return the arguments of an operator; statistics come from its forward."""
+    """Return an operator's arguments for `rows()`; statistics and gradient are computed first."""
     numeric = numbers(divergence)
     if name == "forward_backward_into":
         return *inputs, *numeric, torch.zeros(B, S, V, dtype=inputs[STUDENT].dtype)
@@ -127,7 +127,7 @@ def test_every_operator_is_checked_here() -> None:
     }
 
 
-# operator: the arguments that it writes, and what it returns
+# operator, the arguments that it writes, the number of tensors that it returns
 @pytest.mark.parametrize(
     ("name", "written", "returned"),
     [
@@ -307,7 +307,7 @@ def test_an_empty_vocabulary_is_refused(name: str) -> None:
         op(name)(*good)
 
 
-# each the first, and a later, position of the numbers
+# position in `numbers`, value, message
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
@@ -328,7 +328,7 @@ def test_wrong_numbers_are_refused(position: int, value: Any, message: str) -> N
         op("forward")(*rows(), *wrong)
 
 
-# operator, positions from the end, values, message
+# operator, position, value, message
 GRAD, SCALE, STATISTICS = -1, -2, 5
 REFUSED: list[tuple[str, int, Tensor, str]] = [
     *(

@@ -29,7 +29,7 @@ SLACK = 256 * 1024
 
 @pytest.fixture(params=["as chosen", "torch"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return which products: this machine's, or those without the compiled module."""
+    """Return "as chosen", or "torch": the products are then those without the compiled module."""
     if request.param == "torch":
         for module in (driver, levels):
             monkeypatch.setattr(module, "products_for", lambda *_: TorchProducts())
@@ -37,7 +37,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def unseen_bytes(products: str) -> int:
-    """Return what the products allocate outside torch's allocator."""
+    """Return the bytes that these products allocate outside torch's allocator."""
     chosen = products_for("auto", torch.device("cpu"), torch.float32)
     if products == "torch" or not isinstance(chosen, CompiledProducts):
         return 0
@@ -45,7 +45,7 @@ def unseen_bytes(products: str) -> int:
 
 
 def make(rows: int, vocab: int, student: int, teacher: int, dtype: torch.dtype) -> Tensors:
-    # Hidden states and head of the student (leaves), of the teacher, labels.
+    """Return hidden states and head of the student (leaves), those of the teacher, and labels."""
     shapes = ((rows, student), (vocab, student), (rows, teacher), (vocab, teacher))
     hidden, weight, *rest = (torch.randn(shape).to(dtype) for shape in shapes)
     labels = torch.randint(vocab, (rows,))
@@ -73,7 +73,7 @@ def heads(*tensors: Tensor, bias: Tensor | None = None, **keywords: Any) -> Tens
 
 
 def step_peak(loss_of: Callable[..., Tensor], tensors: Tensors, **keywords: Any) -> int:
-    """Return bytes beyond the inputs of one forward and backward."""
+    """Return the most bytes beyond the inputs during one forward and backward."""
     for x in tensors[:2]:
         x.grad = None
     return cpu_peak(lambda: loss_of(*tensors, **keywords).backward()).highest
@@ -84,7 +84,7 @@ def assert_close(parts: dict[str, int], measured: int) -> None:
     assert abs(predicted - measured) <= 0.05 * measured, (parts, predicted / MIB, measured / MIB)
 
 
-# the logits are largest, so the peak is in the loss; the heads are, so it is in their gradients
+# the peak is in the loss, since the logits are largest; in the heads' gradients, since those are
 SHAPES = [(64, 8192, 32, 64), (32, 8192, 256, 64)]
 
 
@@ -101,7 +101,7 @@ def test_whole_logits_peak_within_5_percent(
     assert_close(planned.logits_inplace.memory, step_peak(logits, tensors, inplace=True))
 
 
-# gradients in the forward; converted operands; gradients in the backward, logits made twice
+# gradients in the forward; converted operands; gradients in the backward, logits computed twice
 # one chunk; several, the chunk the smaller part
 @pytest.mark.parametrize("budget", [None, 9 * MIB])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -174,7 +174,7 @@ def rows_alone(tensors: Tensors, budget: int) -> Tensor:
 
 
 def slices(tensors: Tensors, budget: int) -> Tensor:
-    """Return rows that do not fold into one dimension."""
+    """Return the loss of rows that do not fold into one dimension."""
     hidden, weight, teacher_hidden, teacher_weight, labels = tensors
     h, t, y = (x.unflatten(0, (4, -1))[:, 1:] for x in (hidden, teacher_hidden, labels))
     return heads(h, weight, t, teacher_weight, y, memory_budget=budget)
@@ -189,7 +189,7 @@ def autocast(tensors: Tensors, budget: int) -> Tensor:
         return plain(tensors, budget)
 
 
-#: Half as wide as the vocabulary, for a copy of hidden states to show.
+#: Hidden sizes of half the vocabulary, so that a copy of hidden states would show.
 CONTRACT = (1000, 1024, 512, 512)
 # several chunks with the compiled products, and with torch's, whose tiles take 8 MiB
 SMALL, LARGE = 5 * MIB, 11 * MIB
@@ -204,14 +204,14 @@ RUNS = [
 
 
 def allowed(tensors: Tensors, budget: int, narrow: bool = False) -> int:
-    # Gradients, one accumulator, and the budget, or the head's gradient after the chunk is freed.
+    """Return the bytes of gradients, one accumulator, and the larger of budget and rounded head."""
     hidden, weight = tensors[:2]
     total = weight.nbytes if narrow else weight.numel() * 4
     rounded = 0 if total == weight.nbytes else weight.nbytes
     return hidden.nbytes + total + max(budget, rounded) + SLACK
 
 
-# the products, request, bytes, dtype
+# the products, the loss, the budget in bytes, the dtype
 @pytest.mark.parametrize(("products", "case", "budget", "dtype"), RUNS, indirect=["products"])
 def test_the_budget_is_kept(
     products: str, case: Callable[[Tensors, int], Tensor], budget: int, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""How ranks end: a status that says whether they failed, output that is flushed, a rank by name."""
+"""Ranks end with a status that says whether they failed, and flushed output; messages name them."""
 
 from __future__ import annotations
 

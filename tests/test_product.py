@@ -37,7 +37,7 @@ def _product(
     round_a: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    # Accumulates onto `out` if there is one.
+    """Return a·b + bias of the operator; if `out` is given, the product is added to it."""
     accumulate = out is not None
     if out is None:
         out = torch.full((a.shape[0], b.shape[1]), float("nan"))
@@ -46,7 +46,7 @@ def _product(
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
-    # Contiguous along "rows" or "columns", between values that must not be read.
+    """Return random values, contiguous along "rows" or "columns", next to NaNs not to be read."""
     shape = (rows, columns) if layout == "rows" else (columns, rows)
     memory = torch.full((shape[0], shape[1] + 3), float("nan"), dtype=dtype)
     memory[:, : shape[1]] = torch.randn(shape)
@@ -57,7 +57,7 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
 def _as_multiplied(
     a: Tensor, b: Tensor, round_to: torch.dtype, round_a: bool, isa: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the operands' values after the rounding that the operator promises."""
+    """Return the operands in float64, after the rounding that the operator promises."""
     pairs = isa == "avx512_bf16" and round_to == BF16
     if round_to != F32:
         b = b.to(round_to)
@@ -175,7 +175,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(isa: str) -> None:
 
 
 def _guarded(values: Tensor, side: str, transposed: bool) -> Tensor:
-    """Return a copy, perhaps of the other layout, at a page that can't be touched."""
+    """Return a copy (`transposed`: in the other layout) next to a page that can't be touched."""
     laid = values.t() if transposed else values
     copy = guarded(laid.numel(), laid.dtype, side).copy_(laid.flatten()).view(laid.shape)
     return copy.t() if transposed else copy

@@ -16,7 +16,7 @@ ROWS, LENGTH, VOCABULARY = 2, 6, 30
 
 
 def batch() -> dict[str, Tensor]:
-    # One row with a prompt of two tokens, one with two tokens of padding at the end.
+    """Return a row with a prompt of two tokens, and one with two tokens of padding at the end."""
     ids = torch.randint(VOCABULARY, (ROWS, LENGTH))
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, -2:] = 0
@@ -25,7 +25,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def trained_on() -> Tensor:
-    # Positions whose next token is neither prompt nor padding, (ROWS, LENGTH).
+    """Return True for positions whose next token is neither prompt nor padding, (ROWS, LENGTH)."""
     kept = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     kept[:, -1] = False
     kept[0, 0] = False

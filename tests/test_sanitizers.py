@@ -16,7 +16,7 @@ SUITE = ["test_ops.py", "test_shapes.py", "test_inplace.py", "test_bounds.py", "
 
 
 def _libraries() -> list[str]:
-    """Return what Python must preload: without libstdc++ the first C++ exception aborts."""
+    """Return paths to preload (without libstdc++ an exception aborts); skip if one is absent."""
     paths = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
         path = passes(run(native_build.COMPILER, f"-print-file-name={name}")).strip()

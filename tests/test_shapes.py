@@ -183,7 +183,7 @@ def test_no_rows_in_any_layout(backend: str, kind: str, layout: str, dtype: torc
 
 
 class Place(torch.autograd.Function):
-    """Copy a small leaf into a view of huge memory; the view is then no leaf."""
+    """Copy a small leaf into a view of huge memory; return the view, which is then no leaf."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, view: Tensor) -> Tensor:

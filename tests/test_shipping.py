@@ -31,7 +31,7 @@ def test_make_dist(tmp_path: Path) -> None:
     made = ".*", "__pycache__", "*.so", "*_not_built.txt", "out", "build", "dist"
     ignore = shutil.ignore_patterns(*made)
     shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)  # a build leaves files behind
-    environment = f"VENV={sys.prefix}"  # taken as it is: -o
+    environment = f"VENV={sys.prefix}"  # used as it is: make -o
     command = "make", "-o", f"{sys.prefix}/.packages", "dist", environment
     passes(run(*command, cwd=tmp_path / "tree"))
     sdist, wheel = sorted((tmp_path / "tree/dist").iterdir(), key=lambda path: path.suffix)
@@ -52,7 +52,7 @@ def test_make_dist(tmp_path: Path) -> None:
     (module,) = (tmp_path / "installed").glob("fused_kd/*.so")
     assert module.stat().st_size < 4 << 20, "without symbols"
 
-    # an editable installation would lend its own module
+    # an editable installation would provide its module instead
     code = (
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"

@@ -20,7 +20,7 @@ Sides = tuple[Side, Side, Tensor]
 
 
 def make(pair: str, dtype: torch.dtype = torch.float32) -> Sides:
-    # Both sides, the student's tensors being leaves that require grad; some rows are ignored.
+    """Return sides and labels; the student's tensors require grad, some labels are -100."""
     heads = make_heads(ROWS, V, dtype)
     heads.labels[::4] = -100
     student: Side = heads.student_side
@@ -38,7 +38,7 @@ def leaves(side: Side) -> list[Tensor]:
 
 
 def logits_of(side: Side) -> Tensor:
-    """Return the float64 logits of a side."""
+    """Return a side's logits in float64."""
     if isinstance(side, Head):
         states, weight, bias, scale, _ = side.to(torch.float64)
         return scale * F.linear(states, weight, bias)
@@ -51,15 +51,16 @@ def chunked(student: Side, teacher: Side) -> dict[str, int]:
 
 
 def differentiated(loss: Any, student: Side, upstream: Tensor) -> list[Tensor]:
-    """Return the loss and its gradients."""
+    """Return the loss, and its gradients by the student's tensors for an upstream gradient."""
     loss = loss
     return [loss.detach(), *torch.autograd.grad(loss, leaves(student), upstream.to(loss.dtype))]
 
 
 def no_worse(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor]) -> None:
-    # The error is at most the eager composition's, plus float32 arithmetic and one rounding.
-    #
-    # That rounding is the second one of a 16-bit gradient times an upstream gradient.
+    """Assert that errors are at most eager's, plus float32 arithmetic and one rounding.
+
+    That rounding is the second one of a 16-bit gradient times an upstream gradient.
+    """
     for mine, want, theirs in zip(got, exact, baseline, strict=True):
         slack = 8 * torch.finfo(torch.float32).eps
         if mine.dtype != torch.float32:

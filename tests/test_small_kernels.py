@@ -18,7 +18,7 @@ FREE = ("view", "detach", "empty", "unsqueeze", "reshape", "alias", "expand")
 
 
 class _Count(TorchDispatchMode):
-    """Record the operators that compute; those for the temperature are always on the CPU."""
+    """Record the names of operators that compute, but for the temperature's, always on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ FILES = {name_of(path): path for path in (ROOT / "fused_kd").rglob("*.py")}
 
 
 def imported(name: str) -> Iterator[str]:
-    """Yield the files that are imported when `name` is; not those that a function imports later."""
+    """Yield the modules that importing `name` imports; not those that its functions import."""
     package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
     statements: list[ast.AST] = [ast.parse(FILES[name].read_text(encoding="utf-8"))]
     while statements:

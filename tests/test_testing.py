@@ -130,7 +130,7 @@ def obey(
     regime: str,
     dtype: torch.dtype,
 ) -> None:
-    # The rule, on a reference whose float32 results are changed.
+    """Assert the error rule on a reference whose results for `dtype` are changed."""
     whole = error_rule.evaluate
 
     def evaluate(loss: Any, inputs: Any, upstream: Tensor, **keywords: Any) -> Result:

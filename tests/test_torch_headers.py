@@ -1,7 +1,7 @@
 """The bindings compile against the headers of the oldest torch that a GPU machine may have.
 
 Of a wheel only the headers are unpacked, and the compiler checks the syntax alone: torch itself is
-not installed. An older torch may spell what is used differently, though its version is supported.
+not installed. An older torch may name differently what the bindings use, even if it is supported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VERSION = "2.11.0"
 
 @pytest.fixture(scope="module")
 def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return include/ of a wheel of torch, which pip fetches without its dependencies."""
+    """Return include/ of the wheel of torch VERSION, which pip fetches; skip if it cannot."""
     need_compiler()
     folder = tmp_path_factory.mktemp("torch_headers")
     command = ["-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", folder]

@@ -17,10 +17,10 @@ from fused_kd.backends.triton import configuration as cut
 from fused_kd.divergences import DIVERGENCES
 
 TARGETS = [75, 80, 90, 100, 120, "gfx942"]
-#: Bytes. A fold of four sums over a program's warps takes 128; a tensor that changes its layout a
-#: whole sub-block, 4096 and more.
+#: The most bytes of shared memory. A fold of four sums over a program's warps takes 128; a tensor
+#: that changes its layout takes a whole sub-block, 4096 and more.
 SHARED_LIMIT = 128
-#: The same if vectors are cut from rows that begin anywhere: a tile changes its layout.
+#: The same for rows that begin anywhere: their tiles change their layout to be read by vectors.
 SHARED_LIMIT_UNALIGNED = 8192
 OPERATORS = ("forward_backward_into", "forward", "backward_", "rescale_")
 
@@ -29,7 +29,7 @@ DTYPES = [(F32, F32), (B16, B16), (F16, F16), (B16, F32)]
 
 
 def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
-    """Return what a call launches, which neither spills nor lacks vector loads nor has float64."""
+    """Return the kernels of a call; assert that none spills, lacks vector loads or has float64."""
     kernels = compile_variant(variant, target, folder)
     assert kernels
     for kernel in kernels:
@@ -48,8 +48,8 @@ def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
     return kernels
 
 
-# one of each: the oldest and the newest that all is tuned for, another vendor, whose programs do
-# not wait; two statistics passes; a teacher of another dtype; rows that vectors cannot read
+# one of each kind: the oldest and the newest GPU; another vendor's, whose programs do not wait;
+# two statistics passes; a teacher of another dtype; rows that vectors cannot read
 @pytest.mark.parametrize(
     ("target", "variant", "launches"),
     [
@@ -131,7 +131,7 @@ def test_programs_that_report_nothing_read_no_sums(
             around.append(line)
     waits = [x for x in re.split(r"(?=scf\.if)", code) if "tt.atomic_rmw add, acquire" in x]
     for regions in loads[-loads_of_reports:]:
-        # a row that counts, and a program that goes on
+        # a kept row, and a program that waits for the others
         assert len(regions) == 2, regions
         condition = regions[-1].split("scf.if")[1].split()[0]
         assert any(x.startswith(f"scf.if {condition} ") for x in waits), condition

@@ -16,7 +16,7 @@ from fused_kd.backends.triton import elements, formulas, kernels, launch, rules
 from fused_kd.divergences import DIVERGENCES
 
 MODULES = (elements, formulas, kernels, launch, rules)
-#: What a function takes at most. The two kernels take what a launch hands over, one by one.
+#: The most parameters of a function. Only the kernels have more: a launch passes single values.
 MOST_PARAMETERS = 8
 
 
@@ -26,7 +26,7 @@ def _tree(module: ModuleType) -> ast.Module:
 
 
 def _functions() -> Iterator[Any]:
-    """Yield the functions that Triton compiles."""
+    """Yield the syntax trees of the functions that Triton compiles."""
     for module in MODULES:
         for node in ast.walk(_tree(module)):
             decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
@@ -69,7 +69,7 @@ def test_functions_take_few_parameters() -> None:
 
 
 def _key() -> str:
-    """Compute again the key of the kernel's source, by which Triton finds its binary."""
+    """Return the kernel's key, computed again, by which Triton finds what it compiled."""
     for module in MODULES:
         for value in vars(module).values():
             if hasattr(value, "hash") and hasattr(value, "cache_key"):

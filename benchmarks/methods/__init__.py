@@ -9,7 +9,7 @@ from .ours import BUDGETED, FORWARD, IN_PLACE, KDLOSS, WITH_HEADS
 
 __all__ = ["METHODS", "Loss", "Method", "after_heads", "one_line", "taking_part"]
 
-#: Methods that take part in a suite unless the options name others; else all of the level.
+#: Keys that take part in a suite unless options name others; in other suites the level's all do.
 USUAL = {
     "training-step": (
         *(KDLOSS, IN_PLACE, WITH_HEADS, "eager", "compile", "checkpoint"),
@@ -20,9 +20,9 @@ USUAL = {
 
 
 def taking_part(suite: str, case: Case, chosen: Collection[str]) -> tuple[str, ...]:
-    """Return the names in METHODS of those measured in a case; chosen: keys in the options.
+    """Return the keys of METHODS to measure in a case; `chosen`: the options' Method.keys, or none.
 
-    Of two levels of one loss the second takes part; memory budgets in the suite of heads alone.
+    Of two methods with one key the later is measured; budgets, unless chosen, only in suite heads.
     """
     keys, names = chosen or USUAL.get(suite), {}
     for name, method in METHODS.items():

@@ -20,7 +20,7 @@ from ..cases import HEADS, LOGITS, Case
 #: and Heads, hidden (N, H) and weight (V, H), at level "heads". Returns the 0-d mean over the rows.
 Loss = Callable[..., Tensor]
 Build = Callable[[Case], Loss]
-#: Returns why a method cannot run a case: it is not installed, has no such divergence, needs a GPU.
+#: Returns why a method cannot run a case (not installed, no such divergence, needs a GPU), or None.
 WhyNot = Callable[[Case], str | None]
 
 
@@ -36,16 +36,16 @@ class Method:
     compiles: bool = False  # its first call on a size takes seconds
     is_ours: bool = False  # it must be right, and others are compared with it
     compared: tuple[str, ...] = ("loss", "gradients")  # with the float64 reference
-    nearest: str = ""  # if it does not compute what the case asks for: what it does, in words
-    computes: Callable[[Case], dict[str, Any]] = lambda case: case.keywords  # and as keywords
+    nearest: str = ""  # what it computes, in words, if that is not the case's loss
+    computes: Callable[[Case], dict[str, Any]] = lambda case: case.keywords  # as kd_loss's keywords
 
 
-#: All methods, by level and key.
+#: All methods, by "level/key".
 METHODS: dict[str, Method] = {}
 
 
 def _method(level: str, *fields: Any, **more: Any) -> Callable[[Build], Build]:
-    """Return a decorator that adds a function of a case as a method."""
+    """Return a decorator that adds a function as the `build` of a method with these fields."""
 
     def add(build: Build) -> Build:
         method = Method(build, level, *fields, **more)
@@ -64,12 +64,12 @@ def logits_of(side: Side) -> Tensor:
 
 
 def after_heads(loss: Loss) -> Loss:
-    """Return a loss of logits as one of logits or Heads."""
+    """Return a loss of logits or Heads, which passes the logits of both sides to `loss`."""
     return lambda student, teacher, labels: loss(logits_of(student), logits_of(teacher), labels)
 
 
 def needs(module: str, *divergences: str, gpu: bool = False) -> WhyNot:
-    """Return a `why_not` for a loss of this module, with these divergences; none: any."""
+    """Return the `why_not` of a loss that needs a module and has these divergences; none: any."""
 
     def why_not(case: Case) -> str | None:
         if divergences and case.divergence not in divergences:
@@ -88,5 +88,5 @@ def needs(module: str, *divergences: str, gpu: bool = False) -> WhyNot:
 
 
 def one_line(error: Exception) -> str:
-    """Return the type and the message of an exception, without line breaks."""
+    """Return type and message of an exception without line breaks, cut at 280 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:280]

@@ -18,10 +18,10 @@ from fused_kd.testing import eager_kd_loss
 from ..cases import Case
 from .base import Loss, after_heads, on_heads, on_logits
 
-#: Keys. On a GPU these are the automatic backend's; others append the backend's name.
+#: Keys of methods with the automatic backend; with another its name is appended.
 KDLOSS, IN_PLACE, FORWARD = "kdloss", "kdloss-inplace", "kdloss-forward"
 WITH_HEADS = "kdloss-heads"
-#: Memory budgets in MiB that the loss of heads is measured with, besides the automatic one.
+#: By key: memory budgets in MiB with which heads are measured in addition to the automatic one.
 BUDGETED = {f"{WITH_HEADS}-{budget}": budget for budget in (64, 256, 1024)}
 #: Rows of a checkpointed chunk, as TRL's trainer has it by default.
 CHUNK_ROWS = 256
@@ -29,7 +29,7 @@ _CHECKPOINT = f"plain torch, checkpointed {CHUNK_ROWS}-row chunks"
 
 
 def _why_not(case: Case, backend: str = "auto") -> str | None:
-    """Return why neither the automatic backend of the device can run, nor the one by name."""
+    """Return why a backend ("auto": any of the device) cannot run a case; None if it can."""
     if case.device == "cpu":
         return "a backend for GPUs" if backend == "triton" else why_not("cpu", "cpu")
     names = ("cuda", "triton") if backend == "auto" else (backend,)
@@ -62,7 +62,7 @@ for key, budget in BUDGETED.items():
 @on_heads("eager", "plain torch")
 @on_logits("eager", "plain torch")
 def _eager(case: Case) -> Loss:
-    """Return the baseline; with heads, after the logits of both models."""
+    """Return the baseline; with Heads it computes the logits of both models first."""
     return after_heads(partial(eager_kd_loss, **case.keywords))
 
 

@@ -1,7 +1,7 @@
 """Peers' losses, each with 0.5 of a cross-entropy and 0.5 T² of a divergence.
 
-On logits, and on hidden states and lm_heads, whose hard half is the peer's own cross-entropy from
-hidden states; those without a teacher are of that half alone.
+With heads, the hard half is the peer's own cross-entropy from hidden states; a peer without a
+divergence computes that half alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from fused_kd.sides import Side
 from ..cases import Case
 from .base import Loss, logits_of, needs, on_heads, on_logits
 
-#: Liger's JSDs and TRL's are the forward KL at beta 0 and the reverse one at beta 1.
+#: The beta of Liger's and TRL's JSDs: they are the forward KL at 0 and the reverse one at 1.
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
-#: The default number of chunks of torchtune; entries of the vocabulary at a time in the
-#: log-probabilities of TRL's fine-tuning trainer.
+#: torchtune's default number of chunks; vocabulary entries in a tile of TRL's SFT trainer.
 CHUNKS, TILE = 8, 32768
 LIGER, LIGER_CHUNKED = "liger_kernel.transformers.", "liger_kernel.chunked_loss"
 LIGER_JSD, LIGER_KL = LIGER + "fused_linear_jsd", LIGER + "fused_linear_kl_div"
@@ -35,14 +34,14 @@ _HARD["nearest"] = "the cross-entropy alone"
 
 
 def _from(module: str, name: str, *arguments: Any, **keywords: Any) -> Any:
-    """Return an instance of a class of a module that may not be installed."""
+    """Import a module that may be absent; return an instance of its class `name`."""
     return getattr(import_module(module), name)(*arguments, **keywords)
 
 
 def _halves(hard: Loss, soft: Loss, case: Case) -> Loss:
-    """Return 0.5 of the hard half and 0.5 T² of the soft one, which is computed first.
+    """Return a loss: 0.5 of the hard half plus 0.5 T² of the soft one.
 
-    For Liger's cross-entropy of logits writes its gradient over them in the forward.
+    The soft one is first: Liger's cross-entropy overwrites the logits by their gradient.
     """
 
     def loss(student: Side, teacher: Side, labels: Tensor) -> Tensor:
@@ -53,13 +52,13 @@ def _halves(hard: Loss, soft: Loss, case: Case) -> Loss:
 
 
 def _cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of transformers, which converts the logits to float32 first."""
+    """Return the cross-entropy as transformers computes it, after a conversion to float32."""
     return F.cross_entropy(student.float(), labels)
 
 
 @on_logits("liger", "Liger", needs(LIGER + "cross_entropy", *BETA, "tvd", gpu=True))
 def _liger(case: Case) -> Loss:
-    """Return its losses of log-probabilities ("tvd": probabilities), after torch's softmax."""
+    """Return Liger's loss of log-probabilities ("tvd": probabilities), after torch's softmax."""
     module, name, keywords = {
         "forward_kl": ("kl_div", "LigerKLDIVLoss", {"reduction": "batchmean", "log_target": True}),
         "reverse_kl": ("jsd", "LigerJSD", {"beta": 1.0}),
@@ -83,14 +82,14 @@ def _liger(case: Case) -> Loss:
     computes=lambda case: {"temperature": 1.0, "divergence": case.divergence},
 )
 def _liger_tvd(case: Case) -> Loss:
-    """Return both terms of a row in one kernel, so at one temperature."""
+    """Return Liger's loss that computes both terms of a row in one kernel, at temperature 1."""
     both = _from(LIGER + "fused_ce_tvd", "LigerFusedCETVDLoss")
     return lambda *sides_and_labels: 0.5 * sum(both(*sides_and_labels)).mean()
 
 
 @on_logits("trl-gkd", "TRL GKD", needs("trl.experimental.gkd", *BETA))
 def _trl(case: Case) -> Loss:
-    """Return its loss, whose "batchmean" with labels is over the rows that are not ignored."""
+    """Return TRL's loss; with labels its "batchmean" divides by the rows that are not ignored."""
     jsd = import_module("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
     beta, t = BETA[case.divergence], case.temperature
     soft = partial(jsd, reduction="batchmean", beta=beta, temperature=t)
@@ -105,7 +104,7 @@ def _soften(logits: Tensor, case: Case) -> Tensor:
 @on_logits("torchtune-reverse", "torchtune reverse KL", needs(TUNE, "reverse_kl"))
 @on_logits("torchtune", "torchtune", needs(TUNE, "forward_kl"), **_SOFT)
 def _torchtune(case: Case) -> Loss:
-    """Return its loss; its forward KL is the soft cross-entropy, whose gradient is the same."""
+    """Return torchtune's loss; its forward KL is a soft cross-entropy, with the same gradient."""
     kl = _from(TUNE, f"{_KL[case.divergence]}Loss")
 
     def soft(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def _torchtune(case: Case) -> Loss:
 @on_logits("torchtune-reverse-chunked", "torchtune reverse KL, 8 chunks", needs(TUNE, "reverse_kl"))
 @on_logits("torchtune-chunked", "torchtune, 8 chunks", needs(TUNE, "forward_kl"), **_SOFT)
 def _torchtune_chunked(case: Case) -> Loss:
-    """Return its loss of one sequence; its recipes pass the same chunks to its cross-entropy."""
+    """Return torchtune's loss of chunks, which its recipes pass to its cross-entropy, too."""
     kl = _from(TUNE, f"{_KL[case.divergence]}WithChunkedOutputLoss", CHUNKS)
     cross_entropy = _from(TUNE, "CEWithChunkedOutputLoss", CHUNKS)
 
@@ -132,7 +131,7 @@ def _torchtune_chunked(case: Case) -> Loss:
 
 @on_logits("modelopt", "NVIDIA Model Optimizer", needs(MODELOPT, "forward_kl"))
 def _modelopt(case: Case) -> Loss:
-    """Return its loss, T² included; its default reduction divides by N·V, "batchmean" by rows."""
+    """Return modelopt's loss, T² included; its default reduction divides by N·V, this one by N."""
     soft = _from(MODELOPT, "LogitsDistillationLoss", case.temperature, reduction="batchmean")
     return lambda student, teacher, labels: (
         0.5 * _cross_entropy(student, labels) + 0.5 * soft(student, teacher)
@@ -144,7 +143,7 @@ def _of_tensors(loss: Loss) -> Loss:
 
 
 def _liger_chunked(case: Case, compiled: bool = False) -> Loss:
-    """Return its loss whose softened softmaxes and weight gradient are in the inputs' dtype."""
+    """Return Liger's loss that has softmaxes and the weight's gradient in the inputs' dtype."""
     weights, beta = (0.5, 0.5 * case.temperature**2), BETA[case.divergence]
     keywords = {"temperature": case.temperature, "compiled": compiled}
     loss = _from(LIGER_CHUNKED, "LigerFusedLinearJSDLoss", *weights, beta, **keywords)
@@ -157,7 +156,7 @@ on_heads("liger-chunked-compiled", "Liger chunked, compiled", _CHUNKED, compiles
 
 
 def _liger_cross_entropy() -> Loss:
-    """Return its cross-entropy from hidden states, which also works in chunks."""
+    """Return Liger's cross-entropy from hidden states, which also works in chunks."""
     loss = _from(LIGER + "fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
     return lambda student, labels: loss(student.weight, student.hidden, labels)
 
@@ -171,7 +170,7 @@ def _liger_jsd(case: Case) -> Loss:
 
 @on_heads("liger-fused-kl", "Liger fused linear KL", needs(LIGER_KL, "forward_kl", gpu=True))
 def _liger_kl(case: Case) -> Loss:
-    """Return its KL of the teacher's probabilities: torch's softmax of whole logits before it."""
+    """Return Liger's KL from the teacher's probabilities, which torch's softmax computes first."""
     divergence = _from(LIGER_KL, "LigerFusedLinearKLDivLoss", temperature=case.temperature)
 
     def soft(student: Head, teacher: Head, labels: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ def _liger_kl(case: Case) -> Loss:
 
 @on_heads("trl-chunked", "TRL chunked", needs("trl.kernels.chunked_divergence", *BETA))
 def _trl_chunked(case: Case) -> Loss:
-    """Return its loss; the hard half is the tiled log-probability of its fine-tuning trainer."""
+    """Return TRL's loss; the hard half is the tiled log-probability of its SFT trainer."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -202,7 +201,7 @@ def _trl_chunked(case: Case) -> Loss:
 
 @on_heads("fla", "Flash Linear Attention", needs("fla.modules", "forward_kl", gpu=True))
 def _fla(case: Case) -> Loss:
-    """Return its loss; it has no temperature, so hidden states over T give logits over T."""
+    """Return fla's loss, which has no temperature: hidden states over T give logits over T."""
     kl, t = _from("fla.modules", "FusedKLDivLoss"), case.temperature
     cross_entropy = _from("fla.modules", "FusedLinearCrossEntropyLoss")
     return _halves(
@@ -216,7 +215,7 @@ def _fla(case: Case) -> Loss:
 
 @on_heads("torch-linear-ce", "F.linear_cross_entropy", needs(_OPTIONS), **_HARD)
 def _torch_ce(case: Case) -> Loss:
-    """Return torch's cross-entropy in chunks of rows; its gradients are computed in the forward."""
+    """Return torch's cross-entropy in chunks of rows, with its gradients made in the forward."""
     loss = partial(F.linear_cross_entropy, options=_from(_OPTIONS, "LinearCrossEntropyOptions"))
     return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels)
 
@@ -228,7 +227,7 @@ def _no_cut_ce(case: Case) -> str | None:
 
 @on_heads("cut-cross-entropy", "Cut Cross-Entropy", _no_cut_ce, compiles=True, **_HARD)
 def _cut_ce(case: Case) -> Loss:
-    """Return its kernels on a GPU, on a CPU the ``torch.compile`` of its composition."""
+    """Return Cut Cross-Entropy's kernels on a GPU, its ``torch.compile`` version on a CPU."""
     loss = import_module("cut_cross_entropy").linear_cross_entropy
     implementation = "cce" if case.device == "cuda" else "torch_compile"
     return lambda student, teacher, labels: 0.5 * loss(*student[:2], labels, impl=implementation)

@@ -17,13 +17,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["logits", "heads"])
 def heads(request: pytest.FixtureRequest) -> bool:
-    """Return whether both sides are heads."""
+    """Return whether both sides are heads (else logits); a test runs with both."""
     return bool(request.param)
 
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """Start a process group with this one rank."""
+    """Start a process group of this process alone, for one test."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Liger's own kernels next to ours on CPU tensors; test_liger.py runs this in another process.
+"""Compare Liger's own kernels with ours on CPU tensors, in a process that test_liger.py starts.
 
 Directly: ``TRITON_INTERPRET=1 pytest tests/integrations/liger_interpreted.py``.
 """
@@ -31,18 +31,18 @@ REDUCTIONS = pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def agree(
     first: Callable[..., Any], second: Callable[..., Any], leaves: Sequence[Tensor], *rest: Any
 ) -> None:
-    """Compare values and gradients."""
+    """Assert that two losses have equal values and gradients by `leaves`."""
     results = outcome(first, leaves, *rest), outcome(second, leaves, *rest)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def behind_log_softmax(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `call` of logits: see LigerJSD for what differs before the log_softmax."""
+    """Return `call` after a log_softmax, before which the gradients may differ (see LigerJSD)."""
     return lambda logits, *rest: call(logits.log_softmax(-1), *rest)
 
 
 def probabilities() -> Tensor:
-    """Return a target with zeros, and a row that sums to a half."""
+    """Return probabilities (N, V), some of them 0, and one row that sums to a half."""
     p = torch.randn(N, V)
     p[:, :5] = -torch.inf
     p = p.softmax(-1)
@@ -68,7 +68,7 @@ def test_fused_linear_jsd(beta: float, labels: Tensor | None) -> None:
 @REDUCTIONS
 @LABELLED
 def test_fused_linear_kl_div_P32(reduction: str, labels: Tensor | None) -> None:
-    """Compare: the temperature is only the student's, and a target need not sum to 1."""
+    """Compare on a temperature for the student alone, and a target that need not sum to 1."""
     student, target = (torch.randn(N, H_S), torch.randn(V, H_S)), probabilities()
     before = target.clone()
     calls = (module.liger_fused_linear_kl_div for module in (functional, own_functions))

@@ -14,7 +14,7 @@ from fused_kd.integrations._common import frameworks
 
 
 def need(package: str) -> ModuleType:
-    """Import a framework, or a package that its users have; without it skip the calling module."""
+    """Return an imported framework or package; without it skip the calling module, or fail."""
     try:
         if package not in frameworks.FRAMEWORKS:
             return importlib.import_module(package)
@@ -25,7 +25,7 @@ def need(package: str) -> ModuleType:
 
 
 def need_file(package: str, path: str) -> ModuleType:
-    """Load one file of an installed package alone; without it skip the calling module."""
+    """Return the module in one file of a package; without it skip the calling module, or fail."""
     try:
         location = distribution(package).locate_file(path)
     except ImportError as error:
@@ -40,6 +40,6 @@ def need_file(package: str, path: str) -> ModuleType:
 
 
 def _skip(error: ImportError) -> None:
-    """Skip the module that is being collected, unless every framework must be installed."""
+    """Skip the module that is being collected, unless FUSED_KD_ALL_FRAMEWORKS=1."""
     if os.environ.get("FUSED_KD_ALL_FRAMEWORKS") != "1":
         pytest.skip(str(error), allow_module_level=True)

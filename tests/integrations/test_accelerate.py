@@ -43,7 +43,10 @@ def _prepared(heads: bool, rows: int, **options: Any) -> tuple[Any, Any, Any, An
 
 
 def _divided_at_the_end(heads: bool, rows: int, micro_batches: int) -> Any:
-    """Train with accumulate(): sums, and one division when the gradients are complete."""
+    """Train on sums with accumulate(), and divide the gradients at an update's end.
+
+    Returns the student. `rows` is the batch size, `micro_batches` the batches of an update.
+    """
     steps = {"gradient_accumulation_steps": micro_batches}
     accelerator, model, optimizer, loader = _prepared(heads, rows, **steps)
     seen = []
@@ -61,7 +64,10 @@ def _divided_at_the_end(heads: bool, rows: int, micro_batches: int) -> Any:
 
 
 def _counted_first(heads: bool, rows: int, micro_batches: int) -> Any:
-    """Train with lists of micro-batches; accumulate() knows too late that an update ends."""
+    """Train with an update's tokens counted before its first backward; return the student.
+
+    accumulate() is not used, since it learns too late that an update ends.
+    """
     accelerator, model, optimizer, loader = _prepared(heads, rows)
     batches = list(loader)
     for start in range(0, len(batches), micro_batches):
@@ -77,7 +83,7 @@ def _counted_first(heads: bool, rows: int, micro_batches: int) -> Any:
 
 
 def _check(loop: Callable[..., Any], heads: bool, *cuts: tuple[int, int]) -> None:
-    """Compare with whole batches of 4 rows; the last update has 2."""
+    """Compare every (rows, micro_batches) with whole batches of 4 rows; the last one has 2."""
     want = _models(heads)
     tiny.plain_loop(want, [*_loader(4)])
     for cut in cuts:
@@ -93,7 +99,7 @@ def test_the_update_does_not_depend_on_the_accumulation_P50(loop: Any, heads: bo
 
 
 def _on_two_ranks(number: int) -> None:
-    """Compare on a rank with every other row; accelerate is imported with this module."""
+    """Check LOOPS[number] on one of two ranks, each of which trains on every other row."""
     _check(LOOPS[number], True, (1, 2))
 
 

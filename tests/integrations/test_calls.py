@@ -1,4 +1,4 @@
-"""The teacher gets the inputs of the student's call that the loss is for."""
+"""The teacher gets the inputs of the call of the student whose outputs get the loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS, OTHER = torch.randint(3, tiny.VOCABULARY, (2, 2, 6), generator=DRAW)
 
 
 def _attached(heads: bool = False, **teacher: int) -> tuple[nn.Module, DistillationLoss]:
-    """Return a student in training mode and the loss attached to it."""
+    """Return a student in training mode and the loss attached to it; `teacher`: its sizes."""
     student = tiny.llama(0).train()
     return student, DistillationLoss(student, tiny.llama(1, **teacher), heads=heads)
 
@@ -187,7 +187,7 @@ def test_losses_one_of_which_bypasses_the_students_head() -> None:
 
 
 def _aligned(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a batch with shifted labels."""
+    """Return rows as a padded batch whose labels are shifted already."""
     inputs, labels = tiny.split(tiny.padded(rows))
     return {**inputs, "labels": shifted(labels)}
 

@@ -1,7 +1,7 @@
-"""Compare with the losses of Automodel, axolotl and ms-swift: the files that are installed.
+"""Compare with the losses of Automodel, axolotl and ms-swift, loaded from their installed files.
 
 The packages need training stacks that CI does not install, so only these files are loaded. Values
-and gradients, theirs and ours, are held against float64.
+and gradients, theirs and ours, are compared with float64.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def logits(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def check(own: Loss, ours: Loss, exact: Loss, student: Tensor) -> None:
-    """Compare two losses with the exact one, of float64 logits."""
+    """Assert that both losses and their gradients are those of `exact` on float64 logits."""
     want = outcome(exact, [student.double()])
     rounding = torch.finfo(student.dtype).eps / 2  # of the gradient
     for loss in (own, ours):
@@ -107,7 +107,7 @@ def test_ms_swift_by_the_preset_of_trl(temperature: float, beta: float) -> None:
 def test_axolotl(
     dtype: torch.dtype, temperature: float, count: int, chunks: int, repeated: bool
 ) -> None:
-    """Use log-probabilities that do not sum to 1, and a row without entries."""
+    """Compare on log-probabilities that do not sum to 1, and on a row without entries."""
     student = logits(dtype)
     logs, ids = logits()[:, : S - 1].log_softmax(-1).topk(K)  # a teacher of fewer tokens
     mask = torch.rand(B, S - 1, K) > 0.3

@@ -22,7 +22,7 @@ HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 
 
 def _block(page: str, beginning: str) -> str:
-    """Return the one code block of a page with that text in it."""
+    """Return the only code block of a page that contains the text `beginning`."""
     blocks = re.findall(r"```python\n(.*?)```", (HOWTO / page).read_text(), re.DOTALL)
     (block,) = (block for block in blocks if beginning in block)
     return str(block)
@@ -30,7 +30,7 @@ def _block(page: str, beginning: str) -> str:
 
 @pytest.fixture
 def names(one_process: None) -> dict[str, Any]:
-    """Return what the pages take to be there; models are as from_pretrained leaves them."""
+    """Return the names that the pages' code uses; models are as from_pretrained leaves them."""
     return {
         "torch": torch,
         "DistributedDataParallel": DistributedDataParallel,

@@ -41,7 +41,7 @@ MODULES = {
 
 
 def inputs(*leading: int, bias: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the student's tensors, and the others with labels that ignore rows."""
+    """Return the student's states, weight and bias, and the teacher's, with labels before bias."""
     labels = torch.randint(V, leading)
     labels.view(-1)[::4] = -100
     student = [torch.randn(*leading, H_S), 0.4 * torch.randn(V, H_S)]
@@ -78,7 +78,7 @@ def test_shapes_biases_chunks(leading: tuple[int, ...], bias: bool, chunk_size: 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.3, 0.9)])
 @pytest.mark.parametrize("parts", [False, True])
 def test_weights_and_parts(weights: tuple[float, float], parts: bool) -> None:
-    """Compare parts whose weight is 0 too, in the order loss, soft, hard."""
+    """Compare the parts in the order loss, soft, hard, even those of weight 0."""
     hard, soft = weights
     check(*inputs(21), weight_hard_loss=hard, weight_soft_loss=soft, return_soft_hard_loss=parts)
 

@@ -42,7 +42,7 @@ def _loader(rows: int, seed: int = 0) -> DataLoader[Any]:
 
 
 class _Seen(pl.Callback):
-    """Keeps the metrics after every optimizer step."""
+    """Stores the logged metrics after every optimizer step in `steps`."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -53,7 +53,7 @@ class _Seen(pl.Callback):
 
 
 def _plain_loop(heads: bool, rows: int, epochs: int = 1) -> tuple[nn.Module, list[float]]:
-    """Train without a framework on whole batches."""
+    """Train without a framework on batches of `rows`; return the student and the losses."""
     model = StudentTeacherLoss(tiny.llama(0).train(), tiny.llama(1), LOSS, heads=heads)
     losses = tiny.plain_loop(model, [*_loader(rows)] * epochs)
     return model.student, losses
@@ -104,7 +104,7 @@ def test_a_checkpoint_has_no_teacher_and_is_resumed_from(heads: bool, tmp_path: 
 
 
 def _mean_of_all(module: KDModule, seed: int) -> list[float]:
-    """Return the means over all 16 rows, computed at once."""
+    """Return the mean loss, hard and soft term over all 16 rows as one batch."""
     (batch,) = _loader(16, seed)
     module.eval()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def _mean_of_all(module: KDModule, seed: int) -> list[float]:
 
 
 def _means(metrics: Any, ending: str = "") -> Any:
-    """Return the means of an evaluation; `ending`: of one loader."""
+    """Return the logged mean loss, hard and soft term; `ending` is that of a loader's names."""
     stage = next(iter(metrics)).partition("_")[0]
     expected = [float(metrics[f"{stage}_{name}{ending}"]) for name in KDLossParts._fields]
     return pytest.approx(expected, rel=1e-5)
@@ -155,7 +155,7 @@ def test_an_interrupted_evaluation_leaves_no_sums(stage: str, tmp_path: Path) ->
 
 
 class _Empty(IterableDataset[Any]):
-    """Yields nothing; its length is unknown."""
+    """A stream of no rows, whose length is unknown."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -182,14 +182,14 @@ def test_mixed_precision(heads: bool, tmp_path: Path) -> None:
 
 
 class _Launcher(launchers._MultiProcessingLauncher):  # type: ignore[misc]
-    """Ends ranks without Python's finalization."""
+    """A launcher whose ranks end without Python's finalization, which can abort."""
 
     def _wrapping_function(self, *arguments: Any) -> None:
         run_rank(partial(super()._wrapping_function, *arguments))
 
 
 class _Spawned(DDPStrategy):  # type: ignore[misc]
-    """Lightning's "ddp_spawn" with that launcher."""
+    """Lightning's "ddp_spawn" with _Launcher."""
 
     def _configure_launcher(self) -> None:
         self._launcher = _Launcher(self, start_method="spawn")
@@ -206,7 +206,7 @@ def test_two_devices(tmp_path: Path) -> None:
 
 
 class _Own(pl.LightningModule):  # type: ignore[misc]
-    """A user's module; the callback has stored the teacher's side in the batch."""
+    """A user's module, which reads the teacher's side that the callback stored in the batch."""
 
     def __init__(self) -> None:
         super().__init__()

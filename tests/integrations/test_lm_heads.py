@@ -57,7 +57,7 @@ def test_a_soft_capped_head_is_refused_even_if_the_logits_are_small_P04(dtype: t
 
 
 class _Changed(nn.Module):
-    """A head, whose output is changed."""
+    """A model whose logits are `change` of its lm_head's output."""
 
     def __init__(self, change: object, bias: bool = False) -> None:
         super().__init__()

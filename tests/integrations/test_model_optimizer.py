@@ -1,4 +1,4 @@
-"""modelopt trains as before with fused_kd's losses as criterion; the losses give its numbers."""
+"""modelopt trains as before with fused_kd's losses as criterion; they give modelopt's numbers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ REDUCTIONS = ["mean", "batchmean", "sum"]
 
 
 def converted(loss: nn.Module, layers: tuple[str, str] = HEADS, weight: float = 1.0) -> Any:
-    """Return a student that modelopt distils; the same weights every time."""
+    """Return a student, always with the same weights, that modelopt distils with `loss`.
+
+    layers: the student's and the teacher's, whose outputs it takes; weight: of the loss.
+    """
     config = {"teacher_model": tiny.llama(seed=2, hidden=24), "criterion": {layers: loss}}
     config["loss_balancer"] = mtd.StaticLossBalancer(weight)
     return mtd.convert(tiny.llama(seed=1), mode=[("kd_loss", config)])
 
 
 def trained(model: Any, rate: float, *inputs: str) -> tuple[list[float], list[Tensor]]:
-    """Train four steps, and return the losses and the weights after them."""
+    """Train four steps with these `inputs` of compute_kd_loss; return losses and final weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     rows, losses = tiny.ragged(), []
     before = deepcopy(list(model.parameters()))
@@ -69,7 +72,7 @@ def same(ours: Any, theirs: Any) -> None:
 LOGITS, MFT = (LogitsDistillationLoss, TheirLogits), (MFTLoss, TheirMFT)
 RATES = ("mean", 1.0, 5.0), ("batchmean", 1.0, 0.005), ("sum", 1.0, 0.001)
 IN_PLACE = partial(LogitsDistillationLoss, inplace=True), TheirLogits
-#: Our class and modelopt's, its second argument, weight, rate and what is given to modelopt.
+#: Both classes, their second argument, the loss's weight, learning rate, `inputs` of `trained`.
 TRAININGS: list[tuple[Any, ...]] = [
     *((kinds, *case) for kinds in (LOGITS, IN_PLACE) for case in RATES),
     (LOGITS, "none", 1.0, 0.3, "loss_reduction_fn"),

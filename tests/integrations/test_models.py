@@ -1,4 +1,4 @@
-"""Models that the loss does not fit are refused at once, also inside wrappers."""
+"""Models that do not fit the loss are refused at once, also inside wrappers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _pair(kind: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _batch(kind: str) -> dict[str, Tensor]:
-    """Return a batch as a collator makes it: with labels that belong to the logits."""
+    """Return a batch as a collator makes it, with labels aligned with the model's logits."""
     batch = tiny.padded(tiny.ragged(3))
     draw = torch.Generator().manual_seed(1)
     if "Classification" in kind:

@@ -45,7 +45,7 @@ def _teacher() -> nn.Module:
 def _trained(
     folder: Path, way: Any = None, student: nn.Module | None = None, **changes: Any
 ) -> KDTrainer:
-    """Return a KDTrainer after its training."""
+    """Train a student with KDTrainer and return the trainer; `way`: its options, as in WAYS."""
     student = tiny.llama(0) if student is None else student
     options = {"teacher": _teacher(), "eval_dataset": tiny.ragged(6, seed=1), **(way or {})}
     trainer = KDTrainer(student, _settings(folder, **changes), **DATA, **options)
@@ -54,7 +54,7 @@ def _trained(
 
 
 class _Eager(Trainer):  # type: ignore[misc]
-    """The reference: torch operations on sliced logits, divided by the Trainer's count."""
+    """The reference: torch operations on sliced logits, with the Trainer's count as denominator."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, num_items_in_batch: Any = None
@@ -284,7 +284,7 @@ def test_absent_labels_and_a_teacher_that_trains_are_named() -> None:
 
 
 def _on_two_ranks(which: str, folder: Path) -> None:
-    """Check that two ranks of 2 rows are one of 4; rank 0 logs for all."""
+    """Check that two ranks of 2 rows each train as one of 4 does, and that rank 0 logs for both."""
     trainer = _trained(folder, WAYS[which], per_device_train_batch_size=2)
     expected = torch.load(folder / f"alone{which}.pt", weights_only=True)
     for name, weight in trainer.model.state_dict().items():
@@ -296,7 +296,7 @@ def _on_two_ranks(which: str, folder: Path) -> None:
 
 
 def _parts_of_the_evaluation(trainer: KDTrainer) -> None:
-    """Check that the parts count as the loss does: not what pads the last batch of the ranks."""
+    """Check that the parts add up to the loss, without the rows that pad the ranks' last batch."""
     for _ in range(2):
         trainer.predict(tiny.ragged(5, seed=2))
         evaluated = trainer.evaluate()

@@ -46,7 +46,7 @@ def test_without_entropy(tmp_path: Path) -> None:
 
 
 def tensors(bias: bool = True) -> dict[str, Any]:
-    """Return arguments of TRL's function; the student's are leaves."""
+    """Return arguments of TRL's function; the student's tensors are leaves that require grad."""
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     arguments: dict[str, Any] = {"completion_mask": mask, **({"chunk_size": 4} if OF_1_14 else {})}
     for model, hidden in (("student", 8), ("teacher", 12)):
@@ -57,7 +57,7 @@ def tensors(bias: bool = True) -> dict[str, Any]:
 
 
 def outcome(loss: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """Return loss, entropy, number of tokens and gradients."""
+    """Return loss, entropy, number of tokens, and gradients by the inputs that require grad."""
     value, entropy, count = loss(**inputs)
     leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
     return [value, entropy, count, *torch.autograd.grad(value, leaves)]
@@ -104,7 +104,7 @@ def test_without_a_copy_of_the_uniform_logits() -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_a_teachers_shards_are_gathered_and_a_trained_heads_are_refused() -> None:
-    """Refuse them: full_tensor()'s backward gives a shard the gradient of its rank's tokens."""
+    """Refuse a student's: full_tensor()'s backward gives a shard only its rank's gradient."""
     inputs = {**tensors(), "beta": 0.1}
     mesh = init_device_mesh("cpu", (1,))
 
@@ -131,7 +131,7 @@ BEFORE_SCALES = """
 
 
 def function_of(parameters: str) -> Any:
-    """Return a function with these parameters."""
+    """Return a function with this list of parameters; only its signature matters."""
     return eval(f"lambda {' '.join(parameters.split())}: None")
 
 

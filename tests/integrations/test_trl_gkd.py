@@ -40,7 +40,7 @@ def logits(batch: int = 3, length: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(student: Tensor, *views: Tensor, **options: Any) -> None:
-    """Compare values and gradients by `student` of both losses, on views of logits."""
+    """Assert that our loss and TRL's of `views` have equal values and gradients by `student`."""
     results = []
     for loss in (generalized_jsd_loss, GKDTrainer.generalized_jsd_loss):
         value = loss(*views, **options)

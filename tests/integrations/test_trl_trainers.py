@@ -32,7 +32,7 @@ from fused_kd.integrations.trl import restore, use_fused_kd  # noqa: E402
 HEADS = {"gkd": (False, True), "distillation": (True,)}
 WAYS = [(kind, heads) for kind in KINDS for heads in HEADS[kind]]
 EACH = pytest.mark.parametrize(("kind", "heads"), WAYS)
-#: What holds TRL's own loss, and its name.
+#: By kind: the module or class that has TRL's own loss, and the loss's name there.
 OWN: dict[str, tuple[Any, str]] = {
     "gkd": (KINDS["gkd"][0], "generalized_jsd_loss"),
     "distillation": (distillation_trainer, "_chunked_divergence_loss"),

@@ -37,14 +37,14 @@ def llama(seed: int, layers: int = 1, hidden: int = 16, **changes: Any) -> nn.Mo
 
 
 def of(kind: str, seed: int, **changes: Any) -> nn.Module:
-    """Return a small causal language model of a family of transformers."""
+    """Return a small causal language model of a family of transformers, such as "Llama"."""
     names = f"{kind}ForCausalLM", f"{kind}Config"
     model, config = (getattr(transformers, name) for name in names)
     return build(model, config, seed, **changes)
 
 
 def build(model: Any, config: Any, seed: int, **changes: Any) -> nn.Module:
-    """Return any small decoder, whose logits are large enough for softmaxes to differ."""
+    """Return a small decoder in evaluation mode; its logits are so large that softmaxes differ."""
     sizes = {**IDS, **LAYERS, **ATTENTION, "max_position_embeddings": 64}
     torch.manual_seed(seed)
     built: nn.Module = model(config(**{**sizes, **changes})).eval()
@@ -54,7 +54,7 @@ def build(model: Any, config: Any, seed: int, **changes: Any) -> nn.Module:
 
 
 def ragged(count: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Return sequences of 3 to 12 tokens."""
+    """Return `count` sequences of 3 to 12 tokens, whose labels are their ids."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 13, (count,), generator=generator).tolist()
     rows = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]
@@ -62,7 +62,7 @@ def ragged(count: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
 
 
 def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a batch: ids are padded with 0, and labels with -100."""
+    """Return rows as a batch: ids and attention_mask are padded with 0, labels with -100."""
     pad = nn.utils.rnn.pad_sequence
     ids = [row["input_ids"] for row in rows]
     return {
@@ -86,13 +86,13 @@ def loss_of(adapter: Any, student: nn.Module, batch: dict[str, Tensor]) -> Any:
 
 
 def largest_difference(first: nn.Module, second: nn.Module) -> float:
-    """Return the largest difference between weights of two models."""
+    """Return the largest absolute difference between weights of two models."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
 def assert_close(first: nn.Module, second: nn.Module) -> None:
-    """Compare all weights of two models, up to float32 rounding."""
+    """Assert that all weights of two models are equal up to float32 rounding."""
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         message = f"{name}: {{}}".format
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=message)
@@ -102,13 +102,13 @@ def assert_close(first: nn.Module, second: nn.Module) -> None:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return arguments of a Trainer of transformers or TRL."""
+    """Return keywords for the TrainingArguments of transformers or TRL; `changes` win."""
     usual = {"output_dir": str(folder), "max_steps": 3, "logging_steps": 1, "seed": 1}
     return {**usual, "per_device_train_batch_size": 4, **SGD, **QUIET, **changes}
 
 
 def logged(trainer: Any, key: str = "loss") -> list[float]:
-    """Return what a Trainer logged under a name."""
+    """Return all values that a Trainer logged under a name, in order."""
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
@@ -123,7 +123,7 @@ def lightning_trainer(folder: Path, **options: Any) -> Any:
 
 
 def plain_loop(model: Any, batches: list[dict[str, Tensor]]) -> list[float]:
-    """Train a StudentTeacherLoss without a framework; return its losses."""
+    """Train a StudentTeacherLoss by plain SGD, one update for each batch; return its losses."""
     optimizer = torch.optim.SGD(model.student.parameters(), lr=SGD["learning_rate"])
     losses = []
     for batch in batches:

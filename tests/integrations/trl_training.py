@@ -51,7 +51,7 @@ def words(count: int, first: int) -> str:
 
 
 def conversations(count: int = 16) -> Dataset:
-    """Return prompts and answers of different lengths."""
+    """Return a data set of prompts and answers of different lengths."""
 
     pairs = [
         [("user", words(1 + i % 4, i)), ("assistant", words(1 + (5 * i) % 11, 3 * i))]
@@ -62,17 +62,18 @@ def conversations(count: int = 16) -> Dataset:
 
 
 def prompts(count: int = 16) -> Dataset:
-    """Return prompts of different lengths, which the student completes."""
+    """Return a data set of prompts of different lengths, which the student completes."""
     return Dataset.from_dict({"prompt": [words(1 + i % 5, i) for i in range(count)]})
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return arguments of a trainer of TRL, in float32 unless changed."""
+    """Return keywords for the configuration of a trainer of TRL, in float32 unless changed."""
     usual = {"per_device_train_batch_size": 2, "bf16": False, "gradient_checkpointing": False}
     return tiny.settings(folder, **{**usual, **changes})
 
 
 OF_GKD = {"lmbda": 0.0, "max_length": 32, "max_new_tokens": 4}
+#: Trainer, configuration, data, usual settings.
 KINDS: dict[str, tuple[Any, ...]] = {
     "gkd": (GKDTrainer, GKDConfig, conversations, OF_GKD),
     "distillation": (
@@ -87,7 +88,10 @@ KINDS: dict[str, tuple[Any, ...]] = {
 def trainer_of(
     name: str, folder: Path, family: str = "Llama", changes: Any = None, **more: Any
 ) -> Any:
-    """Return a trainer, or a subclass `kind`; student, teacher and data are always the same."""
+    """Return a trainer named in KINDS, or of its subclass `kind`, always with the same data.
+
+    family, changes: of the models, whose weights are always the same; more: the settings.
+    """
     kind, config, rows, usual = KINDS[name]
     kind = more.pop("kind", kind)
     arguments = config(**settings(folder, **{**usual, **more}))
@@ -99,7 +103,7 @@ Run = tuple[list[float], list[Tensor], list[float]]
 
 
 def trained(trainer: Any) -> Run:
-    """Train, and return the losses, the weights after the last step and the entropies."""
+    """Train to the end; return the losses, the final weights and the logged entropies."""
     before = [p.detach().clone() for p in trainer.model.parameters()]
     torch.manual_seed(0)
     trainer.train()
@@ -107,11 +111,11 @@ def trained(trainer: Any) -> Run:
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     changes = [(a - b).abs().max().item() for a, b in zip(before, weights, strict=True)]
     assert len(losses) == trainer.args.max_steps
-    assert max(changes) > 1e-3  # the loss fell
+    assert max(changes) > 1e-3  # the weights moved
     return losses, weights, tiny.logged(trainer, "entropy")
 
 
 def same(ours: Run, theirs: Run) -> None:
-    """Compare losses, weights and entropies, up to float32 rounding."""
+    """Assert that losses, weights and entropies of two runs are equal up to float32 rounding."""
     for a, b, rtol in zip(ours, theirs, (1e-5, 1e-4, 1e-4), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=2e-6)

@@ -11,7 +11,7 @@ from fused_kd.backends.triton.configuration import overridden
 
 #: With V = 45: 2 whole tiles of 16 entries and a tail of two sub-blocks, the last one masked.
 #: In two parts: slices of 32 and 13; the second has no whole tile. In four: the last is empty.
-#: Its lanes of one entry: what a V that is no multiple of 16 takes.
+#: Its lanes take one entry each, as for any V that is not a multiple of 16.
 CONFIGURATIONS: dict[str, dict[str, int]] = {
     "one part": {"warps": 1, "lanes": 4, "vector": 2, "unroll": 2, "parts": 1},
     "two parts": {"warps": 1, "lanes": 4, "vector": 2, "unroll": 2, "parts": 2},
@@ -31,12 +31,13 @@ configured = overridden
 
 
 def numbers(**changes: Any) -> tuple[Any, ...]:
+    """Return the values of NUMBERS, some of them changed, as operators take them."""
     values: dict[str, Any] = {**NUMBERS, **changes}
     values["temperature"] = torch.tensor(values["temperature"], dtype=torch.float64)
     return tuple(values.values())
 
 
 def rows(n: int = 3, v: int = V, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    # student, teacher (1, n, v), labels, w_hard, w_soft.
+    """Return student and teacher (1, n, v), labels, w_hard, w_soft."""
     student, teacher = (torch.randn(1, n, v).to(dtype) for _ in range(2))
     return student, teacher, torch.randint(v, (n,)), torch.rand(n) + 0.5, torch.rand(n) + 0.5

@@ -38,5 +38,5 @@ else:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    # No warnings of entries that a `where` drops afterwards.
+    """Ignore warnings about entries that the kernel drops afterwards."""
     warnings.filterwarnings("ignore", category=RuntimeWarning)

@@ -13,7 +13,7 @@ from fused_kd import kd_loss
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import REGIMES, assert_obeys_error_rule, make_inputs
 
-#: power of the softened exponential (1, 2) or a separate exponential
+#: The hard term's exponential is a power of the softened one (T = 1, 2), or a separate one.
 TEMPERATURES = (1.0, 2.0, 1.7, 0.6)
 #: exponentials in range; absent columns; exact zeros; a peak: all in the default run
 SOME_REGIMES = ["language_model", "inf_columns", "equal", "confident"]

@@ -21,14 +21,14 @@ ONE_PART = CONFIGURATIONS["one part"]
 
 
 def _normal(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    # student, teacher (rows, V), labels.
+    """Return student and teacher (rows, V), and labels."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(rows, V, generator=generator) for _ in range(2))
     return student, teacher, torch.randint(V, (rows,), generator=generator)
 
 
 def _rising(step: float) -> Tensor:
-    """Return what lifts every tile above the one before."""
+    """Return what, added to logits, lifts every tile by `step` above the one before: (V,)."""
     return step * (torch.arange(V) // 16).float()
 
 
