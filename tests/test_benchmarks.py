@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.backends import needs_cpu, one_thread
+from support.processes import passes, run_python
 
 from benchmarks import __main__ as cli
 from benchmarks import one_case, runner, tables
