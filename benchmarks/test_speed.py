@@ -23,7 +23,7 @@ NAMES += ["heads/kdloss-heads", "heads/eager"]
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward(benchmark: Any, name: str, dtype: str) -> None:
-    """Time a method's forward and backward."""
+    """Measure a forward and a backward of a method."""
     method = METHODS[name]
     sizes = SIZES | (HIDDEN if method.level == "heads" else {})
     case = Case(**sizes, dtype=dtype, level=method.level)
