@@ -39,7 +39,8 @@ def differentiable_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, and the hard and the soft term of every row.
 
-    With ``settings.inplace`` the student's logits are overwritten by their gradient.
+    With ``settings.inplace`` the student's logits are overwritten by their gradient: here, or in
+    the backward for float16. The arguments must have been checked.
 
     Returns:
         The loss, differentiable by the student's tensors: 0-d, or (N,) for reduction "none". Then
@@ -200,7 +201,10 @@ def _weighted(
     w_hard: Tensor | None,  # (N,)
     w_soft: Tensor | None,  # (N,)
 ) -> Tensor:
-    """Return w_hard·hard + w_soft·soft of every row, (N,); a None weight leaves its term out."""
+    """Return w_hard·hard + w_soft·soft of every row, (N,); a None weight leaves its term out.
+
+    Two of them give 0.
+    """
     if w_hard is None:
         return torch.zeros_like(soft) if w_soft is None else w_soft * soft
     return w_hard * hard if w_soft is None else torch.addcmul(w_hard * hard, w_soft, soft)
@@ -218,7 +222,7 @@ def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for the backward, None included, in an order that :func:`_saved` restores.
 
     ``ctx.save_for_backward`` refuses tensors made under ``torch.inference_mode``: these are stored
-    in ``ctx.inference_tensors``, by position.
+    in ``ctx.inference_tensors``, by position. If one is written to later, no error is raised.
     """
     ctx.inference_tensors = inference_tensors = {}
     if not torch.compiler.is_compiling():
@@ -235,7 +239,8 @@ def _saved(ctx: Any) -> tuple[list[Any], Any, tuple[Any, ...]]:
     """Return the tensors of Inputs, the stats, and in a trace the forward's gradients (else ()).
 
     Raises:
-        RuntimeError: A saved tensor was written to; the message names `inplace` if that is set.
+        RuntimeError: A saved tensor was written to (the message names `inplace` if that is set), or
+            freed by an earlier backward without ``retain_graph=True``.
     """
     try:
         saved = list(ctx.saved_tensors)
@@ -271,7 +276,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
-        """Return the gradient."""
+        """Return a view of the gradient; `inputs` are not read."""
         return gradient.view_as(gradient)
 
     @staticmethod

@@ -158,7 +158,10 @@ def _check_head(name: str, head: Head) -> None:
 def _check_teacher(
     student: Side, rows: torch.Size, teacher: Side | None, soft_weight: float
 ) -> None:
-    """Check the teacher, and that rows, vocabulary and device equal the student's."""
+    """Check the teacher, even if no term reads it, against the rows, V and device of the student.
+
+    The student must have been checked before. None is refused unless soft_weight is 0.
+    """
     if teacher is None:
         if soft_weight != 0.0:
             raise ValueError(
@@ -274,7 +277,7 @@ def check_floating(name: str, tensor: Tensor | None) -> None:
 
 
 def _refuse_transforms() -> None:
-    """Raise RuntimeError under a transform of torch.func."""
+    """Raise RuntimeError under a transform of torch.func, except in a trace."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "the loss does not run under torch.func (grad, vmap, jvp, jacrev); call it on ordinary "
@@ -346,7 +349,10 @@ def _check_token_weight(token_weight: Tensor, student: Side, rows: torch.Size) -
 
 
 def _check_num_items(num_items: float | Tensor, reduction: str, student: Side) -> None:
-    """Check num_items: a positive number, or a 0-d tensor, which may be 0 (the loss is then 0)."""
+    """Check num_items: a positive number, or a 0-d tensor, which may be 0 (the loss is then 0).
+
+    Any is refused unless the reduction is "mean".
+    """
     if reduction != "mean":
         raise ValueError(
             "num_items is the denominator of reduction='mean'; "
@@ -506,7 +512,10 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _is_same_memory(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if two tensors of equal shape have the same address, strides and dtype."""
+    """Return True if two tensors of equal shape have the same address, strides and dtype.
+
+    Both must have memory.
+    """
     same = (teacher.data_ptr(), teacher.stride(), teacher.dtype)
     return (student.data_ptr(), student.stride(), student.dtype) == same
 
@@ -526,7 +535,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of the first byte and the address after the last byte."""
+    """Return the addresses of the first byte, and after the last, of a tensor with memory."""
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 

@@ -201,7 +201,10 @@ def soften(s: Tensor, t: Tensor, temperature: Tensor) -> Pair:
 
 
 def centred(x: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return z = (x - max x)/T (N, V) and log Σ exp z (N, 1), which is in [0, log V]."""
+    """Return z = (x - max x)/T (N, V) and log Σ exp z (N, 1), which is in [0, log V].
+
+    The sum is NaN for a row with a NaN or +inf, or without a finite entry.
+    """
     z = (x - x.amax(1, keepdim=True)) / temperature
     return z, z.exp().sum(1, keepdim=True).log()
 

@@ -27,7 +27,7 @@ class Compiled:
         self._tried = False
 
     def load(self) -> ModuleType | None:
-        """Return the module, or None if it cannot be imported."""
+        """Return the module, or None if it cannot be imported; only the first call tries."""
         if not self._tried:
             self._tried = True
             try:

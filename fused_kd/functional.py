@@ -129,23 +129,26 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
 
     An entry that is -inf on both sides is absent, so padding a vocabulary with -inf changes
     nothing. With ``soft_weight=0`` the teacher is not read, and an entry that is -inf for the
-    student is absent. A row with a NaN or +inf logit is NaN, and no other row is. Terms and rows of
-    weight 0 are skipped.
+    student is absent. A row with a NaN or +inf logit, or without a finite one, is NaN; no other row
+    is affected. Terms and rows of weight 0 are skipped.
 
     Args:
         student: logits (..., V), 1-D for a single row; or a Head.
         teacher: logits (..., V) or a Head, with the student's leading shape, V and device. It gets
-            no gradient: logits must not require grad. None needs ``soft_weight=0``.
+            no gradient: logits must not require grad, and of a Head only leaf tensors may. None
+            needs ``soft_weight=0``.
         labels: (...), class indices of an integer dtype, aligned with the rows (nothing is
             shifted); None needs ``hard_weight=0``. A label outside [0, V) that is not ignore_index
-            raises on a CPU, and makes its row NaN on a GPU (FUSED_KD_DEBUG=1 raises there too, at
-            the cost of a synchronisation).
+            raises on a CPU; on a GPU and under ``torch.compile`` its hard term is NaN
+            (FUSED_KD_DEBUG=1 raises on a GPU too, at the cost of a synchronisation).
         {keywords}
         token_weight: (...), a weight w ≥ 0 for each row, bool, int or float, without grad. None: 1.
         num_items: the denominator of reduction "mean": a number > 0 or a 0-d tensor. None: Σ w. For
-            gradient accumulation, the number of kept tokens of the whole batch.
-        kept_rows: an upper bound of the rows that are not ignored, if a side is a Head; None: not
-            known. If there are more, the loss is NaN (on the CPU: a ValueError).
+            gradient accumulation, the number of kept tokens of the whole batch. Refused with
+            another reduction.
+        kept_rows: an upper bound of the rows that are not ignored, if a side is a Head (refused
+            otherwise); None: not known. If there are more, the loss is NaN (on the CPU: a
+            ValueError).
 
     Returns:
         The loss, float32 (float64 if a side is float64): 0-d, or shaped like the labels for
@@ -155,8 +158,9 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
         TypeError: An argument has the wrong type or dtype, or a keyword is unknown.
         ValueError: A value, shape or device does not fit; the message names the argument.
         RuntimeError: The requested backend cannot run, or a transform of ``torch.func`` is active
-            outside ``torch.compile``. In the backward: it is differentiated again, or run twice
-            after ``inplace=True``.
+            outside ``torch.compile``. In the backward: it is differentiated again, an input was
+            written to after the call, or with ``inplace=True`` it runs twice or for a batch
+            (``is_grads_batched=True``).
     """
     options = options_of("kd_loss", {"return_parts": return_parts, **keywords})
     return kd_loss_with(options, student, teacher, labels, token_weight, num_items, kept_rows)
@@ -171,7 +175,10 @@ def kd_loss_with(
     num_items: float | Tensor | None = None,
     kept_rows: int | None = None,
 ) -> Tensor | KDLossParts:
-    """Compute :func:`kd_loss` from options that were checked before; :class:`KDLoss` calls this."""
+    """Compute :func:`kd_loss` from options that were checked before; :class:`KDLoss` calls this.
+
+    The other arguments are checked here; errors and result are those of kd_loss.
+    """
     labels, kept = labels_and_kept(labels, options)
     check_call(options, student, teacher, labels, kept, token_weight, num_items, kept_rows)
     shape = row_shape(student)
@@ -216,7 +223,10 @@ def _returned(
     options: KDOptions,
     shape: torch.Size,  # of the labels
 ) -> Tensor | KDLossParts:
-    """Return the loss in the caller's shape; with ``return_parts``, also hard and soft, reduced."""
+    """Return the loss in the caller's shape; with ``return_parts``, also hard and soft.
+
+    These are multiplied by `w` and reduced like the loss, which is reduced already.
+    """
     per_row = options.reduction == "none"
     loss = loss.view(shape) if per_row else loss
     if not options.return_parts:

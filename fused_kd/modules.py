@@ -65,7 +65,8 @@ class KDLoss(nn.Module):
 
         Raises:
             TypeError: A keyword has the wrong type, or is unknown.
-            ValueError: The framework is unknown, or a keyword is outside its range.
+            ValueError: The framework is unknown, or a keyword is outside its range or excludes
+                another.
         """
         return cls(**preset(name, keywords))
 
@@ -93,7 +94,11 @@ class KDLoss(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Return the value of a keyword, or what nn.Module has under this name."""
+        """Return the value of a keyword, or what nn.Module has under this name.
+
+        Raises:
+            AttributeError: It is neither.
+        """
         return getattr(self.options, name) if name in _KEYWORDS else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:

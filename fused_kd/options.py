@@ -204,21 +204,23 @@ class KDOptions:
         "write the gradient over the memory of the student's logits (in the forward; for float16 "
         "in the backward). A later read of the logits returns the gradient; an earlier operation "
         "that saved them raises in its backward, as does a second backward of the loss. Refused "
-        "for leaf tensors and for a Head. Without gradients, and under ``torch.compile``, the "
-        "logits are not overwritten.",
+        'for a Head, with reduction "none", for leaf tensors, and for views that cannot be written '
+        "to or that share memory. Without gradients, and under ``torch.compile``, the logits are "
+        "not overwritten.",
     )
     backend: str = _keyword(
         "auto",
         _one_of("auto", *BACKENDS),
-        '"auto", "reference", "cpu", "triton" or "cuda"; see ``python -m fused_kd.env``.',
+        '"auto" (FUSED_KD_BACKEND if that is set, else by device and dtype), "reference", "cpu", '
+        '"triton" or "cuda"; see ``python -m fused_kd.env``. A named one that cannot run raises.',
     )
     memory_budget: int | None = _keyword(
         None,
         check_count,
         "bytes for a chunk of rows if a side is a Head (see ``python -m fused_kd.plan``). None: "
         "256 MiB on a CPU; on a GPU enough for 2048 rows, at most 1/16 of its memory; in any case "
-        "enough for 64 rows. Small chunks read and write the weight gradient more often. The "
-        "reference backend uses several times as much.",
+        "enough for 64 rows. Less than one row needs is refused. Small chunks read and write the "
+        "weight gradient more often. The reference backend uses several times as much.",
     )
     chunk_rows: int | None = _keyword(
         None, check_count, "rows of a chunk if a side is a Head, instead of memory_budget."

@@ -49,7 +49,9 @@ CONVENTIONS = {  # comment: the framework's own entry point
 def keywords(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return a framework's keywords of KDLoss, overridden by those of the caller.
 
-    A caller's `beta` has the framework's meaning, and is translated to that of KDLoss.
+    A caller's `beta` has the framework's meaning, and is translated to that of KDLoss: for "liger"
+    and "trl", 0 and 1 choose forward and reverse KL; for "kdflow", any beta chooses "jsd". A
+    `divergence` of the caller overrides this choice.
 
     Args:
         name: a key of CONVENTIONS.

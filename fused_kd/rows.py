@@ -41,7 +41,7 @@ def labels_and_kept(labels: Any, options: KDOptions) -> tuple[Any, Tensor | None
 
 
 def label_rows(labels: Tensor | None, options: KDOptions) -> Tensor | None:
-    """Return int64 labels (...) as (N,), contiguous; None if there is no hard term."""
+    """Return int64 labels (...) as (N,), contiguous, a view if possible; None without hard term."""
     if labels is None or options.hard_weight == 0.0:
         return None
     is_row = labels.dim() == 1 and labels.is_contiguous()
@@ -66,7 +66,7 @@ def row_weights(
         token_weight: the caller's weights; None: 1.
         options: reduction and the weights of the terms.
         num_items: the denominator of "mean"; None: the sum of the weights. If it is a tensor of 0,
-            or no row is kept, all weights are 0.
+            or no row is kept, all weights are 0. Other reductions do not read it.
         kept_rows: an upper bound of the rows in `kept`, or None. If there are more, all weights are
             NaN; not compared if `kept` is None.
     """
@@ -139,7 +139,8 @@ def logit_rows(
 
     Fewer dimensions get leading dimensions of size 1; more are folded into two. Logits are copied
     only if their last stride is not 1, or if more than three dimensions do not fold (the teacher's:
-    like the student's). A teacher of None stays None.
+    like the student's); else the results are views. Both must have the same shape, of at least one
+    dimension. A teacher of None stays None.
     """
     if student.stride(-1) != 1:
         student = _copy(student)

@@ -35,13 +35,19 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> Head:
-        """Return a head whose three tensors are moved or cast, as by :meth:`torch.Tensor.to`."""
+        """Return a head whose three tensors are moved or cast, as by :meth:`torch.Tensor.to`.
+
+        Tensors that have this device and dtype already are shared; this head is not modified.
+        """
         bias = None if self.bias is None else self.bias.to(*args, **kwargs)
         hidden, weight = self.hidden.to(*args, **kwargs), self.weight.to(*args, **kwargs)
         return self._replace(hidden=hidden, weight=weight, bias=bias)
 
     def rows(self, index: Any) -> Head:
-        """Return the same head with the hidden states ``hidden[index]``, any index of a tensor."""
+        """Return the same head with the hidden states ``hidden[index]``.
+
+        Any index of a tensor's leading dimensions; a view or a copy, as by torch.
+        """
         return self._replace(hidden=self.hidden[index])
 
 
@@ -52,7 +58,10 @@ Tensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def tensors_of(side: Side | None) -> Tensors:
-    """Return logits, None, None; of a Head hidden states, weight and bias; of None three None."""
+    """Return logits, None, None; of a Head hidden states, weight and bias; of None three None.
+
+    A Head's scale is left out.
+    """
     if isinstance(side, Head):
         return side[:3]
     return side, None, None
@@ -90,7 +99,7 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 def autocast_dtype(head: Head) -> torch.dtype | None:
     """Return the dtype that autocast rounds a head's hidden states and weight to.
 
-    None outside autocast, and if one of the two is float64.
+    None if autocast is off for their device, and if one of the two is float64.
     """
     device = head.hidden.device.type
     if torch.float64 in (head.hidden.dtype, head.weight.dtype):

@@ -106,7 +106,8 @@ class Backend(Protocol):
     ) -> None:
         """Overwrite the gradient that `forward_backward` returned by `scale` (0-d) times it.
 
-        It is rounded once in all. The other arguments are those of that call, and its statistics.
+        It is rounded once in all. The other arguments are those of that call, and its statistics;
+        the student's logits must still be there, so the gradient may not be in their memory.
         """
 
     def multiply(self, grad: Tensor, scale: Tensor) -> None:
@@ -162,6 +163,8 @@ def named(name: str) -> Backend:
 def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
     """Return the name of the backend for these sides; the module's docstring has the order.
 
+    If "reference" is the automatic choice for lack of another, warn once per device type.
+
     Args:
         requested: "auto" or the name of a backend.
         student: the side whose device and dtype decide.
@@ -191,7 +194,7 @@ def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
 
 
 def _automatic(device: torch.device) -> str:
-    """Return the first backend of the order above that can run on this device."""
+    """Return the first backend of the order above that can run on this device; may warn."""
     if device.type == "meta":
         return "reference"  # a meta tensor has no values to compute with
     if device.type == "cpu":

@@ -11,7 +11,10 @@ forward, forward_backward, backward, rescale, multiply = registered(prefix="")
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """Return None if this backend can run, else the reason; for one type of device if given."""
+    """Return None if this backend can run, else the reason; for one type of device if given.
+
+    FUSED_KD_CPU is not checked: with a wrong value, the calls raise RuntimeError.
+    """
     if device_type not in (None, "cpu"):
         return f"the cpu backend runs on CPU tensors, not on {device_type}"
     return extension.cpu.why_not()

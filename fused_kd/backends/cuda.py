@@ -15,7 +15,10 @@ forward, forward_backward, backward, rescale, multiply = registered(prefix="")
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """Return None if this backend can run, else the reason; for one type of device if given."""
+    """Return None if this backend can run, else the reason; for one type of device if given.
+
+    Of several CUDA devices, only the current one is checked.
+    """
     if device_type not in (None, "cuda"):
         return f"the cuda backend runs on CUDA tensors, not on {device_type}"
     reason = extension.cuda.why_not()
@@ -28,7 +31,7 @@ def why_not(device_type: str | None = None) -> str | None:
 
 @cache
 def _why_not_here(device: int) -> str | None:
-    """Return None if the module has kernels for this CUDA device, else the reason."""
+    """Return None if the module, which must load, has kernels for this device, else the reason."""
     module = extension.cuda.load()
     assert module is not None
     torch.cuda.init()  # type: ignore[no-untyped-call]

@@ -33,7 +33,8 @@ def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
     """Return H = -(1-ε)·log π_y - (ε/V)·Σ_v log π_v and its gradient, always at temperature 1.
 
     V counts the present entries. ∂H/∂s_v = π_v - target_v; the target is ε/V at present entries,
-    plus (1-ε) at y, also if y is absent. A label outside [0, V) makes its row NaN.
+    plus (1-ε) at y, also if y is absent. A label outside [0, V) makes its row NaN. H is infinite if
+    s is -inf at y, and with smoothing if it is at any present entry.
 
     Args:
         s: student's logits (N, V).
@@ -181,7 +182,8 @@ def rescale(
 ) -> None:
     """Overwrite the gradient that forward_backward returned by `scale` times it, rounded once.
 
-    A 16-bit gradient is recomputed from the logits, with weights times `scale`.
+    A 16-bit gradient is recomputed from the logits, with weights times `scale`: it may not be in
+    the memory of the student's logits.
     """
     if grad.dtype in (torch.float32, torch.float64):
         multiply(grad, scale)

@@ -36,6 +36,12 @@ def registered(prefix: str) -> Functions:
     """Return the functions of a backend, which call operators ``torch.ops.fused_kd.<prefix>*``.
 
     An operator raises RuntimeError for tensors that do not fit each other.
+
+    Args:
+        prefix: of :data:`fused_kd.ops.PREFIXES`.
+
+    Raises:
+        AttributeError: No operators have this prefix.
     """
 
     def operator(name: str) -> Any:
@@ -113,8 +119,8 @@ def registered(prefix: str) -> Functions:
 
         It is multiplied if the scale is a power of two, which is exact, or the gradient float32,
         which then loses half a unit. A 16-bit gradient would be rounded a second time and is
-        recomputed instead. The operator reads the scale on the device: the host does not
-        synchronize.
+        recomputed instead, from the logits, so it may not be in their memory. The operator reads
+        the scale on the device: the host does not synchronize.
         """
         rows = (student, teacher, labels, w_hard, w_soft)
         rescale_(*rows, stats, *_numbers(formula), scale, grad)

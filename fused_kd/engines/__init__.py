@@ -20,9 +20,10 @@ class Engine(Protocol):
     """The functions of an engine.
 
     hard and soft are the unweighted terms H and S = c(T)·D of every row, (N,); 0 if the term is off
-    or its weight is 0. stats are the row statistics (N, STATS) that a later backward reuses, None
-    from an engine that keeps none. `wanted` says for each of the student's three tensors whether
-    its gradient is computed. With ``settings.inplace`` the student's logits are overwritten by it.
+    or its weight is 0. stats are the row statistics (N, STATS) that a later backward reuses, (N, 0)
+    from the reference backend, None from an engine that keeps none. `wanted` says for each of the
+    student's three tensors whether its gradient is computed. With ``settings.inplace`` the
+    student's logits are overwritten by it.
 
     A memory_budget that does not hold one row raises ValueError.
     """
@@ -45,10 +46,11 @@ class Engine(Protocol):
     def gradients(
         self, settings: Settings, inputs: Inputs, stats: Tensor | None, wanted: tuple[bool, ...]
     ) -> Gradients:
-        """Return the wanted gradients of the same sum, computed with the stats of `losses`.
+        """Return the wanted gradients of the same sum, computed with the stats of the forward.
 
-        They have the dtypes of the student's tensors; in place, the first is the student's logits.
-        The weights may be other than in `losses`, but must be 0 for the rows that had 0 there. An
+        That is `losses`, or for a second backward `losses_and_gradients` (not in place). They have
+        the dtypes of the student's tensors; in place, the first is the student's logits. The
+        weights may be other than in the forward, but must be 0 for the rows that had 0 there. An
         engine without stats computes all again.
         """
 

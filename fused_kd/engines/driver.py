@@ -64,7 +64,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def run_chunks(
     problem: Problem, wanted: tuple[bool, ...] | None
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Process all rows, chunk by chunk.
+    """Process all rows, chunk by chunk. Autograd and autocast must be off.
 
     Args:
         problem: the rows and the options.
@@ -205,6 +205,7 @@ class _TeacherRows:
     def at(self, rows: Rows, student: Tensor) -> Tensor:
         """Return the teacher's logits (C, V) of these rows; of a Head until the next call only.
 
+        Logits that were passed are a view of the caller's if possible, not to be written to.
         Without a teacher it returns `student`, the student's logits (C, V): the row kernel then
         ignores its teacher argument.
         """
@@ -279,7 +280,10 @@ class _HeadChunk:
         return losses
 
     def _losses(self, rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hard and soft (C,); if gradients are wanted, store that of the chunk's logits."""
+        """Return hard and soft (C,); if gradients are wanted, store that of the chunk's logits.
+
+        It is stored in `self.gradient`; if that is None, over `self.logits`.
+        """
         count = hidden.shape[0]
         s = self.logits[:count]
         self.products.logits(s, hidden, self.side)
@@ -324,7 +328,7 @@ class _HeadChunk:
         return None if self.over_teacher and part.start == 0 else self.gradient[part]
 
     def _multiply(self, rows: Rows, hidden: Tensor, gradients: Gradients, add: bool) -> None:
-        """Multiply the gradient of the chunk's logits into each wanted gradient.
+        """Multiply the gradient that `_losses` has stored for this chunk into each wanted gradient.
 
         Rows of the hidden gradient are written; those of weight and bias are overwritten, or added
         to if `add`.

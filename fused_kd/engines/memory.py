@@ -37,7 +37,10 @@ class Sizes(NamedTuple):
 
 
 def row_bytes(sizes: Sizes) -> int:
-    """Return the bytes of one row of a chunk: logits, gathered inputs, converted inputs."""
+    """Return the bytes of one row of a chunk: logits, gathered inputs, converted inputs.
+
+    At least one side must be a head, that is have a hidden size.
+    """
     accum, vocabulary = sizes.accum_bytes, sizes.vocabulary
     heads = [
         (hidden, element)
@@ -83,7 +86,11 @@ def budget_rows(budget: int, sizes: Sizes, fixed: int) -> int:
 
 
 def automatic_rows(device: torch.device, sizes: Sizes, fixed: int) -> int:
-    """Return the rows of a chunk without chunk_rows and memory_budget, at least FEWEST_ROWS."""
+    """Return the rows of a chunk without chunk_rows and memory_budget, at least FEWEST_ROWS.
+
+    `fixed` is as in :func:`chunk_rows`, and ignored on a GPU. For a device that this machine lacks,
+    torch raises RuntimeError, AssertionError or AttributeError.
+    """
     if device.type == "cpu":
         fits = (CPU_BUDGET - fixed) // row_bytes(sizes)
     else:
@@ -101,6 +108,8 @@ def chunk_rows(
     fixed: int,
 ) -> int:
     """Return the rows of each chunk but the last: as many as allowed, in chunks of equal height.
+
+    At least 1, also without rows.
 
     Args:
         rows: the number of rows to compute.

@@ -70,7 +70,7 @@ class Products:
         return accum_dtype
 
     def hidden_gradient(self, out: Tensor, gradient: Tensor, head: Projection) -> None:
-        """Overwrite out (C, H) by gradient · weight."""
+        """Overwrite out (C, H), of the arithmetic's dtype, by gradient · weight."""
         for tile in self._tiles(head, out.dtype):
             add = tile.start > 0  # the first tile overwrites what is in the memory
             self._multiply(out, gradient[:, tile], head.weight[tile], head.compute, add=add)
@@ -135,7 +135,11 @@ class CompiledProducts(Products):
     """The product of csrc/cpu: converts while it packs, so nothing is cast beforehand."""
 
     def fixed_bytes(self) -> int:
-        """Return the bytes of the packed operands of all threads."""
+        """Return the bytes of the packed operands of all threads, whose number torch has now.
+
+        Raises:
+            RuntimeError: FUSED_KD_CPU is wrong, see :meth:`fused_kd.extension.Compiled.build_info`.
+        """
         info = extension.cpu.build_info()
         assert info is not None
         per_thread = info["product_bytes_per_thread"]

@@ -16,7 +16,8 @@ class Selection:
         rows: the number of all rows, N.
         w_hard: the weights of H, (N,); None: the term is off.
         w_soft: the weights of S, likewise. Without either, no row is computed.
-        kept_rows: an upper bound of the rows with a weight, or None; used on a GPU only.
+        kept_rows: an upper bound of the rows with a weight, or None; used on a GPU only. If there
+            are more, the last ones are left out.
     """
 
     def __init__(
@@ -73,7 +74,10 @@ def take(x: Tensor, rows: slice | Tensor) -> Tensor:
 
 
 def put(x: Tensor, rows: slice | Tensor, values: Tensor | float) -> None:
-    """Overwrite these rows of x (..., K), as in :func:`take`, by values (C, K) or a number."""
+    """Overwrite these rows of x (..., K), as in :func:`take`, by values (C, K) or a number.
+
+    Values are converted to the dtype of x.
+    """
     if not isinstance(values, Tensor):  # filled on the device: nothing is copied from the host
         values = x.new_full((), values)
     folded = _folded(x)

@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Inputs:
-        """Return the inputs from the flat list that :meth:`flat` returns."""
+        """Return the inputs from a list of the ten tensors that :meth:`flat` returns."""
         s, s_weight, s_bias, t, t_weight, t_bias, *rest = tensors
         return cls((s, s_weight, s_bias), (t, t_weight, t_bias), *rest)  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ def gradient_in_forward(settings: Settings, inputs: Inputs) -> bool:
 
 
 def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hard (N,), soft (N,) and stats (N, STATS)."""
+    """Return hard (N,), soft (N,) and stats (N, STATS); (N, 0) from the reference backend."""
     formula = settings.formula(inputs.temperature)
     return named(settings.backend).forward(*_rows(inputs), formula)
 
@@ -42,7 +42,10 @@ def losses_and_gradients(
 def gradients(
     settings: Settings, inputs: Inputs, stats: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, None, None]:
-    """Return the gradient, computed from logits and stats; in place, in the student's memory."""
+    """Return the gradient, computed from logits and stats; in place, in the student's memory.
+
+    `stats` must not be None; `wanted` is not read.
+    """
     assert stats is not None
     formula = settings.formula(inputs.temperature)
     backend = named(settings.backend)

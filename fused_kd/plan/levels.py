@@ -84,15 +84,18 @@ def plan(
         memory_budget: bytes for a chunk of rows with heads; None: automatic.
         device: the device of the loss. For a GPU that this machine does not have, pass
             `memory_budget`: the automatic one depends on the GPU's memory.
-        grad_accum_dtype: dtype in which the weight gradient is summed over chunks.
+        grad_accum_dtype: dtype in which the weight gradient is summed over chunks: float32 or
+            `dtype`; ignored for float64.
 
     Returns:
         A Plan: memory, FLOP and traffic of eager torch, of logits, of logits in place, and of heads
         on both sides; and the chunks of heads.
 
     Raises:
-        TypeError: A size is not an int, or `dtype` is not float32, bfloat16, float16 or float64.
+        TypeError: A size is not an int, `dtype` is not float32, bfloat16, float16 or float64, or
+            `grad_accum_dtype` is not a dtype.
         ValueError: A value is out of range, or `memory_budget` does not hold one row.
+        RuntimeError: On a CPU, FUSED_KD_CPU names an instruction set that is unknown or lacking.
     """
     sizes = {"rows": rows, "vocab": vocab, "hidden_student": hidden_student}
     for name, value in (sizes | {"hidden_teacher": hidden_teacher}).items():
@@ -162,7 +165,7 @@ class _Estimate:
 
         Args:
             eager: for the loss composed from torch operations; else for this package's.
-            inplace: the gradient overwrites the student's logits.
+            inplace: the gradient overwrites the student's logits; ignored if `eager`.
         """
         n, accum = self.logits, self.accum_logits
         # eager makes float32 copies of narrower logits, of student and teacher
@@ -238,7 +241,7 @@ class _Estimate:
     def fit_in_one_chunk(self, budget: int | None) -> bool:
         """Return True if all rows fit in one chunk in the worst case, in which they are gathered.
 
-        Then the weight gradient needs no sum.
+        Then the weight gradient needs no sum. :meth:`chunk` must have accepted the budget before.
         """
         fixed, gathered = self.products.fixed_bytes(), self.sizes._replace(gathered=True)
         return self.rows <= chunk_rows(self.rows, None, budget, self.device, gathered, fixed)

@@ -29,13 +29,15 @@ def eager_kd_loss(
 ) -> Tensor:
     """Compute the loss of :func:`fused_kd.kd_loss` from torch operations, in eager mode.
 
-    The arguments are those of kd_loss. All arithmetic is in float32 (float64 if an input is), and
-    autograd rounds the gradient once to the student's dtype. Without kd_loss's rules for -inf and
-    for batches whose rows are all ignored; arguments are not checked, and without labels the hard
-    term is left out. It can be differentiated twice.
+    The arguments are those of kd_loss. All arithmetic on logits is in float32 (float64 if an input
+    is), and autograd rounds their gradient once to the student's dtype; a Head's logits are
+    computed in its own dtype. Without kd_loss's rules for -inf and for batches whose rows are all
+    ignored; arguments are not checked, and without labels the hard term is left out. It can be
+    differentiated twice. A teacher that requires grad gets a gradient.
 
     Raises:
         ValueError: `teacher` is None and `soft_weight` is not 0.
+        KeyError: `divergence` is unknown and `soft_weight` is not 0.
     """
     if teacher is None and soft_weight != 0.0:
         raise ValueError(
@@ -79,11 +81,17 @@ def eager_divergence(
 ) -> Tensor:
     """Return D(q, p) of every row, (N,), without the factor c(T); differentiable.
 
+    Computed in the dtype of `s`, without kd_loss's rules for -inf. Notation as in
+    :mod:`fused_kd.divergences`.
+
     Args:
         s: student's logits.
         t: teacher's logits, in the dtype of `s`.
         divergence: a key of :data:`fused_kd.divergences.TABLE`.
         temperature: T of both sides.
-        beta: β of "jsd"; ignored by the others.
+        beta: β of "jsd", in (0, 1); ignored by the others.
+
+    Raises:
+        KeyError: The divergence is unknown.
     """
     return TABLE[divergence].eager(s, t, temperature, beta)

@@ -31,7 +31,7 @@ def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> 
 
     Raises:
         AssertionError: An error exceeds its bound (the message gives both); shapes, or the entries
-            that are NaN or infinite, differ.
+            that are NaN or infinite, differ; or `truth` is not float64.
     """
     assert got.shape == truth.shape == eager.shape, (got.shape, truth.shape, eager.shape)
     assert truth.dtype == torch.float64, truth.dtype
@@ -66,7 +66,7 @@ def evaluate(
         loss: kd_loss, or a function with its arguments.
         inputs: logits and labels; not modified.
         upstream: (N,), the weights of the rows in that sum.
-        keywords: of the loss, without reduction.
+        keywords: of the loss, without reduction and return_parts. The loss's errors are raised.
     """
     student = inputs.student.detach().clone().requires_grad_()
     rows = loss(student, inputs.teacher, inputs.labels, reduction="none", **keywords)
@@ -79,8 +79,9 @@ def evaluate(
 def truth_and_eager(inputs: Inputs, upstream: Tensor, **keywords: Any) -> tuple[Result, Result]:
     """Return the results of the float64 reference and of the eager baseline on the same inputs.
 
-    Arguments as in :func:`evaluate`. The baseline has no rule for absent entries (-inf on both
-    sides): a row with such entries is computed without them.
+    Arguments as in :func:`evaluate`; the keywords are those that both losses have, except
+    token_weight and num_items. The baseline has no rule for absent entries (-inf on both sides): a
+    row with such entries is computed without them, unless its label is one.
     """
     double = Inputs(inputs.student.double(), inputs.teacher.double(), inputs.labels)
     truth = evaluate(kd_loss, double, upstream, backend="reference", **keywords)
@@ -158,10 +159,11 @@ def assert_obeys_error_rule(
         inputs: logits and labels on the CPU.
         upstream: (N,), the weights of the rows in the differentiated sum; None: ones.
         backend: the name of the backend to test.
-        keywords: of kd_loss, without reduction.
+        keywords: as in :func:`truth_and_eager`.
 
     Raises:
         AssertionError: An error exceeds its bound; the message gives both.
+        RuntimeError: The backend cannot run.
     """
     upstream = torch.ones(len(inputs.labels)) if upstream is None else upstream
     got = evaluate(kd_loss, inputs, upstream, backend=backend, **keywords)

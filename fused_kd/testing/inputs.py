@@ -40,7 +40,8 @@ def make_inputs(
         seed: seed of the generator; equal arguments give equal inputs.
 
     Returns:
-        CPU tensors that do not require grad.
+        CPU tensors that do not require grad. A value beyond the range of its dtype is infinite: the
+        -1e30 of "finite_mask" is -inf in float16.
 
     Raises:
         KeyError: The regime is unknown.

@@ -23,7 +23,7 @@ class Peak(NamedTuple):
 def cpu_peak(fn: Callable[[], object]) -> Peak:
     """Run `fn` and return the memory that it allocated on the CPU, in C++ operators too.
 
-    The function's result is kept alive until the end of the measurement.
+    The function's result is kept alive until the end of the measurement, then dropped.
     """
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -47,7 +47,7 @@ def guarded(count: int, dtype: torch.dtype, side: str = "after") -> Tensor:
     An access beyond the end is a segmentation fault, so use it in a subprocess.
 
     Args:
-        count: number of entries.
+        count: number of entries, at least 1.
         dtype: dtype of the tensor.
         side: "after", or "before" for a guard page in front of the first entry.
     """

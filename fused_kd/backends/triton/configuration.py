@@ -72,7 +72,7 @@ def configuration(
     """Return the configuration for rows of `vocabulary` entries of these dtypes.
 
     Raises:
-        ValueError: FUSED_KD_SLICE_BYTES is not a positive number.
+        ValueError: FUSED_KD_SLICE_BYTES, which is read once per process, is not a positive number.
     """
     # Triton loads vectors only if the rows' stride is known to be a multiple of 16 entries; else
     # a thread loads one entry, so that the threads of a warp read neighbours.
@@ -138,7 +138,8 @@ def may_wait() -> bool:
 def overridden(**fields: int) -> Iterator[None]:
     """Set fields of every Configuration inside a ``with`` block, for tests.
 
-    wait=0: programs never wait for each other, since every step is a launch.
+    wait=0: programs never wait for each other, since every step is a launch. The fields are set for
+    all threads; an unknown one makes :func:`configuration` raise TypeError.
     """
     before = dict(_override)
     _override.update(fields)

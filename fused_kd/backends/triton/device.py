@@ -17,7 +17,10 @@ OLDEST = (3, 6)
 
 
 def why_not(device_type: str | None = None) -> str | None:
-    """Return None if this backend can run, else the reason; for one type of device if given."""
+    """Return None if this backend can run, else the reason; for one type of device if given.
+
+    The first answer for a type is kept, one with TRITON_INTERPRET=1 and one without.
+    """
     return _why_not(device_type, _interpreted())
 
 
@@ -62,7 +65,11 @@ def _release(module: ModuleType) -> tuple[int, ...]:
 
 @cache
 def load_kernels() -> ModuleType:
-    """Import triton and the kernels; return their module. Raises ImportError without triton."""
+    """Import triton and the kernels; return their module.
+
+    Raises:
+        ImportError: triton cannot be imported, or a divergence has no rule.
+    """
     from . import kernels
 
     return kernels
@@ -70,7 +77,7 @@ def load_kernels() -> ModuleType:
 
 @cache
 def kind(device: torch.device) -> Kind:
-    """Return the kind of GPU, on which the configuration of a row depends."""
+    """Return the kind of GPU, on which the configuration of a row depends; for a CPU NVIDIA."""
     if device.type != "cuda":  # the CPU: interpreted
         return NVIDIA if device.type == "cpu" else OTHER
     if torch.version.hip:
@@ -103,7 +110,7 @@ def multiprocessors(device: torch.device) -> int:
 def can_wait(device: torch.device, parts: int) -> bool:
     """Return True if the programs of a row may wait for each other.
 
-    That needs an NVIDIA GPU that can run `parts` programs at once. On other GPUs the memory order
-    that waiting relies on is untested.
+    That needs an NVIDIA GPU that can run `parts` programs at once, and :func:`may_wait`. On other
+    GPUs the memory order that waiting relies on is untested.
     """
     return bool(capability(device)) and may_wait() and multiprocessors(device) >= parts

@@ -42,7 +42,10 @@ def _split(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def entries_of(x, layout):
-    """Split (LANES, VECTOR) into tensors (LANES,): registers of a thread, in a fixed order."""
+    """Split (LANES, VECTOR) into tensors (LANES,): registers of a thread, in a fixed order.
+
+    That is not the order in the row if VECTOR is above 2.
+    """
     return _split(x, layout.LANES, layout.VECTOR)
 
 
@@ -92,7 +95,10 @@ def largest(
 
 @triton.jit
 def is_power_of_two(x):
-    """Return True for 0 and normal powers of two of either sign: multiplying by x is exact."""
+    """Return True for 0 and normal powers of two of either sign; x is float32.
+
+    Multiplying by x is exact, unless the product underflows.
+    """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return ((bits & 0x7FFFFF) == 0) & (bits != 0x7F800000)
 

@@ -94,7 +94,10 @@ def add_tile(
     COUNT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Return the sums of the lanes with a tile added, which may raise their references."""
+    """Return the sums of the lanes with a tile added, which may raise their references.
+
+    COUNT must be a multiple of GROUP, the number of entries processed together.
+    """
     k, power, top_s, top_t = numbers.k, numbers.power, tops[0], tops[1]
     M_s, M_t = tl.maximum(sums.M_s, top_s * k), sums.M_t
     if terms.rule.soft:
@@ -141,7 +144,7 @@ def add_tile(
 
 @triton.jit
 def add_tile_again(again, s, t, refs, numbers, terms, COUNT: tl.constexpr):
-    """Return the second pass's sums of the lanes with a tile added."""
+    """Return the second pass's sums of the lanes with a tile added, for rules with two passes."""
     x, y = again
     for i in tl.static_range(COUNT):
         a, b = tl.fma(s[i], numbers.k, -refs.M_s), tl.fma(t[i], numbers.k, -refs.M_t)
@@ -166,7 +169,10 @@ def references(sums, on_soft, terms):
 
 @triton.jit
 def unusable(M):
-    """Return True if a side's reference M shows only absent logits, or a logit of +inf."""
+    """Return True if a side's reference M shows only absent logits, or a logit of +inf.
+
+    A NaN among other logits shows in the sums instead.
+    """
     return (M <= LOWEST) | (M >= -LOWEST)
 
 

@@ -133,7 +133,7 @@ def _add(sums, tile, refs, numbers, terms, layout, UNROLL: tl.constexpr):
 
 @triton.jit
 def _whole_tiles(length, TILE: tl.constexpr):
-    """Return `length` rounded down to a multiple of TILE, a power of two."""
+    """Return `length` rounded down to a multiple of TILE, a power of two; 0 if it is negative."""
     return (tl.maximum(length, 0).to(tl.uint32) // TILE * TILE).to(tl.int32)
 
 

@@ -160,7 +160,7 @@ def _launch(
     """Launch the steps one after the other; in ("ALL",), programs wait for each other instead.
 
     Args:
-        call: the arguments of the operator, checked.
+        call: the arguments of the operator, checked, with at least one row.
         chosen: how a row is cut.
         gradient: overwritten; None: not wanted.
         losses: overwritten; ("BACKWARD",) reads the stats, and takes None for hard and soft.
@@ -320,7 +320,10 @@ def _losses_of(call: _Call, gradient: Tensor | None) -> tuple[Tensor, Tensor, Te
 def _gradient_of(
     call: _Call, gradient: Tensor, stats: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """Overwrite `gradient` by that of the weights, times `scale` if set, and return it."""
+    """Overwrite `gradient` by that of the weights, times `scale` if set, and return it.
+
+    Nothing is written if `scale` is a power of two. Raises as _check.
+    """
     _check(call, gradient, stats)
     if call.rows > 0:
         with _guard(gradient):
@@ -329,7 +332,10 @@ def _gradient_of(
 
 
 def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
-    """Multiply a gradient by a 0-d scale in place; unless `any_number`, only by a power of two."""
+    """Multiply a gradient by a 0-d scale in place; unless `any_number`, only by a power of two.
+
+    Any other scale then leaves it unchanged. 0 stays 0.
+    """
     b, s, vocabulary = gradient.shape
     if gradient.numel() == 0:
         return
@@ -357,7 +363,10 @@ def _call(
     w_soft: Tensor | None,
     *numbers: Any,
 ) -> _Call:
-    """Build the call from an operator's arguments; make labels and weights contiguous."""
+    """Build the call from an operator's arguments; make labels and weights contiguous.
+
+    Labels without w_hard are dropped.
+    """
     labels, w_hard, w_soft = (
         None if x is None else x.contiguous() for x in (labels, w_hard, w_soft)
     )

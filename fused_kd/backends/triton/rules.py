@@ -194,7 +194,10 @@ class Rule:
 
     @triton.jit
     def gradient_alone(e, refs, constants, x, y):
-        """Return the gradient without a hard term, from x, y; exactly 0 for equal rows."""
+        """Return w_soft·c(T)·∂D/∂s from the x, y of `gradient`, in a kernel without a hard term.
+
+        This one is for rules whose y is 0; the others must override it. Exactly 0 for equal rows.
+        """
         return x * e.P
 
     def __repr__(self) -> str:
