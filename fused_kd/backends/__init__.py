@@ -35,7 +35,7 @@ class Backend(Protocol):
     """The functions of a backend module.
 
     :mod:`.reference` documents their arguments, and computes what they must return. The others
-    raise RuntimeError for tensors that do not fit each other.
+    raise RuntimeError for tensors that do not fit each other, and for float64 logits.
     """
 
     def why_not(self, device_type: str | None = None) -> str | None:
@@ -88,8 +88,8 @@ class Backend(Protocol):
         """Return the results of `forward`, and the gradient of `backward`.
 
         The gradient is `out` if that is set (of the student's dtype, or 16-bit for a float32
-        student), the overwritten student with `inplace`, else a new tensor. Raises ValueError if
-        both are set.
+        student), the overwritten student with `inplace`, else a new tensor. `out` must not share
+        memory with the logits. Raises ValueError if both are set.
         """
 
     def rescale(

@@ -37,7 +37,10 @@ def losses(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor, None]:
 def losses_and_gradients(
     settings: Settings, inputs: Inputs, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, None, Gradients]:
-    """Return hard, soft, None for stats, and the gradients; None for one unwanted or in place."""
+    """Return hard, soft, None for stats, and the gradients; None for one unwanted or in place.
+
+    In place there is one, of the logits: `wanted` is not read.
+    """
     if settings.inplace:
         hard, soft = torch.ops.fused_kd.chunked_gradients_(*_arguments(settings, inputs))
         return hard, soft, None, (None, None, None)
@@ -57,7 +60,8 @@ def gradients(
 ) -> Gradients:
     """Compute the logits again and return the gradients, in the dtypes of the student's tensors.
 
-    With inplace they overwrite the student's logits, which are returned.
+    None for one that is not wanted. With inplace they overwrite the student's logits, which are
+    returned. `stats` are not read.
     """
     *_, grads = losses_and_gradients(settings, inputs, wanted)
     if settings.inplace:

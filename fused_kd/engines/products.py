@@ -53,7 +53,7 @@ class Products:
         return 2 * self.tile_bytes  # a tile in the autocast dtype, and in float32
 
     def logits(self, out: Tensor, hidden: Tensor, head: Projection) -> None:
-        """Overwrite out (C, V) by scale · (hidden · weightᵀ + bias), with the chunk's hidden."""
+        """Overwrite out (C, V) by scale · (hidden · weightᵀ + bias); `head.hidden` is not read."""
         hidden, scale = hidden.to(head.compute), head.scale
         for tile in self._tiles(head, out.dtype):
             weight = head.weight[tile].t()

@@ -19,7 +19,7 @@ _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "g
 
 
 def byte_count(text: str) -> int:
-    """Return the number of bytes in a text such as 256MiB, 1.5 GB or 12345.
+    """Return the number of bytes in a text such as 256MiB, 1.5 GB or 12345, rounded down.
 
     Raises:
         ArgumentTypeError: The text is not a size.

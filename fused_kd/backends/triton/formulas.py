@@ -234,7 +234,7 @@ def gradient(s, t, refs, soft, hard, on_soft, numbers, terms):
     """Return the gradient of some entries of a row, without the -w_hard·(1-ε) at the label.
 
     Without STANDS_IN, t are the teacher's logits even if the row's soft term is off, and results
-    from them are dropped.
+    from them are dropped. With a soft term alone, `hard` and `on_soft` are not read.
     """
     a, b = tl.fma(s, numbers.k, -refs.M_s), tl.fma(t, numbers.k, -refs.M_t)
     P = tl.exp2(a)
