@@ -63,7 +63,7 @@ def report() -> dict[str, Any]:
         "refused_variables": {
             name: why
             for name, refusal in REFUSALS.items()
-            if os.environ.get(name) and (why := refusal()) is not None
+            if os.environ.get(name) and (why := _probe(refusal)) is not None
         },
     }
 

@@ -21,7 +21,8 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_torch() -> None:
-    code = "sys.argv = ['env', '--json']; import runpy; "
+    # whether the value of a variable is refused cannot be read either
+    code = "import os, runpy; os.environ['FUSED_KD_CPU'] = 'avx2'; sys.argv = ['env', '--json']; "
     done = _run(WITHOUT_TORCH + code + "runpy.run_module('fused_kd.env', {}, '__main__')")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -29,6 +30,7 @@ def test_without_torch() -> None:
     assert report["versions"]["fused_kd"] == "0.1.0"
     assert report["frameworks"]["trl"]
     assert report["backends"].startswith("not available: ")
+    assert report["refused_variables"]["FUSED_KD_CPU"].startswith("not available: ")
 
 
 @pytest.mark.parametrize(
