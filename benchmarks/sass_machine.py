@@ -177,7 +177,10 @@ class Machine:
         return taken
 
     def _group(self, lanes: Array, key: Array) -> None:
-        """Split these lanes into parts of warps by values of `key`; the first lane leads each."""
+        """Make these lanes with equal `key` one part of a warp, led by the first.
+
+        A value of `key` must not be in two warps.
+        """
         where = lanes.nonzero()[0]
         _, first, back = np.unique(key[where], return_index=True, return_inverse=True)
         self.leader[where] = where[first][back]

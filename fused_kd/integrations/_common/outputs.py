@@ -23,7 +23,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def logits_in(output: Any) -> Any:
-    """Return the entry "logits" of a model's output, a dict or tuple; None if it has none.
+    """Return the entry "logits" of a model's output, a dict or tuple, unchecked; None without.
 
     In a tuple it is the first tensor of at least two dimensions, since a loss may precede it.
     """
