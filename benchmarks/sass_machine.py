@@ -91,7 +91,10 @@ class Machine:
         self.counts = np.zeros(len(code.instructions), np.int64)
 
     def run(self) -> Array:
-        """Run the launch to its end; return counts. RuntimeError if lanes wait or loop for ever."""
+        """Run the launch to its end, once; return counts.
+
+        RuntimeError: lanes wait or loop for ever, or leave memory. NotImplementedError: as _execute.
+        """
         with np.errstate(all="ignore"):
             while not self.ended.all():
                 ready = ~(self.waiting | self.ended)

@@ -63,7 +63,7 @@ class Registers:
         return typed[number // 2, :, number % 2 * typed.shape[2] // 2]
 
     def read(self, text: str, kind: str) -> Array:
-        """Return an operand's value in each lane as `kind`, with its sign or negation applied."""
+        """Return an operand in each lane as `kind`, with its sign or negation; it may be a view."""
         if text == "PR":  # the predicates as bits
             return np.packbits(self.predicates[:7], 0, "little")[0].astype(np.uint32)
         sign, name = (text[0], text[1:]) if text[0] in "-+~!" else ("", text)
