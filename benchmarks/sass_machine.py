@@ -93,7 +93,7 @@ class Machine:
     def run(self) -> Array:
         """Run the launch to its end, once; return counts.
 
-        RuntimeError: lanes wait or loop for ever, or leave memory. NotImplementedError: as _execute.
+        Raises RuntimeError if lanes wait or loop for ever, or leave memory; else as _execute().
         """
         with np.errstate(all="ignore"):
             while not self.ended.all():

@@ -196,8 +196,8 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
     in the Trainer's precision.
 
     Args:
-        teacher: called with everything in the batch but the labels, which must not include
-            embeddings, encoder states or a cache; not called in ``Trainer.predict``.
+        teacher: called with everything in the batch but the labels, so there must be no embeddings,
+            encoder states or cache in it. It is not called in ``Trainer.predict``.
         heads: bypass the lm_head, so that ``batch["teacher"]`` is a :class:`fused_kd.Head`, not
             logits.
 

@@ -116,8 +116,8 @@ class DistillationLoss:
 
         Raises:
             RuntimeError: The outputs cannot be assigned to a call of the student.
-            TypeError: The student was called with more positional arguments than its forward names;
-                or as :func:`fused_kd.kd_loss`.
+            TypeError: The outputs have no logits; the student was called with more positional
+                arguments than its forward names; or as :func:`fused_kd.kd_loss`.
             ValueError: Shapes or values do not fit, as in kd_loss; labels are absent, in training
                 also if there are ``shift_labels`` but no `num_items_in_batch`; inputs belong to one
                 model; the teacher is in training mode; another loss bypasses the student's lm_head.

@@ -95,7 +95,7 @@ def check_not_negative(
     Values are not read on a GPU (unless FUSED_KD_DEBUG=1) or under ``torch.compile``.
 
     Raises:
-        ValueError: An entry is negative, and no kept row has a NaN.
+        ValueError: An entry is negative (not found if a kept row has a NaN).
     """
     if probabilities.numel() == 0 or not may_read_values(probabilities):
         return

@@ -68,7 +68,7 @@ def is_bypassed(model: nn.Module) -> bool:
 
 
 def bypass_head(model: nn.Module) -> Callable[[], None]:
-    """Make the lm_head return its input if :func:`passes_on`; return what undoes this, once.
+    """Make the lm_head return its input if :func:`passes_on`; return a function to undo this once.
 
     The head's weight and bias stay in the graph, but get no gradient from there. Otherwise
     DistributedDataParallel, which searches for unused parameters from the model's outputs, would

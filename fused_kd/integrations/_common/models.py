@@ -36,7 +36,7 @@ SHIFT_FALSE = (
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside all wrappers (DDP, DataParallel, FSDP1, torch.compile, PEFT).
 
-    Adapters stay in it. DeepSpeed's engine counts as no wrapper.
+    Adapters stay in it. DeepSpeed's engine is not unwrapped.
     """
     inner = _inside(model)
     return model if inner is None else unwrapped(inner)
@@ -237,8 +237,8 @@ class PaddingCheck:
     def __call__(self, labels: Tensor | None, inputs: Mapping[str, Any]) -> None:
         """Check the labels of a batch, (B, S), not shifted; `inputs` are the models', by name.
 
-        Skipped too are batches without labels or attention_mask, or with labels of another shape,
-        and those of an encoder-decoder.
+        Skipped too are batches without labels or attention_mask, with labels of another shape, or
+        with decoder_input_ids.
         """
         mask: Tensor | None = inputs.get("attention_mask")
         if self._is_done or labels is None or mask is None or not may_read_values(labels):

@@ -66,7 +66,7 @@ def kl_of_mass(
 ) -> Tensor:
     """Return Σ a·q̂ log(a·q̂ / p) / divisor of masses a and logits of q̂; `loss` as in kl_from.
 
-    `loss` gets `logs` itself, not a copy.
+    `loss` gets `logs` itself: if it overwrites them, the caller's tensor changes.
     """
     divergence = as_tensor(loss(logs, token_weight=mass, num_items=divisor))
     return divergence + torch.xlogy(mass, mass).sum() / divisor
