@@ -88,7 +88,7 @@ def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
 
 
 def run(options: Namespace) -> int:
-    """Measure and append what `options.output` lacks; return the status. ValueError: options."""
+    """Measure and append missing results; return the exit status. ValueError for bad options."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: torch {torch.__version__} finds no CUDA device")
     if options.threads is not None:
