@@ -40,7 +40,7 @@ class Case:
         return self.setting()
 
     def setting(self, *without: str) -> str:
-        """Return the case in words without these parts ("level", "hidden", "n", ...) and "cpu"."""
+        """Return the case in words without these parts ("level", "n", ...); nor a device "cpu"."""
         hidden = f"H={self.student_hidden} (student) / {self.teacher_hidden} (teacher)"
         words = {
             "level": {HEADS: "hidden states", STEP: "training step"}.get(self.level, self.level),

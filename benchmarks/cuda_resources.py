@@ -19,7 +19,7 @@ REGISTERS = {"rows_general": 128, "rows_cluster": 80, "rows_cluster jsd": 128, "
 
 
 def compile_with_nvcc(source: Path, output: Path, target: str, *flags: str) -> Path:
-    """Compile a file for a target ("90a") with the extension's flags; return `output`."""
+    """Compile a file for a target ("90a") as setup.py does; return `output`. Raises as run_tool."""
     flags = (*NVCC_FLAGS, *flags, f"-arch=sm_{target}", f"-I{SOURCES}")
     run_tool("nvcc", *flags, str(source), "-o", str(output))
     return output

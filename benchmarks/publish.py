@@ -111,7 +111,7 @@ def page(records: Sequence[Record]) -> str:
 
 
 def headline(results: DataFrame, facts: dict[str, Any]) -> str:
-    """Return README's sentence on time and memory of KDLoss and plain torch, logits in bfloat16."""
+    """Return README's sentence on KDLoss and plain torch in bf16; KeyError if one is missing."""
     rows = results.query(f"suite == '{LOGITS}' and {USUAL} and {SIZE} and dtype == 'bf16'")
     rows = rows.set_index("method").loc[SHOWN[LOGITS]]
     units = [(x, *tables.unit_of(x)) for x in rows.seconds]

@@ -53,7 +53,7 @@ def read(*paths: Path) -> list[Record]:
 
 
 def environment(records: Iterable[Record]) -> dict[str, Any]:
-    """Return the environment of the last run in the records."""
+    """Return the environment of the last run in the records, which include a run."""
     return [record for record in records if record["kind"] == "run"][-1]["environment"]
 
 
@@ -88,7 +88,7 @@ def tasks(options: Namespace, records: Sequence[Record]) -> Iterator[Task]:
 
 
 def run(options: Namespace) -> int:
-    """Measure what `options.output` does not have yet and append it; return the exit status."""
+    """Measure and append missing results; return the exit status. ValueError for bad options."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: torch {torch.__version__} finds no CUDA device")
     if options.threads is not None:

@@ -70,7 +70,7 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def usage(cubin: Path) -> dict[str, Usage]:
-    """Return the resources of a cubin's kernels, by mangled name."""
+    """Return the resources of a cubin's kernels, by mangled name; raises as run_tool()."""
     kernels = {}
     for name, *numbers in _USAGE.findall(run_tool("cuobjdump", "-res-usage", str(cubin))):
         registers, stack, shared, local = map(int, numbers)
@@ -79,7 +79,7 @@ def usage(cubin: Path) -> dict[str, Usage]:
 
 
 def disassemble(cubin: Path) -> dict[str, Code]:
-    """Return the disassembled kernels of a cubin, by mangled name."""
+    """Return the disassembled kernels of a cubin, by mangled name; raises as run_tool()."""
     return parse(run_tool("nvdisasm", "-c", str(cubin)))
 
 

@@ -91,7 +91,10 @@ class Machine:
         self.counts = np.zeros(len(code.instructions), np.int64)
 
     def run(self) -> Array:
-        """Run the launch to its end; return counts. RuntimeError if lanes wait or loop for ever."""
+        """Run the launch to its end, once; return counts.
+
+        Raises RuntimeError if lanes wait or loop for ever, or leave memory; else as _execute().
+        """
         with np.errstate(all="ignore"):
             while not self.ended.all():
                 ready = ~(self.waiting | self.ended)
@@ -177,7 +180,10 @@ class Machine:
         return taken
 
     def _group(self, lanes: Array, key: Array) -> None:
-        """Split these lanes into parts of warps by values of `key`; the first lane leads each."""
+        """Make these lanes with equal `key` one part of a warp, led by the first.
+
+        A value of `key` must not be in two warps.
+        """
         where = lanes.nonzero()[0]
         _, first, back = np.unique(key[where], return_index=True, return_inverse=True)
         self.leader[where] = where[first][back]

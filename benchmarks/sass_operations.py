@@ -48,7 +48,11 @@ class Registers:
         self.predicates[[7, 15]] = True
 
     def array(self, name: str, kind: str = "I", offset: int = 0) -> Array:
-        """Return a predicate's array, or as `kind` that of the register `offset` after `name`."""
+        """Return the memory of a predicate, or as `kind` of the register `offset` after `name`.
+
+        Writing to it changes the register; for RZ it is new zeros. `kind` must not be "w".
+        NotImplementedError for other names.
+        """
         if match := _PREDICATE.fullmatch(name):
             return self.predicates[8 * bool(match[1]) + (7 if match[2] == "T" else int(match[2]))]
         if name in ("RZ", "URZ", "SRZ"):
@@ -59,7 +63,7 @@ class Registers:
         return typed[number // 2, :, number % 2 * typed.shape[2] // 2]
 
     def read(self, text: str, kind: str) -> Array:
-        """Return an operand's value in each lane as `kind`, with its sign or negation applied."""
+        """Return an operand in each lane as `kind`, with its sign or negation; it may be a view."""
         if text == "PR":  # the predicates as bits
             return np.packbits(self.predicates[:7], 0, "little")[0].astype(np.uint32)
         sign, name = (text[0], text[1:]) if text[0] in "-+~!" else ("", text)

@@ -52,7 +52,7 @@ def frame(records: Iterable[Record]) -> DataFrame:
 
 
 def bound_title(row: pandas.Series) -> str:
-    """Return the title of a result's lower bound, with why it is not in the case's dtype."""
+    """Return the title of a result's lower bound and, if it is not in the case's dtype, why."""
     return BOUNDS[row.bound_name][0] + (f" ({row.bound_why})" if row.bound_why else "")
 
 

@@ -82,7 +82,7 @@ def compile_variant(variant: Variant, target: int | str, folder: Path) -> list[K
     Args:
         variant: The call.
         target: A CUDA compute capability (90) or an AMD architecture ("gfx942").
-        folder: For NVIDIA's cubins.
+        folder: For NVIDIA's kernel.cubin, which each kernel overwrites.
     """
     # strides of 64 bits, as in a batch of more than 2^31 entries
     strides = mock.patch.object(

@@ -32,7 +32,11 @@ REPEATS = 3
 
 
 def compose() -> None:
-    """Make the adapters of Trainer, Lightning and Accelerate call torch operations on logits."""
+    """Make the adapters of Trainer, Lightning and Accelerate call torch operations on logits.
+
+    This lasts until the process ends. It suits the examples, which pass Heads and set the
+    temperature alone: other keywords of the loss are ignored, and both parts are the loss.
+    """
 
     def loss(options: Any, *sides: Any) -> KDLossParts:
         student, teacher = (F.linear(side.hidden, side.weight, side.bias) for side in sides[:2])
@@ -46,12 +50,15 @@ def compose() -> None:
 
 
 def leave(trainer: Any, **options: Any) -> Any:
-    """Return the trainer unchanged, so that TRL computes its own loss."""
+    """Return the trainer unchanged, so that TRL computes its own loss; `options` are ignored."""
     return trainer
 
 
 def liger(**options: Any) -> Callable[..., Tensor]:
-    """Return Liger's loss for hidden states (B, S, H); compiled, it would take longer to start."""
+    """Return Liger's loss for hidden states (B, S, H); compiled, it would take longer to start.
+
+    `options` are its keywords except `compiled`.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(**options, compiled=False)
@@ -59,7 +66,7 @@ def liger(**options: Any) -> Callable[..., Tensor]:
 
 
 def model_optimizer(inplace: bool, **options: Any) -> Any:
-    """Return modelopt's own criterion, without the option inplace, which it does not have."""
+    """Return modelopt's own criterion; `inplace` is ignored, which it does not have."""
     from modelopt.torch.distill import LogitsDistillationLoss
 
     return LogitsDistillationLoss(**options)
@@ -78,7 +85,10 @@ OWN: dict[str, tuple[str, Any] | None] = {
 
 
 def run_one(name: str, is_own: bool) -> None:
-    """Run an example in this process, with the framework's own loss or ours; print its seconds."""
+    """Run an example in this process, with the framework's own loss or ours; print its seconds.
+
+    It changes the example's module, so it is to be called once in a process.
+    """
     module = importlib.import_module(name)
     if hasattr(module, "WORDS"):
         module.WORDS += [f"x{i}" for i in range(VOCABULARY - len(module.WORDS))]

@@ -59,7 +59,7 @@ on_logits, on_heads = partial(_method, LOGITS), partial(_method, HEADS)
 
 
 def logits_of(side: Side) -> Tensor:
-    """Return a side's logits; those of a Head without its scale, which would be one more pass."""
+    """Return a side's logits; a Head's bias and scale are ignored, since no case has them."""
     return F.linear(side.hidden, side.weight) if isinstance(side, Head) else side
 
 

@@ -20,12 +20,13 @@ class KDLoss(nn.Module):
     """T² · KL(teacher ‖ student) at temperature T, over the rows that count.
 
     If no row counts the loss is 0, regardless of the logits and of `num_batch_labels`. Unlike
-    Automodel's loss, it refuses tensor parallelism.
+    Automodel's loss, it refuses tensor parallelism. Attributes that are changed later are checked
+    by the next call.
 
     Args:
         ignore_index: rows with this label do not count.
         temperature: temperature of both softmaxes.
-        fp32_upcast: no effect: all arithmetic is float32.
+        fp32_upcast: no effect: all arithmetic is float32 (float64 for float64 logits).
         tp_group: None, or a group of one rank, since whole rows of logits are needed.
         chunk_size: no effect: no intermediate tensor of the size of the logits is made.
 
@@ -65,13 +66,14 @@ class KDLoss(nn.Module):
         labels: Tensor,  # one for each row; only says which rows count
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the sum over the rows that count, divided by `num_batch_labels`, 0-d float32.
+        """Return the sum over the rows that count, divided by `num_batch_labels`, 0-d.
 
-        None divides by the number of these rows; 0 gives a loss of 0.
+        It is float32, or float64 for float64 logits. None divides by the number of these rows; 0
+        gives a loss of 0.
 
         Raises:
             TypeError: An argument is no tensor, has the wrong dtype, or is a DTensor.
-            ValueError: Shapes or values do not fit; as :func:`fused_kd.kd_loss`.
+            ValueError: Shapes or values do not fit, or the teacher's logits require grad.
         """
         check_dense("student_logits", student_logits)
         check_dense("teacher_logits", teacher_logits)

@@ -50,7 +50,8 @@ def loss(
 
     Raises:
         TypeError: An argument is no tensor, or has the wrong dtype.
-        ValueError: Shapes or numbers do not fit.
+        ValueError: Shapes or numbers do not fit; `target_logprobs` require grad; or, unless the
+            tensors are on a GPU or compiled, a token in the mask is outside the vocabulary.
     """
     _check(student_logits, target_token_ids, target_logprobs, target_mask)
     kept = target_mask.to(torch.bool)
@@ -72,7 +73,7 @@ class ChunkedTopKKDLoss(nn.Module):
     """The :func:`loss`, computed for one chunk of the sequence at a time.
 
     Args:
-        num_output_chunks: the largest number of chunks.
+        num_output_chunks: the largest number of chunks, at least 1 (not checked here).
         kd_temperature: temperature of the student's softmax.
 
     Raises:
@@ -113,7 +114,10 @@ def _forward_kl(temperature: float) -> KDLoss:
 
 
 def _divisor(mask: Tensor, num_items: float | Tensor) -> float | Tensor:
-    """Return `num_items`, or if it is not positive the count of entries in the mask, at least 1."""
+    """Return `num_items`, or if it is not positive the count of entries in the mask, at least 1.
+
+    A tensor is moved to the mask's device. Raises as _check_count().
+    """
     _check_count(num_items)
     entries = mask.to(torch.bool).sum().clamp(min=1)
     if isinstance(num_items, Tensor):
@@ -126,7 +130,8 @@ def _check_count(num_items: float | Tensor) -> None:
 
     Raises:
         TypeError: `num_items` is neither a number nor a tensor.
-        ValueError: `num_items` is not finite, or a tensor that is not 0-d.
+        ValueError: `num_items` is a tensor that is not 0-d; or it is not finite (of a tensor on a
+            GPU or under ``torch.compile`` that is not checked).
     """
     if not isinstance(num_items, (Real, Tensor)):
         raise TypeError(
@@ -149,7 +154,7 @@ def _check_count(num_items: float | Tensor) -> None:
 def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
     """Refuse tokens outside the vocabulary.
 
-    Values are not read on a GPU (unless FUSED_KD_DEBUG=1) and under ``torch.compile``.
+    Values are not read on a GPU (unless FUSED_KD_DEBUG=1) or under ``torch.compile``.
 
     Raises:
         ValueError: A token is negative, or not below `vocabulary`.

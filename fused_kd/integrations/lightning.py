@@ -96,7 +96,13 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         self._discard("test")
 
     def training_step(self, batch: MutableMapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the sum over the batch's kept tokens, times ``accumulate_grad_batches``."""
+        """Return the sum over the batch's kept tokens, times ``accumulate_grad_batches``.
+
+        Raises:
+            TypeError: The batch is not a dict with a tensor of labels; or as the forward of
+                :class:`StudentTeacherLoss`.
+            ValueError: As that forward.
+        """
         divisor: int = self._lightning.accumulate_grad_batches
         return self._step("train", batch).loss * divisor
 
@@ -138,7 +144,10 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         return self.trainer
 
     def _step(self, stage: str, batch: MutableMapping[str, Any], loader: int = 0) -> KDLossParts:
-        """Return a batch's losses, summed over tokens; add them to the sums of stage and loader."""
+        """Return a batch's losses, summed over tokens; add them to the sums of stage and loader.
+
+        Raises as training_step().
+        """
         _check_batch(batch)
         parts = self.parts(**batch, num_items=1)
         kept = (aligned(batch["labels"], self.shift) != IGNORE_INDEX).sum()
@@ -160,6 +169,8 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
 
     def _log_means(self, stage: str, loader: int = 0, suffix: str = "") -> Tensor:
         """Log the means of a loader's sums over all devices, and drop the sums.
+
+        Every process must call it, since the sums are reduced.
 
         Returns:
             0-d, float64: the number of kept tokens on all devices.
@@ -185,7 +196,8 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
     in the Trainer's precision.
 
     Args:
-        teacher: called with everything in the batch but the labels; frozen, in evaluation mode.
+        teacher: called with everything in the batch but the labels, so there must be no embeddings,
+            encoder states or cache in it. It is not called in ``Trainer.predict``.
         heads: bypass the lm_head, so that ``batch["teacher"]`` is a :class:`fused_kd.Head`, not
             logits.
 
@@ -199,11 +211,18 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
         self._scale = scale_of(teacher) if heads else None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Move the teacher to the device of this process."""
+        """Move the teacher, in place, to the device of this process."""
         self.teacher.to(trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Run the teacher on the batch; add ``batch["teacher"]``, its logits or Head, in place."""
+        """Run the teacher on the batch; add ``batch["teacher"]``, its logits or Head, in place.
+
+        Raises:
+            TypeError: The batch is not a dict with a tensor of labels; or the teacher returns no
+                logits.
+            ValueError: The batch has embeddings, encoder states or a cache, which belong to one
+                model; or it lacks decoder_input_ids that the teacher needs.
+        """
         _check_batch(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         check_inputs(self.teacher, inputs)

@@ -43,7 +43,8 @@ def global_num_items(
     token (its loss is 0, and its backward runs like any other). The host does not wait for a GPU.
 
     Args:
-        labels: (...), integers, as passed to the loss: those of every micro-batch of this rank.
+        labels: (...), integers, as passed to the loss: those of every micro-batch of this rank, on
+            one device, whose tensors the group can reduce (for NCCL: a GPU).
         ignore_index: that of the loss.
         group: the ranks that gradients are averaged over; None: all. Without an initialised
             process group: this process alone.

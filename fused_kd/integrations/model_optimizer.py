@@ -7,7 +7,7 @@
     model = mtd.convert(student, mode=[("kd_loss", config)])
 
 Names, keywords and numbers are modelopt's. It accepts any ``_Loss``, and need not be installed.
-The losses are float32 for any dtype of the logits. The teacher gets no gradient.
+The losses are float32, or float64 for float64 logits. The teacher gets no gradient.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ class LogitsDistillationLoss(_Loss):
         logits_s: Tensor,  # (..., V)
         logits_t: Tensor,  # (..., V)
     ) -> Tensor:
-        """Return the loss, 0-d, or (...) for "none"; raises as :func:`fused_kd.kd_loss`."""
+        """Return the loss, 0-d, or (...) for "none"; raises as :func:`fused_kd.kd_loss`.
+
+        The teacher's logits may require grad: they are detached.
+        """
         logits_t = _checked(logits_s, logits_t)
         num_items = None
         if self.reduction != "none":
@@ -104,7 +107,7 @@ class MFTLoss(_Loss):
     The target is (1-m)·q + m·[label]. Its m raises the label to `threshold` above the largest other
     probability; a label that is the teacher's largest is raised by `threshold`, to at most 1. All
     entries but the label's keep their ratios, so the target is a softmax of logits that differ
-    from the teacher's in one entry of each row. These logits are a float32 copy.
+    from the teacher's in one entry of each row. These logits are a copy in float32, or float64.
 
     Args:
         temperature: T.
@@ -150,7 +153,10 @@ class MFTLoss(_Loss):
         logits_t: Tensor,  # (..., V)
         labels: Tensor,  # (N,), or (...)
     ) -> Tensor:
-        """Return the loss, 0-d; rows of label -100 do not count. Raises as fused_kd.kd_loss."""
+        """Return the loss, 0-d; rows of label -100 do not count. Raises as fused_kd.kd_loss.
+
+        The teacher's logits may require grad: they are detached.
+        """
         check_dense("logits_s", logits_s)
         check_dense("labels", labels)
         targets, kept = labels_and_kept(in_rows_of(logits_s, labels), self.loss.options)

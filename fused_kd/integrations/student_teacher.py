@@ -48,9 +48,10 @@ class StudentTeacherLoss(nn.Module):
         TypeError: A model is no nn.Module, the loss no KDLoss; with `heads` an lm_head is not a
             plain nn.Linear, or has hooks on its output.
         ValueError: A model is not causal, if labels are shifted; the vocabularies differ; both
-            models have the same parameter; a router's aux_loss would be lost; a keyword of the loss
-            does not fit `heads`; with `heads` logits are soft-capped or otherwise changed after the
-            lm_head.
+            models have the same parameter or module; a router's aux_loss would be lost; the loss's
+            ignore_index is not -100, or a keyword of it does not fit `heads`; a DistillationLoss
+            bypasses the student's lm_head; with `heads` logits are soft-capped or otherwise changed
+            after the lm_head.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class StudentTeacherLoss(nn.Module):
             inputs: the arguments of both models.
 
         Raises:
-            TypeError: `num_items` has 16 bits, or as :func:`fused_kd.kd_loss`.
-            ValueError: `labels` is None, inputs belong to one model, or as kd_loss.
+            TypeError: `num_items` has 16 bits, a model returns no logits, or as
+                :func:`fused_kd.kd_loss`.
+            ValueError: `labels` is None, inputs belong to one model, an encoder-decoder lacks
+                decoder_input_ids, or as kd_loss.
         """
         parts = self.parts(labels, num_items, **inputs)
         return parts if self.loss.options.return_parts else parts.loss
@@ -94,7 +97,10 @@ class StudentTeacherLoss(nn.Module):
     def parts(
         self, labels: Tensor, num_items: float | Tensor | None = None, **inputs: Any
     ) -> KDLossParts:
-        """Return the loss with its hard and its soft part; arguments and errors as in forward."""
+        """Return the loss with its hard and its soft part; arguments and errors as in forward.
+
+        It runs no hooks of this module; those of FSDP2 must have run before, as in its forward.
+        """
         _check_num_items(num_items)
         targets = aligned(labels, self.shift)
         self._check_padding(labels, inputs)

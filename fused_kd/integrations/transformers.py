@@ -110,15 +110,17 @@ class DistillationLoss:
 
         Args:
             outputs: the student's, a dict or tuple with logits (B, S, V).
-            labels: (B, S), -100 where a token does not count; None if the student was called with
-                ``shift_labels``.
+            labels: (B, S), -100 where a token does not count. If the student was called with
+                ``shift_labels`` these are used instead, and `labels` may be None.
             num_items_in_batch: kept tokens of the whole update; None: of this batch.
 
         Raises:
             RuntimeError: The outputs cannot be assigned to a call of the student.
-            ValueError: Labels are absent, in training also if there are ``shift_labels`` but no
-                `num_items_in_batch`; inputs belong to one model; the teacher is in training mode;
-                another loss bypasses the student's lm_head.
+            TypeError: The outputs have no logits; the student was called with more positional
+                arguments than its forward names; or as :func:`fused_kd.kd_loss`.
+            ValueError: Shapes or values do not fit, as in kd_loss; labels are absent, in training
+                also if there are ``shift_labels`` but no `num_items_in_batch`; inputs belong to one
+                model; the teacher is in training mode; another loss bypasses the student's lm_head.
         """
         self.has_num_items = num_items_in_batch is not None
         logits = logits_in(outputs)
@@ -137,7 +139,10 @@ class DistillationLoss:
         return parts.loss
 
     def remove(self) -> None:
-        """Remove hooks and bypass from the student, so that it can be trained with another loss."""
+        """Remove hooks and bypass from the student, so that it can be trained with another loss.
+
+        This loss cannot be computed for later calls of the student.
+        """
         while self._undo:
             self._undo.pop()()
 
@@ -168,7 +173,7 @@ class DistillationLoss:
         return student_side, side_of(self.teacher, teacher, teacher_scale)
 
     def _run_teacher(self, inputs: dict[str, Any]) -> Tensor:
-        """Return the teacher's logits for the student's inputs, without gradient.
+        """Return the teacher's logits for the student's inputs, without gradient and cache.
 
         Inside ``headless(self.teacher)`` they are hidden states. Raises ValueError as __call__.
         """
@@ -226,7 +231,8 @@ class KDTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         arguments: those of transformers.Trainer, except ``compute_loss_func``.
-        teacher: see :class:`DistillationLoss`; moved to the student's device.
+        teacher: see :class:`DistillationLoss`; moved, in place, to the Trainer's device if the
+            Trainer moves its model.
         loss: see :class:`DistillationLoss`.
         heads: see :class:`DistillationLoss`.
         shift: see :class:`DistillationLoss`.
@@ -283,7 +289,7 @@ def log_parts(trainer: Trainer) -> None:
 
     The two are means like ``loss``, over the steps since the last log; ``eval_hard_loss`` and
     ``eval_soft_loss`` are means over an evaluation. All are read from the device when ``loss`` is.
-    The trainer is changed: it gets a callback, and another ``log``.
+    The trainer is changed: it gets a callback, and another ``log``. A KDTrainer has them already.
 
     Raises:
         TypeError: The trainer's compute_loss_func is no DistillationLoss.
@@ -336,7 +342,7 @@ class _PartsLogger(TrainerCallback):  # type: ignore[misc]
     def _training_means(self, steps: int) -> dict[str, float]:
         """Return log entries: mean hard and soft loss over the last `steps` and all processes.
 
-        They are {} if no loss was computed. The sums are reset.
+        They are {} if no loss was computed. The sums are reset. Every process must call it.
         """
         parts, self._loss.training_parts = self._loss.training_parts, _Parts()
         if steps <= 0 or parts.sums is None:

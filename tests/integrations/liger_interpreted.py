@@ -31,7 +31,7 @@ REDUCTIONS = pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def agree(
     first: Callable[..., Any], second: Callable[..., Any], leaves: Sequence[Tensor], *rest: Any
 ) -> None:
-    """Assert that two losses have equal values and gradients by `leaves`."""
+    """Assert that values and gradients with respect to `leaves` are equal up to rounding."""
     results = outcome(first, leaves, *rest), outcome(second, leaves, *rest)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 

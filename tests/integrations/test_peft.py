@@ -20,7 +20,7 @@ from fused_kd.integrations.transformers import DistillationLoss  # noqa: E402
 
 
 def _adapted(seed: int, **changes: Any) -> nn.Module:
-    """Return a model with LoRA of random weights (not 0); `changes` are those of LoraConfig."""
+    """Return a model with LoRA of random weights (not 0); `changes` are keywords of LoraConfig."""
     settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes}
     model: nn.Module = peft.get_peft_model(tiny.llama(seed), peft.LoraConfig(**settings))
     for weight in model.parameters():

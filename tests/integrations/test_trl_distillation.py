@@ -57,7 +57,7 @@ def tensors(bias: bool = True) -> dict[str, Any]:
 
 
 def outcome(loss: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """Return loss, entropy, number of tokens, and gradients by the inputs that require grad."""
+    """Return loss, entropy, number of tokens, gradients w.r.t. the inputs that require grad."""
     value, entropy, count = loss(**inputs)
     leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
     return [value, entropy, count, *torch.autograd.grad(value, leaves)]

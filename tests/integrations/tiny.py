@@ -44,7 +44,10 @@ def of(kind: str, seed: int, **changes: Any) -> nn.Module:
 
 
 def build(model: Any, config: Any, seed: int, **changes: Any) -> nn.Module:
-    """Return a small decoder in evaluation mode; its logits are so large that softmaxes differ."""
+    """Return a small decoder in evaluation mode; its logits are so large that softmaxes differ.
+
+    `seed` determines the weights, and is set as torch's global one.
+    """
     sizes = {**IDS, **LAYERS, **ATTENTION, "max_position_embeddings": 64}
     torch.manual_seed(seed)
     built: nn.Module = model(config(**{**sizes, **changes})).eval()
@@ -54,7 +57,7 @@ def build(model: Any, config: Any, seed: int, **changes: Any) -> nn.Module:
 
 
 def ragged(count: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Return `count` sequences of 3 to 12 tokens, whose labels are their ids."""
+    """Return `count` sequences of 3 to 12 tokens, whose labels are their ids (the same tensor)."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 13, (count,), generator=generator).tolist()
     rows = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]
@@ -78,7 +81,10 @@ def split(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def loss_of(adapter: Any, student: nn.Module, batch: dict[str, Tensor]) -> Any:
-    """Return the loss of a batch by a StudentTeacherLoss, or by a DistillationLoss of `student`."""
+    """Return the loss of a batch by a StudentTeacherLoss, or by a DistillationLoss of `student`.
+
+    A StudentTeacherLoss uses its own student.
+    """
     if isinstance(adapter, nn.Module):
         return adapter(**batch)
     inputs, labels = split(batch)

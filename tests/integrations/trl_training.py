@@ -103,7 +103,10 @@ Run = tuple[list[float], list[Tensor], list[float]]
 
 
 def trained(trainer: Any) -> Run:
-    """Train to the end; return the losses, the final weights and the logged entropies."""
+    """Train to the end; return the losses, the final weights and the logged entropies.
+
+    An assertion fails if a step logged no loss, or if the weights did not change.
+    """
     before = [p.detach().clone() for p in trainer.model.parameters()]
     torch.manual_seed(0)
     trainer.train()

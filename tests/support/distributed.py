@@ -36,7 +36,8 @@ Batch = dict[str, Tensor]
 class Case:
     """A check of one way to train: calling it asserts that the ranks train as one process does.
 
-    `wrap` makes a model parallel; `micro_batches` are those of a rank in a step.
+    Every rank of the process group must call it. `wrap` makes a model parallel; `micro_batches` are
+    those of a rank in a step.
     """
 
     wrap: Callable[..., nn.Module]

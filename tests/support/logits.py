@@ -29,7 +29,8 @@ TOLERANCE = {
 def make(*leading: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Return random logits (*leading, V) of student and teacher, and labels (*leading).
 
-    The student is a leaf that requires grad. Without `leading` there are N rows.
+    The student is a leaf that requires grad. Without `leading` there are N rows. Torch's global
+    generator draws them.
     """
     shape = leading or (N,)
     student = torch.randn(*shape, V).to(dtype).requires_grad_()
@@ -82,7 +83,7 @@ def scalar_and_gradient(
 def truth(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return `rows_and_gradient` by the float64 reference."""
+    """Return `rows_and_gradient` by the float64 reference; `backend` is ignored."""
     keywords["backend"] = "reference"
     return rows_and_gradient(student.double(), teacher.double(), labels, **keywords)
 

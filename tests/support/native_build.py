@@ -57,7 +57,7 @@ def compile_one(*arguments: object) -> None:
 
 
 def compile_all(commands: Sequence[Sequence[object]]) -> None:
-    """Run `compile_one` for each list of arguments, up to four at a time."""
+    """Run `compile_one` for each list of arguments, up to four at a time; raises as that."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda command: compile_one(*command), commands))
 
@@ -86,7 +86,8 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]
     """Compile check_kernels, check_rows and check_product with the kernels of some tables.
 
     In the programs every table counts as supported; check_rows and check_product run the tables
-    named as arguments. With sanitizers AVX-512 is always emulated.
+    named as arguments. With sanitizers AVX-512 is always emulated. Without a compiler the test is
+    skipped.
 
     Returns:
         The paths of the three programs, in this order.

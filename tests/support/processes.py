@@ -26,7 +26,7 @@ TIMEOUT = timedelta(minutes=5)
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with variables added to the environment; do not raise if it fails."""
+    """Run a command with variables added to the environment; raise only if it cannot be started."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,

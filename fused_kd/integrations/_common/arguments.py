@@ -60,7 +60,7 @@ def _is_raised_inside(error: Exception) -> bool:
 
 
 def allow_zero(num_items: float | Tensor | None) -> float | Tensor | None:
-    """Return `num_items`; a Python 0 becomes a tensor, since KDLoss refuses only the number."""
+    """Return `num_items`; a Python 0 becomes a 0-d tensor, since KDLoss refuses only the number."""
     is_zero = isinstance(num_items, Real) and not isinstance(num_items, bool) and num_items == 0
     return torch.zeros(()) if is_zero else num_items
 
@@ -92,10 +92,10 @@ def check_not_negative(
 ) -> None:
     """Refuse negative entries in kept rows, as in logits; messages call the tensor `name`.
 
-    Values are not read on a GPU (unless FUSED_KD_DEBUG=1) and under ``torch.compile``.
+    Values are not read on a GPU (unless FUSED_KD_DEBUG=1) or under ``torch.compile``.
 
     Raises:
-        ValueError: An entry is negative.
+        ValueError: An entry is negative (not found if a kept row has a NaN).
     """
     if probabilities.numel() == 0 or not may_read_values(probabilities):
         return

@@ -27,7 +27,10 @@ class Call:
     logits: Callable[[], Tensor | None] = lambda: None  # a weak reference to the logits returned
 
     def again(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """Return a context with the call's autocast, which ended with the student's forward."""
+        """Return a context with the call's autocast, which ended with the student's forward.
+
+        It changes nothing if the call had none, or if the student names no lm_head.
+        """
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, self.autocast)
@@ -74,7 +77,7 @@ class Calls:
         return Calls, (False,)
 
     def listen(self, student: nn.Module) -> list[Callable[[], None]]:
-        """Register hooks on the student and its lm_head; return functions that remove them."""
+        """Register hooks on the student and any lm_head; return functions that remove them."""
         hooks = [
             student.register_forward_pre_hook(self.before_student, with_kwargs=True),
             student.register_forward_hook(self.after_student),
@@ -113,7 +116,7 @@ class Calls:
             last.call, self._current = self._current, None
 
     def take(self, logits: Tensor) -> Call:
-        """Return the call that returned these logits, and drop all calls.
+        """Return the call that returned these logits, and drop all calls, also if this raises.
 
         Wrappers may replace the student's output (DistributedDataParallel does), so logits that
         are not known by identity are taken to be those of the only call since the last loss.

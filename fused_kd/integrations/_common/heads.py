@@ -30,9 +30,9 @@ def head_of(model: nn.Module) -> nn.Linear:
     """Return the model's lm_head.
 
     Raises:
-        TypeError: The model names no lm_head; or it does more than multiply by a weight and add a
-            bias (an adapter, a quantised layer), has a hook on its output or gradient, or an
-            assigned forward.
+        TypeError: The model names no lm_head, as a DistributedDataParallel does not; or the lm_head
+            does more than multiply by a weight and add a bias (an adapter, a quantised layer), has
+            a hook on its output or gradient, or an assigned forward.
     """
     head = output_of(model)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -68,7 +68,7 @@ def is_bypassed(model: nn.Module) -> bool:
 
 
 def bypass_head(model: nn.Module) -> Callable[[], None]:
-    """Make the lm_head return its input if :func:`passes_on`; return a function that undoes this.
+    """Make the lm_head return its input if :func:`passes_on`; return a function to undo this once.
 
     The head's weight and bias stay in the graph, but get no gradient from there. Otherwise
     DistributedDataParallel, which searches for unused parameters from the model's outputs, would
@@ -98,7 +98,7 @@ def _pass_or_forward(
 
 
 def _passed(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Return the head's input, with the head's parameters in its graph."""
+    """Return a view of the head's input, with the head's parameters in its graph."""
     passed: Tensor = _Pass.apply(hidden, head.weight, head.bias)
     return passed
 
@@ -124,7 +124,9 @@ def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callab
 def headless(model: nn.Module) -> Iterator[None]:
     """Make ``model(...).logits`` the hidden states that the lm_head would get, in either mode.
 
-    If the model scales its logits, they are multiplied by that scale. Raises as :func:`head_of`.
+    If the model scales its logits, the states are multiplied by that scale, but the lm_head's bias
+    is not (see :func:`side_of`). A soft-cap would act on the states: such a model is not refused
+    here, but by :func:`scale_of`. Raises as :func:`head_of`.
     """
     head = head_of(model)
     undo = _set_forward(head, lambda hidden: _passed(head, hidden))  # a new partial would recompile
@@ -136,6 +138,8 @@ def headless(model: nn.Module) -> Iterator[None]:
 
 def side_of(model: nn.Module, hidden: Tensor, scale: float) -> Head:
     """Return the Head of a model that returned ``f(hidden)`` instead of its logits.
+
+    Its weight, and its bias unless scaled, are the lm_head's own parameters.
 
     Args:
         model: a model that was called while its lm_head was bypassed.
@@ -154,7 +158,8 @@ def side_of(model: nn.Module, hidden: Tensor, scale: float) -> Head:
 def scale_of(model: nn.Module) -> float:
     """Return the factor between a model's logits and its head's output, 1.0 for most models.
 
-    It is measured by one forward of two tokens in evaluation mode; modes are restored.
+    It is measured by one forward of two tokens in evaluation mode, with ``input_ids`` alone; errors
+    of the model in it are not caught. Modes are restored.
 
     Raises:
         TypeError: As :func:`head_of`.

@@ -17,7 +17,8 @@ IGNORE_INDEX = -100
 def shifted(labels: Tensor | None) -> Tensor:  # (B, S) -> (B, S)
     """Return labels of the next token, -100 at the end, as a causal language model is trained on.
 
-    The labels are shifted, never the logits: a slice of the logits costs a second gradient.
+    They are a new tensor. The labels are shifted, never the logits: a slice of the logits costs a
+    second gradient.
 
     Raises:
         ValueError: `labels` is None.
@@ -45,7 +46,7 @@ def mask_labels(labels: Tensor, ignore_index: int) -> Tensor:
         ignore_index: label of the rows that do not count.
 
     Raises:
-        TypeError: `labels` is not a tensor, or `ignore_index` is not an int.
+        TypeError: `labels` is not a dense local tensor, or `ignore_index` is not an int.
     """
     check_dense("labels", labels)
     if not isinstance(ignore_index, Integral):

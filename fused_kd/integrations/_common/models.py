@@ -34,7 +34,10 @@ SHIFT_FALSE = (
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside all wrappers (DDP, DataParallel, FSDP1, torch.compile, PEFT)."""
+    """Return the model inside all wrappers (DDP, DataParallel, FSDP1, torch.compile, PEFT).
+
+    Adapters stay in it. DeepSpeed's engine is not unwrapped.
+    """
     inner = _inside(model)
     return model if inner is None else unwrapped(inner)
 
@@ -74,10 +77,11 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
         shift: whether labels are shifted to the next token, which only causal models predict.
 
     Raises:
-        TypeError: A model has neither an lm_head nor a config.
+        TypeError: Vocabularies are compared, but a model has neither an lm_head nor a config.
         ValueError: Both models have the same parameter or module; a model is not causal, if labels
-            are shifted; the vocabularies differ in size; the student's lm_head is already
-            bypassed, or a router's aux_loss would be lost.
+            are shifted; the vocabularies differ in size (compared if both models have
+            get_output_embeddings(); without `shift`, if both have an lm_head); the student's
+            lm_head is already bypassed, or a router's aux_loss would be lost.
     """
     _check_shared("parameters", student.parameters(), teacher.parameters())
     _check_shared("modules", *(filter(_has_mode_or_state, x.modules()) for x in (student, teacher)))
@@ -155,7 +159,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
     Args:
         model: the model that gets the inputs, usually the student; wrapped or not.
-        inputs: the arguments of the model, by name.
+        inputs: the arguments of the model, by name; one that is None counts as absent.
 
     Raises:
         ValueError: The inputs include embeddings, encoder states or a cache, which belong to one
@@ -184,7 +188,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse two models whose vocabularies differ in size.
+    """Refuse two unwrapped models whose vocabularies differ in size.
 
     Raises:
         TypeError: A model has neither an lm_head nor a config.
@@ -202,7 +206,7 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Return the size of a model's vocabulary: rows of the lm_head's weight, else of its config.
+    """Return an unwrapped model's vocabulary size: rows of the lm_head's weight, else its config's.
 
     Raises:
         TypeError: The model has neither an lm_head nor a config.
@@ -231,7 +235,11 @@ class PaddingCheck:
         self._is_done = False
 
     def __call__(self, labels: Tensor | None, inputs: Mapping[str, Any]) -> None:
-        """Check the labels of a batch, (B, S), not shifted; `inputs` are the models', by name."""
+        """Check the labels of a batch, (B, S), not shifted; `inputs` are the models', by name.
+
+        Skipped too are batches without labels or attention_mask, with labels of another shape, or
+        with decoder_input_ids.
+        """
         mask: Tensor | None = inputs.get("attention_mask")
         if self._is_done or labels is None or mask is None or not may_read_values(labels):
             return
@@ -275,7 +283,11 @@ def _has_mode_or_state(module: nn.Module) -> bool:
 
 
 def _are_comparable(student: nn.Module, teacher: nn.Module, shift: bool) -> bool:
-    """Return whether vocabulary_of() is the number of both models' logits (not for classifiers)."""
+    """Return whether vocabulary_of() is the number of logits of both models, which are unwrapped.
+
+    It is not for classifiers: with `shift`, check_causal() must have refused them before. Models
+    without get_output_embeddings() are not compared.
+    """
     if not shift:
         return all(output_of(model) is not None for model in (student, teacher))
     return all(hasattr(model, "get_output_embeddings") for model in (student, teacher))

@@ -25,7 +25,8 @@ def logits_of(output: Any) -> Tensor:
 def logits_in(output: Any) -> Any:
     """Return the entry "logits" of a model's output, a dict or tuple; None if it has none.
 
-    In a tuple it is the first tensor of at least two dimensions, since a loss may precede it.
+    The entry of a dict may be of any type. In a tuple it is the first tensor of at least two
+    dimensions, since a loss may precede it.
     """
     if isinstance(output, dict):
         return output.get("logits")

@@ -25,15 +25,16 @@ def parts_of(
     """Return the loss between two models' outputs, with its hard and its soft part.
 
     Args:
-        loss: its keywords for heads are ignored if both sides are logits, as in an evaluation.
+        loss: its return_parts is ignored; so are its keywords for heads if both sides are logits,
+            as in an evaluation.
         student: logits or a Head.
         teacher: logits or a Head, whose weight and bias are detached.
         labels: classes of the tokens, -100 for a token that does not count; None: all count.
         num_items: as in :func:`fused_kd.kd_loss`.
 
     Raises:
-        TypeError: As :func:`fused_kd.kd_loss`.
-        ValueError: The same; or a side has more or fewer rows than there are labels.
+        TypeError, RuntimeError: As :func:`fused_kd.kd_loss`.
+        ValueError: The same; or the leading shape of a side is not that of the labels.
     """
     if labels is not None:
         _check_positions("student", student, labels)

@@ -35,7 +35,8 @@ def kl_from(
         kept: which rows count.
         reduction: "batchmean", "mean" or "sum", see :func:`denominator`.
         loss: called with the logits of q̂ (float32, or float64 for float64 probabilities, in a new
-            tensor), `token_weight` and `num_items`; returns Σ token_weight·KL(q̂ ‖ p) / num_items.
+            tensor that it may overwrite), `token_weight` and `num_items`; returns
+            Σ token_weight·KL(q̂ ‖ p) / num_items. Its errors are not caught.
         name: what messages call the probabilities.
 
     Raises:
@@ -63,7 +64,10 @@ def kl_of_mass(
     divisor: float | Tensor,
     loss: Callable[..., Tensor | KDLossParts],
 ) -> Tensor:
-    """Return Σ a·q̂ log(a·q̂ / p) / divisor of masses a and logits of q̂; `loss` as in kl_from."""
+    """Return Σ a·q̂ log(a·q̂ / p) / divisor of masses a and logits of q̂; `loss` as in kl_from.
+
+    `loss` gets `logs` itself: if it overwrites them, the caller's tensor changes.
+    """
     divergence = as_tensor(loss(logs, token_weight=mass, num_items=divisor))
     return divergence + torch.xlogy(mass, mass).sum() / divisor
 
@@ -78,7 +82,8 @@ def mass_of(logs: Tensor) -> Tensor:
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield ROWS rows of each tensor at a time; under ``torch.compile``, all rows at once.
 
-    A compiler fuses whole tensors, and would compile a loop again for every length.
+    They are views; the tensors must have equal lengths. A compiler fuses whole tensors, and would
+    compile a loop again for every length.
     """
     size = max(len(tensors[0]), 1) if torch.compiler.is_compiling() else ROWS
     yield from zip(*(torch.split(x, size) for x in tensors), strict=True)

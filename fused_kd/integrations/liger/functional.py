@@ -1,7 +1,7 @@
 """The distillation losses of ``liger_kernel.transformers.functional``.
 
 Each function calls the class of :mod:`fused_kd.integrations.liger` with its name, and has the order
-of arguments and the defaults of Liger's function.
+of arguments and the defaults of Liger's function. It raises what that class and its forward raise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def liger_jsd(
     beta: float = 0.5,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Return :class:`LigerJSD` of log-probabilities (..., V); `input` is the student's."""
+    """Return :class:`LigerJSD` of log-probabilities (..., V); `input` is the student's.
+
+    Only the student gets a gradient: `target` must not require grad.
+    """
     loss: Tensor = LigerJSD(beta, ignore_index)(input, target, shift_labels)
     return loss
 

@@ -99,8 +99,8 @@ class LigerFusedLinearJSDLoss(Shown):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return the mean over the rows that count, 0-d; raises as :func:`fused_kd.kd_loss`.
 
-        With `return_soft_hard_loss`, the result is (loss, soft, hard). If `weight_hard_loss` is 0
-        the labels only say which rows count.
+        With `return_soft_hard_loss`, the result is (loss, soft, hard). Without it, if
+        `weight_hard_loss` is 0, the labels only say which rows count.
         """
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
@@ -126,7 +126,8 @@ class LigerFusedLinearJSD(Shown):
         jsd_beta: the teacher's weight, in [0, 1].
         ignore_index: rows with this label do not count.
         temperature: softens both sides; nothing is multiplied by T².
-        accum_dtype: dtype in which the chunks' weight gradients are added; None: float32.
+        accum_dtype: dtype in which the chunks' weight gradients are added: float32 (None) or that
+            of the student's weight; a call raises ValueError for another one.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -182,8 +183,8 @@ class LigerFusedLinearJSD(Shown):
 class LigerFusedLinearKLDivLoss(Shown):
     """KL(target ‖ softmax(student / T)) from hidden states, against explicit probabilities.
 
-    Rows of the target need not sum to 1. Their logarithm is the only tensor (N, V) allocated, in
-    float32. If you have the teacher's logits or log-probabilities,
+    Rows of the target need not sum to 1, but must not be negative. Their logarithm is the only
+    tensor (N, V) allocated, in float32. If you have the teacher's logits or log-probabilities,
     ``KDLoss(...)(Head(hidden, weight), teacher_logits)`` does not need that tensor.
 
     Args:
@@ -192,7 +193,7 @@ class LigerFusedLinearKLDivLoss(Shown):
         ignore_index: rows with this label do not count.
         temperature: softens the student only.
         eps: no effect.
-        accum_dtype: dtype in which the chunks' weight gradients are added; None: float32.
+        accum_dtype: see :class:`LigerFusedLinearJSD`.
 
     Raises:
         TypeError: A value has the wrong type.

@@ -14,12 +14,12 @@ FORWARD_KL: dict[str, Any] = {**SOFT_ALONE, "divergence": "forward_kl", "soft_sc
 
 
 def mask(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """Return labels that only say which rows count (see mask_labels); None for None."""
+    """Return labels that only say which rows count; None for None. Raises as mask_labels()."""
     return None if labels is None else mask_labels(labels, ignore_index)
 
 
 def check_beta(beta: float) -> None:
-    """Refuse a number outside [0, 1]; KDLoss refuses what is no number.
+    """Refuse a number outside [0, 1]; KDLoss refuses what is not a number.
 
     Raises:
         ValueError: `beta` is outside [0, 1].

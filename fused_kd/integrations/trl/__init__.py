@@ -55,7 +55,7 @@ def use_fused_kd(
             that neither model computes logits. None: False for a GKDTrainer, True for a
             DistillationTrainer, which never computes them.
         entropy: whether a DistillationTrainer logs the student's mean entropy, which needs one more
-            product with the student's head; otherwise it logs None.
+            product with the student's head; otherwise it logs None. A GKDTrainer ignores it.
         inplace: without `heads`: write the gradient over the student's logits.
         memory_budget: with `heads`: bytes of a chunk, see :func:`fused_kd.kd_loss`.
         backend: as in :func:`fused_kd.kd_loss`.
@@ -66,9 +66,10 @@ def use_fused_kd(
     Raises:
         TypeError: The trainer is of another class, has no teacher, or overrides the loss; TRL's
             function has other arguments than in the known versions; with `heads` an lm_head is not
-            a plain nn.Linear, or has hooks on its output.
+            a plain nn.Linear, or has hooks on its output; an option has the wrong type.
         ValueError: A model is not causal; the vocabularies differ; with `heads` logits are
-            soft-capped, or scaled by another factor than TRL uses; an option is out of its range.
+            soft-capped, or (in a DistillationTrainer) scaled by another factor than TRL uses; an
+            option is out of its range, or excludes another.
     """
     kind = next((name for name in _KINDS if class_of(trainer, name) is not None), None)
     if kind is None:
@@ -110,7 +111,7 @@ def use_fused_kd(
 
 
 def restore(trainer: Trainer) -> Trainer:
-    """Undo :func:`use_fused_kd`, if it was called; return the trainer."""
+    """Undo :func:`use_fused_kd` in place, if it was called; return the trainer."""
     for name, value in vars(trainer).pop(_REPLACED, {}).items():
         if value is _ABSENT:
             delattr(trainer, name)

@@ -47,6 +47,7 @@ def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]
 
     Its _compute_loss calls the function LOSS of its module, which all trainers share. So the
     trainer gets a copy of the method with other global names, in which LOSS is :func:`called`.
+    `heads` is not used: this trainer always has Heads.
     """
     check_inherited(trainer, KIND, "_compute_loss")
     own = class_of(trainer, KIND)._compute_loss
@@ -81,13 +82,14 @@ def called(
             trainer logs None if all sums are NaN.
         options: keywords of :class:`fused_kd.KDLoss`.
         arguments: positional arguments of LOSS.
-        keywords: keyword arguments of LOSS.
+        keywords: keyword arguments of LOSS; `chunk_size` is ignored.
 
     Returns:
         The loss; the sum of the student's entropies over the tokens that count; their number.
 
     Raises:
-        ValueError: A soft-cap is passed; or as :func:`fused_kd.kd_loss`.
+        TypeError: The arguments are not those of the signature; or as :func:`fused_kd.kd_loss`.
+        ValueError: A soft-cap is passed; or as kd_loss.
     """
     bound = signature.bind(*arguments, **keywords)
     bound.apply_defaults()
@@ -134,7 +136,8 @@ def entropies(student: Head, labels: Tensor, temperature: float, options: dict[s
 def _head(model: str, inputs: dict[str, Any]) -> Head:
     """Return the Head of "student" or "teacher" from the arguments of LOSS, by name.
 
-    Without gradients (the teacher) sharded weights are gathered.
+    Without gradients (the teacher) sharded weights are gathered. Outside autocast the weight is
+    cast to the dtype of the hidden states.
 
     Raises:
         ValueError: The logits are soft-capped.
@@ -152,7 +155,10 @@ def _head(model: str, inputs: dict[str, Any]) -> Head:
 
 
 def _whole(x: Any) -> Any:
-    """Return a teacher's weight or bias gathered, and detached from the graph of FSDP1's views."""
+    """Return a teacher's weight or bias gathered, and detached from the graph of FSDP1's views.
+
+    None stays None.
+    """
     if x is None:
         return None
     return x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()

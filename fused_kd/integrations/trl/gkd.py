@@ -34,7 +34,7 @@ def generalized_jsd_loss(
     num_items_in_batch: float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Compute ``GKDTrainer.generalized_jsd_loss``, in float32 for logits of any dtype.
+    """Compute ``GKDTrainer.generalized_jsd_loss``, in float32 (float64 for float64 logits).
 
     Args:
         student_logits: (B, S, V). If both logits are the same slice along S, as in GKDTrainer,
@@ -46,15 +46,17 @@ def generalized_jsd_loss(
         temperature: softens both sides.
         reduction: "batchmean" divides by the tokens that count, or by B without labels; "mean" by V
             times the tokens; "sum" by nothing.
-        num_items_in_batch: the denominator, regardless of the reduction.
-        options: of :class:`fused_kd.KDLoss`: `inplace`, `backend`.
+        num_items_in_batch: the denominator; the reduction is then neither used nor checked.
+        options: of :class:`fused_kd.KDLoss`: `inplace` (of slices, over the whole logits),
+            `backend`.
 
     Returns:
-        The loss, 0-d float32; 0 if no token counts.
+        The loss, 0-d; 0 if no token counts.
 
     Raises:
         TypeError: As :func:`fused_kd.kd_loss`.
-        ValueError: The same; or reduction="none", which would be (B, S, V).
+        ValueError: The same; or, without `num_items_in_batch`, the reduction is another one, such
+            as "none", which would be (B, S, V).
     """
     num_items = _num_items(student_logits, labels, reduction, num_items_in_batch)
     loss = KDLoss.like("trl", beta=beta, temperature=temperature, **options)
@@ -62,7 +64,10 @@ def generalized_jsd_loss(
 
 
 def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes to set in a GKDTrainer; raises as :func:`.use_fused_kd`."""
+    """Return the attributes to set in a GKDTrainer; raises as :func:`.use_fused_kd`.
+
+    `entropy` is not used. `options` has the key "backend".
+    """
     check_inherited(trainer, KIND, "generalized_jsd_loss")
     installed = inspect.signature(class_of(trainer, KIND).generalized_jsd_loss)
     known = set(inspect.signature(generalized_jsd_loss).parameters) - {"options"}
@@ -127,7 +132,10 @@ def _num_items(
     reduction: str,
     num_items: float | Tensor | None,
 ) -> float | Tensor:
-    """Return the divisor of the sum over the tokens: `num_items`, else that of the reduction."""
+    """Return the divisor of the sum over the tokens: `num_items`, else that of the reduction.
+
+    A tensor is moved to the student's device. Without `num_items`, raises as denominator().
+    """
     if num_items is not None:
         device = rows_tensor(student).device
         return num_items.to(device) if isinstance(num_items, Tensor) else num_items
@@ -171,6 +179,8 @@ def _begin(view: Tensor, base: Tensor) -> int | None:
 
 def _liger_loss(trainer: Any) -> dict[str, Any]:
     """Return the attribute liger_loss, which TRL before 1.16 may call, as ours; {} if it is None.
+
+    Ours has the settings that determine the value; chunk_size is the default.
 
     Raises:
         TypeError: The trainer's liger_loss is of another class.

@@ -23,7 +23,7 @@ def class_of(trainer: object, name: str) -> Any:
 
 
 def models_of(trainer: Any) -> tuple[nn.Module, nn.Module]:
-    """Return a trainer's student and teacher, without the wrappers of accelerate."""
+    """Return a trainer's student and teacher, without wrappers for DDP, FSDP1 and DeepSpeed."""
     unwrap = trainer.accelerator.unwrap_model
     return unwrap(trainer.model), unwrap(trainer.teacher_model)
 
