@@ -68,7 +68,7 @@ class Problem:
     arguments: Callable[..., Arguments]
 
     def few(self) -> Arguments:
-        """Return few rows (heads: few vocabulary entries) to find errors on; logits are copied."""
+        """Return few rows (of heads few entries too) to find errors on; logits are copied."""
         student, teacher, labels = self.arguments(CHECKED_ROWS)
         if not isinstance(student, Head):
             return student.clone(), teacher.clone(), labels

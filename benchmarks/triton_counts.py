@@ -9,7 +9,7 @@ A kernel runs each of its instructions a number of times that follows from the s
 * Elsewhere the longest path is taken (an upper bound), except for the slow paths of a division,
   which only subnormal numbers need; the division by S, which only rows at two strides need; and
   the zeros of an ignored row. At T = 2 the path is the longest of those with the fewest
-  exponentials, at another temperature the longest of those with the most.
+  exponentials, at one that is neither 1 nor 2 the longest of those with the most.
 * The program that has the label in its part also reports the row: the longest path with the most
   stores is counted for one program of a row, the longest with the fewest for the others.
 
@@ -58,7 +58,8 @@ def count(
     """Return the instructions that a thread executes per entry of a row, and those of them by MUFU.
 
     MUFU computes exponentials, logarithms and reciprocals. The kernel passes `passes` times over
-    each row; `two`: at T = 2. LookupError if its loops are not as expected.
+    each row; `two`: at T = 2, else at a T that is neither 1 nor 2. LookupError if its loops are
+    not as expected.
     """
     opcodes = [*(instruction.opcode for instruction in code.instructions), ""]
     graph, loops = _control_flow(code)

@@ -79,8 +79,8 @@ def settings_of(
 ) -> Settings:
     """Return the constants of a call; `chunks` is None if both sides are logits.
 
-    A teacher of None is read by no term; `inplace` is the result of :func:`.writes_in_place`, not
-    the caller's keyword.
+    teacher=None: no term reads one. `backend` is the name that was chosen, not "auto"; `inplace` is
+    the result of :func:`.writes_in_place`, not the caller's keyword.
     """
     chunks = None
     if isinstance(student, Head) or isinstance(teacher, Head):

@@ -114,9 +114,9 @@ def _forward_kl(temperature: float) -> KDLoss:
 
 
 def _divisor(mask: Tensor, num_items: float | Tensor) -> float | Tensor:
-    """Return `num_items`, or if it is not positive the count of entries in the mask, at least 1.
+    """Return `num_items`, or if it is not positive the number of nonzero entries of the mask.
 
-    A tensor is moved to the mask's device. Raises as _check_count().
+    That number is taken as at least 1. A tensor is moved to the mask's device. Raises as _check_count().
     """
     _check_count(num_items)
     entries = mask.to(torch.bool).sum().clamp(min=1)
@@ -131,7 +131,7 @@ def _check_count(num_items: float | Tensor) -> None:
     Raises:
         TypeError: `num_items` is neither a number nor a tensor.
         ValueError: `num_items` is a tensor that is not 0-d; or it is not finite (of a tensor on a
-            GPU or under ``torch.compile`` that is not checked).
+            GPU without FUSED_KD_DEBUG=1, or under ``torch.compile``, that is not checked).
     """
     if not isinstance(num_items, (Real, Tensor)):
         raise TypeError(

@@ -119,7 +119,7 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
         self._step("test", batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Divide the gradients by the kept tokens per rank; log the mean losses of the update.
+        """Divide the gradients by the mean number of kept tokens per rank; log the mean losses.
 
         The gradients are sums over a rank's tokens, averaged over the ranks.
         """

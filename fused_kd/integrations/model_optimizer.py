@@ -185,8 +185,8 @@ class MFTLoss(_Loss):
     def _odds(self, p_top: Tensor, p_label: Tensor, is_right: Tensor) -> Tensor:
         """Return m/(1-m) by modelopt's formula of m, without the rounding of an m near 1.
 
-        `p_top` is the teacher's largest probability, `p_label` the label's, `is_right` whether they
-        are the same entry.
+        `p_top` is the teacher's largest probability at T, `p_label` the label's, `is_right` whether
+        they are the same entry.
         """
         wrong = (p_top - p_label + self.threshold) / (1 - self.threshold + TINY)
         capped = torch.where(p_label > 1 - self.threshold, 1, p_label + self.threshold)

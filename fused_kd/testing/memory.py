@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Peak(NamedTuple):
-    """Bytes that torch's CPU allocator holds beyond those at the start of the measurement."""
+    """Bytes of torch's CPU allocator: two totals beyond that at the start, and one allocation."""
 
     highest: int  # at the peak
     left: int  # at the end, with the result of the function

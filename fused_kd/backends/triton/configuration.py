@@ -117,9 +117,10 @@ def registers(
 
 
 def candidates(rule: Configuration) -> list[Configuration]:
-    """Return the configurations that FUSED_KD_AUTOTUNE=1 times.
+    """Return the configurations that are timed with FUSED_KD_AUTOTUNE=1.
 
-    These are `rule`, half of its threads, half of its tile, and both; the parts never change.
+    These are `rule`, half of its threads, half of its UNROLL, and both, as far as these exist; the
+    parts never change.
     """
     warp_size = rule.lanes // rule.warps
     return [

@@ -105,7 +105,7 @@ def is_power_of_two(x):
 
 @triton.jit
 def rounded(x, ptr):
-    """Return x in the dtype of ptr, rounded to nearest even.
+    """Return x, float32, in the dtype of ptr, rounded to nearest even.
 
     For bfloat16 in the interpreter the rounding is written out, since Triton's truncates.
     """

@@ -393,7 +393,7 @@ def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
 def _kd_rows_kernel(
     s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
     labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None if the term is off
-    scale_ptr,  # 0-d, BACKWARD only: times the weights, unless it is a power of two; or None
+    scale_ptr,  # 0-d, BACKWARD only: times the weights, unless is_power_of_two; or None
     hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
     partial_ptr,  # (RING or N, PARTS, PARTIAL), if PARTS > 1
     counters_ptr,  # (1 + 2 N,) zeros, if WAIT: tickets; of each row, programs arrived, finished
@@ -406,7 +406,7 @@ def _kd_rows_kernel(
 ):  # fmt: skip
     """Compute losses, statistics and gradient of N rows, with N·PARTS programs.
 
-    With a scale, the number of programs is free; they return at once if it is a power of two.
+    With a scale, the number of programs is free; they return at once if is_power_of_two.
     """
     # a compiled caller may pass float64
     numbers = Numbers(

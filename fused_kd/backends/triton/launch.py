@@ -165,7 +165,7 @@ def _launch(
         gradient: overwritten; None: not wanted.
         losses: overwritten; ("BACKWARD",) reads the stats, and takes None for hard and soft.
         steps: of :func:`_steps`, or ("BACKWARD",).
-        scale: for ("BACKWARD",): multiplies the weights; nothing is done for a power of two.
+        scale: for ("BACKWARD",): multiplies the weights; nothing is done if is_power_of_two.
     """
     loaded, student, teacher = load_kernels(), call.student, call.teacher
     n, vocabulary, numbers = call.rows, student.shape[2], call.numbers
@@ -320,9 +320,10 @@ def _losses_of(call: _Call, gradient: Tensor | None) -> tuple[Tensor, Tensor, Te
 def _gradient_of(
     call: _Call, gradient: Tensor, stats: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """Overwrite `gradient` by that of the weights, times `scale` if set, and return it.
+    """Overwrite `gradient` by the one for the call's w_hard and w_soft, and return it.
 
-    Nothing is written if `scale` is a power of two. Raises as _check.
+    With a `scale` both weights are multiplied by it. If is_power_of_two(scale), which includes 0,
+    nothing is written: `_scale` must have multiplied the gradient before. Raises as _check.
     """
     _check(call, gradient, stats)
     if call.rows > 0:

@@ -56,7 +56,7 @@ class Again(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Entries of the row. b and Q are set only with softmaxes, `difference` only without."""
+    """Entries of the row. Read b, P and Q only with softmaxes, `difference` only without."""
 
     a: tl.tensor
     b: tl.tensor
