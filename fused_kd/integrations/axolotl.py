@@ -116,7 +116,8 @@ def _forward_kl(temperature: float) -> KDLoss:
 def _divisor(mask: Tensor, num_items: float | Tensor) -> float | Tensor:
     """Return `num_items`, or if it is not positive the number of nonzero entries of the mask.
 
-    That number is taken as at least 1. A tensor is moved to the mask's device. Raises as _check_count().
+    That number is taken as at least 1. A tensor is moved to the mask's device.
+    Raises as _check_count().
     """
     _check_count(num_items)
     entries = mask.to(torch.bool).sum().clamp(min=1)
