@@ -78,7 +78,14 @@ def run_tests(tests: list[str], folder: Path) -> subprocess.CompletedProcess[str
 
 
 def is_caught(mutation: Mutation, folder: Path) -> bool:
-    """Return True if the tests fail with the fault in place; the source is restored afterwards."""
+    """Return True if a test fails, or the tests crash, with the fault in place.
+
+    `folder` is the copy to break. Its source is restored afterwards, but not the compiled module,
+    which keeps the fault until the next build: so compiled faults come last.
+
+    Raises:
+        subprocess.CalledProcessError: The fault does not compile.
+    """
     path = folder / mutation.file
     source = path.read_text()
     path.write_text(source.replace(mutation.before, mutation.after))

@@ -37,8 +37,9 @@ def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
     s is -inf at y, and with smoothing if it is at any present entry.
 
     Args:
-        s: student's logits (N, V).
-        t: teacher's logits (N, V), which decide with s which entries are absent.
+        s: student's logits (N, V), float32 or float64: the arithmetic has this dtype.
+        t: teacher's logits (N, V), converted to the same dtype; with s they decide which entries
+            are absent.
         y: labels (N,), int64.
         smoothing: ε.
     """
@@ -60,7 +61,13 @@ def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
 
 
 def soft_term(s: Tensor, t: Tensor, formula: Formula) -> Term:
-    """Return S = c(T)·D of logits s, t (N, V), and its gradient by s; NaN for unusable rows."""
+    """Return S = c(T)·D and its gradient by s, (N,) and (N, V); NaN for unusable rows.
+
+    Args:
+        s: student's logits (N, V), float32 or float64: the arithmetic has this dtype.
+        t: teacher's logits (N, V), converted to the same dtype.
+        formula: divergence, T, β and c(T).
+    """
     unit = TABLE[formula.divergence].formula(s, t, formula.temperature, formula.beta)
     factor = formula.soft_factor()
     term = Term(factor * unit.value, (factor / formula.temperature) * unit.gradient)

@@ -203,7 +203,7 @@ class _TeacherRows:
             self.buffer = self.side.hidden.new_empty(shape, dtype=problem.accum_dtype)
 
     def at(self, rows: Rows, student: Tensor) -> Tensor:
-        """Return the teacher's logits (C, V) of these rows; of a Head until the next call only.
+        """Return the teacher's logits (C, V) of these rows; a Head's are valid until the next call.
 
         Logits that were passed are a view of the caller's if possible, not to be written to.
         Without a teacher it returns `student`, the student's logits (C, V): the row kernel then
@@ -418,8 +418,8 @@ def _chunk_of(
 def _scaled_weights(w: Tensor | None, scale: float) -> Tensor | None:
     """Return scale·w, 0 only if w is 0; None stays None.
 
-    With these weights the row kernel computes the gradient by hidden·weightᵀ + bias, of which the
-    logits are `scale` times.
+    With these weights the row kernel computes the gradient by hidden·weightᵀ + bias; the logits are
+    `scale` times that.
     """
     if w is None or scale == 1.0:
         return w

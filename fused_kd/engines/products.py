@@ -135,7 +135,7 @@ class CompiledProducts(Products):
     """The product of csrc/cpu: converts while it packs, so nothing is cast beforehand."""
 
     def fixed_bytes(self) -> int:
-        """Return the bytes of the packed operands of all threads, whose number torch has now.
+        """Return the bytes of the packed operands of torch.get_num_threads() threads.
 
         Raises:
             RuntimeError: FUSED_KD_CPU is wrong, see :meth:`fused_kd.extension.Compiled.build_info`.

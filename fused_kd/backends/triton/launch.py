@@ -333,9 +333,10 @@ def _gradient_of(
 
 
 def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
-    """Multiply a gradient by a 0-d scale in place; unless `any_number`, only by a power of two.
+    """Multiply a gradient (B, S, V) by a 0-d scale in place.
 
-    Any other scale then leaves it unchanged. 0 stays 0.
+    Unless `any_number`, only if is_power_of_two(scale), which includes 0; any other scale then
+    leaves the gradient unchanged. Entries that are 0 stay 0, also if the scale is not finite.
     """
     b, s, vocabulary = gradient.shape
     if gradient.numel() == 0:

@@ -99,8 +99,9 @@ class LigerFusedLinearJSDLoss(Shown):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return the mean over the rows that count, 0-d; raises as :func:`fused_kd.kd_loss`.
 
-        With `return_soft_hard_loss`, the result is (loss, soft, hard). Without it, if
-        `weight_hard_loss` is 0, the labels only say which rows count.
+        With `return_soft_hard_loss`, the result is (loss, soft, hard): soft and hard are the means,
+        0-d, before they are multiplied by their weights. Without it, if `weight_hard_loss` is 0,
+        the labels only say which rows count.
         """
         check_dense("teacher_input", teacher_input)
         check_dense("teacher_weight", teacher_weight)
