@@ -7,8 +7,6 @@ import io
 import itertools
 from collections.abc import Sequence
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from .tables import MIB, bound_title, unit_of
@@ -37,6 +35,9 @@ SETTINGS = {
 
 def of_sweeps(groups: Sequence[DataFrame], size: str, note: str) -> str:
     """Return an SVG: for each sweep over the column `size` its time and memory; a note below."""
+    from matplotlib import rc_context  # compare and the digest need no matplotlib
+    from matplotlib.figure import Figure
+
     with rc_context(SETTINGS):
         figure = Figure((14, 4.4 * len(groups)), layout="constrained")
         axes = figure.subplots(len(groups), 2, squeeze=False)
