@@ -71,7 +71,7 @@ class Kernel(NamedTuple):
     """A compiled kernel."""
 
     registers: int
-    spills: int  # bytes of local memory (not lanes of vector registers, where AMD spills scalars)
+    spills: int  # bytes of local memory; AMD: also vector registers (scalars go to their lanes)
     shared: int  # bytes
     code: dict[str, Any]  # "ttgir", "ptx" or "amdgcn", "cubin"
 
@@ -127,11 +127,11 @@ def compiling(target: int | str) -> Iterator[list[Any]]:
 def _describe(kernel: Any, folder: Path) -> Kernel:
     shared, code = int(kernel.metadata.shared), kernel.asm
     if "amdgcn" in code:
-        registers, spills = (
+        registers, *spills = (
             int(re.findall(rf"\.{name}:\s+(\d+)", code["amdgcn"])[0])
-            for name in ("vgpr_count", "private_segment_fixed_size")
+            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        return Kernel(registers, spills, shared, code)
+        return Kernel(registers, sum(spills), shared, code)
     file = folder / "kernel.cubin"
     file.write_bytes(code["cubin"])
     (resources,) = usage(file).values()
