@@ -19,12 +19,13 @@ except (ImportError, OSError) as error:  # missing or broken: `python -m fused_k
 else:
     from .functional import KDLossParts, kd_loss
     from .modules import KDLoss
-    from .sides import Head
+    from .sides import Head, TopK
 
 __all__ = [
     "Head",
     "KDLoss",
     "KDLossParts",
+    "TopK",
     "__version__",
     "kd_loss",
 ]
