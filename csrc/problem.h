@@ -28,6 +28,11 @@ struct Problem {
   // data == nullptr: no gradient. Else the student's memory, or memory that overlaps neither side;
   // there a float32 student may have a 16-bit gradient.
   Rows grad;
+  // With has_classes the teacher's rows have K+1 entries: the float32 logits of the classes of a
+  // top-k teacher (fused_kd/classes.py). An id outside [0, V) is that of an absent entry.
+  int64_t K;
+  const int32_t* token_ids;  // (N, K)
+  bool has_classes;
   const int64_t* labels;  // (N), null without a hard term
   const float* w_hard;    // (N), weight of the hard term in the gradient; null: the term is off; 0:
                           // off for that row

@@ -26,13 +26,14 @@ from .sides import Tensors
 #: Number of tensors of a side; the first three inputs of the Function are the student's.
 _STUDENT = 3
 #: Number of inputs of the Function: the tensors of Inputs, the settings, the wanted gradients.
-_INPUTS = 12
+_INPUTS = 13
 
 
 def differentiable_loss(
     settings: Settings,
     student: Tensors,
     teacher: Tensors,
+    token_ids: Tensor | None,  # (N, K)
     labels: Tensor | None,  # (N,)
     weights: Weights,
     temperature: Tensor,  # 0-d CPU float64
@@ -57,7 +58,7 @@ def differentiable_loss(
         has_gradient and weight is not None and weight.requires_grad,
         has_gradient and bias is not None and bias.requires_grad,
     )
-    inputs = Inputs(student, teacher, labels, weights.hard, weights.soft, temperature)
+    inputs = Inputs(student, teacher, token_ids, labels, weights.hard, weights.soft, temperature)
     result = Loss.apply(*inputs.flat(), settings, wanted)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor, Tensor], result)
 

@@ -156,12 +156,17 @@ class Divergence(NamedTuple):
     needs_beta: bool = False  # β must be in (0, 1); the others ignore it
     has_logarithm: bool = False  # the gradient contains log(p/q) or log(p/m)
     has_sign: bool = False  # the gradient contains the sign of p - q
+    of_logits: bool = False  # compares logits; the others probabilities, of any set of classes
+    is_linear: bool = False  # the gradient is linear in q
+    needs_mass: bool = False  # infinite for every student if the teacher has a class of mass 0
 
 
 #: The position of an entry is the code by which the kernels select it.
 TABLE = {
-    "forward_kl": Divergence("Σ q log(q/p)", forward_kl, _eager_forward_kl),
-    "reverse_kl": Divergence("Σ p log(p/q)", reverse_kl, _eager_reverse_kl, has_logarithm=True),
+    "forward_kl": Divergence("Σ q log(q/p)", forward_kl, _eager_forward_kl, is_linear=True),
+    "reverse_kl": Divergence(
+        "Σ p log(p/q)", reverse_kl, _eager_reverse_kl, has_logarithm=True, needs_mass=True
+    ),
     "jsd": Divergence(
         "β KL(q‖m) + (1-β) KL(p‖m), m = βq + (1-β)p",
         jsd,
@@ -170,7 +175,7 @@ TABLE = {
         has_logarithm=True,
     ),
     "tvd": Divergence("½ Σ |p-q|", tvd, _eager_tvd, has_sign=True),
-    "mse": Divergence("(1/V) Σ (s-t)²/T²", mse, _eager_mse),
+    "mse": Divergence("(1/V) Σ (s-t)²/T²", mse, _eager_mse, of_logits=True),
 }
 DIVERGENCES = tuple(TABLE)
 CODES = {name: code for code, name in enumerate(DIVERGENCES)}

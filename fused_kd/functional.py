@@ -11,10 +11,22 @@ from typing_extensions import Unpack
 from .autograd import differentiable_loss
 from .backends import choose_name
 from .checks import check_call
+from .classes import classes_of
 from .engines import settings_of
 from .options import KDOptions, Keywords, options_of, shows_keywords, temperature_tensor
 from .rows import label_rows, labels_and_kept, logit_rows, row_weights, writes_in_place
-from .sides import Head, Side, Tensors, arithmetic_dtype, row_shape, rows_tensor, tensors_of
+from .sides import (
+    Head,
+    Side,
+    Teacher,
+    Tensors,
+    TopK,
+    arithmetic_dtype,
+    row_shape,
+    rows_tensor,
+    tensors_of,
+    vocabulary,
+)
 
 
 class KDLossParts(NamedTuple):
@@ -28,7 +40,7 @@ class KDLossParts(NamedTuple):
 @overload
 def kd_loss(
     student: Side,
-    teacher: Side | None,
+    teacher: Teacher | None,
     labels: Tensor | None = None,
     *,
     token_weight: Tensor | None = None,
@@ -42,7 +54,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student: Side,
-    teacher: Side | None,
+    teacher: Teacher | None,
     labels: Tensor | None = None,
     *,
     token_weight: Tensor | None = None,
@@ -56,7 +68,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student: Side,
-    teacher: Side | None,
+    teacher: Teacher | None,
     labels: Tensor | None = None,
     *,
     token_weight: Tensor | None = None,
@@ -70,7 +82,7 @@ def kd_loss(
 @shows_keywords
 def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled in
     student: Side,  # (..., V)
-    teacher: Side | None,  # (..., V)
+    teacher: Teacher | None,  # (..., V)
     labels: Tensor | None = None,  # (...)
     *,
     token_weight: Tensor | None = None,  # (...)
@@ -105,7 +117,7 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
         loss = (hard_weight * hard + soft_weight * soft)[kept].mean()
 
     Each side is a tensor of logits, or a :class:`fused_kd.Head`: hidden states and the weight of
-    the lm_head.
+    the lm_head. A teacher may also be a :class:`fused_kd.TopK`: the log-probabilities of K tokens.
 
     **Logits** are float32, bfloat16 or float16, independently for each side. All arithmetic is
     float32, and so is the loss; the gradient has the student's dtype and is rounded once. float64
@@ -134,9 +146,9 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
 
     Args:
         student: logits (..., V), 1-D for a single row; or a Head.
-        teacher: logits (..., V) or a Head, with the student's leading shape, V and device. It gets
-            no gradient: logits must not require grad, and of a Head only leaf tensors may. None
-            needs ``soft_weight=0``.
+        teacher: logits (..., V), a Head or a TopK, with the student's leading shape, V and device.
+            It gets no gradient: logits must not require grad, and of a Head only leaf tensors may.
+            None needs ``soft_weight=0``.
         labels: (...), class indices of an integer dtype, aligned with the rows (nothing is
             shifted); None needs ``hard_weight=0``. A label outside [0, V) that is not ignore_index
             raises on a CPU; on a GPU and under ``torch.compile`` its hard term is NaN
@@ -169,7 +181,7 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
 def kd_loss_with(
     options: KDOptions,
     student: Side,  # (..., V)
-    teacher: Side | None,  # (..., V)
+    teacher: Teacher | None,  # (..., V)
     labels: Tensor | None = None,  # (...)
     token_weight: Tensor | None = None,  # (...)
     num_items: float | Tensor | None = None,
@@ -188,21 +200,34 @@ def kd_loss_with(
     backend = choose_name(options.backend, student, teacher)
     dtype = _arithmetic_dtype(student, teacher)
     settings = settings_of(options, backend, student, teacher, dtype, inplace, kept_rows)
-    if isinstance(student, Tensor) and not isinstance(teacher, Head):
+    token_ids = entropy = None
+    if isinstance(teacher, TopK):
+        (teacher, token_ids), entropy = classes_of(teacher, vocabulary(student), dtype)
+        if isinstance(student, Tensor):
+            student, _ = logit_rows(student, None)
+            teacher = teacher.view(*student.shape[:2], -1)
+    elif isinstance(student, Tensor) and not isinstance(teacher, Head):
         student, teacher = logit_rows(student, teacher)
     weights = row_weights(student, dtype, kept, token_weight, options, num_items, kept_rows)
     loss, hard, soft = differentiable_loss(
         settings,
         tensors_of(student),
         _detached(tensors_of(teacher)),
+        token_ids,
         label_rows(labels, options),
         weights,
         temperature_tensor(options),
     )
+    if entropy is not None and weights.soft is not None:
+        # the kernels return the divergence from the sampled distribution; the value of "sampled" is
+        # the cross-entropy
+        more = torch.where(weights.soft != 0, options.soft_factor * entropy, 0.0)
+        soft = soft + more
+        loss = loss + (weights.soft * more if settings.per_row else (weights.soft * more).sum())
     return _returned(loss, hard, soft, weights.row, options, shape)
 
 
-def _arithmetic_dtype(student: Side, teacher: Side | None) -> torch.dtype:
+def _arithmetic_dtype(student: Side, teacher: Teacher | None) -> torch.dtype:
     return arithmetic_dtype(rows_tensor(student), None if teacher is None else rows_tensor(teacher))
 
 

@@ -20,7 +20,7 @@ from .options import (
     shows_keywords,
 )
 from .presets import keywords as preset
-from .sides import Side
+from .sides import Side, Teacher
 
 #: Always shown by repr; the other options only if they differ from the default.
 _ALWAYS_SHOWN = ("temperature", "hard_weight", "soft_weight", "divergence", "backend")
@@ -73,7 +73,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: Side,  # (..., V)
-        teacher: Side | None,  # (..., V)
+        teacher: Teacher | None,  # (..., V)
         labels: Tensor | None = None,  # (...)
         *,
         token_weight: Tensor | None = None,  # (...)

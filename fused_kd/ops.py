@@ -2,8 +2,9 @@
 
 Calling ``torch.ops.fused_kd.*`` directly is not differentiable; :mod:`fused_kd.autograd` makes the
 loss so. Shapes: student, teacher ``(B, S, V)`` with last stride 1 and N = B*S rows; labels, w_hard,
-w_soft ``(N,)`` (None: the term is off; a weight of 0: off in that row). Results: the unweighted
-losses hard and soft ``(N,)``, and stats ``(N, STATS)`` for a later backward.
+w_soft ``(N,)`` (None: the term is off; a weight of 0: off in that row). With token_ids ``(N, K)``,
+int32, the teacher ``(B, S, K+1)``, float32, are the logits of :class:`fused_kd.classes.Classes`.
+Results: the unweighted losses hard and soft ``(N,)``, and stats ``(N, STATS)`` for a backward.
 
 Every operator exists once for the compiled kernels (CPU and CUDA) and once, with the prefix
 ``triton_``, for the Triton ones: two implementations cannot share the CUDA dispatch key.
@@ -19,7 +20,7 @@ STATS = 11
 #: Prefixes of the operators' names: for the compiled kernels, for the Triton kernels.
 PREFIXES = ("", "triton_")
 
-_ROWS = "Tensor teacher, Tensor? labels, Tensor? w_hard, Tensor? w_soft"
+_ROWS = "Tensor teacher, Tensor? token_ids, Tensor? labels, Tensor? w_hard, Tensor? w_soft"
 # temperature: 0-d CPU float64; scale_t2: the divergence times T²
 _NUMBERS = "int divergence, Tensor temperature, float beta, bool scale_t2, float label_smoothing"
 _LOSSES = "Tensor, Tensor, Tensor"

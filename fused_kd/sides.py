@@ -123,9 +123,7 @@ class TopK(NamedTuple):
             raise ValueError(f"temperature must be positive; got {temperature}")
         rows = logits.detach().reshape(-1, vocabulary)
         height = max(1, _ENTRIES_AT_A_TIME // vocabulary)
-        parts = [_top_k(part, k, temperature) for part in rows.split(height)] or [
-            _top_k(rows, k, temperature)
-        ]
+        parts = [_top_k(part, k, temperature) for part in torch.split(rows, height)]
         ids, logprobs, tail = (torch.cat(x) for x in zip(*parts, strict=True))
         shape = logits.shape[:-1]
         return cls(
@@ -160,7 +158,7 @@ class TopK(NamedTuple):
 
 
 def _top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids (N, k), log-probabilities (N, k) and the tail's logarithm (N,) of logits (N, V)."""
+    """Return ids and log-probabilities (N, k), and the tail's logarithm (N,), of logits (N, V)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     top, ids = logits.topk(k, -1)
     z = logits.to(dtype)
@@ -172,9 +170,12 @@ def _top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, 
     return ids, inside - total[:, None], outside - total
 
 
-#: A side as a caller passes it; only a teacher may be a TopK.
-Side = Tensor | Head | TopK
-#: A side as the engines take it: logits and two None; hidden states, weight and bias; three None.
+#: A side as a caller passes it.
+Side = Tensor | Head
+#: A teacher as a caller passes it.
+Teacher = Side | TopK
+#: A side as the engines take it: logits (of a TopK, its classes') and two None; hidden states,
+#: weight and bias; three None.
 Tensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -188,12 +189,14 @@ def tensors_of(side: Side | None) -> Tensors:
     return side, None, None
 
 
-def rows_tensor(side: Side) -> Tensor:
-    """Return logits, or a Head's hidden states: the tensor whose leading dimensions are rows."""
+def rows_tensor(side: Teacher) -> Tensor:
+    """Return the tensor whose leading dimensions are rows, of a TopK the log-probabilities."""
+    if isinstance(side, TopK):
+        return side.logprobs
     return side.hidden if isinstance(side, Head) else side
 
 
-def row_shape(side: Side) -> torch.Size:
+def row_shape(side: Teacher) -> torch.Size:
     """Return the leading shape (...) of a side, which is the shape of the labels."""
     return rows_tensor(side).shape[:-1]
 

@@ -119,23 +119,38 @@ struct Operators {
     return vector_of<float>(stats, N * STATS, ScalarType::Float, "stats");
   }
 
+  // The teacher are the logits of the classes of a TopK: its tokens, and the tail.
+  static void set_classes(Problem& p, const Tensor& token_ids, const Tensor& teacher) {
+    p.K = teacher.size(2) - 1;
+    STD_TORCH_CHECK(p.K >= 0 && p.teacher.dtype == Dtype::f32,
+                    "with token_ids the teacher must be float32 (B, S, K+1)");
+    STD_TORCH_CHECK(Backend::is_here(token_ids) && token_ids.scalar_type() == ScalarType::Int &&
+                        token_ids.is_contiguous() && token_ids.numel() == p.N * p.K,
+                    "token_ids must be a contiguous ", Backend::DEVICE, " int32 tensor (", p.N,
+                    ", ", p.K, ")");
+    p.has_classes = true;
+    p.token_ids = static_cast<const int32_t*>(token_ids.const_data_ptr());
+  }
+
   static Problem problem_of(const Tensor& student, const Tensor& teacher,
-                            const OptionalTensor& labels, const OptionalTensor& w_hard,
-                            const OptionalTensor& w_soft, const Numbers& numbers) {
+                            const OptionalTensor& token_ids, const OptionalTensor& labels,
+                            const OptionalTensor& w_hard, const OptionalTensor& w_soft,
+                            const Numbers& numbers) {
     Problem p{};
     p.student = rows_of(student, "student");
     p.teacher = rows_of(teacher, "teacher");
-    for (int d = 0; d < 3; ++d)
+    for (int d = 0; d < (token_ids ? 2 : 3); ++d)
       STD_TORCH_CHECK(student.size(d) == teacher.size(d),
                       "student and teacher differ in dimension ", d, ": ", student.size(d), " and ",
                       teacher.size(d));
     p.N = student.size(0) * student.size(1);
     p.V = student.size(2);
     STD_TORCH_CHECK(p.V > 0, "the vocabulary is empty");
+    if (token_ids) set_classes(p, *token_ids, teacher);
     STD_TORCH_CHECK(Backend::same_device(student, teacher), "teacher is on another device");
-    for (const OptionalTensor* x : {&labels, &w_hard, &w_soft})
+    for (const OptionalTensor* x : {&token_ids, &labels, &w_hard, &w_soft})
       STD_TORCH_CHECK(!*x || Backend::same_device(student, **x),
-                      "labels, w_hard and w_soft must be on the student's device");
+                      "token_ids, labels, w_hard and w_soft must be on the student's device");
     p.labels = vector_of<int64_t>(labels, p.N, ScalarType::Long, "labels");
     p.w_hard = vector_of<float>(w_hard, p.N, ScalarType::Float, "w_hard");
     p.w_soft = vector_of<float>(w_soft, p.N, ScalarType::Float, "w_soft");
@@ -192,19 +207,20 @@ struct Operators {
 
   // ---------------------------------------------------------------------------- operators
 
-  static Losses forward(Tensor student, Tensor teacher, OptionalTensor labels,
-                        OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
-                        Tensor temperature, double beta, bool scale_t2, double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+  static Losses forward(Tensor student, Tensor teacher, OptionalTensor token_ids,
+                        OptionalTensor labels, OptionalTensor w_hard, OptionalTensor w_soft,
+                        int64_t divergence, Tensor temperature, double beta, bool scale_t2,
+                        double label_smoothing) {
+    Problem p = problem_of(student, teacher, token_ids, labels, w_hard, w_soft,
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     return run_rows(p, student);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_backward(
-      Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-      OptionalTensor w_soft, int64_t divergence, Tensor temperature, double beta, bool scale_t2,
-      double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+      Tensor student, Tensor teacher, OptionalTensor token_ids, OptionalTensor labels,
+      OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence, Tensor temperature,
+      double beta, bool scale_t2, double label_smoothing) {
+    Problem p = problem_of(student, teacher, token_ids, labels, w_hard, w_soft,
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
@@ -213,11 +229,12 @@ struct Operators {
   }
 
   // Writes the gradient to the caller's memory, rounded once to its dtype.
-  static Losses forward_backward_into(Tensor student, Tensor teacher, OptionalTensor labels,
-                                      OptionalTensor w_hard, OptionalTensor w_soft,
-                                      int64_t divergence, Tensor temperature, double beta,
-                                      bool scale_t2, double label_smoothing, Tensor grad) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+  static Losses forward_backward_into(Tensor student, Tensor teacher, OptionalTensor token_ids,
+                                      OptionalTensor labels, OptionalTensor w_hard,
+                                      OptionalTensor w_soft, int64_t divergence, Tensor temperature,
+                                      double beta, bool scale_t2, double label_smoothing,
+                                      Tensor grad) {
+    Problem p = problem_of(student, teacher, token_ids, labels, w_hard, w_soft,
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype || p.student.dtype == Dtype::f32,
@@ -228,21 +245,21 @@ struct Operators {
   }
 
   // Writes the gradient over the student's logits.
-  static Losses forward_backward_(Tensor student, Tensor teacher, OptionalTensor labels,
-                                  OptionalTensor w_hard, OptionalTensor w_soft, int64_t divergence,
-                                  Tensor temperature, double beta, bool scale_t2,
-                                  double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+  static Losses forward_backward_(Tensor student, Tensor teacher, OptionalTensor token_ids,
+                                  OptionalTensor labels, OptionalTensor w_hard,
+                                  OptionalTensor w_soft, int64_t divergence, Tensor temperature,
+                                  double beta, bool scale_t2, double label_smoothing) {
+    Problem p = problem_of(student, teacher, token_ids, labels, w_hard, w_soft,
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     over_student(p, student);
     return run_rows(p, student);
   }
 
-  static Tensor backward(Tensor student, Tensor teacher, OptionalTensor labels,
-                         OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
-                         int64_t divergence, Tensor temperature, double beta, bool scale_t2,
-                         double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+  static Tensor backward(Tensor student, Tensor teacher, OptionalTensor token_ids,
+                         OptionalTensor labels, OptionalTensor w_hard, OptionalTensor w_soft,
+                         Tensor stats, int64_t divergence, Tensor temperature, double beta,
+                         bool scale_t2, double label_smoothing) {
+    Problem p = problem_of(student, teacher, token_ids, labels, w_hard, w_soft,
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     Tensor grad = new_gradient(student);
     p.grad = rows_of(grad, "grad", true);
@@ -250,11 +267,11 @@ struct Operators {
     return grad;
   }
 
-  static void backward_(Tensor student, Tensor teacher, OptionalTensor labels,
-                        OptionalTensor w_hard, OptionalTensor w_soft, Tensor stats,
-                        int64_t divergence, Tensor temperature, double beta, bool scale_t2,
-                        double label_smoothing) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+  static void backward_(Tensor student, Tensor teacher, OptionalTensor token_ids,
+                        OptionalTensor labels, OptionalTensor w_hard, OptionalTensor w_soft,
+                        Tensor stats, int64_t divergence, Tensor temperature, double beta,
+                        bool scale_t2, double label_smoothing) {
+    Problem p = problem_of(student, teacher, token_ids, labels, w_hard, w_soft,
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     over_student(p, student);
     run_gradient(p, stats, student);
@@ -262,11 +279,11 @@ struct Operators {
 
   // Replaces a gradient for these weights by `scale` times it, rounded once: by multiplication if
   // that is exact (a power of two, or 0) or as accurate (float32), else from the logits.
-  static void rescale_(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor w_hard,
-                       OptionalTensor w_soft, Tensor stats, int64_t divergence, Tensor temperature,
-                       double beta, bool scale_t2, double label_smoothing, Tensor scale,
-                       Tensor grad) {
-    Problem p = problem_of(student, teacher, labels, w_hard, w_soft,
+  static void rescale_(Tensor student, Tensor teacher, OptionalTensor token_ids,
+                       OptionalTensor labels, OptionalTensor w_hard, OptionalTensor w_soft,
+                       Tensor stats, int64_t divergence, Tensor temperature, double beta,
+                       bool scale_t2, double label_smoothing, Tensor scale, Tensor grad) {
+    Problem p = problem_of(student, teacher, token_ids, labels, w_hard, w_soft,
                            {divergence, temperature, beta, scale_t2, label_smoothing});
     over_gradient(p, grad, student);
     STD_TORCH_CHECK(p.grad.dtype == p.student.dtype, "grad must have the student's dtype");

@@ -23,8 +23,9 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..classes import Classes
 from ..options import BACKENDS, Formula
-from ..sides import Side, rows_tensor
+from ..sides import Side, Teacher, rows_tensor
 from . import reference
 
 ENVIRONMENT_VARIABLE = "FUSED_KD_BACKEND"
@@ -44,7 +45,7 @@ class Backend(Protocol):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
@@ -59,7 +60,7 @@ class Backend(Protocol):
     def backward(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
@@ -77,7 +78,7 @@ class Backend(Protocol):
     def forward_backward(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
@@ -97,7 +98,7 @@ class Backend(Protocol):
         grad: Tensor,
         scale: Tensor,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
@@ -160,7 +161,7 @@ def named(name: str) -> Backend:
     return cast(Backend, _MODULES[name])
 
 
-def choose_name(requested: str, student: Side, teacher: Side | None) -> str:
+def choose_name(requested: str, student: Side, teacher: Teacher | None) -> str:
     """Return the name of the backend for these sides; the module's docstring has the order.
 
     If "reference" is the automatic choice for lack of another, warn once per device type.

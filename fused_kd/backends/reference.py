@@ -24,12 +24,13 @@ import math
 import torch
 from torch import Tensor
 
+from ..classes import NO_CLASS, Classes
 from ..divergences import TABLE, Term, centred, keep, spoil_rows
 from ..options import Formula
 from ..sides import arithmetic_dtype
 
 
-def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
+def hard_term(s: Tensor, present: Tensor, y: Tensor, smoothing: float) -> Term:
     """Return H = -(1-ε)·log π_y - (ε/V)·Σ_v log π_v and its gradient, always at temperature 1.
 
     V counts the present entries. ∂H/∂s_v = π_v - target_v; the target is ε/V at present entries,
@@ -38,8 +39,7 @@ def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
 
     Args:
         s: student's logits (N, V), float32 or float64: the arithmetic has this dtype.
-        t: teacher's logits (N, V), converted to the same dtype; with s they decide which entries
-            are absent.
+        present: bool (N, V): entries that are not -inf on both sides.
         y: labels (N,), int64.
         smoothing: ε.
     """
@@ -50,7 +50,6 @@ def hard_term(s: Tensor, t: Tensor, y: Tensor, smoothing: float) -> Term:
     value = (1 - smoothing) * (log_sum - z.gather(1, index)).squeeze(1)
     target = torch.zeros_like(s, dtype=torch.float64)
     if smoothing > 0:
-        present = (s != -math.inf) | (t != -math.inf)
         count = present.sum(1, keepdim=True).double()
         value = value + smoothing * (keep(log_sum - z, present) / count.to(s.dtype)).sum(1)
         target = present * (smoothing / count)
@@ -72,6 +71,52 @@ def soft_term(s: Tensor, t: Tensor, formula: Formula) -> Term:
     factor = formula.soft_factor()
     term = Term(factor * unit.value, (factor / formula.temperature) * unit.gradient)
     return spoil_rows(term, _unusable(s) | _unusable(t))
+
+
+def classes_term(s: Tensor, classes: Classes, formula: Formula) -> Term:
+    """Return S = c(T)·D of a top-k teacher and its gradient by s, (N,) and (N, V).
+
+    It is :func:`soft_term` of the classes. The tail's logit is T·log Σ exp(s_v/T) over the tokens
+    outside the support; its gradient by s_v is the softmax of s/T among these tokens. All logits
+    are relative to the row's largest one.
+
+    Args:
+        s: student's logits (N, V), float32 or float64: the arithmetic has this dtype.
+        classes: of the teacher, N rows.
+        formula: divergence, T, β and c(T).
+    """
+    t = classes.logits.reshape(len(s), -1).to(s.dtype)
+    tail, temperature, shape = t[:, -1:], formula.temperature, s.shape
+    unusable = _unusable(s)
+    z = (s - s.amax(1, keepdim=True)).masked_fill(unusable[:, None], 0.0)
+    # absent entries read and write a column of their own, which is dropped
+    at = torch.where(classes.token_ids >= 0, classes.token_ids, shape[1]).to(torch.int64)
+    padded = torch.nn.functional.pad(z, (0, 1), value=-math.inf)
+    inside = padded.gather(1, at)
+    outside = padded.scatter(1, at, -math.inf)[:, :-1] / temperature
+    log_sum = outside.logsumexp(1, keepdim=True)
+    has_class = tail != NO_CLASS
+    z_tail = torch.where(has_class, log_sum * temperature, -math.inf)
+    t = torch.cat([t[:, :-1], torch.where(has_class, tail, -math.inf)], 1)
+    term = soft_term(torch.cat([inside, z_tail], 1), t, formula)
+    share = keep((outside - log_sum).exp(), outside != -math.inf)
+    gradient = keep(share * term.gradient[:, -1:], has_class & (share != 0))
+    gradient = torch.nn.functional.pad(gradient, (0, 1)).scatter(1, at, term.gradient[:, :-1])
+    gradient = gradient[:, :-1].masked_fill(term.gradient.isnan().any(1, keepdim=True), math.nan)
+    return spoil_rows(Term(term.value, gradient), unusable)
+
+
+def present_entries(s: Tensor, teacher: Tensor | Classes) -> Tensor:
+    """Return bool (N, V): False for entries that are absent.
+
+    These are -inf for the student, and -inf for the teacher too: its logits (N, V), or an entry
+    that is not in the support.
+    """
+    if isinstance(teacher, Tensor):
+        return (s != -math.inf) | (teacher != -math.inf)
+    ids = torch.where(teacher.token_ids >= 0, teacher.token_ids, s.shape[1]).to(torch.int64)
+    in_support = torch.zeros(s.shape[0], s.shape[1] + 1, dtype=torch.bool, device=s.device)
+    return (s != -math.inf) | in_support.scatter(1, ids, True)[:, :-1]
 
 
 def _unusable(x: Tensor) -> Tensor:
@@ -98,7 +143,7 @@ def refuse_inplace_with_out(inplace: bool) -> None:
 
 def forward_backward(
     student: Tensor,  # (B, S, V)
-    teacher: Tensor,  # (B, S, V)
+    teacher: Tensor | Classes,  # (B, S, V)
     labels: Tensor | None,  # (N,)
     w_hard: Tensor | None,  # (N,)
     w_soft: Tensor | None,  # (N,)
@@ -110,7 +155,8 @@ def forward_backward(
 
     Args:
         student: logits; N = B·S rows. Overwritten by the gradient if `inplace`.
-        teacher: logits, of any supported dtype; the student again if no term reads a teacher.
+        teacher: logits, of any supported dtype; the student again if no term reads a teacher; or
+            the classes of a TopK.
         labels: int64; None needs w_hard=None.
         w_hard: weight of H in the gradient; 0: the term is off in this row, None: in all rows.
         w_soft: weight of S, likewise.
@@ -126,17 +172,18 @@ def forward_backward(
         ValueError: `inplace` and `out` are both set.
     """
     vocabulary = student.shape[-1]
-    dtype = arithmetic_dtype(student, teacher)
-    s, t = (x.reshape(-1, vocabulary).to(dtype) for x in (student, teacher))
+    dtype = arithmetic_dtype(student, teacher if isinstance(teacher, Tensor) else teacher.logits)
+    s = student.reshape(-1, vocabulary).to(dtype)
+    t = teacher.reshape(-1, vocabulary).to(dtype) if isinstance(teacher, Tensor) else teacher
     hard = soft = s.new_zeros(s.shape[0])
     gradient = torch.zeros_like(s)
     if w_hard is not None:
         assert labels is not None  # the checks have refused a hard weight without labels
-        term = hard_term(s, t, labels, formula.label_smoothing)
+        term = hard_term(s, present_entries(s, t), labels, formula.label_smoothing)
         hard = keep(term.value, w_hard != 0)
         gradient = keep(w_hard[:, None] * term.gradient, w_hard[:, None] != 0)
     if w_soft is not None:
-        term = soft_term(s, t, formula)
+        term = soft_term(s, t, formula) if isinstance(t, Tensor) else classes_term(s, t, formula)
         soft = keep(term.value, w_soft != 0)
         gradient = gradient + keep(w_soft[:, None] * term.gradient, w_soft[:, None] != 0)
     gradient = gradient.view(student.shape)
@@ -152,7 +199,7 @@ def forward_backward(
 
 def forward(
     student: Tensor,  # (B, S, V)
-    teacher: Tensor,  # (B, S, V)
+    teacher: Tensor | Classes,  # (B, S, V)
     labels: Tensor | None,  # (N,)
     w_hard: Tensor | None,  # (N,)
     w_soft: Tensor | None,  # (N,)
@@ -164,7 +211,7 @@ def forward(
 
 def backward(
     student: Tensor,  # (B, S, V)
-    teacher: Tensor,  # (B, S, V)
+    teacher: Tensor | Classes,  # (B, S, V)
     labels: Tensor | None,  # (N,)
     w_hard: Tensor | None,  # (N,)
     w_soft: Tensor | None,  # (N,)
@@ -180,7 +227,7 @@ def rescale(
     grad: Tensor,  # (B, S, V), overwritten
     scale: Tensor,  # 0-d
     student: Tensor,  # (B, S, V)
-    teacher: Tensor,  # (B, S, V)
+    teacher: Tensor | Classes,  # (B, S, V)
     labels: Tensor | None,  # (N,)
     w_hard: Tensor | None,  # (N,)
     w_soft: Tensor | None,  # (N,)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_kd import ops  # noqa: F401  the schemas
 
+from ..classes import Classes
 from ..divergences import CODES
 from ..options import Formula
 from .reference import refuse_inplace_with_out
@@ -54,19 +55,19 @@ def registered(prefix: str) -> Functions:
 
     def forward(
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
         formula: Formula,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the unweighted hard and soft (N,) and stats (N, STATS), as Backend.forward."""
-        rows = (student, teacher, labels, w_hard, w_soft)
+        rows = (student, *_teacher(teacher), labels, w_hard, w_soft)
         return make_forward(*rows, *_numbers(formula))  # type: ignore[no-any-return]
 
     def forward_backward(
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
@@ -79,7 +80,7 @@ def registered(prefix: str) -> Functions:
         Raises:
             ValueError: `inplace` and `out` are both set.
         """
-        rows = (student, teacher, labels, w_hard, w_soft)
+        rows = (student, *_teacher(teacher), labels, w_hard, w_soft)
         if out is not None:
             refuse_inplace_with_out(inplace)
             return *make_both_into(*rows, *_numbers(formula), out), out
@@ -89,7 +90,7 @@ def registered(prefix: str) -> Functions:
 
     def backward(
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
@@ -98,7 +99,7 @@ def registered(prefix: str) -> Functions:
         inplace: bool = False,
     ) -> Tensor:
         """Return the gradient (B, S, V) with the stats of an earlier forward; new, or in place."""
-        rows = (student, teacher, labels, w_hard, w_soft)
+        rows = (student, *_teacher(teacher), labels, w_hard, w_soft)
         if inplace:
             make_backward_(*rows, stats, *_numbers(formula))
             return student
@@ -108,7 +109,7 @@ def registered(prefix: str) -> Functions:
         grad: Tensor,
         scale: Tensor,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Classes,
         labels: Tensor | None,
         w_hard: Tensor | None,
         w_soft: Tensor | None,
@@ -122,7 +123,7 @@ def registered(prefix: str) -> Functions:
         recomputed instead, from the logits, so it may not be in their memory. The operator reads
         the scale on the device: the host does not synchronize.
         """
-        rows = (student, teacher, labels, w_hard, w_soft)
+        rows = (student, *_teacher(teacher), labels, w_hard, w_soft)
         rescale_(*rows, stats, *_numbers(formula), scale, grad)
 
     def multiply(grad: Tensor, scale: Tensor) -> None:
@@ -130,6 +131,10 @@ def registered(prefix: str) -> Functions:
         scale_(grad, scale)
 
     return Functions(forward, forward_backward, backward, rescale, multiply)
+
+
+def _teacher(teacher: Tensor | Classes) -> tuple[Tensor, Tensor | None]:
+    return teacher if isinstance(teacher, Classes) else (teacher, None)
 
 
 def _numbers(formula: Formula) -> tuple[int, Tensor, float, bool, float]:

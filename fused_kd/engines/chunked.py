@@ -112,7 +112,8 @@ def _arguments(settings: Settings, inputs: Inputs) -> tuple[Any, ...]:
     """Return the arguments that all chunk operators have in common."""
     chunks = _chunks(settings)
     return (
-        *(*inputs.student, *inputs.teacher, inputs.labels, inputs.w_hard, inputs.w_soft),
+        *(*inputs.student, *inputs.teacher, inputs.token_ids),
+        *(inputs.labels, inputs.w_hard, inputs.w_soft),
         *settings.formula(inputs.temperature),
         settings.backend,
         *(chunks.student_dtype, chunks.teacher_dtype, chunks.student_scale, chunks.teacher_scale),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
+from ..classes import Classes
 from ..options import Formula
 from .memory import Cut, Sizes, cut_rows
 from .products import Products, Projection, products_for
@@ -35,7 +36,7 @@ class Problem(NamedTuple):
     """The rows of both models and the options: everything that a run over the chunks needs."""
 
     student: Projection | Tensor  # a head, or logits (..., V)
-    teacher: Projection | Tensor | None  # the same; None: no term reads the teacher
+    teacher: Projection | Tensor | Classes | None  # or a TopK's; None: no term reads the teacher
     labels: Tensor | None  # (N,)
     w_hard: Tensor | None  # (N,); None: the term is off, 0: off for that row
     w_soft: Tensor | None  # (N,), likewise
@@ -111,6 +112,9 @@ def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
     student, teacher, dtype = problem.student, problem.teacher, problem.accum_dtype
     x = problem.rows
     t = teacher.hidden if isinstance(teacher, Projection) else teacher
+    classes = 0
+    if isinstance(t, Classes):
+        classes, t = t.logits.shape[-1], None
     heads = [p for p in (student, teacher) if isinstance(p, Projection)]
     gradient_bytes = 0
     if isinstance(student, Projection):
@@ -125,6 +129,7 @@ def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
         accum_bytes=dtype.itemsize,
         student_bytes=x.dtype.itemsize,
         teacher_bytes=0 if t is None else t.dtype.itemsize,
+        classes=classes,
         gathered=gathered or any(is_scattered(y) for y in (x, t) if y is not None),
         converted=any({p.hidden.dtype, p.compute} != {dtype} for p in heads),
         gradient_bytes=gradient_bytes,
@@ -202,10 +207,11 @@ class _TeacherRows:
             shape = (height, self.side.weight.shape[0])
             self.buffer = self.side.hidden.new_empty(shape, dtype=problem.accum_dtype)
 
-    def at(self, rows: Rows, student: Tensor) -> Tensor:
+    def at(self, rows: Rows, student: Tensor) -> Tensor | Classes:
         """Return the teacher's logits (C, V) of these rows; a Head's are valid until the next call.
 
-        Logits that were passed are a view of the caller's if possible, not to be written to.
+        Of a TopK, its classes. Logits that were passed are a view of the caller's if possible, not
+        to be written to.
         Without a teacher it returns `student`, the student's logits (C, V): the row kernel then
         ignores its teacher argument.
         """
@@ -213,6 +219,8 @@ class _TeacherRows:
             return student
         if isinstance(self.side, Tensor):
             return take(self.side, rows)
+        if isinstance(self.side, Classes):
+            return self.side.at(rows)
         assert self.buffer is not None
         hidden = take(self.side.hidden, rows)
         logits = self.buffer[: hidden.shape[0]]
@@ -297,7 +305,7 @@ class _HeadChunk:
         return hard, soft
 
     def _process_part(
-        self, part: slice, s: Tensor, t: Tensor, *vectors: Tensor | None
+        self, part: slice, s: Tensor, t: Tensor | Classes, *vectors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return hard and soft of a part of the chunk; store the gradient of its logits if wanted.
 
@@ -308,9 +316,9 @@ class _HeadChunk:
             vectors: labels, w_hard and w_soft of the chunk, (C,) or None.
         """
         backend, formula = self.problem.backend, self.problem.formula
-        s, t = s[part], t[part]
+        s, t = s[part], t.at(part) if isinstance(t, Classes) else t[part]
         labels, w_hard, w_soft = (None if x is None else x[part] for x in vectors)
-        rows = (s[None], t[None], labels, w_hard, w_soft, formula)
+        rows = (s[None], _batched(t), labels, w_hard, w_soft, formula)
         if self.gradients is None:
             return backend.forward(*rows)[:2]
         out = self._free_memory(part)
@@ -391,7 +399,7 @@ class _LogitsChunk:
         labels, w_hard, w_soft = (
             None if x is None else x[rows] for x in (p.labels, p.w_hard, p.w_soft)
         )
-        arguments = (s[None], t[None], labels, w_hard, w_soft, p.formula)
+        arguments = (s[None], _batched(t), labels, w_hard, w_soft, p.formula)
         if self.out is None:
             return p.backend.forward(*arguments)[:2]
         if isinstance(rows, slice) and not p.inplace:
@@ -413,6 +421,13 @@ def _chunk_of(
     if isinstance(student, Projection):
         return _HeadChunk(problem, student, products, height, gradients, rows)
     return _LogitsChunk(problem, student, products, height, gradients)
+
+
+def _batched(teacher: Tensor | Classes) -> Tensor | Classes:
+    """Return the teacher of a chunk (C, V) as a backend takes it, with logits (1, C, V)."""
+    if isinstance(teacher, Classes):
+        return teacher._replace(logits=teacher.logits[None])
+    return teacher[None]
 
 
 def _scaled_weights(w: Tensor | None, scale: float) -> Tensor | None:

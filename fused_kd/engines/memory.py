@@ -34,6 +34,7 @@ class Sizes(NamedTuple):
     gathered: bool = True  # rows are copied together: some are ignored, or are scattered
     converted: bool = False  # hidden states are not multiplied in the arithmetic's dtype
     gradient_bytes: int = 0  # of the gradient of the logits; 0: it needs no memory of its own
+    classes: int = 0  # of a TopK teacher
 
 
 def row_bytes(sizes: Sizes) -> int:
@@ -50,7 +51,7 @@ def row_bytes(sizes: Sizes) -> int:
         )
         if hidden is not None
     ]
-    total = SMALL_PER_ROW + len(heads) * accum * vocabulary
+    total = SMALL_PER_ROW + len(heads) * accum * vocabulary + (accum + 4) * sizes.classes
     # one product at a time: operands in the arithmetic's dtype and in their own
     copies = 0
     if sizes.converted:

@@ -1,10 +1,11 @@
 """The registered operators of the chunk loop.
 
 They keep the loop out of a compiler's trace, which would compile again for every number of rows.
-Each takes the two sides (three tensors each: logits, None, None; or hidden states, weight, bias)
-and one weight per row and term (None: the term is off). Each returns the unweighted terms of every
-row, hard and soft (N,); two also compute the gradients of the weighted sum. Calling them directly
-is not differentiable. A memory_budget that does not hold one row raises ValueError.
+Each takes the two sides (three tensors each: logits, None, None; or hidden states, weight, bias),
+token_ids of a TopK, and one weight per row and term (None: the term is off). Each returns the
+unweighted terms of every row, hard and soft (N,); two also compute the gradients of the weighted
+sum. Calling them directly is not differentiable. A memory_budget that does not hold one row raises
+ValueError.
 
 No argument and no result is a list of tensors: ``is_grads_batched=True`` and ``torch.vmap`` call an
 operator without a batching rule once for each entry of the batch, but not one with lists.
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import named
+from ..classes import Classes
 from ..ops import library
 from ..options import Formula
 from ..sides import arithmetic_dtype
@@ -28,7 +30,8 @@ from .products import Projection
 
 _ARGUMENTS = (
     "Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor? teacher, "
-    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels, Tensor? w_hard, Tensor? w_soft, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? token_ids, Tensor? labels, "
+    "Tensor? w_hard, Tensor? w_soft, "
     "str divergence, Tensor temperature, float beta, str soft_scale, float label_smoothing, "
     "str backend, ScalarType student_dtype, ScalarType teacher_dtype, float student_scale, "
     "float teacher_scale, SymInt? chunk_rows, SymInt? memory_budget, SymInt? kept_rows"
@@ -83,6 +86,7 @@ def _problem(
     teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    token_ids: Tensor | None,
     labels: Tensor | None,
     w_hard: Tensor | None,
     w_soft: Tensor | None,
@@ -100,8 +104,11 @@ def _problem(
     memory_budget: int | None,
     kept_rows: int | None,
 ) -> Problem:
+    other: Projection | Tensor | Classes | None
     if w_soft is None or teacher is None:
         other = None
+    elif token_ids is not None:
+        other = Classes(teacher, token_ids)
     else:
         other = _side(teacher, teacher_weight, teacher_bias, teacher_dtype, teacher_scale)
     return Problem(
@@ -158,7 +165,7 @@ for _name, _implementation, _fake in (
 
 @register_flop_formula([torch.ops.fused_kd.chunked_losses, torch.ops.fused_kd.chunked_gradients_])
 def _forward_flop(*shapes: Any, out_shape: Any = None) -> int:
-    w_soft = shapes[8]
+    w_soft = shapes[9]
     return _product_flop(*shapes[:2]) + (0 if w_soft is None else _product_flop(*shapes[3:5]))
 
 

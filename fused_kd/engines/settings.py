@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..options import Formula, KDOptions
-from ..sides import Head, Side, Tensors, operand_dtype
+from ..sides import Head, Side, Teacher, Tensors, operand_dtype
 
 #: Of the student's three tensors; None: not wanted, or written over the student's logits.
 Gradients = tuple[Tensor | None, ...]
@@ -50,7 +50,8 @@ class Inputs(NamedTuple):
     """The tensors of a call, N rows."""
 
     student: Tensors  # logits, None, None; or hidden states, weight, bias
-    teacher: Tensors  # the same; three None: no term reads the teacher
+    teacher: Tensors  # the same; logits of a TopK's classes; three None: no term reads the teacher
+    token_ids: Tensor | None  # (N, K), int32: of a TopK's classes, see Classes
     labels: Tensor | None  # (N,), int64
     w_hard: Tensor | None  # (N,), weight of H in the loss; None: the term is off; 0: for that row
     w_soft: Tensor | None  # (N,), weight of S, likewise
@@ -58,13 +59,13 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Inputs:
-        """Return the inputs from a list of the ten tensors that :meth:`flat` returns."""
+        """Return the inputs from a list of the tensors that :meth:`flat` returns."""
         s, s_weight, s_bias, t, t_weight, t_bias, *rest = tensors
         return cls((s, s_weight, s_bias), (t, t_weight, t_bias), *rest)  # type: ignore[arg-type]
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """Return all tensors in one tuple, the student's three first."""
-        rows = (self.labels, self.w_hard, self.w_soft, self.temperature)
+        rows = (self.token_ids, self.labels, self.w_hard, self.w_soft, self.temperature)
         return *self.student, *self.teacher, *rows
 
 
@@ -72,7 +73,7 @@ def settings_of(
     options: KDOptions,
     backend: str,
     student: Side,
-    teacher: Side | None,
+    teacher: Teacher | None,
     dtype: torch.dtype,  # of the arithmetic
     inplace: bool,
     kept_rows: int | None,

@@ -1,4 +1,4 @@
-"""The engine for logits on both sides: one call of the backend processes all rows.
+"""The engine for a student's logits, and a teacher's logits or TopK: one call for all rows.
 
 :class:`fused_kd.engines.Engine` documents the functions, hard, soft, stats and `wanted`; here there
 is one gradient, of the logits.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import named
+from ..classes import Classes
 from .settings import Inputs, Settings
 
 
@@ -85,8 +86,9 @@ def _student(inputs: Inputs) -> Tensor:
 
 def _rows(
     inputs: Inputs,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | Classes, Tensor | None, Tensor | None, Tensor | None]:
     """Return student, teacher (the student again if None), labels, w_hard and w_soft."""
     student = _student(inputs)
-    teacher = student if inputs.teacher[0] is None else inputs.teacher[0]
+    logits = student if inputs.teacher[0] is None else inputs.teacher[0]
+    teacher = logits if inputs.token_ids is None else Classes(logits, inputs.token_ids)
     return student, teacher, inputs.labels, inputs.w_hard, inputs.w_soft

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends
+from fused_kd.classes import Classes
 from fused_kd.divergences import CODES
 from fused_kd.ops import STATS
 from fused_kd.options import Formula
@@ -47,6 +48,9 @@ class _Problem(ctypes.Structure):
     _fields_ = _fields(
         ("N V", INT64),
         ("student teacher grad", _Rows),
+        ("K", INT64),
+        ("token_ids", POINTER),
+        ("has_classes", ctypes.c_bool),
         ("labels w_hard w_soft scale", POINTER),
         ("divergence", INT),
         ("temperature beta soft_factor label_smoothing", DOUBLE),
@@ -162,13 +166,18 @@ def _problem(rows: tuple[Any, ...], grad: Tensor | None, **vectors: Tensor) -> _
     # as the operators demand (csrc/bindings)
     temperature = formula.temperature
     assert (temperature.shape, temperature.dtype) == ((), torch.float64)
-    vectors |= {"labels": labels, "w_hard": w_hard, "w_soft": w_soft}
+    token_ids = None
+    if isinstance(teacher, Classes):
+        teacher, token_ids = teacher
+    vectors |= {"token_ids": token_ids, "labels": labels, "w_hard": w_hard, "w_soft": w_soft}
     return _Problem(
         N=student.shape[0] * student.shape[1],
         V=student.shape[2],
         student=_view(student),
         teacher=_view(teacher),
         grad=_view(grad),
+        K=0 if token_ids is None else token_ids.shape[1],
+        has_classes=token_ids is not None,
         divergence=CODES[formula.divergence],
         temperature=temperature.item(),
         beta=formula.beta,

@@ -360,6 +360,7 @@ def _scale(gradient: Tensor, scale: Tensor, any_number: bool) -> None:
 def _call(
     student: Tensor,
     teacher: Tensor,
+    token_ids: Tensor | None,
     labels: Tensor | None,
     w_hard: Tensor | None,
     w_soft: Tensor | None,
@@ -369,6 +370,8 @@ def _call(
 
     Labels without w_hard are dropped.
     """
+    if token_ids is not None:
+        raise RuntimeError("the triton kernels do not take a TopK yet")
     labels, w_hard, w_soft = (
         None if x is None else x.contiguous() for x in (labels, w_hard, w_soft)
     )
@@ -396,7 +399,7 @@ def _forward_backward_(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
 
 def _split(arguments: tuple[Any, ...]) -> tuple[_Call, Tensor, tuple[Any, ...]]:
     """Return the call, its stats, and the arguments after the scalar options."""
-    rows, stats, rest = arguments[:5], arguments[5], arguments[6:]
+    rows, stats, rest = arguments[:6], arguments[6], arguments[7:]
     return _call(*rows, *rest[:_NUMBERS]), stats, rest[_NUMBERS:]
 
 

@@ -1,26 +1,38 @@
-"""Every check of a user's tensors, and its message. No tensor is written before all have passed.
-
-A message states the argument, what was expected, what was passed and what to do; an argument `name`
-is what it calls the tensor. A function `_check_*` raises TypeError for a wrong type or dtype, and
-ValueError for a wrong value, shape, device or layout. Checks that read
-*values* (the range of a label, the sign of a weight) run only for plain CPU tensors outside a
-compiler's trace. On a GPU they would synchronise; FUSED_KD_DEBUG=1 allows that.
-"""
+"""The checks of a call, and of everything in it but a top-k teacher."""
 
 from __future__ import annotations
 
 import math
-import os
 from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .options import BOUNDS, LARGEST, SMALLEST, KDOptions, check_count
-from .rows import LABEL_DTYPES, are_rows, writes_in_place
-from .sides import Head, Side, autocast_dtype, row_count, row_shape, rows_tensor, vocabulary
+from ..options import BOUNDS, LARGEST, SMALLEST, KDOptions, check_count
+from ..rows import LABEL_DTYPES, are_rows, writes_in_place
+from ..sides import (
+    Head,
+    Side,
+    Teacher,
+    TopK,
+    autocast_dtype,
+    row_count,
+    row_shape,
+    rows_tensor,
+    vocabulary,
+)
+from .tensors import (
+    LOGIT_DTYPES,
+    check_dense,
+    check_device,
+    check_floating,
+    check_on_device_of,
+    may_read_values,
+    position,
+    rows_name,
+)
+from .topk import check_topk
 
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHT_DTYPES = (
     torch.bool,
     *LABEL_DTYPES,
@@ -42,7 +54,7 @@ _PARTITIONED = (
 def check_call(
     options: KDOptions,
     student: Side,
-    teacher: Side | None,
+    teacher: Teacher | None,
     labels: Tensor | None,  # (...), int64
     kept: Tensor | None,  # (...), bool: labels that are not ignore_index; None without labels
     token_weight: Tensor | None,  # (...)
@@ -59,7 +71,10 @@ def check_call(
     _refuse_transforms()
     _check_side("student", student)
     rows = row_shape(student)
-    _check_teacher(student, rows, teacher, options.soft_weight)
+    if isinstance(teacher, TopK):
+        check_topk(student, rows, teacher, options)
+    else:
+        _check_teacher(student, rows, teacher, options.soft_weight)
     _check_labels(labels, student, rows, options.hard_weight)
     if token_weight is not None:
         _check_token_weight(token_weight, student, rows)
@@ -90,7 +105,12 @@ def _check_side(name: str, side: object) -> None:
     if not isinstance(side, Tensor):
         got = type(side).__name__
         if isinstance(side, (tuple, list)):
-            got = f"a plain {got}: pass Head(hidden, weight, bias=None, scale=1.0)"
+            got = (
+                f"a plain {got}: pass Head(hidden, weight, bias=None, scale=1.0), or of a teacher "
+                "TopK(token_ids, logprobs)"
+            )
+        elif isinstance(side, TopK):
+            got = "a TopK, which only the teacher may be: pass logits or a Head"
         elif hasattr(side, "logits"):  # the output of a Hugging Face model
             got = f"{got}: pass its logits (output.logits)"
         raise TypeError(f"{name} must be a torch.Tensor of logits or a fused_kd.Head; got {got}")
@@ -132,7 +152,7 @@ def _check_head(name: str, head: Head) -> None:
             f"{name}.bias must have shape (V,) = ({weight.shape[0]},); got {tuple(bias.shape)}"
         )
     for part in parts:
-        _check_device(f"{name}.{part}", parts[part], f"{name}.hidden", hidden)
+        check_device(f"{name}.{part}", parts[part], f"{name}.hidden", hidden)
     if hidden.dtype != weight.dtype and autocast_dtype(head) is None:
         raise TypeError(
             f"{name}.hidden and {name}.weight must have the same dtype outside autocast (which "
@@ -181,11 +201,11 @@ def _check_teacher(
         )
     if row_shape(teacher) != rows:
         raise ValueError(
-            f"{_rows_name('teacher', teacher)} must have the leading shape of "
-            f"{_rows_name('student', student)}, {tuple(rows)}; got {tuple(row_shape(teacher))}: "
+            f"{rows_name('teacher', teacher)} must have the leading shape of "
+            f"{rows_name('student', student)}, {tuple(rows)}; got {tuple(row_shape(teacher))}: "
             "run both models on the same tokens"
         )
-    _check_on_device_of("teacher", rows_tensor(teacher), student)
+    check_on_device_of("teacher", rows_tensor(teacher), student)
     if isinstance(teacher, Head):
         for part, x in zip(("hidden", "weight", "bias"), teacher[:3], strict=True):
             # a leaf is a parameter of the teacher's head: it is detached later, not refused
@@ -202,13 +222,8 @@ def _check_teacher(
         )
 
 
-def _rows_name(name: str, side: Side) -> str:
-    """Return the name, for messages, of the tensor that has the rows of a side."""
-    return f"{name}.hidden" if isinstance(side, Head) else name
-
-
 def _check_chunk_options(
-    options: KDOptions, kept_rows: int | None, student: Side, teacher: Side | None
+    options: KDOptions, kept_rows: int | None, student: Side, teacher: Teacher | None
 ) -> None:
     has_head = isinstance(student, Head) or isinstance(teacher, Head)
     for name, value in (
@@ -261,18 +276,6 @@ def _check_kept_rows(kept_rows: int, student: Side, kept: Tensor | None) -> None
         )
 
 
-def check_floating(name: str, tensor: Tensor | None) -> None:
-    """Check that an argument is a dense, local tensor of one of LOGIT_DTYPES.
-
-    Raises:
-        TypeError: The type, layout or dtype is another, or it is a DTensor.
-    """
-    check_dense(name, tensor)
-    assert tensor is not None
-    if tensor.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
-
-
 # ------------------------------------------------------------------------------ labels, weights
 
 
@@ -303,7 +306,7 @@ def _check_labels(
             "indices pass labels.long()"
         )
     _check_row_shape("labels", labels, student, rows)
-    _check_on_device_of("labels", labels, student)
+    check_on_device_of("labels", labels, student)
 
 
 def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: int) -> None:
@@ -317,7 +320,7 @@ def _check_label_range(labels: Tensor, kept: Tensor, size: int, ignore_index: in
     value = int(labels[tuple(first)].item())
     raise ValueError(
         f"labels must be in [0, {size}) or equal to ignore_index={ignore_index}; "
-        f"got {value} at position {_position(first)}"
+        f"got {value} at position {position(first)}"
     )
 
 
@@ -329,7 +332,7 @@ def _check_token_weight(token_weight: Tensor, student: Side, rows: torch.Size) -
             f"token_weight must be a bool, int or float tensor; got {token_weight.dtype}"
         )
     _check_row_shape("token_weight", token_weight, student, rows)
-    _check_on_device_of("token_weight", token_weight, student)
+    check_on_device_of("token_weight", token_weight, student)
     if token_weight.requires_grad:
         raise ValueError(
             "token_weight must not require grad, since it gets no gradient; got a tensor that "
@@ -344,7 +347,7 @@ def _check_token_weight(token_weight: Tensor, student: Side, rows: torch.Size) -
         first = bad.nonzero()[0].tolist()
         raise ValueError(
             "token_weight must be at least 0 and finite; "
-            f"got {token_weight[tuple(first)].item()} at position {_position(first)}"
+            f"got {token_weight[tuple(first)].item()} at position {position(first)}"
         )
 
 
@@ -367,7 +370,7 @@ def _check_num_items(num_items: float | Tensor, reduction: str, student: Side) -
                 "fused_kd.integrations.loop.global_num_items()"
             )
         if num_items.device.type != "cpu":
-            _check_on_device_of("num_items", num_items, student)
+            check_on_device_of("num_items", num_items, student)
         if num_items.is_complex() or num_items.dtype == torch.bool or num_items.requires_grad:
             raise TypeError(
                 "num_items must be an int or float tensor without grad; "
@@ -389,7 +392,7 @@ def _check_num_items(num_items: float | Tensor, reduction: str, student: Side) -
 # ------------------------------------------------------------------------------------- in place
 
 
-def _check_inplace(student: Tensor, teacher: Side | None) -> None:
+def _check_inplace(student: Tensor, teacher: Teacher | None) -> None:
     """Check that the student's logits may be overwritten, and do not overlap the teacher."""
     if student._is_view() and torch._C._autograd._get_creation_meta(student) != WRITABLE_VIEW:
         raise ValueError(
@@ -421,6 +424,8 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
             f"collapse to two strides; got shape {tuple(student.shape)} with strides "
             f"{student.stride()}: pass inplace=False, or student.contiguous()"
         )
+    if isinstance(teacher, TopK):  # its log-probabilities are copied
+        return
     if isinstance(teacher, Head):  # every chunk reads its weight
         shares = any(x is not None and _share_memory(student, x) for x in teacher[:3])
     else:
@@ -436,64 +441,11 @@ def _check_inplace(student: Tensor, teacher: Side | None) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------- any tensor
-
-
-def may_read_values(tensor: Tensor) -> bool:
-    """Return True if values exist, and are on the CPU or FUSED_KD_DEBUG=1 allows to synchronise.
-
-    No values exist in a compiler's trace, in a fake tensor and on the meta device. Those of
-    subclasses other than Parameter and Buffer are not read.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-        and tensor.device.type != "meta"
-        and (tensor.device.type == "cpu" or os.environ.get("FUSED_KD_DEBUG") == "1")
-    )
-
-
-def check_dense(name: str, tensor: Tensor | None) -> None:
-    """Check that an argument is a local, strided tensor.
-
-    Raises:
-        TypeError: It is not a tensor, or it is sparse, nested, quantised or a DTensor.
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        got = f"layout {tensor.layout}: pass its to_dense()"
-        if tensor.is_nested:
-            got = "a nested tensor: pad it"
-        elif tensor.is_quantized:
-            got = "a quantised tensor: pass its dequantize()"
-        raise TypeError(f"{name} must be a dense, unquantised tensor; got {got}")
-    if type(tensor) is not Tensor and hasattr(tensor, "device_mesh"):
-        raise TypeError(
-            f"{name} must be a local tensor; got a DTensor: call the loss inside the forward of "
-            "the module that was sharded (docs/howto/distributed.md); full_tensor() of what is "
-            "trained gives each shard a wrong gradient"
-        )
-
-
 def _check_row_shape(name: str, tensor: Tensor, student: Side, rows: torch.Size) -> None:
     if tensor.shape != rows:
         raise ValueError(
-            f"{name} must have the leading shape of {_rows_name('student', student)}, "
+            f"{name} must have the leading shape of {rows_name('student', student)}, "
             f"{tuple(rows)}; got {tuple(tensor.shape)}"
-        )
-
-
-def _check_on_device_of(name: str, tensor: Tensor, student: Side) -> None:
-    other = rows_tensor(student)
-    if tensor.device != other.device:
-        _check_device(name, tensor, _rows_name("student", student), other)
-
-
-def _check_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {like}, {other.device}; got {tensor.device}"
         )
 
 
@@ -538,7 +490,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """Return the addresses of the first byte, and after the last, of a tensor with memory."""
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
-
-
-def _position(index: list[int]) -> str:
-    return str(index[0]) if len(index) == 1 else str(tuple(index))

@@ -1,0 +1,113 @@
+"""The classes of a top-k teacher: the form in which engines and backends take a TopK.
+
+The divergence of :class:`fused_kd.TopK` is that of a dense teacher over K+1 entries. Class b < K is
+token b of the support, with the student's logit s_b. Class K is the tail, all other tokens, with
+the student's logit T·log Σ exp(s_v/T) over them. So a backend computes the tail's sum, then the
+divergence of K+1 logits by the rules for dense rows; the gradient of the tail's logit times
+exp(s_v/T)/Σ is that of a token outside the support. Log-probabilities measured at a temperature T'
+are the teacher's logits over T'.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import SMALLEST_TAIL, may_read_values, sorted_rows
+from .sides import TopK, row_count
+
+#: The teacher's tail logit if the tokens outside the support are no class.
+NO_CLASS = math.inf
+
+
+class Classes(NamedTuple):
+    """The teacher's logits of the K+1 classes of each row, and the tokens of the first K.
+
+    The tail's logit is NO_CLASS, or the logarithm of its mass times the temperature: -inf for a
+    mass of 0. A row without entries has the tail as its only class, so that its divergence is 0.
+    """
+
+    logits: Tensor  # (N, K+1), or (B, S, K+1); -inf: absent
+    token_ids: Tensor  # (N, K), int32; -1 for an absent entry
+
+    def at(self, rows: slice | Tensor) -> Classes:
+        """Return these rows of N, contiguous."""
+        return Classes(self.logits[rows].contiguous(), self.token_ids[rows].contiguous())
+
+
+def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes, Tensor | None]:
+    """Return the classes of a teacher that was checked, and for "sampled" its entropy.
+
+    A row that a check of its values would refuse is NaN; it can only exist if they were not read,
+    on a GPU or in a trace.
+
+    Args:
+        topk: N rows, in any leading shape.
+        vocabulary: V.
+        dtype: of the logits: float32 or float64.
+
+    Returns:
+        The classes, and -Σ q̂·log q̂ (N,), or None.
+    """
+    rows, k = row_count(topk.logprobs.shape[:-1]), topk.logprobs.shape[-1]
+    logprobs = topk.logprobs.detach().reshape(rows, k).to(dtype)
+    absent = logprobs == -math.inf
+    token_ids = torch.where(absent, -1, topk.token_ids.reshape(rows, k))
+    entropy = invalid = None
+    if not may_read_values(logprobs):
+        out_of_range = ~absent & ((token_ids < 0) | (token_ids >= vocabulary))
+        token_ids = torch.where(out_of_range, -1, token_ids)
+        invalid = (out_of_range | ~(logprobs < math.inf)).any(-1)
+        if topk.tail != "sampled":
+            invalid = invalid | _has_duplicates(token_ids)
+    token_ids = token_ids.to(torch.int32)
+    if topk.tail == "sampled":
+        token_ids, logprobs = _merged(token_ids, logprobs)
+        entropy = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
+    tail = _tail(topk, logprobs, token_ids, vocabulary)
+    tail = torch.where((token_ids >= 0).any(-1), tail, 0.0)
+    logits = torch.cat([logprobs * topk.temperature, tail[:, None]], -1)
+    if invalid is not None:
+        logits = logits.masked_fill(invalid[:, None], math.nan)
+    return Classes(logits, token_ids), entropy
+
+
+def _tail(topk: TopK, logprobs: Tensor, token_ids: Tensor, vocabulary: int) -> Tensor:
+    """Return the tail's logit of every row (N,), as Classes has it."""
+    if topk.tail == "renormalize":
+        return logprobs.new_full(logprobs.shape[:1], NO_CLASS)
+    if topk.tail != "bucket":
+        return logprobs.new_full(logprobs.shape[:1], -math.inf)
+    if topk.tail_logprob is None:
+        rest = 1.0 - logprobs.double().exp().sum(-1)
+        tail = torch.where(rest >= SMALLEST_TAIL, rest, math.nan).log().to(logprobs.dtype)
+    else:
+        tail = topk.tail_logprob.detach().reshape(-1).to(logprobs.dtype)
+    tail = torch.where(tail < math.inf, tail * topk.temperature, math.nan)
+    if logprobs.shape[-1] < vocabulary:
+        return tail
+    return torch.where((token_ids >= 0).sum(-1) == vocabulary, NO_CLASS, tail)
+
+
+def _has_duplicates(token_ids: Tensor) -> Tensor:
+    """Return True for rows (N,) of ids (N, K) with an id >= 0 that is listed twice."""
+    ordered = sorted_rows(token_ids)
+    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+
+
+def _merged(token_ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ids and log-probabilities (N, K) with the masses of equal ids added; the rest absent.
+
+    The order of the entries changes.
+    """
+    ids, order = token_ids.sort(-1)
+    mass = logprobs.gather(-1, order).exp()
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = is_first.cumsum(-1) - 1  # of the entry's id among the different ones
+    merged = torch.zeros_like(mass).scatter_add(-1, place, mass)
+    unique = torch.full_like(ids, -1).scatter(-1, place, ids)
+    return unique, torch.where(unique >= 0, merged.log(), -math.inf)
