@@ -84,15 +84,15 @@ constexpr float LOW_EXPONENT = -100.0f;
 // The largest that it may be after a division by T > 1, and after the rounding of the logit.
 constexpr float HIGHEST_LOW_EXPONENT = -20.0f;
 
-// Replaces the tokens of a top-k teacher, in a copy of the block, by a logit so low that the plain
-// kernels take it. Returns that logit's distance from the reference; 0: there is none, since the
+// Replaces the tokens of a top-k teacher, in a copy of the block or in place before, by a logit so low
+// that it adds next to nothing, but not too low for the plain kernels. Returns that logit's distance from the reference; 0: there is none, since the
 // reference is too large for the element type, or T too high.
 inline float exclude_plain(const Row& row, const Support::Group& tokens, int64_t begin, double m_s,
                            Scratch& scratch, Prepared& block) {
-  const bool is_bf16 = block.load == Load::bf16;
-  float low = reference(m_s) + LOW_EXPONENT / row.k_max;
+  const bool is_bf16 = block.load == Load::bf16, is_low = row.support->low != 0;
+  float low = is_low ? row.support->low : reference(m_s) + LOW_EXPONENT / row.k_max;
   uint16_t narrow = 0;
-  if (is_bf16) {
+  if (is_bf16 && !is_low) {
     row.table.narrow(Dtype::bf16, &low, &narrow, 1);
     row.table.widen(Dtype::bf16, &narrow, &low, 1);
   }
@@ -100,6 +100,7 @@ inline float exclude_plain(const Row& row, const Support::Group& tokens, int64_t
   if (!(distance * std::min(row.k, row.k_1) <= HIGHEST_LOW_EXPONENT &&
         -distance * row.k_max <= row.exponent_range))
     return 0.0f;
+  if (is_low) return distance;
   if (!block.copied) {
     std::memcpy(scratch.s, block.s, block.size * (is_bf16 ? sizeof narrow : sizeof low));
     block.s = block.t = scratch.s;
