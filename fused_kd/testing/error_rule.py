@@ -15,7 +15,7 @@ from ..options import KDOptions
 from ..sides import TopK
 from .baseline import eager_kd_loss
 from .inputs import Inputs
-from .views import columns_of, compared_logits, present_entries
+from .views import columns_of, compared, present_entries, reach_of
 
 
 def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
@@ -117,8 +117,8 @@ def conditioning(
 
     `truth` is the result of :func:`evaluate` in float64, for `upstream` and the loss's `options`.
     Here z are the row's logits over their temperature and m their maximum. For a TopK they are
-    those of the dense teacher with the same loss and gradient (:func:`.views.compared_logits`).
-    Each term's unit is weighted like the term. Added are errors that no float32 arithmetic avoids:
+    those of its classes. Each term's unit is weighted like the term. Added are errors that no
+    float32 arithmetic avoids:
 
     * for a loss, eps32 of its value ("mse" may be any number);
     * for a gradient, eps32 of the largest probability, since it is a difference of probabilities;
@@ -127,13 +127,12 @@ def conditioning(
     """
     eps, temperature = torch.finfo(torch.float32).eps, options.temperature
     s = inputs.student.double()  # (N, V)
-    soft_s, soft_t = compared_logits(inputs, temperature)
-    below = torch.cat([x.amax(1, keepdim=True) - x for x in (s, soft_t)], 1)
-    reach = torch.where(below.isfinite(), below, 0.0).amax(1)
+    sides = compared(inputs, temperature)
+    reach = torch.maximum(reach_of(s), sides.reach)
     hard, soft = options.hard_weight, options.soft_weight * options.soft_factor
     value = truth.rows.abs().nan_to_num(0.0, 0.0)
     loss = eps * (hard * (1 + reach) + soft * (1 + reach / temperature) + value)
-    p, q = ((x / temperature).softmax(1) for x in (soft_s, soft_t))
+    p, q = ((x / temperature).softmax(1) for x in (sides.student, sides.teacher))
     upstream = upstream.double().abs()
     scale = upstream * soft / temperature * p.amax(1)
     grad = eps * truth.grad.double().nan_to_num(0.0, 0.0, 0.0).norm(dim=1)

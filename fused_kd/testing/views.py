@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +42,20 @@ def columns_of(inputs: Inputs, row: int, columns: Tensor) -> Inputs:
     return Inputs(inputs.student[row, columns][None], teacher, place[inputs.labels[row]][None])
 
 
-def compared_logits(inputs: Inputs, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the float64 logits (N, V) of both sides between which the divergence is computed.
+class Compared(NamedTuple):
+    """The logits between which the divergence of every row is computed, in float64."""
 
-    A TopK is replaced by the dense teacher that has the same loss and the same gradient for this
-    student: the mass of the tail is spread over the tokens outside the support in the student's own
-    proportions. If these tokens are no class, both sides are -inf there.
+    student: Tensor  # (N, V)
+    teacher: Tensor  # (N, V)
+    reach: Tensor  # (N,): how far a finite logit is below the largest one of its side
+
+
+def compared(inputs: Inputs, temperature: float) -> Compared:
+    """Return the logits of both sides, for a TopK those of an equivalent dense teacher.
+
+    That is the one with the same loss and the same gradient for this student: the mass of the tail
+    is spread over the tokens outside the support in the student's own proportions. If these tokens
+    are no class, both sides are -inf there. The reach is that of the classes' logits.
 
     Args:
         inputs: of any number of rows.
@@ -54,15 +63,26 @@ def compared_logits(inputs: Inputs, temperature: float) -> tuple[Tensor, Tensor]
     """
     s = inputs.student.double()
     if isinstance(inputs.teacher, Tensor):
-        return s, inputs.teacher.double()
+        t = inputs.teacher.double()
+        return Compared(s, t, torch.maximum(reach_of(s), reach_of(t)))
     classes, _ = classes_of(inputs.teacher, s.shape[1], torch.float64)
     inside, tail = classes.logits[:, :-1], classes.logits[:, -1:]
     at = torch.where(classes.token_ids >= 0, classes.token_ids, s.shape[1]).long()
-    outside = pad(s, (0, 1)).scatter(1, at, -math.inf)[:, :-1]
+    padded = pad(s, (0, 1), value=-math.inf)
+    outside = padded.scatter(1, at, -math.inf)[:, :-1]
     is_class = tail != NO_CLASS
-    spread = outside + tail - temperature * (outside / temperature).logsumexp(1, keepdim=True)
-    t = torch.where(is_class & (outside != -math.inf), spread, -math.inf)
-    return (
+    tail_of_student = temperature * (outside / temperature).logsumexp(1, keepdim=True)
+    t = torch.where(is_class & (outside != -math.inf), outside - tail_of_student + tail, -math.inf)
+    both = (padded.gather(1, at), tail_of_student), (inside, tail)
+    reaches = [reach_of(torch.cat([x, torch.where(is_class, y, -math.inf)], 1)) for x, y in both]
+    return Compared(
         torch.where(is_class | (outside == -math.inf), s, -math.inf),
         pad(t, (0, 1)).scatter(1, at, inside)[:, :-1],
+        torch.maximum(*reaches),
     )
+
+
+def reach_of(x: Tensor) -> Tensor:
+    """Return how far a finite entry of each row (N, V) is below the largest one; 0 if none is."""
+    below = x.amax(1, keepdim=True) - x
+    return torch.where(below.isfinite(), below, 0.0).amax(1)
