@@ -80,7 +80,7 @@ def _guarded(values: Tensor, side: str) -> Tensor:
 
 def _classes(vocabulary: int, turn: int) -> tuple[Tensor, Tensor]:
     """Return the logits (1, N, K+1) of a top-k teacher's classes, and ids (N, K); some outside."""
-    k = min(vocabulary, (0, 1, 7, 40)[turn // 5 % 4])
+    k = min(vocabulary, (1, 2, 7, 40)[turn // 5 % 4])
     token_ids = torch.rand(N, vocabulary).argsort(1)[:, :k].to(torch.int32)
     token_ids[:, 2::3] = (-1, vocabulary, 2**31 - 1, -(2**31))[turn % 4]
     return torch.randn(1, N, k + 1), token_ids
