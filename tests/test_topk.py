@@ -490,6 +490,7 @@ ODD: dict[str, dict[str, float]] = {
     "an id far below": {"id": -(2**62)},
     "an id that wraps to 1": {"id": 2**32 + 1},
     "the id V": {"id": V},
+    "an id above": {"id": V + 5},
     "a NaN": {"logprob": math.nan},
     "an infinity": {"logprob": INF},
     "a tail of NaN": {"tail": math.nan},
