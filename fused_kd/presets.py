@@ -46,6 +46,21 @@ CONVENTIONS = {  # comment: the framework's own entry point
 # fmt: on
 
 
+#: What each framework's loss of a top-k teacher says of the tokens outside the support: the `tail`
+#: of the TopK that computes it. verl's differs by a factor and a constant of each row, and is
+#: :func:`fused_kd.integrations.verl.forward_kl_topk`.
+TAILS = {
+    "axolotl": "renormalize",  # kd_normalize_topk: true
+    "distillkit": "zero",  # MissingProbabilityHandling.ZERO
+    "megatron": "bucket",  # add_ghost_token=True
+    "model_optimizer": "renormalize",  # TopKLogitsKLLoss
+    "nemo_rl": "renormalize",  # zero_outside_topk: false
+    "swift": "renormalize",
+    "trl": "bucket",  # loss_add_tail=True
+    "verl": "zero",  # forward_kl_topk
+}
+
+
 def keywords(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return a framework's keywords of KDLoss, overridden by those of the caller.
 

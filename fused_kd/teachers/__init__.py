@@ -1,0 +1,1 @@
+"""Teachers that are not in training memory: caches on disk and servers."""
