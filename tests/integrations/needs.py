@@ -20,7 +20,7 @@ def need(package: str) -> ModuleType:
             return importlib.import_module(package)
         return frameworks.need(package)
     except ImportError as error:
-        _skip(error)
+        missing(error)
         raise
 
 
@@ -29,7 +29,7 @@ def need_file(package: str, path: str) -> ModuleType:
     try:
         location = distribution(package).locate_file(path)
     except ImportError as error:
-        _skip(error)
+        missing(error)
         raise
     spec = spec_from_file_location(f"own_{package.replace('-', '_')}", str(location))
     assert spec is not None
@@ -39,7 +39,10 @@ def need_file(package: str, path: str) -> ModuleType:
     return module
 
 
-def _skip(error: ImportError) -> None:
-    """Skip the module that is being collected, unless FUSED_KD_ALL_FRAMEWORKS=1."""
+def missing(error: ImportError) -> None:
+    """Skip the module that is being collected, or the test; return if FUSED_KD_ALL_FRAMEWORKS=1.
+
+    The caller then raises the error.
+    """
     if os.environ.get("FUSED_KD_ALL_FRAMEWORKS") != "1":
         pytest.skip(str(error), allow_module_level=True)
