@@ -13,17 +13,25 @@ namespace cpu {
 inline bool gradient_is_nan(const Row& row, const State& state) {
   if (state.flags & BAD_S) return true;
   if (row.hard && !label_in_range(row)) return true;
-  if (!row.soft) return false;
+  if (!row.soft || row.support) return false;
   if (state.flags & BAD_T) return true;
   const bool finite = with_rule(row.divergence, [](auto rule) { return rule.FINITE_GRADIENT; });
   return !finite && soft_is_infinite(row, state);
 }
 
+// The gradient of a top-k teacher's soft term, from its classes.
+struct ClassGradient {
+  bool nan;
+  double tail;          // the factor of P outside the support
+  const float* tokens;  // (K): of each token's logit
+};
+
 // Computes a row's gradient: the constructor its scalars, then `segment` each segment, in any
-// order, then `label` the entry of the label.
+// order, then `entries` those of the label and of a top-k teacher's tokens.
 struct Gradient {
   const Row& row;
   const State& state;
+  const ClassGradient* classes;  // null: a dense teacher
   char* out;
   Dtype dtype;
   bool nan;
@@ -31,22 +39,55 @@ struct Gradient {
   Constants<float> soft{};
   float hard_scale = 0, hard_offset = 0, label_value = 0;
 
-  Gradient(const Row& row, const State& state) : row(row), state(state) {
+  std::vector<float> token_values;  // in the order of the support
+
+  Gradient(const Row& row, const State& state, const ClassGradient* classes = nullptr)
+      : row(row), state(state), classes(classes) {
     const Problem& p = row.problem;
     out = row_pointer(p.grad, row.n);
     dtype = p.grad.dtype;
-    nan = gradient_is_nan(row, state);
+    nan = gradient_is_nan(row, state) || (classes && classes->nan);
     if (nan) return;
     const double scale = p.scale ? *p.scale : 1.0;
     if (row.hard) w_hard = scale * p.w_hard[row.n];
     if (row.soft) w_soft = scale * p.w_soft[row.n];
-    if (row.soft) soft = soft_constants(row, state, w_soft);
-    if (row.hard) {
-      hard_scale = float(w_hard / state.r.d_1);
-      if (p.label_smoothing > 0) hard_offset = float(-w_hard * p.label_smoothing / state.r.count);
-      label_value = float(label_gradient());
-    }
     if (std::isnan(w_hard + w_soft)) nan = true;
+    double factor = 0;
+    if (row.hard) {
+      // with a top-k teacher the exponentials are relative to the tail's reference
+      const double shift = (hard_reference(row, state) - state.r.m_s) * row.k_1;
+      factor = w_hard / (state.r.d_1 * exp2(shift));
+      if (p.label_smoothing > 0) hard_offset = float(-w_hard * p.label_smoothing / state.r.count);
+    }
+    if (!classes) {
+      if (row.soft) soft = soft_constants(row, state, w_soft);
+    } else if (row.divergence == Divergence::tail) {
+      soft.scale = float(classes->tail);
+    } else {
+      factor += classes->tail;
+    }
+    hard_scale = float(factor);
+    if (row.hard && !nan) label_value = float(label_gradient());
+    if (row.support && !nan) compute_tokens();
+  }
+
+  // Computes the entries of the tokens from their logits, before these may be overwritten.
+  void compute_tokens() {
+    const Problem& p = row.problem;
+    for (const Support::Token& token : row.support->all()) {
+      double g = classes ? classes->tokens[token.position] : 0.0;
+      if (row.hard) g += hard_gradient(read(row.s, row.s_dtype, token.id, row.table), false);
+      if (row.hard && token.id == p.labels[row.n]) g -= w_hard * (1 - p.label_smoothing);
+      token_values.push_back(float(g));
+    }
+  }
+
+  // Returns the hard term's gradient at an entry, without that of the label.
+  double hard_gradient(float s, bool absent) const {
+    const double exponent = (s - hard_reference(row, state)) * row.k_1;
+    const double g = w_hard * exp2(std::max<double>(exponent, LOWEST)) / state.r.d_1;
+    const double eps = row.problem.label_smoothing;
+    return eps > 0 && !absent ? g - w_hard * eps / state.r.count : g;
   }
 
   // Returns the label's entry in full precision, from its logits before they may be overwritten.
@@ -55,14 +96,14 @@ struct Gradient {
     const Problem& p = row.problem;
     const int64_t y = p.labels[row.n];
     const float s = read(row.s, row.s_dtype, y, row.table);
-    const float t = row.soft || p.label_smoothing > 0
-                        ? read(row_pointer(p.teacher, row.n), p.teacher.dtype, y, row.table)
-                        : s;
+    const bool reads_teacher = (row.soft || p.label_smoothing > 0) && !p.has_classes;
+    const float t =
+        reads_teacher ? read(row_pointer(p.teacher, row.n), p.teacher.dtype, y, row.table) : s;
     const bool absent = s == -INF && t == -INF;
-    double g = w_hard * (exp2(std::max<double>((s - state.r.m_s) * row.k_1, LOWEST)) / state.r.d_1 -
-                         (1 - p.label_smoothing));
-    if (p.label_smoothing > 0 && !absent) g -= w_hard * p.label_smoothing / state.r.count;
+    const double g = hard_gradient(s, absent) - w_hard * (1 - p.label_smoothing);
     if (!row.soft || absent) return g;
+    if (classes)
+      return g + classes->tail * exp2(std::max<double>((s - state.r.m_s) * row.k, LOWEST));
     return g + with_rule(row.divergence, [&](auto rule) {
              const Constants<double> c =
                  rule.constants(state.r, w_soft * p.soft_factor / p.temperature, rule_options(p));
@@ -101,7 +142,8 @@ struct Gradient {
   void prefetch_next_row(int64_t begin, Block& work) const {
     const Problem& p = row.problem;
     work.next_s = row_pointer(p.student, row.n + 1) + begin * width(row.s_dtype);
-    if (row.soft) work.next_t = row_pointer(p.teacher, row.n + 1) + begin * width(row.t_dtype);
+    if (row.t != row.s)
+      work.next_t = row_pointer(p.teacher, row.n + 1) + begin * width(row.t_dtype);
   }
 
   // Sets the gradient of absent entries to 0, which label smoothing does not change.
@@ -110,16 +152,23 @@ struct Gradient {
       if (scratch.s[i] != LOWEST) continue;
       const bool alone = row.soft
                              ? scratch.t[i] != LOWEST
-                             : row.problem.label_smoothing > 0 &&
+                             : row.problem.label_smoothing > 0 && !row.problem.has_classes &&
                                    read(row_pointer(row.problem.teacher, row.n),
                                         row.problem.teacher.dtype, begin + i, row.table) != -INF;
       if (!alone) scratch.g[i] = 0;
     }
   }
 
-  void label() const {
-    if (row.hard && !nan)
-      row.table.narrow(dtype, &label_value, out + row.problem.labels[row.n] * width(dtype), 1);
+  void entries() const {
+    if (nan) return;
+    if (row.hard) store(label_value, row.problem.labels[row.n]);
+    if (!row.support) return;
+    const float* value = token_values.data();
+    for (const Support::Token& token : row.support->all()) store(*value++, token.id);
+  }
+
+  void store(float value, int64_t at) const {
+    row.table.narrow(dtype, &value, out + at * width(dtype), 1);
   }
 };
 
@@ -128,11 +177,12 @@ inline void zero_gradient(const Row& row) {
   std::memset(row_pointer(grad, row.n), 0, row.problem.V * width(grad.dtype));
 }
 
-inline void whole_row_gradient(const Row& row, const State& state, Scratch& scratch) {
-  const Gradient gradient(row, state);
+inline void whole_row_gradient(const Row& row, const State& state, Scratch& scratch,
+                               const ClassGradient* classes = nullptr) {
+  const Gradient gradient(row, state, classes);
   for (int64_t i = row.segments(); i-- > 0;)
     gradient.segment(i, scratch);  // backwards: the end of the row is still in cache
-  gradient.label();
+  gradient.entries();
 }
 
 }  // namespace cpu

@@ -180,7 +180,9 @@ def _check_unique(ids: Tensor) -> None:
 def _check_masses(teacher: TopK, ids: Tensor, size: int) -> None:
     """Check the sums of a TopK's probabilities, and its tail."""
     logprobs, tail_logprob, k = teacher.logprobs, teacher.tail_logprob, teacher.logprobs.shape[-1]
-    slack = 8 * torch.finfo(logprobs.dtype).eps * (1 + math.log(max(k, 1)))
+    measured = [x for x in (logprobs, tail_logprob) if x is not None]
+    eps = max(torch.finfo(x.dtype).eps for x in measured)
+    slack = 8 * eps * (1 + math.log(max(k, 1)))
     mass = logprobs.double().exp().sum(-1)
     if tail_logprob is not None and teacher.tail == "bucket":
         if not bool((tail_logprob < math.inf).all()):
