@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from needs import need
 from torch import Tensor, nn
-from vllm_server import ROOT, served
+from vllm_server import ROOT, module, served
 
 from fused_kd import TopK, kd_loss
 from fused_kd.teachers.servers import from_trl, from_vllm
@@ -119,6 +119,19 @@ def test_the_temperature_is_ignored_and_the_vocabulary_may_be_whole(
         options = {"hard_weight": 0.0, "soft_weight": 1.0, "temperature": 2.0}
         losses = kd_loss(student, got, **options), kd_loss(student, logits[:-1], **options)
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_the_python_interface_of_the_same_vllm(names: dict[str, Any]) -> None:
+    logprobs = module("logprobs")
+    prompts = [row["input_ids"].tolist() for row in tiny.ragged(3)]
+    answers = ask(names, prompts, 4)
+    for is_flat in (False, True):
+        python = [logprobs.create_prompt_logprobs(is_flat) for _ in answers]
+        for answer, entries in zip(python, answers, strict=True):
+            for entry in entries[1:]:
+                answer.append({int(i): logprobs.Logprob(**value) for i, value in entry.items()})
+        got, want = from_vllm(python), from_vllm(answers)
+        assert all(map(torch.equal, got[:2], want[:2]))
 
 
 def test_more_than_max_logprobs_is_refused_by_the_server(names: dict[str, Any]) -> None:

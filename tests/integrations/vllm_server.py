@@ -7,12 +7,15 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from needs import missing
 
@@ -58,6 +61,18 @@ def served(command: str, model: Path, log: Path, *options: str) -> Iterator[str]
             yield f"http://127.0.0.1:{port}"
         finally:
             _kill(server)
+
+
+def module(name: str) -> Any:
+    """Return a module of the server's vLLM, from its file, which must import nothing of vLLM."""
+    (path,) = BIN.parent.glob(f"lib/python*/site-packages/vllm/{name}.py")
+    spec = spec_from_file_location(f"vllm_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # dataclasses look their module up
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def _check_that_it_imports() -> None:
