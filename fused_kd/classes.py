@@ -54,10 +54,12 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
     """
     rows, k = row_count(topk.logprobs.shape[:-1]), topk.logprobs.shape[-1]
     logprobs = topk.logprobs.detach().reshape(rows, k).to(dtype)
-    absent = logprobs == -math.inf
-    token_ids = torch.where(absent, -1, topk.token_ids.reshape(rows, k))
-    entropy = invalid = None
-    if not may_read_values(logprobs):
+    token_ids, entropy, invalid = topk.token_ids.reshape(rows, k), None, None
+    may_read = may_read_values(logprobs)
+    if not may_read or k == 0 or bool((logprobs.amin(-1) == -math.inf).any()):
+        absent = logprobs == -math.inf
+        token_ids = torch.where(absent, -1, token_ids)
+    if not may_read:
         out_of_range = ~absent & ((token_ids < 0) | (token_ids >= vocabulary))
         token_ids = torch.where(out_of_range, -1, token_ids)
         invalid = (out_of_range | ~(logprobs < math.inf)).any(-1)

@@ -6,9 +6,8 @@
 namespace fused_kd {
 namespace cpu {
 
-// The statistics of the first pass over all segments.
-inline State first_pass(const Row& row, Scratch& scratch) {
-  const State initial = initial_state(row, scratch);
+// Adds all segments of a row, from an initial state.
+inline State first_pass(const Row& row, const State& initial, Scratch& scratch) {
   State state = first_pass(row, 0, initial, scratch);
   for (int64_t i = 1; i < row.segments(); ++i)
     merge(row, state, first_pass(row, i, initial, scratch));
@@ -16,7 +15,7 @@ inline State first_pass(const Row& row, Scratch& scratch) {
 }
 
 inline void dense_row(const Row& row, Scratch& scratch) {
-  State state = first_pass(row, scratch);
+  State state = first_pass(row, initial_state(row, scratch), scratch);
   finish_statistics(row, state);
   if (row.two_passes) {
     for (int64_t i = 0; i < row.segments(); ++i) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "support.h"
 
@@ -19,7 +20,14 @@ inline char* row_pointer(const Rows& rows, int64_t n) {
 
 inline float read(const char* row, Dtype dtype, int64_t v, const Kernels& table) {
   float x;
-  table.widen(dtype, row + v * width(dtype), &x, 1);
+  if (dtype == Dtype::bf16) {  // inline for the tokens of a top-k teacher
+    uint16_t half;
+    std::memcpy(&half, row + v * sizeof half, sizeof half);
+    const uint32_t bits = uint32_t(half) << 16;
+    std::memcpy(&x, &bits, sizeof x);
+  } else {
+    table.widen(dtype, row + v * width(dtype), &x, 1);
+  }
   return x;
 }
 
@@ -38,6 +46,7 @@ struct Row {
   // t is s, and its divergence is `none`, or `tail` if the tail's sum is not the hard term's.
   const Support* support = nullptr;
   bool has_tail = false;  // the tokens outside the support are a class
+  float s_label = 0;      // the student's logit at the label, if that is in [0, V)
   float exponent_range;   // largest |exponent| that the plain kernels take for this divergence
 
   Row(const Problem& p, const Kernels& table, int64_t n) : problem(p), table(table), n(n) {
@@ -56,12 +65,15 @@ struct Row {
     k_1 = float(LOG2E);
     k = divergence == Divergence::none ? k_1 : float(LOG2E / p.temperature);
     k_max = std::max(k, k_1);
+    // before the gradient, or the low logit of a top-k teacher's token, is written there
+    if (hard && label_in_range()) s_label = read(s, s_dtype, p.labels[n], table);
     with_rule(divergence, [&](auto rule) {
       two_passes = rule.TWO_PASSES;
       exponent_range = std::min(table.exponent_range, rule.MAX_EXPONENT);
       hard_mode = hard_mode_for(rule.SOFTMAX);
     });
   }
+  bool label_in_range() const { return uint64_t(problem.labels[n]) < uint64_t(problem.V); }
   bool skipped() const { return !hard && !soft; }
   const float* class_logits() const {  // (K+1), of a top-k teacher
     return reinterpret_cast<const float*>(row_pointer(problem.teacher, n));

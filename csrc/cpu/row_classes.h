@@ -11,24 +11,38 @@
 namespace fused_kd {
 namespace cpu {
 
-// The classes of one row. The logits of the tokens are read at once, since in place the gradient is
+// The classes of one row. The logits of the tokens are read first, since in place other values are
 // written over them.
 class ClassRow {
  public:
   // Makes the row leave the tokens out. Absent ones stay -inf on both sides.
   void attach(Row& row) {
     const Problem& p = row.problem;
-    support_.set(p.token_ids + row.n * p.K, p.K, p.V);
+    support_.set(p.token_ids + row.n * p.K, p.K, p.V,
+                 [&](int32_t id) { return read(row.s, row.s_dtype, id, row.table); });
     row.support = &support_;
     s_.assign(p.K + 1, -INF);
     t_.assign(p.K + 1, -INF);
     g_.resize(p.K + 1);
     const float* logits = row.class_logits();
-    for (const Support::Token& token : support_.all()) {
-      s_[token.position] = read(row.s, row.s_dtype, token.id, row.table);
-      t_[token.position] = logits[token.position];
-    }
+    for (const Support::Token& token : support_.all()) t_[token.position] = logits[token.position];
     if (row.has_tail) t_[p.K] = logits[p.K];
+  }
+
+  // In place, writes a logit over each token that adds next to nothing to a sum, so that the passes
+  // need no copy of its block. `state` has the reference of the first block.
+  void lower(const Row& row, const State& state) {
+    const Problem& p = row.problem;
+    const bool in_place = p.grad.data == p.student.data && p.grad.dtype == p.student.dtype;
+    if (!in_place || p.label_smoothing > 0 || row.s_dtype == Dtype::f16 || state.r.m_s == LOWEST)
+      return;
+    float low = float(state.r.m_s) + LOW_EXPONENT / row.k_max, bits;
+    row.table.narrow(row.s_dtype, &low, &bits, 1);
+    row.table.widen(row.s_dtype, &bits, &low, 1);
+    for (const Support::Token& token : support_.all())
+      std::memcpy(const_cast<char*>(row.s) + token.id * int64_t(width(row.s_dtype)), &bits,
+                  width(row.s_dtype));
+    support_.low = low;
   }
 
   // Adds the tokens to the hard term's sums, and sets the flags that depend on the whole row.
@@ -36,7 +50,7 @@ class ClassRow {
     RowSums<double>& r = state.r;
     double largest = r.m_s;
     for (const Support::Token& token : support_.all()) {
-      const float s = s_[token.position];
+      const float s = token.s;
       if (!(s < INF)) state.flags |= BAD_S;
       if (s == -INF) state.flags |= ALONE_S;
       largest = std::max<double>(largest, s);
@@ -55,7 +69,7 @@ class ClassRow {
     if (state.flags & BAD_S) return NAN;
     const double largest = state.r.m_t;
     for (const Support::Token& token : support_.all())
-      s_[token.position] = float(s_[token.position] - largest);
+      s_[token.position] = float(token.s - largest);
     if (row.has_tail && state.r.d_s > 0)
       s_[p.K] = float((state.r.m_s - largest) + p.temperature * log(state.r.d_s));
     const float weight = float((p.scale ? *p.scale : 1.0) * p.w_soft[row.n]);
@@ -85,13 +99,14 @@ class ClassRow {
  private:
   // Returns the sum of e^(s - m) over the tokens.
   float tokens_sum(const Row& row, float m) const {
+    const Support::Group tokens = support_.all();
     alignas(64) float block[BLOCK];
     float total = 0;
-    for (int64_t begin = 0; begin < row.problem.K; begin += BLOCK) {
-      const int size = int(std::min<int64_t>(BLOCK, row.problem.K - begin));
+    for (int begin = 0; begin < tokens.size(); begin += BLOCK) {
+      const int size = std::min(BLOCK, tokens.size() - begin);
       const int padded = (size + MAX_PAIR - 1) / MAX_PAIR * MAX_PAIR;
       for (int i = 0; i < padded; ++i)
-        block[i] = i < size ? std::max(s_[begin + i], LOWEST) : LOWEST;
+        block[i] = i < size ? std::max(tokens.begin()[begin + i].s, LOWEST) : LOWEST;
       BlockSums sums;
       row.table.sums(Load::f32_any, Divergence::none, Hard::power1,
                      {block, block, padded, m, m, row.k_1, row.k_1}, &sums);

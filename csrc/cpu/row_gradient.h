@@ -12,7 +12,7 @@ namespace cpu {
 
 inline bool gradient_is_nan(const Row& row, const State& state) {
   if (state.flags & BAD_S) return true;
-  if (row.hard && !label_in_range(row)) return true;
+  if (row.hard && !row.label_in_range()) return true;
   if (!row.soft || row.support) return false;
   if (state.flags & BAD_T) return true;
   const bool finite = with_rule(row.divergence, [](auto rule) { return rule.FINITE_GRADIENT; });
@@ -71,14 +71,25 @@ struct Gradient {
     if (row.support && !nan) compute_tokens();
   }
 
-  // Computes the entries of the tokens from their logits, before these may be overwritten.
+  // Computes the entries of the tokens from their logits: the hard term's part by the block kernels,
+  // as that of all other entries.
   void compute_tokens() {
-    const Problem& p = row.problem;
-    for (const Support::Token& token : row.support->all()) {
-      double g = classes ? classes->tokens[token.position] : 0.0;
-      if (row.hard) g += hard_gradient(read(row.s, row.s_dtype, token.id, row.table), false);
-      if (row.hard && token.id == p.labels[row.n]) g -= w_hard * (1 - p.label_smoothing);
-      token_values.push_back(float(g));
+    const Support::Group tokens = row.support->all();
+    const float m = float(hard_reference(row, state));
+    const float scale = row.hard ? float(w_hard / state.r.d_1) : 0.0f;
+    token_values.resize(tokens.size());
+    alignas(64) float s[BLOCK], g[BLOCK];
+    for (int begin = 0; begin < tokens.size(); begin += BLOCK) {
+      const int size = std::min(BLOCK, tokens.size() - begin);
+      const int padded = (size + MAX_PAIR - 1) / MAX_PAIR * MAX_PAIR;
+      const Support::Token* token = tokens.begin() + begin;
+      for (int i = 0; i < padded; ++i) s[i] = i < size ? std::max(token[i].s, LOWEST) : LOWEST;
+      row.table.gradient(Load::f32_any, Divergence::none, Hard::power1,
+                         {s, s, padded, m, m, row.k_1, row.k_1}, {}, scale, hard_offset, g);
+      for (int i = 0; i < size; ++i) {
+        if (classes) g[i] += classes->tokens[token[i].position];
+        token_values[begin + i] = g[i];
+      }
     }
   }
 
@@ -95,15 +106,14 @@ struct Gradient {
   double label_gradient() const {
     const Problem& p = row.problem;
     const int64_t y = p.labels[row.n];
-    const float s = read(row.s, row.s_dtype, y, row.table);
-    const bool reads_teacher = (row.soft || p.label_smoothing > 0) && !p.has_classes;
-    const float t =
-        reads_teacher ? read(row_pointer(p.teacher, row.n), p.teacher.dtype, y, row.table) : s;
+    const float s = row.s_label;
+    if (row.support) return label_gradient(*row.support, y, s);
+    const float t = row.soft || p.label_smoothing > 0
+                        ? read(row_pointer(p.teacher, row.n), p.teacher.dtype, y, row.table)
+                        : s;
     const bool absent = s == -INF && t == -INF;
     const double g = hard_gradient(s, absent) - w_hard * (1 - p.label_smoothing);
     if (!row.soft || absent) return g;
-    if (classes)
-      return g + classes->tail * exp2(std::max<double>((s - state.r.m_s) * row.k, LOWEST));
     return g + with_rule(row.divergence, [&](auto rule) {
              const Constants<double> c =
                  rule.constants(state.r, w_soft * p.soft_factor / p.temperature, rule_options(p));
@@ -113,6 +123,17 @@ struct Gradient {
                           b = std::max<double>(t - state.r.m_t, LOWEST);
              return rule.gradient(a, b, exp2(a * row.k), exp2(b * row.k), double(row.k), c, 0.0);
            });
+  }
+
+  // The same with a top-k teacher: the label is one of its tokens, or in the tail.
+  double label_gradient(const Support& support, int64_t y, float s) const {
+    const double label = w_hard * (1 - row.problem.label_smoothing);
+    for (const Support::Token& token : support.in_block(y / BLOCK * BLOCK))
+      if (token.id == y)
+        return hard_gradient(s, false) - label + (classes ? classes->tokens[token.position] : 0);
+    const double g = hard_gradient(s, s == -INF) - label;
+    if (!classes || s == -INF) return g;
+    return g + classes->tail * exp2(std::max<double>((s - state.r.m_s) * row.k, LOWEST));
   }
 
   void segment(int64_t index, Scratch& scratch) const {
@@ -161,14 +182,22 @@ struct Gradient {
 
   void entries() const {
     if (nan) return;
-    if (row.hard) store(label_value, row.problem.labels[row.n]);
-    if (!row.support) return;
-    const float* value = token_values.data();
-    for (const Support::Token& token : row.support->all()) store(*value++, token.id);
+    if (row.support) store_tokens();
+    if (row.hard)
+      row.table.narrow(dtype, &label_value, out + row.problem.labels[row.n] * width(dtype), 1);
   }
 
-  void store(float value, int64_t at) const {
-    row.table.narrow(dtype, &value, out + at * width(dtype), 1);
+  void store_tokens() const {
+    const Support::Group tokens = row.support->all();
+    std::vector<float> rounded(tokens.size());
+    row.table.narrow(dtype, token_values.data(), rounded.data(), tokens.size());
+    const char* from = reinterpret_cast<const char*>(rounded.data());
+    const int bytes = width(dtype);
+    for (const Support::Token& token : tokens) {
+      bytes == 2 ? std::memcpy(out + 2 * int64_t(token.id), from, 2)
+                 : std::memcpy(out + 4 * int64_t(token.id), from, 4);
+      from += bytes;
+    }
   }
 };
 

@@ -84,15 +84,15 @@ constexpr float LOW_EXPONENT = -100.0f;
 // The largest that it may be after a division by T > 1, and after the rounding of the logit.
 constexpr float HIGHEST_LOW_EXPONENT = -20.0f;
 
-// Replaces the tokens of a top-k teacher, in a copy of the block, by a logit so low that the plain
-// kernels take it. Returns that logit's distance from the reference; 0: there is none, since the
+// Replaces the tokens of a top-k teacher, in a copy of the block or in place before, by a logit so low
+// that it adds next to nothing, but not too low for the plain kernels. Returns that logit's distance from the reference; 0: there is none, since the
 // reference is too large for the element type, or T too high.
 inline float exclude_plain(const Row& row, const Support::Group& tokens, int64_t begin, double m_s,
                            Scratch& scratch, Prepared& block) {
-  const bool is_bf16 = block.load == Load::bf16;
-  float low = reference(m_s) + LOW_EXPONENT / row.k_max;
+  const bool is_bf16 = block.load == Load::bf16, is_low = row.support->low != 0;
+  float low = is_low ? row.support->low : reference(m_s) + LOW_EXPONENT / row.k_max;
   uint16_t narrow = 0;
-  if (is_bf16) {
+  if (is_bf16 && !is_low) {
     row.table.narrow(Dtype::bf16, &low, &narrow, 1);
     row.table.widen(Dtype::bf16, &narrow, &low, 1);
   }
@@ -100,6 +100,7 @@ inline float exclude_plain(const Row& row, const Support::Group& tokens, int64_t
   if (!(distance * std::min(row.k, row.k_1) <= HIGHEST_LOW_EXPONENT &&
         -distance * row.k_max <= row.exponent_range))
     return 0.0f;
+  if (is_low) return distance;
   if (!block.copied) {
     std::memcpy(scratch.s, block.s, block.size * (is_bf16 ? sizeof narrow : sizeof low));
     block.s = block.t = scratch.s;
@@ -149,9 +150,18 @@ inline Prepared add_any(const Row& row, int64_t begin, int64_t end, State& state
   return block;
 }
 
+// Requests the next block from memory. A copy of a block otherwise waits for all of its cache lines,
+// while the kernels, which need no copy, compute as the lines arrive.
+inline void prefetch_block(const Row& row, int64_t begin) {
+  const int64_t end = std::min(row.problem.V, begin + BLOCK);
+  const int bytes = width(row.s_dtype);
+  for (int64_t at = begin * bytes; at < end * bytes; at += 64) __builtin_prefetch(row.s + at);
+}
+
 inline State first_pass(const Row& row, int64_t segment, State state, Scratch& scratch) {
   for_blocks(row, segment, [&](int64_t begin, int64_t end) {
     BlockSums sums;
+    if (row.support && row.support->low == 0) prefetch_block(row, begin + BLOCK);
     Prepared block = view(row, begin, end, scratch);
     if (!add_plain(row, begin, block, state, sums, scratch))
       block = add_any(row, begin, end, state, sums, scratch);

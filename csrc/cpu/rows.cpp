@@ -29,7 +29,9 @@ void finish_class_row(const Row& row, ClassRow& classes, State& state, Scratch& 
 // The same, and the gradient if there is one.
 void class_row(Row& row, Workspace& work) {
   work.classes.attach(row);
-  State state = first_pass(row, work.scratch);
+  const State initial = initial_state(row, work.scratch);
+  work.classes.lower(row, initial);
+  State state = first_pass(row, initial, work.scratch);
   finish_class_row(row, work.classes, state, work.scratch);
   if (!row.problem.grad.data) return;
   const ClassGradient gradient = work.classes.gradient(row, state);
@@ -100,7 +102,9 @@ struct BySegments {
     Scratch scratch;
     std::vector<State> parts(problem.N * segments);
     split(parallel, problem.N, [&](int64_t n, Workspace& work) {
-      if (!rows[n].skipped()) states[n] = initial_state(rows[n], work.scratch);
+      if (rows[n].skipped()) return;
+      states[n] = initial_state(rows[n], work.scratch);
+      if (rows[n].support) classes[n].lower(rows[n], states[n]);
     });
     for_segments([&](int64_t n, int64_t i, Scratch& scratch) {
       parts[n * segments + i] = first_pass(rows[n], i, states[n], scratch);

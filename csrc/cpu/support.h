@@ -13,6 +13,7 @@ class Support {
  public:
   struct Token {
     int32_t id, position;  // the position is that among the row's K
+    float s;               // the student's logit
   };
   struct Group {
     const Token *begin_, *end_;
@@ -21,8 +22,13 @@ class Support {
     int size() const { return int(end_ - begin_); }
   };
 
-  // ids: K of a row with V entries; those outside [0, V) are absent.
-  void set(const int32_t* ids, int64_t K, int64_t V) {
+  // Set by the caller: the logit that was written over each token, in the row's memory; 0: none.
+  float low = 0;
+
+  // ids: K of a row with V entries; those outside [0, V) are absent. read(id): the student's logit.
+  template <class Read>
+  void set(const int32_t* ids, int64_t K, int64_t V, Read read) {
+    low = 0;
     const int64_t blocks = (V + BLOCK - 1) / BLOCK;
     first_.assign(blocks + 2, 0);
     int64_t count = 0;
@@ -31,7 +37,8 @@ class Support {
     for (int64_t b = 2; b < blocks + 2; ++b) first_[b] += first_[b - 1];
     tokens_.resize(count);
     for (int64_t i = 0; i < K; ++i)  // afterwards first_[b] is where block b begins
-      if (is_present(ids[i], V)) tokens_[first_[ids[i] / BLOCK + 1]++] = {ids[i], int32_t(i)};
+      if (is_present(ids[i], V))
+        tokens_[first_[ids[i] / BLOCK + 1]++] = {ids[i], int32_t(i), read(ids[i])};
   }
 
   Group all() const { return {tokens_.data(), tokens_.data() + tokens_.size()}; }
