@@ -358,6 +358,7 @@ def test_bad_answers_of_the_others() -> None:
     refused(ValueError, r"must both be \(completion, K\).*in row 0", from_trl, answer, [2, 4, 1])
     ids, logs, mask = columns()
     refused(ValueError, "must have the same shape", from_axolotl, ids, logs, mask[0])
+    refused(ValueError, "must be finite", from_axolotl, ids, torch.full_like(logs, torch.nan), mask)
     refused(ValueError, "must have the same shape", from_swift, ids, logs[0])
     refused(ValueError, "must have the same shape", from_verl, ids, logs[0])
     refused(ValueError, "must have the leading shape", from_verl, ids, logs, torch.ones(2, 4))

@@ -89,7 +89,7 @@ def test_ms_swift(packed: bool) -> None:
 @pytest.mark.parametrize("k", [0, K])
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 def test_verl(server: str, k: int) -> None:
-    """k = 0: verl takes the log-probability of the token itself."""
+    """Read what verl makes of both; with k = 0 it takes the token itself alone."""
     (pad,) = need_functions(
         "verl", "verl/experimental/teacher_loop/teacher_manager.py", "_pad_teacher_outputs", F=F
     ).values()
@@ -169,7 +169,7 @@ def _normalized(logprobs: Tensor, temperature: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 def test_axolotl_online(server: str, normalize: bool) -> None:
-    """A vLLM's rows are in place, an SGLang's one position late."""
+    """Read a vLLM's rows, which are in place, and an SGLang's, one position late."""
     requests, name = need("requests"), f"fetch_online_logprobs_{server}"
     fetch = need_functions(
         "axolotl",

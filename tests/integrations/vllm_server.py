@@ -108,7 +108,7 @@ def _wait_for(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 def _kill(server: subprocess.Popen[bytes]) -> None:
-    """End the server's process group."""
+    """Stop the server and its children."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, kind)

@@ -83,7 +83,7 @@ def merged(token_ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     share = (logprobs - largest.gather(-1, place)).nan_to_num(nan=0.0, neginf=-math.inf).exp()
     total = torch.zeros_like(share).scatter_add(-1, place, share)
     unique = torch.zeros_like(ids).scatter(-1, place, ids.clamp(min=0))
-    return unique, torch.where(largest > -math.inf, largest + total.log(), -math.inf)
+    return unique, torch.where(largest == -math.inf, -math.inf, largest + total.log())
 
 
 def _earlier(x: Tensor, fill: float) -> Tensor:
