@@ -45,6 +45,7 @@ from fused_kd.teachers.servers import (
     from_verl,
     from_vllm,
     from_vllm_token_ids,
+    with_tail,
 )
 
 # ------------------------------------------------------------------------------ vLLM and SGLang
@@ -272,6 +273,33 @@ def test_axolotl_duplicates_are_merged() -> None:
         want[row, ids[row, column]] = torch.logaddexp(at, logs[row, column].double())
     torch.testing.assert_close(dense(got).double(), want, rtol=1e-6, atol=0)
     assert torch.equal(dense(got)[2], want[2].float())  # what is listed once stays as it is
+
+
+# -------------------------------------------------------------------------------------- the tail
+
+
+def test_a_tail_with_a_floor() -> None:
+    logits = torch.randn(5, V, dtype=torch.float64).mul(2)
+    logits[1] = torch.cat([torch.tensor([30.0]), torch.zeros(V - 1)])  # certain: a tail of 1e-12
+    exact = TopK.from_logits(logits, K)
+    served = TopK(exact.token_ids, exact.logprobs.float().clone())
+    served.logprobs[2] = -INF
+    refused(ValueError, "below 0.001", kd_loss, torch.randn(5, V), served, hard_weight=0.0)
+    got = with_tail(served, 1e-5)
+    assert got.tail == "bucket"
+    assert got.tail_logprob is not None
+    assert got.tail_logprob.dtype == torch.float32
+    want = exact.tail_logprob.exp()
+    want[1], want[2] = 1e-5, 1.0
+    torch.testing.assert_close(got.tail_logprob.double().exp(), want, rtol=1e-4, atol=0)
+    soft = partial(kd_loss, torch.randn(5, V), hard_weight=0.0, soft_weight=1.0, reduction="none")
+    keep = [0, 1, 3, 4]
+    found, truth = soft(got), soft(exact._replace(logprobs=exact.logprobs.float()))
+    torch.testing.assert_close(found[keep], truth[keep].float(), rtol=0, atol=2e-4)
+    assert found[2] == 0
+    refused(TypeError, "must be float32 or float64", with_tail, served.to(torch.float16))
+    for floor in (0.0, 1.0):
+        refused(ValueError, r"floor must be in \(0, 1\)", with_tail, served, floor)
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -12,7 +12,7 @@ Values are checked here, while they are on the CPU: the loss does not read those
 
 * "bucket" is the better objective if that mass is large. It is computed as 1 - Σ exp(logprobs),
   and refused if a row's is below 1e-3: there it is mostly rounding. Confident teachers have such
-  rows.
+  rows: :func:`with_tail` sets a floor.
 * "zero" teaches the student that this mass is 0, which is nearly so in those rows. The student
   becomes more confident than the teacher by the mass that is left out.
 * "renormalize" teaches nothing about this mass: use it with a hard term, or if the entries are the
@@ -23,6 +23,7 @@ exactly. A "bucket" cannot be changed.
 """
 
 from .axolotl import from_axolotl
+from .scored import with_tail
 from .sglang import from_sglang
 from .swift import from_swift
 from .trl import from_trl
@@ -37,4 +38,5 @@ __all__ = [
     "from_verl",
     "from_vllm",
     "from_vllm_token_ids",
+    "with_tail",
 ]

@@ -101,6 +101,45 @@ def checked(topk: TopK) -> TopK:
     return topk
 
 
+def with_tail(topk: TopK, floor: float = 1e-5) -> TopK:
+    """Return a TopK whose tail is 1 - Σ exp(logprobs), but at least `floor`, with "bucket".
+
+    The loss refuses to compute a tail below 1e-3, since it is mostly the rounding of the
+    log-probabilities. That of float32 moves the sum by up to about 1e-6, so with a floor above that
+    the tail is wrong by at most the floor, in rows whose tail is smaller. So is the gradient; the
+    divergence is by some ten times as much, and "reverse_kl" by more. Use it for a server's answer
+    if some rows are certain and others are not; a tail that was measured is better.
+
+    Args:
+        topk: float32 or float64 log-probabilities, normalised over the whole vocabulary.
+        floor: the smallest mass of the tail, positive.
+
+    Returns:
+        The same entries with ``tail="bucket"`` and `tail_logprob` in their dtype. The masses of a
+        row with the floor are divided by their sum. A row without entries has a tail of mass 1.
+
+    Raises:
+        TypeError: The log-probabilities are 16-bit.
+        ValueError: `floor` is not in (0, 1).
+    """
+    dtype = topk.logprobs.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            "topk.logprobs must be float32 or float64, since 1 minus the sum of others is mostly "
+            f"rounding; got {dtype}: measure the tail (TopK.from_logits does)"
+        )
+    if not 0 < floor < 1:
+        raise ValueError(f"floor must be in (0, 1); got {floor}")
+    mass = topk.logprobs.double().exp().sum(-1)
+    tail = (1.0 - mass).clamp(min=floor)
+    total = (mass + tail).clamp(min=1.0).log()  # 0 unless the floor was used
+    return topk._replace(
+        logprobs=(topk.logprobs - total[..., None]).to(dtype),
+        tail_logprob=(tail.log() - total).to(dtype),
+        tail="bucket",
+    )
+
+
 def _places(
     sequences: Sequence[Scored], is_batch: bool, attention_mask: Tensor | None
 ) -> list[Tensor]:
