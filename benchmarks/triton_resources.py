@@ -54,7 +54,7 @@ class Variant:
         )
         labels, weights = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
         hard = (labels, weights) if self.hard else (None, None)
-        rows = (student, teacher, *hard, weights if self.divergence else None)
+        rows = (student, teacher, None, *hard, weights if self.divergence else None)
         code = DIVERGENCES.index(self.divergence or "forward_kl")
         numbers = (code, torch.tensor(2.0), 0.5, True, 0.1 * self.smoothing)
         stats, scale = torch.empty(ROWS, STATS), torch.empty(())
