@@ -25,6 +25,7 @@ class Terms(NamedTuple):
     HAS_HARD: bool
     SMOOTHING: bool
     STANDS_IN: bool  # in a row whose soft term is off, t are the student's logits
+    classes: Terms | None  # of a top-k teacher: those of its classes; `rule` is then that of TAIL
 
 
 class Layout(NamedTuple):
@@ -74,6 +75,9 @@ class Pointers(NamedTuple):
     stats: tl.tensor
     partial: tl.tensor
     counters: tl.tensor
+    token_ids: tl.tensor
+    inside: tl.tensor
+    marks: tl.tensor
 
 
 class Shape(NamedTuple):
@@ -87,9 +91,21 @@ class Shape(NamedTuple):
     t_stride_s: tl.tensor
     g_stride_b: tl.tensor
     g_stride_s: tl.tensor
+    K: tl.tensor  # tokens in the support of a top-k teacher
+    MARKS: tl.tensor  # words of a program's marks
 
 
 # ------------------------------------------------------------------------------------- of one row
+
+
+class Classes(NamedTuple):
+    """The support of a row's top-k teacher, and the scratch memory of :mod:`.classes`."""
+
+    token_ids: tl.tensor  # (K,): absent if it is not in [0, V)
+    inside: tl.tensor  # (K,): the student's logits of these tokens, float32
+    marks: tl.tensor  # of the program's slice: a byte for each vector, a bit for each entry
+    K: tl.tensor
+    V: tl.tensor
 
 
 class Row(NamedTuple):
@@ -97,12 +113,13 @@ class Row(NamedTuple):
 
     n: tl.tensor
     s: tl.tensor
-    t: tl.tensor
+    t: tl.tensor  # of a top-k teacher: the logits of its classes
     g: tl.tensor  # None: not wanted
     label: tl.tensor
     hard: tl.tensor  # of all rows: n is added when needed, to save registers
     soft: tl.tensor
     stats: tl.tensor
+    classes: Classes | None
 
 
 class Part(NamedTuple):
