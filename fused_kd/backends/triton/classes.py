@@ -74,7 +74,7 @@ def gather_support(row, part, MARK: tl.constexpr, layout):
         s = tl.load(row.s + token, here, 0.0).to(tl.float32)
         tl.store(row.classes.inside + i + lanes, s, here)
         if MARK:
-            place = tl.where(here, token - part.begin, 0)
+            place = tl.where(here, token, part.begin) - part.begin
             vector, entry = place // layout.VECTOR, place % layout.VECTOR
             bit = tl.full((layout.LANES,), 1, tl.int32) << (vector % 4 * 8 + entry)
             tl.atomic_or(marks + vector // 4, bit, here, sem="relaxed")
@@ -108,7 +108,7 @@ def _support(row, i, layout):
     present = (token >= 0) & (token < row.classes.V)
     # from L2: another program may have stored it
     s = tl.load(row.classes.inside + at, present, -INF, cache_modifier=".cg")
-    t = tl.load(row.t + at, present, -INF)
+    t = tl.load(row.classes.logits + at, present, -INF)
     return token, s, t
 
 
@@ -118,7 +118,7 @@ def _support(row, i, layout):
 @triton.jit
 def _tail(M, d, row):
     """Return M and d of the tail, and its teacher's logit; those of no entry if it is no class."""
-    t = tl.load(row.t + row.classes.K)
+    t = tl.load(row.classes.logits + row.classes.K)
     # a NaN or +inf outside the support spoils the row even then
     is_class = (t != INF) | (d != d) | (M >= -LOWEST)
     return tl.where(is_class, M, LOWEST), tl.where(is_class, d, 0.0), tl.where(t == INF, -INF, t)
@@ -145,9 +145,9 @@ def _in_first_lane(sums, layout):
 
 @triton.jit
 def solve(tail_sums, row, on_soft, numbers, terms, layout):
-    """Return a row's Solution from the sums of its tail; the sums of its classes, and of all entries.
+    """Return the Solution of a row from the sums of its tail, and the sums that its losses need.
 
-    Without a hard term the last are those of the tail.
+    These are the sums of the classes, and of all entries for the hard term, if there is one.
     """
     rule: tl.constexpr = terms.classes.rule
     zero, one = tl.full((), 0.0, tl.float32), tl.full((), 1.0, tl.float32)
@@ -209,6 +209,7 @@ def report(solved, row, in_row, y, weights, numbers, terms):
 
 @triton.jit
 def load_solution(ptr):
+    """Return the Solution that :func:`report` has stored."""
     x = ()
     for i in tl.static_range(FLOATS):
         x = x + (tl.load(ptr + i),)

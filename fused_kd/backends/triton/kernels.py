@@ -12,6 +12,9 @@ x VECTOR entries. Every lane (a thread of the GPU) has its own references and su
 no barrier and no shuffle. Lanes, then parts, are merged once, both by `fold`. Entries beyond the
 end of a row are loaded as -inf on both sides, that is as absent entries.
 
+The passes leave out the support of a top-k teacher, which :mod:`.classes` adds. There is one pass
+over the row before the gradient, for any divergence; the second one is over the classes.
+
 With WAIT the programs of a row wait for each other. Row and part then come from a ticket that a
 program takes when it starts, so programs start in the order of the rows. Only programs of the row
 that started last can be waiting for one that has not started; all others run to their end and free
@@ -57,7 +60,19 @@ from .formulas import (
     soft_value,
     unusable,
 )
-from .parameters import Classes, Launch, Layout, Numbers, Part, Pointers, Row, Shape, Terms, Tile, Weights
+from .parameters import (
+    Classes,
+    Launch,
+    Layout,
+    Numbers,
+    Part,
+    Pointers,
+    Row,
+    Shape,
+    Terms,
+    Tile,
+    Weights,
+)
 from .rules import (
     NONE,  # noqa: F401  for launches
     TAIL,
@@ -446,7 +461,7 @@ def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
         if marks is not None:
             place = n % launch.RING * PARTS + p if launch.WAIT else tl.program_id(0)
             marks += place.to(tl.int64) * shape.MARKS
-        classes = Classes(pointers.token_ids + at, pointers.inside + at, marks, shape.K, shape.V)
+        classes = Classes(pointers.token_ids + at, t, pointers.inside + at, marks, shape.K, shape.V)
     row = Row(n, s, t, g, label, pointers.hard, pointers.soft, stats, classes)
     part = Part(p, begin, end, entries, partials, arrived)
     if launch.WAIT:  # until all programs of the row RING before have read this place of the ring
@@ -479,8 +494,9 @@ def _kd_rows_kernel(
     hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
     partial_ptr,  # (RING or N, PARTS, PARTIAL), if PARTS > 1
     counters_ptr,  # (1 + 2 N,) zeros, if WAIT: tickets; of each row, programs arrived, finished
-    token_ids_ptr,  # (N, K), of a top-k teacher; or None, as the next two, K and MARKS
-    inside_ptr, marks_ptr,  # scratch: (N, K); (RING·PARTS if WAIT, else programs, MARKS)
+    token_ids_ptr,  # (N, K), of a top-k teacher, else None as K: t_ptr are then (N, K+1)
+    inside_ptr,  # (N, K), if there are token ids: scratch memory of classes.py, as the next
+    marks_ptr,  # (RING·PARTS if WAIT, else the programs, MARKS); None for BACKWARD, as MARKS
     N, S, V, K, MARKS,
     s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
     k, power, temperature, beta, soft_factor, soft_slope, smoothing,
@@ -490,8 +506,8 @@ def _kd_rows_kernel(
 ):  # fmt: skip
     """Compute losses, statistics and gradient of N rows, with N·PARTS programs.
 
-    With a scale, the number of programs is free; they return at once if is_power_of_two. It is
-    free, too, with a top-k teacher if not WAIT.
+    The number of programs is free with a scale, and with `marks_ptr` if not WAIT. With a scale they
+    return at once if is_power_of_two.
     """
     # a compiled caller may pass float64
     numbers = Numbers(
@@ -506,8 +522,7 @@ def _kd_rows_kernel(
     shape = Shape(
         S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s, K, MARKS
     )
-    CLASSES: tl.constexpr = token_ids_ptr is not None
-    rule: tl.constexpr = rule_of(TAIL if CLASSES else D)
+    rule: tl.constexpr = rule_of(D if token_ids_ptr is None else TAIL)
     # in a row whose soft term is off, the student's logits replace the teacher's
     STANDS_IN: tl.constexpr = (
         rule.soft and rule.teacher and not SMOOTHING and s_ptr.dtype == t_ptr.dtype

@@ -36,8 +36,8 @@ from .device import can_wait, capability, kind, load_kernels, multiprocessors, w
 #: number that an H100 runs at once.
 RING_PARTS = 4096
 
-#: Limit of the bytes in which programs mark the support of a top-k teacher in their slices: at
-#: V = 128256 a program has 4 KiB, so that 4096 can run at once.
+#: Limit of the memory in which programs mark the support of a top-k teacher. A bfloat16 row of
+#: 128256 takes 16 KiB, so that 4096 programs of a quarter each have their marks at once.
 MARKED_BYTES = 2**24
 #: Programs per multiprocessor of a launch whose work depends on a number on the device.
 PROGRAMS = 4
@@ -184,15 +184,16 @@ def _launch(
     if call.token_ids is not None:
         k = call.token_ids.shape[1]
         inside = torch.empty_like(call.token_ids, dtype=torch.float32)
-    if call.token_ids is not None and steps != ("BACKWARD",):
-        words = _marks(vocabulary, chosen)
-        most = max(1, MARKED_BYTES // (4 * words))  # programs that can have marks at once
-        if wait:
-            ring = max(1, min(RING_PARTS, 1 << (most.bit_length() - 1)) // chosen.parts)
-            most = ring * chosen.parts
-        else:
-            programs = min(programs, most)
-        marks = student.new_empty((min(programs, most), words), dtype=torch.int32)
+        if steps != ("BACKWARD",):
+            # a byte for each vector of a slice, for as many programs as fit
+            words = 2 * -(-vocabulary // (8 * chosen.vector * chosen.parts))
+            most = max(1, MARKED_BYTES // (4 * words))
+            if wait:
+                ring = max(1, min(RING_PARTS, 1 << (most.bit_length() - 1)) // chosen.parts)
+                most = ring * chosen.parts
+            else:
+                programs = min(programs, most)
+            marks = student.new_empty((min(programs, most), words), dtype=torch.int32)
     if chosen.parts > 1 and steps != ("BACKWARD",):
         shape = (min(n, ring) if wait else n, chosen.parts, loaded.PARTIAL.value)
         partial = student.new_empty(shape, dtype=torch.float32)
@@ -228,11 +229,6 @@ def _launch(
             CUDA=capability(student.device),
             **_options(chosen, kind(student.device), call.rule, call.smoothing, aligned),
         )
-
-
-def _marks(vocabulary: int, chosen: Configuration) -> int:
-    """Return the words in which a program marks entries: a byte for each vector of its slice."""
-    return 2 * -(-vocabulary // (chosen.parts * 8 * chosen.vector))
 
 
 #: Multiply-adds are written out in the kernels; the compiler's default for contraction has changed.
@@ -279,8 +275,9 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
     reason = why_not(student.device.type)
     if reason is not None:
         raise RuntimeError(f"the triton kernels cannot run: {reason}")
-    for name, x in (("student", student), ("teacher", teacher), ("gradient", gradient)):
-        if x is None or (x is teacher and call.token_ids is not None):
+    dense = None if call.token_ids is not None else teacher
+    for name, x in (("student", student), ("teacher", dense), ("gradient", gradient)):
+        if x is None:
             continue
         if x.device != student.device or x.shape != student.shape or x.dim() != 3:
             raise RuntimeError(
@@ -335,11 +332,9 @@ def _check_classes(call: _Call) -> None:
             f"token_ids must be int32 (N, K) on the student's device, {student.device}; got "
             f"{ids.dtype} {tuple(ids.shape)} on {ids.device}"
         )
-    shape = (*student.shape[:2], ids.shape[1] + 1)
-    if (
-        *(ids.shape[0] == call.rows, teacher.device == student.device, teacher.shape == shape),
-        *(teacher.dtype == torch.float32, teacher.stride(2) == 1),
-    ) != (True,) * 5:
+    fits = teacher.shape == (*student.shape[:2], ids.shape[1] + 1) and teacher.stride(2) == 1
+    is_float = teacher.dtype == torch.float32 and teacher.device == student.device
+    if ids.shape[0] != call.rows or not fits or not is_float:
         raise RuntimeError(
             "teacher must be (B, S, K+1), float32, with last stride 1 and on the student's device, "
             f"and token_ids (B·S, K); got {teacher.dtype} {tuple(teacher.shape)} on "

@@ -25,7 +25,7 @@ class Terms(NamedTuple):
     HAS_HARD: bool
     SMOOTHING: bool
     STANDS_IN: bool  # in a row whose soft term is off, t are the student's logits
-    classes: Terms | None  # of a top-k teacher: those of its classes; `rule` is then that of TAIL
+    classes: Terms | None  # those of the classes of a top-k teacher; `rule` is then that of TAIL
 
 
 class Layout(NamedTuple):
@@ -102,6 +102,7 @@ class Classes(NamedTuple):
     """The support of a row's top-k teacher, and the scratch memory of :mod:`.classes`."""
 
     token_ids: tl.tensor  # (K,): absent if it is not in [0, V)
+    logits: tl.tensor  # (K+1,): the teacher's of the classes, float32
     inside: tl.tensor  # (K,): the student's logits of these tokens, float32
     marks: tl.tensor  # of the program's slice: a byte for each vector, a bit for each entry
     K: tl.tensor
@@ -113,7 +114,7 @@ class Row(NamedTuple):
 
     n: tl.tensor
     s: tl.tensor
-    t: tl.tensor  # of a top-k teacher: the logits of its classes
+    t: tl.tensor
     g: tl.tensor  # None: not wanted
     label: tl.tensor
     hard: tl.tensor  # of all rows: n is added when needed, to save registers
