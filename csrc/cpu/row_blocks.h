@@ -18,7 +18,8 @@ struct Prepared {
   Range range;
   int flags = 0;
   int absent = 0;
-  bool copied;
+  bool copied;            // `s` and `t` are the float32 copies in Scratch
+  bool excludes = false;  // the copy has a low logit for each token of a top-k teacher
 };
 
 struct Scratch {
@@ -30,7 +31,8 @@ struct Scratch {
 // Replaces infinities and NaN, entry by entry. -inf becomes the lowest float, whose exponential is
 // exactly 0; finite values stay above it. So an absent entry contributes nothing to any sum.
 inline void replace_infinities(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
-  const bool read_teacher = !row.soft && row.problem.label_smoothing > 0;
+  const bool read_teacher =
+      !row.soft && row.problem.label_smoothing > 0 && !row.problem.has_classes;
   const char* teacher = read_teacher ? row_pointer(row.problem.teacher, row.n) : nullptr;
   Range r{LOWEST, -LOWEST, 0, LOWEST, -LOWEST, 0};
   for (int i = 0; i < block.size; ++i) {
@@ -97,23 +99,46 @@ inline void measure(const Row& row, const Scratch& scratch, Prepared& block) {
   }
 }
 
+inline Support::Group support_in(const Row& row, int64_t begin) {
+  return row.support ? row.support->in_block(begin) : Support::Group{nullptr, nullptr};
+}
+
+// Gives the tokens of a top-k teacher the lowest logit in a float32 copy, whose range then has the
+// maximum of the others.
+inline void exclude_support(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
+  for (const Support::Token& token : support_in(row, begin)) {
+    float& s = scratch.s[token.id - begin];
+    if (s == LOWEST) --block.absent;  // a token is present, even if the student's logit is -inf
+    s = scratch.t[token.id - begin] = LOWEST;
+  }
+  const Range whole = block.range;
+  measure(row, scratch, block);
+  block.range.min_s = whole.min_s;
+  block.range.min_t = whole.min_t;
+  block.excludes = true;
+}
+
 // Without a finite logit so far any reference works, since every exponential is 0.
 inline float reference(double m) { return m == LOWEST ? 0.0f : float(m); }
 
-// Returns a block that the kernels can process for any entries. `m_s`, `m_t`: the references so
-// far; they and the block's maxima decide the range of the exponents.
+// Returns a block that the kernels can process for any entries, without the tokens of a top-k
+// teacher. `m_s`, `m_t`: the references so far; they and the block's maxima decide the range of the
+// exponents.
 inline Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double m_t,
                         Scratch& scratch) {
   Prepared block = view(row, begin, end, scratch);
+  const bool excludes = support_in(row, begin).size() > 0;
+  if (excludes && !block.copied) copy_block(row, begin, scratch, block);
   measure(row, scratch, block);
   if (!std::isfinite(block.range.sum_s) || !std::isfinite(block.range.sum_t)) {
     if (!block.copied) copy_block(row, begin, scratch, block);
     replace_infinities(row, begin, scratch, block);
   }
+  if (excludes) exclude_support(row, begin, scratch, block);
   const Range& r = block.range;
   const double spread = std::max<double>(reference(std::max<double>(m_s, r.max_s)) - r.min_s,
                                          reference(std::max<double>(m_t, r.max_t)) - r.min_t);
-  if (block.padded != block.size || !(spread * row.k_max <= row.exponent_range)) {
+  if (block.padded != block.size || excludes || !(spread * row.k_max <= row.exponent_range)) {
     if (!block.copied) copy_block(row, begin, scratch, block);
     block.load = Load::f32_any;
   }
