@@ -67,7 +67,8 @@ class ClassRow {
   double solve(const Row& row, const State& state, Scratch& scratch) {
     const Problem& p = row.problem;
     if (state.flags & BAD_S) return NAN;
-    const double largest = state.r.m_t;
+    // the tail's sum needs a reference; without it a larger logit outside would only cost digits
+    const double largest = row.has_tail ? state.r.m_t : 0;
     for (const Support::Token& token : support_.all())
       s_[token.position] = float(token.s - largest);
     if (row.has_tail && state.r.d_s > 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..divergences import TABLE
 from ..options import BOUNDS, LARGEST, SMALLEST, KDOptions
-from ..sides import TAILS, Side, TopK, vocabulary
+from ..sides import TAILS, Side, TopK, arithmetic_dtype, vocabulary
 from .tensors import (
     check_dense,
     check_floating,
@@ -134,26 +134,34 @@ def _check_topk_values(teacher: TopK, size: int) -> None:
     """Check the ids and log-probabilities of a TopK for a vocabulary of `size` entries."""
     ids, logprobs, tail = teacher.token_ids, teacher.logprobs, teacher.tail
     if logprobs.numel() > 0:
-        absent = logprobs == -math.inf
-        ids = torch.where(absent, -1, ids)
-        _check_entries(ids, logprobs, absent, size)
+        low, high = torch.aminmax(logprobs)
+        if not high.item() < math.inf:
+            _refuse_logprobs(logprobs)
+        if low.item() == -math.inf:
+            absent = logprobs == -math.inf
+            _check_range(torch.where(absent, 0, ids), size)
+            ids = torch.where(absent, -1, ids)
+        else:
+            _check_range(ids, size)
         if tail != "sampled":
             _check_unique(ids)
     if tail in ("bucket", "sampled"):
         _check_masses(teacher, ids, size)
 
 
-def _check_entries(ids: Tensor, logprobs: Tensor, absent: Tensor, size: int) -> None:
-    """Check that log-probabilities are < inf, and the ids of entries that are not absent."""
-    if not bool((logprobs < math.inf).all()):
-        first = (~(logprobs < math.inf)).nonzero()[0].tolist()
-        raise ValueError(
-            "teacher.logprobs must be finite, or -inf for an absent entry; got "
-            f"{logprobs[tuple(first)].item()} at position {position(first)}"
-        )
-    low, high = torch.aminmax(torch.where(absent, 0, ids))
+def _refuse_logprobs(logprobs: Tensor) -> None:
+    first = (~(logprobs < math.inf)).nonzero()[0].tolist()
+    raise ValueError(
+        "teacher.logprobs must be finite, or -inf for an absent entry; got "
+        f"{logprobs[tuple(first)].item()} at position {position(first)}"
+    )
+
+
+def _check_range(ids: Tensor, size: int) -> None:
+    """Check that ids are in [0, size)."""
+    low, high = torch.aminmax(ids)
     if low.item() < 0 or high.item() >= size:
-        first = (~absent & ((ids < 0) | (ids >= size))).nonzero()[0].tolist()
+        first = ((ids < 0) | (ids >= size)).nonzero()[0].tolist()
         raise ValueError(
             f"teacher.token_ids must be in [0, V) = [0, {size}); got {ids[tuple(first)].item()} at "
             f"position {position(first)}: an entry that pads a row needs a log-probability of -inf"
@@ -161,8 +169,8 @@ def _check_entries(ids: Tensor, logprobs: Tensor, absent: Tensor, size: int) -> 
 
 
 def _check_unique(ids: Tensor) -> None:
-    """Check that no id >= 0 is listed twice in a row of ids (..., K)."""
-    ordered = sorted_rows(ids)
+    """Check that no id >= 0 is listed twice in a row of ids (..., K), all below 2**31."""
+    ordered = sorted_rows(ids.to(torch.int32))
     equal = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(equal.any()):
         first = equal.nonzero()[0].tolist()
@@ -179,7 +187,7 @@ def _check_masses(teacher: TopK, ids: Tensor, size: int) -> None:
     measured = [x for x in (logprobs, tail_logprob) if x is not None]
     eps = max(torch.finfo(x.dtype).eps for x in measured)
     slack = 8 * eps * (1 + math.log(max(k, 1)))
-    mass = logprobs.double().exp().sum(-1)
+    mass = logprobs.to(arithmetic_dtype(logprobs)).exp().sum(-1, dtype=torch.float64)
     if tail_logprob is not None and teacher.tail == "bucket":
         if not bool((tail_logprob < math.inf).all()):
             raise ValueError("teacher.tail_logprob must be finite or -inf; got NaN or inf")
