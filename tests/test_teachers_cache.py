@@ -211,7 +211,7 @@ def places(folder: Path) -> list[tuple[str, int]]:
 
 
 def flip(folder: Path, name: str, place: int) -> None:
-    """Change a bit of a byte in place; the second call restores it."""
+    """Replace a byte in place by one with another bit; the second call restores it."""
     with open(folder / name, "r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
