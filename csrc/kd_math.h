@@ -44,7 +44,8 @@ enum class Divergence : int {
 #define FUSED_KD_ENUMERATOR(name) name,
   FUSED_KD_DIVERGENCES(FUSED_KD_ENUMERATOR)
 #undef FUSED_KD_ENUMERATOR
-      none  // the soft term is off
+      none,  // the soft term is off
+  tail       // no divergence: what a top-k teacher's tail takes of a row
 };
 constexpr int NUMBER_OF_DIVERGENCES = static_cast<int>(Divergence::none);
 
@@ -177,6 +178,18 @@ struct Rule<Divergence::none> : Traits<Divergence::none> {
   template <class F>
   FUSED_KD_HD static F gradient(F, F, F, F, F, const Constants<F>&, F offset) {
     return offset;
+  }
+};
+
+// The student's entries outside the support of a top-k teacher: their sum d_s, and a gradient that is
+// `scale` times P. No teacher is read.
+template <>
+struct Rule<Divergence::tail> : Rule<Divergence::none> {
+  static constexpr Divergence DIVERGENCE = Divergence::tail;
+  static constexpr bool SOFTMAX = true;
+  template <class F>
+  FUSED_KD_HD static F gradient(F, F, F P, F, F, const Constants<F>& c, F offset) {
+    return fma(c.scale, P, offset);
   }
 };
 
@@ -364,6 +377,7 @@ FUSED_KD_HD auto with_rule(Divergence d, Call call) {
   case Divergence::name: return call(Rule<Divergence::name>{});
     FUSED_KD_DIVERGENCES(FUSED_KD_CASE)
 #undef FUSED_KD_CASE
+    case Divergence::tail: return call(Rule<Divergence::tail>{});
     case Divergence::none: break;
   }
   return call(Rule<Divergence::none>{});

@@ -26,8 +26,9 @@ NO_CLASS = math.inf
 class Classes(NamedTuple):
     """The teacher's logits of the K+1 classes of each row, and the tokens of the first K.
 
-    The tail's logit is NO_CLASS, or the logarithm of its mass times the temperature: -inf for a
-    mass of 0. A row without entries has the tail as its only class, so that its divergence is 0.
+    They are relative to the row's largest one. The tail's logit is NO_CLASS if the tokens outside
+    the support are no class, -inf for a mass of 0. A row without entries has the tail as its only
+    class, so that its divergence is 0.
     """
 
     logits: Tensor  # (N, K+1), or (B, S, K+1); -inf: absent
@@ -54,10 +55,12 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
     """
     rows, k = row_count(topk.logprobs.shape[:-1]), topk.logprobs.shape[-1]
     logprobs = topk.logprobs.detach().reshape(rows, k).to(dtype)
-    absent = logprobs == -math.inf
-    token_ids = torch.where(absent, -1, topk.token_ids.reshape(rows, k))
-    entropy = invalid = None
-    if not may_read_values(logprobs):
+    token_ids, entropy, invalid = topk.token_ids.reshape(rows, k), None, None
+    may_read = may_read_values(logprobs)
+    if not may_read or k == 0 or bool((logprobs.amin(-1) == -math.inf).any()):
+        absent = logprobs == -math.inf
+        token_ids = torch.where(absent, -1, token_ids)
+    if not may_read:
         out_of_range = ~absent & ((token_ids < 0) | (token_ids >= vocabulary))
         token_ids = torch.where(out_of_range, -1, token_ids)
         invalid = (out_of_range | ~(logprobs < math.inf)).any(-1)
@@ -69,14 +72,17 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
         entropy = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
     tail = _tail(topk, logprobs, token_ids, vocabulary)
     tail = torch.where((token_ids >= 0).any(-1), tail, 0.0)
-    logits = torch.cat([logprobs * topk.temperature, tail[:, None]], -1)
+    logits = torch.cat([logprobs, tail[:, None]], -1)
+    largest = logits.masked_fill(logits == NO_CLASS, -math.inf).amax(-1, keepdim=True)
+    # a product with the temperature is rounded relative to its size, which is 0 for the largest
+    logits = (logits - largest) * topk.temperature
     if invalid is not None:
         logits = logits.masked_fill(invalid[:, None], math.nan)
     return Classes(logits, token_ids), entropy
 
 
 def _tail(topk: TopK, logprobs: Tensor, token_ids: Tensor, vocabulary: int) -> Tensor:
-    """Return the tail's logit of every row (N,), as Classes has it."""
+    """Return the tail's log-probability of every row (N,), NO_CLASS if it is no class."""
     if topk.tail == "renormalize":
         return logprobs.new_full(logprobs.shape[:1], NO_CLASS)
     if topk.tail != "bucket":
@@ -86,7 +92,7 @@ def _tail(topk: TopK, logprobs: Tensor, token_ids: Tensor, vocabulary: int) -> T
         tail = torch.where(rest >= SMALLEST_TAIL, rest, math.nan).log().to(logprobs.dtype)
     else:
         tail = topk.tail_logprob.detach().reshape(-1).to(logprobs.dtype)
-    tail = torch.where(tail < math.inf, tail * topk.temperature, math.nan)
+    tail = torch.where(tail < math.inf, tail, math.nan)
     if logprobs.shape[-1] < vocabulary:
         return tail
     return torch.where((token_ids >= 0).sum(-1) == vocabulary, NO_CLASS, tail)

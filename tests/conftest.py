@@ -78,6 +78,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _module.choose_instruction_set("")
 
 
+@pytest.fixture
+def no_fsync() -> Iterator[None]:
+    """Skip what takes most of the time of small files, and matters after a power failure only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the path of the CUDA kernels and launchers, compiled for the CPU."""

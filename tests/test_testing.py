@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.logits import identical
+from support.topk import with_topk
 from torch import Tensor
 
 from fused_kd.testing import (
@@ -129,8 +130,9 @@ def obey(
     change: Callable[[Result, Tensor], Result],
     regime: str,
     dtype: torch.dtype,
+    k: int | None = None,
 ) -> None:
-    """Assert the error rule on a reference whose results for `dtype` are changed."""
+    """Assert the error rule on a reference whose results for `dtype` are changed; k: of a TopK."""
     whole = error_rule.evaluate
 
     def evaluate(loss: Any, inputs: Any, upstream: Tensor, **keywords: Any) -> Result:
@@ -140,6 +142,8 @@ def obey(
 
     monkeypatch.setattr(error_rule, "evaluate", evaluate)
     inputs = make_inputs(regime, 3, 211, dtype)
+    if k is not None:
+        inputs = with_topk(inputs, k, temperature=2.0)
     assert_obeys_error_rule(
         inputs, torch.tensor([1.0, 0.5, 2.0]), backend="reference", temperature=2.0
     )
@@ -170,6 +174,16 @@ def test_the_error_rule_passes_the_unchanged(
     monkeypatch: pytest.MonkeyPatch, regime: str, dtype: torch.dtype
 ) -> None:
     obey(monkeypatch, lambda r, y: r, regime, dtype)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_the_error_rule_of_a_topk_fails_on_broken_results(
+    monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    obey(monkeypatch, lambda r, y: r, "randn", torch.float32, k=9)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError):
+        obey(monkeypatch, BROKEN[case], "randn", torch.float32, k=9)
 
 
 # ---------------------------------------------------------------------------------- make_inputs

@@ -107,7 +107,7 @@ void sums(const Block& block, BlockSums* out) {
           d_s += P;
         }
         if constexpr (TEACHER) b = relative<L>(tv[j], m_t);
-        if constexpr (SOFTMAX) {
+        if constexpr (SOFTMAX && TEACHER) {
           Q = power<L>(b, k);
           d_t += Q;
         }
@@ -126,7 +126,7 @@ void sums(const Block& block, BlockSums* out) {
           max_a = max(max_a, a);
           min_a = min(min_a, a);
         }
-        if constexpr (SOFTMAX) {
+        if constexpr (SOFTMAX && TEACHER) {
           max_b = max(max_b, b);
           min_b = min(min_b, b);
         }
@@ -219,8 +219,10 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
       Floats b{}, P{}, Q{};
       if constexpr (needs_P<D, H>()) P = power<L, DEGREE>(a, k);
       if constexpr (Rule<D>::SOFTMAX) {
-        b = relative<L>(tv[j], m_t);
-        Q = power<L, DEGREE>(b, k);
+        if constexpr (TEACHER) {
+          b = relative<L>(tv[j], m_t);
+          Q = power<L, DEGREE>(b, k);
+        }
         gv[j] = Rule<D>::gradient(a, b, P, Q, k, c, offset);
       } else if constexpr (TEACHER) {
         gv[j] = Rule<D>::gradient(sv[j], tv[j], P, Q, k, c, offset);
@@ -236,7 +238,7 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
 // Map run-time values to a template instance. Only combinations that the driver uses exist.
 template <Load L, Divergence D, class Call>
 FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
-  if constexpr (!Rule<D>::READS_TEACHER) {
+  if constexpr (D == Divergence::none) {
     call.template run<L, D, Hard::power1>();
   } else if constexpr (!Rule<D>::SOFTMAX) {
     h == Hard::off ? call.template run<L, D, Hard::off>()

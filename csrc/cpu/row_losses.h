@@ -9,16 +9,17 @@
 namespace fused_kd {
 namespace cpu {
 
-inline bool label_in_range(const Row& row) {
-  return uint64_t(row.problem.labels[row.n]) < uint64_t(row.problem.V);
+// The reference of the hard term's sums.
+inline double hard_reference(const Row& row, const State& state) {
+  return row.support ? state.r.m_t : state.r.m_s;
 }
 
 inline double hard_loss(const Row& row, const State& state) {
-  if ((state.flags & BAD_S) || !label_in_range(row)) return NAN;
+  if ((state.flags & BAD_S) || !row.label_in_range()) return NAN;
   const double eps = row.problem.label_smoothing;
-  const float s_y = read(row.s, row.s_dtype, row.problem.labels[row.n], row.table);
+  const float s_y = row.s_label;
   if (s_y == -INF || (eps > 0 && (state.flags & ALONE_S))) return INF;
-  double loss = log(state.r.d_1) - (1 - eps) * (double(s_y) - state.r.m_s);
+  double loss = log(state.r.d_1) - (1 - eps) * (double(s_y) - hard_reference(row, state));
   if (eps > 0) loss -= eps / state.r.count * state.r.differences;
   return loss;
 }
@@ -30,6 +31,7 @@ inline bool soft_is_infinite(const Row& row, const State& state) {
   });
 }
 
+// The soft term of a row with a dense teacher.
 inline double soft_loss(const Row& row, const State& state) {
   if (state.flags & (BAD_S | BAD_T)) return NAN;
   if (soft_is_infinite(row, state)) return INF;
@@ -41,7 +43,7 @@ inline double soft_loss(const Row& row, const State& state) {
 inline void write_losses(const Row& row, State& state) {
   const Problem& p = row.problem;
   p.hard[row.n] = row.hard ? float(hard_loss(row, state)) : 0.0f;
-  p.soft[row.n] = row.soft ? float(soft_loss(row, state)) : 0.0f;
+  if (!row.support) p.soft[row.n] = row.soft ? float(soft_loss(row, state)) : 0.0f;
   float* stats = p.stats + row.n * STATS;
   save(state, stats);
   // rounded like the saved statistics, so that a gradient has the same bits now and in a backward

@@ -14,7 +14,9 @@ enum Flag : int {
   IRREGULAR = 16,  // a block has infinities, or exponents beyond the range of the plain kernels
 };
 
-struct State {  // of a segment, then of a row
+// Of a segment, then of a row. With a top-k teacher m_s, d_s are those of the tail, and when the row is
+// finished m_t is the reference of d_1 and `differences`, which are sums over the whole row.
+struct State {
   RowSums<double> r{LOWEST, LOWEST, 0, 0, 0, 0, 0, 0, 0, 0};
   float min_s = -LOWEST, min_t = -LOWEST;
   int flags = 0;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "row_blocks.h"
 
@@ -25,7 +26,7 @@ inline void rebase(const Row& row, State& state, double m_s, double m_t) {
   r.d_s *= factor_s;
   r.d_t *= factor_t;
   r.d_1 *= exp2(shift_s * row.k_1);
-  if (r.count > 0) r.differences += r.count * shift_s;
+  if (r.count > 0) r.differences += r.count * (reference(r.m_s) - reference(m_s));
   r.m_s = m_s;
   r.m_t = m_t;
 }
@@ -49,15 +50,17 @@ inline void merge(const Row& row, State& to, State from) {
   to.flags |= from.flags;
 }
 
-// Returns the sum of s - m over the present entries of a block.
+// Returns the sum of s - m over the entries of a block, of a top-k teacher's tokens too, that are
+// not -inf. Overwrites the block's copy.
 inline double differences(const Row& row, int64_t begin, const Prepared& block, float m,
                           Scratch& scratch) {
-  if (!block.copied)
-    row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
-  if (!block.absent) return row.table.differences(scratch.s, block.size, m);
+  row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
+  const float sum = row.table.differences(scratch.s, block.size, m);
+  const bool is_ordinary = !(block.flags & IRREGULAR) && sum > -1e38f;  // a token may be any logit
+  if (is_ordinary) return sum;
   double total = 0;
   for (int i = 0; i < block.size; ++i)
-    if (scratch.s[i] != LOWEST) total += scratch.s[i] - m;
+    if (scratch.s[i] != -INF) total += above_lowest(scratch.s[i]) - m;
   return total;
 }
 
@@ -78,12 +81,63 @@ constexpr float SLACK = 4.0f;
 // The same in powers of two, for low temperatures: exponentials must stay far from overflow.
 constexpr float SLACK_EXPONENT = 32.0f;
 
+// The exponent, in powers of two, of the logit that replaces a token of a top-k teacher.
+constexpr float LOW_EXPONENT = -100.0f;
+// The largest that it may be after a division by T > 1, and after the rounding of the logit.
+constexpr float HIGHEST_LOW_EXPONENT = -20.0f;
+
+// Returns the logit that replaces the tokens of a top-k teacher, so low that it adds next to nothing
+// to a sum but not too low for the plain kernels, from the reference of the row's first block.
+inline float low_logit(const Row& row, double m_s) {
+  float low = reference(m_s) + LOW_EXPONENT / row.k_max;
+  if (row.s_dtype == Dtype::bf16) {
+    uint16_t rounded;
+    row.table.narrow(Dtype::bf16, &low, &rounded, 1);
+    row.table.widen(Dtype::bf16, &rounded, &low, 1);
+  }
+  return low;
+}
+
+// Returns how far below the reference that logit is; 0: the plain kernels cannot use it, since the
+// reference has risen or is too large for the element type, or T is too high.
+inline float low_distance(const Row& row, double m_s) {
+  const float distance = row.support->low - reference(m_s);
+  const bool is_low = distance * std::min(row.k, row.k_1) <= HIGHEST_LOW_EXPONENT;
+  return is_low && -distance * row.k_max <= row.exponent_range ? distance : 0.0f;
+}
+
+// Writes that logit over the tokens in a copy of the block, whose element type stays the same.
+inline void lower_tokens(const Row& row, const Support::Group& tokens, int64_t begin,
+                         Scratch& scratch, Prepared& block) {
+  const Dtype dtype = block.load == Load::bf16 ? Dtype::bf16 : Dtype::f32;
+  char* const copy = reinterpret_cast<char*>(scratch.s);
+  char low[sizeof(float)];
+  row.table.narrow(dtype, &row.support->low, low, 1);
+  if (!block.copied) {
+    std::memcpy(copy, block.s, block.size * width(dtype));
+    block.s = block.t = copy;
+  }
+  for (const Support::Token& token : tokens) write(copy, dtype, token.id - begin, low);
+}
+
 // Sums the block by the plain kernels, which assume that its entries are finite and near the
 // references. Returns false if they are not; the caller then discards `sums`.
-inline bool add_plain(const Row& row, const Prepared& block, State& state, BlockSums& sums) {
+inline bool add_plain(const Row& row, int64_t begin, Prepared& block, State& state, BlockSums& sums,
+                      Scratch& scratch) {
   if (block.padded != block.size || state.r.m_s == LOWEST || state.r.m_t == LOWEST) return false;
+  const Support::Group tokens = support_in(row, begin);
+  float distance = 0;
+  if (tokens.size() > 0) {
+    distance = low_distance(row, state.r.m_s);
+    if (distance == 0) return false;
+    if (!row.support->is_lowered) lower_tokens(row, tokens, begin, scratch, block);
+  }
   row.table.sums(block.load, row.divergence, row.hard_mode,
                  kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
+  if (distance != 0) {  // at most 2^-20 of each token, subtracted to float32's accuracy
+    sums.d_s -= tokens.size() * std::exp2(distance * row.k);
+    sums.d_1 -= tokens.size() * std::exp2(distance * row.k_1);
+  }
   const float lowest = std::min(sums.min_a, sums.min_b), highest = std::max(sums.max_a, sums.max_b);
   return std::isfinite(sums.canary) && highest <= SLACK && highest * row.k_max <= SLACK_EXPONENT &&
          -lowest * row.k_max <= row.exponent_range;
@@ -103,11 +157,21 @@ inline Prepared add_any(const Row& row, int64_t begin, int64_t end, State& state
   return block;
 }
 
+// Requests the next block from memory. A copy of a block otherwise waits for all of its cache lines,
+// while the kernels, which need no copy, compute as the lines arrive.
+inline void prefetch_block(const Row& row, int64_t begin) {
+  const int64_t end = std::min(row.problem.V, begin + BLOCK);
+  const int bytes = width(row.s_dtype);
+  for (int64_t at = begin * bytes; at < end * bytes; at += 64) __builtin_prefetch(row.s + at);
+}
+
 inline State first_pass(const Row& row, int64_t segment, State state, Scratch& scratch) {
   for_blocks(row, segment, [&](int64_t begin, int64_t end) {
     BlockSums sums;
+    if (row.support && !row.support->is_lowered) prefetch_block(row, begin + BLOCK);
     Prepared block = view(row, begin, end, scratch);
-    if (!add_plain(row, block, state, sums)) block = add_any(row, begin, end, state, sums, scratch);
+    if (!add_plain(row, begin, block, state, sums, scratch))
+      block = add_any(row, begin, end, state, sums, scratch);
     RowSums<double> more{};
     more.d_s = sums.d_s;
     more.d_t = sums.d_t;

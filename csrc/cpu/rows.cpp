@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "row_gradient.h"
+#include "row_classes.h"
 
 namespace fused_kd {
 
@@ -14,27 +14,55 @@ using namespace cpu;
 
 namespace {
 
-void whole_row(const Row& row, Scratch& scratch) {
+struct Workspace {  // of a thread
+  Scratch scratch;
+  ClassRow classes;
+};
+
+// The statistics and losses of a top-k teacher's row, from those of the first pass.
+void finish_class_row(const Row& row, ClassRow& classes, State& state, Scratch& scratch) {
+  classes.finish_statistics(row, state);
+  write_losses(row, state);
+  row.problem.soft[row.n] = row.soft ? float(classes.solve(row, state, scratch)) : 0.0f;
+}
+
+// The gradient of such a row, after `solve` if it has a soft term.
+void class_row_gradient(const Row& row, const State& state, Workspace& work) {
+  if (!row.soft) return whole_row_gradient(row, state, work.scratch);
+  const ClassGradient gradient = work.classes.gradient(row, state);
+  whole_row_gradient(row, state, work.scratch, &gradient);
+}
+
+// Statistics, losses, and the gradient if there is one.
+void class_row(Row& row, Workspace& work) {
+  work.classes.attach(row);
+  const State initial = initial_state(row, work.scratch);
+  work.classes.lower(row, initial);
+  State state = first_pass(row, initial, work.scratch);
+  finish_class_row(row, work.classes, state, work.scratch);
+  if (!row.problem.grad.data) return;
+  class_row_gradient(row, state, work);
+}
+
+void whole_row(Row row, Workspace& work) {
   if (row.skipped()) {
     write_skipped(row);
     if (row.problem.grad.data) zero_gradient(row);
-    return;
+  } else if (row.problem.has_classes) {
+    class_row(row, work);
+  } else {
+    dense_row(row, work.scratch);
   }
-  const State initial = initial_state(row, scratch);
-  State state = first_pass(row, 0, initial, scratch);
-  for (int64_t i = 1; i < row.segments(); ++i)
-    merge(row, state, first_pass(row, i, initial, scratch));
-  finish_statistics(row, state);
-  if (row.two_passes) {
-    for (int64_t i = 0; i < row.segments(); ++i) {
-      double x, y;
-      second_pass(row, state, i, scratch, &x, &y);
-      state.r.x += x;
-      state.r.y += y;
-    }
-  }
-  write_losses(row, state);
-  if (row.problem.grad.data) whole_row_gradient(row, state, scratch);
+}
+
+// The gradient of a row from the statistics of an earlier forward.
+void whole_row_gradient_again(Row row, Workspace& work) {
+  if (row.skipped()) return zero_gradient(row);
+  const State state = restore(row.problem.stats + row.n * STATS);
+  if (!row.problem.has_classes) return whole_row_gradient(row, state, work.scratch);
+  work.classes.attach(row);
+  if (row.soft) work.classes.solve(row, state, work.scratch);
+  class_row_gradient(row, state, work);
 }
 
 template <class Body>
@@ -42,9 +70,9 @@ void split(const Parallel& parallel, int64_t n, Body body) {
   parallel.split(
       n,
       [](void* context, int64_t begin, int64_t end) {
-        Scratch scratch;
+        Workspace work;
         Body& body = *static_cast<Body*>(context);
-        for (int64_t i = begin; i < end; ++i) body(i, scratch);
+        for (int64_t i = begin; i < end; ++i) body(i, work);
       },
       &body);
 }
@@ -54,27 +82,34 @@ struct BySegments {
   const Problem& problem;
   const Parallel& parallel;
   std::vector<Row> rows;
-  std::vector<State> states;  // (N)
+  std::vector<State> states;      // (N)
+  std::vector<ClassRow> classes;  // (N), or none
   int64_t segments;
 
   BySegments(const Problem& problem, const Parallel& parallel)
       : problem(problem), parallel(parallel) {
     for (int64_t n = 0; n < problem.N; ++n) rows.emplace_back(problem, kernels(), n);
     states.resize(problem.N);
+    classes.resize(problem.has_classes ? problem.N : 0);
+    for (size_t n = 0; n < classes.size(); ++n)
+      if (!rows[n].skipped()) classes[n].attach(rows[n]);
     segments = rows.front().segments();
   }
 
   template <class Body>
   void for_segments(Body body) {
-    split(parallel, problem.N * segments, [&](int64_t i, Scratch& scratch) {
-      if (!rows[i / segments].skipped()) body(i / segments, i % segments, scratch);
+    split(parallel, problem.N * segments, [&](int64_t i, Workspace& work) {
+      if (!rows[i / segments].skipped()) body(i / segments, i % segments, work.scratch);
     });
   }
 
   void forward() {
+    Scratch scratch;
     std::vector<State> parts(problem.N * segments);
-    split(parallel, problem.N, [&](int64_t n, Scratch& scratch) {
-      if (!rows[n].skipped()) states[n] = initial_state(rows[n], scratch);
+    split(parallel, problem.N, [&](int64_t n, Workspace& work) {
+      if (rows[n].skipped()) return;
+      states[n] = initial_state(rows[n], work.scratch);
+      if (rows[n].support) classes[n].lower(rows[n], states[n]);
     });
     for_segments([&](int64_t n, int64_t i, Scratch& scratch) {
       parts[n * segments + i] = first_pass(rows[n], i, states[n], scratch);
@@ -82,7 +117,7 @@ struct BySegments {
     for (int64_t n = 0; n < problem.N; ++n) {
       states[n] = parts[n * segments];
       for (int64_t i = 1; i < segments; ++i) merge(rows[n], states[n], parts[n * segments + i]);
-      finish_statistics(rows[n], states[n]);
+      if (!rows[n].support) finish_statistics(rows[n], states[n]);
     }
     for_segments([&](int64_t n, int64_t i, Scratch& scratch) {
       RowSums<double>& r = parts[n * segments + i].r;
@@ -93,6 +128,10 @@ struct BySegments {
         write_skipped(rows[n]);
         continue;
       }
+      if (rows[n].support) {
+        finish_class_row(rows[n], classes[n], states[n], scratch);
+        continue;
+      }
       for (int64_t i = 0; i < segments; ++i) {
         states[n].r.x += parts[n * segments + i].r.x;
         states[n].r.y += parts[n * segments + i].r.y;
@@ -101,12 +140,26 @@ struct BySegments {
     }
   }
 
+  // Reads the statistics of an earlier forward.
+  void restore_states() {
+    Scratch scratch;
+    for (int64_t n = 0; n < problem.N; ++n) {
+      states[n] = restore(problem.stats + n * STATS);
+      if (rows[n].support && rows[n].soft) classes[n].solve(rows[n], states[n], scratch);
+    }
+  }
+
   void backward() {
+    std::vector<ClassGradient> of_classes(problem.N);
     std::vector<Gradient> gradients;
-    for (int64_t n = 0; n < problem.N; ++n) gradients.emplace_back(rows[n], states[n]);
+    for (int64_t n = 0; n < problem.N; ++n) {
+      const bool has_classes = rows[n].support && rows[n].soft;
+      if (has_classes) of_classes[n] = classes[n].gradient(rows[n], states[n]);
+      gradients.emplace_back(rows[n], states[n], has_classes ? &of_classes[n] : nullptr);
+    }
     for_segments([&](int64_t n, int64_t i, Scratch& scratch) { gradients[n].segment(i, scratch); });
     for (int64_t n = 0; n < problem.N; ++n)
-      rows[n].skipped() ? zero_gradient(rows[n]) : gradients[n].label();
+      rows[n].skipped() ? zero_gradient(rows[n]) : gradients[n].entries();
   }
 };
 
@@ -126,22 +179,20 @@ void rows_forward(const Problem& problem, const Parallel& parallel) {
   }
   const Kernels& table = kernels();
   split(parallel, problem.N,
-        [&](int64_t n, Scratch& scratch) { whole_row(Row(problem, table, n), scratch); });
+        [&](int64_t n, Workspace& work) { whole_row(Row(problem, table, n), work); });
 }
 
 void rows_backward(const Problem& problem, const Parallel& parallel) {
   if (problem.N == 0) return;
   if (few_rows(problem, parallel)) {
     BySegments work(problem, parallel);
-    for (int64_t n = 0; n < problem.N; ++n) work.states[n] = restore(problem.stats + n * STATS);
+    work.restore_states();
     work.backward();
     return;
   }
   const Kernels& table = kernels();
-  split(parallel, problem.N, [&](int64_t n, Scratch& scratch) {
-    const Row row(problem, table, n);
-    row.skipped() ? zero_gradient(row)
-                  : whole_row_gradient(row, restore(problem.stats + n * STATS), scratch);
+  split(parallel, problem.N, [&](int64_t n, Workspace& work) {
+    whole_row_gradient_again(Row(problem, table, n), work);
   });
 }
 

@@ -78,27 +78,28 @@ def classes_term(s: Tensor, classes: Classes, formula: Formula) -> Term:
 
     It is :func:`soft_term` of the classes. The tail's logit is T·log Σ exp(s_v/T) over the tokens
     outside the support; its gradient by s_v is the softmax of s/T among these tokens. All logits
-    are relative to the row's largest one.
+    are relative to the largest one that belongs to a class.
 
     Args:
         s: student's logits (N, V), float32 or float64: the arithmetic has this dtype.
         classes: of the teacher, N rows.
         formula: divergence, T, β and c(T).
     """
-    t = classes.logits.reshape(len(s), -1).to(s.dtype)
+    t = classes.logits.reshape(len(s), classes.logits.shape[-1]).to(s.dtype)
     tail, temperature, shape = t[:, -1:], formula.temperature, s.shape
     unusable = _unusable(s)
-    z = (s - s.amax(1, keepdim=True)).masked_fill(unusable[:, None], 0.0)
     # absent entries read and write a column of their own, which is dropped
     at = torch.where(classes.token_ids >= 0, classes.token_ids, shape[1]).to(torch.int64)
-    padded = torch.nn.functional.pad(z, (0, 1), value=-math.inf)
+    padded = torch.nn.functional.pad(s.masked_fill(unusable[:, None], 0.0), (0, 1), value=-math.inf)
     inside = padded.gather(1, at)
-    outside = padded.scatter(1, at, -math.inf)[:, :-1] / temperature
-    log_sum = outside.logsumexp(1, keepdim=True)
     has_class = tail != NO_CLASS
-    z_tail = torch.where(has_class, log_sum * temperature, -math.inf)
+    outside = padded.scatter(1, at, -math.inf)[:, :-1].masked_fill(~has_class, -math.inf)
+    largest = torch.cat([inside, outside], 1).amax(1, keepdim=True)
+    outside = (outside - largest) / temperature
+    log_sum = outside.logsumexp(1, keepdim=True)
+    z = torch.cat([inside - largest, log_sum * temperature], 1)
     t = torch.cat([t[:, :-1], torch.where(has_class, tail, -math.inf)], 1)
-    term = soft_term(torch.cat([inside, z_tail], 1), t, formula)
+    term = soft_term(z, t, formula)
     share = keep((outside - log_sum).exp(), outside != -math.inf)
     gradient = keep(share * term.gradient[:, -1:], has_class & (share != 0))
     gradient = torch.nn.functional.pad(gradient, (0, 1)).scatter(1, at, term.gradient[:, :-1])

@@ -7,9 +7,9 @@ label, the sign of a weight) run only for plain CPU tensors outside a compiler's
 they would synchronise; FUSED_KD_DEBUG=1 allows that.
 """
 
-from .call import check_accumulation, check_call
+from .call import check_accumulation, check_call, check_side
 from .tensors import LOGIT_DTYPES, check_dense, check_floating, may_read_values, sorted_rows
-from .topk import SMALLEST_TAIL
+from .topk import SMALLEST_TAIL, check_topk, check_topk_values
 
 __all__ = [
     "LOGIT_DTYPES",
@@ -18,6 +18,9 @@ __all__ = [
     "check_call",
     "check_dense",
     "check_floating",
+    "check_side",
+    "check_topk",
+    "check_topk_values",
     "may_read_values",
     "sorted_rows",
 ]

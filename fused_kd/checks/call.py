@@ -69,7 +69,7 @@ def check_call(
         RuntimeError: A transform of ``torch.func`` is active.
     """
     _refuse_transforms()
-    _check_side("student", student)
+    check_side("student", student)
     rows = row_shape(student)
     if isinstance(teacher, TopK):
         check_topk(student, rows, teacher, options)
@@ -98,19 +98,25 @@ def check_call(
 # --------------------------------------------------------------------------------------- sides
 
 
-def _check_side(name: str, side: object) -> None:
+def check_side(name: str, side: object) -> None:
+    """Check logits or a Head, which messages call `name`.
+
+    Raises:
+        TypeError: It is neither, or a tensor has the wrong type or dtype.
+        ValueError: A shape, value or device does not fit.
+    """
     if isinstance(side, Head):
         _check_head(name, side)
         return
     if not isinstance(side, Tensor):
         got = type(side).__name__
-        if isinstance(side, (tuple, list)):
+        if isinstance(side, TopK):
+            got = "a TopK, which only the teacher may be: pass logits or a Head"
+        elif isinstance(side, (tuple, list)):
             got = (
                 f"a plain {got}: pass Head(hidden, weight, bias=None, scale=1.0), or of a teacher "
                 "TopK(token_ids, logprobs)"
             )
-        elif isinstance(side, TopK):
-            got = "a TopK, which only the teacher may be: pass logits or a Head"
         elif hasattr(side, "logits"):  # the output of a Hugging Face model
             got = f"{got}: pass its logits (output.logits)"
         raise TypeError(f"{name} must be a torch.Tensor of logits or a fused_kd.Head; got {got}")
@@ -190,7 +196,7 @@ def _check_teacher(
                 "for the hard term alone"
             )
         return
-    _check_side("teacher", teacher)
+    check_side("teacher", teacher)
     if vocabulary(student) != vocabulary(teacher):
         raise ValueError(
             "student and teacher must have the same vocabulary size; "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..divergences import TABLE
 from ..options import BOUNDS, LARGEST, SMALLEST, KDOptions
-from ..sides import TAILS, Side, TopK, vocabulary
+from ..sides import TAILS, Side, TopK, arithmetic_dtype, vocabulary
 from .tensors import (
     check_dense,
     check_floating,
@@ -38,6 +38,8 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"teacher.token_ids must be int32 or int64; got {ids.dtype}")
     check_floating("teacher.logprobs", logprobs)
+    if tail is not None:
+        check_dense("teacher.tail_logprob", tail)
     if logprobs.dim() == 0 or logprobs.shape != ids.shape:
         raise ValueError(
             "teacher.token_ids and teacher.logprobs must have the same shape (..., K); got "
@@ -59,7 +61,6 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
             )
     _check_tail(teacher, options)
     if tail is not None:
-        check_dense("teacher.tail_logprob", tail)
         if tail.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"teacher.tail_logprob must be float32 or float64; got {tail.dtype}, which cannot "
@@ -76,7 +77,7 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
             f"teacher.logprobs must have at most V = {size} entries a row; got K = {k}"
         )
     if may_read_values(ids) and may_read_values(logprobs):
-        _check_topk_values(teacher, size)
+        check_topk_values(teacher, size)
 
 
 def _check_tail(teacher: TopK, options: KDOptions) -> None:
@@ -130,30 +131,42 @@ def _check_tail(teacher: TopK, options: KDOptions) -> None:
         )
 
 
-def _check_topk_values(teacher: TopK, size: int) -> None:
-    """Check the ids and log-probabilities of a TopK for a vocabulary of `size` entries."""
+def check_topk_values(teacher: TopK, size: int) -> None:
+    """Check the ids and log-probabilities of a TopK for a vocabulary of `size` entries.
+
+    Raises:
+        ValueError: A value does not fit.
+    """
     ids, logprobs, tail = teacher.token_ids, teacher.logprobs, teacher.tail
     if logprobs.numel() > 0:
-        absent = logprobs == -math.inf
-        ids = torch.where(absent, -1, ids)
-        _check_entries(ids, logprobs, absent, size)
+        low, high = torch.aminmax(logprobs)
+        if not high.item() < math.inf:
+            _refuse_logprobs(logprobs)
+        if low.item() == -math.inf:
+            absent = logprobs == -math.inf
+            _check_range(torch.where(absent, 0, ids), size)
+            ids = torch.where(absent, -1, ids)
+        else:
+            _check_range(ids, size)
         if tail != "sampled":
             _check_unique(ids)
     if tail in ("bucket", "sampled"):
         _check_masses(teacher, ids, size)
 
 
-def _check_entries(ids: Tensor, logprobs: Tensor, absent: Tensor, size: int) -> None:
-    """Check that log-probabilities are < inf, and the ids of entries that are not absent."""
-    if not bool((logprobs < math.inf).all()):
-        first = (~(logprobs < math.inf)).nonzero()[0].tolist()
-        raise ValueError(
-            "teacher.logprobs must be finite, or -inf for an absent entry; got "
-            f"{logprobs[tuple(first)].item()} at position {position(first)}"
-        )
-    low, high = torch.aminmax(torch.where(absent, 0, ids))
+def _refuse_logprobs(logprobs: Tensor) -> None:
+    first = (~(logprobs < math.inf)).nonzero()[0].tolist()
+    raise ValueError(
+        "teacher.logprobs must be finite, or -inf for an absent entry; got "
+        f"{logprobs[tuple(first)].item()} at position {position(first)}"
+    )
+
+
+def _check_range(ids: Tensor, size: int) -> None:
+    """Check that ids are in [0, size)."""
+    low, high = torch.aminmax(ids)
     if low.item() < 0 or high.item() >= size:
-        first = (~absent & ((ids < 0) | (ids >= size))).nonzero()[0].tolist()
+        first = ((ids < 0) | (ids >= size)).nonzero()[0].tolist()
         raise ValueError(
             f"teacher.token_ids must be in [0, V) = [0, {size}); got {ids[tuple(first)].item()} at "
             f"position {position(first)}: an entry that pads a row needs a log-probability of -inf"
@@ -161,8 +174,8 @@ def _check_entries(ids: Tensor, logprobs: Tensor, absent: Tensor, size: int) -> 
 
 
 def _check_unique(ids: Tensor) -> None:
-    """Check that no id >= 0 is listed twice in a row of ids (..., K)."""
-    ordered = sorted_rows(ids)
+    """Check that no id >= 0 is listed twice in a row of ids (..., K), all below 2**31."""
+    ordered = sorted_rows(ids.to(torch.int32))
     equal = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(equal.any()):
         first = equal.nonzero()[0].tolist()
@@ -176,8 +189,10 @@ def _check_unique(ids: Tensor) -> None:
 def _check_masses(teacher: TopK, ids: Tensor, size: int) -> None:
     """Check the sums of a TopK's probabilities, and its tail."""
     logprobs, tail_logprob, k = teacher.logprobs, teacher.tail_logprob, teacher.logprobs.shape[-1]
-    slack = 8 * torch.finfo(logprobs.dtype).eps * (1 + math.log(max(k, 1)))
-    mass = logprobs.double().exp().sum(-1)
+    measured = [x for x in (logprobs, tail_logprob) if x is not None]
+    eps = max(torch.finfo(x.dtype).eps for x in measured)
+    slack = 8 * eps * (1 + math.log(max(k, 1)))
+    mass = logprobs.to(arithmetic_dtype(logprobs)).exp().sum(-1, dtype=torch.float64)
     if tail_logprob is not None and teacher.tail == "bucket":
         if not bool((tail_logprob < math.inf).all()):
             raise ValueError("teacher.tail_logprob must be finite or -inf; got NaN or inf")

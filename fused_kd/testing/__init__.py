@@ -1,6 +1,6 @@
 """Tools for tests: difficult inputs, the eager baseline, the error rule, memory measurements."""
 
-from .baseline import eager_divergence, eager_kd_loss
+from .baseline import eager_divergence, eager_kd_loss, eager_topk_divergence
 from .error_rule import (
     Conditioning,
     Result,
@@ -26,6 +26,7 @@ __all__ = [
     "cpu_peak",
     "eager_divergence",
     "eager_kd_loss",
+    "eager_topk_divergence",
     "evaluate",
     "guarded",
     "make_inputs",

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..divergences import TABLE
 from ..functional import KDLossParts, kd_loss
 from ..options import KDOptions
+from ..sides import TopK
 from .baseline import eager_kd_loss
 from .inputs import Inputs
+from .views import columns_of, compared, present_entries, reach_of
 
 
 def assert_no_worse(got: Tensor, truth: Tensor, eager: Tensor, floor: float) -> None:
@@ -83,15 +85,15 @@ def truth_and_eager(inputs: Inputs, upstream: Tensor, **keywords: Any) -> tuple[
     token_weight and num_items. The baseline has no rule for absent entries (-inf on both sides): a
     row with such entries is computed without them, unless its label is one.
     """
-    double = Inputs(inputs.student.double(), inputs.teacher.double(), inputs.labels)
+    double = inputs._replace(student=inputs.student.double())
+    if isinstance(inputs.teacher, Tensor):  # a TopK's checks depend on its dtype
+        double = double._replace(teacher=inputs.teacher.double())
     truth = evaluate(kd_loss, double, upstream, backend="reference", **keywords)
     eager = evaluate(eager_kd_loss, inputs, upstream, **keywords)
-    present = (inputs.student != -math.inf) | (inputs.teacher != -math.inf)
-    for row, mask in enumerate(present):
+    for row, mask in enumerate(present_entries(inputs)):
         if mask.all() or not mask[inputs.labels[row]]:
             continue
-        label = mask[: int(inputs.labels[row])].sum()[None]
-        part = Inputs(inputs.student[row, mask][None], inputs.teacher[row, mask][None], label)
+        part = columns_of(inputs, row, mask)
         alone = evaluate(eager_kd_loss, part, upstream[row : row + 1], **keywords)
         eager.rows[row], eager.grad[row] = alone.rows[0], 0.0
         eager.grad[row, mask] = alone.grad[0]
@@ -114,8 +116,9 @@ def conditioning(
     """Return the units of every row: eps32·(1 + max|z - m|) for a loss, eps32·‖g‖ for a gradient.
 
     `truth` is the result of :func:`evaluate` in float64, for `upstream` and the loss's `options`.
-    Here z are the row's logits over their temperature and m their maximum. Each term's unit is
-    weighted like the term. Added are errors that no float32 arithmetic avoids:
+    Here z are the row's logits over their temperature and m their maximum. For a TopK they are
+    those of its classes. Each term's unit is weighted like the term. Added are errors that no
+    float32 arithmetic avoids:
 
     * for a loss, eps32 of its value ("mse" may be any number);
     * for a gradient, eps32 of the largest probability, since it is a difference of probabilities;
@@ -123,13 +126,13 @@ def conditioning(
       difference of such products.
     """
     eps, temperature = torch.finfo(torch.float32).eps, options.temperature
-    s, t = inputs.student.double(), inputs.teacher.double()  # (N, V)
-    below = torch.cat([x.amax(1, keepdim=True) - x for x in (s, t)], 1)
-    reach = torch.where(below.isfinite(), below, 0.0).amax(1)
+    s = inputs.student.double()  # (N, V)
+    sides = compared(inputs, temperature)
+    reach = torch.maximum(reach_of(s), sides.reach)
     hard, soft = options.hard_weight, options.soft_weight * options.soft_factor
     value = truth.rows.abs().nan_to_num(0.0, 0.0)
     loss = eps * (hard * (1 + reach) + soft * (1 + reach / temperature) + value)
-    p, q = (s / temperature).softmax(1), (t / temperature).softmax(1)
+    p, q = ((x / temperature).softmax(1) for x in (sides.student, sides.teacher))
     upstream = upstream.double().abs()
     scale = upstream * soft / temperature * p.amax(1)
     grad = eps * truth.grad.double().nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
@@ -156,7 +159,7 @@ def assert_obeys_error_rule(
     by entry, in norm, and again at the label, whose entry is a small difference of probabilities.
 
     Args:
-        inputs: logits and labels on the CPU.
+        inputs: logits (or a TopK) and labels on the CPU.
         upstream: (N,), the weights of the rows in the differentiated sum; None: ones.
         backend: the name of the backend to test.
         keywords: as in :func:`truth_and_eager`.
@@ -170,7 +173,10 @@ def assert_obeys_error_rule(
     truth, eager = truth_and_eager(inputs, upstream, **keywords)
     unit = conditioning(inputs, truth, upstream, KDOptions(**keywords))
     tiny = _smallest_step(got.grad.dtype)
-    single = inputs.student.dtype == inputs.teacher.dtype == torch.float32
+    teacher = inputs.teacher
+    single = inputs.student.dtype == torch.float32 and (
+        isinstance(teacher, TopK) or teacher.dtype == torch.float32
+    )
     for row, clear in enumerate(unit.clear):
         floor = 4 * unit.loss[row].item()
         this = slice(row, row + 1)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..sides import TopK
+
 #: The dtypes of logits that the compiled kernels support, by short name.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,7 +19,7 @@ class Inputs(NamedTuple):
     """Logits and labels of some rows."""
 
     student: Tensor  # (N, V)
-    teacher: Tensor  # (N, V)
+    teacher: Tensor | TopK  # (N, V), or N rows
     labels: Tensor  # (N,), int64, in [0, V)
 
 

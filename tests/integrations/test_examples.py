@@ -23,6 +23,7 @@ PACKAGES = {
     "accelerate_loop": "accelerate",
     "ddp": "transformers",
     "fsdp2": "transformers",
+    "cached_teacher": "transformers",
 }
 
 

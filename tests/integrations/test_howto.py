@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 Accelerator = need("accelerate").Accelerator
 
 from fused_kd.integrations.loop import global_num_items  # noqa: E402
+from fused_kd.teachers import TopKDataset  # noqa: E402
 
+FLOAT16 = {"rtol": 2**-10, "atol": 1e-3}
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 
 
@@ -41,6 +43,26 @@ def names(one_process: None) -> dict[str, Any]:
         "teacher": tiny.llama(1, layers=2),
         "loader": [tiny.padded(tiny.ragged(4))] * 2,
     }
+
+
+def test_cached_teacher(
+    names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run all blocks of the page, in order: write a cache, measure a Head, train."""
+    monkeypatch.chdir(tmp_path)
+    rows = tiny.ragged(10)
+    names["texts"] = [{**row, "attention_mask": torch.ones_like(row["labels"])} for row in rows]
+    names["tokenizer"] = {str(i): i for i in range(tiny.VOCABULARY)}
+    write, measure, train = re.findall(
+        r"```python\n(.*?)```", (HOWTO / "cached_teacher.md").read_text(), re.DOTALL
+    )
+    exec(write + measure, names)
+    cached = names["collate"]([x["teacher"] for x in TopKDataset("cache")][8:])
+    measured = names["topk"]  # of the last batch: what the page writes from logits
+    present = cached.logprobs > -torch.inf
+    assert torch.equal(cached.token_ids[present].long(), measured.token_ids[present])
+    torch.testing.assert_close(cached.logprobs[present], measured.logprobs[present], **FLOAT16)
+    _trained(names, train)
 
 
 def _trained(names: dict[str, Any], run: str) -> None:

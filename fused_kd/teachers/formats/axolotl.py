@@ -1,0 +1,35 @@
+"""axolotl's columns of a prepared dataset or batch (``axolotl.integrations.kd``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...sides import TopK
+
+
+def from_axolotl(sample: Mapping[str, Any], temperature: float, shift: bool = True) -> TopK:
+    """Return the teacher of a sample (n, K) or batch (B, n, K), ids int64 and values float32.
+
+    axolotl has renormalised the values on the support, after it changed their temperature.
+
+    Args:
+        sample: "target_token_ids", "target_logprobs" and "target_mask", as lists or tensors. Where
+            the mask is 0, for prompts and padding, there is no entry.
+        temperature: ``kd_temperature`` of the configuration.
+        shift: entry i of a dataset that ``axolotl.integrations.kd.chat_template`` has prepared is
+            the distribution of token i, which belongs to row i - 1: all move by one, and the last
+            row gets no entry. False: for columns that are aligned with the logits, as
+            ``OnlineTeacherCollator`` makes them from vLLM.
+    """
+    ids, values, mask = (
+        torch.as_tensor(sample[f"target_{name}"]) for name in ("token_ids", "logprobs", "mask")
+    )
+    values = values.float().masked_fill(mask == 0, -math.inf)
+    if shift:
+        ids, values = ids.roll(-1, -2), values.roll(-1, -2)
+        values[..., -1:, :] = -math.inf
+    return TopK(ids.long(), values, None, "renormalize", temperature)
