@@ -199,6 +199,7 @@ FUSED_KD_DEVICE void alone(float (&x)[GROUP], float element) {
 struct TailElement {
   float a = -INF, b = -INF, P = 0.0f, Q = 0.0f;  // of an absent element
 
+  FUSED_KD_DEVICE TailElement() {}
   // tail: the student's sums; t: the teacher's logit, INF if the tail is no class.
   FUSED_KD_DEVICE TailElement(const Record& tail, float t, float m_s, float m_t, const Options& o) {
     if (t == INF) return;
@@ -348,19 +349,19 @@ FUSED_KD_DEVICE bool process_classes(const Params& p, const Row& row,
   if (!exchange(records, 1, merge)) return false;
   tail = records[0], inside = records[1];  // of the row, in warp 0
   const float t = support.tail();
-  Record classes = inside, all = inside;
+  Record classes = inside, all = inside;  // the hard term's sums are of all entries
+  TailElement x;
   if (threadIdx.x < 32) {
     classes = merged<D>(inside, record_of_tail<D>(tail, t, o), o);
     all = merged<Divergence::none>(inside, tail, o);
+    x = TailElement(tail, t, classes.r.m_s, classes.r.m_t, o);
   }
-  const TailElement x(tail, t, classes.r.m_s, classes.r.m_t, o);
   if constexpr (Rule<D>::TWO_PASSES) {
     const Second<D> second = broadcast_from_first<Second<D>>(p, row, classes, shared);
     second_sums_of_support<D>(support, o, second, records[0].r.x, records[0].r.y);
     records[0] = merge_second_block(records[0], shared);
     if (!exchange(records, 2, [](Record(&r)[2]) { merge_second_warp(r[0]); })) return false;
-    classes.r.x = records[0].r.x;
-    classes.r.y = records[0].r.y;
+    set_second(classes, {records[0].r.x, records[0].r.y});
     Rule<D>::accumulate2(x.a, x.b, x.P, x.Q, 1.0f, second.c, classes.r.x, classes.r.y);
   }
   if (threadIdx.x != 0) return true;
