@@ -22,7 +22,7 @@ def page() -> str:
     package = griffe.load("fused_kd", search_paths=[ROOT])
     lines = ["# API", "Made from the docstrings by `make api`: edit those."]
     adapters = [x for name, x in sorted(package["integrations"].modules.items()) if name[0] != "_"]
-    teachers = [package["teachers"], package["teachers"]["formats"]]
+    teachers = [package["teachers"], *(package["teachers"][x] for x in ("formats", "servers"))]
     for module in [package, *teachers, package["plan"], package["testing"], *adapters]:
         lines += [f"## {module.path}", _prose(module.docstring.value)]
         for item in _public(module):

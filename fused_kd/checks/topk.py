@@ -77,7 +77,7 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
             f"teacher.logprobs must have at most V = {size} entries a row; got K = {k}"
         )
     if may_read_values(ids) and may_read_values(logprobs):
-        _check_topk_values(teacher, size)
+        check_topk_values(teacher, size)
 
 
 def _check_tail(teacher: TopK, options: KDOptions) -> None:
@@ -131,8 +131,12 @@ def _check_tail(teacher: TopK, options: KDOptions) -> None:
         )
 
 
-def _check_topk_values(teacher: TopK, size: int) -> None:
-    """Check the ids and log-probabilities of a TopK for a vocabulary of `size` entries."""
+def check_topk_values(teacher: TopK, size: int) -> None:
+    """Check the ids and log-probabilities of a TopK for a vocabulary of `size` entries.
+
+    Raises:
+        ValueError: A value does not fit.
+    """
     ids, logprobs, tail = teacher.token_ids, teacher.logprobs, teacher.tail
     if logprobs.numel() > 0:
         low, high = torch.aminmax(logprobs)
