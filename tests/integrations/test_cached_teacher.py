@@ -14,6 +14,7 @@ from support.losses import refused
 from support.processes import failures
 from tiny import logged
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from fused_kd import KDLoss, TopK, kd_loss
@@ -125,6 +126,7 @@ def _on_two_ranks(heads: bool, folder: Path) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_on_two_processes(tmp_path: Path) -> None:
     checks: dict[str, Callable[[], None]] = {}
     for heads in tiny.BOTH:
@@ -163,7 +165,8 @@ def test_lightning(tmp_path: Path, heads: bool) -> None:
     optimizer = partial(torch.optim.SGD, lr=0.1)
     module = KDModule(student, None, loss_for(heads), optimizer=optimizer, heads=heads)
     trainer = tiny.lightning_trainer(tmp_path, limit_val_batches=1)
-    trainer.fit(module, batches, batches)
+    loader = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+    trainer.fit(module, loader, loader)
     plain = StudentTeacherLoss(tiny.llama(0), None, loss_for(heads), heads=heads)
     losses = tiny.plain_loop(plain, batches)
     assert trainer.callback_metrics["train_loss"].item() == pytest.approx(losses[-1], rel=1e-5)
