@@ -52,7 +52,7 @@ def _entry(item: griffe.Object, owner: str = "") -> list[str]:
     unbroken = re.sub("(?<!,) ", "\0", signature)
     code = textwrap.fill(unbroken, 100, subsequent_indent="    ").replace("\0", " ")
     lines = [f"{'####' if owner else '###'} {owner}{item.name}", f"```python\n{code}\n```"]
-    for section in item.docstring.parse("google", warnings=False):
+    for section in item.docstring.parse("google", warnings=False, returns_multiple_items=False):
         if section.kind.value == "text":
             lines.append(_prose(section.value))
             continue

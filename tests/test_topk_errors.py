@@ -180,6 +180,21 @@ def test_one_minus_p_would_lose_the_gradient_of_the_tail(
     assert not error < lost  # it may be NaN
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_larger_logit_outside_costs_no_digits_in_the_support(
+    divergence: str, backend: str
+) -> None:
+    inputs = with_topk(make_inputs("randn", 2, 65), 5, "renormalize")
+    assert isinstance(inputs.teacher, TopK)
+    outside = torch.ones(2, 65, dtype=torch.bool).scatter(1, inputs.teacher.token_ids, False)
+    keywords: dict[str, Any] = {"divergence": divergence, "backend": backend, **SOFT}
+    want = rows_and_gradient(inputs.student, inputs.teacher, **keywords)
+    student = torch.where(outside, 1e4, inputs.student)
+    got = rows_and_gradient(student, inputs.teacher, **keywords)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------ what must hold
 
 
