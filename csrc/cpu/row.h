@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "support.h"
@@ -18,6 +19,10 @@ inline char* row_pointer(const Rows& rows, int64_t n) {
   return static_cast<char*>(rows.data) + element * width(rows.dtype);
 }
 
+// In the passes LOWEST is the value of an entry without mass: of -inf. A logit of this value, which is
+// how float32 logits are often masked, becomes the float above it.
+inline float above_lowest(float x) { return x == LOWEST ? std::nextafter(LOWEST, 0.0f) : x; }
+
 inline float read(const char* row, Dtype dtype, int64_t v, const Kernels& table) {
   float x;
   if (dtype == Dtype::bf16) {  // inline for the tokens of a top-k teacher
@@ -28,7 +33,12 @@ inline float read(const char* row, Dtype dtype, int64_t v, const Kernels& table)
   } else {
     table.widen(dtype, row + v * width(dtype), &x, 1);
   }
-  return x;
+  return above_lowest(x);
+}
+
+// Writes an entry that was converted to the row's element type.
+inline void write(char* row, Dtype dtype, int64_t v, const void* element) {
+  width(dtype) == 2 ? std::memcpy(row + 2 * v, element, 2) : std::memcpy(row + 4 * v, element, 4);
 }
 
 struct Row {

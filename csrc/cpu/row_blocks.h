@@ -18,8 +18,7 @@ struct Prepared {
   Range range;
   int flags = 0;
   int absent = 0;
-  bool copied;            // `s` and `t` are the float32 copies in Scratch
-  bool excludes = false;  // the copy has a low logit for each token of a top-k teacher
+  bool copied;  // `s` and `t` are the float32 copies in Scratch
 };
 
 struct Scratch {
@@ -28,8 +27,8 @@ struct Scratch {
   alignas(64) float g[BLOCK];
 };
 
-// Replaces infinities and NaN, entry by entry. -inf becomes the lowest float, whose exponential is
-// exactly 0; finite values stay above it. So an absent entry contributes nothing to any sum.
+// Inspects each entry. -inf becomes LOWEST, whose exponential is exactly 0, so that an absent entry
+// contributes nothing to any sum; finite values stay above it.
 inline void replace_infinities(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
   const bool read_teacher =
       !row.soft && row.problem.label_smoothing > 0 && !row.problem.has_classes;
@@ -49,8 +48,8 @@ inline void replace_infinities(const Row& row, int64_t begin, Scratch& scratch, 
       block.flags |= ALONE_T;
     if (!(s < INF)) block.flags |= BAD_S;
     if (!(t < INF)) block.flags |= BAD_T;
-    s = none_s ? LOWEST : std::max(s, -3e38f);
-    t = none_t ? LOWEST : std::max(t, -3e38f);
+    s = none_s ? LOWEST : above_lowest(s);
+    t = none_t ? LOWEST : above_lowest(t);
     r.max_s = std::max(r.max_s, s);
     r.max_t = std::max(r.max_t, t);
   }
@@ -103,38 +102,44 @@ inline Support::Group support_in(const Row& row, int64_t begin) {
   return row.support ? row.support->in_block(begin) : Support::Group{nullptr, nullptr};
 }
 
-// Gives the tokens of a top-k teacher the lowest logit in a float32 copy, whose range then has the
-// maximum of the others.
-inline void exclude_support(const Row& row, int64_t begin, Scratch& scratch, Prepared& block) {
-  for (const Support::Token& token : support_in(row, begin)) {
-    float& s = scratch.s[token.id - begin];
-    if (s == LOWEST) --block.absent;  // a token is present, even if the student's logit is -inf
-    s = scratch.t[token.id - begin] = LOWEST;
-  }
-  const Range whole = block.range;
-  measure(row, scratch, block);
-  block.range.min_s = whole.min_s;
-  block.range.min_t = whole.min_t;
-  block.excludes = true;
-}
-
 // Without a finite logit so far any reference works, since every exponential is 0.
 inline float reference(double m) { return m == LOWEST ? 0.0f : float(m); }
 
-// Returns a block that the kernels can process for any entries, without the tokens of a top-k
-// teacher. `m_s`, `m_t`: the references so far; they and the block's maxima decide the range of the
-// exponents.
+// Gives the tokens of a top-k teacher another logit in the float32 copies of a block.
+inline void replace_tokens(const Support::Group& tokens, int64_t begin, float logit,
+                           Scratch& scratch) {
+  for (const Support::Token& token : tokens)
+    scratch.s[token.id - begin] = scratch.t[token.id - begin] = logit;
+}
+
+inline bool all_above_lowest(const Range& r) {
+  return std::isfinite(r.sum_s) && std::isfinite(r.sum_t) && r.min_s > LOWEST && r.min_t > LOWEST;
+}
+
+// Returns a block that the kernels can process for any entries, in which the tokens of a top-k
+// teacher are LOWEST. Nothing depends on the logits that they have. `m_s`, `m_t`: the references so
+// far; they and the block's maxima decide the range of the exponents.
 inline Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, double m_t,
                         Scratch& scratch) {
   Prepared block = view(row, begin, end, scratch);
-  const bool excludes = support_in(row, begin).size() > 0;
-  if (excludes && !block.copied) copy_block(row, begin, scratch, block);
+  const Support::Group tokens = support_in(row, begin);
+  const bool excludes = tokens.size() > 0;
+  if (excludes) {
+    if (!block.copied) copy_block(row, begin, scratch, block);
+    replace_tokens(tokens, begin, reference(m_s), scratch);  // a number like those of the others
+  }
   measure(row, scratch, block);
-  if (!std::isfinite(block.range.sum_s) || !std::isfinite(block.range.sum_t)) {
+  if (!all_above_lowest(block.range)) {
     if (!block.copied) copy_block(row, begin, scratch, block);
     replace_infinities(row, begin, scratch, block);
   }
-  if (excludes) exclude_support(row, begin, scratch, block);
+  if (excludes) {
+    replace_tokens(tokens, begin, LOWEST, scratch);
+    const Range before = block.range;
+    measure(row, scratch, block);
+    block.range.min_s = before.min_s;
+    block.range.min_t = before.min_t;
+  }
   const Range& r = block.range;
   const double spread = std::max<double>(reference(std::max<double>(m_s, r.max_s)) - r.min_s,
                                          reference(std::max<double>(m_t, r.max_t)) - r.min_t);

@@ -29,20 +29,20 @@ class ClassRow {
     if (row.has_tail) t_[p.K] = logits[p.K];
   }
 
-  // In place, writes a logit over each token that adds next to nothing to a sum, so that the passes
-  // need no copy of its block. `state` has the reference of the first block.
-  void lower(const Row& row, const State& state) {
+  // Chooses the logit that the first pass reads in place of the tokens'. In place it is written over
+  // them, so that the pass needs no copy of their blocks; label smoothing reads the logits themselves.
+  // `initial`: the row's initial state.
+  void lower(const Row& row, const State& initial) {
     const Problem& p = row.problem;
-    const bool in_place = p.grad.data == p.student.data && p.grad.dtype == p.student.dtype;
-    if (!in_place || p.label_smoothing > 0 || row.s_dtype == Dtype::f16 || state.r.m_s == LOWEST)
-      return;
-    float low = float(state.r.m_s) + LOW_EXPONENT / row.k_max, bits;
-    row.table.narrow(row.s_dtype, &low, &bits, 1);
-    row.table.widen(row.s_dtype, &bits, &low, 1);
+    if (initial.r.m_s == LOWEST) return;
+    support_.low = low_logit(row, initial.r.m_s);
+    support_.is_lowered = p.grad.data == p.student.data && p.label_smoothing == 0 &&
+                          row.s_dtype != Dtype::f16;  // of which every block is copied
+    if (!support_.is_lowered) return;
+    char low[sizeof(float)];
+    row.table.narrow(row.s_dtype, &support_.low, low, 1);
     for (const Support::Token& token : support_.all())
-      std::memcpy(const_cast<char*>(row.s) + token.id * int64_t(width(row.s_dtype)), &bits,
-                  width(row.s_dtype));
-    support_.low = low;
+      write(row_pointer(p.grad, row.n), row.s_dtype, token.id, low);
   }
 
   // Adds the tokens to the hard term's sums, and sets the flags that depend on the whole row.
@@ -55,7 +55,7 @@ class ClassRow {
       if (s == -INF) state.flags |= ALONE_S;
       largest = std::max<double>(largest, s);
     }
-    if (largest <= LOWEST) state.flags |= BAD_S;
+    if (largest == LOWEST) state.flags |= BAD_S;
     if ((r.m_s - state.min_s) * row.k_max > row.exponent_range) state.flags |= IRREGULAR;
     r.m_t = largest;
     r.differences += r.count * (reference(r.m_s) - largest);
@@ -73,7 +73,6 @@ class ClassRow {
       s_[token.position] = float(token.s - largest);
     if (row.has_tail && state.r.d_s > 0)
       s_[p.K] = float((state.r.m_s - largest) + p.temperature * log(state.r.d_s));
-    const float weight = float((p.scale ? *p.scale : 1.0) * p.w_soft[row.n]);
     float hard, soft, stats[STATS];
     Problem classes = p;
     classes.N = 1;
@@ -82,8 +81,8 @@ class ClassRow {
     classes.teacher = {t_.data(), Dtype::f32, 1, 0, 0};
     if (p.grad.data) classes.grad = {g_.data(), Dtype::f32, 1, 0, 0};
     classes.has_classes = false;
-    classes.w_hard = classes.scale = nullptr;
-    classes.w_soft = &weight;
+    classes.w_hard = nullptr;
+    classes.w_soft = p.w_soft + row.n;
     classes.hard = &hard;
     classes.soft = &soft;
     classes.stats = stats;
@@ -94,7 +93,8 @@ class ClassRow {
   // Returns the gradient that `solve` has computed; the row is NaN if one entry is.
   ClassGradient gradient(const Row& row, const State& state) const {
     const bool has_tail = row.has_tail && state.r.d_s > 0;
-    return {std::isnan(g_[0]), has_tail ? g_[row.problem.K] / state.r.d_s : 0.0, g_.data()};
+    const bool nan = std::any_of(g_.begin(), g_.end(), [](float g) { return std::isnan(g); });
+    return {nan, has_tail ? g_[row.problem.K] / state.r.d_s : 0.0, g_.data()};
   }
 
  private:

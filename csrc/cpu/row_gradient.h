@@ -189,14 +189,12 @@ struct Gradient {
 
   void store_tokens() const {
     const Support::Group tokens = row.support->all();
-    std::vector<float> rounded(tokens.size());
+    std::vector<float> rounded(tokens.size());  // an array of the gradient's element type
     row.table.narrow(dtype, token_values.data(), rounded.data(), tokens.size());
     const char* from = reinterpret_cast<const char*>(rounded.data());
-    const int bytes = width(dtype);
     for (const Support::Token& token : tokens) {
-      bytes == 2 ? std::memcpy(out + 2 * int64_t(token.id), from, 2)
-                 : std::memcpy(out + 4 * int64_t(token.id), from, 4);
-      from += bytes;
+      write(out, dtype, token.id, from);
+      from += width(dtype);
     }
   }
 };

@@ -50,15 +50,17 @@ inline void merge(const Row& row, State& to, State from) {
   to.flags |= from.flags;
 }
 
-// Returns the sum of s - m over the present entries of a block.
+// Returns the sum of s - m over the entries of a block, of a top-k teacher's tokens too, that are
+// not -inf. Overwrites the block's copy.
 inline double differences(const Row& row, int64_t begin, const Prepared& block, float m,
                           Scratch& scratch) {
-  if (!block.copied || block.excludes)
-    row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
-  if (!block.absent && !block.excludes) return row.table.differences(scratch.s, block.size, m);
+  row.table.widen(row.s_dtype, row.s + begin * width(row.s_dtype), scratch.s, block.size);
+  const float sum = row.table.differences(scratch.s, block.size, m);
+  const bool is_ordinary = !(block.flags & IRREGULAR) && sum > -1e38f;  // a token may be any logit
+  if (is_ordinary) return sum;
   double total = 0;
-  for (int i = 0; i < block.size; ++i)  // an absent entry is -inf, or was replaced by LOWEST
-    if (scratch.s[i] > LOWEST) total += scratch.s[i] - m;
+  for (int i = 0; i < block.size; ++i)
+    if (scratch.s[i] != -INF) total += above_lowest(scratch.s[i]) - m;
   return total;
 }
 
@@ -84,34 +86,38 @@ constexpr float LOW_EXPONENT = -100.0f;
 // The largest that it may be after a division by T > 1, and after the rounding of the logit.
 constexpr float HIGHEST_LOW_EXPONENT = -20.0f;
 
-// Replaces the tokens of a top-k teacher, in a copy of the block or in place before, by a logit so low
-// that it adds next to nothing, but not too low for the plain kernels. Returns that logit's distance from the reference; 0: there is none, since the
-// reference is too large for the element type, or T too high.
-inline float exclude_plain(const Row& row, const Support::Group& tokens, int64_t begin, double m_s,
-                           Scratch& scratch, Prepared& block) {
-  const bool is_bf16 = block.load == Load::bf16, is_low = row.support->low != 0;
-  float low = is_low ? row.support->low : reference(m_s) + LOW_EXPONENT / row.k_max;
-  uint16_t narrow = 0;
-  if (is_bf16 && !is_low) {
-    row.table.narrow(Dtype::bf16, &low, &narrow, 1);
-    row.table.widen(Dtype::bf16, &narrow, &low, 1);
+// Returns the logit that replaces the tokens of a top-k teacher, so low that it adds next to nothing
+// to a sum but not too low for the plain kernels, from the reference of the row's first block.
+inline float low_logit(const Row& row, double m_s) {
+  float low = reference(m_s) + LOW_EXPONENT / row.k_max;
+  if (row.s_dtype == Dtype::bf16) {
+    uint16_t rounded;
+    row.table.narrow(Dtype::bf16, &low, &rounded, 1);
+    row.table.widen(Dtype::bf16, &rounded, &low, 1);
   }
-  const float distance = low - reference(m_s);
-  if (!(distance * std::min(row.k, row.k_1) <= HIGHEST_LOW_EXPONENT &&
-        -distance * row.k_max <= row.exponent_range))
-    return 0.0f;
-  if (is_low) return distance;
+  return low;
+}
+
+// Returns how far below the reference that logit is; 0: the plain kernels cannot use it, since the
+// reference has risen or is too large for the element type, or T is too high.
+inline float low_distance(const Row& row, double m_s) {
+  const float distance = row.support->low - reference(m_s);
+  const bool is_low = distance * std::min(row.k, row.k_1) <= HIGHEST_LOW_EXPONENT;
+  return is_low && -distance * row.k_max <= row.exponent_range ? distance : 0.0f;
+}
+
+// Writes that logit over the tokens in a copy of the block, whose element type stays the same.
+inline void lower_tokens(const Row& row, const Support::Group& tokens, int64_t begin,
+                         Scratch& scratch, Prepared& block) {
+  const Dtype dtype = block.load == Load::bf16 ? Dtype::bf16 : Dtype::f32;
+  char* const copy = reinterpret_cast<char*>(scratch.s);
+  char low[sizeof(float)];
+  row.table.narrow(dtype, &row.support->low, low, 1);
   if (!block.copied) {
-    std::memcpy(scratch.s, block.s, block.size * (is_bf16 ? sizeof narrow : sizeof low));
-    block.s = block.t = scratch.s;
+    std::memcpy(copy, block.s, block.size * width(dtype));
+    block.s = block.t = copy;
   }
-  for (const Support::Token& token : tokens)
-    if (is_bf16)
-      reinterpret_cast<uint16_t*>(scratch.s)[token.id - begin] = narrow;
-    else
-      scratch.s[token.id - begin] = low;
-  block.excludes = true;
-  return distance;
+  for (const Support::Token& token : tokens) write(copy, dtype, token.id - begin, low);
 }
 
 // Sums the block by the plain kernels, which assume that its entries are finite and near the
@@ -122,8 +128,9 @@ inline bool add_plain(const Row& row, int64_t begin, Prepared& block, State& sta
   const Support::Group tokens = support_in(row, begin);
   float distance = 0;
   if (tokens.size() > 0) {
-    distance = exclude_plain(row, tokens, begin, state.r.m_s, scratch, block);
+    distance = low_distance(row, state.r.m_s);
     if (distance == 0) return false;
+    if (!row.support->is_lowered) lower_tokens(row, tokens, begin, scratch, block);
   }
   row.table.sums(block.load, row.divergence, row.hard_mode,
                  kernel_block(row, block, state.r.m_s, state.r.m_t), &sums);
@@ -161,7 +168,7 @@ inline void prefetch_block(const Row& row, int64_t begin) {
 inline State first_pass(const Row& row, int64_t segment, State state, Scratch& scratch) {
   for_blocks(row, segment, [&](int64_t begin, int64_t end) {
     BlockSums sums;
-    if (row.support && row.support->low == 0) prefetch_block(row, begin + BLOCK);
+    if (row.support && !row.support->is_lowered) prefetch_block(row, begin + BLOCK);
     Prepared block = view(row, begin, end, scratch);
     if (!add_plain(row, begin, block, state, sums, scratch))
       block = add_any(row, begin, end, state, sums, scratch);

@@ -26,7 +26,14 @@ void finish_class_row(const Row& row, ClassRow& classes, State& state, Scratch& 
   row.problem.soft[row.n] = row.soft ? float(classes.solve(row, state, scratch)) : 0.0f;
 }
 
-// The same, and the gradient if there is one.
+// The gradient of such a row, after `solve` if it has a soft term.
+void class_row_gradient(const Row& row, const State& state, Workspace& work) {
+  if (!row.soft) return whole_row_gradient(row, state, work.scratch);
+  const ClassGradient gradient = work.classes.gradient(row, state);
+  whole_row_gradient(row, state, work.scratch, &gradient);
+}
+
+// Statistics, losses, and the gradient if there is one.
 void class_row(Row& row, Workspace& work) {
   work.classes.attach(row);
   const State initial = initial_state(row, work.scratch);
@@ -34,8 +41,7 @@ void class_row(Row& row, Workspace& work) {
   State state = first_pass(row, initial, work.scratch);
   finish_class_row(row, work.classes, state, work.scratch);
   if (!row.problem.grad.data) return;
-  const ClassGradient gradient = work.classes.gradient(row, state);
-  whole_row_gradient(row, state, work.scratch, row.soft ? &gradient : nullptr);
+  class_row_gradient(row, state, work);
 }
 
 void whole_row(Row row, Workspace& work) {
@@ -56,8 +62,7 @@ void whole_row_gradient_again(Row row, Workspace& work) {
   if (!row.problem.has_classes) return whole_row_gradient(row, state, work.scratch);
   work.classes.attach(row);
   if (row.soft) work.classes.solve(row, state, work.scratch);
-  const ClassGradient gradient = work.classes.gradient(row, state);
-  whole_row_gradient(row, state, work.scratch, row.soft ? &gradient : nullptr);
+  class_row_gradient(row, state, work);
 }
 
 template <class Body>

@@ -1,6 +1,7 @@
 // The tokens of a top-k teacher's row: where they are, and the student's logits there.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "kernels.h"
@@ -22,13 +23,16 @@ class Support {
     int size() const { return int(end_ - begin_); }
   };
 
-  // Set by the caller: the logit that was written over each token, in the row's memory; 0: none.
-  float low = 0;
+  // Set by the caller: the logit that the plain kernels read in place of each token's, NaN: none; and
+  // whether it was written over them in the row's memory.
+  float low = NAN;
+  bool is_lowered = false;
 
   // ids: K of a row with V entries; those outside [0, V) are absent. read(id): the student's logit.
   template <class Read>
   void set(const int32_t* ids, int64_t K, int64_t V, Read read) {
-    low = 0;
+    low = NAN;
+    is_lowered = false;
     const int64_t blocks = (V + BLOCK - 1) / BLOCK;
     first_.assign(blocks + 2, 0);
     int64_t count = 0;

@@ -38,6 +38,8 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"teacher.token_ids must be int32 or int64; got {ids.dtype}")
     check_floating("teacher.logprobs", logprobs)
+    if tail is not None:
+        check_dense("teacher.tail_logprob", tail)
     if logprobs.dim() == 0 or logprobs.shape != ids.shape:
         raise ValueError(
             "teacher.token_ids and teacher.logprobs must have the same shape (..., K); got "
@@ -59,7 +61,6 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
             )
     _check_tail(teacher, options)
     if tail is not None:
-        check_dense("teacher.tail_logprob", tail)
         if tail.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"teacher.tail_logprob must be float32 or float64; got {tail.dtype}, which cannot "
