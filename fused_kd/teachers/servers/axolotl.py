@@ -83,7 +83,6 @@ def _merged(token_ids: Tensor, logprobs: Tensor) -> Tensor:
     # relative to the largest of the same id, so that the sum is at least 1, and exactly 1 for one
     share = torch.where(values == largest, 0.0, values - largest).exp()
     total = torch.zeros_like(share).scatter_add(-1, place, share).gather(-1, place)
-    total = torch.where(ids < 0, 1.0, total)
     return absent.scatter(-1, order, torch.where(is_first, largest + total.log(), -math.inf))
 
 
