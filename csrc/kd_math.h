@@ -365,9 +365,13 @@ FUSED_KD_HD constexpr bool is_infinite(bool student_alone, bool teacher_alone) {
                                                          : false;
 }
 
-// Calls call(Rule<d>{}) with the rule of a divergence that is known at run time.
+// Calls call(Rule<d>{}) with the rule of a divergence that is known at run time; on a GPU if `call` is
+// a function of the device.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
 template <class Call>
-inline __attribute__((always_inline)) auto with_rule(Divergence d, Call call) {
+FUSED_KD_HD auto with_rule(Divergence d, Call call) {
   switch (d) {
 #define FUSED_KD_CASE(name) \
   case Divergence::name: return call(Rule<Divergence::name>{});

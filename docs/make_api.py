@@ -22,7 +22,7 @@ def page() -> str:
     package = griffe.load("fused_kd", search_paths=[ROOT])
     lines = ["# API", "Made from the docstrings by `make api`: edit those."]
     adapters = [x for name, x in sorted(package["integrations"].modules.items()) if name[0] != "_"]
-    teachers = [package["teachers"], package["teachers"]["formats"]]
+    teachers = [package["teachers"], *(package["teachers"][x] for x in ("formats", "servers"))]
     for module in [package, *teachers, package["plan"], package["testing"], *adapters]:
         lines += [f"## {module.path}", _prose(module.docstring.value)]
         for item in _public(module):
@@ -52,7 +52,7 @@ def _entry(item: griffe.Object, owner: str = "") -> list[str]:
     unbroken = re.sub("(?<!,) ", "\0", signature)
     code = textwrap.fill(unbroken, 100, subsequent_indent="    ").replace("\0", " ")
     lines = [f"{'####' if owner else '###'} {owner}{item.name}", f"```python\n{code}\n```"]
-    for section in item.docstring.parse("google", warnings=False):
+    for section in item.docstring.parse("google", warnings=False, returns_multiple_items=False):
         if section.kind.value == "text":
             lines.append(_prose(section.value))
             continue

@@ -205,7 +205,7 @@ def kd_loss_with(
         (teacher, token_ids), entropy = classes_of(teacher, vocabulary(student), dtype)
         if isinstance(student, Tensor):
             student, _ = logit_rows(student, None)
-            teacher = teacher.view(*student.shape[:2], -1)
+            teacher = teacher.view(*student.shape[:2], teacher.shape[-1])
     elif isinstance(student, Tensor) and not isinstance(teacher, Head):
         student, teacher = logit_rows(student, teacher)
     weights = row_weights(student, dtype, kept, token_weight, options, num_items, kept_rows)

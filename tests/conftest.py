@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.pop("FUSED_KD_BACKEND", None)  # tests choose the backend
 
@@ -16,8 +17,10 @@ if os.environ.get("FUSED_KD_EMULATED_CUDA"):  # test_cuda_kernels.py runs the su
 
     emulated_cuda.install_from_environment()
 
-from support.backends import FAST, HERE, instruction_sets
+from support.backends import FAST, HERE, instruction_sets, one_thread
+from support.emulated_cuda import EmulatedCUDA, build, installed
 from support.logits import DTYPES
+from support.native_build import need_compiler
 
 from fused_kd import extension
 from fused_kd.divergences import DIVERGENCES
@@ -81,6 +84,25 @@ def no_fsync() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of the CUDA kernels and launchers, compiled for the CPU."""
+    need_compiler()
+    return build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(params=[80, 90], ids=["general", "cluster"])
+def cuda(request: pytest.FixtureRequest, emulated_library: Path) -> Iterator[EmulatedCUDA]:
+    """Yield the emulated CUDA backend, which is ``backend="cuda"`` during the test.
+
+    Capability 80 takes the general kernel, 90 the one for clusters.
+    """
+    backend = EmulatedCUDA(emulated_library, request.param)
+    backend.seed(1)
+    with installed(backend), one_thread():
+        yield backend
 
 
 @pytest.fixture(autouse=True)

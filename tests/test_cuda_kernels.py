@@ -8,16 +8,13 @@ the one for clusters. The slow tests run the suite of every other backend on the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from support.backends import formula_of, one_thread
-from support.emulated_cuda import EmulatedCUDA, build, installed
+from support.backends import formula_of
+from support.emulated_cuda import EmulatedCUDA
 from support.heads import make_heads, multiply_as_on_cuda
-from support.logits import identical, rows_and_gradient, scalar_and_gradient, truth
-from support.native_build import need_compiler
+from support.logits import identical, rows_and_gradient, scalar_and_gradient, shifted, truth
 from support.processes import passes, run_python
 from torch import Tensor
 
@@ -27,29 +24,16 @@ from fused_kd.divergences import DIVERGENCES
 from fused_kd.engines import driver
 from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
-#: So one worker builds the library, which all of these tests use.
-pytestmark = pytest.mark.xdist_group("the emulated CUDA library")
+#: So one worker builds the library, which all of these tests use; "cuda" is the emulated backend.
+pytestmark = [
+    pytest.mark.xdist_group("the emulated CUDA library"),
+    pytest.mark.usefixtures("cuda"),
+]
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 # the student's type is compiled in; the teacher's is, or is chosen at run time
 DTYPES = [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, BRAIN)]
 NAN, INF = float("nan"), float("inf")
-KINDS = {"general": 80, "cluster": 90}
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    need_compiler()
-    return build(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-@pytest.fixture(params=KINDS, autouse=True)
-def cuda(request: pytest.FixtureRequest, library: Path) -> Iterator[EmulatedCUDA]:
-    # Makes ``backend="cuda"`` the emulated one, with the kernel for clusters or without.
-    backend = EmulatedCUDA(library, KINDS[request.param])
-    backend.seed(1)
-    with installed(backend), one_thread():
-        yield backend
 
 
 def obey(regime: str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype], **keywords) -> None:
@@ -229,14 +213,6 @@ def test_rows_that_take_one_anothers_place(cuda: EmulatedCUDA, divergence: str) 
                 assert torch.equal(mine[row], its.view_as(mine[row])), n
 
 
-def shifted(x: Tensor, offset: int) -> Tensor:
-    """Return a copy that begins `offset` elements after a multiple of 64 bytes, between NaNs."""
-    memory = torch.full((x.numel() + 64 * 3,), NAN, dtype=x.dtype)
-    start = (-memory.data_ptr() % 64) // x.element_size() + 64 + offset
-    view = memory[start : start + x.numel()].view(x.shape)
-    return view.copy_(x)
-
-
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
 @pytest.mark.parametrize("vocabulary", [520, 1203])
 def test_any_alignment(vocabulary: int, dtype: torch.dtype) -> None:
@@ -403,8 +379,8 @@ SUITE = ["edge_rules", "error_rule", "invariants", "shapes", "reductions", "inpl
 
 
 @pytest.mark.slow
-def test_the_suite_of_every_backend(library: Path, cuda: EmulatedCUDA) -> None:
+def test_the_suite_of_every_backend(cuda: EmulatedCUDA) -> None:
     files = [f"tests/test_{name}.py" for name in SUITE]
     command = ["-m", "pytest", "-q", "-k", SUITE_KEYWORDS, "-p", "no:cacheprovider", *files]
-    emulated = f"{cuda.capability}:{library}"
+    emulated = f"{cuda.capability}:{cuda.library}"
     assert " passed" in passes(run_python(*command, FUSED_KD_EMULATED_CUDA=emulated))

@@ -14,11 +14,11 @@ from support.logits import N, V, make, make_ignored
 from support.losses import refused
 from torch import Tensor
 
-from fused_kd import Head, KDLoss
-from fused_kd.presets import CONVENTIONS
+from fused_kd import Head, KDLoss, TopK
+from fused_kd.presets import CONVENTIONS, TAILS
 
-NAMES = ("automodel", "distillkit", "fla", "kdflow", "liger", "model_optimizer")
-NAMES += ("torchdistill", "torchtune", "trl")
+NAMES = ("automodel", "distillkit", "fla", "kdflow", "liger", "megatron", "model_optimizer")
+NAMES += ("nemo_rl", "swift", "torchdistill", "torchtune", "trl", "verl")
 BETA, T = 0.1, 1.7  # asymmetric on purpose
 WEIGHTS = {"hard_weight": 0.3, "soft_weight": 0.7}
 
@@ -60,6 +60,36 @@ FORMULAS: list[tuple[str, dict[str, Any], Row]] = [
     ("trl", {"beta": BETA}, lambda q, p, ce: jsd(q, p, BETA)),
     ("trl", {"beta": 0.0}, lambda q, p, ce: kl(q, p)),
     ("trl", {"beta": 1}, lambda q, p, ce: kl(p, q)),
+    ("swift", {"beta": BETA}, lambda q, p, ce: jsd(q, p, BETA)),
+    ("swift", {"beta": 1}, lambda q, p, ce: kl(p, q)),
+]
+
+
+def ghost(log_q: Tensor) -> Tensor:
+    """Return log-probabilities (N, K+1) of (N, K), the last one of the mass that is left."""
+    return torch.cat([log_q, torch.log1p(-log_q.exp().sum(-1, keepdim=True))], -1)
+
+
+def alone(log_q: Tensor) -> Tensor:
+    return log_q.log_softmax(-1)
+
+
+def with_tail(change: Callable[[Tensor], Tensor], row: Row = lambda q, p, ce: kl(q, p)) -> Row:
+    """Return a loss of log q and log p of the teacher's K tokens, both changed before."""
+    return lambda q, p, ce: row(change(q), change(p), ce)
+
+
+# name, keywords, and the framework's losses of rows from log q, log p (at T) of K tokens
+TOP_K: list[tuple[str, dict[str, Any], Row]] = [
+    ("axolotl", {}, with_tail(alone)),
+    ("distillkit", {}, lambda q, p, ce: T**2 * kl(alone(q), p)),
+    ("megatron", {}, lambda q, p, ce: 0.5 * ce + 0.5 * kl(ghost(q), ghost(p))),
+    ("model_optimizer", {}, lambda q, p, ce: T**2 * kl(alone(q), alone(p))),
+    ("nemo_rl", {}, with_tail(alone)),
+    ("nemo_rl", {"divergence": "reverse_kl"}, with_tail(alone, lambda q, p, ce: kl(p, q))),
+    ("swift", {"beta": BETA}, with_tail(alone, lambda q, p, ce: jsd(q, p, BETA))),
+    ("trl", {"beta": BETA}, with_tail(ghost, lambda q, p, ce: jsd(q, p, BETA))),
+    ("verl", {}, lambda q, p, ce: kl(alone(q), p)),
 ]
 
 
@@ -85,6 +115,27 @@ def test_the_frameworks_number_and_its_gradient_P01_P09(
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "keywords", "rows"), TOP_K)
+def test_a_top_k_teacher_with_the_frameworks_tail(
+    name: str, keywords: dict[str, Any], rows: Row
+) -> None:
+    student, teacher, labels = make_ignored()
+    topk = TopK.from_logits(teacher, 4, T)._replace(tail=TAILS[name])
+    # axolotl's loss has no preset: its weights are settings of its recipes
+    preset = KDLoss.like("verl" if name == "axolotl" else name, temperature=T, **keywords)
+    got = preset(student, topk, labels)
+    exact = student.detach().double().requires_grad_()
+    ce = F.cross_entropy(exact, labels, reduction="none")
+    log_q, log_p = _distributions(exact, teacher, T)
+    kept = labels != -100
+    terms = rows(*(x.gather(-1, topk.token_ids) for x in (log_q, log_p)), ce)
+    want = torch.where(kept, terms, 0) if name == "model_optimizer" else terms[kept].mean()
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    got.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_what_needs_no_labels() -> None:
     student, teacher, _ = make()
     q, p = _distributions(student, teacher, 1.0)
@@ -100,8 +151,10 @@ def test_what_needs_no_labels() -> None:
 
 def test_the_names() -> None:
     assert tuple(CONVENTIONS) == NAMES
+    assert set(TAILS) - {"axolotl"} <= set(NAMES)
+    assert {name for name, _, _ in TOP_K} == set(TAILS)
     assert KDLoss.like.__doc__
-    refused(ValueError, r"'automodel', .*'trl'; got 'leger'$", KDLoss.like, "leger")
+    refused(ValueError, r"'automodel', .*'verl'; got 'leger'$", KDLoss.like, "leger")
     message = "got 'axolotl', whose teacher is top-k .* use fused_kd.integrations.axolotl"
     refused(ValueError, message, KDLoss.like, "axolotl")
 

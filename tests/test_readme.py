@@ -12,7 +12,7 @@ from torch import Tensor
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-ROWS, LENGTH, VOCABULARY = 2, 6, 30
+ROWS, LENGTH, VOCABULARY = 2, 6, 70
 
 
 def batch() -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def trained_on() -> Tensor:
 
 
 def test_the_loss_of_logits_equals_its_equivalent() -> None:
-    example, from_logits, equivalent, _ = BLOCKS
+    example, from_logits, equivalent, *_ = BLOCKS
     logits = torch.randn(ROWS, LENGTH, VOCABULARY, requires_grad=True)
     teacher_logits = 3 * torch.randn(ROWS, LENGTH, VOCABULARY).cos()
     names: dict[str, Any] = {
@@ -80,6 +80,17 @@ def test_heads_give_the_loss_of_logits() -> None:
     from_logits, from_heads = outcomes
     torch.testing.assert_close(from_heads, from_logits)
     assert torch.equal(from_heads[1].abs().sum(-1) > 0, trained_on())
+
+
+def test_a_top_k_teacher_is_below_the_dense_one() -> None:
+    student, teacher = Model(8), Model(12)
+    names: dict[str, Any] = {"batch": batch(), "teacher": teacher, "student": student}
+    exec(BLOCKS[1] + BLOCKS[0], names)
+    dense = names["loss"]
+    exec(BLOCKS[1] + BLOCKS[4], names)
+    assert names["topk"].token_ids.shape == (ROWS, LENGTH, 64)
+    assert 0 < names["loss"] < dense
+    names["loss"].backward()
 
 
 def test_a_batch_without_labels_trains_on_all_but_padding() -> None:

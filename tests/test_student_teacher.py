@@ -108,7 +108,7 @@ def test_a_plain_module_has_logits_alone() -> None:
 def test_bad_input() -> None:
     student, teacher = SmallLM(0), SmallLM(1)
     make = partial(StudentTeacherLoss, student)
-    refused(TypeError, r"teacher must be a torch\.nn\.Module; got NoneType", make, None)
+    refused(TypeError, r"teacher must be a torch\.nn\.Module; got str", make, "teacher")
     refused(ValueError, r"also the student's: copy\.deepcopy the teacher", make, student)
     refused(TypeError, "loss must be a KDLoss; got KLDivLoss", make, teacher, nn.KLDivLoss())
     for heads, options, message in (

@@ -55,6 +55,7 @@ def test_what_else_a_sample_may_have() -> None:
     assert batch["id"].tolist() == [7, 8]
     assert batch["name"] == ["a", "b"]
     assert batch["t"].tail_logprob.shape == (2, 5)
+    assert (batch["t"].tail_logprob[1, 1:] == 0).all()
     assert (batch["t"].logprobs[1, 1:] == -math.inf).all()
     pair = collate([(torch.ones(2, 2), topk), (torch.ones(2, 2), other)])
     assert isinstance(pair[1], TopK)

@@ -106,6 +106,7 @@ def test_distillkit_entries_that_the_server_left_out_are_absent() -> None:
 def test_distillkit_files_become_a_cache_of_ours(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("yaml")
     config, values, _ = DISTILLKIT["polynomial"]
     lists = arrow.list_(arrow.list_(arrow.uint8()))
     schema = arrow.schema(
@@ -120,8 +121,9 @@ def test_distillkit_files_become_a_cache_of_ours(tmp_path: Path) -> None:
         row = text | {"compressed_logprobs": hexed(values), "bytepacked_indices": hexed(PACKED)}
         path = tmp_path / f"data_{number}.parquet"
         parquet.write_table(arrow.Table.from_pylist([row, row], schema=schema), path)
+    (tmp_path / "compression_config.yaml").write_text(json.dumps(SIZES | config))  # which is YAML
     with TopKWriter(tmp_path / "ours", vocabulary=1000, k=6, tail="renormalize") as writer:
-        for ids, topk in read_distillkit(tmp_path, SIZES | config):
+        for ids, topk in read_distillkit(tmp_path):
             writer.write(ids, topk)
     dataset = TopKDataset(tmp_path / "ours")
     assert [x["input_ids"].tolist() for x in dataset] == [[n, 1] for n in (0, 0, 2, 2, 10, 10)]

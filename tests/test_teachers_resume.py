@@ -69,6 +69,8 @@ def test_after_a_kill_at_any_write_the_files_are_those_of_a_run_without_one(
             (ValueError, FileNotFoundError), match=r"must be finished|must be a cache"
         ):
             TopKDataset(folder)
+        TopKWriter(folder, **SETTINGS, shard_bytes=SHARD_BYTES).close()
+        TopKDataset(folder).verify()  # what was finished, and nothing after it
         assert files(write(folder, shard_bytes=SHARD_BYTES)) == want, moment
 
 
@@ -82,7 +84,12 @@ def test_an_exception_of_the_caller_leaves_a_cache_to_go_on_with(tmp_path: Path)
         TopKDataset(tmp_path / "cache")
     with TopKWriter(tmp_path / "cache", **SETTINGS) as w:
         assert (len(w), w.rows) == (1, LENGTHS[0])
-    assert files(write(tmp_path / "cache")) == want  # a closed cache is continued as well
+    w = TopKWriter(tmp_path / "cache", **SETTINGS)  # a closed cache may be continued
+    w.write(texts()[1], teacher_of(texts()[1]))
+    w._close_files()
+    with pytest.raises(ValueError, match="must be finished"):
+        TopKDataset(tmp_path / "cache")
+    assert files(write(tmp_path / "cache")) == want
 
 
 def test_a_write_that_failed_is_overwritten(
@@ -131,6 +138,16 @@ def test_what_the_manifest_counts_must_be_there(tmp_path: Path, name: str) -> No
     os.truncate(tmp_path / name, 20)
     with pytest.raises(ValueError, match=rf"{name} must have .* truncated"):
         TopKWriter(tmp_path, **SETTINGS, shard_bytes=SHARD_BYTES)
+
+
+def test_no_bytes_are_cut_off_that_a_killed_writer_does_not_leave(tmp_path: Path) -> None:
+    unfinished(tmp_path)
+    with open(tmp_path / "shard-00000.bin", "ab") as file:  # not the last
+        file.write(b"foreign")
+    good = files(tmp_path)
+    with pytest.raises(ValueError, match=r"shard-00000\.bin has more bytes"):
+        TopKWriter(tmp_path, **SETTINGS, shard_bytes=SHARD_BYTES)
+    assert files(tmp_path) == good
 
 
 def test_keep_is_the_way_out_of_a_damaged_cache(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
         (90, Variant("rescale_"), 2),
         (100, Variant("forward", "mse", student=F32, teacher=F32), 1),
         ("gfx942", Variant(divergence="reverse_kl"), 2),
+        (90, Variant(k=64), 1),
+        ("gfx942", Variant(divergence="jsd", k=64), 2),
     ],
     ids=str,
 )
@@ -76,11 +78,13 @@ def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert kernel.spills > 0
 
 
-def test_barriers_around_the_label(tmp_path: Path) -> None:
+# of a top-k teacher: after its support's logits were copied, and after the label's gradient too
+@pytest.mark.parametrize(("k", "barriers"), [(None, 2), (64, 4)])
+def test_barriers_around_the_label(k: int | None, barriers: int, tmp_path: Path) -> None:
     # In place, no warp may store a gradient before all have read the label's logits, nor the
     # label's gradient before all have stored. The interpreter has one thread and finds neither
-    (kernel,) = compile_variant(Variant("backward_"), 90, tmp_path)
-    assert len(re.findall(r"bar\.sync|barrier\.sync", kernel.code["ptx"])) == 2
+    (kernel,) = compile_variant(Variant("backward_", k=k), 90, tmp_path)
+    assert len(re.findall(r"bar\.sync|barrier\.sync", kernel.code["ptx"])) == barriers
 
 
 @pytest.mark.parametrize(("divergence", "waits"), [("forward_kl", 2), ("tvd", 3)])
@@ -112,6 +116,30 @@ def test_the_memory_order_of_programs_that_wait(
     assert sum(group.count("sums") for group in groups) == order.count("sums") >= 6
     # and the slot in the ring is released after the last of them
     assert re.search(r"sums(?: barrier)+ release(?: barrier)+$", text)
+
+
+def test_the_memory_order_of_a_support(tmp_path: Path) -> None:
+    # It is marked before the pass, which reads the marks from L2. Its logits, which each program
+    # copies from its slice, are read from L2 after all programs have arrived.
+    (kernel,) = compile_variant(Variant(k=64), 90, tmp_path)
+    kinds = {
+        "mark": r"red\.global\.gpu\.relaxed\.or\.b32",
+        "marks": r"ld\.global\.cg\.b8",
+        "release": r"red\.global\.gpu\.release\.add\.u32|atom\.global\.gpu\.release\.add\.u32",
+        "acquire": r"ld\.global\.gpu\.acquire\.b32|atom\.global\.gpu\.acquire\.add\.u32",
+        "copy": r"st\.global\.b32",
+        "sums": r"ld\.global\.cg\.b32",
+        "barrier": r"bar\.sync",
+    }
+    pattern = "|".join(f"(?P<{name}>{form})" for name, form in kinds.items())
+    order = [str(match.lastgroup) for match in re.finditer(pattern, kernel.code["ptx"])]
+    text = " ".join(order)
+    # the first barrier of the pair after the marks were cleared, the second before they are read
+    assert "copy barrier copy mark barrier marks" in text
+    last_acquire = max(i for i, kind in enumerate(order) if kind == "acquire")
+    assert order.index("mark") < order.index("release") < last_acquire < order.index("sums")
+    # three sums of the parts, then a logit in either loop over the support
+    assert order[last_acquire:].count("sums") == 5
 
 
 # the last loads; the second pass of jsd needs the first pass's sums in every program
@@ -171,6 +199,20 @@ def test_every_kernel(
             _kernels(first, target, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("target", [100, "gfx942"])
+def test_every_kernel_of_a_top_k_teacher(
+    target: int | str, divergence: str, tmp_path: Path
+) -> None:
+    first = Variant(divergence=divergence, k=64)
+    for operator in OPERATORS:
+        _kernels(replace(first, operator=operator), target, tmp_path)
+    for changes in ({"smoothing": True}, {"hard": False}, {"student": F32}):
+        _kernels(replace(first, **changes), target, tmp_path)
+    _kernels(replace(first, vocabulary=50257, aligned=False), target, tmp_path)
+
+
 # nothing is known of addresses: V = 50257, or a view that begins anywhere
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -220,15 +262,18 @@ def test_slices_of_another_size(setting: str, monkeypatch: pytest.MonkeyPatch) -
 #: Pointers to what is float32 or an integer already, and those of `_tile`, whose tensors are
 #: widened when they are used.
 PLAIN = {"row.label", "w_ptr", "scale_ptr", "row.stats", "ptr", "all_parts", "s_from", "t_from"}
+PLAIN |= {f"row.classes.{name}" for name in ("token_ids", "inside", "logits")} | {"marks"}
 
 
 def test_logits_are_float32_before_they_are_used() -> None:
     # Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU
     folder = Path(cut.__file__).parent
-    source = (folder / "kernels.py").read_text(encoding="utf-8")
-    uses = re.findall(r"(.{8})tile\.[st]\[", source)
-    assert uses == ["widened("] * 6
-    nodes = list(ast.walk(ast.parse(source)))
+    source, of_classes = (
+        (folder / name).read_text(encoding="utf-8") for name in ("kernels.py", "classes.py")
+    )
+    uses = re.findall(r"(.{8})tile\.[st]\[", source + of_classes)
+    assert uses == ["widened("] * 7
+    nodes = [node for text in (source, of_classes) for node in ast.walk(ast.parse(text))]
     calls = [x for x in nodes if isinstance(x, ast.Call)]
     casts = [x for x in calls if ast.unparse(x).endswith(".to(tl.float32)")]
     cast = {id(x.func.value) for x in casts if isinstance(x.func, ast.Attribute)}

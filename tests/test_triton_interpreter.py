@@ -22,8 +22,10 @@ def _run(marker: str, *files: str) -> None:
     passes(run_python(*command, *files, TRITON_INTERPRET="1"))
 
 
-# two processes, for two workers
-@pytest.mark.parametrize("files", ["test_edges.py", "test_parity.py test_references.py"])
+# three processes, for as many workers
+@pytest.mark.parametrize(
+    "files", ["test_edges.py", "test_parity.py test_references.py", "test_classes.py"]
+)
 def test_interpreted_kernels(files: str) -> None:
     _run("not slow", *files.split())
 

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fused_kd.backends.triton import elements, formulas, kernels, launch, rules
+from fused_kd.backends.triton import classes, elements, formulas, kernels, launch, rules
 from fused_kd.divergences import DIVERGENCES
 
-MODULES = (elements, formulas, kernels, launch, rules)
+MODULES = (classes, elements, formulas, kernels, launch, rules)
 #: The most parameters of a function. Only the kernels have more: a launch passes single values.
 MOST_PARAMETERS = 8
 
@@ -45,10 +45,10 @@ def test_a_divergence_without_a_rule_is_named(monkeypatch: pytest.MonkeyPatch) -
         rules._in_order()
 
 
-@pytest.mark.parametrize("module", [elements, formulas, kernels, launch])
+@pytest.mark.parametrize("module", [classes, elements, formulas, kernels, launch])
 def test_only_rules_know_divergences_by_name(module: ModuleType) -> None:
-    classes = [type(rules.rule_of(code)).__name__ for code in range(rules.NONE + 1)]
-    known = {*DIVERGENCES, *classes, "DIVERGENCES"}
+    names_of_rules = [type(rules.rule_of(code)).__name__ for code in range(rules.NONE + 1)]
+    known = {*DIVERGENCES, *names_of_rules, "DIVERGENCES"}
     for node in ast.walk(_tree(module)):
         names = [node.id] if isinstance(node, ast.Name) else []
         names += [node.value] if isinstance(node, ast.Constant) else []

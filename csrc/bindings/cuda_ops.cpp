@@ -55,7 +55,6 @@ struct Cuda {
   };
 
   static void rows(const Problem& p, const Tensor& student) {
-    STD_TORCH_CHECK(!p.has_classes, "the CUDA kernels do not take a TopK yet");
     check_size(p.N, p.V);
     const Device device = device_of(student);
     const int64_t bytes = workspace_bytes(p, device);
@@ -65,13 +64,11 @@ struct Cuda {
   }
 
   static void gradient(const Problem& p, const Tensor& student) {
-    STD_TORCH_CHECK(!p.has_classes, "the CUDA kernels do not take a TopK yet");
     check_size(p.N, p.V);
     check(launch_gradient(p, device_of(student), stream_of(student)));
   }
 
   static void rescale(const Problem& p, const Tensor& student) {
-    STD_TORCH_CHECK(!p.has_classes, "the CUDA kernels do not take a TopK yet");
     check_size(p.N, p.V);
     check(launch_rescale(p, device_of(student), stream_of(student)));
   }

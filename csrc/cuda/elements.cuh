@@ -62,6 +62,13 @@ struct RowIndex {
   }
 };
 
+// Returns element v of the elements at `data`, widened.
+FUSED_KD_DEVICE float element_of(const void* data, Dtype dtype, int v) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(data)[v];
+  const uint32_t bits = static_cast<const uint16_t*>(data)[v];
+  return dtype == Dtype::bf16 ? from_bf16(bits) : from_f16(bits);
+}
+
 // One row of a tensor, of V elements.
 struct RowView {
   char* data;
@@ -80,11 +87,7 @@ struct RowView {
   // Returns whether every group is whole and aligned to 16 bytes.
   FUSED_KD_DEVICE bool is_plain() const { return misaligned == 0 && entries % GROUP == 0; }
 
-  FUSED_KD_DEVICE float element(int v) const {
-    if (dtype == Dtype::f32) return reinterpret_cast<const float*>(data)[v];
-    const uint32_t bits = reinterpret_cast<const uint16_t*>(data)[v];
-    return dtype == Dtype::bf16 ? from_bf16(bits) : from_f16(bits);
-  }
+  FUSED_KD_DEVICE float element(int v) const { return element_of(data, dtype, v); }
 };
 
 // Returns 16 of 32 bytes, from byte `first` on, an even number below 16.

@@ -1,7 +1,7 @@
 // The instances of the kernels; each student type has its own translation unit.
 #pragma once
 
-#include "rows.cuh"
+#include "classes.cuh"
 
 namespace fused_kd {
 
@@ -30,7 +30,10 @@ template <Dtype S, bool SAME>
 int launch_divergence(Kernel kernel, Divergence divergence, const LaunchShape& shape, void* stream,
                       const Params& params) {
   return with_rule(divergence, [&](auto rule) {
-    return launch_typed<rule.DIVERGENCE, S, SAME>(kernel, shape, stream, params);
+    if constexpr (rule.SOFTMAX && !rule.READS_TEACHER)
+      return 1;  // cudaErrorInvalidValue: the tail alone is no row
+    else
+      return launch_typed<rule.DIVERGENCE, S, SAME>(kernel, shape, stream, params);
   });
 }
 
@@ -42,6 +45,10 @@ int FUSED_KD_JOIN(launch_, FUSED_KD_STUDENT)(Kernel kernel, Divergence divergenc
                                              const Params& params) {
   constexpr Dtype S = Dtype::FUSED_KD_STUDENT;
   if (kernel == Kernel::scale) return launch_kernel(scale_rows<S>, shape, stream, params);
+  if (params.has_classes)
+    return kernel == Kernel::general
+               ? launch_kernel(rows_general_classes<S>, shape, stream, params)
+               : launch_kernel(rows_cluster_classes<S>, shape, stream, params);
   return params.teacher.dtype == S
              ? launch_divergence<S, true>(kernel, divergence, shape, stream, params)
              : launch_divergence<S, false>(kernel, divergence, shape, stream, params);

@@ -15,31 +15,35 @@ int groups_of(int64_t V) { return static_cast<int>((V + GROUP - 1) / GROUP); }
 Divergence divergence_of(const Problem& p) { return p.w_soft ? p.divergence : Divergence::none; }
 
 int bytes_of_group(const Problem& p) {
-  const int teacher = p.w_soft ? width(p.teacher.dtype) : 0;
+  const int teacher = p.w_soft && !p.has_classes ? width(p.teacher.dtype) : 0;
   return GROUP * (width(p.student.dtype) + teacher);
 }
 
 struct Plan {
   Kernel kernel;
   int parts, slice;  // blocks of a row, groups in each
+  bool has_classes;
 
-  Plan(Kernel kernel, int groups, int parts) : kernel(kernel), parts(parts) {
-    slice = (groups + parts - 1) / parts;
+  Plan(Kernel kernel, const Problem& p, int parts)
+      : kernel(kernel), parts(parts), has_classes(p.has_classes) {
+    slice = (groups_of(p.V) + parts - 1) / parts;
   }
   int slices_end(int group_bytes) const {
-    return static_cast<int>(sizeof(Shared)) + (kernel == Kernel::cluster ? slice * group_bytes : 0);
+    return static_cast<int>(sizeof(Shared)) + (has_classes ? mask_bytes(slice) : 0) +
+           (kernel == Kernel::cluster ? slice * group_bytes : 0);
   }
   int shared_bytes(int group_bytes) const {
     const bool hand_over = kernel == Kernel::cluster && parts > 1;
-    return slices_end(group_bytes) + (hand_over ? parts * HANDED_BYTES : 0);
+    return slices_end(group_bytes) + (hand_over ? parts * handed_bytes(records()) : 0);
   }
+  // Returns the number of records of a block in the first round.
+  int records() const { return has_classes ? 2 : 1; }
 };
 
 Plan plan_general(const Problem& p) {
-  const int groups = groups_of(p.V);
-  const int64_t parts =
-      (int64_t(groups) * bytes_of_group(p) + GLOBAL_SLICE_BYTES - 1) / GLOBAL_SLICE_BYTES;
-  return Plan(Kernel::general, groups, parts < MAX_PARTS ? static_cast<int>(parts) : MAX_PARTS);
+  const int64_t bytes = int64_t(groups_of(p.V)) * bytes_of_group(p);
+  const int64_t parts = (bytes + GLOBAL_SLICE_BYTES - 1) / GLOBAL_SLICE_BYTES;
+  return Plan(Kernel::general, p, parts < MAX_PARTS ? static_cast<int>(parts) : MAX_PARTS);
 }
 
 // Returns the smallest cluster of which three blocks fit on a multiprocessor, else the largest if
@@ -47,7 +51,7 @@ Plan plan_general(const Problem& p) {
 Plan plan_rows(const Problem& p, const Device& device) {
   const int group_bytes = bytes_of_group(p);
   for (int blocks = 1; blocks <= device.cluster; blocks *= 2) {
-    const Plan plan(Kernel::cluster, groups_of(p.V), blocks);
+    const Plan plan(Kernel::cluster, p, blocks);
     const int limit = blocks < device.cluster ? device.bytes_of_three : device.bytes_of_two;
     if (plan.slice <= CHUNK * MAX_CHUNKS && plan.shared_bytes(group_bytes) <= limit) return plan;
   }
@@ -88,6 +92,11 @@ Params params_of(const Problem& p, const Plan& plan) {
   q.parts = plan.parts;
   while (1 << q.parts_log2 < plan.parts) ++q.parts_log2;
   q.slice = plan.slice;
+  q.has_classes = p.has_classes;
+  q.token_ids = p.token_ids;
+  q.K = static_cast<int>(p.K);
+  q.divergence = divergence_of(p);
+  q.rounds = with_rule(divergence_of(p), [](auto rule) { return rule.TWO_PASSES ? 2 : 1; });
   return q;
 }
 
@@ -130,7 +139,7 @@ int launch_from_statistics(const Problem& p, const Device& device, bool unless_e
 
 // Multiplies the gradient by *p.scale; unless_exact: only if the product is exact.
 int launch_multiply(const Problem& p, const Device& device, bool unless_exact, void* stream) {
-  const Plan plan(Kernel::scale, groups_of(p.V), plan_general(p).parts);
+  const Plan plan(Kernel::scale, p, plan_general(p).parts);
   Params q = params_of(p, plan);
   q.unless_exact = unless_exact;
   q.student = p.grad;  // its type selects the kernel
@@ -147,7 +156,8 @@ struct WorkspaceLayout {
     const int64_t rows = plan.parts < RING_RECORDS ? RING_RECORDS / plan.parts : 1;
     ring = static_cast<int>(N < rows ? N : rows);
     counters = ((1 + 2 * N) * 4 + 15) / 16 * 16;
-    bytes = counters + 2 * int64_t(ring) * plan.parts * static_cast<int64_t>(sizeof(Record));
+    const int64_t records = int64_t(ring) * plan.parts * (plan.records() + 1);
+    bytes = counters + records * static_cast<int64_t>(sizeof(Record));
     if (plan.kernel == Kernel::cluster || plan.parts == 1) bytes = 0;
   }
 };

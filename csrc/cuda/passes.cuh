@@ -29,8 +29,14 @@ struct Params {
   int slices_end;     // the end of these groups in its shared memory, in bytes
   // The blocks of a row exchange records in global memory: zeroed counters, and a ring of records.
   uint32_t *tickets, *arrived, *finished;  // (1), (N), (N)
-  Record* partials;                        // (2, ring, parts)
+  Record* partials;                        // (2, ring, parts); with classes (3, ring, parts)
   int ring;                                // rows
+  // The support of a top-k teacher, whose rows then have K+1 logits (problem.h).
+  bool has_classes;
+  const int32_t* token_ids;  // (N, K)
+  int K;
+  Divergence divergence;  // of the classes
+  int rounds;             // exchanges of records: 2 if it needs two passes
 };
 
 // Returns whether multiplying a rounded gradient by `scale` is exact unless the result is
@@ -92,35 +98,41 @@ FUSED_KD_DEVICE bool soft_is_infinite(const Record& record) {
   return is_infinite<Rule<D>>(flags & ALONE_S, flags & ALONE_T);
 }
 
+// Return a term of a row, 0 if it is off. s_label: the student's logit at the label.
+FUSED_KD_DEVICE float hard_loss(const Params& p, const Row& row, float s_label,
+                                const Record& record) {
+  if (!row.hard) return 0.0f;
+  const Options& o = p.options;
+  const RowSums<float>& r = record.r;
+  const Subtracted m(r.m_s, r.m_t, o);
+  const float log_sum = log2f(r.d_1), eps = p.label_smoothing;
+  // not below 0, in spite of the rounding of an exponential and its logarithm
+  float hard = (1.0f - eps) * fmaxf(log_sum - m.hard(s_label, o), 0.0f);
+  if (eps > 0.0f) {
+    // the mean of the hard term's exponents, from the mean of the softened exponents
+    const float mean = (r.differences / r.count - m.added_s) * (o.k_1 / o.k);
+    hard += eps * (log_sum - (mean + m.added_1));
+  }
+  hard *= static_cast<float>(LN2);
+  if (s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
+  if (hard_is_nan(row, record)) hard = NAN;
+  return hard;
+}
+
+template <Divergence D>
+FUSED_KD_DEVICE float soft_loss(const Params& p, const Row& row, const Record& record) {
+  if (!Rule<D>::READS_TEACHER || !row.soft) return 0.0f;
+  float soft = p.soft_factor * Rule<D>::value(record.r, p.options.rule);
+  if (soft_is_infinite<D>(record)) soft = INF;
+  if (soft_is_nan<D>(record)) soft = NAN;
+  return soft;
+}
+
 template <Divergence D>
 FUSED_KD_DEVICE void write_losses(const Params& p, const Row& row, float s_label,
                                   const Record& record) {
-  const RowSums<float>& r = record.r;
-  float hard = 0.0f, soft = 0.0f;
-  if (row.hard) {
-    const Options& o = p.options;
-    const Subtracted m(r.m_s, r.m_t, o);
-    const float log_sum = log2f(r.d_1), eps = p.label_smoothing;
-    // not below 0, in spite of the rounding of an exponential and its logarithm
-    hard = (1.0f - eps) * fmaxf(log_sum - m.hard(s_label, o), 0.0f);
-    if (eps > 0.0f) {
-      // the mean of the hard term's exponents, from the mean of the softened exponents
-      const float mean = (r.differences / r.count - m.added_s) * (o.k_1 / o.k);
-      hard += eps * (log_sum - (mean + m.added_1));
-    }
-    hard *= static_cast<float>(LN2);
-    if (s_label == -INF || (eps > 0.0f && static_cast<int>(record.flags) & ALONE_S)) hard = INF;
-    if (hard_is_nan(row, record)) hard = NAN;
-  }
-  if constexpr (Rule<D>::READS_TEACHER) {
-    if (row.soft) {
-      soft = p.soft_factor * Rule<D>::value(r, p.options.rule);
-      if (soft_is_infinite<D>(record)) soft = INF;
-      if (soft_is_nan<D>(record)) soft = NAN;
-    }
-  }
-  p.hard[row.n] = hard;
-  p.soft[row.n] = soft;
+  p.hard[row.n] = hard_loss(p, row, s_label, record);
+  p.soft[row.n] = soft_loss<D>(p, row, record);
   reinterpret_cast<Record*>(p.stats)[row.n] = record;
 }
 
@@ -306,7 +318,7 @@ FUSED_KD_DEVICE void gradient_pass(const Params& p, const Row& row, const Source
       source.true_teacher(group, s, t);
       gradient.nothing_for_absent(group, s, t, g);
     }
-    store_gradient<S, false>(grad, group, together, g);
+    source.template store<S, false>(grad, group, together, g);
   };
   const auto slowly = [&](const auto& exponents) {
     source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
@@ -318,7 +330,7 @@ FUSED_KD_DEVICE void gradient_pass(const Params& p, const Row& row, const Source
   if (!Source::STAYS || !grad.is_plain() || gradient.some_absent) return slowly(folded);
   source.again([&](int group, const float (&s)[GROUP], float (&t)[GROUP]) {
     gradient.of_group(s, t, folded, o, g);
-    store_gradient<S, true>(grad, group, source.slice.together(group), g);
+    source.template store<S, true>(grad, group, source.slice.together(group), g);
   });
   // the label's group is computed again, instead of a test in the loop; the warp synchronises
   // first, since a neighbour may have written a half of it

@@ -96,6 +96,9 @@ __device__ __forceinline__ float warp_max(float v) {
 
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
+// Sets bits of a word in shared memory; several threads may do so at once.
+__device__ __forceinline__ void set_bits(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
+
 // Returns the dynamic shared memory of this block; the kernels use no other.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char shared_memory[];

@@ -1,4 +1,5 @@
-// The two kernels of a row: losses, statistics and gradients of every divergence.
+// The two kernels of a row: losses, statistics and gradients of every divergence. classes.cuh has
+// their variants for a teacher given by classes.
 //
 // Memory traffic for loss and gradient together; each gradient is written once:
 //     rows_general   reads each logit twice, the second time mostly from L2; several blocks per
@@ -38,7 +39,8 @@ FUSED_KD_DEVICE Record unpack(const First& first) {
 }
 
 // The head of a block's shared memory. In a cluster, the block's slices of a row follow, and then
-// the records that each block hands over, in the first and in the second round.
+// the records that each block hands over, in the first and in the second round. With classes the
+// mask of the support (classes.cuh) is before the slices.
 struct Shared {
   union {  // of the warps of the block
     First first[WARPS];
@@ -51,16 +53,20 @@ struct Shared {
   uint32_t ticket;
 };
 static_assert(sizeof(Shared) % 16 == 0, "slices are not aligned");
-constexpr int HANDED_BYTES = sizeof(First) + sizeof(Sums);  // of each block of a cluster
 
-// Returns, to all threads, the scalars that the first thread computes from a row's record, so that
-// divisions are done once. Between two calls the block must synchronise.
-template <class T>
-FUSED_KD_DEVICE T broadcast_from_first(const Params& p, const Row& row, const Record& record,
-                                       Shared& shared) {
+// Bytes that each block of a cluster hands over; records: in the first round.
+constexpr int handed_bytes(int records) {
+  return static_cast<int>(records * sizeof(First) + sizeof(Sums));
+}
+
+// Returns, to all threads, the scalars that the first thread computes from a row's statistics, so
+// that divisions are done once. Between two calls the block must synchronise.
+template <class T, class Statistics>
+FUSED_KD_DEVICE T broadcast_from_first(const Params& p, const Row& row,
+                                       const Statistics& statistics, Shared& shared) {
   static_assert(sizeof(T) <= sizeof shared.broadcast, "the scalars do not fit");
   T* scalars = reinterpret_cast<T*>(shared.broadcast);
-  if (threadIdx.x == 0) *scalars = T(p, row, record);
+  if (threadIdx.x == 0) *scalars = T(p, row, statistics);
   block_sync();
   return *scalars;
 }
@@ -121,7 +127,9 @@ FUSED_KD_DEVICE bool all_go_on(const Params& p, int round, int rounds) {
 // last; all others run to their end and free their multiprocessors. Therefore the blocks of one row
 // must be resident at once (launch.cu checks), not the grid; if launches run concurrently, one row
 // of each. Records are stored in a ring: a row reuses the place of the row `ring` before it, after
-// that row's records have been read.
+// that row's records have been read. RECORDS: of each block in the first round; the second round
+// exchanges the first one alone.
+template <int RECORDS>
 struct GlobalExchange {
   const Params& p;
   int64_t n;
@@ -129,8 +137,10 @@ struct GlobalExchange {
   int rounds;
   Shared& shared;
 
-  FUSED_KD_DEVICE Record* records(int round) const {
-    return p.partials + ((round - 1) * p.ring + static_cast<int>(n) % p.ring) * p.parts;
+  // Returns the records of the row's blocks: in slot 0 those of the first round, in 1 those of the
+  // second, in 2 the further ones of the first.
+  FUSED_KD_DEVICE Record* records(int slot) const {
+    return p.partials + (slot * p.ring + static_cast<int>(n) % p.ring) * p.parts;
   }
 
   FUSED_KD_DEVICE void wait_for_place() const {
@@ -140,14 +150,22 @@ struct GlobalExchange {
   // Signals that this block reads and writes no more records.
   FUSED_KD_DEVICE void finish() const { arrive(p.finished + n); }
 
-  // Gives warp 0 the record of the whole row. Returns false for a block that does not continue.
+  // Called instead of an exchange, by all threads, for a row that is off.
+  FUSED_KD_DEVICE void skip() const {
+    if (p.parts == 1 || threadIdx.x != 0) return;
+    wait_for_place();
+    finish();
+  }
+
+  // Gives warp 0 the records of the whole row. Returns false for a block that does not continue.
   template <class Merge>
-  FUSED_KD_DEVICE bool operator()(Record& record, int round, Merge merge) const {
+  FUSED_KD_DEVICE bool operator()(Record (&record)[RECORDS], int round, Merge merge) const {
     if (p.parts > 1) {
       const bool goes_on = part == 0 || all_go_on(p, round, rounds);
       if (threadIdx.x == 0) {
         if (round == 1) wait_for_place();
-        records(round)[part] = record;
+        records(round - 1)[part] = record[0];
+        if (RECORDS > 1 && round == 1) records(2)[part] = record[RECORDS - 1];
         arrive(p.arrived + n);
         if (!goes_on) finish();
         if (goes_on) wait_until(p.arrived + n, static_cast<uint32_t>(round * p.parts));
@@ -156,7 +174,9 @@ struct GlobalExchange {
       if (threadIdx.x < 32) {
         warp_sync();  // until thread 0 has waited
         const int lane = threadIdx.x;
-        record = lane < p.parts ? read_uncached(records(round)[lane]) : empty_record();
+        record[0] = lane < p.parts ? read_uncached(records(round - 1)[lane]) : empty_record();
+        if (RECORDS > 1 && round == 1)
+          record[RECORDS - 1] = lane < p.parts ? read_uncached(records(2)[lane]) : empty_record();
         merge(record);
         warp_sync();  // until all lanes have read
         if (round == rounds && lane == 0) finish();
@@ -170,13 +190,14 @@ struct GlobalExchange {
 
 // Blocks of one cluster write into the shared memory of all others, and wait for the writes into
 // their own: a single trip. A block may end when all writes that it waits for have arrived.
+template <int RECORDS>
 struct ClusterExchange {
   const Params& p;
   int rounds;
   Shared& shared;
   uint32_t blocks, rank;
-  First* first;  // of the blocks
-  Sums* second;
+  First* first;  // (RECORDS, blocks)
+  Sums* second;  // (blocks)
 
   FUSED_KD_DEVICE ClusterExchange(const Params& p, int rounds, unsigned char* memory)
       : p(p),
@@ -185,7 +206,7 @@ struct ClusterExchange {
         blocks(cluster_blocks()),
         rank(cluster_rank()),
         first(reinterpret_cast<First*>(memory + p.slices_end)),
-        second(reinterpret_cast<Sums*>(first + blocks)) {}
+        second(reinterpret_cast<Sums*>(first + RECORDS * blocks)) {}
 
   FUSED_KD_DEVICE bool goes_on(uint32_t rank, int round) const {
     return rank == 0 || all_go_on(p, round, rounds);
@@ -197,7 +218,7 @@ struct ClusterExchange {
     for (int round = 1; round <= rounds; ++round) barrier_init(&shared.handed[round - 1]);
     barrier_init_fence();
     for (int round = 1; round <= rounds; ++round) {
-      const uint32_t bytes = round == 1 ? sizeof(First) : sizeof(Sums);
+      const uint32_t bytes = round == 1 ? RECORDS * sizeof(First) : sizeof(Sums);
       if (goes_on(rank, round)) barrier_expect(&shared.handed[round - 1], blocks * bytes);
     }
   }
@@ -208,7 +229,7 @@ struct ClusterExchange {
   }
 
   template <class Merge>
-  FUSED_KD_DEVICE bool operator()(Record& record, int round, Merge merge) const {
+  FUSED_KD_DEVICE bool operator()(Record (&record)[RECORDS], int round, Merge merge) const {
     if (blocks == 1) return true;
     if (round == 1) cluster_wait();  // until the barriers of all blocks are initialised
     if (threadIdx.x < 32) {
@@ -216,28 +237,34 @@ struct ClusterExchange {
       if (lane < blocks && goes_on(lane, round)) hand_over(record, round, lane);
       if (goes_on(rank, round)) {
         barrier_wait_for_peers(&shared.handed[round - 1], 0);
-        if (round == 1)
-          record = lane < blocks ? unpack(first[lane]) : empty_record();
-        else
-          set_second(record, lane < blocks ? second[lane] : Sums{});
+        if (round == 1) {
+#pragma unroll
+          for (int i = 0; i < RECORDS; ++i)
+            record[i] = lane < blocks ? unpack(first[i * blocks + lane]) : empty_record();
+        } else {
+          set_second(record[0], lane < blocks ? second[lane] : Sums{});
+        }
         merge(record);
       }
     }
     return goes_on(rank, round);
   }
 
-  FUSED_KD_DEVICE void hand_over(const Record& record, int round, uint32_t peer) const {
+  FUSED_KD_DEVICE void hand_over(const Record (&record)[RECORDS], int round, uint32_t peer) const {
     struct Halves {
       Bits16 low, high;
     };
     uint64_t* barrier = &shared.handed[round - 1];
     if (round == 1) {
-      const Halves halves = same_bits<Halves>(pack(record));
-      First* to = first + rank;
-      push(to, halves.low, barrier, peer);
-      push(reinterpret_cast<unsigned char*>(to) + 16, halves.high, barrier, peer);
+#pragma unroll
+      for (int i = 0; i < RECORDS; ++i) {
+        const Halves halves = same_bits<Halves>(pack(record[i]));
+        First* to = first + i * blocks + rank;
+        push(to, halves.low, barrier, peer);
+        push(reinterpret_cast<unsigned char*>(to) + 16, halves.high, barrier, peer);
+      }
     } else {
-      const Sums sums = {record.r.x, record.r.y};
+      const Sums sums = {record[0].r.x, record[0].r.y};
       push(second + rank, same_bits<Bits8>(sums), barrier, peer);
     }
   }
@@ -250,17 +277,18 @@ template <Divergence D, Dtype S, class Source, class Exchange>
 FUSED_KD_DEVICE void process_row(const Params& p, const Row& row, const Source& source, int part,
                                  Shared& shared, Exchange exchange) {
   const Options& o = p.options;
-  Record record = first_pass<D>(source, o);
+  Record records[1] = {first_pass<D>(source, o)};
+  Record& record = records[0];
   // read before the exchange, after which, in place, another block may overwrite it
   if (threadIdx.x == 0) shared.s_label = row.s_label;
   record = merge_block<D>(record, o, shared);
-  const auto merge = [&](Record& r) { merge_warp<D>(r, o); };
-  if (!exchange(record, 1, merge)) return;
+  const auto merge = [&](Record(&r)[1]) { merge_warp<D>(r[0], o); };
+  if (!exchange(records, 1, merge)) return;
   if constexpr (Rule<D>::TWO_PASSES) {
     const Second<D> second = broadcast_from_first<Second<D>>(p, row, record, shared);
     second_pass<D>(source, o, second, record.r.x, record.r.y);
     record = merge_second_block(record, shared);
-    if (!exchange(record, 2, merge_second_warp)) return;
+    if (!exchange(records, 2, [](Record(&r)[1]) { merge_second_warp(r[0]); })) return;
   }
   if (part == 0 && threadIdx.x == 0) write_losses<D>(p, row, shared.s_label, record);
   if (p.grad.data != nullptr)
@@ -295,6 +323,14 @@ FUSED_KD_DEVICE void gradients_from_statistics(const Params& p) {
   }
 }
 
+// Returns the number of this block's unit in the launch.
+FUSED_KD_DEVICE uint32_t take_unit(const Params& p, Shared& shared) {
+  if (p.parts == 1) return blockIdx.x;
+  if (threadIdx.x == 0) shared.ticket = take_ticket(p.tickets);
+  block_sync();
+  return shared.ticket - static_cast<uint32_t>(p.first_row * p.parts);
+}
+
 // Any number of blocks per row, which exchange records in global memory. Grid: p.units, or less
 // from statistics. Budget: 128 registers, the head of shared memory.
 template <Divergence D, Dtype S, bool SAME>
@@ -302,22 +338,14 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     rows_general(const __grid_constant__ Params p) {
   if (p.from_stats) return gradients_from_statistics<D, S, SAME>(p);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
-  uint32_t number = blockIdx.x;
-  if (p.parts > 1) {
-    if (threadIdx.x == 0) shared.ticket = take_ticket(p.tickets);
-    block_sync();
-    number = shared.ticket - static_cast<uint32_t>(p.first_row * p.parts);
-  }
+  const uint32_t number = take_unit(p, shared);
   const int64_t n = p.first_row + number / p.parts;
   const int part = static_cast<int>(number % p.parts);
   Row row(p, n);
   const GlobalRow<D, S, SAME> source(p, row, part);
-  const GlobalExchange exchange{p, n, part, Rule<D>::TWO_PASSES ? 2 : 1, shared};
+  const GlobalExchange<1> exchange{p, n, part, Rule<D>::TWO_PASSES ? 2 : 1, shared};
   if (!row.hard && !row.soft) {
-    if (p.parts > 1 && threadIdx.x == 0) {
-      exchange.wait_for_place();
-      exchange.finish();
-    }
+    exchange.skip();
     return skip_row<S>(p, row, source, part);
   }
   if (threadIdx.x == 0) row.read_label(p, part == 0);
@@ -338,7 +366,7 @@ __global__ void __launch_bounds__(THREADS, Rule<D>::BOUND_BY_ARITHMETIC ? 2 : 3)
   const SharedRow<D, S, SAME> source(p, row, part, memory + sizeof(Shared), shared.barriers);
   if (!row.hard && !row.soft) return skip_row<S>(p, row, source, part);
   source.load();
-  const ClusterExchange exchange(p, Rule<D>::TWO_PASSES ? 2 : 1, memory);
+  const ClusterExchange<1> exchange(p, Rule<D>::TWO_PASSES ? 2 : 1, memory);
   if (threadIdx.x == 0) {
     exchange.prepare();
     row.read_label(p, part == 0);

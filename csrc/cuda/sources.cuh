@@ -6,6 +6,8 @@
 //     peek(body)                 the same for the first group, if there is one
 //     for_group(group, body)     the same for one group
 //     indices(body)              call body(group) for each group, without reading it
+//     store<S, PLAIN>            stores a group of the gradient, as store_gradient does
+//     element(v)                 returns the student's logit v of the slice, after the first pass
 //     STAYS                      whether groups can be read again after others were overwritten
 #pragma once
 
@@ -76,6 +78,12 @@ struct Pair {
     body(group, s, t);
   }
 
+  template <Dtype TYPE, bool PLAIN>
+  FUSED_KD_DEVICE void store(const RowView& grad, int group, bool together,
+                             const float (&g)[GROUP]) const {
+    store_gradient<TYPE, PLAIN>(grad, group, together, g);
+  }
+
   // Corrects t for label smoothing, which counts the entries that are absent on both sides. If the
   // student replaces the teacher, t becomes -inf at absent entries and 0 if the student alone is
   // -inf.
@@ -95,6 +103,8 @@ struct GlobalRow : Pair<D, S, SAME> {
   using Base::slice;
 
   FUSED_KD_DEVICE GlobalRow(const Params& p, const Row& row, int part) : Base(p, row, part) {}
+
+  FUSED_KD_DEVICE float element(int v) const { return this->student.element(v); }
 
   struct Loaded {
     Raw student, teacher;
@@ -220,6 +230,12 @@ struct SharedRow : Pair<D, S, SAME> {
     Raw raw = {load16(from), {}};
     if (dtype == Dtype::f32) raw.high = load16(from + 16);
     return raw;
+  }
+
+  FUSED_KD_DEVICE float element(int v) const {
+    const int first = slice.begin * GROUP;
+    barrier_wait(&barriers[(v - first) / (CHUNK * GROUP)], 0);
+    return element_of(shared_s, S, v - first);
   }
 
   template <class Body>

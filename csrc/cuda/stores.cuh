@@ -99,6 +99,15 @@ FUSED_KD_DEVICE void store_plain_group(const RowView& row, int group, bool toget
                       narrow<TYPE>(x));
 }
 
+// Stores element v of a row.
+FUSED_KD_DEVICE void store_element(const RowView& row, int v, float x) {
+  if (row.dtype == Dtype::f32)
+    reinterpret_cast<float*>(row.data)[v] = x;
+  else
+    reinterpret_cast<uint16_t*>(row.data)[v] =
+        static_cast<uint16_t>(row.dtype == Dtype::bf16 ? pack_bf16(x, x) : pack_f16(x, x));
+}
+
 template <Dtype TYPE>
 struct Constant {
   static constexpr Dtype value = TYPE;

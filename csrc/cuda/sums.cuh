@@ -155,14 +155,15 @@ template <Divergence D, bool SMOOTHING>
 FUSED_KD_DEVICE GroupSums sums_of_group(const float (&s)[GROUP], const float (&t)[GROUP],
                                         const Folded& m, const Options& o) {
   constexpr bool OWN_SUM = Rule<D>::OWN_SUM, SOFTMAX = Rule<D>::SOFTMAX;
+  constexpr bool TEACHER = SOFTMAX && Rule<D>::READS_TEACHER;
   GroupSums sums;
   float a[GROUP], P[GROUP], Q[GROUP];
 #pragma unroll
   for (int e = 0; e < GROUP; ++e) {
     a[e] = m.student(s[e], o);
     P[e] = SOFTMAX || o.hard != Hard::off ? exp2_fast(a[e]) : 0.0f;
-    const float b = SOFTMAX ? m.teacher(t[e], o) : 0.0f;
-    Q[e] = SOFTMAX ? exp2_fast(b) : 0.0f;
+    const float b = TEACHER ? m.teacher(t[e], o) : 0.0f;
+    Q[e] = TEACHER ? exp2_fast(b) : 0.0f;
     if constexpr (OWN_SUM && SOFTMAX)
       sums.w = Rule<D>::accumulate(a[e], b, P[e], Q[e], sums.w);
     else if constexpr (OWN_SUM)
@@ -224,7 +225,7 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
     if (no_s && no_t) r.count -= 1.0f;
     // an absent entry's exponentials are 0
     const float a = m.student(s_e, o), b = m.teacher(t_e, o);
-    const float P = no_s ? 0.0f : exp2_fast(a), Q = no_t ? 0.0f : exp2_fast(b);
+    const float P = no_s ? 0.0f : exp2_fast(a), Q = no_t || !SOFT ? 0.0f : exp2_fast(b);
     if constexpr (SOFTMAX) {
       sums.d_s += P;
       sums.d_t += Q;
@@ -241,6 +242,17 @@ FUSED_KD_DEVICE GroupSums add_carefully(Record& record, const float (&s)[GROUP],
   return sums;
 }
 
+// Adds the sums of a group to a record; counts: whether its entries are counted.
+FUSED_KD_DEVICE void add_sums(Record& record, const GroupSums& sums, bool smoothing, bool counts) {
+  RowSums<float>& r = record.r;
+  r.d_s += sums.d_s;
+  r.d_t += sums.d_t;
+  r.d_1 += sums.d_1;
+  r.w += sums.w;
+  if (smoothing) r.differences += sums.differences;
+  if (counts) r.count += GROUP;
+}
+
 // Adds a group to a thread's record. `true_teacher` corrects t at absent entries. SMOOTHING: that
 // of the options.
 template <Divergence D, bool SMOOTHING, class TrueTeacher>
@@ -252,13 +264,7 @@ FUSED_KD_DEVICE void add_group(Record& record, Folded& m, const float (&s)[GROUP
     sums = add_carefully<D>(record, s, t, o);
     m = Folded::if_moderate(record.r.m_s, record.r.m_t, o);
   }
-  RowSums<float>& r = record.r;
-  r.d_s += sums.d_s;
-  r.d_t += sums.d_t;
-  r.d_1 += sums.d_1;
-  r.w += sums.w;
-  if (SMOOTHING) r.differences += sums.differences;
-  if (SMOOTHING || Rule<D>::USES_COUNT) r.count += GROUP;
+  add_sums(record, sums, SMOOTHING, SMOOTHING || Rule<D>::USES_COUNT);
 }
 
 // ------------------------------------------------------------------------------------- merging

@@ -85,7 +85,7 @@ def classes_term(s: Tensor, classes: Classes, formula: Formula) -> Term:
         classes: of the teacher, N rows.
         formula: divergence, T, β and c(T).
     """
-    t = classes.logits.reshape(len(s), -1).to(s.dtype)
+    t = classes.logits.reshape(len(s), classes.logits.shape[-1]).to(s.dtype)
     tail, temperature, shape = t[:, -1:], formula.temperature, s.shape
     unusable = _unusable(s)
     # absent entries read and write a column of their own, which is dropped

@@ -110,13 +110,13 @@ def check_side(name: str, side: object) -> None:
         return
     if not isinstance(side, Tensor):
         got = type(side).__name__
-        if isinstance(side, (tuple, list)):
+        if isinstance(side, TopK):
+            got = "a TopK, which only the teacher may be: pass logits or a Head"
+        elif isinstance(side, (tuple, list)):
             got = (
                 f"a plain {got}: pass Head(hidden, weight, bias=None, scale=1.0), or of a teacher "
                 "TopK(token_ids, logprobs)"
             )
-        elif isinstance(side, TopK):
-            got = "a TopK, which only the teacher may be: pass logits or a Head"
         elif hasattr(side, "logits"):  # the output of a Hugging Face model
             got = f"{got}: pass its logits (output.logits)"
         raise TypeError(f"{name} must be a torch.Tensor of logits or a fused_kd.Head; got {got}")

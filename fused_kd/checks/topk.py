@@ -38,6 +38,8 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"teacher.token_ids must be int32 or int64; got {ids.dtype}")
     check_floating("teacher.logprobs", logprobs)
+    if tail is not None:
+        check_dense("teacher.tail_logprob", tail)
     if logprobs.dim() == 0 or logprobs.shape != ids.shape:
         raise ValueError(
             "teacher.token_ids and teacher.logprobs must have the same shape (..., K); got "
@@ -59,7 +61,6 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
             )
     _check_tail(teacher, options)
     if tail is not None:
-        check_dense("teacher.tail_logprob", tail)
         if tail.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"teacher.tail_logprob must be float32 or float64; got {tail.dtype}, which cannot "
@@ -76,7 +77,7 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
             f"teacher.logprobs must have at most V = {size} entries a row; got K = {k}"
         )
     if may_read_values(ids) and may_read_values(logprobs):
-        _check_topk_values(teacher, size)
+        check_topk_values(teacher, size)
 
 
 def _check_tail(teacher: TopK, options: KDOptions) -> None:
@@ -130,8 +131,12 @@ def _check_tail(teacher: TopK, options: KDOptions) -> None:
         )
 
 
-def _check_topk_values(teacher: TopK, size: int) -> None:
-    """Check the ids and log-probabilities of a TopK for a vocabulary of `size` entries."""
+def check_topk_values(teacher: TopK, size: int) -> None:
+    """Check the ids and log-probabilities of a TopK for a vocabulary of `size` entries.
+
+    Raises:
+        ValueError: A value does not fit.
+    """
     ids, logprobs, tail = teacher.token_ids, teacher.logprobs, teacher.tail
     if logprobs.numel() > 0:
         low, high = torch.aminmax(logprobs)

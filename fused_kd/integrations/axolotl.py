@@ -1,9 +1,9 @@
 """axolotl's loss of a top-k teacher by its signature (``axolotl.integrations.kd``).
 
 Import :func:`loss` and :class:`ChunkedTopKKDLoss` from here, not from
-``axolotl.integrations.kd.topk_logprob.forward_kl``; the tests compare both. The top k
-log-probabilities are scattered into float32 logits of the whole vocabulary, -inf elsewhere: as much
-memory as the student's logits in float32. ChunkedTopKKDLoss needs that for one chunk only.
+``axolotl.integrations.kd.topk_logprob.forward_kl``; the tests compare both. The columns become a
+:class:`fused_kd.TopK`, see :func:`fused_kd.teachers.servers.from_axolotl`; nothing of the size of
+the vocabulary is made for the teacher.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import KDLoss
 from ..checks import check_dense, may_read_values
+from ..teachers.servers import from_axolotl
 from ._common.arguments import named
 from ._common.probabilities import kl_of_mass
 
@@ -24,7 +25,8 @@ from ._common.probabilities import kl_of_mass
 _NAMES = {
     "temperature": "kd_temperature",
     "num_items": "num_items_in_batch",
-    "teacher": "target_logprobs",
+    "teacher.logprobs": "target_logprobs",
+    "teacher.token_ids": "target_token_ids",
     "token_weight": "exp(target_logprobs)",
 }
 
@@ -51,29 +53,30 @@ def loss(
     Raises:
         TypeError: An argument is no tensor, or has the wrong dtype.
         ValueError: Shapes or numbers do not fit; `target_logprobs` require grad; or, unless the
-            tensors are on a GPU or compiled, a token in the mask is outside the vocabulary.
+            tensors are on a GPU or compiled, a log-probability in the mask is NaN or infinite, or
+            a token in the mask is outside the vocabulary.
     """
     _check(student_logits, target_token_ids, target_logprobs, target_mask)
     kept = target_mask.to(torch.bool)
-    shape = (*target_token_ids.shape[:2], student_logits.shape[-1])
-    q = target_logprobs.float().masked_fill(~kept, -torch.inf).exp()
-    tokens = target_token_ids.where(kept, 0)  # ids outside the mask may have any value
-    _check_tokens(tokens, shape[-1])
-    dense = q.new_zeros(shape).scatter_add_(-1, tokens, q)
-    of_tokens = dense.gather(-1, tokens)
-    shared = (torch.xlogy(q, q) - torch.xlogy(q, of_tokens)).sum()  # 0 if all tokens differ
+    _check_tokens(target_token_ids.where(kept, 0), student_logits.shape[-1])
     forward_kl = _forward_kl(kd_temperature)
-    student = student_logits[:, : shape[1]]
+    teacher = from_axolotl(
+        target_token_ids, target_logprobs, target_mask, temperature=kd_temperature, tail="zero"
+    )
     divisor = _divisor(target_mask, num_items_in_batch)
-    logits = dense.log_().mul_(kd_temperature)
-    return shared / divisor + kl_of_mass(logits, q.sum(-1), divisor, partial(forward_kl, student))
+    student = student_logits[:, : target_token_ids.shape[1]]
+    mass = teacher.logprobs.exp().sum(-1)
+    divergence = kl_of_mass(teacher, mass, divisor, partial(forward_kl, student))
+    # 0 if all tokens differ: Σ q log q of the entries, and of their sums
+    own = _negative_entropy(target_logprobs.float().masked_fill(~kept, -math.inf))
+    return divergence + (own - _negative_entropy(teacher.logprobs)) / divisor
 
 
 class ChunkedTopKKDLoss(nn.Module):
-    """The :func:`loss`, computed for one chunk of the sequence at a time.
+    """The :func:`loss` as a module.
 
     Args:
-        num_output_chunks: the largest number of chunks, at least 1 (not checked here).
+        num_output_chunks: not used, since no tensor of the size of the logits is made.
         kd_temperature: temperature of the student's softmax.
 
     Raises:
@@ -88,7 +91,6 @@ class ChunkedTopKKDLoss(nn.Module):
         self.kd_temperature = kd_temperature
         _forward_kl(kd_temperature)  # refuses what is out of range
 
-    @named(**_NAMES)
     def forward(
         self,
         student_logits: Tensor,  # (B, S, V)
@@ -98,14 +100,14 @@ class ChunkedTopKKDLoss(nn.Module):
         num_items_in_batch: float | Tensor = -1,
     ) -> Tensor:
         """Return the loss, 0-d; arguments, result and errors are those of :func:`loss`."""
-        _check(student_logits, target_token_ids, target_logprobs, target_mask)
-        length = target_token_ids.shape[1]
-        whole = (student_logits[:, :length], target_token_ids, target_logprobs, target_mask)
-        chunks = zip(*(x.chunk(self.num_output_chunks, dim=1) for x in whole), strict=True)
-        total = torch.stack(
-            [loss(s, ids, logs, mask, 1, self.kd_temperature) for s, ids, logs, mask in chunks]
-        ).sum()
-        return total / _divisor(target_mask, num_items_in_batch)
+        columns = target_token_ids, target_logprobs, target_mask
+        return loss(student_logits, *columns, num_items_in_batch, self.kd_temperature)
+
+
+def _negative_entropy(logprobs: Tensor) -> Tensor:
+    """Return Σ q log q of all entries, 0-d."""
+    q = logprobs.exp()
+    return torch.xlogy(q, q).sum()
 
 
 def _forward_kl(temperature: float) -> KDLoss:

@@ -53,6 +53,7 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
     Args:
         student: see :class:`StudentTeacherLoss`; put into training mode.
         teacher: see :class:`StudentTeacherLoss`; moved with the module, not in its checkpoints.
+            None: ``batch["teacher"]``, a :class:`fused_kd.TopK`, is moved with the batch.
         loss: a KDLoss with ``reduction="mean"``; None: ``KDLoss()``.
         optimizer: called with the student's parameters that require grad; its result is returned
             by ``configure_optimizers``.
@@ -66,7 +67,7 @@ class KDModule(StudentTeacherLoss, pl.LightningModule):  # type: ignore[misc]
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         loss: KDLoss | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Any],

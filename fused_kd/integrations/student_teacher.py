@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss
-from ..sides import Side
+from ..sides import Side, Teacher, TopK
+from ._common.batches import TEACHER, teacher_of_batch
 from ._common.heads import headless, scale_of, side_of
 from ._common.labels import aligned
 from ._common.models import PaddingCheck, check_inputs, check_models
@@ -32,14 +33,16 @@ class StudentTeacherLoss(nn.Module):
 
     The teacher is frozen and put into evaluation mode, in place; it stays there after ``train()``,
     runs without gradient, and is not in ``state_dict()``. The student is the attribute `student`.
+    Without a teacher model every batch must have an entry "teacher", a :class:`fused_kd.TopK` whose
+    rows are those of the logits, such as :mod:`fused_kd.teachers` makes of a cache.
 
     Args:
         student: a causal language model of transformers, or a module with the same arguments and
             output (without `heads`, also one that returns a tensor of logits).
-        teacher: the same, of the same vocabulary.
+        teacher: the same, of the same vocabulary; or None, if the batches have it.
         loss: a KDLoss with ``ignore_index=-100``; None: ``KDLoss()``.
-        heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each side to the loss, so
-            that neither model computes logits.
+        heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each model to the loss, so
+            that neither computes logits.
         shift: whether labels are those of the inputs, to be shifted to the next token. False:
             ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
             language models, classifiers, encoder-decoders).
@@ -57,7 +60,7 @@ class StudentTeacherLoss(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         loss: KDLoss | None = None,
         *,
         heads: bool = False,
@@ -67,14 +70,22 @@ class StudentTeacherLoss(nn.Module):
         loss = KDLoss() if loss is None else loss
         _check(student, teacher, loss, heads, shift)
         self.student, self.loss, self.shift = student, loss, shift
-        self._scales = (scale_of(student), scale_of(teacher)) if heads else None
+        self._scale = scale_of(student) if heads else None
         self._check_padding = PaddingCheck()
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = teacher
+        if teacher is None:
+            return
+        self._teacher_scale = scale_of(teacher) if heads else None
+        teacher.eval().requires_grad_(False)
         self.register_state_dict_post_hook(_leave_out_teacher)
         self.register_load_state_dict_post_hook(_do_not_miss_teacher)
 
     def forward(
-        self, labels: Tensor, num_items: float | Tensor | None = None, **inputs: Any
+        self,
+        labels: Tensor,
+        num_items: float | Tensor | None = None,
+        teacher: TopK | None = None,
+        **inputs: Any,
     ) -> Tensor | KDLossParts:
         """Return the loss of a batch, as `loss` returns it.
 
@@ -83,56 +94,71 @@ class StudentTeacherLoss(nn.Module):
                 ``shift=False``), -100 where a token does not count.
             num_items: the denominator, see :func:`fused_kd.integrations.loop.global_num_items`;
                 None: the kept tokens of this batch.
+            teacher: (B, S) rows, if there is no teacher model; refused otherwise.
             inputs: the arguments of both models.
 
         Raises:
             TypeError: `num_items` has 16 bits, a model returns no logits, or as
                 :func:`fused_kd.kd_loss`.
             ValueError: `labels` is None, inputs belong to one model, an encoder-decoder lacks
-                decoder_input_ids, or as kd_loss.
+                decoder_input_ids, there are two teachers or none, or as kd_loss.
         """
-        parts = self.parts(labels, num_items, **inputs)
+        parts = self.parts(labels, num_items, teacher, **inputs)
         return parts if self.loss.options.return_parts else parts.loss
 
     def parts(
-        self, labels: Tensor, num_items: float | Tensor | None = None, **inputs: Any
+        self,
+        labels: Tensor,
+        num_items: float | Tensor | None = None,
+        teacher: TopK | None = None,
+        **inputs: Any,
     ) -> KDLossParts:
         """Return the loss with its hard and its soft part; arguments and errors as in forward.
 
         It runs no hooks of this module; those of FSDP2 must have run before, as in its forward.
         """
         _check_num_items(num_items)
+        if self.teacher is not None and teacher is not None:
+            raise ValueError(
+                f"a batch must not have an entry {TEACHER!r} if the loss has a teacher model; got "
+                f"a {type(teacher).__name__}: create the loss with teacher=None to learn from it"
+            )
         targets = aligned(labels, self.shift)
         self._check_padding(labels, inputs)
-        return parts_of(self.loss, *self._sides(inputs), targets, num_items)
+        check_inputs(self.student, inputs)
+        # first the teacher: its activations are freed before the student's are kept
+        if self.teacher is None:
+            other: Teacher = teacher_of_batch(teacher)
+        else:
+            with torch.no_grad():
+                other = _side(self.teacher, inputs, self._teacher_scale)
+        student = _side(self.student, inputs, self._scale)
+        return parts_of(self.loss, student, other, targets, num_items)
 
     def train(self, mode: bool = True) -> StudentTeacherLoss:
         """Set the student's mode and return self; the teacher stays in evaluation mode."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
-    def _sides(self, inputs: dict[str, Any]) -> tuple[Side, Side]:
-        """Return the logits of student and teacher, or with `heads` a Head of each."""
-        if self._scales is None:
-            return self._outputs(inputs)
-        with headless(self.student), headless(self.teacher):
-            outputs = self._outputs(inputs)
-        models = self.student, self.teacher
-        student, teacher = map(side_of, models, outputs, self._scales)
-        return student, teacher
 
-    def _outputs(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the logits of student and teacher, or inside ``headless`` the hidden states."""
-        check_inputs(self.student, inputs)
-        with torch.no_grad():  # first: its activations are freed before the student's are kept
-            teacher = logits_of(self.teacher(**inputs))
-        return logits_of(self.student(**inputs)), teacher
+def _side(model: nn.Module, inputs: dict[str, Any], scale: float | None) -> Side:
+    """Return a model's logits, or its Head if `scale`, that of its logits, is not None."""
+    if scale is None:
+        return logits_of(model(**inputs))
+    with headless(model):
+        hidden = logits_of(model(**inputs))
+    return side_of(model, hidden, scale)
 
 
-def _check(student: nn.Module, teacher: nn.Module, loss: KDLoss, heads: bool, shift: bool) -> None:
+def _check(
+    student: nn.Module, teacher: nn.Module | None, loss: KDLoss, heads: bool, shift: bool
+) -> None:
     """Refuse models or a loss that do not fit together; raises as :class:`StudentTeacherLoss`."""
     for name, model in (("student", student), ("teacher", teacher)):
+        if name == "teacher" and model is None:
+            continue
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module; got {type(model).__name__}")
     check_loss(loss, heads=heads, is_mean=False)

@@ -7,12 +7,13 @@
 
 or ``KDTrainer(student, args, teacher=teacher, loss=KDLoss(temperature=2.0), ...)``, which also logs
 the hard and the soft part. The loss takes the logits of both models; with ``heads=True`` it takes
-their hidden states and lm_heads, and neither model makes logits during training.
+their hidden states and lm_heads, and neither model makes logits during training. With
+``teacher=None`` no teacher runs: ``batch["teacher"]`` is a TopK, from a cache for example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import KDLoss
-from ..sides import Side
+from ..sides import Side, Teacher, TopK
+from ._common.batches import TEACHER, teacher_of_batch
 from ._common.calls import Call, Calls
 from ._common.frameworks import need
 from ._common.heads import bypass_head, headless, is_bypassed, scale_of, side_of
@@ -56,17 +58,20 @@ class DistillationLoss:
     The labels are those of the batch, not shifted: they are shifted here. The sum over the kept
     tokens is divided by the Trainer's ``num_items_in_batch``, so an update does not depend on how
     its batch is cut into micro-batches or spread over processes. The teacher is called with the
-    student's inputs, without gradient, under the same autocast.
+    student's inputs, without gradient, under the same autocast. Without a teacher model every batch
+    must have an entry "teacher", a :class:`fused_kd.TopK` whose rows are those of the logits, such
+    as :mod:`fused_kd.teachers` makes of a cache (see :func:`teacher_from_batches`).
 
     With `heads` the student is changed: in training mode with gradients its lm_head returns its
     input, until :meth:`remove`. In evaluation it computes the logits, which the Trainer gets.
 
     Args:
         student: the model that the Trainer trains, before it is wrapped.
-        teacher: a model of the same vocabulary in evaluation mode, on the student's device.
+        teacher: a model of the same vocabulary in evaluation mode, on the student's device; or
+            None, if the batches have it.
         loss: a KDLoss with ``reduction="mean"``; its ``ignore_index`` must be -100, the Trainer's.
-        heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each side to the loss, so
-            that neither model computes logits during training.
+        heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each model to the loss, so
+            that neither computes logits during training.
         shift: whether labels are those of the inputs, to be shifted to the next token. False:
             ``labels[i]`` belongs to ``logits[i]``, and the models may be of any kind (masked
             language models, classifiers, encoder-decoders).
@@ -84,7 +89,7 @@ class DistillationLoss:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         loss: KDLoss | None = None,
         *,
         heads: bool = False,
@@ -96,10 +101,11 @@ class DistillationLoss:
         self.training_parts = _Parts()
         self.evaluated: Tensor | None = None  # (2,): hard and soft loss of the last batch
         self.has_num_items = False  # whether the Trainer counted tokens for the last loss
+        self.topk: object = None  # the entry "teacher" of the batch that the student is called with
         self._calls, self._check_padding = Calls(), PaddingCheck()
         self._undo: list[Callable[[], None]] = []
         if heads:
-            self._scales = scale_of(student), scale_of(teacher)
+            self._scales = scale_of(student), 1.0 if teacher is None else scale_of(teacher)
             self._undo.append(bypass_head(student))
         self._undo += self._calls.listen(student)
 
@@ -120,7 +126,8 @@ class DistillationLoss:
                 arguments than its forward names; or as :func:`fused_kd.kd_loss`.
             ValueError: Shapes or values do not fit, as in kd_loss; labels are absent, in training
                 also if there are ``shift_labels`` but no `num_items_in_batch`; inputs belong to one
-                model; the teacher is in training mode; another loss bypasses the student's lm_head.
+                model; the teacher is in training mode; there is no teacher model, and no TopK in
+                the batch; another loss bypasses the student's lm_head.
         """
         self.has_num_items = num_items_in_batch is not None
         logits = logits_in(outputs)
@@ -153,35 +160,41 @@ class DistillationLoss:
         student: Tensor,  # (B, S, V) logits, or (B, S, H) if the call was headless
         call: Call,
         inputs: dict[str, Any],
-    ) -> tuple[Side, Side]:
-        """Return logits or a Head of the student and of the teacher, which is called with `inputs`.
+    ) -> tuple[Side, Teacher]:
+        """Return logits or a Head of the student and of the teacher, or the TopK of the batch.
+
+        A teacher model is called with `inputs`.
 
         Raises:
-            ValueError: Another loss bypasses the student's lm_head; or as _run_teacher().
+            ValueError: Another loss bypasses the student's lm_head; there is no TopK, if there is
+                no teacher model; or as _run_teacher().
         """
         if not self.heads and call.is_headless and is_bypassed(self.student):
             raise ValueError(
                 "student's lm_head is bypassed by another DistillationLoss, with heads=True, so it "
                 "returned hidden states: call remove() on that loss first (loss.remove())"
             )
-        if not (self.heads and call.is_headless):
-            return student, self._run_teacher(inputs)
+        is_head = self.heads and call.is_headless
+        side = side_of(self.student, student, self._scales[0]) if is_head else student
+        topk, self.topk = self.topk, None
+        if self.teacher is None:
+            return side, teacher_of_batch(topk)
+        if not is_head:
+            return side, self._run_teacher(self.teacher, inputs)
         with headless(self.teacher):
-            teacher = self._run_teacher(inputs)
-        scale, teacher_scale = self._scales
-        student_side = side_of(self.student, student, scale)
-        return student_side, side_of(self.teacher, teacher, teacher_scale)
+            hidden = self._run_teacher(self.teacher, inputs)
+        return side, side_of(self.teacher, hidden, self._scales[1])
 
-    def _run_teacher(self, inputs: dict[str, Any]) -> Tensor:
+    def _run_teacher(self, teacher: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return the teacher's logits for the student's inputs, without gradient and cache.
 
-        Inside ``headless(self.teacher)`` they are hidden states. Raises ValueError as __call__.
+        Inside ``headless(teacher)`` they are hidden states. Raises ValueError as __call__.
         """
         self._check_mode_of_teacher()
         check_inputs(self.student, inputs)
         keywords = {k: v for k, v in inputs.items() if k not in NOT_FOR_THE_TEACHER}
         with torch.no_grad():
-            logits: Tensor = self.teacher(**keywords, use_cache=False).logits
+            logits: Tensor = teacher(**keywords, use_cache=False).logits
         return logits
 
     def _targets(self, labels: Tensor | None, inputs: dict[str, Any]) -> Tensor:
@@ -207,6 +220,8 @@ class DistillationLoss:
         """Refuse models or a loss that do not fit together; raises as DistillationLoss."""
         for name in ("student", "teacher"):
             model = getattr(self, name)
+            if name == "teacher" and model is None:
+                continue
             if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
                 raise TypeError(
                     f"{name} must be a model of transformers; got "
@@ -219,7 +234,7 @@ class DistillationLoss:
 
     def _check_mode_of_teacher(self) -> None:
         """Raise ValueError if the teacher is in training mode, in which dropout is active."""
-        if self.teacher.training:
+        if self.teacher is not None and self.teacher.training:
             raise ValueError(
                 "teacher must be in evaluation mode, without dropout; it is in training mode: call "
                 "teacher.eval()"
@@ -232,7 +247,7 @@ class KDTrainer(Trainer):  # type: ignore[misc]
     Args:
         arguments: those of transformers.Trainer, except ``compute_loss_func``.
         teacher: see :class:`DistillationLoss`; moved, in place, to the Trainer's device if the
-            Trainer moves its model.
+            Trainer moves its model. None: that of the batches, see :func:`teacher_from_batches`.
         loss: see :class:`DistillationLoss`.
         heads: see :class:`DistillationLoss`.
         shift: see :class:`DistillationLoss`.
@@ -246,7 +261,7 @@ class KDTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         *arguments: Any,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         loss: KDLoss | None = None,
         heads: bool = False,
         shift: bool = True,
@@ -282,6 +297,31 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         )
         self._loss_shifts_labels = shift  # whether Trainer's count leaves out each row's first
         log_parts(self)
+        if teacher is None:
+            teacher_from_batches(self)
+
+
+def teacher_from_batches(trainer: Trainer) -> None:
+    """Make a trainer pass ``batch["teacher"]``, a TopK, to its DistillationLoss, not to the model.
+
+    For a DistillationLoss without a teacher model; a KDTrainer does it already. The trainer is
+    changed: it moves the TopK to its device, and "teacher" is no unused column. The collator must
+    make the entry, as :func:`fused_kd.teachers.collate` does. Accelerate's dispatcher, which it
+    uses for an IterableDataset, cannot join TopKs: set ``dispatch_batches=False``.
+
+    Raises:
+        TypeError: The trainer's compute_loss_func is no DistillationLoss.
+    """
+    loss, prepare = _loss_of(trainer), trainer._prepare_inputs
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns.append(TEACHER)
+
+    def prepare_inputs(inputs: Mapping[str, Any]) -> Any:
+        topk = inputs.get(TEACHER)
+        loss.topk = topk.to(trainer.args.device) if isinstance(topk, TopK) else topk
+        return prepare({name: x for name, x in inputs.items() if name != TEACHER})
+
+    trainer._prepare_inputs = prepare_inputs
 
 
 def log_parts(trainer: Trainer) -> None:
@@ -294,13 +334,18 @@ def log_parts(trainer: Trainer) -> None:
     Raises:
         TypeError: The trainer's compute_loss_func is no DistillationLoss.
     """
+    trainer.add_callback(_PartsLogger(trainer, _loss_of(trainer)))
+
+
+def _loss_of(trainer: Trainer) -> DistillationLoss:
+    """Return the trainer's DistillationLoss; raise TypeError if it has another loss or none."""
     loss = trainer.compute_loss_func
     if not isinstance(loss, DistillationLoss):
         raise TypeError(
             f"trainer.compute_loss_func must be a DistillationLoss; got {type(loss).__name__}: "
             "pass compute_loss_func=DistillationLoss(student, teacher) to the Trainer"
         )
-    trainer.add_callback(_PartsLogger(trainer, loss))
+    return loss
 
 
 class _PartsLogger(TrainerCallback):  # type: ignore[misc]

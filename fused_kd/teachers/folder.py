@@ -34,10 +34,10 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.bin"
 
 
-def new_record(manifest: Manifest, number: int, *fields: int) -> Records:
-    """Return the record (1,) of sequence `number`, given all fields but the last."""
+def new_record(manifest: Manifest, *fields: int) -> Records:
+    """Return a record (1,), given all fields but the last."""
     record = np.array([(*fields, 0)], RECORD)
-    record["check"] = zlib.crc32(record.tobytes()[:-4], manifest.seed ^ number)
+    record["check"] = zlib.crc32(record.tobytes()[:-4], manifest.seed)
     return record
 
 
@@ -61,7 +61,7 @@ def read_index(folder: Path, manifest: Manifest, keep: int | None = None) -> Rec
     if counted and sha256(records[:counted].tobytes()).hexdigest() != manifest.index_sha256:
         raise ValueError(f"{path} is damaged, or of another cache: its checksum does not match")
     for i in range(counted, len(records)):  # after the last manifest; the others are too many
-        if new_record(manifest, i, *records[i].tolist()[:-1]) != records[i : i + 1]:
+        if new_record(manifest, *records[i].tolist()[:-1]) != records[i : i + 1]:
             raise ValueError(f"{path} is damaged in record {i}: its checksum does not match")
     return records
 

@@ -165,8 +165,6 @@ class TopKWriter:
         for number in range(len(records)):
             token_ids = unpack_ids(self.manifest, *self._found.read(number))
             self._count(token_ids, records[number : number + 1])
-            if number + 1 == self.manifest.sequences and self._text != self.manifest.text:
-                raise ValueError(f"{self.folder} has other texts than its {MANIFEST} says")
         self._data = _opened(shard_path(self.folder, self._shard))
         if keep is not None:
             self._publish(complete=False)
@@ -185,7 +183,7 @@ class TopKWriter:
             self._data = _opened(shard_path(self.folder, self._shard))
         _write(self._data, self._size, data)
         crc = zlib.crc32(data, self.manifest.seed)
-        record = new_record(self.manifest, self._length, self._shard, rows, self._size, crc)
+        record = new_record(self.manifest, self._shard, rows, self._size, crc)
         _write(self._index, self._length * RECORD.itemsize, record.tobytes())
         self._count(token_ids, record)
 

@@ -135,10 +135,10 @@ def eager_topk_divergence(
     Raises:
         KeyError: The divergence is unknown.
     """
-    rows, vocabulary = s.shape
-    logprobs = teacher.logprobs.reshape(rows, -1).to(s.dtype)
+    (rows, vocabulary), k = s.shape, teacher.logprobs.shape[-1]
+    logprobs = teacher.logprobs.reshape(rows, k).to(s.dtype)
     absent = logprobs == -math.inf
-    ids = torch.where(absent, 0, teacher.token_ids.reshape(rows, -1)).long()
+    ids = torch.where(absent, 0, teacher.token_ids.reshape(rows, k)).long()
     log_p = F.log_softmax(s / temperature, -1)
     inside = log_p.gather(1, ids)
     if teacher.tail == "sampled":

@@ -166,6 +166,15 @@ inline void block_sync(Place place = Place::current()) {
   machine.meet(machine.current->block->meeting, State::block_sync, place);
 }
 
+inline void set_bits(uint32_t* word, uint32_t bits, Place place = Place::current()) {
+  {
+    emulator::Inside inside;
+    emulator::must_be_aligned(word, 4, "set_bits", place);
+    emulator::chance(4, place);
+  }
+  __atomic_fetch_or(word, bits, __ATOMIC_RELAXED);  // seen by ThreadSanitizer, against plain reads
+}
+
 inline uint32_t take_ticket(uint32_t* counter, Place place = Place::current()) {
   using namespace emulator;
   Inside inside;

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 from importlib.metadata import distribution
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from fused_kd.integrations._common import frameworks
 
@@ -20,7 +24,7 @@ def need(package: str) -> ModuleType:
             return importlib.import_module(package)
         return frameworks.need(package)
     except ImportError as error:
-        _skip(error)
+        missing(error)
         raise
 
 
@@ -29,7 +33,7 @@ def need_file(package: str, path: str) -> ModuleType:
     try:
         location = distribution(package).locate_file(path)
     except ImportError as error:
-        _skip(error)
+        missing(error)
         raise
     spec = spec_from_file_location(f"own_{package.replace('-', '_')}", str(location))
     assert spec is not None
@@ -39,7 +43,38 @@ def need_file(package: str, path: str) -> ModuleType:
     return module
 
 
-def _skip(error: ImportError) -> None:
-    """Skip the module that is being collected, unless FUSED_KD_ALL_FRAMEWORKS=1."""
+def need_functions(package: str, path: str, *names: str, **used: Any) -> dict[str, Any]:
+    """Return functions of one file of a package, methods included, by name.
+
+    Only these definitions are executed, without their decorators, so that the file's imports are
+    not needed; without the package skip the calling module, or fail.
+
+    Args:
+        package: the distribution.
+        path: of the file in it.
+        names: of the functions.
+        used: the global names that they use.
+    """
+    try:
+        source = Path(str(distribution(package).locate_file(path))).read_text()
+    except ImportError as error:
+        missing(error)
+        raise
+    found = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef)]
+    chosen = [next(x for x in found if x.name == name) for name in names]
+    for function in chosen:
+        function.decorator_list = []
+    module = ast.Module(body=list(chosen), type_ignores=[])
+    lazy = annotations.compiler_flag  # the annotations' names need not exist
+    space = {"torch": torch, **used}
+    exec(compile(module, path, "exec", flags=lazy, dont_inherit=True), space)
+    return {name: space[name] for name in names}
+
+
+def missing(error: ImportError) -> None:
+    """Skip the module that is being collected, or the test; return if FUSED_KD_ALL_FRAMEWORKS=1.
+
+    The caller then raises the error.
+    """
     if os.environ.get("FUSED_KD_ALL_FRAMEWORKS") != "1":
         pytest.skip(str(error), allow_module_level=True)

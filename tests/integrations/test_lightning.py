@@ -246,7 +246,7 @@ def test_a_teacher_next_to_a_users_own_module(heads: bool, tmp_path: Path) -> No
 def test_bad_input(tmp_path: Path) -> None:
     refused(ValueError, r"reduction='mean'.*got 'sum'", _module, loss=KDLoss(reduction="sum"))
     make = partial(KDModule, tiny.llama(0), optimizer=SGD)
-    refused(TypeError, r"teacher must be a torch.nn.Module; got NoneType", make, None)
+    refused(TypeError, r"teacher must be a torch.nn.Module; got str", make, "teacher")
     larger = tiny.llama(1, vocab_size=101)
     refused(ValueError, "vocab_size is 97 in the student and 101", make, larger)
     batch = {"inputs_embeds": torch.zeros(1, 3, 16), "labels": torch.ones(1, 3).long()}

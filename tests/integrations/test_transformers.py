@@ -247,7 +247,7 @@ def test_bad_models_losses_and_arguments_are_refused_at_once(tmp_path: Path) -> 
     student, teacher, base = tiny.llama(0), tiny.llama(1), tiny.llama(2)
     base.model.layers[0] = student.model.layers[0]  # as PEFT's model and what it was made of
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-        ((student, None), TypeError, "teacher must be a model of transformers.*got None"),
+        ((None, teacher), TypeError, "student must be a model of transformers.*got None"),
         ((student, nn.Linear(2, 2)), TypeError, "teacher must be .*got Linear"),
         ((student, student), ValueError, "teacher must be another model"),
         ((student, base), ValueError, "got 9 that are also the student's: copy.deepcopy"),

@@ -87,6 +87,7 @@ class EmulatedCUDA:
     """
 
     def __init__(self, library: Path, capability: int) -> None:
+        self.library = library
         self.capability = capability
         self._library = ctypes.CDLL(str(library))
         self._library.workspace.restype = ctypes.c_int64

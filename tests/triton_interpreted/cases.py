@@ -30,6 +30,19 @@ NUMBERS = {"divergence": 0, "temperature": 2.0, "beta": 0.3, "scale_t2": True, "
 configured = overridden
 
 
+class _Dense:
+    """The registered operators with the prefix triton_, for a teacher that is not a TopK."""
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(torch.ops.fused_kd, name)
+        if name == "triton_scale_":
+            return operator
+        return lambda student, teacher, *rest: operator(student, teacher, None, *rest)
+
+
+dense = _Dense()
+
+
 def numbers(**changes: Any) -> tuple[Any, ...]:
     """Return the values of NUMBERS, some of them changed, as operators take them."""
     values: dict[str, Any] = {**NUMBERS, **changes}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CONFIGURATIONS, V, configured, numbers, rows
+from cases import dense as ops
 from support.logits import identical
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from fused_kd.backends.triton.device import load_kernels
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import guarded
 
-ops = torch.ops.fused_kd
 INF, NAN = math.inf, math.nan
 TWO_PARTS = CONFIGURATIONS["two parts"]
 SOFT = range(len(DIVERGENCES))  # every divergence by its number
@@ -251,8 +251,8 @@ def test_opcheck() -> None:
     stats = ops.triton_forward(student, teacher, *rest, *numbers())[2]
     grad, factor, which = torch.zeros_like(student), torch.tensor(2.0), ("test_schema",)
     which += ("test_faketensor", "test_autograd_registration")
-    losses = (student, teacher, *rest, *numbers())
-    gradients = (student, teacher, *rest, stats, *numbers())
+    losses = (student, teacher, None, *rest, *numbers())
+    gradients = (student, teacher, None, *rest, stats, *numbers())
     for name, arguments in {
         "forward": losses,
         "forward_backward": losses,
@@ -263,7 +263,7 @@ def test_opcheck() -> None:
         "rescale_": (*gradients, factor, grad),
         "scale_": (grad, factor),
     }.items():
-        operator = getattr(ops, f"triton_{name}").default
+        operator = getattr(torch.ops.fused_kd, f"triton_{name}").default
         torch.library.opcheck(operator, arguments, test_utils=which)
 
 

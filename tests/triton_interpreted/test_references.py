@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from cases import CONFIGURATIONS, configured, numbers
+from cases import dense as ops
 from torch import Tensor
 
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.testing import Inputs, assert_obeys_error_rule
 
-ops = torch.ops.fused_kd
 INF, NAN = math.inf, math.nan
 #: Of 16 entries, four of each lane: four tiles and a ragged end in one part, two in each of two.
 TILES, V = 5, 5 * 16 - 3

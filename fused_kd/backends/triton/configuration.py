@@ -67,21 +67,23 @@ _override: dict[str, int] = {}
 
 
 def configuration(
-    vocabulary: int, student: torch.dtype, teacher: torch.dtype, kind: Kind = NVIDIA
+    vocabulary: int, student: torch.dtype, teacher: torch.dtype | None, kind: Kind = NVIDIA
 ) -> Configuration:
     """Return the configuration for rows of `vocabulary` entries of these dtypes.
+
+    teacher: None if the passes over a row do not read it, since it is a TopK.
 
     Raises:
         ValueError: FUSED_KD_SLICE_BYTES, which is read once per process, is not a positive number.
     """
     # Triton loads vectors only if the rows' stride is known to be a multiple of 16 entries; else
     # a thread loads one entry, so that the threads of a warp read neighbours.
-    widest = max(student.itemsize, teacher.itemsize)
-    vector = 16 // widest if vocabulary % 16 == 0 else 1
+    sizes = [x.itemsize for x in (student, teacher) if x is not None]
+    vector = 16 // max(sizes) if vocabulary % 16 == 0 else 1
     warps = kind.threads // kind.warp_size
     while warps > 1 and warps * kind.warp_size * ENTRIES > vocabulary:
         warps //= 2
-    size = vocabulary * (student.itemsize + teacher.itemsize)
+    size = vocabulary * sum(sizes)
     parts = 1
     while parts * _slice_bytes() < size and parts < MAX_PARTS:
         parts *= 2

@@ -31,7 +31,9 @@ def _rebase(sums, M_s, M_t, power, terms):
     old_s, old_t, d_s, d_t, d_1, w, differences, count = sums
     shift_s = old_s - M_s
     factor_s = tl.exp2(shift_s)
-    if terms.rule.softmax:
+    if terms.rule.softmax and not terms.rule.teacher:
+        d_s *= factor_s
+    elif terms.rule.softmax:
         shift_t = old_t - M_t
         factor_t = tl.exp2(shift_t)
         d_s, d_t = d_s * factor_s, d_t * factor_t
@@ -59,15 +61,19 @@ def _added(x, y, z, w, u, v, r, q):
 def fold(sums, power, terms):
     """Return the sums along axis 0 (lanes or parts) merged into one."""
     zero = tl.full((), 0.0, tl.float32)
-    if terms.rule.soft:
+    if terms.rule.teacher:
         M_s, M_t = tl.reduce((sums.M_s, sums.M_t), 0, _larger)
     else:
         M_s, M_t = tl.max(sums.M_s, 0), zero
     _, _, d_s, d_t, d_1, w, differences, count = _rebase(sums, M_s, M_t, power, terms)
-    if terms.rule.softmax:
+    if terms.rule.softmax and terms.rule.teacher:
         d_s, d_t, d_1, w = tl.reduce((d_s, d_t, d_1, w), 0, _added)
     else:
-        d_s, d_t = tl.max(d_s, 0) if terms.rule.differences else zero, zero
+        if terms.rule.softmax:
+            d_s = tl.sum(d_s, 0)
+        else:
+            d_s = tl.max(d_s, 0) if terms.rule.differences else zero
+        d_t = zero
         w = tl.sum(w, 0) if terms.rule.differences else zero
         d_1 = tl.sum(d_1, 0) if terms.HAS_HARD else zero
     differences = tl.sum(differences, 0) if terms.SMOOTHING else zero
@@ -100,7 +106,7 @@ def add_tile(
     """
     k, power, top_s, top_t = numbers.k, numbers.power, tops[0], tops[1]
     M_s, M_t = tl.maximum(sums.M_s, top_s * k), sums.M_t
-    if terms.rule.soft:
+    if terms.rule.teacher:
         M_t = tl.maximum(M_t, top_t * k)
     _, _, d_s, d_t, d_1, w, differences, count = _rebase(sums, M_s, M_t, power, terms)
     for first in tl.static_range(0, COUNT, GROUP):
@@ -110,7 +116,9 @@ def add_tile(
             P = tl.exp2(a) if terms.rule.softmax or terms.HAS_HARD else a
             exponents, probabilities = exponents + (a,), probabilities + (P,)
             b, Q, x = a, P, a
-            if terms.rule.softmax:
+            if terms.rule.softmax and not terms.rule.teacher:
+                d_s += P
+            elif terms.rule.softmax:
                 b = tl.fma(t[i], k, -M_t)
                 Q = tl.exp2(b)
                 d_s += P

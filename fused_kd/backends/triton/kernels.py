@@ -12,6 +12,9 @@ x VECTOR entries. Every lane (a thread of the GPU) has its own references and su
 no barrier and no shuffle. Lanes, then parts, are merged once, both by `fold`. Entries beyond the
 end of a row are loaded as -inf on both sides, that is as absent entries.
 
+The passes leave out the support of a top-k teacher, which :mod:`.classes` adds. There is one pass
+over the row before the gradient, for any divergence; the second one is over the classes.
+
 With WAIT the programs of a row wait for each other. Row and part then come from a ticket that a
 program takes when it starts, so programs start in the order of the rows. Only programs of the row
 that started last can be waiting for one that has not started; all others run to their end and free
@@ -30,6 +33,18 @@ import triton.language as tl
 
 from fused_kd import ops
 
+from .classes import (
+    gather_support,
+    hard_constants,
+    hard_is_nan,
+    hard_reference,
+    load_solution,
+    outside_support,
+    report,
+    soft_constants_of_classes,
+    solve,
+    store_support_gradient,
+)
 from .elements import entries_of, is_power_of_two, largest, rounded, widened
 from .formulas import (
     INF,
@@ -45,8 +60,28 @@ from .formulas import (
     soft_value,
     unusable,
 )
-from .parameters import Launch, Layout, Numbers, Part, Pointers, Row, Shape, Terms, Tile, Weights
-from .rules import NONE, Again, Constants, Sums, rule_of  # noqa: F401  NONE: for launches
+from .parameters import (
+    Classes,
+    Launch,
+    Layout,
+    Numbers,
+    Part,
+    Pointers,
+    Row,
+    Shape,
+    Terms,
+    Tile,
+    Weights,
+)
+from .rules import (
+    NONE,  # noqa: F401  for launches
+    TAIL,
+    Again,
+    Constants,
+    References,
+    Sums,
+    rule_of,
+)
 
 # the values of STEP: what a launch computes
 ALL = tl.constexpr(0)  # losses, and the gradient if there is a pointer to it
@@ -102,7 +137,7 @@ def _tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.co
         inside, beyond = (None, None) if WHOLE else (o + u * BLOCK + part.entries < part.end, -INF)
         x = tl.load(s_from + u * BLOCK, inside, beyond, eviction_policy=POLICY)
         s = s + (x,)
-        if terms.rule.soft or terms.SMOOTHING:
+        if terms.rule.teacher or (terms.SMOOTHING and not terms.rule.soft):
             t = t + (tl.load(t_from + u * BLOCK, inside, beyond, eviction_policy=POLICY),)
         else:
             t = t + (x,)
@@ -124,7 +159,7 @@ def _add(sums, tile, refs, numbers, terms, layout, UNROLL: tl.constexpr):
         return add_tile_again(sums, s, t, refs, numbers, terms, COUNT)
     else:
         top_s = largest(tile.s, s, UNROLL, layout)
-        top_t = largest(tile.t, t, UNROLL, layout) if terms.rule.soft else top_s
+        top_t = largest(tile.t, t, UNROLL, layout) if terms.rule.teacher else top_s
         return add_tile(sums, s, t, (top_s, top_t), numbers, terms, COUNT, layout.VECTOR)
 
 
@@ -146,9 +181,13 @@ def _statistics_pass(sums, row, part, refs, numbers, terms, layout, POLICY: tl.c
     whole = part.begin + _whole_tiles(part.end - part.begin, TILE)
     for o in range(part.begin, whole, TILE):
         tile = _tile(s_at, t_at, o, part, terms, layout, True, POLICY)
+        if row.classes is not None:
+            tile = outside_support(tile, o, row, part, True, layout)
         sums = _add(sums, tile, refs, numbers, terms, layout, layout.UNROLL)
     for o in range(whole, part.end, BLOCK):
         tile = _tile(s_at, t_at, o, part, terms, layout, False, POLICY)
+        if row.classes is not None:
+            tile = outside_support(tile, o, row, part, False, layout)
         sums = _add(sums, tile, refs, numbers, terms, layout, 1)
     return sums
 
@@ -280,6 +319,14 @@ def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
 
 
 @triton.jit
+def _store_at_label(row, y, g, is_here, weights, numbers):
+    """Store the label's gradient; g: without -w_hard·(1-ε). Nothing if the hard term is off."""
+    g -= weights.hard * (1.0 - numbers.smoothing)
+    tl.debug_barrier()
+    tl.store(row.g + y, rounded(g, row.g), is_here & (weights.hard != 0.0))
+
+
+@triton.jit
 def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
     """Compute one program's part of a row that has a weight: sums, and by STEP its results."""
     on_soft = weights.soft != 0.0
@@ -311,9 +358,53 @@ def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
         if terms.HAS_HARD:
             # computed in float32 from the logits: the rounded entry above would lose 1 - π_y
             g = gradient(s_y, t_y, refs, soft, hard, on_soft, numbers, terms)
-            g -= weights.hard * (1.0 - numbers.smoothing)
-            tl.debug_barrier()
-            tl.store(row.g + y, rounded(g, row.g), in_row & owns & (weights.hard != 0.0))
+            _store_at_label(row, y, g, in_row & owns, weights, numbers)
+
+
+@triton.jit
+def _kept_classes(row, part, V, weights, numbers, terms, launch, layout):
+    """Do what _kept_row does for a row with a top-k teacher."""
+    if launch.STEP != LAST:
+        gather_support(row, part, launch.STEP != BACKWARD, layout)
+    if launch.STEP == BACKWARD:
+        solution = load_solution(row.stats)
+        _gradient_of_classes(row, part, V, solution, weights, numbers, terms, layout)
+    else:
+        on_soft = weights.soft != 0.0
+        sums, _ = _row_sums(row, part, V, on_soft, numbers, terms, launch, layout)
+        owns, in_row, y = _owns(row, part, V, terms.HAS_HARD)
+        GRADIENT: tl.constexpr = row.g is not None
+        if launch.STEP != FIRST:
+            if owns | GRADIENT:
+                solved = solve(sums, row, on_soft, numbers, terms, layout)
+                if owns:
+                    report(solved, row, in_row, y, weights, numbers, terms)
+                if GRADIENT:
+                    _gradient_of_classes(row, part, V, solved[0], weights, numbers, terms, layout)
+
+
+@triton.jit
+def _gradient_of_classes(row, part, V, solution, weights, numbers, terms, layout):
+    """Store the gradient of this program's part of a row with a top-k teacher."""
+    owns, in_row, y = _owns(row, part, V, terms.HAS_HARD)
+    M, on_soft = hard_reference(solution), weights.soft != 0.0
+    refs, soft, tail = soft_constants_of_classes(solution, row, weights, numbers, terms)
+    tail_refs = References(solution.tail_M, solution.tail_M, 1.0, 0.0)
+    hard, tail_hard, s_y = Constants(0.0, 0.0), Constants(0.0, 0.0), 0.0
+    if terms.HAS_HARD:
+        is_nan = hard_is_nan(solution) | ~in_row
+        hard = hard_constants(solution, M, is_nan, weights, numbers)
+        tail_hard = hard_constants(solution, solution.tail_M, is_nan, weights, numbers)
+        s_y = tl.load(row.s + y, in_row & owns, 0.0).to(tl.float32)
+    tl.debug_barrier()  # every warp reads s_y before any warp stores the gradient there
+    _gradient_pass(row, part, (tail_refs, tail, tail_hard), on_soft, numbers, terms, layout)
+    if terms.HAS_HARD:
+        # the label as an entry of the tail; if it is in the support, it is stored again below
+        g = gradient(s_y, s_y, tail_refs, tail, tail_hard, on_soft, numbers, terms)
+        _store_at_label(row, y, g, in_row & owns, weights, numbers)
+    tl.debug_barrier()
+    constants = refs, soft, References(M, M, 1.0, 0.0), hard
+    store_support_gradient(row, part, y, constants, weights, numbers, terms, layout)
 
 
 # --------------------------------------------------------------------------------- the kernels
@@ -368,14 +459,24 @@ def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
         partials = pointers.partial + place.to(tl.int64) * (PARTS * PARTIAL)
     arrived = pointers.counters + 1 + 2 * n if launch.WAIT else n
     label = pointers.labels + n if terms.HAS_HARD else n
-    row = Row(n, s, t, g, label, pointers.hard, pointers.soft, stats)
+    classes = None
+    if pointers.token_ids is not None:
+        at, marks = n.to(tl.int64) * shape.K, pointers.marks
+        if marks is not None:
+            place = n % launch.RING * PARTS + p if launch.WAIT else tl.program_id(0)
+            marks += place.to(tl.int64) * shape.MARKS
+        classes = Classes(pointers.token_ids + at, t, pointers.inside + at, marks, shape.K, shape.V)
+    row = Row(n, s, t, g, label, pointers.hard, pointers.soft, stats, classes)
     part = Part(p, begin, end, entries, partials, arrived)
     if launch.WAIT:  # until all programs of the row RING before have read this place of the ring
         if n >= launch.RING:
             _wait(arrived + 1 - 2 * launch.RING, PARTS)
     if (w_hard != 0.0) | (w_soft != 0.0):
         weights = Weights(w_hard, w_soft)
-        _kept_row(row, part, shape.V, weights, numbers, terms, launch, layout)
+        if row.classes is not None:
+            _kept_classes(row, part, shape.V, weights, numbers, terms, launch, layout)
+        else:
+            _kept_row(row, part, shape.V, weights, numbers, terms, launch, layout)
     elif launch.STEP == ALL or launch.STEP == LAST or launch.STEP == BACKWARD:
         if launch.WAIT:
             _arrive(arrived + 1)
@@ -389,7 +490,7 @@ def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
                 tl.store(stats + tl.arange(0, 16), 0.0, tl.arange(0, 16) < STATS)
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "S", "K", "MARKS"])
 def _kd_rows_kernel(
     s_ptr, t_ptr, g_ptr,  # logits and gradient (None: not wanted; may be the student's memory)
     labels_ptr, w_hard_ptr, w_soft_ptr,  # (N,), None if the term is off
@@ -397,7 +498,10 @@ def _kd_rows_kernel(
     hard_ptr, soft_ptr, stats_ptr,  # (N,), (N,), (N, STATS); written, or read by BACKWARD
     partial_ptr,  # (RING or N, PARTS, PARTIAL), if PARTS > 1
     counters_ptr,  # (1 + 2 N,) zeros, if WAIT: tickets; of each row, programs arrived, finished
-    N, S, V,
+    token_ids_ptr,  # (N, K), of a top-k teacher, else None as K: t_ptr are then (N, K+1)
+    inside_ptr,  # (N, K), if there are token ids: scratch memory of classes.py, as the next
+    marks_ptr,  # (RING·PARTS if WAIT, else the programs, MARKS); None for BACKWARD, as MARKS
+    N, S, V, K, MARKS,
     s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s,
     k, power, temperature, beta, soft_factor, soft_slope, smoothing,
     D: tl.constexpr, HAS_HARD: tl.constexpr, SMOOTHING: tl.constexpr, STEP: tl.constexpr,
@@ -406,7 +510,8 @@ def _kd_rows_kernel(
 ):  # fmt: skip
     """Compute losses, statistics and gradient of N rows, with N·PARTS programs.
 
-    With a scale, the number of programs is free; they return at once if is_power_of_two.
+    The number of programs is free with a scale, and with `marks_ptr` if not WAIT. With a scale they
+    return at once if is_power_of_two.
     """
     # a compiled caller may pass float64
     numbers = Numbers(
@@ -416,19 +521,30 @@ def _kd_rows_kernel(
     )  # fmt: skip
     pointers = Pointers(
         s_ptr, t_ptr, g_ptr, labels_ptr, w_hard_ptr, w_soft_ptr, hard_ptr, soft_ptr, stats_ptr,
-        partial_ptr, counters_ptr,
+        partial_ptr, counters_ptr, token_ids_ptr, inside_ptr, marks_ptr,
     )  # fmt: skip
-    shape = Shape(S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s)
-    rule: tl.constexpr = rule_of(D)
+    shape = Shape(
+        S, V, s_stride_b, s_stride_s, t_stride_b, t_stride_s, g_stride_b, g_stride_s, K, MARKS
+    )
+    rule: tl.constexpr = rule_of(D if token_ids_ptr is None else TAIL)
     # in a row whose soft term is off, the student's logits replace the teacher's
-    STANDS_IN: tl.constexpr = rule.soft and not SMOOTHING and s_ptr.dtype == t_ptr.dtype
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
-        if ~is_power_of_two(scale):  # else _kd_scale_kernel has done it
+    STANDS_IN: tl.constexpr = (
+        rule.soft and rule.teacher and not SMOOTHING and s_ptr.dtype == t_ptr.dtype
+    )
+    scale = tl.full((), 1.0, tl.float32)
+    if scale_ptr is not None or (marks_ptr is not None and not WAIT):
+        has_work = True
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr)
+            has_work = ~is_power_of_two(scale)  # else _kd_scale_kernel has done it
+        if has_work:
             for index in range(tl.program_id(0), N * PARTS, tl.num_programs(0)):
                 _row_part(
                     index, scale, pointers, shape, numbers,
-                    Terms(rule, HAS_HARD, SMOOTHING, STANDS_IN),
+                    Terms(
+                        rule, HAS_HARD, SMOOTHING, STANDS_IN,
+                        Terms(rule_of(D), False, False, False, None),
+                    ),
                     Launch(STEP, WAIT, PARTS, RING), Layout(LANES, VECTOR, UNROLL, CUDA),
                 )  # fmt: skip
     else:
@@ -436,8 +552,10 @@ def _kd_rows_kernel(
         if WAIT:
             index = tl.atomic_add(counters_ptr, 1, sem="relaxed")
         _row_part(
-            index, tl.full((), 1.0, tl.float32), pointers, shape, numbers,
-            Terms(rule, HAS_HARD, SMOOTHING, STANDS_IN),
+            index, scale, pointers, shape, numbers,
+            Terms(
+                rule, HAS_HARD, SMOOTHING, STANDS_IN, Terms(rule_of(D), False, False, False, None)
+            ),
             Launch(STEP, WAIT, PARTS, RING), Layout(LANES, VECTOR, UNROLL, CUDA),
         )  # fmt: skip
 

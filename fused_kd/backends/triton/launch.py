@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,9 @@ from .device import can_wait, capability, kind, load_kernels, multiprocessors, w
 #: number that an H100 runs at once.
 RING_PARTS = 4096
 
+#: Limit of the memory in which programs mark the support of a top-k teacher. A bfloat16 row of
+#: 128256 takes 16 KiB, so that 4096 programs of a quarter each have their marks at once.
+MARKED_BYTES = 2**24
 #: Programs per multiprocessor of a launch whose work depends on a number on the device.
 PROGRAMS = 4
 #: Entries that a program of `_kd_scale_kernel` scales at a time.
@@ -72,7 +75,8 @@ class _Call:
     """The arguments of an operator."""
 
     student: Tensor  # (B, S, V)
-    teacher: Tensor  # (B, S, V)
+    teacher: Tensor  # (B, S, V), or (B, S, K+1) with token_ids
+    token_ids: Tensor | None  # (N, K)
     labels: Tensor | None  # (N,)
     w_hard: Tensor | None  # (N,)
     w_soft: Tensor | None  # (N,)
@@ -89,7 +93,14 @@ class _Call:
 
     @property
     def rule(self) -> Any:
-        return load_kernels().rule_of(self.code)
+        """Return the rule of the passes over a row."""
+        loaded = load_kernels()
+        return loaded.rule_of(self.code if self.token_ids is None else loaded.TAIL)
+
+    @property
+    def rows_read(self) -> list[Tensor]:
+        """Return the logits (B, S, V) that the passes over a row read: of one side or both."""
+        return [self.student, self.teacher] if self.token_ids is None else [self.student]
 
     @property
     def has_hard(self) -> bool:
@@ -101,22 +112,20 @@ class _Call:
 
     def first_rows(self, count: int) -> _Call:
         """Return the same call for at most `count` rows of the first batch."""
-        labels, w_hard, w_soft = (
+        token_ids, labels, w_hard, w_soft = (
             None if x is None else x[: min(count, self.student.shape[1])]
-            for x in (self.labels, self.w_hard, self.w_soft)
+            for x in (self.token_ids, self.labels, self.w_hard, self.w_soft)
         )
         student, teacher = self.student[:1, :count], self.teacher[:1, :count]
-        return replace(
-            self, student=student, teacher=teacher, labels=labels, w_hard=w_hard, w_soft=w_soft
-        )
+        return _Call(student, teacher, token_ids, labels, w_hard, w_soft, self.numbers)
 
 
 def _configuration(call: _Call) -> Configuration:
-    student, teacher = call.student, call.teacher
-    default = configuration(student.shape[2], student.dtype, teacher.dtype, kind(student.device))
+    student, teacher = call.student, None if call.token_ids is not None else call.teacher.dtype
+    default = configuration(student.shape[2], student.dtype, teacher, kind(student.device))
     if os.environ.get("FUSED_KD_AUTOTUNE") != "1" or student.device.type == "cpu":
         return default
-    key = (default, student.shape[2], student.dtype, teacher.dtype, call.code, student.device)
+    key = (default, student.shape[2], student.dtype, teacher, call.code, student.device)
     if key not in _tuned:
         _tuned[key] = _fastest(call.first_rows(1024), default)
     return _tuned[key]
@@ -170,8 +179,21 @@ def _launch(
     loaded, student, teacher = load_kernels(), call.student, call.teacher
     n, vocabulary, numbers = call.rows, student.shape[2], call.numbers
     wait = steps == ("ALL",) and chosen.parts > 1
-    partial = counters = None
-    ring = RING_PARTS // chosen.parts
+    partial = counters = inside = marks = k = words = None
+    ring, programs = RING_PARTS // chosen.parts, n * chosen.parts
+    if call.token_ids is not None:
+        k = call.token_ids.shape[1]
+        inside = torch.empty_like(call.token_ids, dtype=torch.float32)
+        if steps != ("BACKWARD",):
+            # a byte for each vector of a slice, for as many programs as fit
+            words = 2 * -(-vocabulary // (8 * chosen.vector * chosen.parts))
+            most = max(1, MARKED_BYTES // (4 * words))
+            if wait:
+                ring = max(1, min(RING_PARTS, 1 << (most.bit_length() - 1)) // chosen.parts)
+                most = ring * chosen.parts
+            else:
+                programs = min(programs, most)
+            marks = student.new_empty((min(programs, most), words), dtype=torch.int32)
     if chosen.parts > 1 and steps != ("BACKWARD",):
         shape = (min(n, ring) if wait else n, chosen.parts, loaded.PARTIAL.value)
         partial = student.new_empty(shape, dtype=torch.float32)
@@ -181,13 +203,14 @@ def _launch(
     power = numbers.temperature if call.rule.softmax else 1.0
     tensors = [x for x in (student, teacher, gradient) if x is not None]
     strides = [stride for x in (student, teacher, gradient) for stride in _row_strides(x)]
-    programs = n * chosen.parts
+    aligned = _aligned([x for x in (*call.rows_read, gradient) if x is not None])
     if scale is not None:
         programs = min(programs, PROGRAMS * multiprocessors(student.device))
     for step in steps:
         loaded._kd_rows_kernel[(programs,)](
             *(student, teacher, gradient, call.labels, call.w_hard, call.w_soft, scale),
-            *(*losses, partial, counters, n, _rows_per_batch(tensors), vocabulary, *strides),
+            *(*losses, partial, counters, call.token_ids, inside, marks),
+            *(n, _rows_per_batch(tensors), vocabulary, k, words, *strides),
             math.log2(math.e) / power,
             power,
             *(numbers.temperature, numbers.beta, numbers.soft_factor),
@@ -204,7 +227,7 @@ def _launch(
             VECTOR=chosen.vector,
             UNROLL=chosen.unroll,
             CUDA=capability(student.device),
-            **_options(chosen, kind(student.device), call.rule, call.smoothing, _aligned(tensors)),
+            **_options(chosen, kind(student.device), call.rule, call.smoothing, aligned),
         )
 
 
@@ -252,7 +275,8 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
     reason = why_not(student.device.type)
     if reason is not None:
         raise RuntimeError(f"the triton kernels cannot run: {reason}")
-    for name, x in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+    dense = None if call.token_ids is not None else teacher
+    for name, x in (("student", student), ("teacher", dense), ("gradient", gradient)):
         if x is None:
             continue
         if x.device != student.device or x.shape != student.shape or x.dim() != 3:
@@ -274,6 +298,8 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
             "the gradient must have the student's dtype, or 16 bits for a float32 student; got "
             f"{gradient.dtype} for {student.dtype}"
         )
+    if call.token_ids is not None:
+        _check_classes(call)
     if call.w_hard is not None and call.labels is None:
         raise RuntimeError("a hard term needs labels: pass labels, or w_hard=None")
     for name, vector, dtype in (
@@ -294,6 +320,29 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
         raise RuntimeError(
             f"stats must be contiguous float32 ({n}, {ops.STATS}); got {stats.dtype} "
             f"{tuple(stats.shape)} with strides {stats.stride()}"
+        )
+
+
+def _check_classes(call: _Call) -> None:
+    """Check the teacher and the token ids of a TopK. Raises as _check."""
+    student, teacher, ids = call.student, call.teacher, call.token_ids
+    assert ids is not None
+    if ids.device != student.device or ids.dtype != torch.int32 or ids.dim() != 2:
+        raise RuntimeError(
+            f"token_ids must be int32 (N, K) on the student's device, {student.device}; got "
+            f"{ids.dtype} {tuple(ids.shape)} on {ids.device}"
+        )
+    fits = teacher.shape == (*student.shape[:2], ids.shape[1] + 1) and teacher.stride(2) == 1
+    is_float = teacher.dtype == torch.float32 and teacher.device == student.device
+    if ids.shape[0] != call.rows or not fits or not is_float:
+        raise RuntimeError(
+            "teacher must be (B, S, K+1), float32, with last stride 1 and on the student's device, "
+            f"and token_ids (B·S, K); got {teacher.dtype} {tuple(teacher.shape)} on "
+            f"{teacher.device} with strides {teacher.stride()}, and {tuple(ids.shape)}"
+        )
+    if not load_kernels().rule_of(call.code).softmax:
+        raise RuntimeError(
+            f"divergence {call.numbers.divergence} compares logits, which a TopK does not have"
         )
 
 
@@ -366,17 +415,17 @@ def _call(
     w_soft: Tensor | None,
     *numbers: Any,
 ) -> _Call:
-    """Build the call from an operator's arguments; make labels and weights contiguous.
+    """Build the call from an operator's arguments; make vectors and token ids contiguous.
 
-    Labels without w_hard are dropped.
+    Labels without w_hard are dropped, and a TopK without w_soft.
     """
-    if token_ids is not None:
-        raise RuntimeError("the triton kernels do not take a TopK yet")
-    labels, w_hard, w_soft = (
-        None if x is None else x.contiguous() for x in (labels, w_hard, w_soft)
+    if w_soft is None and token_ids is not None:
+        teacher, token_ids = student, None  # it is not read
+    token_ids, labels, w_hard, w_soft = (
+        None if x is None else x.contiguous() for x in (token_ids, labels, w_hard, w_soft)
     )
     labels = None if w_hard is None else labels
-    return _Call(student, teacher, labels, w_hard, w_soft, _numbers_of(*numbers))
+    return _Call(student, teacher, token_ids, labels, w_hard, w_soft, _numbers_of(*numbers))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

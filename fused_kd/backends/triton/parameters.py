@@ -25,6 +25,7 @@ class Terms(NamedTuple):
     HAS_HARD: bool
     SMOOTHING: bool
     STANDS_IN: bool  # in a row whose soft term is off, t are the student's logits
+    classes: Terms | None  # those of the classes of a top-k teacher; `rule` is then that of TAIL
 
 
 class Layout(NamedTuple):
@@ -74,6 +75,9 @@ class Pointers(NamedTuple):
     stats: tl.tensor
     partial: tl.tensor
     counters: tl.tensor
+    token_ids: tl.tensor
+    inside: tl.tensor
+    marks: tl.tensor
 
 
 class Shape(NamedTuple):
@@ -87,9 +91,22 @@ class Shape(NamedTuple):
     t_stride_s: tl.tensor
     g_stride_b: tl.tensor
     g_stride_s: tl.tensor
+    K: tl.tensor  # tokens in the support of a top-k teacher
+    MARKS: tl.tensor  # words of a program's marks
 
 
 # ------------------------------------------------------------------------------------- of one row
+
+
+class Classes(NamedTuple):
+    """The support of a row's top-k teacher, and the scratch memory of :mod:`.classes`."""
+
+    token_ids: tl.tensor  # (K,): absent if it is not in [0, V)
+    logits: tl.tensor  # (K+1,): the teacher's of the classes, float32
+    inside: tl.tensor  # (K,): the student's logits of these tokens, float32
+    marks: tl.tensor  # of the program's slice: a byte for each vector, a bit for each entry
+    K: tl.tensor
+    V: tl.tensor
 
 
 class Row(NamedTuple):
@@ -103,6 +120,7 @@ class Row(NamedTuple):
     hard: tl.tensor  # of all rows: n is added when needed, to save registers
     soft: tl.tensor
     stats: tl.tensor
+    classes: Classes | None
 
 
 class Part(NamedTuple):

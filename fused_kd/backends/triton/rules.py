@@ -145,7 +145,8 @@ class Rule:
 
     name: str  # in DIVERGENCES
 
-    soft = YES  # there is a soft term: the teacher is read
+    soft = YES  # there is a soft term
+    teacher = YES  # the passes over the row read its teacher
     softmax = YES  # compares two softmaxes; else differences of logits
     own_sum = NO  # has `add`, and `rebase` if there are softmaxes
     two_passes = NO  # has `add_again`
@@ -376,11 +377,26 @@ class NoSoftTerm(Rule):
 
     name = "none"
     soft = NO
+    teacher = NO
     softmax = NO
 
 
+class Tail(Rule):
+    """The rule of the entries outside the support of a top-k teacher; see :mod:`.classes`.
+
+    The passes over the row sum P; the gradient of such an entry is P times a constant.
+    """
+
+    name = "tail"
+    teacher = NO
+
+    @triton.jit
+    def gradient(e, refs, constants, beta):
+        return constants.scale, 0.0
+
+
 def _in_order() -> tuple[Rule, ...]:
-    """Return the rules in the order of the divergences' codes, then the rule of no soft term.
+    """Return the rules in the order of the divergences' codes, then those of NONE and TAIL.
 
     Raises:
         ImportError: A divergence has no rule.
@@ -389,14 +405,15 @@ def _in_order() -> tuple[Rule, ...]:
     missing = [name for name in DIVERGENCES if name not in rules]
     if missing:
         raise ImportError(f"the triton kernels have no rule for {', '.join(missing)}")
-    return *(rules[name] for name in DIVERGENCES), rules["none"]
+    return *(rules[name] for name in DIVERGENCES), rules["none"], rules["tail"]
 
 
 RULES = tl.constexpr(_in_order())
 NONE = len(DIVERGENCES)  # the code of no soft term
+TAIL = tl.constexpr(NONE + 1)  # the code of the entries outside the support of a top-k teacher
 
 
 @triton.constexpr_function
 def rule_of(code):
-    """Return the rule of a divergence's code, or of NONE."""
+    """Return the rule of a divergence's code, of NONE or of TAIL."""
     return RULES.value[code]

@@ -46,6 +46,7 @@ FRAMEWORKS = {
         Framework("accelerate", "accelerate", "", "1.15.0"),
         Framework("nemo_automodel", "nemo-automodel", "automodel", "0.7.0", loss_only=True),
         Framework("axolotl", "axolotl", "axolotl", "0.19.0", loss_only=True),
+        Framework("verl", "verl", "verl", "0.9.1", loss_only=True),
     )
 }
 

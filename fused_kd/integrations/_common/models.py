@@ -68,12 +68,13 @@ def names_of_arguments(model: nn.Module) -> list[str]:
     return [x.name for x in parameters if x.kind in kinds]
 
 
-def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None:
+def check_models(student: nn.Module, teacher: nn.Module | None, *, shift: bool) -> None:
     """Refuse two models between which the loss would not be the intended one.
 
     Args:
         student: the model to train, wrapped or not.
-        teacher: the model to learn from, wrapped or not.
+        teacher: the model to learn from, wrapped or not; None: it is in the batches, and what
+            concerns it is not checked.
         shift: whether labels are shifted to the next token, which only causal models predict.
 
     Raises:
@@ -83,12 +84,15 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
             get_output_embeddings(); without `shift`, if both have an lm_head); the student's
             lm_head is already bypassed, or a router's aux_loss would be lost.
     """
-    _check_shared("parameters", student.parameters(), teacher.parameters())
-    _check_shared("modules", *(filter(_has_mode_or_state, x.modules()) for x in (student, teacher)))
-    student, teacher = unwrapped(student), unwrapped(teacher)
+    if teacher is not None:
+        _check_shared("parameters", student.parameters(), teacher.parameters())
+        with_state = (filter(_has_mode_or_state, x.modules()) for x in (student, teacher))
+        _check_shared("modules", *with_state)
+        teacher = unwrapped(teacher)
+    student = unwrapped(student)
     if shift:
         check_causal(student, teacher, SHIFT_FALSE)
-    if _are_comparable(student, teacher, shift):
+    if teacher is not None and _are_comparable(student, teacher, shift):
         check_vocabularies(student, teacher)
     if is_bypassed(student):
         raise ValueError(
@@ -98,21 +102,22 @@ def check_models(student: nn.Module, teacher: nn.Module, *, shift: bool) -> None
     _check_router(student)
 
 
-def check_causal(student: nn.Module, teacher: nn.Module, way_out: str) -> None:
+def check_causal(student: nn.Module, teacher: nn.Module | None, way_out: str) -> None:
     """Refuse a model whose labels must not be shifted to the next token.
 
     Args:
         student: a model, wrapped or not; one without can_generate(), such as a plain module, is
             assumed to be causal.
-        teacher: the same.
+        teacher: the same, or None.
         way_out: what to do instead, for the message.
 
     Raises:
         ValueError: A model is a masked language model, a classifier, an encoder-decoder, or attends
             to the token that it predicts.
     """
-    for name, model in (("student", unwrapped(student)), ("teacher", unwrapped(teacher))):
-        reason = _why_not_causal(model)
+    for name, wrapped in (("student", student), ("teacher", teacher)):
+        model = None if wrapped is None else unwrapped(wrapped)
+        reason = None if model is None else _why_not_causal(model)
         if reason is not None:
             raise ValueError(
                 f"{name} must be a causal language model, since labels are shifted to the next "

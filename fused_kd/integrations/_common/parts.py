@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...functional import KDLossParts, kd_loss_with
 from ...modules import KDLoss
-from ...sides import Head, Side, row_shape
+from ...sides import Head, Side, Teacher, TopK, row_shape
 from .labels import IGNORE_INDEX
 
 #: Keywords that a call refuses if both sides are logits, which have no chunks.
@@ -18,7 +18,7 @@ _FOR_HEADS = ("memory_budget", "chunk_rows", "grad_accum_dtype")
 def parts_of(
     loss: KDLoss,
     student: Side,  # (B, S, V)
-    teacher: Side,  # (B, S, V)
+    teacher: Teacher,  # (B, S, V)
     labels: Tensor | None,  # (B, S), aligned
     num_items: float | Tensor | None,
 ) -> KDLossParts:
@@ -28,7 +28,7 @@ def parts_of(
         loss: its return_parts is ignored; so are its keywords for heads if both sides are logits,
             as in an evaluation.
         student: logits or a Head.
-        teacher: logits or a Head, whose weight and bias are detached.
+        teacher: logits, a Head, whose weight and bias are detached, or a TopK.
         labels: classes of the tokens, -100 for a token that does not count; None: all count.
         num_items: as in :func:`fused_kd.kd_loss`.
 
@@ -56,7 +56,7 @@ def as_tensor(loss: object) -> Tensor:
     return loss
 
 
-def _check_positions(name: str, side: Side, labels: Tensor) -> None:
+def _check_positions(name: str, side: Teacher, labels: Tensor) -> None:
     """Refuse a side with more or fewer rows than there are labels.
 
     Raises:
@@ -65,11 +65,12 @@ def _check_positions(name: str, side: Side, labels: Tensor) -> None:
     rows = row_shape(side)
     if rows == labels.shape:
         return
+    what = "TopK" if isinstance(side, TopK) else "logits"
     message = (
-        f"{name}'s logits must have a row for each label, {tuple(labels.shape)}; got rows "
+        f"{name}'s {what} must have a row for each label, {tuple(labels.shape)}; got rows "
         f"{tuple(rows)}"
     )
-    if len(rows) == labels.dim() == 2 and rows[1] > labels.shape[1]:
+    if what == "logits" and len(rows) == labels.dim() == 2 and rows[1] > labels.shape[1]:
         message += (
             ": PEFT's prompt tuning and P-tuning, for example, put virtual tokens before the "
             "inputs, for which there are no labels; use LoRA or prefix tuning"

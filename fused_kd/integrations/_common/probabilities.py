@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...functional import KDLossParts
-from ...sides import arithmetic_dtype
+from ...sides import TopK, arithmetic_dtype
 from .arguments import check_not_negative
 from .parts import as_tensor
 
@@ -59,14 +59,15 @@ def kl_from(
 
 
 def kl_of_mass(
-    logs: Tensor,  # (..., V)
+    logs: Tensor | TopK,  # (..., V)
     mass: Tensor,  # (...)
     divisor: float | Tensor,
     loss: Callable[..., Tensor | KDLossParts],
 ) -> Tensor:
     """Return Σ a·q̂ log(a·q̂ / p) / divisor of masses a and logits of q̂; `loss` as in kl_from.
 
-    `loss` gets `logs` itself: if it overwrites them, the caller's tensor changes.
+    `loss` gets `logs` itself: if it overwrites them, the caller's tensor changes. They may also be
+    a TopK whose tail is "zero".
     """
     divergence = as_tensor(loss(logs, token_weight=mass, num_items=divisor))
     return divergence + torch.xlogy(mass, mass).sum() / divisor

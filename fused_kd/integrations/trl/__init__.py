@@ -1,4 +1,4 @@
-"""TRL: the losses of GKDTrainer and DistillationTrainer, replaced in one trainer.
+"""TRL: the losses of its distillation trainers, replaced in one trainer.
 
 ::
 
@@ -18,9 +18,9 @@ from .._common.frameworks import need
 from .._common.models import check_causal, check_vocabularies, unwrapped
 
 need("trl")
-from . import distillation, gkd  # noqa: E402
+from . import distillation, gkd, server  # noqa: E402
 from .gkd import generalized_jsd_loss  # noqa: E402
-from .trainers import class_of, models_of  # noqa: E402
+from .trainers import class_of, models_of, student_of  # noqa: E402
 
 __all__ = ["generalized_jsd_loss", "restore", "use_fused_kd"]
 
@@ -29,6 +29,7 @@ Trainer = TypeVar("Trainer")
 #: Class of TRL → whether it has heads by default, and what returns its new attributes.
 _KINDS: dict[str, tuple[bool, Callable[..., dict[str, Any]]]] = {
     "GKDTrainer": (False, gkd.attributes),
+    server.KIND: (False, server.attributes),  # before the class that it inherits from
     "DistillationTrainer": (True, distillation.attributes),
 }
 #: Advice for a model whose labels TRL would shift by mistake.
@@ -49,13 +50,13 @@ def use_fused_kd(
     """Make one trainer compute its loss with fused_kd; a second call replaces the first.
 
     Args:
-        trainer: a GKDTrainer or DistillationTrainer of TRL that has a teacher; or of a subclass
-            that does not change their loss.
+        trainer: a GKDTrainer or DistillationTrainer of TRL that has a teacher, or a
+            ServerDistillationTrainer; or of a subclass that does not change their loss.
         heads: bypass the lm_heads and pass a :class:`fused_kd.Head` for each side to the loss, so
-            that neither model computes logits. None: False for a GKDTrainer, True for a
-            DistillationTrainer, which never computes them.
+            that neither model computes logits. None: False, but True for a DistillationTrainer with
+            a teacher model, which never computes them.
         entropy: whether a DistillationTrainer logs the student's mean entropy, which needs one more
-            product with the student's head; otherwise it logs None. A GKDTrainer ignores it.
+            product with the student's head; otherwise it logs None. The others ignore it.
         inplace: without `heads`: write the gradient over the student's logits.
         memory_budget: with `heads`: bytes of a chunk, see :func:`fused_kd.kd_loss`.
         backend: as in :func:`fused_kd.kd_loss`.
@@ -68,8 +69,9 @@ def use_fused_kd(
             function has other arguments than in the known versions; with `heads` an lm_head is not
             a plain nn.Linear, or has hooks on its output; an option has the wrong type.
         ValueError: A model is not causal; the vocabularies differ; with `heads` logits are
-            soft-capped, or (in a DistillationTrainer) scaled by another factor than TRL uses; an
-            option is out of its range, or excludes another.
+            soft-capped, or (in a DistillationTrainer) scaled by another factor than TRL uses; a
+            ServerDistillationTrainer has loss_add_tail and a temperature that is not 1; an option
+            is out of its range, or excludes another.
     """
     kind = next((name for name in _KINDS if class_of(trainer, name) is not None), None)
     if kind is None:
@@ -78,7 +80,7 @@ def use_fused_kd(
             f"{type(trainer).__name__}: for transformers.Trainer use DistillationLoss of "
             "fused_kd.integrations.transformers"
         )
-    if getattr(trainer, "teacher_model", None) is None:
+    if kind != server.KIND and getattr(trainer, "teacher_model", None) is None:
         raise TypeError(
             f"trainer must have a teacher_model; got a {type(trainer).__name__} without: pass "
             "teacher_model to its constructor"
@@ -99,9 +101,13 @@ def use_fused_kd(
             "memory_budget must be None with heads=False, since there are no chunks; got "
             f"{memory_budget}: use heads=True"
         )
-    student, teacher = (unwrapped(model) for model in models_of(trainer))
-    check_causal(student, teacher, _SHIFTED)
-    check_vocabularies(student, teacher)
+    if kind == server.KIND:  # its teacher's vocabulary is not known
+        student = unwrapped(student_of(trainer))
+        check_causal(student, student, _SHIFTED)
+    else:
+        student, teacher = (unwrapped(model) for model in models_of(trainer))
+        check_causal(student, teacher, _SHIFTED)
+        check_vocabularies(student, teacher)
     options = {"backend": backend, "inplace": inplace, "memory_budget": memory_budget}
     attributes = attributes_of(trainer, heads, entropy, options)
     restore(trainer)

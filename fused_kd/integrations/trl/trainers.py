@@ -24,8 +24,14 @@ def class_of(trainer: object, name: str) -> Any:
 
 def models_of(trainer: Any) -> tuple[nn.Module, nn.Module]:
     """Return a trainer's student and teacher, without wrappers for DDP, FSDP1 and DeepSpeed."""
-    unwrap = trainer.accelerator.unwrap_model
-    return unwrap(trainer.model), unwrap(trainer.teacher_model)
+    teacher: nn.Module = trainer.accelerator.unwrap_model(trainer.teacher_model)
+    return student_of(trainer), teacher
+
+
+def student_of(trainer: Any) -> nn.Module:
+    """Return a trainer's student, as :func:`models_of`."""
+    student: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    return student
 
 
 def check_inherited(trainer: object, kind: str, method: str) -> None:
