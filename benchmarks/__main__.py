@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=list(DTYPES), help="dtypes of logits, hidden states, heads")
     add("--n", nargs="+", type=int, help="numbers of rows")
     add("--v", nargs="+", type=int, help="vocabulary sizes")
+    add("--k", nargs="+", type=int, help="numbers of a top-k teacher's entries")
     add("--hidden", nargs=2, type=int, help="hidden sizes of student and teacher")
     add("--temperature", nargs="+", type=float, help="temperatures of the divergence")
     add("--divergence", nargs="+", choices=DIVERGENCES, help="divergences from the teacher")
@@ -94,7 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _list() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for method in METHODS.values():
-        cases = [Case(8, 64, "bf16", 2.0, name, method.level, 8, 8, device) for name in DIVERGENCES]
+        sizes = 8, 64, "bf16", 1.0  # some have no other temperature
+        cases = [Case(*sizes, name, method.level, 8, 8, device, 8) for name in DIVERGENCES]
         reasons = [method.why_not(case) or "" for case in cases]  # "": it runs here
         why = min(reasons, key=lambda why: (why != "", why.startswith("it has no"))) or "runs here"
         print(f"{method.key:<26} {method.level:<7} {method.title:<44} {why}")

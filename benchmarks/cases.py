@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 from fused_kd.divergences import DIVERGENCES
 
-#: The levels: a loss of logits or of heads (hidden states and lm_heads), or a training step.
-LOGITS, HEADS, STEP = "logits", "heads", "step"
+#: The levels: a loss of logits, of heads (hidden states and lm_heads), of logits and a top-k
+#: teacher; or a training step.
+LOGITS, HEADS, TOPK, STEP = "logits", "heads", "topk", "step"
+LEVEL_WORDS = {HEADS: "hidden states", TOPK: "top-k teacher", STEP: "training step"}
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Case:
     dtype: str  # a key of fused_kd.testing.DTYPES
     temperature: float = 2.0
     divergence: str = "forward_kl"
-    level: str = LOGITS  # or HEADS, STEP
-    student_hidden: int = 0  # hidden size; 0 at level LOGITS
+    level: str = LOGITS  # or HEADS, TOPK, STEP
+    student_hidden: int = 0  # hidden size; 0 at levels LOGITS and TOPK
     teacher_hidden: int = 0
     device: str = "cpu"
+    k: int = 0  # entries of the teacher's rows; 0 but at level TOPK
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -43,11 +46,12 @@ class Case:
         """Return the case in words without these parts ("level", "n", ...); nor a device "cpu"."""
         hidden = f"H={self.student_hidden} (student) / {self.teacher_hidden} (teacher)"
         words = {
-            "level": {HEADS: "hidden states", STEP: "training step"}.get(self.level, self.level),
+            "level": LEVEL_WORDS.get(self.level, self.level),
             "dtype": self.dtype,
             "n": f"N={self.n}",
             "v": f"V={self.v}",
-            "hidden": hidden if self.level != LOGITS else "",
+            "k": f"K={self.k}" if self.k else "",
+            "hidden": hidden if self.student_hidden else "",
             "temperature": f"T={self.temperature:g}",
             "divergence": self.divergence,
             "device": self.device if self.device != "cpu" else "",
@@ -64,14 +68,22 @@ USUAL: dict[str, Any] = {
     "temperature": (2.0,),
     "hidden": (1024, 2048),
 }
+#: The numbers of the teacher's entries at level TOPK.
+KS = 16, 64, 256
 
 
 def logits(options: Namespace, level: str = LOGITS, **own: Any) -> Iterator[Case]:
     """Yield every combination of sizes: each from the options, else from `own`, else from USUAL."""
     *sizes, hidden = (getattr(options, name) or own.get(name, USUAL[name]) for name in USUAL)
     for dtype, v, n, divergence, t in product(*sizes):
-        heads = (0, 0) if level == LOGITS else hidden
+        heads = hidden if level in (HEADS, STEP) else (0, 0)
         yield Case(n, v, dtype, t, divergence, level, *heads, options.device)
+
+
+def top_k(options: Namespace) -> Iterator[Case]:
+    """Yield cases at the temperature of servers, and at 2; a K above the vocabulary is left out."""
+    for case in logits(options, TOPK, v=(128256,), temperature=(1.0, 2.0)):
+        yield from (replace(case, k=k) for k in options.k or KS if k <= case.v)
 
 
 def guard(options: Namespace) -> Iterator[Case]:
@@ -86,6 +98,7 @@ GUARD = "guard"
 SUITES = {
     "logits": (logits, "losses on logits, over dtype and vocabulary"),
     "heads": (partial(logits, level=HEADS), "losses on hidden states and lm_heads"),
+    "topk": (top_k, "losses on logits with a teacher's k largest log-probabilities"),
     "training-step": (STEPS, "a step of a small model: forward, loss, backward, AdamW"),
     GUARD: (guard, "what `make bench-guard` compares with a baseline; only if named"),
 }

@@ -23,7 +23,7 @@ Call = Callable[[], object]
 HEAD_START = 2_000_000
 #: The distributions that have the peers' losses.
 PEERS = {"liger-kernel", "trl", "torchtune", "nvidia-modelopt", "flash-linear-attention"}
-PEERS |= {"cut-cross-entropy"}
+PEERS |= {"cut-cross-entropy", "axolotl", "ms-swift"}
 
 
 def clock(call: Call, device: str) -> float:

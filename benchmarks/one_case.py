@@ -21,7 +21,7 @@ from fused_kd import kd_loss
 
 from .cases import LOGITS, STEP, Case
 from .measuring import Call, clock, peak_bytes
-from .methods import FORWARD, METHODS, Loss, Method, after_heads, one_line
+from .methods import METHODS, Loss, Method, after_heads, one_line
 from .problems import PROBLEMS, Problem, loss_and_gradients
 
 #: A line of a result file; docs/benchmarks.md lists the fields.
@@ -127,12 +127,13 @@ def measure(task: Task) -> Iterator[Record | str]:
         bound = None  # it failed: no shares
     if bound is not None:
         seconds = turns.pop(0).time()
-        least = bound.times * seconds["median_s"]
+        unit = seconds["median_s"]
+        least, least_forward = bound.times * unit, bound.forward_times * unit
         yield task.record("bound", name=bound.name, why=bound.why, seconds=least, time=seconds)
     for turn in turns:
         method, seconds = METHODS[turn.name], turn.time()
         if bound is not None and not method.nearest:
-            own = least / (1.5 if method.key.startswith(FORWARD) else 1)  # it writes no gradient
+            own = least if "gradients" in method.compared else least_forward
             turn.fields["bound_share"] = own / seconds["median_s"]
         yield task.result(turn.name, "measured", time=seconds, **turn.fields)
     if not is_late:
@@ -158,7 +159,7 @@ def _steps(task: Task, problem: Problem, turn: Turn) -> Iterator[None]:
     if worst >= WRONG[case.dtype]:
         raise Rejected("wrong", f"a relative error of {worst:.2g}")
     yield
-    call = problem.call(loss)
+    call = problem.call(loss, method.tail)
     if method.compiles or device != "cpu" or level == STEP:
         call()  # compiles, tunes, allocates what is kept
         problem.restore()
@@ -184,7 +185,7 @@ def errors(problem: Problem, method: Method, loss: Loss) -> dict[str, float | No
 
     Infinity if not finite; None if not compared (no gradient, or a loss with another constant).
     """
-    student, teacher, labels = problem.few()
+    student, teacher, labels = problem.few(method.tail)
     double = student.to(torch.float64), teacher.to(torch.float64), labels
     reference = partial(kd_loss, backend="reference", **method.computes(problem.case))
     results = loss_and_gradients(loss, student, teacher, labels)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_kd import Head, extension
-from fused_kd.sides import Side
+from fused_kd import Head, TopK, extension
+from fused_kd.sides import Side, Teacher
 from fused_kd.testing import DTYPES
 
-from .cases import HEADS, LOGITS, STEP, Case
+from .cases import HEADS, LOGITS, STEP, TOPK, Case
 from .measuring import Call
-from .methods import Loss
+from .methods import BUCKET, DENSE, Loss
 
 #: The most rows on which a method is compared with float64; of heads, whose whole weights are
 #: multiplied, also the most vocabulary entries.
@@ -24,15 +24,16 @@ CHECKED_ROWS, CHECKED_VOCABULARY = 16, 32768
 #: In a training step: the most tokens of a sequence, the fewest entries of an attention head.
 LENGTH, HEAD = 128, 64
 
-Arguments = tuple[Side, Side, Tensor]  # student, teacher, labels
+Arguments = tuple[Side, Teacher, Tensor]  # student, teacher, labels
 
 
 class LowerBound(NamedTuple):
     """A call that no method of the case can be faster than, to be timed in turns with them."""
 
-    name: str  # copy or products
+    name: str  # a key of BOUNDS in tables.py
     call: Call
     times: float = 1.0  # the bound in seconds of the call
+    forward_times: float = 1.0  # the same for a loss that writes no gradient
     why: str = ""  # if the call is not in the case's dtype
 
 
@@ -49,7 +50,7 @@ class Output(torch.autograd.Function):
 
 
 def loss_and_gradients(
-    loss: Loss, student: Side, teacher: Side, labels: Tensor
+    loss: Loss, student: Side, teacher: Teacher, labels: Tensor
 ) -> tuple[Tensor, ...]:
     """Return a loss, then its gradients by the student's tensors; only the loss if it has no graph.
 
@@ -62,14 +63,20 @@ def loss_and_gradients(
 
 
 class Problem:
-    """What problems share; `arguments(rows=None)` returns a loss's arguments; None: of all rows."""
+    """What problems share.
+
+    `arguments(rows=None, tail=BUCKET)` returns a loss's arguments. rows: that many; None: all.
+    tail: Method.tail of the loss, ignored but at level TOPK.
+    """
 
     case: Case
     arguments: Callable[..., Arguments]
 
-    def few(self) -> Arguments:
+    def few(self, tail: str = BUCKET) -> Arguments:
         """Return few rows (of heads few entries too) to find errors on; logits are copied."""
-        student, teacher, labels = self.arguments(CHECKED_ROWS)
+        student, teacher, labels = self.arguments(CHECKED_ROWS, tail)
+        if isinstance(teacher, TopK):
+            return student.clone(), teacher, labels
         if not isinstance(student, Head):
             return student.clone(), teacher.clone(), labels
         rows, entries = slice(CHECKED_ROWS), min(CHECKED_VOCABULARY, self.case.v)
@@ -78,9 +85,9 @@ class Problem:
         )
         return student, teacher, labels[rows] % entries
 
-    def call(self, loss: Loss) -> Call:
+    def call(self, loss: Loss, tail: str = BUCKET) -> Call:
         """Return a call of the loss, forward and backward, on all rows."""
-        return partial(loss_and_gradients, loss, *self.arguments())
+        return partial(loss_and_gradients, loss, *self.arguments(None, tail))
 
     def restore(self) -> None:
         """Restore inputs that a call may have overwritten; heads never are."""
@@ -98,7 +105,7 @@ class LogitsProblem(Problem):
         self._teacher = _random(case, case.n, case.v, generator, 2.0)
         self._student, self._labels = self._original.clone(), _labels(case, generator)
 
-    def arguments(self, rows: int | None = None) -> Arguments:
+    def arguments(self, rows: int | None = None, tail: str = BUCKET) -> Arguments:
         return self._student[:rows], self._teacher[:rows], self._labels[:rows]
 
     def restore(self) -> None:
@@ -106,7 +113,24 @@ class LogitsProblem(Problem):
 
     def lower_bound(self) -> LowerBound:
         """Return a copy, which moves two matrices, while the loss moves three: 1.5 times."""
-        return LowerBound("copy", lambda: self._student.copy_(self._teacher), 1.5)
+        return LowerBound("copy", lambda: self._student.copy_(self._teacher), 1.5, 1.0)
+
+
+class TopKProblem(LogitsProblem):
+    """Logits of both models, and of the teacher's the K largest entries of each row."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self._topk = TopK.from_logits(self._teacher, case.k, case.temperature)
+
+    def arguments(self, rows: int | None = None, tail: str = BUCKET) -> Arguments:
+        student, teacher, labels = super().arguments(rows)
+        topk = self._topk.rows(slice(rows))._replace(tail=tail)
+        return student, teacher if tail == DENSE else topk, labels
+
+    def lower_bound(self) -> LowerBound:
+        """Return a copy: the loss reads one matrix and writes one."""
+        return LowerBound("one copy", lambda: self._student.copy_(self._teacher), 1.0, 0.5)
 
 
 class HeadsProblem(Problem):
@@ -121,7 +145,7 @@ class HeadsProblem(Problem):
         )
         self._arguments = Head(hidden, weight), Head(teacher, head), _labels(case, generator)
 
-    def arguments(self, rows: int | None = None) -> Arguments:
+    def arguments(self, rows: int | None = None, tail: str = BUCKET) -> Arguments:
         student, teacher, labels = self._arguments
         return student.rows(slice(rows)), teacher.rows(slice(rows)), labels[:rows]
 
@@ -159,14 +183,14 @@ class StepProblem(Problem):
         self._ids = torch.randint(case.v, (case.n // length, length), device=case.device)
         self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-5, fused=True)
 
-    def arguments(self, rows: int | None = None) -> Arguments:
+    def arguments(self, rows: int | None = None, tail: str = BUCKET) -> Arguments:
         """Return the models' Heads and labels of the batch; with `rows`, of its first sequence."""
         ids = self._ids if rows is None else self._ids[:1]
         models = self._student, self._teacher
         student, teacher = (Head(body(ids).flatten(0, 1), head.weight) for body, head in models)
         return student, teacher, ids.roll(-1, 1).flatten()
 
-    def call(self, loss: Loss) -> Call:
+    def call(self, loss: Loss, tail: str = BUCKET) -> Call:
         def run() -> None:
             loss(*self.arguments()).backward()
             self._optimizer.step()
@@ -186,7 +210,12 @@ def _model(case: Case, hidden: int, layers: int) -> nn.ModuleList:
     return model.to(case.device, DTYPES[case.dtype])
 
 
-PROBLEMS: Any = {LOGITS: LogitsProblem, HEADS: HeadsProblem, STEP: StepProblem}
+PROBLEMS: Any = {
+    LOGITS: LogitsProblem,
+    HEADS: HeadsProblem,
+    TOPK: TopKProblem,
+    STEP: StepProblem,
+}
 
 
 def _labels(case: Case, generator: torch.Generator) -> Tensor:

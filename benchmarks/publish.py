@@ -16,8 +16,8 @@ import pandas
 from pandas import DataFrame
 
 from . import picture, runner, tables
-from .cases import HEADS, LOGITS
-from .methods import IN_PLACE, KDLOSS, WITH_HEADS
+from .cases import HEADS, LOGITS, TOPK
+from .methods import DENSE_TEACHER, HARD, IN_PLACE, KDLOSS, WITH_HEADS
 from .one_case import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def plot(files: Sequence[Path], output: Path) -> int:
         size, sweeps = tables.sweeps(rows)
         if sweeps := [x for x in sweeps if x[size].nunique() > 1]:
             pictures.append(output / f"{suite}.svg")
-            pictures[-1].write_text(picture.of_sweeps(sweeps, size, machine(first)))
+            pictures[-1].write_text(picture.of_sweeps(sweeps, size, machine(records)))
     shown = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
     (output / "report.md").write_text(f"# Benchmarks\n\n{shown}\n\n{page(records)}\n")
     print(*pictures, output / "report.md", sep="\n")
@@ -76,7 +76,7 @@ def publish(root: Path = ROOT) -> int:
     facts, last = runner.environment(reports[-1]), tables.frame(reports[-1])
     texts = {
         (README, "headline"): headline(last, facts),
-        (README, "benchmarks"): readme(last, machine(facts)),
+        (README, "benchmarks"): readme(last, machine(reports[-1])),
         (DOCUMENT, "benchmarks"): "\n\n".join(map(page, reversed(reports))),
     }
     for (name, marker), text in texts.items():
@@ -87,20 +87,22 @@ def publish(root: Path = ROOT) -> int:
         )
     sweeps, path = shown_sweeps(last), root / PICTURE
     if picture.digest(sweeps) not in path.read_text():  # other versions of matplotlib draw others
-        path.write_text(picture.of_sweeps(sweeps, "v", machine(facts)))
+        path.write_text(picture.of_sweeps(sweeps, "v", machine(reports[-1])))
     return 0
 
 
-def machine(environment: dict[str, Any]) -> str:
-    """Return a line that names the machine, threads, versions and commit of an environment."""
-    text = "{device}, {threads} threads, {instruction_set}, torch {torch}, commit {commit}"
-    return text.format_map(environment)
+def machine(records: Sequence[Record]) -> str:
+    """Return a line that names the machine, threads, versions and commits of its records."""
+    runs = [x["environment"] for x in records if x["kind"] == "run"]
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    text = "{device}, {threads} threads, {instruction_set}, torch {torch}, commit {commits}"
+    return text.format_map({**runs[-1], "commits": commits})
 
 
 def page(records: Sequence[Record]) -> str:
     """Return a machine's results in Markdown: every sweep of every suite, and the faster peers."""
     results = tables.frame(records)
-    parts = [f"### {machine(runner.environment(records))}"]
+    parts = [f"### {machine(records)}"]
     for suite, rows in results.groupby("suite", sort=False):
         parts.append(f"#### {suite}")
         size, sweeps = tables.sweeps(rows[rows.status != "skipped"])
@@ -138,7 +140,26 @@ def readme(results: DataFrame, note: str) -> str:
             shown = [*SHOWN[suite], *best_peer(rows)]
             parts += [f"{title}, {setting}:", tables.overview(rows, "dtype", shown)]
             parts += [tables.faster(rows)]
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(filter(None, [*parts, top_k(results)]))
+
+
+def top_k(results: DataFrame) -> str:
+    """Return README's sentence on a top-64 teacher in bf16; "" without results."""
+    rows = results.query(f"suite == '{TOPK}' and k == 64 and temperature == 1 and {SIZE}")
+    rows = rows.query("dtype == 'bf16' and divergence == 'forward_kl'")
+    if rows.empty:
+        return ""
+    times = rows.set_index("method").seconds.map(lambda x: f"{tables.figure(1e3 * x)} ms")
+    peer = "".join(
+        f", {times[key]} for {title}"
+        for key in best_peer(rows)
+        for title in rows[rows.method == key].title
+    )
+    return _filled(
+        f"With a top-64 teacher (bf16, T = 1), in place: **{times[IN_PLACE]}**; {times[HARD]} for "
+        f"our hard term alone, {times[DENSE_TEACHER]} with the dense teacher, {times['compile']} "
+        f"for `torch.compile`{peer}."
+    )
 
 
 def best_peer(results: DataFrame) -> list[str]:

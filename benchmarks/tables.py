@@ -18,6 +18,7 @@ MIB = 2**20
 #: Titles: of a lower bound, and of the column with the share of it that times reach.
 BOUNDS = {
     "copy": ("time of 1.5 tensor copies", "% of the fastest possible"),
+    "one copy": ("time of a tensor copy", "% of the fastest possible"),
     "products": ("reference: the four matrix products by torch", "% of the reference"),
 }
 SIZES = [field.name for field in fields(Case)]
@@ -95,8 +96,9 @@ def markdown(table: DataFrame) -> str:
 
 
 def sweeps(table: DataFrame) -> tuple[str, list[DataFrame]]:
-    """Return a size ("n" or "v"), and a suite's rows in groups whose cases differ in it alone."""
-    size = "n" if table.v.nunique() == 1 < table.n.nunique() else "v"
+    """Return a size (n, v or k), and a suite's rows in groups whose cases differ in it alone."""
+    varied = [size for size in ("v", "n", "k") if table[size].nunique() > 1]
+    size = varied[0] if varied else "v"
     groups = table.groupby([name for name in SIZES if name != size], sort=False)
     return size, [group for _, group in groups]
 

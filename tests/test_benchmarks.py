@@ -20,14 +20,15 @@ from support.processes import passes, run_python
 
 from benchmarks import __main__ as cli
 from benchmarks import one_case, runner, tables
-from benchmarks.cases import HEADS, LOGITS, STEP, SUITES, Case
-from benchmarks.methods import METHODS
+from benchmarks.cases import HEADS, LOGITS, STEP, SUITES, TOPK, Case
+from benchmarks.methods import METHODS, taking_part
 from benchmarks.one_case import Task, Turn, in_turns
 from benchmarks.problems import LogitsProblem, LowerBound
 
 pytestmark = needs_cpu
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--dtype", "fp32", "--n", "4", "--v", "60", "--hidden", "8", "12", "--repeats", "2"]
+TINY += ["--k", "5", "70"]  # V has no 70 entries: left out
 QUICK = ["kdloss", "kdloss-inplace", "kdloss-heads", "eager"]
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu_avx2_logits.jsonl"
 SMALL = Task("logits", Case(5, 40, "fp32"), ("logits/eager", "logits/kdloss-inplace"), repeats=2)
@@ -181,6 +182,15 @@ def test_a_crash_ends_no_more_than_its_method(tmp_path: Path, monkeypatch: Any) 
     results = _results(records := runner.read(file))
     assert [results[x]["status"] for x in ("kdloss", "eager")] == ["measured", "failed"]
     assert [x["kind"] for x in records].count("done") == 1
+
+
+def test_with_a_top_k_teacher_only_ours_run_at_another_temperature_unless_chosen() -> None:
+    case = Case(4, 60, "fp32", 2.0, level=TOPK, k=5)
+    names = taking_part(TOPK, case, ())
+    assert names
+    assert all(METHODS[name].is_ours for name in names)
+    assert taking_part(TOPK, case, ["eager"]) == ("topk/eager",)
+    assert "topk/eager" in taking_part(TOPK, replace(case, temperature=1.0), ())
 
 
 def test_a_peer_that_is_not_in_both_is_no_difference() -> None:

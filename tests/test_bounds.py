@@ -49,7 +49,7 @@ def test_margins_of_nan_change_nothing(divergence: str, dtype: torch.dtype) -> N
     for vocabulary in VOCABULARIES:
         student = (3 * torch.randn(N, 1, vocabulary)).to(dtype)
         teacher = (3 * torch.randn(N, 1, vocabulary)).to(dtype)
-        rest = (torch.randint(vocabulary, (N,)), torch.rand(N), torch.rand(N))
+        rest = (None, torch.randint(vocabulary, (N,)), torch.rand(N), torch.rand(N))
         *want, grad = op.forward_backward.default(student, teacher, *rest, *numbers)
         assert not grad.isnan().any()
         padded, padded_teacher = _margins(student), _margins(teacher)
@@ -78,6 +78,14 @@ def _guarded(values: Tensor, side: str) -> Tensor:
     return copy.copy_(values.flatten()).view(values.shape)
 
 
+def _classes(vocabulary: int, turn: int) -> tuple[Tensor, Tensor]:
+    """Return the logits (1, N, K+1) of a top-k teacher's classes, and ids (N, K); some outside."""
+    k = min(vocabulary, (0, 1, 7, 40)[turn // 5 % 4])
+    token_ids = torch.rand(N, vocabulary).argsort(1)[:, :k].to(torch.int32)
+    token_ids[:, 2::3] = (-1, vocabulary, 2**31 - 1, -(2**31))[turn % 4]
+    return torch.randn(1, N, k + 1), token_ids
+
+
 def walk_along_guard_pages() -> None:
     # Runs in another process: every tensor ends, or begins, at a page that can't be touched.
     torch.set_num_threads(1)
@@ -104,7 +112,12 @@ def walk_along_guard_pages() -> None:
                     rest = (torch.randint(vocabulary, (N,)), torch.rand(N), torch.rand(N))
                     if turn % 3 == 0:  # kept and out of range: NaN, and never read
                         rest[0][turn % N] = (-100, -4000, vocabulary + 4000)[turn // 3 % 3]
-                    inputs = [_guarded(x, side) for x in (*rows, *rest)]
+                    token_ids = None
+                    if dtypes[1] == torch.float32 and turn % 5 < 4 and turn % 7 < 5:
+                        rows[1], token_ids = _classes(vocabulary, turn)
+                    inputs = [
+                        x if x is None else _guarded(x, side) for x in (*rows, token_ids, *rest)
+                    ]
                     *_, stats, grad = op.forward_backward.default(*inputs, *numbers)
                     assert stats.shape == (N, ops.STATS)
                     into, stats = _guarded(grad, side), _guarded(stats, side)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sass_listing import code_of
+from sass import executed as counting
+from sass import machine, operations
+from sass.listing import code_of
+from sass.machine import GLOBAL_BASE, Launch, Machine
 
-from benchmarks import cuda_executed, sass_machine, sass_operations
 from benchmarks.sass import find_tool
-from benchmarks.sass_machine import GLOBAL_BASE, Launch, Machine
 
 
 def _run(
@@ -134,7 +135,7 @@ NOT_COPIED = COPY.replace("UBLKCP.S.G [UR10], [UR6], UR14, desc[UR16]", "NOP")
 def test_what_is_not_known_or_wrong_is_refused_when_it_is_executed(
     text: str, memory: int, grid: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sass_machine, "MAX_STEPS", 500)
+    monkeypatch.setattr(machine, "MAX_STEPS", 500)
     with pytest.raises(RuntimeError, match=message):
         _run(f"{text}; EXIT", memory, **grid)
     if text == TENSOR:
@@ -174,9 +175,9 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float],
         if find_tool(tool) is None:
             pytest.skip(f"no {tool} (on PATH, in CUDA_HOME, or in triton's wheel)")
     folder = tmp_path_factory.mktemp("executed")
-    launcher = cuda_executed.compile_launcher(folder)
-    compiled = cache(lambda divergence: cuda_executed.compile_cluster(divergence, folder))
-    return lambda name, t: cuda_executed.execute(name, t, compiled(name), launcher)
+    launcher = counting.compile_launcher(folder)
+    compiled = cache(lambda divergence: counting.compile_cluster(divergence, folder))
+    return lambda name, t: counting.execute(name, t, compiled(name), launcher)
 
 
 slow = pytest.mark.slow
@@ -217,7 +218,7 @@ MISREAD = {
 def test_code_that_is_read_wrongly_is_refused(
     name: str, executed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operands, _ = sass_operations.OPERATIONS[name]
-    monkeypatch.setitem(sass_operations.OPERATIONS, name, (operands, MISREAD[name]))
+    operands, _ = operations.OPERATIONS[name]
+    monkeypatch.setitem(operations.OPERATIONS, name, (operands, MISREAD[name]))
     with pytest.raises((AssertionError, NotImplementedError), match=r"close|unknown instruction"):
         executed("forward_kl", 2.0)

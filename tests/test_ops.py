@@ -48,8 +48,12 @@ def rows(
     dtypes: tuple[torch.dtype, torch.dtype] = DTYPE_PAIRS[0],
     terms: str = "both",
     layout: str = "contiguous",
+    k: int | None = None,
 ) -> list[Tensor | None]:
-    """Return student, teacher, labels, w_hard, w_soft; both weights of one row are 0."""
+    """Return student, teacher, token_ids, labels, w_hard, w_soft; both weights of one row are 0.
+
+    With `k` the teacher has logits of k+1 classes, and each row one absent token.
+    """
     weights: list[Tensor | None] = [torch.rand(N), torch.rand(N)]
     for weight in weights:
         weight[1] = 0.0
@@ -58,7 +62,13 @@ def rows(
     if terms in ("hard", "neither"):
         weights[1] = None
     labels = None if weights[0] is None else torch.randint(V, (N,))
-    return [logits(dtypes[0], layout), logits(dtypes[1]), labels, *weights]
+    if k is None:
+        return [logits(dtypes[0], layout), logits(dtypes[1]), None, labels, *weights]
+    token_ids = torch.rand(N, V).argsort(1)[:, :k].to(torch.int32)
+    token_ids[:, -1:] = -1
+    teacher = torch.randn(B, S, k + 1)
+    teacher[..., k - 1 : k] = -torch.inf
+    return [logits(dtypes[0], layout), teacher, token_ids, labels, *weights]
 
 
 def formula(divergence: str = "forward_kl", smoothing: float = 0.1) -> Formula:
@@ -91,6 +101,7 @@ def arguments(name: str, inputs: list[Any], divergence: str = "forward_kl") -> t
         *({"layout": layout} for layout in LAYOUTS),
         *({"dtypes": dtypes} for dtypes in DTYPE_PAIRS[1:]),
         *({"terms": terms} for terms in TERMS[1:]),
+        *({"k": k} for k in (0, 3)),
     ],
     ids=str,
 )
@@ -153,8 +164,11 @@ def test_schema(name: str, written: list[str], returned: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
-def test_the_operators_agree(dtypes: tuple[torch.dtype, torch.dtype], layout: str) -> None:
-    inputs = rows(dtypes, layout=layout)
+@pytest.mark.parametrize("k", [None, 3])
+def test_the_operators_agree(
+    k: int | None, dtypes: tuple[torch.dtype, torch.dtype], layout: str
+) -> None:
+    inputs = rows(dtypes, layout=layout, k=k)
     student = inputs[0]
     assert student is not None
     *plain, grad = op("forward_backward")(*inputs, *numbers())
@@ -190,7 +204,7 @@ def test_a_rescaled_gradient_is_rounded_once(dtypes: tuple[torch.dtype, torch.dt
     op("rescale_")(*inputs, stats, *numbers(), scale, grad)
     double = [x.double() if i in (0, 1) else x for i, x in enumerate(inputs)]
     weights = [x * scale for x in inputs[W_HARD:]]
-    exact = reference.backward(*double[:W_HARD], *weights, stats, formula())
+    exact = reference.backward(*double[:TOKEN_IDS], inputs[LABELS], *weights, stats, formula())
     eps = torch.finfo(dtypes[0]).eps
     torch.testing.assert_close(grad.double(), exact, rtol=0.51 * eps, atol=3e-7)
 
@@ -223,7 +237,7 @@ def test_a_gradient_of_16_bits_is_the_rounded_one(
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_gradient_has_one_place(backend: str) -> None:
-    student, teacher, *vectors = rows()
+    student, teacher, _, *vectors = rows()
     before = student.clone()
     with pytest.raises(ValueError, match=r"inplace=True writes .* got out as well"):
         named(backend).forward_backward(
@@ -240,7 +254,7 @@ def test_no_rows_is_no_error() -> None:
     assert grad.shape == (0, S, V)
 
 
-STUDENT, TEACHER, LABELS, W_HARD, W_SOFT = range(5)
+STUDENT, TEACHER, TOKEN_IDS, LABELS, W_HARD, W_SOFT = range(6)
 ELSEWHERE = "must be on one device; got cpu and meta"
 # position, value, message
 WRONG = {
@@ -286,11 +300,23 @@ WRONG = {
 }
 
 
+# the same with token_ids: (N, K) with K = 3
+WRONG_CLASSES = {
+    "token_ids int64": (TOKEN_IDS, torch.zeros(N, 3).long(), "must be a contiguous CPU int32"),
+    "token_ids short": (TOKEN_IDS, torch.zeros(N, 2).int(), r"int32 tensor \(6, 3\)"),
+    "token_ids strided": (TOKEN_IDS, torch.zeros(3, N).int().T, r"int32 tensor \(6, 3\)"),
+    "token_ids elsewhere": (TOKEN_IDS, torch.empty(N, 3, device="meta").int(), ELSEWHERE),
+    "classes float16": (TEACHER, torch.zeros(B, S, 4).half(), "the teacher must be float32"),
+    "no class": (TEACHER, torch.zeros(B, S, 0), r"the teacher must be float32 \(B, S, K\+1\)"),
+    "classes of other rows": (TEACHER, torch.zeros(B, 1, 4), "differ in dimension 1: 3 and 1"),
+}
+
+
 @pytest.mark.parametrize("name", ROW_OPS + GRADIENT_OPS)
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", [*WRONG, *WRONG_CLASSES])
 def test_wrong_tensors_are_refused(name: str, wrong: str) -> None:
-    position, value, message = WRONG[wrong]
-    good = list(arguments(name, rows()))
+    position, value, message = (WRONG | WRONG_CLASSES)[wrong]
+    good = list(arguments(name, rows(k=3 if wrong in WRONG_CLASSES else None)))
     before = [x.clone() if isinstance(x, Tensor) else x for x in good]
     with pytest.raises(RuntimeError, match=message):
         op(name)(*(value if i == position else x for i, x in enumerate(good)))
@@ -329,7 +355,7 @@ def test_wrong_numbers_are_refused(position: int, value: Any, message: str) -> N
 
 
 # operator, position, value, message
-GRAD, SCALE, STATISTICS = -1, -2, 5
+GRAD, SCALE, STATISTICS = -1, -2, 6
 REFUSED: list[tuple[str, int, Tensor, str]] = [
     *(
         (name, STATISTICS, stats, message)
@@ -383,7 +409,7 @@ def test_a_place_for_the_gradient_is_refused() -> None:
         (memory, halves[1], "grad shares memory with teacher"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op("forward_backward_into")(*both, *rows()[LABELS:], *numbers(), grad)
+            op("forward_backward_into")(*both, *rows()[TOKEN_IDS:], *numbers(), grad)
     assert not memory.any(), "something was written"
 
 
@@ -397,3 +423,14 @@ def test_a_label_outside_is_never_read() -> None:
     assert torch.equal(hard.isnan(), outside)
     assert not soft.isnan().any()
     assert torch.equal(grad.view(N, V).isnan(), outside[:, None].expand(N, V))
+
+
+def test_a_token_outside_is_never_read() -> None:
+    # Python refuses it; the operator itself takes it for an absent one.
+    inputs = rows(k=4)
+    token_ids = inputs[TOKEN_IDS]
+    assert token_ids is not None
+    token_ids[:, 3] = torch.tensor([V, 2**31 - 1, -(2**31), -V, -1, 1_000_000])
+    got = op("forward_backward")(*inputs, *numbers())
+    token_ids[:, 3] = -1
+    identical(got, op("forward_backward")(*inputs, *numbers()))

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sass_listing import code_of
+from sass.listing import code_of
 
 from benchmarks.triton_counts import count, executed, trips
 from benchmarks.triton_resources import Variant

@@ -38,7 +38,7 @@ def _from(module: str, name: str, *arguments: Any, **keywords: Any) -> Any:
     return getattr(import_module(module), name)(*arguments, **keywords)
 
 
-def _halves(hard: Loss, soft: Loss, case: Case) -> Loss:
+def halves(hard: Loss, soft: Loss, case: Case) -> Loss:
     """Return a loss: 0.5 of the hard half plus 0.5 T² of the soft one.
 
     The soft one is first: Liger's cross-entropy overwrites the logits by their gradient.
@@ -51,7 +51,7 @@ def _halves(hard: Loss, soft: Loss, case: Case) -> Loss:
     return loss
 
 
-def _cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy as transformers computes it, after a conversion to float32."""
     return F.cross_entropy(student.float(), labels)
 
@@ -71,7 +71,7 @@ def _liger(case: Case) -> Loss:
     def soft(*sides_and_labels: Tensor) -> Tensor:
         return divergence(*(soften(x.float() / case.temperature, -1) for x in sides_and_labels[:2]))
 
-    return _halves(_from(LIGER + "cross_entropy", "LigerCrossEntropyLoss"), soft, case)
+    return halves(_from(LIGER + "cross_entropy", "LigerCrossEntropyLoss"), soft, case)
 
 
 @on_logits(
@@ -93,7 +93,7 @@ def _trl(case: Case) -> Loss:
     jsd = import_module("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
     beta, t = BETA[case.divergence], case.temperature
     soft = partial(jsd, reduction="batchmean", beta=beta, temperature=t)
-    return _halves(_cross_entropy, soft, case)
+    return halves(cross_entropy, soft, case)
 
 
 def _soften(logits: Tensor, case: Case) -> Tensor:
@@ -110,7 +110,7 @@ def _torchtune(case: Case) -> Loss:
     def soft(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return kl(_soften(student, case), _soften(teacher, case), labels)
 
-    return _halves(_cross_entropy, soft, case)
+    return halves(cross_entropy, soft, case)
 
 
 @on_logits("torchtune-reverse-chunked", "torchtune reverse KL, 8 chunks", needs(TUNE, "reverse_kl"))
@@ -134,7 +134,7 @@ def _modelopt(case: Case) -> Loss:
     """Return modelopt's loss, T² included; its default reduction divides by N·V, this one by N."""
     soft = _from(MODELOPT, "LogitsDistillationLoss", case.temperature, reduction="batchmean")
     return lambda student, teacher, labels: (
-        0.5 * _cross_entropy(student, labels) + 0.5 * soft(student, teacher)
+        0.5 * cross_entropy(student, labels) + 0.5 * soft(student, teacher)
     )
 
 
@@ -165,7 +165,7 @@ def _liger_cross_entropy() -> Loss:
 def _liger_jsd(case: Case) -> Loss:
     beta, t = BETA[case.divergence], case.temperature
     soft = _from(LIGER_JSD, "LigerFusedLinearJSD", beta, temperature=t)
-    return _halves(_liger_cross_entropy(), _of_tensors(soft), case)
+    return halves(_liger_cross_entropy(), _of_tensors(soft), case)
 
 
 @on_heads("liger-fused-kl", "Liger fused linear KL", needs(LIGER_KL, "forward_kl", gpu=True))
@@ -177,7 +177,7 @@ def _liger_kl(case: Case) -> Loss:
         target = F.softmax(logits_of(teacher).float() / case.temperature, -1)
         return divergence(*student[:2], target, labels)
 
-    return _halves(_liger_cross_entropy(), soft, case)
+    return halves(_liger_cross_entropy(), soft, case)
 
 
 @on_heads("trl-chunked", "TRL chunked", needs("trl.kernels.chunked_divergence", *BETA))
@@ -196,7 +196,7 @@ def _trl_chunked(case: Case) -> Loss:
         (x, w, *_), (y, u, *_) = student, teacher
         return _chunked_divergence_loss(x, y, w, u, labels != -100, **keywords)[0]
 
-    return _halves(hard, soft, case)
+    return halves(hard, soft, case)
 
 
 @on_heads("fla", "Flash Linear Attention", needs("fla.modules", "forward_kl", gpu=True))
@@ -204,7 +204,7 @@ def _fla(case: Case) -> Loss:
     """Return fla's loss, which has no temperature: hidden states over T give logits over T."""
     kl, t = _from("fla.modules", "FusedKLDivLoss"), case.temperature
     cross_entropy = _from("fla.modules", "FusedLinearCrossEntropyLoss")
-    return _halves(
+    return halves(
         lambda student, labels: cross_entropy(student.hidden, labels, student.weight),
         lambda student, teacher, labels: kl(
             student.hidden / t, teacher.hidden / t, student.weight, teacher.weight

@@ -159,6 +159,9 @@ struct Operators {
                     "unknown divergence ", numbers.divergence);
     p.temperature = numbers.temperature;
     p.divergence = static_cast<Divergence>(numbers.divergence);
+    const bool of_logits = !with_rule(p.divergence, [](auto rule) { return rule.SOFTMAX; });
+    STD_TORCH_CHECK(!p.has_classes || !p.w_soft || !of_logits,
+                    "a divergence of logits takes no token_ids");
     p.beta = numbers.beta;
     p.soft_factor = numbers.scale_t2 ? p.temperature * p.temperature : 1.0;
     p.label_smoothing = numbers.label_smoothing;

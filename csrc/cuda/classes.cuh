@@ -20,26 +20,14 @@
 
 namespace fused_kd {
 
-// The "divergence" of the entries outside of the support: the student's sum, and a gradient that is
-// `scale` times P.
-constexpr Divergence TAIL = static_cast<Divergence>(NUMBER_OF_DIVERGENCES + 1);
-
-template <>
-struct Rule<TAIL> : Traits<TAIL> {
-  static constexpr bool SOFTMAX = true, OWN_SUM = false, TWO_PASSES = false;
-  static constexpr bool READS_TEACHER = false;
-  template <class F>
-  FUSED_KD_HD static F gradient(F, F, F P, F, F, const Constants<F>& c, F offset) {
-    return fma(c.scale, P, offset);
-  }
-};
+constexpr Divergence TAIL = Divergence::tail;  // reads the student alone
 
 // Calls call(Rule<d>{}) with the rule of the classes' divergence, or of none; divergences of logits,
 // which the operators refuse, are left out.
 template <class Call>
 FUSED_KD_DEVICE void with_class_rule(const Params& p, Call call) {
   with_rule(p.divergence, [&](auto rule) {
-    if constexpr (rule.SOFTMAX || !rule.READS_TEACHER) call(rule);
+    if constexpr (rule.SOFTMAX == rule.READS_TEACHER) call(rule);
   });
 }
 
@@ -199,6 +187,7 @@ FUSED_KD_DEVICE void alone(float (&x)[GROUP], float element) {
 struct TailElement {
   float a = -INF, b = -INF, P = 0.0f, Q = 0.0f;  // of an absent element
 
+  FUSED_KD_DEVICE TailElement() {}
   // tail: the student's sums; t: the teacher's logit, INF if the tail is no class.
   FUSED_KD_DEVICE TailElement(const Record& tail, float t, float m_s, float m_t, const Options& o) {
     if (t == INF) return;
@@ -329,38 +318,30 @@ FUSED_KD_DEVICE void store_support(const Params& p, const Row& row, const Suppor
 
 // ------------------------------------------------------------------------------------- the row
 
-// Processes the classes of a row after the first pass over its tail: exchanges the block's records of
-// both, writes losses and statistics. Returns whether the block continues; `stats` are those of the
-// first thread.
+// Processes the classes of a row: the second pass, losses and statistics. Returns whether the block
+// continues. The records, in warp 0: the tail's and the support's, and of all entries, for the hard
+// term. `stats` are set in the first thread.
 template <Divergence D, class Source, class Exchange>
 FUSED_KD_DEVICE bool process_classes(const Params& p, const Row& row,
                                      const Support<Source>& support, int part, Shared& shared,
-                                     const Exchange& exchange, Record tail, ClassStats& stats) {
+                                     const Exchange& exchange, const Record (&records)[2],
+                                     const Record& all, ClassStats& stats) {
   const Options& o = p.options;
-  Record inside = sums_of_support<D>(support, o);
-  block_sync();  // before the warps write records again
-  inside = merge_block<D>(inside, o, shared);
-  Record records[2] = {tail, inside};
-  const auto merge = [&](Record(&r)[2]) {
-    merge_warp<TAIL>(r[0], o);
-    merge_warp<D>(r[1], o);
-  };
-  if (!exchange(records, 1, merge)) return false;
-  tail = records[0], inside = records[1];  // of the row, in warp 0
+  const Record &tail = records[0], &inside = records[1];
   const float t = support.tail();
-  Record classes = inside, all = inside;
+  Record classes = inside;
+  TailElement x;
   if (threadIdx.x < 32) {
     classes = merged<D>(inside, record_of_tail<D>(tail, t, o), o);
-    all = merged<Divergence::none>(inside, tail, o);
+    x = TailElement(tail, t, classes.r.m_s, classes.r.m_t, o);
   }
-  const TailElement x(tail, t, classes.r.m_s, classes.r.m_t, o);
   if constexpr (Rule<D>::TWO_PASSES) {
     const Second<D> second = broadcast_from_first<Second<D>>(p, row, classes, shared);
-    second_sums_of_support<D>(support, o, second, records[0].r.x, records[0].r.y);
-    records[0] = merge_second_block(records[0], shared);
-    if (!exchange(records, 2, [](Record(&r)[2]) { merge_second_warp(r[0]); })) return false;
-    classes.r.x = records[0].r.x;
-    classes.r.y = records[0].r.y;
+    Record sums[2] = {};
+    second_sums_of_support<D>(support, o, second, sums[0].r.x, sums[0].r.y);
+    sums[0] = merge_second_block(sums[0], shared);
+    if (!exchange(sums, 2, [](Record(&r)[2]) { merge_second_warp(r[0]); })) return false;
+    set_second(classes, {sums[0].r.x, sums[0].r.y});
     Rule<D>::accumulate2(x.a, x.b, x.P, x.Q, 1.0f, second.c, classes.r.x, classes.r.y);
   }
   if (threadIdx.x != 0) return true;
@@ -375,27 +356,47 @@ FUSED_KD_DEVICE bool process_classes(const Params& p, const Row& row,
   return true;
 }
 
-// Computes losses and statistics of a row, or takes those of an earlier launch; then the gradient, if
-// there is one.
+// Computes losses and statistics of a row. Returns as process_classes.
+template <class Source, class Exchange>
+FUSED_KD_DEVICE bool losses_of_classes(const Params& p, const Row& row, const Source& outside,
+                                       const Support<Source>& support, int part, Shared& shared,
+                                       const Exchange& exchange, ClassStats& stats) {
+  const Options& o = p.options;
+  const Record tail = first_pass<TAIL>(outside, o);
+  if (threadIdx.x == 0) shared.s_label = row.s_label;
+  Record records[2] = {merge_block<TAIL>(tail, o, shared)};
+  block_sync();  // before the warps write records again
+  with_class_rule(p, [&](auto rule) {
+    constexpr Divergence D = decltype(rule)::DIVERGENCE;
+    records[1] = merge_block<D>(sums_of_support<D>(support, o), o, shared);
+  });
+  const auto merge = [&](Record(&r)[2]) {
+    merge_warp<TAIL>(r[0], o);
+    with_class_rule(p, [&](auto rule) { merge_warp<decltype(rule)::DIVERGENCE>(r[1], o); });
+  };
+  if (!exchange(records, 1, merge)) return false;
+  Record all = records[1];
+  if (threadIdx.x < 32) all = merged<Divergence::none>(records[1], records[0], o);
+  bool continues = false;
+  with_class_rule(p, [&](auto rule) {
+    continues = process_classes<decltype(rule)::DIVERGENCE>(p, row, support, part, shared, exchange,
+                                                            records, all, stats);
+  });
+  return continues;
+}
+
+// Computes the losses of a row, unless its statistics are known, and the gradient if there is one.
 template <Dtype S, class Source, class Exchange>
 FUSED_KD_DEVICE void process_row_of_classes(const Params& p, const Row& row, const Source& outside,
                                             int part, Shared& shared, const Exchange& exchange) {
   const Support<Source> support(p, row, outside);
   support.set_mask();
   ClassStats stats = {};
-  if (p.from_stats) {
+  if (p.from_stats)
     stats = reinterpret_cast<const ClassStats*>(p.stats)[row.n];
-  } else {
-    Record tail = first_pass<TAIL>(outside, p.options);
-    if (threadIdx.x == 0) shared.s_label = row.s_label;
-    tail = merge_block<TAIL>(tail, p.options, shared);
-    bool continues = false;
-    with_class_rule(p, [&](auto rule) {
-      continues = process_classes<decltype(rule)::DIVERGENCE>(p, row, support, part, shared,
-                                                              exchange, tail, stats);
-    });
-    if (!continues || p.grad.data == nullptr) return;
-  }
+  else if (!losses_of_classes(p, row, outside, support, part, shared, exchange, stats))
+    return;
+  if (p.grad.data == nullptr) return;
   with_class_rule(p, [&](auto rule) {
     using Scalars = SupportGradient<decltype(rule)::DIVERGENCE>;
     store_support<S>(p, row, support, broadcast_from_first<Scalars>(p, row, stats, shared));

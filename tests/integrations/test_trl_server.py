@@ -32,10 +32,11 @@ class Client(vllm_client.VLLMClient):  # type: ignore[misc]
     """TRL's client, whose server is a model; `at` is the temperature that the server applies."""
 
     at = 1.0
+    model_number = 1  # of the teacher; 0: the student before training
 
     def __init__(self, **_: Any) -> None:
         self.base_url, self.model, self.session = "http://teacher", "teacher", None
-        _, self.teacher = models()
+        self.teacher: Any = models()[self.model_number]
         with torch.no_grad():
             self.teacher.get_output_embeddings().weight.mul_(0.3)  # with a tail in each row
 
@@ -85,6 +86,20 @@ def test_training(tmp_path: Path, options: dict[str, Any]) -> None:
     theirs = trained(make())
     for heads in (False, True):
         same(trained(use_fused_kd(make(), heads=heads, inplace=not heads)), theirs)
+
+
+@pytest.mark.parametrize("add_tail", [True, False])
+def test_the_actual_token_is_the_teachers_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_tail: bool
+) -> None:
+    monkeypatch.setattr(Client, "model_number", 0)
+    options = {"beta": 0.5, "top_k": 1, "loss_add_tail": add_tail, "max_steps": 1}
+    losses = [
+        use(server_trainer(tmp_path, **options)).train().training_loss
+        for use in (use_fused_kd, restore)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-8)
+    assert bool(losses[0] > 1e-3) == add_tail  # renormalised, a single token has no divergence
 
 
 def test_the_temperature_is_that_of_the_loss(

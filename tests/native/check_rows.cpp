@@ -1,7 +1,7 @@
 // The row driver over every instruction set of this processor, without torch: shapes, element
-// types, strides, infinities, threads. Built with the sanitizers it shows every access outside a
-// tensor; without them it still shows a write between the rows, and bits that depend on the
-// threads.
+// types, strides, infinities, threads, dense and top-k teachers. Built with the sanitizers it shows
+// every access outside a tensor; without them it still shows a write between the rows, and bits
+// that depend on the threads.
 //
 // Buffers have their exact size and an odd alignment; gaps between strided rows hold NaN.
 #include <math.h>
@@ -79,12 +79,14 @@ struct Setting {
   double temperature, label_smoothing;
   bool hard, soft, in_place;
   int regime;
+  int64_t K = -1;  // of a top-k teacher, which is float32; -1: a dense teacher
+  bool has_classes() const { return K >= 0; }
   std::string name() const {
     return std::string(kernels().name) + " N " + std::to_string(N) + " V " + std::to_string(V) +
            " dtypes " + std::to_string(int(student)) + std::to_string(int(teacher)) +
            " divergence " + std::to_string(int(divergence)) + " T " + std::to_string(temperature) +
            " regime " + std::to_string(regime) + (hard ? " hard" : "") + (soft ? " soft" : "") +
-           (in_place ? " in place" : "");
+           (in_place ? " in place" : "") + (has_classes() ? " K " + std::to_string(K) : "");
   }
 };
 
@@ -105,6 +107,33 @@ static std::vector<float> logits(const Setting& c, int64_t n, int side) {
   return x;
 }
 
+// The tokens of one row, spread over the vocabulary; every fifth is absent, by any id outside of it.
+static std::vector<int32_t> tokens(const Setting& c, int64_t n) {
+  static const int32_t outside[] = {-1, int32_t(c.V), std::numeric_limits<int32_t>::max(),
+                                    std::numeric_limits<int32_t>::min()};
+  std::vector<int32_t> ids(c.K);
+  for (int64_t i = 0; i < c.K; ++i)
+    ids[i] = i % 5 == 4 ? outside[i / 5 % 4] : int32_t((c.V - 1 + n % c.V + i * (c.V / c.K)) % c.V);
+  return ids;
+}
+
+// The teacher's logits of the K+1 classes. Those of absent tokens are not read. The tail has a mass,
+// or none, or is no class, except where that makes a divergence infinite or leaves no class.
+static std::vector<float> class_logits(const Setting& c, int64_t n) {
+  const std::vector<int32_t> ids = tokens(c, n);
+  const std::vector<float> dense = logits(c, n, 1);
+  const bool may_be_zero =
+      with_rule(c.divergence, [](auto rule) { return !is_infinite<decltype(rule)>(false, true); });
+  std::vector<float> x(c.K + 1, NaN);
+  int64_t present = 0;
+  for (int64_t i = 0; i < c.K; ++i)
+    if (ids[i] >= 0 && ids[i] < c.V) x[i] = dense[ids[i]], ++present;
+  const float tails[] = {1.5f, INF, may_be_zero ? -INF : INF};
+  x[c.K] = present == 0 ? 0 : present == c.V ? INF : tails[n % 3];
+  if (c.regime == not_a_number && n % 4 == 1) x.assign(c.K + 1, NaN);
+  return x;
+}
+
 struct Outcome {
   std::vector<float> hard, soft, stats;
   std::vector<std::vector<float>> grad;
@@ -115,13 +144,17 @@ static bool same_bits(const std::vector<float>& a, const std::vector<float>& b) 
 
 static Outcome run(const Setting& c, const Parallel& parallel, bool separately) {
   const int64_t inner = c.N > 2 ? 2 : 1;
-  Matrix student(c.student, c.N, c.V, inner, 3, 5), teacher(c.teacher, c.N, c.V, inner, 1, 0);
+  Matrix student(c.student, c.N, c.V, inner, 3, 5);
+  Matrix teacher(c.teacher, c.N, c.has_classes() ? c.K + 1 : c.V, inner, 1, 0);
+  std::vector<int32_t> ids;
   Matrix grad(c.student, c.N, c.V, inner, 0, 2);
   std::vector<int64_t> labels(c.N);
   std::vector<float> w_hard(c.N), w_soft(c.N);
   for (int64_t n = 0; n < c.N; ++n) {
     student.set(n, logits(c, n, 0));
-    teacher.set(n, logits(c, n, 1));
+    teacher.set(n, c.has_classes() ? class_logits(c, n) : logits(c, n, 1));
+    if (c.has_classes())
+      for (int32_t id : tokens(c, n)) ids.push_back(id);
     labels[n] = n == 4 ? c.V : n == 5 ? -1 : n * 7919 % c.V;  // two labels outside
     w_hard[n] = n % 4 == 3 ? 0.0f : 0.5f;
     w_soft[n] = n % 8 == 3 ? 0.0f : 0.25f;
@@ -136,6 +169,9 @@ static Outcome run(const Setting& c, const Parallel& parallel, bool separately) 
   p.V = c.V;
   p.student = student.rows;
   p.teacher = teacher.rows;
+  p.has_classes = c.has_classes();
+  p.K = c.K;
+  p.token_ids = ids.data();
   p.labels = c.hard ? labels.data() : nullptr;
   p.w_hard = c.hard ? w_hard.data() : nullptr;
   p.w_soft = c.soft ? w_soft.data() : nullptr;
@@ -207,6 +243,15 @@ static void check_close(const Setting& c, const Outcome& got, const Outcome& wan
     expect(near(got.grad[n], want.grad[n], rounding), c.name() + ": grad " + std::to_string(n));
 }
 
+static void check_tables(const Setting& c, const std::vector<const char*>& tables) {
+  Outcome first;
+  for (const char* table : tables) {
+    choose_kernels(table);
+    const Outcome got = check_ways(c);
+    table == tables.front() ? void(first = got) : check_close(c, got, first);
+  }
+}
+
 // V x dtypes x regimes; with the divergences crossed too, or in turn.
 static void check_all(const std::vector<const char*>& tables, int64_t N, bool crossed,
                       const std::vector<int64_t>& vocabularies) {
@@ -233,13 +278,39 @@ static void check_all(const std::vector<const char*>& tables, int64_t N, bool cr
                             turn % 2 == 0,
                             regime};
             ++turn;
-            Outcome first;
-            for (const char* table : tables) {
-              choose_kernels(table);
-              const Outcome got = check_ways(c);
-              table == tables.front() ? void(first = got) : check_close(c, got, first);
-            }
+            check_tables(c, tables);
           }
+}
+
+// A top-k teacher: V x K x dtypes x regimes, the rest in turn.
+static void check_classes(const std::vector<const char*>& tables, int64_t N,
+                          const std::vector<int64_t>& vocabularies,
+                          const std::vector<int64_t>& numbers_of_tokens) {
+  const double temperatures[] = {1, 2, 4, 1.7, 0.05, 8};
+  unsigned turn = 0;
+  for (int64_t V : vocabularies)
+    for (int64_t K : numbers_of_tokens) {
+      if (K > V) continue;
+      for (Dtype student : {Dtype::f32, Dtype::bf16, Dtype::f16})
+        for (int regime = 0; regime < REGIMES; ++regime) {
+          const int terms = turn / 3 % 7;  // mostly both
+          Setting c{N,
+                    V,
+                    student,
+                    Dtype::f32,
+                    Divergence(turn % NUMBER_OF_DIVERGENCES),
+                    temperatures[turn / 5 % 6],
+                    turn % 3 ? 0.0 : 0.1,
+                    terms != 1,
+                    terms != 2,
+                    turn % 2 == 0,
+                    regime,
+                    K};
+          if (c.divergence == Divergence::mse) c.divergence = Divergence::forward_kl;
+          ++turn;
+          check_tables(c, tables);
+        }
+    }
 }
 
 int main(int argc, char** argv) {  // names of instruction sets
@@ -247,5 +318,8 @@ int main(int argc, char** argv) {  // names of instruction sets
   check_all(tables, 9, true, {1, 2, 33, 127});
   check_all(tables, 6, false, {31, 32, 2047, 2048, 2049, 4096 + 33});
   check_all(tables, 1, false, {32768 + 32, 70001});  // several segments, fewer rows than threads
+  check_classes(tables, 9, {1, 2, 33, 127}, {0, 1, 2, 14, 33, 127});
+  check_classes(tables, 6, {2047, 2048, 4096 + 33}, {14, 2048});
+  check_classes(tables, 1, {32768 + 32}, {0, 70});
   return finish();
 }

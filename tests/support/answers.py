@@ -42,7 +42,7 @@ def sequences() -> list[Sequence]:
 
 def dense(topk: TopK) -> Tensor:
     """Return log-probabilities (..., V), -inf outside the support."""
-    ids = topk.token_ids.long()
+    ids = topk.token_ids.long().where(topk.logprobs > -INF, 0)
     empty = torch.full((*ids.shape[:-1], V), -INF)
     # an absent entry's id may be that of another
     return empty.scatter_reduce(-1, ids, topk.logprobs.float(), "amax")

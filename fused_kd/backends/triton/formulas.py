@@ -66,13 +66,14 @@ def fold(sums, power, terms):
     else:
         M_s, M_t = tl.max(sums.M_s, 0), zero
     _, _, d_s, d_t, d_1, w, differences, count = _rebase(sums, M_s, M_t, power, terms)
-    if terms.rule.softmax and not terms.rule.teacher:
-        d_s, d_t, w = tl.sum(d_s, 0), zero, zero
-        d_1 = tl.sum(d_1, 0) if terms.HAS_HARD else zero
-    elif terms.rule.softmax:
+    if terms.rule.softmax and terms.rule.teacher:
         d_s, d_t, d_1, w = tl.reduce((d_s, d_t, d_1, w), 0, _added)
     else:
-        d_s, d_t = tl.max(d_s, 0) if terms.rule.differences else zero, zero
+        if terms.rule.softmax:
+            d_s = tl.sum(d_s, 0)
+        else:
+            d_s = tl.max(d_s, 0) if terms.rule.differences else zero
+        d_t = zero
         w = tl.sum(w, 0) if terms.rule.differences else zero
         d_1 = tl.sum(d_1, 0) if terms.HAS_HARD else zero
     differences = tl.sum(differences, 0) if terms.SMOOTHING else zero

@@ -319,6 +319,14 @@ def _report(row, sums, again, s_y, hard_nan, weights, numbers, terms):
 
 
 @triton.jit
+def _store_at_label(row, y, g, is_here, weights, numbers):
+    """Store the label's gradient; g: without -w_hard·(1-ε). Nothing if the hard term is off."""
+    g -= weights.hard * (1.0 - numbers.smoothing)
+    tl.debug_barrier()
+    tl.store(row.g + y, rounded(g, row.g), is_here & (weights.hard != 0.0))
+
+
+@triton.jit
 def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
     """Compute one program's part of a row that has a weight: sums, and by STEP its results."""
     on_soft = weights.soft != 0.0
@@ -350,9 +358,7 @@ def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
         if terms.HAS_HARD:
             # computed in float32 from the logits: the rounded entry above would lose 1 - π_y
             g = gradient(s_y, t_y, refs, soft, hard, on_soft, numbers, terms)
-            g -= weights.hard * (1.0 - numbers.smoothing)
-            tl.debug_barrier()
-            tl.store(row.g + y, rounded(g, row.g), in_row & owns & (weights.hard != 0.0))
+            _store_at_label(row, y, g, in_row & owns, weights, numbers)
 
 
 @triton.jit
@@ -392,13 +398,11 @@ def _gradient_of_classes(row, part, V, solution, weights, numbers, terms, layout
         s_y = tl.load(row.s + y, in_row & owns, 0.0).to(tl.float32)
     tl.debug_barrier()  # every warp reads s_y before any warp stores the gradient there
     _gradient_pass(row, part, (tail_refs, tail, tail_hard), on_soft, numbers, terms, layout)
-    tl.debug_barrier()
     if terms.HAS_HARD:
         # the label as an entry of the tail; if it is in the support, it is stored again below
         g = gradient(s_y, s_y, tail_refs, tail, tail_hard, on_soft, numbers, terms)
-        g -= weights.hard * (1.0 - numbers.smoothing)
-        tl.store(row.g + y, rounded(g, row.g), in_row & owns & (weights.hard != 0.0))
-        tl.debug_barrier()
+        _store_at_label(row, y, g, in_row & owns, weights, numbers)
+    tl.debug_barrier()
     constants = refs, soft, References(M, M, 1.0, 0.0), hard
     store_support_gradient(row, part, y, constants, weights, numbers, terms, layout)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...sides import TopK
+from .. import servers
 
 
 def from_axolotl(sample: Mapping[str, Any], temperature: float, shift: bool = True) -> TopK:
@@ -25,11 +25,7 @@ def from_axolotl(sample: Mapping[str, Any], temperature: float, shift: bool = Tr
             row gets no entry. False: for columns that are aligned with the logits, as
             ``OnlineTeacherCollator`` makes them from vLLM.
     """
-    ids, values, mask = (
+    columns = (
         torch.as_tensor(sample[f"target_{name}"]) for name in ("token_ids", "logprobs", "mask")
     )
-    values = values.float().masked_fill(mask == 0, -math.inf)
-    if shift:
-        ids, values = ids.roll(-1, -2), values.roll(-1, -2)
-        values[..., -1:, :] = -math.inf
-    return TopK(ids.long(), values, None, "renormalize", temperature)
+    return servers.from_axolotl(*columns, temperature=temperature, is_late=shift)

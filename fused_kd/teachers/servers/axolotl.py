@@ -30,6 +30,7 @@ def from_axolotl(
     The rows of its offline data sets (``axolotl.integrations.kd.chat_template``), and those that
     its collator gets from an SGLang server, score token i itself: they are one position late, and
     need ``is_late=True``. Those that its collator gets from a vLLM server are in place.
+    :func:`fused_kd.teachers.formats.from_axolotl` reads a sample of a data set.
 
     Args:
         target_token_ids: (..., S, K), int64; any value where the mask is 0.
@@ -62,28 +63,27 @@ def from_axolotl(
     token_ids = target_token_ids
     if is_late:
         token_ids, logprobs = _earlier(token_ids, 0), _earlier(logprobs, -math.inf)
-    return checked(TopK(*merged(token_ids, logprobs), tail=tail, temperature=temperature))
+    logprobs = _merged(token_ids, logprobs)
+    return checked(TopK(token_ids, logprobs, tail=tail, temperature=temperature))
 
 
-def merged(token_ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ids and log-probabilities (..., K) with the masses of equal ids in a row added.
+def _merged(token_ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Return log-probabilities (..., K) with the masses of equal ids in a row added.
 
-    An entry whose id is listed once keeps its value exactly. The order of the entries changes; of
-    those that are merged or absent, some become absent entries of id 0.
+    The first entry of an id gets the sum, the others become absent. An entry whose id is listed
+    once keeps its value exactly.
     """
-    absent = logprobs == -math.inf
-    ids, order = torch.where(absent, -1, token_ids).sort(-1)
-    logprobs = logprobs.gather(-1, order)
+    ids, order = torch.where(logprobs == -math.inf, -1, token_ids).sort(stable=True, dim=-1)
     is_first = torch.ones_like(ids, dtype=torch.bool)
     is_first[..., 1:] = ids[..., 1:] != ids[..., :-1]
     place = is_first.cumsum(-1) - 1  # of the entry's id among the different ones
-    empty = torch.full_like(logprobs, -math.inf)
-    largest = empty.scatter_reduce(-1, place, logprobs, "amax")
+    values = logprobs.gather(-1, order)
+    absent = torch.full_like(logprobs, -math.inf)
+    largest = absent.scatter_reduce(-1, place, values, "amax").gather(-1, place)
     # relative to the largest of the same id, so that the sum is at least 1, and exactly 1 for one
-    share = (logprobs - largest.gather(-1, place)).nan_to_num(nan=0.0, neginf=-math.inf).exp()
-    total = torch.zeros_like(share).scatter_add(-1, place, share)
-    unique = torch.zeros_like(ids).scatter(-1, place, ids.clamp(min=0))
-    return unique, torch.where(largest == -math.inf, -math.inf, largest + total.log())
+    share = torch.where(values == largest, 0.0, values - largest).exp()
+    total = torch.zeros_like(share).scatter_add(-1, place, share).gather(-1, place)
+    return absent.scatter(-1, order, torch.where(is_first, largest + total.log(), -math.inf))
 
 
 def _earlier(x: Tensor, fill: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.cuda_executed``: instructions of the CUDA kernel that reads logits once.
+"""``python -m tests.sass.executed``: instructions of the CUDA kernel that reads logits once.
 
-The compiler's machine code of rows_cluster is run (see :mod:`.sass_machine`) on rows of a training
+The compiler's machine code of rows_cluster is run (see :mod:`.machine`) on rows of a training
 step, with the parameters and the grid that launch.cu chooses, and every instruction that a warp
 executes is counted: prologue, new maxima, merges, exchange, gradient, ends. The resulting losses
 and gradients are compared with float64, since misread instructions would make them wrong.
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.cuda_resources import DIVERGENCES, compile_with_nvcc, instantiate
+from benchmarks.sass import disassemble, usage
 from fused_kd import kd_loss
 from fused_kd.ops import STATS
 
-from .cuda_resources import DIVERGENCES, compile_with_nvcc, instantiate
-from .sass import disassemble, usage
-from .sass_machine import GLOBAL_BASE, Launch, Machine
+from .machine import GLOBAL_BASE, Launch, Machine
 
 V, ROWS, SEED, SPREAD = 151936, 2, 0, 3.0
 #: The arrays that a launch reads and writes, in the order of captured_launch.cu.

@@ -1,5 +1,5 @@
 // What csrc/cuda/launch.cu would launch on an H200, kept instead of launched: the same plan and the
-// same parameters, without a kernel or a device. For benchmarks/cuda_executed.py.
+// same parameters, without a kernel or a device. For tests/sass/executed.py.
 #include "launch.cu"
 
 namespace fused_kd {
@@ -18,7 +18,7 @@ int launch_bf16(Kernel kernel, Divergence, const LaunchShape& shape, void*, cons
 
 }  // namespace fused_kd
 
-// Plan rows of bfloat16, one after another: at has the addresses that cuda_executed.py names; a null
+// Plan rows of bfloat16, one after another: at has the addresses that executed.py names; a null
 // pointer to weights turns that term off. Copies the parameters and the shape of the launch. Returns
 // the size of the parameters; 0 unless there is one launch, of the cluster kernel.
 extern "C" __attribute__((visibility("default"))) int capture(int N, int V, int divergence,

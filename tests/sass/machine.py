@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .sass import Code, Instruction
-from .sass_operations import WARP, Array, Registers, execute, split, whole_warps
+from benchmarks.sass import Code, Instruction
+
+from .operations import WARP, Array, Registers, execute, split, whole_warps
 
 #: The most steps of a launch: over a hundred times what a row takes.
 MAX_STEPS = 200_000
