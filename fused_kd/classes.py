@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import SMALLEST_TAIL, may_read_values, sorted_rows
+from .checks import SMALLEST_TAIL, masses, reads_values, sorted_rows
 from .sides import TopK, row_count
 
 #: The teacher's tail logit if the tokens outside the support are no class.
@@ -43,7 +43,7 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
     """Return the classes of a teacher that was checked, and for "sampled" its entropy.
 
     A row that a check of its values would refuse is NaN; it can only exist if they were not read,
-    on a GPU or in a trace.
+    on a GPU or in a trace. Of a row without entries the tail is not read.
 
     Args:
         topk: N rows, in any leading shape.
@@ -56,7 +56,7 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
     rows, k = row_count(topk.logprobs.shape[:-1]), topk.logprobs.shape[-1]
     logprobs = topk.logprobs.detach().reshape(rows, k).to(dtype)
     token_ids, entropy, invalid = topk.token_ids.reshape(rows, k), None, None
-    may_read = may_read_values(logprobs)
+    may_read = reads_values(topk)
     if not may_read or k == 0 or bool((logprobs.amin(-1) == -math.inf).any()):
         absent = logprobs == -math.inf
         token_ids = torch.where(absent, -1, token_ids)
@@ -66,7 +66,8 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
         invalid = (out_of_range | ~(logprobs < math.inf)).any(-1)
         if topk.tail != "sampled":
             invalid = invalid | _has_duplicates(token_ids)
-    token_ids = token_ids.to(torch.int32)
+        invalid = invalid | _has_wrong_mass(topk, token_ids)
+    token_ids = token_ids.to(torch.int32).contiguous()
     if topk.tail == "sampled":
         token_ids, logprobs = _merged(token_ids, logprobs)
         entropy = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
@@ -102,6 +103,19 @@ def _has_duplicates(token_ids: Tensor) -> Tensor:
     """Return True for rows (N,) of ids (N, K) with an id >= 0 that is listed twice."""
     ordered = sorted_rows(token_ids)
     return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+
+
+def _has_wrong_mass(topk: TopK, token_ids: Tensor) -> Tensor:
+    """Return True for rows (N,) whose probabilities have a sum that the checks refuse."""
+    mass, slack = masses(topk)
+    mass = mass.reshape(-1)
+    if topk.tail == "sampled":
+        return ((mass - 1).abs() > slack) & (token_ids >= 0).any(-1)
+    if topk.tail != "bucket":
+        return torch.zeros_like(mass, dtype=torch.bool)
+    if topk.tail_logprob is not None:
+        mass = mass + topk.tail_logprob.reshape(-1).double().exp()
+    return mass - 1 > slack
 
 
 def _merged(token_ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_topk
-from ..options import KDOptions
+from ..options import KDOptions, check_count
 from ..sides import TAILS, TopK
 from .collating import widened
 from .fingerprints import NO_TEXT, check_ids, extended, fingerprint, ids_of
@@ -65,6 +65,7 @@ class TopKWriter:
         keep: int | None = None,
     ) -> None:
         _check_settings(vocabulary, k, temperature, tail)
+        check_count("keep", keep, least=0)
         name = fingerprint(tokenizer)
         wanted = Manifest(vocabulary, k, tail, float(temperature), name, shard_bytes)
         self.folder = Path(folder)
@@ -131,7 +132,12 @@ class TopKWriter:
             self._append(ids, rows)
 
     def close(self) -> None:
-        """Write the last manifest, so that the cache can be read. A later writer may append."""
+        """Write the last manifest, so that the cache can be read. A later writer may append.
+
+        A second call does nothing.
+        """
+        if self._index.closed:
+            return
         self._publish(complete=True)
         self._close_files()
 
