@@ -69,7 +69,8 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
         invalid = invalid | _has_wrong_mass(topk, token_ids)
     token_ids = token_ids.to(torch.int32).contiguous()
     if topk.tail == "sampled":
-        token_ids, logprobs = _merged(token_ids, logprobs)
+        logprobs = merged(token_ids, logprobs)
+        token_ids = torch.where(logprobs == -math.inf, -1, token_ids)
         entropy = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
     tail = _tail(topk, logprobs, token_ids, vocabulary)
     tail = torch.where((token_ids >= 0).any(-1), tail, 0.0)
@@ -118,16 +119,20 @@ def _has_wrong_mass(topk: TopK, token_ids: Tensor) -> Tensor:
     return mass - 1 > slack
 
 
-def _merged(token_ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ids and log-probabilities (N, K) with the masses of equal ids added; the rest absent.
+def merged(token_ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Return log-probabilities (..., K) with the masses of equal ids in a row added.
 
-    The order of the entries changes.
+    The first entry of an id gets the sum, the others become absent. An entry whose id is listed
+    once keeps its value exactly.
     """
-    ids, order = token_ids.sort(-1)
-    mass = logprobs.gather(-1, order).exp()
+    ids, order = torch.where(logprobs == -math.inf, -1, token_ids).sort(stable=True, dim=-1)
     is_first = torch.ones_like(ids, dtype=torch.bool)
-    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    is_first[..., 1:] = ids[..., 1:] != ids[..., :-1]
     place = is_first.cumsum(-1) - 1  # of the entry's id among the different ones
-    merged = torch.zeros_like(mass).scatter_add(-1, place, mass)
-    unique = torch.full_like(ids, -1).scatter(-1, place, ids)
-    return unique, torch.where(unique >= 0, merged.log(), -math.inf)
+    values = logprobs.gather(-1, order)
+    absent = torch.full_like(logprobs, -math.inf)
+    largest = absent.scatter_reduce(-1, place, values, "amax").gather(-1, place)
+    # relative to the largest of the same id, so that the sum is at least 1, and exactly 1 for one
+    share = torch.where(values == largest, 0.0, values - largest).exp()
+    total = torch.zeros_like(share).scatter_add(-1, place, share).gather(-1, place)
+    return absent.scatter(-1, order, torch.where(is_first, largest + total.log(), -math.inf))

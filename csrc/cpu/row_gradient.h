@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "row_losses.h"
 
@@ -38,7 +39,6 @@ struct Gradient {
   double w_hard = 0, w_soft = 0;
   Constants<float> soft{};
   float hard_scale = 0, hard_offset = 0, label_value = 0;
-
   std::vector<float> token_values;  // in the order of the support
 
   Gradient(const Row& row, const State& state, const ClassGradient* classes = nullptr)

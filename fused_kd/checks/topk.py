@@ -27,7 +27,7 @@ SMALLEST_TAIL = 1e-3
 
 
 def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOptions) -> None:
-    """Check a TopK, even if no term reads it, against the rows, V and device of the student.
+    """Check a TopK against the rows, V and device of the student; its values if a term reads it.
 
     Raises:
         TypeError: A field has the wrong type or dtype.
@@ -76,7 +76,7 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
         raise ValueError(
             f"teacher.logprobs must have at most V = {size} entries a row; got K = {k}"
         )
-    if reads_values(teacher):
+    if options.soft_weight != 0.0 and reads_values(teacher):
         check_topk_values(teacher, size)
 
 

@@ -26,10 +26,11 @@ from .manifest import MANIFEST, Manifest
 class TopKWriter:
     """A cache of a teacher's top k that is written sequence by sequence.
 
-    If the folder has a cache with these settings, it is continued: after any interruption, a kill
-    included, the files become byte for byte those of a run without one, provided that the caller
-    goes on with sequence ``len(writer)``, as :meth:`missing` does. First everything that is there
-    is checked. Of a sequence that was being written, nothing remains.
+    If the folder has a cache with these settings, it is continued: after an exception or a kill the
+    files become byte for byte those of a run without one, provided that the caller goes on with
+    sequence ``len(writer)``, as :meth:`missing` does. First everything that is there is checked. Of
+    a sequence that was being written, nothing remains. After a power failure the last sequences may
+    be damaged: `keep` goes on before them.
 
     As a context manager it is closed at the end; after an exception the cache stays unfinished.
     One process writes to a folder. Several write to one folder each, whose datasets
