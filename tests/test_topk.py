@@ -480,7 +480,11 @@ def test_twelve_temperatures_compile_twice_at_most(level: str, tail: str) -> Non
     [
         ("bucket", QUICK),
         ("sampled", QUICK),
-        *(pytest.param(t, b, marks=pytest.mark.slow) for t in TAILS for b in {QUICK, "reference"}),
+        *(
+            pytest.param(t, b, marks=pytest.mark.slow)
+            for t in TAILS
+            for b in dict.fromkeys((QUICK, "reference"))
+        ),
     ],
 )
 def test_a_graph_has_the_same_numbers(tail: str, backend: str) -> None:
