@@ -111,7 +111,7 @@ def operators(student: Tensor, teacher: Tensor, backend: str, divergence: str) -
     n, v = student.shape
     labels = torch.arange(n, device=student.device) % v
     weight = torch.full((n,), 0.5 / n, device=student.device)
-    rows = (student[None], teacher[None], labels, weight, weight)
+    rows = (student[None], teacher[None], None, labels, weight, weight)  # None: token_ids
     temperature = temperature_tensor(KDOptions(temperature=2.0))
     numbers = (CODES[divergence], temperature, 0.5, True, 0.0)  # beta, scale_t2, label_smoothing
     unchanged, changed = (torch.tensor(x, device=student.device) for x in (1.0, 0.3))

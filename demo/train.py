@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from transformers import LlamaForCausalLM
 from demo.corpus import Corpus
 from demo.models import FrequentVocabulary
 from demo.progress import Progress
-from fused_kd import Head, kd_loss
+from fused_kd import Head, TopK, kd_loss
 from fused_kd.options import MIB
+from fused_kd.sides import Teacher
 from fused_kd.testing import cpu_peak
 
 TEMPERATURE = 2.0
@@ -49,10 +51,14 @@ def tensors(side: Tensor | Head) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss, and the function that makes its sides, logits or Heads, from a model and ids."""
+    """A loss, and the function that makes its sides, logits or Heads, from a model and ids.
+
+    With a cache, the teacher's side of ids is read from it, and no teacher runs.
+    """
 
     side: Callable[[LlamaForCausalLM, Tensor], Tensor | Head]
     loss: Callable[..., Tensor]
+    cache: Callable[[Tensor], TopK] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,16 @@ class Student:
     def __post_init__(self) -> None:
         self.optimizer = optimizer_of(self.model, STUDENT_RATE)
 
-    def forward(
-        self, teacher: LlamaForCausalLM, ids: Tensor
-    ) -> tuple[Tensor | Head, Tensor | Head]:
-        """Run both models; return the sides of the loss, the student's first."""
+    def forward(self, teacher: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor | Head, Teacher]:
+        """Run both models, or read the cache; return the loss's sides, the student's first."""
+        if self.method.cache is not None:
+            return self.method.side(self.model, ids), self.method.cache(ids)
         with torch.no_grad():
             teacher_side = self.method.side(teacher, ids)
         return self.method.side(self.model, ids), teacher_side
 
     def loss_and_gradients(
-        self, student: Tensor | Head, teacher: Tensor | Head, labels: Tensor
+        self, student: Tensor | Head, teacher: Teacher, labels: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the loss and its gradients by `tensors(student)`, without the model's backward."""
         loss = self.method.loss(student, teacher, labels)
@@ -160,23 +166,25 @@ def train_teacher(corpus: Corpus, steps: int, seed: int) -> LlamaForCausalLM:
     return vocabulary.expand(teacher)
 
 
+def student_batches(corpus: Corpus, steps: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the students' batches (ids, labels): one to measure memory, and one per step."""
+    return list(islice(corpus.batches(STUDENT_ROWS, WINDOW, seed + 1), steps + 1))
+
+
 def distil(
     teacher: LlamaForCausalLM,
     start: LlamaForCausalLM,
     methods: dict[str, Method],
-    corpus: Corpus,
-    steps: int,
-    seed: int,
+    batches: list[tuple[Tensor, Tensor]],
 ) -> list[Student]:
     """Train and return a student per method, from the weights of `start`, on the same batches."""
     students = [Student(name, deepcopy(start), method) for name, method in methods.items()]
-    batches = corpus.batches(STUDENT_ROWS, WINDOW, seed + 1)
-    first = next(batches)
+    first, *batches = batches
     for student in students:
         student.measure_memory(teacher, *first)
+    steps = len(batches)
     with Progress("students", steps) as progress:
-        for step in range(steps):
-            batch = next(batches)
+        for step, batch in enumerate(batches):
             for student in students:
                 set_rate(student.optimizer, STUDENT_RATE, step, steps)
                 student.step(teacher, *batch)

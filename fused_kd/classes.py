@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import SMALLEST_TAIL, may_read_values, sorted_rows
+from .checks import SMALLEST_TAIL, masses, reads_values, sorted_rows
 from .sides import TopK, row_count
 
 #: The teacher's tail logit if the tokens outside the support are no class.
@@ -43,7 +43,7 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
     """Return the classes of a teacher that was checked, and for "sampled" its entropy.
 
     A row that a check of its values would refuse is NaN; it can only exist if they were not read,
-    on a GPU or in a trace.
+    on a GPU or in a trace. Of a row without entries the tail is not read.
 
     Args:
         topk: N rows, in any leading shape.
@@ -56,7 +56,7 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
     rows, k = row_count(topk.logprobs.shape[:-1]), topk.logprobs.shape[-1]
     logprobs = topk.logprobs.detach().reshape(rows, k).to(dtype)
     token_ids, entropy, invalid = topk.token_ids.reshape(rows, k), None, None
-    may_read = may_read_values(logprobs)
+    may_read = reads_values(topk)
     if not may_read or k == 0 or bool((logprobs.amin(-1) == -math.inf).any()):
         absent = logprobs == -math.inf
         token_ids = torch.where(absent, -1, token_ids)
@@ -66,9 +66,11 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
         invalid = (out_of_range | ~(logprobs < math.inf)).any(-1)
         if topk.tail != "sampled":
             invalid = invalid | _has_duplicates(token_ids)
-    token_ids = token_ids.to(torch.int32)
+        invalid = invalid | _has_wrong_mass(topk, token_ids)
+    token_ids = token_ids.to(torch.int32).contiguous()
     if topk.tail == "sampled":
-        token_ids, logprobs = _merged(token_ids, logprobs)
+        logprobs = merged(token_ids, logprobs)
+        token_ids = torch.where(logprobs == -math.inf, -1, token_ids)
         entropy = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
     tail = _tail(topk, logprobs, token_ids, vocabulary)
     tail = torch.where((token_ids >= 0).any(-1), tail, 0.0)
@@ -104,16 +106,33 @@ def _has_duplicates(token_ids: Tensor) -> Tensor:
     return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
 
 
-def _merged(token_ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ids and log-probabilities (N, K) with the masses of equal ids added; the rest absent.
+def _has_wrong_mass(topk: TopK, token_ids: Tensor) -> Tensor:
+    """Return True for rows (N,) whose probabilities have a sum that the checks refuse."""
+    mass, slack = masses(topk)
+    mass = mass.reshape(-1)
+    if topk.tail == "sampled":
+        return ((mass - 1).abs() > slack) & (token_ids >= 0).any(-1)
+    if topk.tail != "bucket":
+        return torch.zeros_like(mass, dtype=torch.bool)
+    if topk.tail_logprob is not None:
+        mass = mass + topk.tail_logprob.reshape(-1).double().exp()
+    return mass - 1 > slack
 
-    The order of the entries changes.
+
+def merged(token_ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Return log-probabilities (..., K) with the masses of equal ids in a row added.
+
+    The first entry of an id gets the sum, the others become absent. An entry whose id is listed
+    once keeps its value exactly.
     """
-    ids, order = token_ids.sort(-1)
-    mass = logprobs.gather(-1, order).exp()
+    ids, order = torch.where(logprobs == -math.inf, -1, token_ids).sort(stable=True, dim=-1)
     is_first = torch.ones_like(ids, dtype=torch.bool)
-    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    is_first[..., 1:] = ids[..., 1:] != ids[..., :-1]
     place = is_first.cumsum(-1) - 1  # of the entry's id among the different ones
-    merged = torch.zeros_like(mass).scatter_add(-1, place, mass)
-    unique = torch.full_like(ids, -1).scatter(-1, place, ids)
-    return unique, torch.where(unique >= 0, merged.log(), -math.inf)
+    values = logprobs.gather(-1, order)
+    absent = torch.full_like(logprobs, -math.inf)
+    largest = absent.scatter_reduce(-1, place, values, "amax").gather(-1, place)
+    # relative to the largest of the same id, so that the sum is at least 1, and exactly 1 for one
+    share = torch.where(values == largest, 0.0, values - largest).exp()
+    total = torch.zeros_like(share).scatter_add(-1, place, share).gather(-1, place)
+    return absent.scatter(-1, order, torch.where(is_first, largest + total.log(), -math.inf))

@@ -114,13 +114,21 @@ class TopK(NamedTuple):
             minus the support.
 
         Raises:
-            ValueError: `k` is not in [0, V], or `temperature` not positive.
+            TypeError: The logits are not floating.
+            ValueError: They have no dimension or V = 0, `k` is not in [0, V], or `temperature` is
+                not positive and finite.
         """
+        if not logits.is_floating_point():
+            raise TypeError(f"logits must be of a floating dtype; got {logits.dtype}")
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"logits must have shape (..., V) with V > 0; got {tuple(logits.shape)}"
+            )
         vocabulary = logits.shape[-1]
         if not 0 <= k <= vocabulary:
             raise ValueError(f"k must be in [0, V] = [0, {vocabulary}]; got {k}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive; got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {temperature}")
         rows = logits.detach().reshape(-1, vocabulary)
         height = max(1, _ENTRIES_AT_A_TIME // vocabulary)
         parts = [_top_k(part, k, temperature) for part in torch.split(rows, height)]

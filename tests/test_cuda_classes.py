@@ -1,8 +1,8 @@
 """The CUDA kernels for a top-k teacher, run on the CPU as those of test_cuda_kernels.py.
 
-Losses and gradients are compared with the float64 reference, entry by entry. An entry outside of the
-support may err by units of its own share of the tail, so that a tail of 1e-12 is held to its own
-accuracy.
+Losses and gradients are compared with the float64 reference, entry by entry. The error of an entry
+outside of the support is measured in units of its share of the tail, so that a tail of 1e-12 must
+be as accurate as any other.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def pair(vocabulary: int, dtype: torch.dtype, rows: int = 3) -> tuple[Tensor, Te
 
 
 def results(cuda: EmulatedCUDA, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hard, soft and gradient (1, N, V), after they were the same in every kind of launch."""
+    """Return hard, soft and gradient (1, N, V); assert that every kind of launch gives the same."""
     *losses, stats, gradient = cuda.forward_backward(*rows)
     over, later = rows.student.clone(), rows.student.clone()
     *again, _, _ = cuda.forward_backward(over, *rows[1:], inplace=True)
@@ -363,7 +363,7 @@ def test_any_alignment(cuda: EmulatedCUDA, vocabulary: int, dtype: torch.dtype) 
     student, teacher = pair(vocabulary, dtype)
     rows = make(student, TopK.from_logits(teacher, 40, 2.0))
     want = cuda.forward_backward(*rows)
-    for offset in range(0, 9):
+    for offset in range(9):
         place = shifted(rows.student, offset)
         moved = rows._replace(student=place)
         identical(cuda.forward_backward(*moved), want)

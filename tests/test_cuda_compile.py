@@ -26,6 +26,7 @@ VECTORS = {
     "rows_cluster": (r"UBLKCP\S*", r"LDG\S*\.128\S*", r"LDS\S*\.128\S*", r"STG\S*\.128\S*"),
     "scale_rows": (r"LDG\S*\.128\S*", r"STG\S*\.128\S*"),
 }
+VECTORS |= {f"{name}_classes": VECTORS[name] for name in ("rows_general", "rows_cluster")}
 #: Instructions of float64, and of local memory, which holds what does not fit in registers.
 FORBIDDEN = r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|\S*\.F64\b.*|MUFU\.\w*64\w*|(LDL|STL)\b.*"
 
@@ -36,7 +37,7 @@ def _faults(cubin: Path, target: str) -> dict[str, list[str]]:
     for name, used in usage(cubin).items():
         kernel, budget = describe(name)
         # for a GPU without clusters, the kernel for clusters is empty
-        needed = VECTORS[kernel] if clusters or kernel != "rows_cluster" else ()
+        needed = VECTORS[kernel] if clusters or not kernel.startswith("rows_cluster") else ()
         opcodes = {x.opcode for x in codes[name].instructions}
         faults[name] = [
             *(opcode for opcode in opcodes if re.fullmatch(FORBIDDEN, opcode)),
@@ -56,11 +57,12 @@ def _need_tools() -> None:
 
 
 # every divergence that reads both sides; the general kernel with one statistics pass and with two,
-# with types known at compile time and not
+# with types known at compile time and not; a top-k teacher
 SOME = [
     *(("rows_cluster", f"Divergence::{d}", "Dtype::bf16", "true") for d in DIVERGENCES[:-1]),
     ("rows_general", "Divergence::forward_kl", "Dtype::bf16", "true"),
     ("rows_general", "Divergence::jsd", "Dtype::f32", "false"),
+    ("rows_cluster_classes", "Dtype::bf16"),
     ("scale_rows", "Dtype::f16"),
 ]
 
@@ -78,7 +80,7 @@ def test_some_kernels(tmp_path: Path) -> None:
 def test_every_kernel(target: str, dtype: str, tmp_path: Path) -> None:
     source = SOURCES / f"rows_{dtype}.cu"
     cubin = compile_with_nvcc(source, tmp_path / "rows.cubin", target, "-cubin")
-    assert len(usage(cubin)) == 2 * 2 * len(DIVERGENCES) + 1
+    assert len(usage(cubin)) == 2 * 2 * len(DIVERGENCES) + 2 + 1
     assert _faults(cubin, target) == {}
 
 

@@ -46,7 +46,7 @@ def test_every_launch(tmp_path: Path, flags: list[str], seeds: int) -> None:
     assert re.fullmatch(r"[1-9]\d{3,} launches, 0 failed\n", text), text
 
 
-#: Statements of rows.cuh that order memory accesses, and must not be left out.
+#: Statements that order memory accesses, and must not be left out.
 ORDERING = re.compile(
     r"(exchange\.)?\b"
     r"(block_sync|warp_sync|cluster_arrive|cluster_wait|barrier_wait_for_peers|wait_for_place|"
@@ -55,19 +55,25 @@ ORDERING = re.compile(
 )
 
 
-def test_whatever_is_left_out_is_reported(tmp_path: Path) -> None:
-    # Every barrier, arrival and wait, one after another, in a copy.
-    source = (native_build.ROOT / "csrc" / "cuda" / "rows.cuh").read_text()
+@pytest.mark.parametrize(
+    ("file", "instance", "number"),
+    [("rows.cuh", "-DONLY_TVD", 18), ("classes.cuh", "-DONLY_CLASSES", 4)],
+)
+def test_whatever_is_left_out_is_reported(
+    file: str, instance: str, number: int, tmp_path: Path
+) -> None:
+    # Every barrier, arrival and wait of a file, one after another, in a copy.
+    source = (native_build.ROOT / "csrc" / "cuda" / file).read_text()
     places = list(ORDERING.finditer(source))
-    assert len(places) >= 18
+    assert len(places) >= number
 
     def report(place: re.Match[str] | None) -> str:
         copy = tmp_path / ("none" if place is None else str(place.start()))
         shutil.copytree(native_build.ROOT / "csrc", copy / "csrc")
         if place is not None:
             changed = source[: place.start()] + "(void)0;" + source[place.end() :]
-            (copy / "csrc" / "cuda" / "rows.cuh").write_text(changed)
-        flags = [*THREAD, "-O0", "-DONLY_TVD"]
+            (copy / "csrc" / "cuda" / file).write_text(changed)
+        flags = [*THREAD, "-O0", instance]
         status, text = run_emulated(_build(copy / "build", flags, copy / "csrc", []), 2)
         if status == RACE or "cuda_on_cpu: kernel" in text:
             return "reported"

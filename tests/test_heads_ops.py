@@ -20,7 +20,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 FORMULA = Formula("forward_kl", temperature_tensor(KDOptions(temperature=2.0)), 0.5, "t2", 0.0)
 PAIRS = ("heads", "a head and logits", "logits and a head")
 #: Positions in what _arguments returns.
-TEACHER, LABELS, W_HARD, W_SOFT = 3, 6, 7, 8
+TEACHER, LABELS, W_HARD, W_SOFT = 3, 7, 8, 9
 
 
 def _arguments(dtype: torch.dtype, pair: str, ignored: bool) -> tuple[Any, ...]:
@@ -36,7 +36,7 @@ def _arguments(dtype: torch.dtype, pair: str, ignored: bool) -> tuple[Any, ...]:
     w[3] = 0.0 if ignored else 0.25
     chunks = ChunkSettings(dtype, dtype, 2.0, 0.5, 5, None, None, torch.float32)
     return (
-        *(*student, *teacher, heads.labels, w, None if ignored else w),
+        *(*student, *teacher, None, heads.labels, w, None if ignored else w),
         *(*FORMULA, "reference", *chunks[:-1]),
     )
 

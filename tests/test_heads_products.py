@@ -25,8 +25,9 @@ from support.logits import identical
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kd import Head, checks, extension, kd_loss
+from fused_kd import Head, extension, kd_loss
 from fused_kd.backends import named, reference
+from fused_kd.checks import call as checks
 from fused_kd.engines import driver, operators, products
 from fused_kd.engines.memory import row_bytes
 from fused_kd.testing import cpu_peak

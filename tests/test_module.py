@@ -264,7 +264,8 @@ def test_a_call_takes_its_own_keywords_alone() -> None:
 
 
 def test_public_names() -> None:
-    assert set(fused_kd.__all__) == {"Head", "KDLoss", "KDLossParts", "kd_loss", "__version__"}
+    names = {"Head", "KDLoss", "KDLossParts", "TopK", "kd_loss", "__version__"}
+    assert set(fused_kd.__all__) == names
     assert fused_kd.__version__ == "0.1.0"
 
 

@@ -298,6 +298,8 @@ def test_a_tail_with_a_floor() -> None:
     torch.testing.assert_close(found[keep], truth[keep].float(), rtol=0, atol=2e-4)
     assert found[2] == 0
     refused(TypeError, "must be float32 or float64", with_tail, served.to(torch.float16))
+    padded = served._replace(logprobs=torch.zeros_like(served.logprobs))  # as verl pads
+    refused(ValueError, "sum is at most 1", with_tail, padded)
     for floor in (0.0, 1.0):
         refused(ValueError, r"floor must be in \(0, 1\)", with_tail, served, floor)
 

@@ -297,9 +297,26 @@ def test_another_vocabulary_or_tokenizer_is_refused(tmp_path: Path) -> None:
         TopKDataset(tmp_path, tokenizer=3)
 
 
+def test_closing_twice_and_a_negative_keep(tmp_path: Path) -> None:
+    with TopKWriter(tmp_path, **SETTINGS) as writer:
+        writer.write(texts()[0], teacher_of(texts()[0]))
+    writer.close()
+    with pytest.raises(ValueError, match="keep must be at least 0; got -1"):
+        TopKWriter(tmp_path, **SETTINGS, keep=-1)
+    assert len(TopKDataset(tmp_path)) == 1
+
+
+def test_the_only_shard_is_missing(tmp_path: Path) -> None:
+    write(tmp_path)
+    for path in tmp_path.glob("shard-*.bin"):
+        path.unlink()
+    with pytest.raises(ValueError, match="it has 0: it was truncated"):
+        TopKDataset(tmp_path)
+
+
 def test_a_cache_without_a_tokenizer_cannot_be_checked(tmp_path: Path) -> None:
     write(tmp_path, tokenizer=None)
-    with pytest.raises(ValueError, match=r"tokenizer must be .* None"):
+    with pytest.raises(ValueError, match="tokenizer must be None, since"):
         TopKDataset(tmp_path, tokenizer=SETTINGS["tokenizer"])
 
 

@@ -302,8 +302,18 @@ def test_from_logits_is_exact_and_checks_its_arguments() -> None:
     for k in (-1, 51):
         with pytest.raises(ValueError, match=rf"k must be in \[0, V\] = \[0, 50\]; got {k}"):
             TopK.from_logits(logits, k)
-    with pytest.raises(ValueError, match="temperature must be positive; got 0"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite; got 0"):
         TopK.from_logits(logits, 3, 0)
+
+
+def test_tensors_in_any_layout(backend: str) -> None:
+    student, topk, _ = make()
+    want = rows_and_gradient(student, topk, backend=backend, **SOFT)
+    wide = [torch.cat([x, x], -1)[:, :K] for x in (topk.token_ids.int(), topk.logprobs)]
+    assert topk.tail_logprob is not None
+    tail = torch.stack([topk.tail_logprob] * 2, -1)[:, 0]
+    got = rows_and_gradient(student, TopK(*wide, tail), backend=backend, **SOFT)
+    identical(got, want)
 
 
 # ------------------------------------------------------------------------ reductions and terms
@@ -470,7 +480,11 @@ def test_twelve_temperatures_compile_twice_at_most(level: str, tail: str) -> Non
     [
         ("bucket", QUICK),
         ("sampled", QUICK),
-        *(pytest.param(t, b, marks=pytest.mark.slow) for t in TAILS for b in {QUICK, "reference"}),
+        *(
+            pytest.param(t, b, marks=pytest.mark.slow)
+            for t in TAILS
+            for b in dict.fromkeys((QUICK, "reference"))
+        ),
     ],
 )
 def test_a_graph_has_the_same_numbers(tail: str, backend: str) -> None:
@@ -495,6 +509,7 @@ ODD: dict[str, dict[str, float]] = {
     "an infinity": {"logprob": INF},
     "a tail of NaN": {"tail": math.nan},
     "a tail of infinity": {"tail": INF},
+    "a probability of 1 beside others": {"logprob": 0.0},
 }
 
 
@@ -513,8 +528,7 @@ def with_odd_row(topk: TopK, row: int, odd: dict[str, float]) -> TopK:
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the values of CPU tensors as unreadable as those of a GPU."""
-    for module in ("checks.topk", "classes"):
-        monkeypatch.setattr(f"fused_kd.{module}.may_read_values", lambda tensor: False)
+    monkeypatch.setattr("fused_kd.checks.topk.may_read_values", lambda tensor: False)
 
 
 def only_row_2_is_nan(rows: Tensor, by_student: Tensor, topk: TopK, student: Tensor) -> None:

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "row_losses.h"
 
@@ -38,7 +39,6 @@ struct Gradient {
   double w_hard = 0, w_soft = 0;
   Constants<float> soft{};
   float hard_scale = 0, hard_offset = 0, label_value = 0;
-
   std::vector<float> token_values;  // in the order of the support
 
   Gradient(const Row& row, const State& state, const ClassGradient* classes = nullptr)
@@ -189,6 +189,7 @@ struct Gradient {
 
   void store_tokens() const {
     const Support::Group tokens = row.support->all();
+    if (tokens.size() == 0) return;
     std::vector<float> rounded(tokens.size());  // an array of the gradient's element type
     row.table.narrow(dtype, token_values.data(), rounded.data(), tokens.size());
     const char* from = reinterpret_cast<const char*>(rounded.data());

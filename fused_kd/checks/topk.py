@@ -27,7 +27,7 @@ SMALLEST_TAIL = 1e-3
 
 
 def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOptions) -> None:
-    """Check a TopK, even if no term reads it, against the rows, V and device of the student.
+    """Check a TopK against the rows, V and device of the student; its values if a term reads it.
 
     Raises:
         TypeError: A field has the wrong type or dtype.
@@ -76,7 +76,7 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
         raise ValueError(
             f"teacher.logprobs must have at most V = {size} entries a row; got K = {k}"
         )
-    if may_read_values(ids) and may_read_values(logprobs):
+    if options.soft_weight != 0.0 and reads_values(teacher):
         check_topk_values(teacher, size)
 
 
@@ -154,6 +154,20 @@ def check_topk_values(teacher: TopK, size: int) -> None:
         _check_masses(teacher, ids, size)
 
 
+def reads_values(topk: TopK) -> bool:
+    """Return True if the values of a TopK may be read, and so are checked."""
+    return all(may_read_values(x) for x in topk[:3] if x is not None)
+
+
+def masses(topk: TopK) -> tuple[Tensor, float]:
+    """Return the mass of each row's entries (...), float64, and the rounding of its sum."""
+    measured = [x for x in (topk.logprobs, topk.tail_logprob) if x is not None]
+    eps = max(torch.finfo(x.dtype).eps for x in measured)
+    slack = 8 * eps * (1 + math.log(max(topk.logprobs.shape[-1], 1)))
+    dtype = arithmetic_dtype(topk.logprobs)
+    return topk.logprobs.to(dtype).exp().sum(-1, dtype=torch.float64), slack
+
+
 def _refuse_logprobs(logprobs: Tensor) -> None:
     first = (~(logprobs < math.inf)).nonzero()[0].tolist()
     raise ValueError(
@@ -188,11 +202,8 @@ def _check_unique(ids: Tensor) -> None:
 
 def _check_masses(teacher: TopK, ids: Tensor, size: int) -> None:
     """Check the sums of a TopK's probabilities, and its tail."""
-    logprobs, tail_logprob, k = teacher.logprobs, teacher.tail_logprob, teacher.logprobs.shape[-1]
-    measured = [x for x in (logprobs, tail_logprob) if x is not None]
-    eps = max(torch.finfo(x.dtype).eps for x in measured)
-    slack = 8 * eps * (1 + math.log(max(k, 1)))
-    mass = logprobs.to(arithmetic_dtype(logprobs)).exp().sum(-1, dtype=torch.float64)
+    tail_logprob, k = teacher.tail_logprob, teacher.logprobs.shape[-1]
+    mass, slack = masses(teacher)
     if tail_logprob is not None and teacher.tail == "bucket":
         if not bool((tail_logprob < math.inf).all()):
             raise ValueError("teacher.tail_logprob must be finite or -inf; got NaN or inf")

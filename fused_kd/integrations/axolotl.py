@@ -53,8 +53,8 @@ def loss(
     Raises:
         TypeError: An argument is no tensor, or has the wrong dtype.
         ValueError: Shapes or numbers do not fit; `target_logprobs` require grad; or, unless the
-            tensors are on a GPU or compiled, a log-probability in the mask is NaN or infinite, or
-            a token in the mask is outside the vocabulary.
+            tensors are on a GPU or compiled, a log-probability in the mask is NaN or +inf, or a
+            token in the mask is outside the vocabulary. One of -inf is that of an absent entry.
     """
     _check(student_logits, target_token_ids, target_logprobs, target_mask)
     kept = target_mask.to(torch.bool)

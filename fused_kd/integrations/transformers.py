@@ -314,6 +314,8 @@ def teacher_from_batches(trainer: Trainer) -> None:
     """
     loss, prepare = _loss_of(trainer), trainer._prepare_inputs
     trainer._set_signature_columns_if_needed()
+    if TEACHER in trainer._signature_columns:
+        return  # it was called before
     trainer._signature_columns.append(TEACHER)
 
     def prepare_inputs(inputs: Mapping[str, Any]) -> Any:

@@ -64,6 +64,11 @@ class TopKDataset(Dataset[dict[str, Any]]):
         self._sequences = Sequences(path, self.manifest, records)
         for name, value in (("vocabulary", vocabulary), ("tokenizer", fingerprint(tokenizer))):
             found = getattr(self.manifest, name)
+            if value is not None and found is None:
+                raise ValueError(
+                    f"{name} must be None, since the cache in {path} was written without one; got "
+                    "one: there is nothing to compare it with"
+                )
             if value not in (None, found):
                 raise ValueError(
                     f"{name} must be that of the cache in {path}, {found}; got {value}: token ids "

@@ -73,7 +73,8 @@ def excess(folder: Path, manifest: Manifest, records: Records) -> dict[Path, int
         ValueError: A shard is smaller.
     """
     ends = records["offset"] + records["rows"].astype(np.uint64) * np.uint64(manifest.row_bytes)
-    sizes = np.zeros(len(list(folder.glob("shard-*.bin"))) + int(records["shard"].max(initial=0)))
+    shards = len(list(folder.glob("shard-*.bin"))) + int(records["shard"].max(initial=0))
+    sizes = np.zeros(shards + 1)  # the first shard may be missing
     np.maximum.at(sizes, records["shard"], ends)
     larger = {}
     for shard, size in enumerate(sizes.astype(int).tolist()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backends import choose_name
 from ..checks import check_side
 from ..engines.memory import Sizes, chunk_rows
 from ..engines.products import Projection, products_for
@@ -28,7 +29,8 @@ def measure(
         teacher: logits (..., V) or a Head; not modified. It may require grad, which is ignored.
         k: K, from 0 to V.
         temperature: of the log-probabilities and of the loss.
-        backend: whose products compute a Head's logits, as in :func:`fused_kd.kd_loss`.
+        backend: whose products compute a Head's logits, as in :func:`fused_kd.kd_loss`; logits need
+            none.
         memory_budget: bytes for a chunk's logits; None: automatic. The selection takes up to 192
             MiB more.
 
@@ -39,6 +41,7 @@ def measure(
     Raises:
         TypeError: `teacher` is neither, or has a wrong dtype.
         ValueError: `k`, `temperature` or a shape does not fit, or memory_budget holds no row.
+        RuntimeError: The requested backend cannot run.
     """
     check_side("teacher", teacher)
     with torch.no_grad():
@@ -62,7 +65,7 @@ def _of_head(
     hidden, dtype = head.hidden, arithmetic_dtype(head.hidden, head.weight)
     vocabulary, size = head.weight.shape
     rows = row_count(hidden.shape[:-1])
-    products = products_for(backend, hidden.device, dtype)
+    products = products_for(choose_name(backend, hidden, head.weight), hidden.device, dtype)
     sizes = Sizes(
         vocabulary,
         student_hidden=size,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_topk
-from ..options import KDOptions
+from ..options import KDOptions, check_count
 from ..sides import TAILS, TopK
 from .collating import widened
 from .fingerprints import NO_TEXT, check_ids, extended, fingerprint, ids_of
@@ -26,10 +26,11 @@ from .manifest import MANIFEST, Manifest
 class TopKWriter:
     """A cache of a teacher's top k that is written sequence by sequence.
 
-    If the folder has a cache with these settings, it is continued: after any interruption, a kill
-    included, the files become byte for byte those of a run without one, provided that the caller
-    goes on with sequence ``len(writer)``, as :meth:`missing` does. First everything that is there
-    is checked. Of a sequence that was being written, nothing remains.
+    If the folder has a cache with these settings, it is continued: after an exception or a kill the
+    files become byte for byte those of a run without one, provided that the caller goes on with
+    sequence ``len(writer)``, as :meth:`missing` does. First everything that is there is checked. Of
+    a sequence that was being written, nothing remains. After a power failure the last sequences may
+    be damaged: `keep` goes on before them.
 
     As a context manager it is closed at the end; after an exception the cache stays unfinished.
     One process writes to a folder. Several write to one folder each, whose datasets
@@ -65,6 +66,7 @@ class TopKWriter:
         keep: int | None = None,
     ) -> None:
         _check_settings(vocabulary, k, temperature, tail)
+        check_count("keep", keep, least=0)
         name = fingerprint(tokenizer)
         wanted = Manifest(vocabulary, k, tail, float(temperature), name, shard_bytes)
         self.folder = Path(folder)
@@ -131,7 +133,12 @@ class TopKWriter:
             self._append(ids, rows)
 
     def close(self) -> None:
-        """Write the last manifest, so that the cache can be read. A later writer may append."""
+        """Write the last manifest, so that the cache can be read. A later writer may append.
+
+        A second call does nothing.
+        """
+        if self._index.closed:
+            return
         self._publish(complete=True)
         self._close_files()
 

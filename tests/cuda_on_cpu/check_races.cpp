@@ -1,12 +1,12 @@
-// The CUDA backend's launchers over both kernels, every divergence, in place and out, for the
-// sanitizers: built with ThreadSanitizer it shows two accesses that nothing orders, with
+// The CUDA backend's launchers over both kernels, every divergence and a top-k teacher, in place and
+// out, for the sanitizers: built with ThreadSanitizer it shows two accesses that nothing orders, with
 // AddressSanitizer and UBSan every access outside a tensor.
 //     check_races SEEDS [PART]      PART: general or cluster; both without
 // Exit status 0: the same bits in any order of threads and blocks, and no NaN in
 // rows that have a value. Buffers have their exact size; gaps between strided rows hold NaN and stay untouched.
 //
 // -DONLY_TVD leaves one instance of either kernel, so that a changed copy compiles in seconds. It has
-// every barrier: two passes for statistics.
+// every barrier: two passes for statistics. -DONLY_CLASSES: likewise for a top-k teacher.
 #include <cuda_on_cpu.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -32,11 +32,16 @@ namespace fused_kd {
 
 // float16 differs in conversions alone.
 int launch_f16(Kernel, Divergence, const LaunchShape&, void*, const Params&) { return -1; }
-#ifdef ONLY_TVD
+#if defined(ONLY_TVD) || defined(ONLY_CLASSES)
 int launch_bf16(Kernel kernel, Divergence, const LaunchShape& shape, void* stream,
                 const Params& params) {
+#ifdef ONLY_TVD
   const auto general = rows_general<Divergence::tvd, Dtype::bf16, true>;
   const auto cluster = rows_cluster<Divergence::tvd, Dtype::bf16, true>;
+#else
+  const auto general = rows_general_classes<Dtype::bf16>;
+  const auto cluster = rows_cluster_classes<Dtype::bf16>;
+#endif
   return kernel == Kernel::scale
              ? launch_kernel(scale_rows<Dtype::bf16>, shape, stream, params)
              : launch_kernel(kernel == Kernel::general ? general : cluster, shape, stream, params);
@@ -60,11 +65,13 @@ struct Case {
   int capability;
   double temperature;
   bool smoothing;
+  int K = -1;  // of a top-k teacher; -1: the teacher's row has V entries
 
   std::string name() const {
     char text[120];
-    snprintf(text, sizeof text, "divergence %d, dtypes %d %d, V %d, offset %d, sm_%d, T %g",
-             int(divergence), int(student), int(teacher), int(V), offset, capability, temperature);
+    snprintf(text, sizeof text, "divergence %d, dtypes %d %d, V %d, offset %d, sm_%d, T %g, K %d",
+             int(divergence), int(student), int(teacher), int(V), offset, capability, temperature,
+             K);
     return text;
   }
 };
@@ -125,15 +132,17 @@ struct Data {
   Case c;
   Matrix student, teacher, grad, inplace;
   std::unique_ptr<int64_t[]> labels;
+  std::unique_ptr<int32_t[]> token_ids;
   std::unique_ptr<float[]> w_hard, w_soft, scale, hard, soft, stats;
 
   explicit Data(const Case& c)
       : c(c),
         student(c.student, c.V, c.offset),
-        teacher(c.teacher, c.V, c.offset),
+        teacher(c.teacher, c.K < 0 ? c.V : c.K + 1, c.offset),
         grad(c.student, c.V, c.offset),
         inplace(c.student, c.V, c.offset),
         labels(exactly<int64_t>({c.V - 1, c.V / 2, c.V, 0, 0, 0, c.V - 1})),
+        token_ids(exactly(tokens(c))),
         w_hard(exactly<float>({0.5f, 1, 1, 0, 0.25f, 1, 2})),
         w_soft(exactly<float>({0.5f, 0, 1, 0, 0.75f, 1, 2})),
         scale(exactly<float>({0.3f})),
@@ -146,10 +155,18 @@ struct Data {
       for (int64_t v = 0; v < c.V; ++v) {
         const bool absent = n == ABSENT && v % 3 == 1;
         student.set(student.at(n, v), absent ? -INFINITY : random());
-        teacher.set(teacher.at(n, v), absent ? -INFINITY : random());
+        if (v < teacher.V) teacher.set(teacher.at(n, v), absent && c.K < 0 ? -INFINITY : random());
       }
     }
     inplace.copy(student);
+  }
+
+  // Different ones in all blocks, and two that are none.
+  static std::vector<int32_t> tokens(const Case& c) {
+    std::vector<int32_t> ids(c.K > 0 ? N * c.K : 0);
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = int32_t(i % c.K * c.V / c.K);
+    for (size_t i = 1; i < ids.size(); i += c.K) ids[i] = i % 2 ? -1 : int32_t(c.V);
+    return ids;
   }
 
   Problem problem(const Matrix& from, const Matrix* to) const {
@@ -158,6 +175,9 @@ struct Data {
     p.V = c.V;
     p.student = from.rows;
     p.teacher = teacher.rows;
+    p.has_classes = c.K >= 0;
+    p.K = c.K;
+    p.token_ids = token_ids.get();
     if (to) p.grad = to->rows;
     p.labels = labels.get();
     p.w_hard = w_hard.get();
@@ -226,7 +246,7 @@ static std::string results(const Case& c) {
   return bits;
 }
 
-static std::vector<Case> cases(int capability) {
+static std::vector<Case> dense_cases(int capability) {
 #ifdef ONLY_TVD
   const int64_t V = 2400;  // five blocks, as float32 has for the other one
   const std::vector<Divergence> divergences = {Divergence::tvd};
@@ -252,6 +272,30 @@ static std::vector<Case> cases(int capability) {
       result.push_back({d, Dtype::bf16, Dtype::bf16, 16536, 0, capability, 2, false});
   }
   return result;
+}
+
+static std::vector<Case> cases_of_classes(int capability) {
+  const Dtype s = Dtype::bf16, t = Dtype::f32;
+  // one block; several, with two passes and more classes than threads; with shifted reads
+  std::vector<Case> result = {{Divergence::jsd, s, t, 15, 0, capability, 2, true, 3},
+                              {Divergence::tvd, s, t, 4800, 0, capability, 1, false, 150},
+                              {Divergence::forward_kl, s, t, 4803, 3, capability, 3.7, true, 9}};
+#ifndef ONLY_CLASSES
+  result.push_back({Divergence::reverse_kl, t, t, 2400, 0, capability, 2, false, 9});
+#endif
+  return result;
+}
+
+static std::vector<Case> cases(int capability) {
+#if defined(ONLY_TVD)
+  return dense_cases(capability);
+#elif defined(ONLY_CLASSES)
+  return cases_of_classes(capability);
+#else
+  std::vector<Case> result = dense_cases(capability);
+  for (const Case& c : cases_of_classes(capability)) result.push_back(c);
+  return result;
+#endif
 }
 
 int main(int count, char** arguments) {

@@ -53,7 +53,7 @@ def test_cached_teacher(
     rows = tiny.ragged(10)
     names["texts"] = [{**row, "attention_mask": torch.ones_like(row["labels"])} for row in rows]
     names["tokenizer"] = {str(i): i for i in range(tiny.VOCABULARY)}
-    write, measure, train = re.findall(
+    write, measure, train, by_trainer = re.findall(
         r"```python\n(.*?)```", (HOWTO / "cached_teacher.md").read_text(), re.DOTALL
     )
     exec(write + measure, names)
@@ -63,6 +63,8 @@ def test_cached_teacher(
     assert torch.equal(cached.token_ids[present].long(), measured.token_ids[present])
     torch.testing.assert_close(cached.logprobs[present], measured.logprobs[present], **FLOAT16)
     _trained(names, train)
+    names["args"] = tiny.transformers.TrainingArguments(**tiny.settings(tmp_path))
+    _trained({**names, "student": tiny.llama(0)}, by_trainer)
 
 
 def _trained(names: dict[str, Any], run: str) -> None:

@@ -363,7 +363,7 @@ def _kept_row(row, part, V, weights, numbers, terms, launch, layout):
 
 @triton.jit
 def _kept_classes(row, part, V, weights, numbers, terms, launch, layout):
-    """Do what _kept_row does for a row with a top-k teacher."""
+    """Compute what :func:`_kept_row` does, for a row with a top-k teacher."""
     if launch.STEP != LAST:
         gather_support(row, part, launch.STEP != BACKWARD, layout)
     if launch.STEP == BACKWARD:

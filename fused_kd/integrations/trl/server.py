@@ -27,7 +27,7 @@ _METHODS = (
 )
 _ATTRIBUTES = ("teacher_client", "beta", "temperature", "loss_top_k", "loss_add_tail")
 #: The smallest mass that TRL gives to the tail of a teacher or a student.
-SMALLEST_TAIL = 1e-7
+TAIL_FLOOR = 1e-7
 
 
 def attributes(trainer: Any, heads: bool, entropy: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class _Loss:
         )
         support = _support(answer, trainer.beta)
         topk = from_trl(support, prompt_lengths, mask, tail="renormalize")
-        return with_tail(topk, SMALLEST_TAIL) if trainer.loss_add_tail else topk
+        return with_tail(topk, TAIL_FLOOR) if trainer.loss_add_tail else topk
 
 
 def _support(answer: dict[str, Any], beta: float) -> dict[str, Any]:

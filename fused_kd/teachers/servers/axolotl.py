@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...classes import merged
 from ...presets import TAILS
 from ...sides import TopK
 from .scored import checked, without_sentinels
@@ -63,27 +64,8 @@ def from_axolotl(
     token_ids = target_token_ids
     if is_late:
         token_ids, logprobs = _earlier(token_ids, 0), _earlier(logprobs, -math.inf)
-    logprobs = _merged(token_ids, logprobs)
+    logprobs = merged(token_ids, logprobs)
     return checked(TopK(token_ids, logprobs, tail=tail, temperature=temperature))
-
-
-def _merged(token_ids: Tensor, logprobs: Tensor) -> Tensor:
-    """Return log-probabilities (..., K) with the masses of equal ids in a row added.
-
-    The first entry of an id gets the sum, the others become absent. An entry whose id is listed
-    once keeps its value exactly.
-    """
-    ids, order = torch.where(logprobs == -math.inf, -1, token_ids).sort(stable=True, dim=-1)
-    is_first = torch.ones_like(ids, dtype=torch.bool)
-    is_first[..., 1:] = ids[..., 1:] != ids[..., :-1]
-    place = is_first.cumsum(-1) - 1  # of the entry's id among the different ones
-    values = logprobs.gather(-1, order)
-    absent = torch.full_like(logprobs, -math.inf)
-    largest = absent.scatter_reduce(-1, place, values, "amax").gather(-1, place)
-    # relative to the largest of the same id, so that the sum is at least 1, and exactly 1 for one
-    share = torch.where(values == largest, 0.0, values - largest).exp()
-    total = torch.zeros_like(share).scatter_add(-1, place, share).gather(-1, place)
-    return absent.scatter(-1, order, torch.where(is_first, largest + total.log(), -math.inf))
 
 
 def _earlier(x: Tensor, fill: float) -> Tensor:

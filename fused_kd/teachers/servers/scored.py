@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import check_topk_values, may_read_values
+from ...checks import check_topk_values, masses, may_read_values
 from ...sides import TopK
 
 #: Log-probabilities up to this one are absent: vLLM's HTTP server sends it instead of -inf, which
@@ -120,7 +120,7 @@ def with_tail(topk: TopK, floor: float = 1e-5) -> TopK:
 
     Raises:
         TypeError: The log-probabilities are 16-bit.
-        ValueError: `floor` is not in (0, 1).
+        ValueError: `floor` is not in (0, 1), or the probabilities of a row have a sum above 1.
     """
     dtype = topk.logprobs.dtype
     if dtype not in (torch.float32, torch.float64):
@@ -130,7 +130,12 @@ def with_tail(topk: TopK, floor: float = 1e-5) -> TopK:
         )
     if not 0 < floor < 1:
         raise ValueError(f"floor must be in (0, 1); got {floor}")
-    mass = topk.logprobs.double().exp().sum(-1)
+    mass, slack = masses(topk)
+    if may_read_values(mass) and mass.numel() > 0 and mass.max().item() > 1 + slack:
+        raise ValueError(
+            "topk.logprobs must hold probabilities whose sum is at most 1 in each row; got "
+            f"{mass.max().item():.6g}: logits, or padding with 0.0, are no log-probabilities"
+        )
     tail = (1.0 - mass).clamp(min=floor)
     total = (mass + tail).clamp(min=1.0).log()  # 0 unless the floor was used
     return topk._replace(
