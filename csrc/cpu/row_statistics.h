@@ -81,15 +81,17 @@ constexpr float SLACK = 4.0f;
 // The same in powers of two, for low temperatures: exponentials must stay far from overflow.
 constexpr float SLACK_EXPONENT = 32.0f;
 
-// The exponent, in powers of two, of the logit that replaces a token of a top-k teacher.
+// The logit that replaces a token of a top-k teacher has two exponents, in powers of two: at T and at
+// temperature 1. The lower one is this or less,
 constexpr float LOW_EXPONENT = -100.0f;
-// The largest that it may be after a division by T > 1, and after the rounding of the logit.
+// and the higher one this or less, after the rounding of the logit too.
 constexpr float HIGHEST_LOW_EXPONENT = -20.0f;
 
 // Returns the logit that replaces the tokens of a top-k teacher, so low that it adds next to nothing
 // to a sum but not too low for the plain kernels, from the reference of the row's first block.
 inline float low_logit(const Row& row, double m_s) {
-  float low = reference(m_s) + LOW_EXPONENT / row.k_max;
+  const float highest = (HIGHEST_LOW_EXPONENT - 2) / std::min(row.k, row.k_1);
+  float low = reference(m_s) + std::min(LOW_EXPONENT / row.k_max, highest);
   if (row.s_dtype == Dtype::bf16) {
     uint16_t rounded;
     row.table.narrow(Dtype::bf16, &low, &rounded, 1);
@@ -99,7 +101,7 @@ inline float low_logit(const Row& row, double m_s) {
 }
 
 // Returns how far below the reference that logit is; 0: the plain kernels cannot use it, since the
-// reference has risen or is too large for the element type, or T is too high.
+// reference has risen or is too large for the element type, or, without AVX-512, T is too far from 1.
 inline float low_distance(const Row& row, double m_s) {
   const float distance = row.support->low - reference(m_s);
   const bool is_low = distance * std::min(row.k, row.k_1) <= HIGHEST_LOW_EXPONENT;
