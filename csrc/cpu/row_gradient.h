@@ -189,6 +189,7 @@ struct Gradient {
 
   void store_tokens() const {
     const Support::Group tokens = row.support->all();
+    if (tokens.size() == 0) return;
     std::vector<float> rounded(tokens.size());  // an array of the gradient's element type
     row.table.narrow(dtype, token_values.data(), rounded.data(), tokens.size());
     const char* from = reinterpret_cast<const char*>(rounded.data());
