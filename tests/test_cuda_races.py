@@ -57,7 +57,11 @@ ORDERING = re.compile(
 
 @pytest.mark.parametrize(
     ("file", "instance", "number"),
-    [("rows.cuh", "-DONLY_TVD", 18), ("classes.cuh", "-DONLY_CLASSES", 4)],
+    [
+        ("rows.cuh", "-DONLY_TVD", 18),
+        ("support.cuh", "-DONLY_CLASSES", 2),
+        ("classes.cuh", "-DONLY_CLASSES", 4),
+    ],
 )
 def test_whatever_is_left_out_is_reported(
     file: str, instance: str, number: int, tmp_path: Path
