@@ -67,6 +67,8 @@ def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes
         if topk.tail != "sampled":
             invalid = invalid | _has_duplicates(token_ids)
         invalid = invalid | _has_wrong_mass(topk, token_ids)
+        # a token that is listed twice would be counted twice in the hard term
+        token_ids = torch.where(invalid[:, None], -1, token_ids)
     token_ids = token_ids.to(torch.int32).contiguous()
     if topk.tail == "sampled":
         logprobs = merged(token_ids, logprobs)

@@ -376,6 +376,7 @@ def test_heads_are_rounded_in_the_row_kernel(
 #: The emulator takes too long for a million rows, and reads values on the host.
 SUITE_KEYWORDS = "cuda and not million and not read_on_the_host"
 SUITE = ["edge_rules", "error_rule", "invariants", "shapes", "reductions", "inplace", "autograd"]
+SUITE += ["topk", "topk_errors"]
 
 
 @pytest.mark.slow

@@ -177,6 +177,23 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     write(tmp_path)
 
 
+def test_a_writer_that_ends_while_the_next_one_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the next one reads the manifest, the first one writes its last, the next one gets the lock
+    lock, first = writer._lock, unfinished(tmp_path)
+
+    def after_the_first_has_ended(*arguments: object) -> None:
+        monkeypatch.setattr(writer, "_lock", lock)
+        write(first, shard_bytes=SHARD_BYTES)
+        lock(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer, "_lock", after_the_first_has_ended)
+    with TopKWriter(first, **SETTINGS, shard_bytes=SHARD_BYTES) as second:
+        assert second.manifest.complete
+        assert len(second) == second.manifest.sequences == len(LENGTHS)
+
+
 WRITER = """
 import os, signal, sys
 from pathlib import Path

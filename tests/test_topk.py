@@ -555,6 +555,18 @@ def test_an_invalid_row_is_nan_alone(case: str, backend: str) -> None:
     only_row_2_is_nan(*result, topk, student)
 
 
+@pytest.mark.usefixtures("unread")
+def test_the_hard_term_of_an_invalid_row_is_exact(backend: str) -> None:
+    student, topk, labels = make()
+    twice = with_odd_row(topk, 2, {"id": int(topk.token_ids[2, 1])})
+    want, got = (
+        kd_loss(student, x, labels, return_parts=True, reduction="none", backend=backend)
+        for x in (topk, twice)
+    )
+    identical([got.hard], [want.hard])
+    assert got.soft.isnan().tolist() == [row == 2 for row in range(N)]
+
+
 def test_an_invalid_id_in_a_trace() -> None:
     torch.compiler.reset()
     student, topk, _ = make()

@@ -70,10 +70,11 @@ class TopKWriter:
         name = fingerprint(tokenizer)
         wanted = Manifest(vocabulary, k, tail, float(temperature), name, shard_bytes)
         self.folder = Path(folder)
-        self.manifest = _first_manifest(self.folder, wanted)
+        _begin(self.folder, wanted)
         self._index = _opened(self.folder / INDEX)
         try:
             _lock(self._index, self.folder)
+            self.manifest = _manifest(self.folder, wanted)
             self._resume(keep)
         except BaseException:
             self._index.close()
@@ -220,14 +221,19 @@ class TopKWriter:
         self._index.close()
 
 
-def _first_manifest(folder: Path, wanted: Manifest) -> Manifest:
-    """Return the manifest of a folder, whose settings must be `wanted`; write it to an empty one.
+def _begin(folder: Path, wanted: Manifest) -> None:
+    """Write the first manifest to an empty folder, and check the settings of another one.
 
     A writer that was killed may have left the file that was to become the first manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not any(path.name != f"{MANIFEST}.tmp" for path in folder.iterdir()):
         wanted.write(folder)
+    _manifest(folder, wanted)
+
+
+def _manifest(folder: Path, wanted: Manifest) -> Manifest:
+    """Return the manifest of a folder, whose settings must be `wanted`."""
     found = Manifest.read(folder)
     for name, value in wanted.settings.items():
         if value != found.settings[name]:
