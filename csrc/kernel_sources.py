@@ -40,9 +40,11 @@ CPU_SOURCES = [
     *KERNEL_FLAGS,
     "csrc/cpu/rows.cpp",
     "csrc/cpu/product.cpp",
+    "csrc/cpu/classes.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/bindings/cpu_ops.cpp",
     "csrc/bindings/product_ops.cpp",
+    "csrc/bindings/classes_ops.cpp",
     "csrc/bindings/module.cpp",
 ]
 

@@ -16,7 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import SMALLEST_TAIL, masses, reads_values, sorted_rows
+from . import extension
+from .checks import (
+    SMALLEST_TAIL,
+    check_topk_values,
+    mass_slack,
+    masses,
+    reads_values,
+    sorted_rows,
+)
 from .sides import TopK, row_count
 
 #: The teacher's tail logit if the tokens outside the support are no class.
@@ -40,23 +48,66 @@ class Classes(NamedTuple):
 
 
 def classes_of(topk: TopK, vocabulary: int, dtype: torch.dtype) -> tuple[Classes, Tensor | None]:
-    """Return the classes of a teacher that was checked, and for "sampled" its entropy.
+    """Check the values of a teacher; return its classes, and for "sampled" its entropy.
 
-    A row that a check of its values would refuse is NaN; it can only exist if they were not read,
-    on a GPU or in a trace. Of a row without entries the tail is not read.
+    If the values cannot be read, on a GPU or in a trace, a row that the checks would refuse is NaN.
+    Of a row without entries the tail is not read.
 
     Args:
-        topk: N rows, in any leading shape.
+        topk: N rows, in any leading shape, after :func:`fused_kd.checks.check_topk`.
         vocabulary: V.
         dtype: of the logits: float32 or float64.
 
     Returns:
         The classes, and -Σ q̂·log q̂ (N,), or None.
+
+    Raises:
+        ValueError: A value does not fit.
     """
+    may_read = reads_values(topk)
+    if may_read and dtype == torch.float32 and topk.logprobs.is_cpu:
+        classes = _in_one_pass(topk, vocabulary)
+        if classes is not None:
+            return classes, None
+    if may_read:
+        check_topk_values(topk, vocabulary)
+    return _step_by_step(topk, vocabulary, dtype, may_read)
+
+
+def _in_one_pass(topk: TopK, vocabulary: int) -> Classes | None:
+    """Return the classes by a kernel on the CPU, which takes less time than one of torch's calls.
+
+    None: it does not take this form of a teacher, is not built, or a value must be refused.
+    """
+    ids, logprobs, tail_logprob, tail, temperature = topk
+    is_derived = tail == "bucket" and tail_logprob is None
+    if tail == "sampled" or is_derived or logprobs.dtype == torch.float64:
+        return None
+    if extension.cpu.load() is None:
+        return None
+    rows, k = row_count(logprobs.shape[:-1]), logprobs.shape[-1]
+    tails = tail_logprob if tail == "bucket" else None
+    out = Classes(torch.empty(rows, k + 1), torch.empty(rows, k, dtype=torch.int32))
+    is_ordinary = torch.ops.fused_kd.classes_(
+        *out,
+        ids.reshape(rows, k).contiguous(),
+        logprobs.detach().reshape(rows, k).contiguous(),
+        None if tails is None else tails.detach().reshape(rows).contiguous(),
+        NO_CLASS if tail == "renormalize" else -math.inf,
+        vocabulary,
+        float(temperature),
+        mass_slack(topk) if tail == "bucket" else math.inf,
+    )
+    return out if is_ordinary else None
+
+
+def _step_by_step(
+    topk: TopK, vocabulary: int, dtype: torch.dtype, may_read: bool
+) -> tuple[Classes, Tensor | None]:
+    """Return classes and entropy by calls of torch, on any device and in a trace."""
     rows, k = row_count(topk.logprobs.shape[:-1]), topk.logprobs.shape[-1]
     logprobs = topk.logprobs.detach().reshape(rows, k).to(dtype)
     token_ids, entropy, invalid = topk.token_ids.reshape(rows, k), None, None
-    may_read = reads_values(topk)
     if not may_read or k == 0 or bool((logprobs.amin(-1) == -math.inf).any()):
         absent = logprobs == -math.inf
         token_ids = torch.where(absent, -1, token_ids)

@@ -51,11 +51,20 @@ _PRODUCT = (
     "bool accumulate) -> ()"
 )
 
+# The classes of a TopK (N, K): float32 logits (N, K+1), int32 out_ids (N, K), on the CPU. Returns
+# False, and the outputs are of no use, if a value must be refused, see fused_kd/checks/topk.py.
+# tail: of all rows, without a tail_logprob (N,). slack: probabilities may add up to 1 + slack.
+_CLASSES = (
+    "classes_(Tensor(a!) logits, Tensor(b!) out_ids, Tensor token_ids, Tensor logprobs, "
+    "Tensor? tail_logprob, float tail, int vocabulary, float temperature, float slack) -> bool"
+)
+
 library = torch.library.Library("fused_kd", "DEF")
 for _prefix in PREFIXES:
     for _schema in _SCHEMAS:
         library.define(_prefix + _schema)
 library.define(_PRODUCT)
+library.define(_CLASSES)
 
 
 def _check(student: Tensor, teacher: Tensor, *rest: object) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fused_kd import TopK
 from fused_kd.backends import named
-from fused_kd.classes import Classes, classes_of
+from fused_kd.checks import mass_slack
+from fused_kd.classes import Classes, _in_one_pass, _step_by_step, classes_of
 from fused_kd.testing import Inputs, assert_obeys_error_rule, make_inputs
 
 pytestmark = needs_cpu
@@ -385,3 +386,98 @@ def test_any_values_obey_the_error_rule(part: int) -> None:
             Rows(inputs, **keywords).check_bits()
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {keywords}") from error
+
+
+# ------------------------------------------------------------- the values checked, and the classes
+
+
+def drawn_topk(seed: int) -> tuple[TopK, int, bool]:
+    """Return a teacher of few entries, V, and whether one of its values must be refused."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    vocabulary, rows = 1 + draw(200), draw(7)
+    k = draw(vocabulary + 1)
+    logits = (1 + draw(20)) * torch.randn(rows, vocabulary, generator=generator)
+    topk = TopK.from_logits(logits, k, [0.5, 1.0, 3.0][draw(3)])
+    ids, logprobs, tails = topk.token_ids, topk.logprobs, topk.tail_logprob
+    assert tails is not None
+    if draw(2):
+        logprobs[torch.rand(rows, k, generator=generator) < 0.3] = -INF
+    if draw(4) == 0:
+        logprobs[:1] = -INF
+    ids[logprobs == -INF] = -7  # not read
+    refused = rows > 0 and k > 1 and bool((logprobs[0, :2] > -INF).all()) and draw(3) == 0
+    if refused:
+        way = draw(4)
+        if way == 0:
+            ids[0, 0] = [vocabulary, -1, 2**31 - 1][draw(3)]
+        elif way == 1:
+            ids[0, 0] = ids[0, 1]
+        else:
+            logprobs[0, 0] = [NAN, INF][way - 2]
+    topk = TopK(
+        ids.int() if draw(2) else ids,
+        logprobs.to([SINGLE, BRAIN, HALF][draw(3)]),
+        tails.double() if draw(2) else tails,
+        ["bucket", "renormalize", "zero"][draw(3)],
+        topk.temperature,
+    )
+    return topk, vocabulary, refused
+
+
+def test_the_classes_of_the_kernel_are_those_of_torch(isa: str) -> None:
+    refusals = 0
+    for seed in range(300):
+        topk, vocabulary, refused = drawn_topk(seed)
+        got = _in_one_pass(topk, vocabulary)
+        assert (got is None) == refused
+        refusals += refused
+        if got is not None:
+            want, _ = _step_by_step(topk, vocabulary, SINGLE, may_read=True)
+            identical(got, want)
+    assert refusals > 20
+
+
+@pytest.mark.parametrize("over", [0.5, 2.0])  # of the slack
+@pytest.mark.parametrize("k", [3, BLOCK + 5])
+def test_the_kernel_adds_the_masses(isa: str, k: int, over: float) -> None:
+    size = k + 1
+    logprobs = torch.full((3, k), -math.log(size))
+    tail = torch.full((3,), math.log1p(over * mass_slack(TopK(logprobs, logprobs)) * size))
+    topk = TopK(torch.arange(k).expand(3, k), logprobs, tail - math.log(size))
+    assert (_in_one_pass(topk, size + 5) is None) == (over > 1)
+
+
+def test_the_operator_keeps_within_its_tensors() -> None:
+    topk = TopK.from_logits(torch.randn(3, 20), 4)
+    arguments: dict[str, Any] = {
+        "logits": torch.empty(3, 5),
+        "out_ids": torch.empty(3, 4, dtype=torch.int32),
+        "token_ids": topk.token_ids,
+        "logprobs": topk.logprobs,
+        "tail_logprob": topk.tail_logprob,
+        "tail": -INF,
+        "vocabulary": 20,
+        "temperature": 1.0,
+        "slack": INF,
+    }
+    classes_ = torch.ops.fused_kd.classes_
+    assert classes_(**arguments)
+    wrong = {
+        "logits": [torch.empty(3, 4), torch.empty(5, 3).T, torch.empty(3, 5, dtype=BRAIN)],
+        "out_ids": [torch.empty(3, 4, dtype=torch.int64), torch.empty(2, 4, dtype=torch.int32)],
+        "token_ids": [topk.token_ids[:2], topk.token_ids.short(), topk.token_ids[:, ::2]],
+        "logprobs": [topk.logprobs.double(), topk.logprobs[0], topk.logprobs[:, :2]],
+        "tail_logprob": [torch.zeros(2), torch.zeros(3, dtype=HALF), torch.zeros(6)[::2]],
+        "vocabulary": [-1, 2**31 + 1],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(RuntimeError, match=name):
+                classes_(**{**arguments, name: value})
+    part = arguments["logits"].flatten()[:12].view(3, 4)
+    with pytest.raises(RuntimeError, match="shares memory"):
+        classes_(**{**arguments, "logprobs": part})

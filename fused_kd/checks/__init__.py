@@ -9,7 +9,14 @@ they would synchronise; FUSED_KD_DEBUG=1 allows that.
 
 from .call import check_accumulation, check_call, check_side
 from .tensors import LOGIT_DTYPES, check_dense, check_floating, may_read_values, sorted_rows
-from .topk import SMALLEST_TAIL, check_topk, check_topk_values, masses, reads_values
+from .topk import (
+    SMALLEST_TAIL,
+    check_topk,
+    check_topk_values,
+    mass_slack,
+    masses,
+    reads_values,
+)
 
 __all__ = [
     "LOGIT_DTYPES",
@@ -21,6 +28,7 @@ __all__ = [
     "check_side",
     "check_topk",
     "check_topk_values",
+    "mass_slack",
     "masses",
     "may_read_values",
     "reads_values",

@@ -27,11 +27,11 @@ SMALLEST_TAIL = 1e-3
 
 
 def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOptions) -> None:
-    """Check a TopK against the rows, V and device of the student; its values if a term reads it.
+    """Check a TopK against the rows, V and device of the student, without reading its values.
 
     Raises:
         TypeError: A field has the wrong type or dtype.
-        ValueError: A value, shape or device does not fit.
+        ValueError: A setting, shape or device does not fit.
     """
     ids, logprobs, tail = teacher.token_ids, teacher.logprobs, teacher.tail_logprob
     check_dense("teacher.token_ids", ids)
@@ -76,8 +76,6 @@ def check_topk(student: Side, rows: torch.Size, teacher: TopK, options: KDOption
         raise ValueError(
             f"teacher.logprobs must have at most V = {size} entries a row; got K = {k}"
         )
-    if options.soft_weight != 0.0 and reads_values(teacher):
-        check_topk_values(teacher, size)
 
 
 def _check_tail(teacher: TopK, options: KDOptions) -> None:
@@ -159,13 +157,17 @@ def reads_values(topk: TopK) -> bool:
     return all(may_read_values(x) for x in topk[:3] if x is not None)
 
 
-def masses(topk: TopK) -> tuple[Tensor, float]:
-    """Return the mass of each row's entries (...), float64, and the rounding of its sum."""
+def mass_slack(topk: TopK) -> float:
+    """Return by how much rounding may raise the sum of a row's probabilities."""
     measured = [x for x in (topk.logprobs, topk.tail_logprob) if x is not None]
     eps = max(torch.finfo(x.dtype).eps for x in measured)
-    slack = 8 * eps * (1 + math.log(max(topk.logprobs.shape[-1], 1)))
+    return 8 * eps * (1 + math.log(max(topk.logprobs.shape[-1], 1)))
+
+
+def masses(topk: TopK) -> tuple[Tensor, float]:
+    """Return the mass of each row's entries (...), float64, and the rounding of its sum."""
     dtype = arithmetic_dtype(topk.logprobs)
-    return topk.logprobs.to(dtype).exp().sum(-1, dtype=torch.float64), slack
+    return topk.logprobs.to(dtype).exp().sum(-1, dtype=torch.float64), mass_slack(topk)
 
 
 def _refuse_logprobs(logprobs: Tensor) -> None:

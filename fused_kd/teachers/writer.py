@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_topk
+from ..checks import check_topk, check_topk_values
 from ..options import KDOptions, check_count
 from ..sides import TAILS, TopK
 from .collating import widened
@@ -303,3 +303,4 @@ def _check_rows(manifest: Manifest, token_ids: Tensor, topk: TopK) -> None:
     # what the loss checks, for a student that takes no memory
     student = torch.empty(()).expand(len(token_ids), manifest.vocabulary)
     check_topk(student, token_ids.shape, topk, KDOptions(temperature=manifest.temperature))
+    check_topk_values(topk, manifest.vocabulary)
