@@ -23,7 +23,14 @@ def page() -> str:
     lines = ["# API", "Made from the docstrings by `make api`: edit those."]
     adapters = [x for name, x in sorted(package["integrations"].modules.items()) if name[0] != "_"]
     teachers = [package["teachers"], *(package["teachers"][x] for x in ("formats", "servers"))]
-    for module in [package, *teachers, package["plan"], package["testing"], *adapters]:
+    for module in [
+        package,
+        *teachers,
+        package["objectives"],
+        package["plan"],
+        package["testing"],
+        *adapters,
+    ]:
         lines += [f"## {module.path}", _prose(module.docstring.value)]
         for item in _public(module):
             lines += _entry(item)

@@ -11,6 +11,7 @@ The package is ``lightning``, or ``pytorch_lightning`` if only that is installed
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from ..functional import KDLossParts
 from ..modules import KDLoss
+from ..objectives import ConvergenceMonitor, HeldOut, Verdict
+from ._common.convergence import Watch
 from ._common.frameworks import need
 from ._common.heads import headless, scale_of, side_of
 from ._common.labels import IGNORE_INDEX, aligned
@@ -236,6 +239,64 @@ class TeacherCallback(pl.Callback):  # type: ignore[misc]
         batch["teacher"] = side_of(self.teacher, hidden, self._scale)
 
     on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+
+class ConvergenceCallback(pl.Callback):  # type: ignore[misc]
+    """Stops a training when both objectives have converged, and logs why.
+
+    At the end of each validation it measures the held-out set, and logs losses and improvements
+    under ``convergence_...``; the verdict in words is ``callback.verdict``. The monitor is in the
+    Trainer's checkpoints.
+
+    Args:
+        monitor: see :class:`fused_kd.objectives.ConvergenceMonitor`; on several processes with
+            ``group=torch.distributed.group.WORLD``.
+        measure: called without arguments on every process, returns what
+            :func:`fused_kd.objectives.evaluate` does.
+        picture: a file for a picture of the losses and the verdicts, at the end of the training.
+
+    Raises:
+        TypeError: `monitor` or `measure` has the wrong type.
+    """
+
+    def __init__(
+        self,
+        monitor: ConvergenceMonitor,
+        measure: Callable[[], HeldOut],
+        picture: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._watch = Watch(monitor, measure, picture)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Return the last verdict; None before the first validation."""
+        return self._watch.verdict
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, log numbers, and end the training if the verdict says so."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        optimizers = trainer.optimizers
+        verdict = self._watch.look(trainer.global_step, optimizers[0] if optimizers else None)
+        if verdict is None:
+            return
+        entries = self._watch.log_entries()
+        numbers = {name: x for name, x in entries.items() if not isinstance(x, str)}
+        pl_module.log_dict(numbers, rank_zero_only=True)
+        trainer.should_stop = trainer.should_stop or verdict.stop
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draw the picture."""
+        if trainer.is_global_zero:
+            self._watch.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the monitor's state, of all processes."""
+        return self._watch.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the monitor; raises as its load_state_dict."""
+        self._watch.monitor.load_state_dict(state_dict)
 
 
 def _check_batch(batch: object) -> None:

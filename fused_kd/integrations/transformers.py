@@ -13,17 +13,21 @@ their hidden states and lm_heads, and neither model makes logits during training
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import KDLoss
+from ..objectives import ConvergenceMonitor, HeldOut, Verdict
 from ..sides import Side, Teacher, TopK
 from ._common.batches import TEACHER, teacher_of_batch
 from ._common.calls import Call, Calls
+from ._common.convergence import Watch
 from ._common.frameworks import need
 from ._common.heads import bypass_head, headless, is_bypassed, scale_of, side_of
 from ._common.labels import aligned
@@ -33,6 +37,7 @@ from ._common.parts import check_loss, parts_of
 
 need("transformers")
 from transformers import Trainer, TrainerCallback  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 #: Entries of a batch that are for the loss; the teacher gets all others, as the student does.
 NOT_FOR_THE_TEACHER = ("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict")
@@ -348,6 +353,93 @@ def _loss_of(trainer: Trainer) -> DistillationLoss:
             "pass compute_loss_func=DistillationLoss(student, teacher) to the Trainer"
         )
     return loss
+
+
+class ConvergenceCallback(TrainerCallback):  # type: ignore[misc]
+    """Stops a training when both objectives have converged, and logs why.
+
+    ::
+
+        monitor = ConvergenceMonitor(hard_delta=0.01, soft_delta=0.01)
+        measure = lambda: evaluate(loss, student, teacher, held_out_loader)
+        trainer.add_callback(ConvergenceCallback(trainer, monitor, measure))
+
+    At each of the Trainer's evaluations it measures the held-out set, and logs the verdict as
+    ``convergence``, beside its numbers; ``callback.verdict.reason`` is the sentence with them. It
+    works with any trainer of transformers, TRL's too, and any loss. The monitor is saved as
+    ``convergence.pt`` in the folder of each checkpoint, and restored when the training resumes.
+
+    Args:
+        trainer: the trainer that it is added to.
+        monitor: see :class:`fused_kd.objectives.ConvergenceMonitor`; on several processes with
+            ``group=torch.distributed.group.WORLD``.
+        measure: called without arguments on every process, returns what
+            :func:`fused_kd.objectives.evaluate` does.
+        picture: a file for a picture of the losses and the verdicts, at the end of the training.
+
+    Raises:
+        TypeError: `monitor` or `measure` has the wrong type.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        monitor: ConvergenceMonitor,
+        measure: Callable[[], HeldOut],
+        picture: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._trainer, self._watch = trainer, Watch(monitor, measure, picture)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Return the last verdict; None before the first evaluation."""
+        return self._watch.verdict
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Restore the monitor from the checkpoint that the training is resumed from, if any.
+
+        Raises:
+            FileNotFoundError: The checkpoint, in the Trainer's output_dir, has no monitor.
+            ValueError: The monitor has evaluations of another training.
+        """
+        history = self._watch.monitor.history
+        if state.global_step == 0 and history:
+            raise ValueError(
+                "monitor must have no evaluations at the start of a training; got one with "
+                f"{len(history)}: make a new one for each training"
+            )
+        if state.global_step == 0 or (history and history[-1].step <= state.global_step):
+            return  # the caller has restored it
+        path = self._file(args, state)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} must be there to resume at step {state.global_step}, since it has the "
+                "evaluations so far: for a checkpoint elsewhere call monitor.load_state_dict("
+                "torch.load(...)) of its convergence.pt before"
+            )
+        self._watch.monitor.load_state_dict(torch.load(path, weights_only=True))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Measure, log the verdict, and end the training if the verdict says so."""
+        verdict = self._watch.look(state.global_step, objects.get("optimizer"))
+        if verdict is not None:
+            self._trainer.log(self._watch.log_entries())
+            control.should_training_stop |= verdict.stop
+
+    def on_save(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Save the monitor in the folder of the checkpoint."""
+        saved = self._watch.monitor.state_dict()  # of all processes
+        if state.is_world_process_zero:
+            torch.save(saved, self._file(args, state))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Draw the picture."""
+        if state.is_world_process_zero:
+            self._watch.finish()
+
+    def _file(self, args: Any, state: Any) -> Path:
+        folder = self._trainer._get_output_dir(trial=None)
+        return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "convergence.pt"
 
 
 class _PartsLogger(TrainerCallback):  # type: ignore[misc]

@@ -1,5 +1,18 @@
 """When have both objectives converged? See ``docs/howto/converged.md``."""
 
-from .monitor import ConvergenceMonitor, Verdict
+from .evaluation import evaluate
+from .held_out import HeldOut
+from .monitor import ConvergenceMonitor
+from .picture import draw
+from .schedule import LossSchedule, Ramp
+from .verdict import Verdict
 
-__all__ = ["ConvergenceMonitor", "Verdict"]
+__all__ = [
+    "ConvergenceMonitor",
+    "HeldOut",
+    "LossSchedule",
+    "Ramp",
+    "Verdict",
+    "draw",
+    "evaluate",
+]

@@ -3,71 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from .held_out import NAMES, HeldOut, gathered, repeated
 from .statistics import Interval, slope_coefficients, spent_level, t_quantile, trend_error
+from .verdict import PAIRS, Objective, Verdict, pair_of
 
 #: The fewest evaluations of a window that is a fraction of the run.
 FEWEST_LOOKS = 8
-#: What a verdict says of one objective.
-STATES = ("converged", "stopped moving", "improving", "worsening", "undecided", "off")
-#: What it says of both.
-PAIRS = (
-    "converged",
-    "stopped moving",
-    "trading off",
-    "both improving",
-    "improving",
-    "worsening",
-    "undecided",
-)
-_DELTAS = "0.01 nats a token costs 1 % of perplexity; usual are 0.002 to 0.02"
 
 
-class Verdict(NamedTuple):
-    """What an evaluation says of both objectives."""
+class Settings(NamedTuple):
+    """What must be the same when a run is resumed."""
 
-    hard: str  # of STATES
-    soft: str
-    pair: str  # of PAIRS
-    reason: str  # a sentence for each objective, with its numbers
-    stop: bool  # the pair is in `stop_on`
-    hard_interval: Interval | None  # of the improvement over the window; None: not known
-    soft_interval: Interval | None
+    hard_delta: float | None
+    soft_delta: float | None
+    confidence: float
+    window: float  # an int: evaluations
+    patience: int
+    max_looks: int | None
 
 
 class Look(NamedTuple):
-    """An evaluation: what the monitor keeps of it as long as it is in the window."""
+    """An evaluation that is in the window."""
 
     step: float
     lr: float | None
-    losses: dict[str, Tensor]  # by objective: (S,), sums over the tokens of each sequence
+    losses: dict[str, float]  # by objective, a token, of all ranks
+    sums: dict[str, Tensor]  # by objective (S,), of the tokens of each sequence of this rank
 
 
 class Point(NamedTuple):
-    """An evaluation in numbers, for a picture: kept for the whole run."""
+    """An evaluation in numbers, kept for the whole run."""
 
     step: float
-    hard: float  # loss a token; NaN if off
+    hard: float  # loss a token; NaN if the objective is off
     soft: float
     hard_error: float  # standard error over the sequences
     soft_error: float
-    pair: str
+    pair: str  # of PAIRS
 
 
 class ConvergenceMonitor:
     """An early-stopping rule for two objectives, hard and soft, with a stated error probability.
 
-    At each evaluation it estimates how much either loss improved over a window, as minus the slope
-    times the window's length, with an interval of confidence. An objective has converged if the
-    whole interval is between -δ and δ, at `patience` evaluations in a row: an equivalence test, so
-    that few data, which make the interval wide, never look like convergence. The standard error is
-    the larger one of two: over sequences, whose tokens are not independent, and of the evaluations
-    about their trend, since the noise of a checkpoint is common to all sequences.
+    At each evaluation it estimates how much either loss improved over a window: minus the slope,
+    times the window's length. An objective has converged if a confidence interval of that is
+    between -δ and δ, at `patience` evaluations in a row. This is an equivalence test: few data make
+    the interval wide, and so never look like convergence. The standard error is the larger one of
+    two: over sequences, whose tokens are not independent, and of the evaluations about their trend,
+    since the noise of a checkpoint is common to all sequences.
+
+    `improving` and `worsening` are statements about the window, not about the run: the losses of
+    neighbouring checkpoints resemble each other, so that a loss which wanders improves and worsens
+    by turns. Only `converged` has the error probability of `confidence`.
 
     Args:
         hard_delta: δ of the hard loss, nats a token: the smallest improvement over a window that is
@@ -77,14 +71,16 @@ class ConvergenceMonitor:
             improvement over the window is δ or more. The rest is spent over the evaluations.
         window: a number of evaluations, at least 3; or a fraction of the run so far, then at least
             8 evaluations. A short fixed window stops slow power laws too early.
-        patience: consecutive evaluations that must agree on "converged".
-        max_looks: the number of evaluations of the run, among which the error probability is
-            divided equally; there is no "converged" afterwards. None: not known.
+        patience: evaluations in a row that must agree on "converged".
+        max_looks: the number of evaluations with a whole window, among which the error probability
+            is divided equally; there is no "converged" afterwards. None: not known.
         check_finite: raise for losses that are not finite; else such an evaluation is skipped.
         stop_on: the pairs of PAIRS that set ``Verdict.stop``.
+        group: the ranks that hold the sequences, each its own. All of them call every method, and
+            get the same verdict. None: this process has all sequences.
 
     Raises:
-        TypeError: An argument has the wrong type.
+        TypeError: `window` has the wrong type.
         ValueError: A value is outside its range.
     """
 
@@ -99,40 +95,22 @@ class ConvergenceMonitor:
         max_looks: int | None = None,
         check_finite: bool = True,
         stop_on: Sequence[str] = ("converged",),
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        deltas = {"hard": hard_delta, "soft": soft_delta}
-        for name, delta in deltas.items():
-            if delta is not None and not 0 < delta < math.inf:
-                raise ValueError(
-                    f"{name}_delta must be positive and finite, or None for an objective that is "
-                    f"off; got {delta}: {_DELTAS}"
-                )
-        if hard_delta is None and soft_delta is None:
-            raise ValueError("hard_delta and soft_delta must not both be None")
-        if not 0.5 <= confidence < 1:
-            raise ValueError(f"confidence must be in [0.5, 1); got {confidence}")
-        is_count = isinstance(window, int) and not isinstance(window, bool)
-        if not (window >= 3 if is_count else 0 < window <= 1):
-            raise ValueError(
-                "window must be a number of evaluations, an int of at least 3, or a fraction of "
-                f"the run in (0, 1]; got {window!r}"
-            )
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1; got {patience}")
-        if max_looks is not None and max_looks < patience:
-            raise ValueError(f"max_looks must be at least patience, {patience}; got {max_looks}")
-        if unknown := [pair for pair in stop_on if pair not in PAIRS]:
-            raise ValueError(f"stop_on must have names of {PAIRS}; got {unknown[0]!r}")
-        self.deltas, self.confidence, self.window = deltas, confidence, window
-        self.patience, self.max_looks, self.check_finite = patience, max_looks, check_finite
-        self.stop_on = tuple(stop_on)
+        _check_deltas(hard_delta, soft_delta)
+        _check_rule(confidence, window, patience, max_looks)
+        if isinstance(stop_on, str) or (unknown := [pair for pair in stop_on if pair not in PAIRS]):
+            got = stop_on if isinstance(stop_on, str) else unknown[0]
+            raise ValueError(f"stop_on must be a sequence of names in {PAIRS}; got {got!r}")
+        self.settings = Settings(hard_delta, soft_delta, confidence, window, patience, max_looks)
+        self.deltas = {"hard": hard_delta, "soft": soft_delta}
+        self.check_finite, self.stop_on, self.group = check_finite, tuple(stop_on), group
         self.history: list[Point] = []
         self._looks: list[Look] = []
-        self._tokens: Tensor | None = None  # (S,)
-        self._ids: Tensor | None = None
-        self._measured_with: dict[str, Any] | None = None
+        self._first: HeldOut | None = None  # without the losses
+        self._tokens, self._sequences = 0.0, 0  # of all ranks
         self._tested = 0  # evaluations that had a whole window
-        self._passed = {"hard": 0, "soft": 0}  # in a row
+        self._passed = dict.fromkeys(NAMES, 0)  # in a row
 
     def update(
         self,
@@ -143,280 +121,283 @@ class ConvergenceMonitor:
         step: float | None = None,
         lr: float | None = None,
         ids: Tensor | None = None,
-        measured_with: dict[str, Any] | None = None,
+        measured_with: Mapping[str, Any] | None = None,
     ) -> Verdict:
         """Add an evaluation, and return what is known now.
 
+        :func:`fused_kd.objectives.evaluate` makes the tensors.
+
         Args:
             hard: (sequences,): of each held-out sequence the sum of the hard loss over its tokens,
-                not multiplied by the objective's weight; None if the objective is off.
+                not multiplied by the objective's weight; ignored if the objective is off.
             soft: the same of the soft loss, as in ``KDLossParts.soft``.
             tokens: (sequences,): the sum of the weights of the same tokens.
             step: the number of the update; None: evaluations are counted.
             lr: the learning rate. If it is lower now than at the window's start, "converged"
                 becomes "stopped moving": a curve flattens under any decaying rate.
-            ids: (sequences,), integers that identify the sequences; compared if passed.
+            ids: (sequences,), integers that identify the sequences; compared if given.
             measured_with: what must not change between evaluations: temperature, divergence, ...
 
         Raises:
-            TypeError: `tokens`, or the losses of an objective, are missing.
-            ValueError: Sums are not finite (see `check_finite`), or the held-out set, its order or
-                `measured_with` is not that of the first evaluation. The state is then unchanged.
+            TypeError: The losses of an objective are missing.
+            ValueError: Sums are not finite (see `check_finite`); or there are no tokens; or step,
+                the held-out set, its order or `measured_with` do not fit the evaluations before. On
+                all ranks, and the state is unchanged.
         """
-        losses = {
-            name: x.detach().double().cpu().flatten()
-            for name, x in (("hard", hard), ("soft", soft))
+        step = float(len(self.history) if step is None else step)
+        for name, x in (("hard", hard), ("soft", soft)):
+            if x is None and self.deltas[name] is not None:
+                raise TypeError(
+                    f"{name} must be given, since {name}_delta is {self.deltas[name]:g}; got None"
+                )
+        new = HeldOut(hard, soft, tokens, ids, measured_with).normalised()
+        sums = {
+            name: x
+            for name, x in zip(NAMES, (new.hard, new.soft), strict=True)
             if x is not None and self.deltas[name] is not None
         }
-        tokens = tokens.detach().double().cpu().flatten()
-        step = float(len(self.history) if step is None else step)
-        self._check(losses, tokens, step, ids, measured_with)
-        finite = all(bool(x.isfinite().all()) for x in losses.values())
-        if not finite:
-            if self.check_finite:
-                bad = next(name for name, x in losses.items() if not x.isfinite().all())
-                raise ValueError(
-                    f"{bad} must be finite; got NaN or infinity at step {step:g}. The monitor keeps "
-                    "its state; check_finite=False skips such an evaluation"
-                )
-            return self._verdict({}, "an evaluation that is not finite was skipped")
-        self._tokens = tokens
-        self._ids = None if ids is None else ids.detach().cpu().flatten()
-        self._measured_with = measured_with
-        self._looks.append(Look(step, lr, losses))
+        totals, count = self._reduced(new, sums, step)
+        total = totals.pop("tokens")
+        bad = [name for name, value in totals.items() if not math.isfinite(value)]
+        if bad and self.check_finite:
+            raise ValueError(
+                f"{bad[0]} must be finite; got a sum of {totals[bad[0]]} at step {step:g}. The "
+                "monitor keeps its state; with check_finite=False it skips such an evaluation"
+            )
+        if bad:
+            return self._verdict({}, f"skipped, since {bad[0]} is not finite")
+        self._first = new._replace(hard=None, soft=None)
+        self._tokens, self._sequences = total, count
+        losses = {name: value / total for name, value in totals.items()}
+        self._looks.append(Look(step, lr, losses, sums))
         self._looks = self._looks[self._begin() :]
         verdict = self._test()
-        self.history.append(self._point(losses, step, verdict.pair))
+        self.history.append(self._point(verdict.pair))
         return verdict
+
+    def _reduced(
+        self, new: HeldOut, sums: dict[str, Tensor], step: float
+    ) -> tuple[dict[str, float], int]:
+        """Return the sums of all ranks, that of the tokens too, and their number of sequences.
+
+        Raises:
+            ValueError: As update(), on all ranks if on one.
+        """
+        fault = new.fault(self._first)
+        if self.history and step <= self.history[-1].step:
+            fault = (
+                f"step must grow; got {step:g} after {self.history[-1].step:g}: a run that was "
+                "resumed needs the state_dict of the monitor at that point"
+            )
+        own = {name: float(x.sum()) for name, x in {**sums, "tokens": new.tokens}.items()}
+        ids = new.ids if self._first is None else None
+        ranks = gathered((fault, own, len(new.tokens), ids), self.group)
+        for rank, (found, *_) in enumerate(ranks):
+            if found is not None:
+                raise ValueError(found if fault is not None else f"on rank {rank}: {found}")
+        twice = repeated([ids for *_, ids in ranks])
+        if twice is not None:
+            raise ValueError(
+                f"ids must differ; got {twice} twice: a sampler that fills up the ranks repeats "
+                "sequences; choose a number of sequences that the number of ranks divides"
+            )
+        totals = {name: math.fsum(values[name] for _, values, *_ in ranks) for name in own}
+        if not totals["tokens"] > 0:
+            raise ValueError("tokens must not all be 0: there are no losses to test")
+        return totals, sum(count for *_, count, _ in ranks)
 
     # ------------------------------------------------------------------------------- the window
 
     def _begin(self) -> int:
         """Return the first of the kept evaluations that is in the window."""
-        looks = self._looks
-        if isinstance(self.window, int):
-            return max(0, len(looks) - self.window)
+        looks, window = self._looks, self.settings.window
+        if isinstance(window, int):
+            return max(0, len(looks) - window)
         last = looks[-1].step
         first = self.history[0].step if self.history else last
-        start = last - self.window * (last - first)
+        start = last - window * (last - first)
         inside = next(i for i, look in enumerate(looks) if look.step >= start)
         return max(0, min(inside, len(looks) - FEWEST_LOOKS))
-
-    def _needed(self) -> int:
-        return self.window if isinstance(self.window, int) else FEWEST_LOOKS
 
     # --------------------------------------------------------------------------------- the test
 
     def _test(self) -> Verdict:
         """Return the verdict on the looks of the window."""
-        if len(self._looks) < self._needed():
-            missing = self._needed() - len(self._looks)
-            return self._verdict({}, f"{missing} more evaluations fill the window")
+        window = self.settings.window
+        missing = (window if isinstance(window, int) else FEWEST_LOOKS) - len(self._looks)
+        if missing > 0:
+            return self._verdict({}, f"{missing} more evaluations make a window")
         self._tested += 1
-        level = spent_level(1 - self.confidence, self._tested, self.max_looks)
-        intervals = {name: self._interval(name, level) for name in self._looks[-1].losses}
-        for name, interval in intervals.items():
+        level = spent_level(1 - self.settings.confidence, self._tested, self.settings.max_looks)
+        objectives = {}
+        first, last = self._looks[0].lr, self._looks[-1].lr
+        for name, interval in self._intervals(level).items():
             delta = self.deltas[name]
             assert delta is not None
             inside = -delta < interval.low and interval.high < delta
             self._passed[name] = self._passed[name] + 1 if inside else 0
-        return self._verdict(intervals, "")
+            objectives[name] = Objective(
+                delta,
+                interval,
+                self._passed[name],
+                self.settings.patience,
+                len(self._looks),
+                self._sequences,
+                first is not None and last is not None and last < first,
+            )
+        return self._verdict(objectives, "")
 
-    def _interval(self, name: str, level: float) -> Interval:
-        """Return the improvement over the window, and bounds that miss it with `level` each."""
-        assert self._tokens is not None
-        positions = torch.tensor([look.step for look in self._looks], dtype=torch.float64)
-        sums = torch.stack([look.losses[name] for look in self._looks])  # (K, S)
-        total = self._tokens.sum()
-        losses = sums.sum(1) / total
+    def _intervals(self, level: float) -> dict[str, Interval]:
+        """Return the improvements over the window, with bounds that miss them with `level` each."""
+        looks, names = self._looks, list(self._looks[-1].losses)
+        positions = torch.tensor([look.step for look in looks], dtype=torch.float64)
         c = slope_coefficients(positions)
-        improvement = float(c @ losses)
-        # of the ratio of sums, linearised: Σ_s d_s = 0
-        d = c @ (sums - losses[:, None] * self._tokens) / total
-        sequences = len(d)
-        if level <= 0 or sequences < 2:
-            return Interval(improvement, -math.inf, math.inf, math.inf)
-        spread = float((d.square().sum() * sequences / (sequences - 1)).sqrt())
-        by_sequences = t_quantile(1 - level, sequences - 1) * spread
-        by_looks = t_quantile(1 - level, len(losses) - 2) * trend_error(losses, positions)
-        half = max(by_sequences, by_looks)
-        return Interval(improvement, improvement - half, improvement + half, by_sequences)
+        losses = {
+            name: torch.tensor([look.losses[name] for look in looks], dtype=torch.float64)
+            for name in names
+        }
+        spreads = self._spreads(
+            {name: (c, [look.sums[name] for look in looks], losses[name]) for name in names}
+        )
+        intervals = {}
+        for name in names:
+            improvement = float(c @ losses[name])
+            if level <= 0 or self._sequences < 2:
+                intervals[name] = Interval(improvement, -math.inf, math.inf, math.inf)
+                continue
+            by_sequences = t_quantile(1 - level, self._sequences - 1) * spreads[name]
+            by_looks = t_quantile(1 - level, len(looks) - 2) * trend_error(losses[name], positions)
+            half = max(by_sequences, by_looks)
+            intervals[name] = Interval(
+                improvement, improvement - half, improvement + half, by_sequences
+            )
+        return intervals
 
-    # ------------------------------------------------------------------------------ the verdict
+    def _spreads(
+        self, combinations: dict[str, tuple[Tensor, list[Tensor], Tensor]]
+    ) -> dict[str, float]:
+        """Return the standard error of Σ c·L over the sequences of all ranks, by objective.
 
-    def _verdict(self, intervals: dict[str, Interval], why: str) -> Verdict:
-        states, reasons = {}, []
-        for name, delta in self.deltas.items():
-            interval = intervals.get(name)
-            if delta is None:
+        Of the ratio of sums, linearised: sequence s contributes Σ_k c_k·(h_ks - L_k·n_s)/Σn, and
+        the contributions add up to 0. `combinations` are (c, h, L), with a value for each look.
+        """
+        if not combinations:
+            return {}
+        assert self._first is not None
+        n, squares = self._first.tokens, {}
+        for name, (c, sums, losses) in combinations.items():
+            d = c @ torch.stack(sums) - (c @ losses) * n
+            squares[name] = float(d.square().sum()) / self._tokens**2
+        ranks = gathered(squares, self.group)
+        count = max(self._sequences, 2)
+        return {
+            name: math.sqrt(math.fsum(rank[name] for rank in ranks) * count / (count - 1))
+            for name in squares
+        }
+
+    # -------------------------------------------------------------------------- verdict and state
+
+    def _verdict(self, objectives: dict[str, Objective], why: str) -> Verdict:
+        """Return the verdict; `why` there is none of an objective that is not in `objectives`."""
+        states: dict[str, str] = {}
+        reasons = []
+        for name in NAMES:
+            known = objectives.get(name)
+            if self.deltas[name] is None:
                 states[name] = "off"
                 continue
-            states[name] = "undecided" if interval is None else self._state(name, interval)
-            text = why if interval is None else self._sentence(name, states[name], interval)
-            reasons.append(f"{name}: {text}")
-        pair = pair_of(states["hard"], states["soft"])
-        found = (intervals.get("hard"), intervals.get("soft"))
-        stop = pair in self.stop_on and not why
-        return Verdict(states["hard"], states["soft"], pair, "; ".join(reasons), stop, *found)
-
-    def _state(self, name: str, interval: Interval) -> str:
-        if self._passed[name] >= self.patience:
-            first, last = self._looks[0].lr, self._looks[-1].lr
-            decayed = first is not None and last is not None and last < first
-            return "stopped moving" if decayed else "converged"
-        delta = self.deltas[name]
-        assert delta is not None
-        if self._passed[name] > 0:  # within δ, but not often enough yet
-            return "undecided"
-        if interval.low > 0:
-            return "improving"
-        return "worsening" if interval.high < 0 else "undecided"
-
-    def _sentence(self, name: str, state: str, interval: Interval) -> str:
-        delta, looks = self.deltas[name], len(self._looks)
-        assert delta is not None and self._tokens is not None
-        text = (
-            f"{state}: improved by {interval.improvement:.4g} over {looks} evaluations, in "
-            f"[{interval.low:.4g}, {interval.high:.4g}], δ = {delta:g}"
+            states[name] = known.state if known else "undecided"
+            reasons.append(f"{name}: {known.sentence if known else why}")
+        pair = pair_of(**states)
+        hard, soft = (objectives[name].interval if name in objectives else None for name in NAMES)
+        stop = pair in self.stop_on
+        return Verdict(
+            **states,
+            pair=pair,
+            reason="; ".join(reasons),
+            stop=stop,
+            hard_interval=hard,
+            soft_interval=soft,
         )
-        if state != "undecided":
-            return text
-        if self._passed[name] > 0:
-            return f"{text}; within δ {self._passed[name]} of {self.patience} times in a row"
-        room = delta - abs(interval.improvement)
-        if not math.isfinite(interval.half_width):
-            return f"{text}; the error probability of max_looks evaluations is spent"
-        if room <= 0:
-            return f"{text}; neither δ nor 0 is excluded"
-        if interval.by_sequences < interval.half_width:
-            return f"{text}; the evaluations scatter about their trend: more of them would decide"
-        sequences = math.ceil(len(self._tokens) * (interval.half_width / room) ** 2)
-        return f"{text}; about {sequences} sequences would decide, instead of {len(self._tokens)}"
 
-    def _point(self, losses: dict[str, Tensor], step: float, pair: str) -> Point:
-        assert self._tokens is not None
-        numbers = []
-        for name in ("hard", "soft"):
-            x, n = losses.get(name), self._tokens
-            if x is None:
-                numbers.append((math.nan, math.nan))
-                continue
-            loss = x.sum() / n.sum()
-            count = max(len(n), 2)
-            spread = ((x - loss * n).square().sum() * count / (count - 1)).sqrt() / n.sum()
-            numbers.append((float(loss), float(spread)))
-        (hard, hard_error), (soft, soft_error) = numbers
-        return Point(step, hard, soft, hard_error, soft_error, pair)
-
-    # ------------------------------------------------------------------------- checks and state
-
-    def _check(
-        self,
-        losses: dict[str, Tensor],
-        tokens: Tensor,
-        step: float,
-        ids: Tensor | None,
-        measured_with: dict[str, Any] | None,
-    ) -> None:
-        """Check an evaluation against the first one."""
-        for name, delta in self.deltas.items():
-            if delta is not None and name not in losses:
-                raise TypeError(f"{name} must be given, since {name}_delta is; got None")
-        for name, x in losses.items():
-            if x.shape != tokens.shape or len(tokens) == 0:
-                raise ValueError(
-                    f"{name} and tokens must have the same shape (sequences,), at least one; got "
-                    f"{tuple(x.shape)} and {tuple(tokens.shape)}"
-                )
-        if not bool((tokens >= 0).all()) or not 0 < float(tokens.sum()) < math.inf:
-            raise ValueError(
-                "tokens must be at least 0 and finite, and not all 0: the sums of the weights of "
-                "the tokens that the losses are summed over"
-            )
-        if self.history and step <= self.history[-1].step:
-            raise ValueError(
-                f"step must grow; got {step:g} after {self.history[-1].step:g}: a run that was "
-                "resumed needs the monitor's state_dict of that point"
-            )
-        if self._tokens is None:
-            return
-        if tokens.shape != self._tokens.shape:
-            raise ValueError(
-                f"the held-out set must not change; got {len(tokens)} sequences after "
-                f"{len(self._tokens)}: evaluate on the same sequences, in the same order"
-            )
-        same = torch.allclose(tokens, self._tokens, rtol=1e-6)
-        if ids is not None and self._ids is not None:
-            same = same and torch.equal(ids.detach().cpu().flatten(), self._ids)
-        if not same:
-            raise ValueError(
-                "the held-out set must not change; got sequences of other "
-                f"{'ids or ' if ids is not None else ''}numbers of tokens than before: evaluate "
-                "on the same sequences, in the same order"
-            )
-        if measured_with != self._measured_with:
-            before, now = self._measured_with or {}, measured_with or {}
-            name = next(n for n in {**before, **now} if before.get(n) != now.get(n))
-            raise ValueError(
-                f"{name} must not change between evaluations, since it changes what the losses "
-                f"mean; it was {before.get(name)!r} and is {now.get(name)!r}"
-            )
+    def _point(self, pair: str) -> Point:
+        look, one = self._looks[-1], torch.ones(1, dtype=torch.float64)
+        loss = {name: torch.tensor([x], dtype=torch.float64) for name, x in look.losses.items()}
+        errors = self._spreads({name: (one, [look.sums[name]], loss[name]) for name in loss})
+        hard, soft = (look.losses.get(name, math.nan) for name in NAMES)
+        hard_error, soft_error = (errors.get(name, math.nan) for name in NAMES)
+        return Point(look.step, hard, soft, hard_error, soft_error, pair)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, for checkpoints; it holds sequences x looks in the window."""
+        """Return the state of all ranks, sequences × looks in the window; every rank calls it."""
+        own = {
+            "sums": [look.sums for look in self._looks],
+            "first": None if self._first is None else tuple(self._first),
+        }
         return {
-            "settings": self._settings(),
+            "settings": self.settings._asdict(),
             "history": [tuple(point) for point in self.history],
-            "looks": [tuple(look) for look in self._looks],
+            "looks": [(look.step, look.lr, look.losses) for look in self._looks],
+            "ranks": gathered(own, self.group),
             "tokens": self._tokens,
-            "ids": self._ids,
-            "measured_with": self._measured_with,
+            "sequences": self._sequences,
             "tested": self._tested,
             "passed": dict(self._passed),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state.
 
         Raises:
-            ValueError: It is that of a monitor with other settings, such as another window.
+            ValueError: It is that of a monitor with other settings, such as another window, or with
+                another number of ranks.
         """
-        mine = self._settings()
         for name, value in state["settings"].items():
-            if mine[name] != value:
+            mine = getattr(self.settings, name)
+            if mine != value:
                 raise ValueError(
-                    f"{name} must be that of the state, {value!r}; got {mine[name]!r}: resume with "
-                    "the same settings, or begin a new monitor"
+                    f"{name} must be that of the state, {value!r}; got {mine!r}: resume with the "
+                    "same settings, or begin without the state"
                 )
+        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        if len(state["ranks"]) != ranks:
+            raise ValueError(
+                f"the number of ranks must be that of the state, {len(state['ranks'])}, since each "
+                f"has its own sequences; got {ranks}"
+            )
+        own = state["ranks"][0 if self.group is None else dist.get_rank(self.group)]
         self.history = [Point(*point) for point in state["history"]]
-        self._looks = [Look(*look) for look in state["looks"]]
-        self._tokens, self._ids = state["tokens"], state["ids"]
-        self._measured_with = state["measured_with"]
+        self._looks = [
+            Look(step, lr, losses, sums)
+            for (step, lr, losses), sums in zip(state["looks"], own["sums"], strict=True)
+        ]
+        self._first = None if own["first"] is None else HeldOut(*own["first"])
+        self._tokens, self._sequences = state["tokens"], state["sequences"]
         self._tested, self._passed = state["tested"], dict(state["passed"])
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "hard_delta": self.deltas["hard"],
-            "soft_delta": self.deltas["soft"],
-            "confidence": self.confidence,
-            "window": self.window,
-            "patience": self.patience,
-            "max_looks": self.max_looks,
-        }
+
+def _check_deltas(hard_delta: float | None, soft_delta: float | None) -> None:
+    for name, delta in (("hard_delta", hard_delta), ("soft_delta", soft_delta)):
+        if delta is not None and not 0 < delta < math.inf:
+            raise ValueError(
+                f"{name} must be positive and finite, or None for an objective that is off; got "
+                f"{delta}: 0.01 nats a token are 1 % of the perplexity, 0.002 to 0.02 are usual"
+            )
+    if hard_delta is None and soft_delta is None:
+        raise ValueError("hard_delta and soft_delta must not both be None: nothing is left to test")
 
 
-def pair_of(hard: str, soft: str) -> str:
-    """Return the verdict on both objectives: the first that fits, in the order of PAIRS."""
-    both = {hard, soft} - {"off"}
-    if both == {"converged"}:
-        return "converged"
-    if both <= {"converged", "stopped moving"}:
-        return "stopped moving"
-    if both == {"improving", "worsening"}:
-        return "trading off"
-    if hard == soft == "improving":
-        return "both improving"
-    for state in ("improving", "worsening"):
-        if state in both:
-            return state
-    return "undecided"
+def _check_rule(confidence: float, window: float, patience: int, max_looks: int | None) -> None:
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be in [0.5, 1); got {confidence}")
+    if isinstance(window, bool) or not isinstance(window, (int, float)):
+        raise TypeError(f"window must be an int or a float; got {type(window).__name__}")
+    if not (window >= 3 if isinstance(window, int) else 0 < window <= 1):
+        raise ValueError(
+            "window must be a number of evaluations, an int of at least 3, or a fraction of the "
+            f"run, a float in (0, 1]; got {window!r}"
+        )
+    if patience < 1:
+        raise ValueError(f"patience must be at least 1; got {patience}")
+    if max_looks is not None and max_looks < patience:
+        raise ValueError(f"max_looks must be at least patience, {patience}; got {max_looks}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -70,7 +69,9 @@ def t_quantile(probability: float, degrees: int) -> float:
         low, high = high, 2 * high
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
+        low, high = (
+            (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
+        )
     return high
 
 

@@ -1,0 +1,128 @@
+"""Measure both losses of a student on a held-out set, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from ..integrations._common.labels import aligned
+from ..integrations.student_teacher import StudentTeacherLoss
+from ..modules import KDLoss
+from ..sides import TopK
+from .held_out import HeldOut
+
+#: The options under which the losses mean the same, and the optimum is the same.
+_SETTINGS = (
+    "temperature",
+    "hard_weight",
+    "soft_weight",
+    "divergence",
+    "beta",
+    "soft_scale",
+    "label_smoothing",
+)
+
+
+def evaluate(
+    loss: KDLoss,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    heads: bool = False,
+    shift: bool = True,
+) -> HeldOut:
+    """Return the losses of each sequence of a held-out set, for a ConvergenceMonitor.
+
+    ::
+
+        held_out = evaluate(loss, student, teacher, loader)
+        verdict = monitor.update(**held_out._asdict(), step=step, lr=lr)
+
+    The student is in evaluation mode meanwhile, and nothing has a gradient.
+
+    Args:
+        loss: the loss of the training; its reduction does not matter.
+        student: see :class:`fused_kd.integrations.student_teacher.StudentTeacherLoss`.
+        teacher: the same; put into evaluation mode and frozen. None: the batches' "teacher".
+        loader: yields dicts with labels (B, S), a sequence in each row, and the inputs of both
+            models; always the same sequences in the same order. On several ranks, each its own.
+        heads: bypass the lm_heads, so that no logits are computed.
+        shift: whether labels are those of the inputs, to be shifted to the next token.
+
+    Returns:
+        float64 tensors on the CPU, one value for each sequence. The losses of an objective whose
+        weight is 0 are None.
+
+    Raises:
+        TypeError: As StudentTeacherLoss.
+        ValueError: The same; or the loader shuffles, or repeats sequences to fill up the ranks, or
+            yields nothing.
+    """
+    _check_order(loader)
+    options = replace(loss.options, reduction="none", return_parts=True, inplace=False)
+    by_row = KDLoss()
+    by_row.options = options
+    both = StudentTeacherLoss(student, teacher, by_row, heads=heads, shift=shift)
+    device = next(student.parameters()).device
+    sums: list[Tensor] = []
+    with _evaluating(student), torch.no_grad():
+        for batch in loader:
+            moved = {name: _moved(value, device) for name, value in batch.items()}
+            parts = both.parts(**moved)
+            kept = aligned(moved["labels"], shift) != options.ignore_index
+            rows = (parts.hard, parts.soft, kept)
+            sums.append(torch.stack([x.double().reshape(len(x), -1).sum(1) for x in rows]).cpu())
+    if not sums:
+        raise ValueError("loader must yield at least one batch; got none")
+    hard, soft, tokens = torch.cat(sums, dim=1)
+    return HeldOut(
+        hard if options.hard_weight else None,
+        soft if options.soft_weight else None,
+        tokens,
+        measured_with={name: getattr(options, name) for name in _SETTINGS},
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, (Tensor, TopK)) else value
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep a model in evaluation mode for a while; restore the mode of each of its modules."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_order(loader: object) -> None:
+    """Refuse a DataLoader whose sequences are not the same in each evaluation."""
+    sampler = loader.sampler if isinstance(loader, DataLoader) else None
+    if isinstance(sampler, RandomSampler):
+        raise ValueError(
+            "loader must yield the same sequences in the same order at each evaluation; got a "
+            "DataLoader with shuffle=True"
+        )
+    if isinstance(sampler, DistributedSampler):
+        if sampler.shuffle:
+            raise ValueError(
+                "loader must yield the same sequences in the same order at each evaluation; got a "
+                "DistributedSampler that shuffles: pass shuffle=False"
+            )
+        count = len(sampler.dataset)  # type: ignore[arg-type]
+        if not sampler.drop_last and count % sampler.num_replicas:
+            raise ValueError(
+                f"loader must not repeat sequences; got a DistributedSampler that fills up {count} "
+                f"sequences for {sampler.num_replicas} ranks: pass drop_last=True"
+            )
