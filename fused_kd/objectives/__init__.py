@@ -4,6 +4,7 @@ from .evaluation import evaluate
 from .held_out import HeldOut
 from .monitor import ConvergenceMonitor
 from .picture import draw
+from .probe import ParetoProbe, pareto_probe
 from .schedule import LossSchedule, Ramp
 from .verdict import Verdict
 
@@ -11,8 +12,10 @@ __all__ = [
     "ConvergenceMonitor",
     "HeldOut",
     "LossSchedule",
+    "ParetoProbe",
     "Ramp",
     "Verdict",
     "draw",
     "evaluate",
+    "pareto_probe",
 ]
