@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
     import torch
 
-    from demo import cache, corpus, models, report, train
+    from demo import cache, corpus, models, report, train, watch
     from fused_kd import KDLoss
     from fused_kd.backends import why_not
     from fused_kd.testing import eager_kd_loss
@@ -112,7 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
             report.HEADS: train.Method(train.head, by_chunks),
             report.TOP_K: train.Method(train.logits, by_logits, top_k),
         }
-        students = train.distil(teacher, start, methods, batches)
+        watched = watch.Watch(report.HEADS, by_chunks, text, chosen.steps)
+        students = train.distil(teacher, start, methods, batches, watched.look)
     trained = {student.name: student.model for student in students}
     judged = train.evaluate({"teacher": teacher, "student before": start, **trained}, text)
 
@@ -125,7 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
         "one: its divergence has one class for all other tokens."
     )
     report.picture(students, text.vocab_size, chosen.output)
-    print(f"picture    {chosen.output.resolve()}")
+    objectives = chosen.output.with_stem(f"{chosen.output.stem}_objectives")
+    print(f"\n{watched.report(objectives)}\n")
+    print(f"pictures   {chosen.output.resolve()}, {objectives.name}")
     print(f"time       {time.perf_counter() - started:.0f} s")
 
 

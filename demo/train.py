@@ -176,8 +176,12 @@ def distil(
     start: LlamaForCausalLM,
     methods: dict[str, Method],
     batches: list[tuple[Tensor, Tensor]],
+    after_step: Callable[[int, Student, LlamaForCausalLM], None] = lambda *_: None,
 ) -> list[Student]:
-    """Train and return a student per method, from the weights of `start`, on the same batches."""
+    """Train and return a student per method, from the weights of `start`, on the same batches.
+
+    `after_step` is called with the number of steps, from 1 on, each student and the teacher.
+    """
     students = [Student(name, deepcopy(start), method) for name, method in methods.items()]
     first, *batches = batches
     for student in students:
@@ -188,6 +192,7 @@ def distil(
             for student in students:
                 set_rate(student.optimizer, STUDENT_RATE, step, steps)
                 student.step(teacher, *batch)
+                after_step(step + 1, student, teacher)
             shown = (f"{s.name} {s.losses[-1]:.4f} in {s.step_ms[-1]:.0f} ms" for s in students)
             progress.advance(", ".join(shown))
     return students

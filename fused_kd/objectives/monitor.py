@@ -44,7 +44,7 @@ class Point(NamedTuple):
     step: float
     hard: float  # loss a token; NaN if the objective is off
     soft: float
-    hard_error: float  # standard error over the sequences
+    hard_error: float  # standard error of the change since the evaluation before, if any
     soft_error: float
     pair: str  # of PAIRS
 
@@ -249,44 +249,36 @@ class ConvergenceMonitor:
 
     def _intervals(self, level: float) -> dict[str, Interval]:
         """Return the improvements over the window, with bounds that miss them with `level` each."""
-        looks, names = self._looks, list(self._looks[-1].losses)
+        looks = self._looks
         positions = torch.tensor([look.step for look in looks], dtype=torch.float64)
         c = slope_coefficients(positions)
-        losses = {
-            name: torch.tensor([look.losses[name] for look in looks], dtype=torch.float64)
-            for name in names
-        }
-        spreads = self._spreads(
-            {name: (c, [look.sums[name] for look in looks], losses[name]) for name in names}
-        )
+        spreads = self._spreads(c, looks)
         intervals = {}
-        for name in names:
-            improvement = float(c @ losses[name])
+        for name, spread in spreads.items():
+            losses = _losses(name, looks)
+            improvement = float(c @ losses)
             if level <= 0 or self._sequences < 2:
                 intervals[name] = Interval(improvement, -math.inf, math.inf, math.inf)
                 continue
-            by_sequences = t_quantile(1 - level, self._sequences - 1) * spreads[name]
-            by_looks = t_quantile(1 - level, len(looks) - 2) * trend_error(losses[name], positions)
+            by_sequences = t_quantile(1 - level, self._sequences - 1) * spread
+            by_looks = t_quantile(1 - level, len(looks) - 2) * trend_error(losses, positions)
             half = max(by_sequences, by_looks)
             intervals[name] = Interval(
                 improvement, improvement - half, improvement + half, by_sequences
             )
         return intervals
 
-    def _spreads(
-        self, combinations: dict[str, tuple[Tensor, list[Tensor], Tensor]]
-    ) -> dict[str, float]:
+    def _spreads(self, c: Tensor, looks: list[Look]) -> dict[str, float]:
         """Return the standard error of Σ c·L over the sequences of all ranks, by objective.
 
         Of the ratio of sums, linearised: sequence s contributes Σ_k c_k·(h_ks - L_k·n_s)/Σn, and
-        the contributions add up to 0. `combinations` are (c, h, L), with a value for each look.
+        the contributions add up to 0.
         """
-        if not combinations:
-            return {}
         assert self._first is not None
         n, squares = self._first.tokens, {}
-        for name, (c, sums, losses) in combinations.items():
-            d = c @ torch.stack(sums) - (c @ losses) * n
+        for name in looks[-1].losses:
+            sums = torch.stack([look.sums[name] for look in looks])  # (K, S)
+            d = c @ sums - float(c @ _losses(name, looks)) * n
             squares[name] = float(d.square().sum()) / self._tokens**2
         ranks = gathered(squares, self.group)
         count = max(self._sequences, 2)
@@ -321,12 +313,16 @@ class ConvergenceMonitor:
         )
 
     def _point(self, pair: str) -> Point:
-        look, one = self._looks[-1], torch.ones(1, dtype=torch.float64)
-        loss = {name: torch.tensor([x], dtype=torch.float64) for name, x in look.losses.items()}
-        errors = self._spreads({name: (one, [look.sums[name]], loss[name]) for name in loss})
-        hard, soft = (look.losses.get(name, math.nan) for name in NAMES)
+        looks = self._looks[-2:]
+        change = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        errors = (
+            self._spreads(change, looks)
+            if len(looks) == 2
+            else dict.fromkeys(looks[-1].losses, 0.0)
+        )
+        hard, soft = (looks[-1].losses.get(name, math.nan) for name in NAMES)
         hard_error, soft_error = (errors.get(name, math.nan) for name in NAMES)
-        return Point(look.step, hard, soft, hard_error, soft_error, pair)
+        return Point(looks[-1].step, hard, soft, hard_error, soft_error, pair)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all ranks, sequences × looks in the window; every rank calls it."""
@@ -374,6 +370,10 @@ class ConvergenceMonitor:
         self._first = None if own["first"] is None else HeldOut(*own["first"])
         self._tokens, self._sequences = state["tokens"], state["sequences"]
         self._tested, self._passed = state["tested"], dict(state["passed"])
+
+
+def _losses(name: str, looks: list[Look]) -> Tensor:
+    return torch.tensor([look.losses[name] for look in looks], dtype=torch.float64)
 
 
 def _check_deltas(hard_delta: float | None, soft_delta: float | None) -> None:

@@ -24,8 +24,8 @@ COLOURS = {
 def draw(monitor: ConvergenceMonitor, path: str | os.PathLike[str]) -> None:
     """Draw the evaluations of a monitor: a panel for each objective, verdicts as the background.
 
-    The band is two standard errors over the sequences, the bar at the last evaluation is δ, and the
-    dotted line is the first evaluation whose verdict ends the run.
+    The band is two standard errors of the change since the evaluation before, the bar at the last
+    evaluation is δ, and the dotted line is the first evaluation whose verdict ends the run.
 
     Args:
         monitor: with at least one evaluation.
@@ -39,8 +39,9 @@ def draw(monitor: ConvergenceMonitor, path: str | os.PathLike[str]) -> None:
         raise ValueError("monitor must have evaluations; got none: call its update first")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
+        raise ImportError("a picture needs matplotlib: pip install fused_kd[plot]") from error
     names = [name for name in NAMES if monitor.deltas[name] is not None]
     figure = Figure(figsize=(8, 3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
@@ -48,7 +49,7 @@ def draw(monitor: ConvergenceMonitor, path: str | os.PathLike[str]) -> None:
         _draw_objective(monitor, name, panel)
     panels[-1].set_xlabel("step")
     seen = [pair for pair in COLOURS if any(point.pair == pair for point in monitor.history)]
-    patches = [panels[0].axvspan(0, 0, color=COLOURS[pair], alpha=0.3) for pair in seen]
+    patches = [Patch(color=COLOURS[pair], alpha=0.3) for pair in seen]
     figure.legend(patches, seen, loc="outside upper center", ncols=4)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -64,7 +65,7 @@ def _draw_objective(monitor: ConvergenceMonitor, name: str, panel: Any) -> None:
     low, high = ([x + sign * e for x, e in zip(losses, errors, strict=True)] for sign in (-1, 1))
     panel.fill_between(steps, low, high, color="black", alpha=0.15)
     panel.errorbar(steps[-1], losses[-1], delta, color="tab:purple", capsize=4)
-    panel.set_ylabel(f"{name} loss, nats a token (δ = {delta:g})")
+    panel.set_ylabel(f"{name} loss a token, δ = {delta:g}")
     for i, point in enumerate(history):
         begin = steps[i - 1] if i else point.step
         panel.axvspan(begin, point.step, color=COLOURS[point.pair], alpha=0.3, linewidth=0)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 Accelerator = need("accelerate").Accelerator
 
 from fused_kd.integrations.loop import global_num_items  # noqa: E402
+from fused_kd.integrations.transformers import KDTrainer  # noqa: E402
 from fused_kd.teachers import TopKDataset  # noqa: E402
 
 FLOAT16 = {"rtol": 2**-10, "atol": 1e-3}
@@ -91,3 +92,45 @@ def test_distributed(names: dict[str, Any], wrap: str) -> None:
         exec(_block(page, wrap), names)
         names["DistributedDataParallel"] = lambda model: model
     _trained(names, loop)
+
+
+def test_converged(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run all blocks of the page, in order: a loop, a callback, the probe, a schedule."""
+    monkeypatch.chdir(tmp_path)
+    loop, callback, probe, schedule = re.findall(
+        r"```python\n(.*?)```", (HOWTO / "converged.md").read_text(), re.DOTALL
+    )
+    held_out = [tiny.padded(tiny.ragged(4, seed=1))]
+    names |= {
+        "batches": names["loader"] * 300,
+        "train_step": lambda *_: None,  # so that nothing moves
+        "learning_rate": lambda: 0.1,
+        "held_out_loader": held_out,
+        "pairs_of_batches": [(batch, batch) for batch in (*names["loader"], *held_out)],
+    }
+    monkeypatch.setitem(names, "print", lambda text: names.setdefault("printed", []).append(text))
+    exec(loop, names)
+    assert "more evaluations make a window" in names["printed"][6]
+    assert names["verdict"].pair == "converged"
+    assert len(names["printed"]) == 9  # of 12 evaluations in 600 steps
+    assert Path("objectives.png").exists()
+    names["trainer"] = KDTrainer(
+        names["student"],
+        tiny.transformers.TrainingArguments(
+            **tiny.settings(tmp_path, eval_strategy="steps", eval_steps=1)
+        ),
+        teacher=names["teacher"],
+        loss=names["loss"],
+        train_dataset=tiny.ragged(),
+        eval_dataset=tiny.ragged(4),
+        data_collator=tiny.padded,
+    )
+    names["monitor"] = names["ConvergenceMonitor"](0.01, 0.01)
+    exec(callback, names)
+    names["trainer"].train()
+    assert len(names["monitor"].history) == 3
+    exec(probe, names)
+    assert -1 <= names["probe"].cosine <= 1
+    assert "cosine" in names["printed"][-1]
+    exec(schedule, names)
+    assert names["loss"].temperature == pytest.approx(4.0, abs=1e-3)
