@@ -53,7 +53,8 @@ def evaluate(
         teacher: the same; put into evaluation mode and frozen. None: the batches' "teacher".
         loader: yields dicts with labels (B, S), a sequence in each row, and the inputs of both
             models; always the same sequences in the same order. On several ranks, each its own.
-        heads: bypass the lm_heads, so that no logits are computed.
+        heads: bypass the lm_heads, so that no logits are computed. False for the student of a
+            DistillationLoss with heads, which has bypassed its lm_head.
         shift: whether labels are those of the inputs, to be shifted to the next token.
 
     Returns:
@@ -96,7 +97,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep a model in evaluation mode for a while; restore the mode of each of its modules."""
+    """Set evaluation mode for a while, and restore the mode of each of the modules afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
