@@ -38,7 +38,8 @@ bool write_row(const TopKRows& p, int64_t n, const Kernels& kernels, std::vector
   float* const logits = p.logits + n * (p.K + 1);
   int32_t* const ids = p.token_ids + n * p.K;
   const int bytes = p.dtype == Dtype::f32 ? 4 : 2;
-  kernels.widen(p.dtype, static_cast<const char*>(p.logprobs) + n * p.K * bytes, logits, int(p.K));
+  const char* const logprobs = static_cast<const char*>(p.logprobs) + n * p.K * bytes;
+  if (p.K > 0) kernels.widen(p.dtype, logprobs, logits, int(p.K));
   float largest = -INF;
   int64_t present = 0;
   for (int64_t i = 0; i < p.K; ++i) {
