@@ -13,8 +13,8 @@ from support.runs import DELTA, LOOKS, SEQUENCES, TOKENS, falling, flat, losses_
 from torch import Tensor
 
 from fused_kd.objectives import ConvergenceMonitor, Verdict, draw
-from fused_kd.objectives.statistics import spent_level, t_quantile
-from fused_kd.objectives.verdict import PAIRS, STATES, pair_of
+from fused_kd.objectives.statistics import Interval, spent_level, t_quantile
+from fused_kd.objectives.verdict import PAIRS, STATES, Objective, pair_of
 
 WEIGHTS = torch.full((SEQUENCES,), TOKENS)
 FLAT = losses_of((flat, flat), seed=0)
@@ -129,6 +129,15 @@ def test_few_data_never_look_like_convergence() -> None:
         verdicts = run(losses_of((flat, flat), 0, sequence=0.005 * times * math.sqrt(10)))
         assert {v.pair for v in verdicts} == {"undecided"}
         assert "sequences would decide, instead of 50" in verdicts[-1].reason
+
+
+@pytest.mark.parametrize(("improvement", "sequences"), [(0.0, 450), (0.008, 704), (0.02, 113)])
+def test_the_number_of_sequences_that_would_decide(improvement: float, sequences: int) -> None:
+    # the half width falls as 1/√n: to δ - |improvement|, or to the improvement if that is larger
+    half = 0.03
+    interval = Interval(improvement, improvement - half, improvement + half, half)
+    text = Objective(0.01, interval, 0, 2, 8, 50, False).sentence
+    assert text.endswith(f"about {sequences} sequences would decide, instead of 50")
 
 
 def test_under_a_decaying_rate_nothing_converges() -> None:
