@@ -71,19 +71,20 @@ def test_the_interval_of_an_exact_line() -> None:
 
 
 def test_the_standard_error_over_sequences_is_that_of_the_ratio() -> None:
-    # against the delta method written out for two looks' difference, by a window of 3
+    # against the delta method written out for a window of 3, whose slope has two looks; the second
+    # look with a whole window has its own share of the error probability
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(1, 200, (SEQUENCES,), generator=generator).double()
-    sums = torch.rand(3, SEQUENCES, generator=generator, dtype=torch.float64) * tokens
+    sums = torch.rand(4, SEQUENCES, generator=generator, dtype=torch.float64) * tokens
     monitor = ConvergenceMonitor(DELTA, None, window=3)
     verdicts = [monitor.update(hard=x, soft=None, tokens=tokens) for x in sums]
     losses = sums.sum(1) / tokens.sum()
-    d = (sums[0] - losses[0] * tokens) - (sums[2] - losses[2] * tokens)
+    d = (sums[1] - losses[1] * tokens) - (sums[3] - losses[3] * tokens)
     error = math.sqrt(SEQUENCES / (SEQUENCES - 1) * float(d.square().sum())) / float(tokens.sum())
-    level = spent_level(0.05, 1, None)
+    level = spent_level(0.05, 2, None)
     interval = verdicts[-1].hard_interval
     assert interval is not None
-    assert interval.improvement == pytest.approx(float(losses[0] - losses[2]), rel=1e-12)
+    assert interval.improvement == pytest.approx(float(losses[1] - losses[3]), rel=1e-12)
     want = t_quantile(1 - level, SEQUENCES - 1) * error
     assert interval.by_sequences == pytest.approx(want, rel=1e-9)
     assert interval.half_width >= interval.by_sequences
