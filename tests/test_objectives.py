@@ -13,7 +13,7 @@ from support.runs import DELTA, LOOKS, SEQUENCES, TOKENS, falling, flat, losses_
 from torch import Tensor
 
 from fused_kd.objectives import ConvergenceMonitor, Verdict, draw
-from fused_kd.objectives.statistics import Interval, spent_level, t_quantile
+from fused_kd.objectives.statistics import Interval, spent_level, t_quantile, trend_error
 from fused_kd.objectives.verdict import PAIRS, STATES, Objective, pair_of
 
 WEIGHTS = torch.full((SEQUENCES,), TOKENS)
@@ -88,6 +88,13 @@ def test_the_standard_error_over_sequences_is_that_of_the_ratio() -> None:
     want = t_quantile(1 - level, SEQUENCES - 1) * error
     assert interval.by_sequences == pytest.approx(want, rel=1e-9)
     assert interval.half_width >= interval.by_sequences
+
+
+def test_the_standard_error_about_the_trend_is_that_of_the_slope() -> None:
+    # scipy.stats.linregress([0, 1, 2, 4], [1.0, 0.7, 0.9, 0.2]).stderr times the window's 4
+    rows = [1.0, 0.7, 0.9, 0.2], [0.0, 1.0, 2.0, 4.0]
+    losses, positions = torch.tensor(rows, dtype=torch.float64)
+    assert trend_error(losses, positions) == pytest.approx(4 * 0.07068181072487419, rel=1e-9)
 
 
 def test_the_noise_of_checkpoints_widens_the_interval() -> None:

@@ -48,6 +48,8 @@ def test_the_sums_of_each_sequence(heads: bool) -> None:
     student, teacher = SmallLM(0).train(), SmallLM(1)
     student.norm.eval()  # a module that its user keeps in evaluation mode
     want = by_hand(student, teacher, **OPTIONS)
+    modes = []
+    student.blocks[0].register_forward_hook(lambda module, *_: modes.append(module.training))
     for reduction in ("mean", "sum"):
         loss = KDLoss(**OPTIONS, reduction=reduction)
         got = evaluate(loss, student, teacher, batches(), heads=heads)
@@ -58,6 +60,8 @@ def test_the_sums_of_each_sequence(heads: bool) -> None:
     assert got.measured_with["temperature"] == 2.0
     assert got.measured_with["divergence"] == "jsd"
     assert (student.training, student.norm.training) == (True, False)
+    assert len(modes) == 6
+    assert not any(modes)
     assert all(p.grad is None for p in student.parameters())
 
 
