@@ -60,7 +60,7 @@ def test_the_sums_of_each_sequence(heads: bool) -> None:
     assert got.measured_with["temperature"] == 2.0
     assert got.measured_with["divergence"] == "jsd"
     assert (student.training, student.norm.training) == (True, False)
-    assert len(modes) == 6
+    assert len(modes) >= 6
     assert not any(modes)
     assert all(p.grad is None for p in student.parameters())
 
