@@ -185,6 +185,8 @@ def draw_curves(axes: "Axes", students: list[Student]) -> None:
     axes.grid(axis="y", color="#ECEEF0")
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.3 * (high - low))  # free of curves, for the legend
     axes.legend(frameon=False, fontsize=12, loc="upper right")
 
 
