@@ -20,7 +20,6 @@ TOKENS, WINDOW, ROWS = 2048, 64, 8
 RATE, WARM_UP = 1e-3, 100
 TEACHER_STEPS, EVERY, MOST_STEPS = 4000, 100, 12_000
 HELD_OUT_WINDOWS = 256
-DELTA = 0.01
 LOSS = KDLoss(temperature=2.0)
 
 
@@ -60,9 +59,9 @@ def train(
         yield step + 1
 
 
-def given_up(text: corpus.Corpus, teacher: LlamaForCausalLM, seed: int) -> str:
+def given_up(text: corpus.Corpus, teacher: LlamaForCausalLM, seed: int, delta: float) -> str:
     """Train a student to three times its stopping point; return a line of a table."""
-    student, monitor = model(64, 1, seed), ConvergenceMonitor(DELTA, DELTA)
+    student, monitor = model(64, 1, seed), ConvergenceMonitor(delta, delta)
     held_out = [
         {"input_ids": ids, "labels": ids}
         for ids, _ in text.held_out_batches(32, WINDOW, HELD_OUT_WINDOWS * WINDOW)
@@ -86,7 +85,7 @@ def given_up(text: corpus.Corpus, teacher: LlamaForCausalLM, seed: int) -> str:
     at_stop = next(point for point in points if point[0] == stop)
     last = [point for point in points if point[0] > 2.25 * stop]
     hard, soft = (
-        (at_stop[i] - statistics.fmean(point[i] for point in last)) / DELTA for i in (1, 2)
+        (at_stop[i] - statistics.fmean(point[i] for point in last)) / delta for i in (1, 2)
     )
     return f"seed {seed}: stopped at step {stop}; given up: hard {hard:+.2f} δ, soft {soft:+.2f} δ"
 
@@ -95,6 +94,7 @@ def main() -> None:
     """Train the teacher, then a student for each seed; print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m demo.regret", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--delta", type=float, default=0.1, help="nats a token, of both losses")
     chosen = parser.parse_args()
     text = corpus.load(1_000_000, 100_000)
     frequent = torch.bincount(text.train).argsort(descending=True)[: TOKENS - 1]
@@ -110,7 +110,7 @@ def main() -> None:
     teacher.eval().requires_grad_(False)
     print("the teacher is trained", flush=True)
     for seed in range(chosen.seeds):
-        print(given_up(text, teacher, seed), flush=True)
+        print(given_up(text, teacher, seed, chosen.delta), flush=True)
 
 
 if __name__ == "__main__":
