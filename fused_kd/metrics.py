@@ -63,7 +63,7 @@ class KDMetrics(NamedTuple):
         total = weight.sum()
         share = weight / torch.where(total == 0, 1.0, total)
         means = [keep(share * x.double(), weight != 0).sum().to(x.dtype) for x in self[:-1]]
-        return KDMetrics(*means, total.to(self.weight.dtype))
+        return KDMetrics._make([*means, total.to(self.weight.dtype)])
 
 
 def kd_metrics(
@@ -157,7 +157,7 @@ def kd_metrics(
             unknown = _has_tail_at_t(other, teacher.tail == "sampled")
             out[KDMetrics._fields.index("teacher_entropy")].masked_fill_(unknown, math.nan)
         out = keep(out, weight != 0)
-    return KDMetrics(*out.view(-1, *shape), weight.view(shape))
+    return KDMetrics._make([*out.view(-1, *shape), weight.view(shape)])
 
 
 class _Rows:
