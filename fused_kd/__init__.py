@@ -18,6 +18,7 @@ except (ImportError, OSError) as error:  # missing or broken: `python -m fused_k
     globals()["__getattr__"] = _refuse
 else:
     from .functional import KDLossParts, kd_loss
+    from .metrics import KDMetrics, kd_metrics
     from .modules import KDLoss
     from .sides import Head, TopK
 
@@ -25,7 +26,9 @@ __all__ = [
     "Head",
     "KDLoss",
     "KDLossParts",
+    "KDMetrics",
     "TopK",
     "__version__",
     "kd_loss",
+    "kd_metrics",
 ]
