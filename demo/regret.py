@@ -7,13 +7,15 @@ to the mean of the last quarter, are in units of δ; one line for each seed. 20 
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from demo import corpus
 from fused_kd import KDLoss
+from fused_kd.integrations._common.outputs import logits_of
 from fused_kd.objectives import ConvergenceMonitor, evaluate
 
 TOKENS, WINDOW, ROWS = 2048, 64, 8
@@ -40,19 +42,37 @@ def model(hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
     )
 
 
+def frequent_text() -> corpus.Corpus:
+    """Return the demo's text with one class for all but the most frequent tokens."""
+    text = corpus.load(1_000_000, 100_000)
+    frequent = torch.bincount(text.train).argsort(descending=True)[: TOKENS - 1]
+    class_of = torch.full((text.vocab_size,), TOKENS - 1)
+    class_of[frequent] = torch.arange(TOKENS - 1)
+    return corpus.Corpus(
+        class_of[text.train], class_of[text.held_out], TOKENS, text.files, text.characters
+    )
+
+
 def train(
-    student: LlamaForCausalLM, text: corpus.Corpus, teacher: LlamaForCausalLM | None, seed: int
+    student: LlamaForCausalLM,
+    text: corpus.Corpus,
+    teacher: Callable[..., Any] | None,
+    seed: int,
+    loss: KDLoss = LOSS,
 ) -> Iterator[int]:
-    """Train at a constant rate after a warm-up; yield after every step, without an end."""
-    hard = KDLoss(hard_weight=1.0, soft_weight=0.0)
-    loss = hard if teacher is None else LOSS
+    """Train at a constant rate after a warm-up; yield the number of steps after each, endlessly.
+
+    Without a teacher the loss is the cross-entropy.
+    """
+    if teacher is None:
+        loss = KDLoss(hard_weight=1.0, soft_weight=0.0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, betas=(0.9, 0.95), fused=True)
     for step, (ids, labels) in enumerate(text.batches(ROWS, WINDOW, seed)):
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
         target = None
         if teacher is not None:
             with torch.no_grad():
-                target = teacher(input_ids=ids).logits
+                target = logits_of(teacher(input_ids=ids))
         loss(student(input_ids=ids).logits, target, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -96,13 +116,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--delta", type=float, default=0.1, help="nats a token, of both losses")
     chosen = parser.parse_args()
-    text = corpus.load(1_000_000, 100_000)
-    frequent = torch.bincount(text.train).argsort(descending=True)[: TOKENS - 1]
-    class_of = torch.full((text.vocab_size,), TOKENS - 1)
-    class_of[frequent] = torch.arange(TOKENS - 1)
-    text = corpus.Corpus(
-        class_of[text.train], class_of[text.held_out], TOKENS, text.files, text.characters
-    )
+    text = frequent_text()
     teacher = model(128, 2, 99)
     for step in train(teacher, text, None, 0):
         if step == TEACHER_STEPS:

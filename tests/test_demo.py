@@ -169,3 +169,12 @@ def test_bad_options(arguments: list[str], message: str) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith(f"demo: {message}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("scores", "want"), [([1, 2, 3, 4], 1.0), ([4, 3, 2, 1], 0.0)])
+def test_the_area_under_the_curve(scores: list[float], want: float) -> None:
+    from demo.conflicts import area
+
+    positive = torch.tensor([False, False, True, True])
+    assert area(torch.tensor(scores), positive) == want
+    assert area(torch.tensor([1.0, 3.0, 2.0, 4.0]), positive) == 0.75
