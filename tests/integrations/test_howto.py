@@ -97,7 +97,7 @@ def test_distributed(names: dict[str, Any], wrap: str) -> None:
 def test_converged(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run all blocks of the page, in order: a loop, a callback, the probe, a schedule."""
     monkeypatch.chdir(tmp_path)
-    loop, callback, probe, schedule = re.findall(
+    loop, callback, conflicts, probe, schedule = re.findall(
         r"```python\n(.*?)```", (HOWTO / "converged.md").read_text(), re.DOTALL
     )
     held_out = [tiny.padded(tiny.ragged(4, seed=1))]
@@ -129,6 +129,8 @@ def test_converged(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mo
     exec(callback, names)
     names["trainer"].train()
     assert len(names["monitor"].history) == 3
+    exec(conflicts, {**names, "ids": torch.randint(3, tiny.VOCABULARY, (2, 7))})
+    assert "of the tokens; agreement" in names["printed"][-1]
     exec(probe, names)
     assert -1 <= names["probe"].cosine <= 1
     assert "cosine" in names["printed"][-1]
