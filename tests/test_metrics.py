@@ -323,8 +323,8 @@ def test_of_equal_maxima_the_first_counts() -> None:
 def test_nothing_of_the_size_of_the_logits_is_allocated(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("fused_kd.metrics._ENTRIES_AT_A_TIME", 2**14)
-    rows, size = 256, 4096
+    monkeypatch.setattr("fused_kd.metrics._ENTRIES_ON_CPU", 2**14)
+    rows, size = 64, 16384
     student, teacher = pair(rows, size)
     labels = torch.randint(size, (rows,))
     sides: list[Any] = [student, teacher]
