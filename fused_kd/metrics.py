@@ -57,13 +57,13 @@ class KDMetrics(NamedTuple):
     def mean(self) -> KDMetrics:
         """Return Σ w·row / Σ w of every field, 0-d, with w as in the loss; `weight` is Σ w.
 
-        Rows of weight 0 are skipped; without others all is 0. So results of several batches are
-        combined by a mean with these weights.
+        Without rows of weight > 0 all is 0. Results of several batches are combined by a mean with
+        these weights.
         """
         weight = self.weight.double()
         total = weight.sum()
         share = weight / torch.where(total == 0, 1.0, total)
-        means = [keep(share * x.double(), weight != 0).sum().to(x.dtype) for x in self[:-1]]
+        means = [(share * x.double()).sum().to(x.dtype) for x in self[:-1]]
         return KDMetrics._make([*means, total.to(self.weight.dtype)])
 
 
@@ -158,7 +158,7 @@ def kd_metrics(
         if isinstance(teacher, TopK) and isinstance(other, Classes) and temperature != 1.0:
             unknown = _has_tail_at_t(other, teacher.tail == "sampled")
             out[KDMetrics._fields.index("teacher_entropy")].masked_fill_(unknown, math.nan)
-        out = keep(out, weight != 0)
+        out = keep(out, weight != 0)  # on a GPU all rows are computed
     return KDMetrics._make([*out.view(-1, *shape), weight.view(shape)])
 
 
