@@ -28,8 +28,9 @@ from .sides import (
     vocabulary,
 )
 
-#: Entries of a chunk of rows: 8 MiB in float32, of which about a dozen temporaries are made.
-_ENTRIES_AT_A_TIME = 2**21
+#: Entries of a chunk of rows, of which about a dozen temporaries are made: 1 MiB each in float32 on
+#: a CPU, in its cache (8 MiB take twice the time), 32 MiB on a GPU, so that launches cost little.
+_ENTRIES_ON_CPU, _ENTRIES_ON_GPU = 2**18, 2**23
 
 
 class KDMetrics(NamedTuple):
@@ -56,13 +57,13 @@ class KDMetrics(NamedTuple):
     def mean(self) -> KDMetrics:
         """Return Σ w·row / Σ w of every field, 0-d, with w as in the loss; `weight` is Σ w.
 
-        Rows of weight 0 are skipped; without others all is 0. So results of several batches are
-        combined by a mean with these weights.
+        Without rows of weight > 0 all is 0. Results of several batches are combined by a mean with
+        these weights.
         """
         weight = self.weight.double()
         total = weight.sum()
         share = weight / torch.where(total == 0, 1.0, total)
-        means = [keep(share * x.double(), weight != 0).sum().to(x.dtype) for x in self[:-1]]
+        means = [(share * x.double()).sum().to(x.dtype) for x in self[:-1]]
         return KDMetrics._make([*means, total.to(self.weight.dtype)])
 
 
@@ -147,7 +148,8 @@ def kd_metrics(
         t = temperature_tensor(options)
         selection = Selection(len(weight), weight, None, None)
         out = x.new_zeros((len(KDMetrics._fields) - 1, len(weight)), dtype=dtype)
-        height = max(1, _ENTRIES_AT_A_TIME // size)
+        entries = _ENTRIES_ON_CPU if x.device.type == "cpu" else _ENTRIES_ON_GPU
+        height = max(1, entries // size)
         with torch.autocast(x.device.type, enabled=False):
             for begin in range(0, selection.count, height):
                 rows = selection.at(begin, min(begin + height, selection.count))
@@ -156,7 +158,7 @@ def kd_metrics(
         if isinstance(teacher, TopK) and isinstance(other, Classes) and temperature != 1.0:
             unknown = _has_tail_at_t(other, teacher.tail == "sampled")
             out[KDMetrics._fields.index("teacher_entropy")].masked_fill_(unknown, math.nan)
-        out = keep(out, weight != 0)
+        out = keep(out, weight != 0)  # on a GPU all rows are computed
     return KDMetrics._make([*out.view(-1, *shape), weight.view(shape)])
 
 
@@ -213,25 +215,33 @@ def _measured(
     divergence, soft = forward_kl(sides.student, sides.teacher, temperature, 0.0)
     soft = temperature * soft
     best = s.argmax(1)
-    hard = accuracy = hard_square = product = s.new_zeros(len(s))
     no_student, no_teacher = (~x.amax(1).isfinite() for x in (s, sides.teacher))
     no_soft = no_student | no_teacher
+    whole_1 = _softened(sides.whole_1)
+    student_1 = whole_1 if sides.student_1 is sides.whole_1 else _softened(sides.student_1)
+    entropies = [
+        _entropy(student_1).masked_fill(no_student, math.nan),
+        _entropy(_softened(sides.teacher)),
+    ]
+    if temperature == 1:
+        entropies *= 2
+    else:
+        own, other = _softened(sides.student / temperature), _softened(sides.teacher / temperature)
+        entropies += [_entropy(own).masked_fill(no_student, math.nan), _entropy(other)]
+    hard = accuracy = hard_square = product = s.new_zeros(len(s))
     if y is not None and label is not None:
-        z, log_sum = centred(s)
+        z, log_sum = whole_1[:2] if sides.whole_1 is s else centred(s)
         no_hard = no_student | (y != label)
         hard = (log_sum - z.gather(1, label[:, None])).squeeze(1).masked_fill(no_hard, math.nan)
         accuracy = (best == label).to(s.dtype).masked_fill(no_hard, math.nan)
-        difference = _minus_label(sides)
+        difference = _minus_label(whole_1.p, sides.label)
         hard_square = difference.square().sum(1).masked_fill(no_hard, math.nan)
         product = (difference * soft).sum(1).masked_fill(no_hard | no_soft, math.nan)
     return torch.stack(
         [
             hard,
             (temperature.square() * divergence).masked_fill(no_soft, math.nan),
-            _entropy(sides.student_1).masked_fill(no_student, math.nan),
-            _entropy(sides.teacher),
-            _entropy(sides.student / temperature).masked_fill(no_student, math.nan),
-            _entropy(sides.teacher / temperature),
+            *entropies,
             (best == sides.token).to(s.dtype).masked_fill(no_soft, math.nan),
             accuracy,
             hard_square,
@@ -280,25 +290,34 @@ def _sides_of(s: Tensor, classes: Classes, label: Tensor | None, temperature: Te
     )
 
 
-def _minus_label(sides: _Sides) -> Tensor:
-    """Return π - y (C, B); at the label minus the other π, without the rounding of a π near 1."""
-    assert sides.label is not None
-    z, log_sum = centred(sides.whole_1)
-    at = sides.label[:, None]
-    others = (z - log_sum).exp().scatter(1, at, 0.0)
-    return others.scatter(1, at, -others.sum(1, keepdim=True))
+class _Softened(NamedTuple):
+    """Logits relative to their maximum z (C, B), log Σ exp z (C, 1), and the softmax p (C, B)."""
+
+    z: Tensor
+    log_sum: Tensor
+    p: Tensor
 
 
-def _entropy(x: Tensor) -> Tensor:
-    """Return -Σ p·log p (C,) of p = softmax(x), as a sum of two terms that are not negative."""
+def _softened(x: Tensor) -> _Softened:
     z, log_sum = centred(x)
-    p = (z - log_sum).exp()
-    return log_sum.squeeze(1) - keep(p * z, p != 0).sum(1)
+    return _Softened(z, log_sum, (z - log_sum).exp())
+
+
+def _minus_label(p: Tensor, label: Tensor | None) -> Tensor:
+    """Return π - y (C, B); at the label minus the other π, without the rounding of a π near 1."""
+    assert label is not None
+    at = label[:, None]
+    others = p.scatter(1, at, 0.0)
+    return others.scatter_(1, at, -others.sum(1, keepdim=True))
+
+
+def _entropy(x: _Softened) -> Tensor:
+    """Return -Σ p·log p (C,), as a sum of two terms that are not negative."""
+    return x.log_sum.squeeze(1) - keep(x.p * x.z, x.p != 0).sum(1)
 
 
 def _support_mass(x: Tensor) -> Tensor:
-    z, log_sum = centred(x)
-    return (z - log_sum).exp()[:, :-1].sum(1)
+    return _softened(x).p[:, :-1].sum(1)
 
 
 def _has_tail_at_t(classes: Classes, is_drawn: bool) -> Tensor:

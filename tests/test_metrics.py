@@ -117,7 +117,9 @@ def test_norms_of_near_equal_rows_keep_their_digits() -> None:
     torch.testing.assert_close(got.soft_square.double(), want.soft_square, rtol=3e-2, atol=0)
 
 
-def test_rows_that_are_left_out_are_zero_and_not_read() -> None:
+@pytest.mark.parametrize("is_cpu", [True, False])  # a GPU computes all rows
+def test_rows_that_are_left_out_are_zero(monkeypatch: pytest.MonkeyPatch, is_cpu: bool) -> None:
+    monkeypatch.setattr("fused_kd.engines.selection._host_can_read", lambda x: is_cpu)
     student, teacher, labels = inputs()
     full = kd_metrics(student, teacher, labels)
     student[1], teacher[1], labels[1] = math.nan, math.nan, -1
@@ -278,8 +280,9 @@ def test_a_topk_of_the_whole_vocabulary_is_dense(tail: str) -> None:
 def test_a_row_without_entries_compares_nothing() -> None:
     student, _, labels = inputs()
     for k in (0, 3):
-        absent = TopK(torch.zeros(N, k, dtype=torch.int64), torch.full((N, k), -math.inf))
-        got = kd_metrics(student, absent, labels, temperature=1.0)
+        logprobs = torch.full((N, k), -math.inf)
+        absent = TopK(torch.zeros(N, k, dtype=torch.int64), logprobs, temperature=2.0)
+        got = kd_metrics(student, absent, labels, temperature=2.0)
         for name in ("soft", "teacher_entropy", "agreement", "soft_square", "teacher_mass"):
             assert (getattr(got, name) == 0).all(), name
         assert got.hard.isfinite().all()
@@ -323,8 +326,8 @@ def test_of_equal_maxima_the_first_counts() -> None:
 def test_nothing_of_the_size_of_the_logits_is_allocated(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("fused_kd.metrics._ENTRIES_AT_A_TIME", 2**14)
-    rows, size = 256, 4096
+    monkeypatch.setattr("fused_kd.metrics._ENTRIES_ON_CPU", 2**14)
+    rows, size = 64, 16384
     student, teacher = pair(rows, size)
     labels = torch.randint(size, (rows,))
     sides: list[Any] = [student, teacher]
