@@ -48,9 +48,25 @@ def test_quantiles_of_student_s_distribution(probability: float, degrees: int, w
     assert t_quantile(probability, degrees) == pytest.approx(want, rel=1e-9, abs=1e-9)
 
 
-def test_the_quantile_of_many_degrees_is_that_of_the_normal_distribution() -> None:
-    assert t_quantile(0.975, 999) == pytest.approx(t_quantile(0.975, 1000), rel=2e-3)
-    assert t_quantile(0.975, 5000) == pytest.approx(1.959963984540054, rel=1e-9)
+#: scipy.stats.t.isf(level, degrees)
+EXACT = {
+    (200, 0.05): 1.6525081009108773,
+    (200, 0.001): 3.131479814221121,
+    (200, 1e-06): 4.897302102826782,
+    (999, 0.05): 1.6463803454275354,
+    (999, 0.001): 3.0984103617533125,
+    (999, 1e-06): 4.781636978830079,
+    (50000, 0.05): 1.6448841029025134,
+    (50000, 0.001): 3.090395316625384,
+    (50000, 1e-06): 4.753985152851937,
+}
+
+
+@pytest.mark.parametrize("degrees", [200, 999, 50_000])
+def test_quantiles_of_many_degrees(degrees: int) -> None:
+    for level in (0.05, 1e-3, 1e-6):
+        series, exact = t_quantile(1 - level, degrees), EXACT[degrees, level]
+        assert series == pytest.approx(exact, rel=1e-6)
 
 
 def test_the_error_probability_of_all_looks() -> None:
@@ -232,7 +248,7 @@ def test_a_resumed_monitor_says_the_same(tmp_path: Path) -> None:
         assert update(cut, look, **more) == update(whole, look, **more)
     assert cut.history == whole.history
     with pytest.raises(ValueError, match=r"temperature must not change.*was 2\.0 and is 1\.0"):
-        update(cut, FLAT[0], step=999, measured_with={"temperature": 1.0})
+        update(cut, FLAT[0], step=999, ids=ids, measured_with={"temperature": 1.0})
     for name, other in (("window", 9), ("hard_delta", 1.0), ("patience", 3)):
         changed = ConvergenceMonitor(**{"hard_delta": DELTA, "soft_delta": DELTA, name: other})
         with pytest.raises(ValueError, match=f"{name} must be that of the state"):
@@ -249,8 +265,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tokens": WEIGHTS.flip(0) + torch.arange(SEQUENCES)}, "other numbers of tokens"),
     ({"tokens": -WEIGHTS}, "tokens must be finite and at least 0"),
-    ({"ids": torch.arange(SEQUENCES).flip(0)}, "got sequence 49 in place 0, where 0 was"),
+    ({"ids": torch.arange(SEQUENCES).flip(0)}, "got id 49 at position 0, where 0 was"),
     ({"ids": torch.arange(SEQUENCES - 1)}, "ids must have a value for each sequence, 50; got 49"),
+    ({"ids": None}, "ids must be given at every evaluation or at none"),
+    ({"ids": torch.rand(SEQUENCES)}, "ids must be integers"),
     ({"step": 2}, "step must grow; got 2 after 2.*resumed"),
     ({"measured_with": {"temperature": 2.0, "divergence": "jsd"}}, "divergence must not change"),
 ]

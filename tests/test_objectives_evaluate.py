@@ -12,7 +12,7 @@ from support.processes import failures
 from support.runs import DELTA, LOOKS, SEQUENCES, TOKENS, falling, losses_of
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 from fused_kd import KDLoss, TopK, kd_loss
 from fused_kd.integrations.loop import shifted
@@ -84,7 +84,11 @@ def test_loaders_whose_order_changes_are_refused() -> None:
     rows = batches()
     sampler = {"num_replicas": 2, "rank": 0, "shuffle": False}
     refused = [
-        (DataLoader(rows, batch_size=None, shuffle=True), "got a DataLoader with shuffle=True"),
+        (DataLoader(rows, batch_size=None, shuffle=True), "got a DataLoader with a RandomSampler"),
+        (
+            DataLoader(rows, batch_sampler=BatchSampler(RandomSampler(rows), 1, False)),
+            "got a DataLoader with a RandomSampler",
+        ),
         (
             DataLoader(rows, sampler=DistributedSampler(rows, **{**sampler, "shuffle": True})),
             "DistributedSampler that shuffles",
@@ -98,6 +102,13 @@ def test_loaders_whose_order_changes_are_refused() -> None:
     for loader, message in refused:
         with pytest.raises(ValueError, match=message):
             evaluate(loss, *models, loader)
+
+
+def test_batches_without_labels_are_refused() -> None:
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
+    for loader, kind in (([batch], "input_ids"), ([batch["input_ids"]], "Tensor")):
+        with pytest.raises(TypeError, match=f"dicts with labels and inputs; got .*{kind}"):
+            evaluate(KDLoss(), SmallLM(0), SmallLM(1), loader)
 
 
 # -------------------------------------------------------------------------------- several ranks
@@ -184,7 +195,8 @@ def test_schedules_that_are_refused(
 ) -> None:
     loss = KDLoss(temperature=3.0)
     with pytest.raises(error, match=message):
-        LossSchedule(loss, **ramps)
+        LossSchedule(loss, **{"soft_weight": Ramp(0.1, 0.9, 5), **ramps} if ramps else {})
+    assert (loss.temperature, loss.soft_weight) == (3.0, 0.5)
 
 
 def test_a_schedule_compiles_nothing_again() -> None:

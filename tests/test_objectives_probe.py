@@ -141,7 +141,8 @@ def _wrapped_models_agree() -> None:
     fully_shard(sharded.layers[0])
     fully_shard(sharded)
     want = pareto_probe(alone, whole, alone.parameters())
-    for model in (DistributedDataParallel(Layers()), sharded):
+    views = DistributedDataParallel(Layers(), gradient_as_bucket_view=True)
+    for model in (DistributedDataParallel(Layers()), views, sharded):
         got = pareto_probe(model, share, model.parameters())
         assert got.products == pytest.approx(want.products, rel=1e-5, abs=1e-9)
         assert got.residual == pytest.approx(want.residual, rel=1e-5)

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ..integrations._common.labels import aligned
 from ..integrations.student_teacher import StudentTeacherLoss
@@ -45,7 +51,7 @@ def evaluate(
         held_out = evaluate(loss, student, teacher, loader)
         verdict = monitor.update(**held_out._asdict(), step=step, lr=lr)
 
-    The student is in evaluation mode meanwhile, and nothing has a gradient.
+    The student runs in evaluation mode, without gradients.
 
     Args:
         loss: the loss of the training; its reduction does not matter.
@@ -62,7 +68,7 @@ def evaluate(
         weight is 0 are None.
 
     Raises:
-        TypeError: As StudentTeacherLoss.
+        TypeError: As StudentTeacherLoss; or a batch is no dict with labels.
         ValueError: The same; or the loader shuffles, or repeats sequences to fill up the ranks, or
             yields nothing.
     """
@@ -75,6 +81,9 @@ def evaluate(
     sums: list[Tensor] = []
     with _evaluating(student), torch.no_grad():
         for batch in loader:
+            if not isinstance(batch, Mapping) or "labels" not in batch:
+                kind = [*batch] if isinstance(batch, Mapping) else type(batch).__name__
+                raise TypeError(f"loader must yield dicts with labels and inputs; got {kind}")
             moved = {name: _moved(value, device) for name, value in batch.items()}
             parts = both.parts(**moved)
             kept = aligned(moved["labels"], shift) != options.ignore_index
@@ -109,11 +118,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _check_order(loader: object) -> None:
     """Refuse a DataLoader whose sequences are not the same in each evaluation."""
-    sampler = loader.sampler if isinstance(loader, DataLoader) else None
-    if isinstance(sampler, RandomSampler):
+    sampler = None
+    if isinstance(loader, DataLoader):
+        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
         raise ValueError(
             "loader must yield the same sequences in the same order at each evaluation; got a "
-            "DataLoader with shuffle=True"
+            f"DataLoader with a {type(sampler).__name__}, as of shuffle=True"
         )
     if isinstance(sampler, DistributedSampler):
         if sampler.shuffle:

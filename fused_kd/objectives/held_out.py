@@ -28,6 +28,8 @@ class HeldOut(NamedTuple):
             for x in (self.hard, self.soft)
         )
         ids = None if self.ids is None else self.ids.cpu().flatten()
+        if ids is not None and not ids.is_floating_point():
+            ids = ids.long()
         tokens = self.tokens.detach().double().cpu().flatten()
         return HeldOut(hard, soft, tokens, ids, self.measured_with)
 
@@ -41,6 +43,8 @@ class HeldOut(NamedTuple):
                 )
         if not bool(((self.tokens >= 0) & self.tokens.isfinite()).all()):
             return "tokens must be finite and at least 0: sums of the weights of the tokens"
+        if self.ids is not None and self.ids.is_floating_point():
+            return f"ids must be integers; got {self.ids.dtype}"
         if self.ids is not None and len(self.ids) != len(self.tokens):
             return (
                 f"ids must have a value for each sequence, {len(self.tokens)}; got {len(self.ids)}"
@@ -52,11 +56,13 @@ class HeldOut(NamedTuple):
                 f"the held-out set must not change; got {len(self.tokens)} sequences after "
                 f"{len(first.tokens)}: evaluate on the same sequences in the same order"
             )
+        if (self.ids is None) != (first.ids is None):
+            return "ids must be given at every evaluation or at none, since they are compared"
         if self.ids is not None and first.ids is not None and not torch.equal(self.ids, first.ids):
-            place = int((self.ids != first.ids).nonzero()[0])
+            at = int((self.ids != first.ids).nonzero()[0])
             return (
-                f"the held-out set must not change; got sequence {int(self.ids[place])} in place "
-                f"{place}, where {int(first.ids[place])} was: evaluate in the same order"
+                f"the held-out set must not change; got id {int(self.ids[at])} at position {at}, "
+                f"where {int(first.ids[at])} was: evaluate in the same order"
             )
         if not torch.allclose(self.tokens, first.tokens, rtol=1e-6):
             return (

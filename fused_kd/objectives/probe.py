@@ -70,7 +70,8 @@ def pareto_probe(
         losses: returns the hard and the soft loss of a half, 0-d, attached to the graph; without
             the weights of the sum. The parts of KDLossParts are detached: use a loss for each.
         halves: at least two pairs of disjoint halves of held-out data.
-        parameters: of the student. Their ``grad`` is the same afterwards.
+        parameters: all of the student that require grad, since the backwards add to the ``grad`` of
+            any others. Their ``grad`` is the same afterwards.
 
     Raises:
         TypeError: `losses` does not return two attached losses.
@@ -84,17 +85,18 @@ def pareto_probe(
         )
     if not weights:
         raise ValueError("parameters must have at least one that requires grad; got none")
-    kept = [p.grad for p in weights]
+    # copies: DistributedDataParallel may write every gradient to the same memory
+    kept = [None if p.grad is None else (p.grad, p.grad.clone()) for p in weights]
     try:
-        found = [_products(losses, pair, weights) for pair in halves]
+        products = [_products(losses, pair, weights) for pair in halves]
     finally:
         for p, grad in zip(weights, kept, strict=True):
-            p.grad = grad
-    if not all(math.isfinite(x) for products in found for x in products):
+            p.grad = None if grad is None else grad[0].copy_(grad[1])
+    if not all(math.isfinite(x) for pair in products for x in pair):
         raise ValueError("losses must have finite gradients; got NaN or infinity")
-    mean = _mean(found)
+    mean = _mean(products)
     # without one pair after the other: the jackknife
-    others = [_mean(found[:i] + found[i + 1 :]) for i in range(len(found))]
+    others = [_mean(products[:i] + products[i + 1 :]) for i in range(len(products))]
     return ParetoProbe(
         mean,
         mean.cosine,
@@ -132,7 +134,11 @@ def _gradient(
             "compute each by a loss of its own (hard_weight=1, soft_weight=0, and the reverse)"
         )
     torch.autograd.backward(both[which])
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    gradients = []
+    for p in weights:
+        gradients.append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+        p.grad = None
+    return gradients
 
 
 def _dot(first: list[Tensor], second: list[Tensor]) -> float:
@@ -144,9 +150,9 @@ def _dot(first: list[Tensor], second: list[Tensor]) -> float:
     return total
 
 
-def _mean(found: list[Products]) -> Products:
-    count = len(found)
-    hh, ss, hs = (math.fsum(values) / count for values in zip(*found, strict=True))
+def _mean(products: list[Products]) -> Products:
+    count = len(products)
+    hh, ss, hs = (math.fsum(values) / count for values in zip(*products, strict=True))
     return Products(hh, ss, hs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..modules import KDLoss
@@ -27,7 +28,7 @@ class Ramp(NamedTuple):
 
 
 class LossSchedule:
-    """Changes temperature and weights of a loss from step to step, as a scheduler does a rate.
+    """Changes temperature and weights of a loss at each step, as a scheduler the learning rate.
 
     ::
 
@@ -37,11 +38,12 @@ class LossSchedule:
             ...
             schedule.step()
 
-    The numbers are arguments of the operators: under ``torch.compile`` they compile nothing again
-    after the first change, and no device is waited for. What is not named stays as it is.
+    The numbers are arguments of the operators: under ``torch.compile`` changes after the first do
+    not compile again, but for a weight that reaches 0, which removes its term. Nothing synchronizes
+    with the device. Other options stay unchanged.
 
-    A ConvergenceMonitor refuses evaluations at different numbers, which are different losses:
-    begin it after the last change.
+    A ConvergenceMonitor refuses evaluations with different numbers, which are different losses:
+    create it after the last change.
 
     Args:
         loss: whose attributes are set, at once and by each :meth:`step`.
@@ -65,14 +67,15 @@ class LossSchedule:
     ) -> None:
         if not isinstance(loss, KDLoss):
             raise TypeError(f"loss must be a KDLoss; got {type(loss).__name__}")
-        given = {"temperature": temperature, "hard_weight": hard_weight, "soft_weight": soft_weight}
-        self.ramps = {name: ramp for name, ramp in given.items() if ramp is not None}
+        ramps = {"temperature": temperature, "hard_weight": hard_weight, "soft_weight": soft_weight}
+        self.ramps = {name: ramp for name, ramp in ramps.items() if ramp is not None}
         if not self.ramps:
             raise ValueError("temperature, hard_weight or soft_weight must be a Ramp; got none")
         for name, ramp in self.ramps.items():
             _check(name, ramp)
+        for at in ("start", "end"):  # refused now, not at the end of the training
+            replace(loss.options, **{name: getattr(ramp, at) for name, ramp in self.ramps.items()})
         self.loss, self.steps = loss, 0
-        self._set(max(ramp.steps for ramp in self.ramps.values()))  # refused now, not at the end
         self._set(0)
 
     def step(self) -> None:

@@ -9,6 +9,7 @@ with coefficients c that sum to 0.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 from torch import Tensor
@@ -57,13 +58,26 @@ def trend_error(losses: Tensor, positions: Tensor) -> float:
     return float((variance / centred.square().sum()).sqrt() * (positions[-1] - positions[0]))
 
 
+#: From this number on, the quantile is a series about the normal distribution's; its error is then
+#: below 1e-6 of it, for probabilities up to 1 - 1e-7.
+_MANY_DEGREES = 200
+
+
 def t_quantile(probability: float, degrees: int) -> float:
-    """Return the quantile of Student's distribution with `degrees` of freedom, by bisection.
+    """Return the quantile of Student's distribution with `degrees` of freedom.
+
+    By bisection, or for many degrees by the series of Abramowitz and Stegun 26.7.5.
 
     Args:
         probability: in [0.5, 1).
         degrees: at least 1.
     """
+    if degrees >= _MANY_DEGREES:
+        z = NormalDist().inv_cdf(probability)
+        first = (z**3 + z) / 4
+        second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+        third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+        return z + first / degrees + second / degrees**2 + third / degrees**3
     low, high = 0.0, 1.0
     while t_probability(high, degrees) < probability and high < 1e12:
         low, high = high, 2 * high
@@ -78,11 +92,8 @@ def t_quantile(probability: float, degrees: int) -> float:
 def t_probability(t: float, degrees: int) -> float:
     """Return P(X <= t) of Student's distribution for t >= 0.
 
-    The finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4; from 1000 degrees on, the normal
-    distribution, from which it differs by less than 3e-4 of a standard error there.
+    By the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4.
     """
-    if degrees >= 1000:
-        return 0.5 * math.erfc(-t / math.sqrt(2))
     angle = math.atan(t / math.sqrt(degrees))
     cosine2 = math.cos(angle) ** 2
     is_odd = degrees % 2

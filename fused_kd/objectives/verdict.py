@@ -49,8 +49,6 @@ class Objective(NamedTuple):
         """Return one of STATES, the first that fits."""
         if self.passed >= self.patience:
             return "stopped moving" if self.has_decayed else "converged"
-        if self.passed > 0:  # within δ, but not often enough yet
-            return "undecided"
         if self.interval.low > 0:
             return "improving"
         return "worsening" if self.interval.high < 0 else "undecided"
