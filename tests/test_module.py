@@ -265,6 +265,7 @@ def test_a_call_takes_its_own_keywords_alone() -> None:
 
 def test_public_names() -> None:
     names = {"Head", "KDLoss", "KDLossParts", "TopK", "kd_loss", "__version__"}
+    names |= {"KDMetrics", "kd_metrics"}
     assert set(fused_kd.__all__) == names
     assert fused_kd.__version__ == "0.1.0"
 
