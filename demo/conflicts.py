@@ -3,7 +3,7 @@
 A small Llama learns the labels of the demo's text alone. Then it is distilled from a teacher that
 is wrong after a third of the tokens: its logits are those of other tokens. The monitor should say
 "trading off", and the product of the two gradients by the logits should be negative where the
-teacher is wrong: the area under the ROC curve says how well it finds them. 5 minutes on a core.
+teacher is wrong: the area under the ROC curve says how well it finds them. Two minutes.
 """
 
 import torch

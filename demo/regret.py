@@ -2,7 +2,7 @@
 
 Small Llamas learn the demo's text over its 2,048 most frequent tokens, at a constant rate after a
 warm-up, to three times the step at which the monitor stopped them. The losses given up, from there
-to the mean of the last quarter, are in units of δ; one line for each seed. 20 minutes on a core.
+to the mean of the last quarter, are in units of δ; one line for each seed. About 30 minutes.
 """
 
 import argparse

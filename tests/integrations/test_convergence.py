@@ -86,6 +86,21 @@ def test_transformers_go_on_while_the_losses_move(tmp_path: Path) -> None:
     assert abs(callback.verdict.hard_interval.improvement) > 0.01
 
 
+def test_transformers_log_an_evaluation_that_is_skipped(tmp_path: Path) -> None:
+    trainer, callback = trainer_of(tmp_path, monitor_of(check_finite=False), max_steps=4)
+    measure, nan = callback._watch.measure, [float("nan"), 1.0]  # at the first evaluation
+
+    def measure_or_nan() -> HeldOut:
+        held_out = measure()
+        assert held_out.hard is not None
+        return held_out._replace(hard=held_out.hard * nan.pop(0))
+
+    callback._watch.measure = measure_or_nan
+    trainer.train()
+    assert tiny.logged(trainer, "convergence") == ["undecided"] * 2
+    assert len(tiny.logged(trainer, "convergence_hard_loss")) == 1
+
+
 def test_transformers_resume(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}
     whole, _ = trainer_of(tmp_path / "whole", monitor_of(), **saving, max_steps=10)

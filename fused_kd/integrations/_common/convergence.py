@@ -39,30 +39,37 @@ class Watch:
             )
         self.monitor, self.measure, self.picture = monitor, measure, picture
         self.verdict: Verdict | None = None  # the last
+        self._step = -1.0  # of that
 
     def look(self, step: int, optimizer: torch.optim.Optimizer | None) -> Verdict | None:
         """Evaluate and return the verdict; None if this step has one already."""
         history = self.monitor.history
-        if history and step <= history[-1].step:
+        if step == self._step or (history and step <= history[-1].step):
             return None
         lr = None if optimizer is None else max(float(g["lr"]) for g in optimizer.param_groups)
         self.verdict = self.monitor.update(**self.measure()._asdict(), step=step, lr=lr)
+        self._step = step
         return self.verdict
 
-    def log_entries(self, prefix: str = "convergence") -> dict[str, Any]:
-        """Return the last evaluation as log entries: numbers, and the verdict's words."""
+    def log_entries(self) -> dict[str, Any]:
+        """Return the last evaluation as log entries: numbers, and the verdict's words.
+
+        One that was skipped, since it is not finite, has words only.
+        """
         assert self.verdict is not None
-        point = self.monitor.history[-1]
-        entries: dict[str, Any] = {f"{prefix}": self.verdict.pair}
+        history = self.monitor.history
+        is_skipped = not history or history[-1].step != self._step
+        entries: dict[str, Any] = {"convergence": self.verdict.pair}
         for name, state in zip(NAMES, self.verdict[:2], strict=True):
             if state == "off":
                 continue
-            entries[f"{prefix}_{name}"] = state
-            entries[f"{prefix}_{name}_loss"] = getattr(point, name)
+            entries[f"convergence_{name}"] = state
+            if not is_skipped:
+                entries[f"convergence_{name}_loss"] = getattr(history[-1], name)
             interval = getattr(self.verdict, f"{name}_interval")
             if interval is not None:
-                entries[f"{prefix}_{name}_improvement"] = interval.improvement
-                entries[f"{prefix}_{name}_half_width"] = interval.half_width
+                entries[f"convergence_{name}_improvement"] = interval.improvement
+                entries[f"convergence_{name}_half_width"] = interval.half_width
         return entries
 
     def finish(self) -> None:
