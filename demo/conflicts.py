@@ -3,8 +3,10 @@
 A small Llama learns the labels of the demo's text alone. Then it is distilled from a teacher that
 is wrong after a third of the tokens: its logits are those of other tokens. The monitor should say
 "trading off", and the product of the two gradients by the logits should be negative where the
-teacher is wrong: the area under the ROC curve says how well it finds them. Two minutes.
+teacher is wrong: the area under the ROC curve says how well it finds them. About a minute.
 """
+
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +32,11 @@ class WrongTeacher(nn.Module):
         """Return True for the tokens after which the prediction is wrong."""
         return input_ids * 2_654_435_761 % 3 == 0
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
         logits: Tensor = self.teacher(input_ids=input_ids).logits
         wrong = logits.roll(logits.shape[-1] // 2, dims=-1)
-        return torch.where(self.is_wrong(input_ids)[..., None], wrong, logits)
+        is_wrong = self.is_wrong(input_ids)[..., None]
+        return SimpleNamespace(logits=torch.where(is_wrong, wrong, logits))
 
 
 def area(score: Tensor, positive: Tensor) -> float:
@@ -71,7 +74,7 @@ def main() -> None:
     with torch.no_grad():
         for ids, labels in windows:
             kept = labels != -100
-            sides = student(input_ids=ids).logits, teacher(ids)
+            sides = student(input_ids=ids).logits, teacher(ids).logits
             products.append(kd_metrics(*sides, labels, temperature=2.0).product[kept])
             wrong.append(teacher.is_wrong(ids)[kept])
     product, is_wrong = torch.cat(products), torch.cat(wrong)

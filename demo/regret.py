@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from demo import corpus
 from fused_kd import KDLoss
-from fused_kd.integrations._common.outputs import logits_of
 from fused_kd.objectives import ConvergenceMonitor, evaluate
 
 TOKENS, WINDOW, ROWS = 2048, 64, 8
@@ -72,7 +71,7 @@ def train(
         target = None
         if teacher is not None:
             with torch.no_grad():
-                target = logits_of(teacher(input_ids=ids))
+                target = teacher(input_ids=ids).logits
         loss(student(input_ids=ids).logits, target, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
