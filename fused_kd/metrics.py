@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import choose_name
+from .backends import Backend, choose_name, named
 from .checks import check_call, check_side
-from .classes import NO_CLASS, Classes, classes_of
-from .divergences import centred, forward_kl, keep
+from .classes import Classes, classes_of
+from .divergences import keep
+from .engines.memory import Sizes, chunk_rows
 from .engines.products import Products, Projection, products_for
 from .engines.selection import Selection, take
+from .measures import Sums, Support, fields_of_sums, fields_of_support, masses_are_unknown
 from .options import options_of, temperature_tensor
-from .rows import label_rows, labels_and_kept, row_weights
+from .rows import label_rows, labels_and_kept, logit_rows, row_weights
 from .sides import (
     Head,
     Side,
@@ -28,8 +31,9 @@ from .sides import (
     vocabulary,
 )
 
-#: Entries of a chunk of rows, of which about a dozen temporaries are made: 1 MiB each in float32 on
-#: a CPU, in its cache (8 MiB take twice the time), 32 MiB on a GPU, so that launches cost little.
+#: Entries of a chunk of rows without a kernel, of which about a dozen temporaries are made: 1 MiB
+#: each in float32 on a CPU, in its cache (8 MiB take twice the time), 32 MiB on a GPU, so that
+#: launches cost little.
 _ENTRIES_ON_CPU, _ENTRIES_ON_GPU = 2**18, 2**23
 
 
@@ -85,9 +89,6 @@ def kd_metrics(
     product < 0, the two pull these logits against each other. They are no evidence about the
     parameters: the gradients of parameters sum over tokens, through the whole model.
 
-    There is no fused kernel for it yet: it is plain torch, and on a CPU takes 50 to 120 times as
-    long as the loss's forward. Measure a sample of the tokens.
-
     Logits, heads, kept rows and -inf entries have the semantics of :func:`fused_kd.kd_loss`; a term
     is infinite, and a row NaN, in the same cases. The logits of a Head exist for a chunk of rows at
     a time; nothing of size (..., V) is allocated. The arithmetic is float32, float64 if a side is.
@@ -112,7 +113,7 @@ def kd_metrics(
         token_weight: (...), the weights of :meth:`KDMetrics.mean`, as for the loss. Rows of weight
             0 are left out. None: 1.
         ignore_index: rows with this label are left out.
-        backend: as for the loss; it decides how a Head's logits are computed.
+        backend: as for the loss.
 
     Returns:
         KDMetrics, whose :meth:`KDMetrics.mean` reduces every field. Of equal largest entries the
@@ -137,193 +138,101 @@ def kd_metrics(
     if teacher is None:  # the loss's message would offer soft_weight=0
         check_side("teacher", teacher)
     check_call(options, student, teacher, labels, kept, token_weight, None, None)
-    x, size, shape = rows_tensor(student), vocabulary(student), row_shape(student)
-    dtype = arithmetic_dtype(x, rows_tensor(teacher))
+    dtype, shape = arithmetic_dtype(rows_tensor(student), rows_tensor(teacher)), row_shape(student)
     name = choose_name(options.backend, student, teacher)
     with torch.no_grad():
         weight = row_weights(student, dtype, kept, token_weight, options, None, None).row
-        other: Classes | _Rows
+        classes = None
         if isinstance(teacher, TopK):
-            other, _ = classes_of(teacher, size, dtype)
-        else:
-            other = _Rows(teacher, name, dtype)
-        own, y = _Rows(student, name, dtype), label_rows(labels, options)
-        t = temperature_tensor(options)
-        selection = Selection(len(weight), weight, None, None)
-        out = x.new_zeros((len(KDMetrics._fields) - 1, len(weight)), dtype=dtype)
-        entries = _ENTRIES_ON_CPU if x.device.type == "cpu" else _ENTRIES_ON_GPU
-        height = max(1, entries // size)
-        with torch.autocast(x.device.type, enabled=False):
-            for begin in range(0, selection.count, height):
-                rows = selection.at(begin, min(begin + height, selection.count))
-                of_rows = None if y is None else y[rows]
-                out[:, rows] = _measured(own.at(rows), other.at(rows), of_rows, t)
-        if isinstance(teacher, TopK) and isinstance(other, Classes) and temperature != 1.0:
-            unknown = _has_tail_at_t(other, teacher.tail == "sampled")
+            classes, _ = classes_of(teacher, vocabulary(student), dtype)
+        y, t = label_rows(labels, options), temperature_tensor(options)
+        out = weight.new_zeros((len(KDMetrics._fields) - 1, len(weight)))
+        for rows, own, other in _chunks(name, student, teacher, weight, dtype):
+            of_rows = None if classes is None else classes.at(rows)
+            label = None if y is None else y[rows]
+            out[:, rows] = _fields(named(name), own, other, of_rows, label, weight[rows], t)
+        if isinstance(teacher, TopK) and classes is not None and temperature != 1.0:
+            unknown = masses_are_unknown(classes, teacher.tail == "sampled")
             out[KDMetrics._fields.index("teacher_entropy")].masked_fill_(unknown, math.nan)
-        out = keep(out, weight != 0)  # on a GPU all rows are computed
+        out = keep(out, weight != 0)  # a kernel writes anything there; on a GPU all are computed
     return KDMetrics._make([*out.view(-1, *shape), weight.view(shape)])
 
 
-class _Rows:
-    """The logits of a side, a chunk at a time."""
+def _fields(
+    backend: Backend,
+    s: Tensor,  # (B, S, V)
+    t: Tensor,  # (B, S, V); of a TopK the student's again
+    classes: Classes | None,  # of a TopK, N = B·S rows
+    y: Tensor | None,  # (N,)
+    weight: Tensor,  # (N,)
+    temperature: Tensor,
+) -> Tensor:
+    """Return all fields but the weight, (13, N), of rows of logits."""
+    size = s.shape[2]
+    if classes is None:
+        columns, largest = backend.measure(s, t, y, weight, temperature)
+        sums = Sums._make(columns.unbind(1))
+        return fields_of_sums(sums, (largest[:, 0], largest[:, 1]), y, size, temperature)
+    ids = classes.token_ids
+    columns, largest = backend.measure_support(s, ids, y, weight, temperature)
+    at = torch.cat([ids.clamp(min=0).to(torch.int64), largest[:, None]], 1)
+    inside = s.gather(2, at.view(*s.shape[:2], -1)).flatten(0, 1).to(columns.dtype)
+    support = Support._make(columns.unbind(1))
+    return fields_of_support(support, largest, inside, classes, y, size, temperature)
 
-    def __init__(self, side: Side, backend: str, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.products: Products | None = None
-        self.side: Tensor | Projection
+
+def _chunks(
+    name: str, student: Side, teacher: Teacher, weight: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+    """Yield rows, and the logits (B, S, V) of both sides; of a TopK the student's twice.
+
+    Logits that were passed are one chunk of views, if kernels measure them.
+    """
+    device = weight.device
+    other = None if isinstance(teacher, TopK) else teacher
+    if name != "reference" and not isinstance(student, Head) and not isinstance(other, Head):
+        s, t = logit_rows(student, other)
+        yield slice(0, len(weight)), s, s if t is None else t
+        return
+    rows, products = Selection(len(weight), weight, None, None), products_for(name, device, dtype)
+    if name == "reference":
+        entries = _ENTRIES_ON_CPU if device.type == "cpu" else _ENTRIES_ON_GPU
+        height = max(1, entries // vocabulary(student))
+    else:
+        sizes = Sizes(vocabulary(student), _hidden(student), _hidden(other), converted=True)
+        height = chunk_rows(rows.count, None, None, device, sizes, products.fixed_bytes())
+    own, of_teacher = (_Rows(x, products, height, dtype) for x in (student, other))
+    for begin in range(0, rows.count, height):
+        at = rows.at(begin, min(begin + height, rows.count))
+        s = own.at(at)
+        yield at, s[None], s[None] if other is None else of_teacher.at(at)[None]
+
+
+def _hidden(side: Side | None) -> int | None:
+    return side.hidden.shape[-1] if isinstance(side, Head) else None
+
+
+class _Rows:
+    """The logits of a side, a chunk at a time; of a Head in a buffer that all chunks share."""
+
+    def __init__(
+        self, side: Side | None, products: Products, height: int, dtype: torch.dtype
+    ) -> None:
+        self.products = products
+        self.side: Tensor | Projection | None
         if isinstance(side, Head):
-            self.products = products_for(backend, side.hidden.device, dtype)
             self.side = Projection(*side[:3], operand_dtype(side), float(side.scale))
+            self.logits = side.hidden.new_empty((height, len(side.weight)), dtype=dtype)
         else:
             self.side = side
 
     def at(self, rows: slice | Tensor) -> Tensor:
-        """Return the logits (C, V) of these rows, float32 or float64."""
+        """Return the logits (C, V) of these rows, those of a Head valid until the next call."""
+        assert self.side is not None
         if isinstance(self.side, Tensor):
-            return take(self.side, rows).to(self.dtype)
-        assert self.products is not None
+            return take(self.side, rows)
         hidden = take(self.side.hidden, rows)
-        logits = hidden.new_empty((len(hidden), len(self.side.weight)), dtype=self.dtype)
-        self.products.logits(logits, hidden, self.side)
+        logits = self.logits[: len(hidden)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            self.products.logits(logits, hidden, self.side)
         return logits
-
-
-class _Sides(NamedTuple):
-    """What is compared in a row: B classes, which are V entries, or those of a TopK."""
-
-    student: Tensor  # (C, B) logits for exponentials at T; -inf for a tail that is no class
-    student_1: Tensor  # (C, B) the same at temperature 1
-    whole_1: Tensor  # (C, B) student_1 with any tail
-    teacher: Tensor  # (C, B) logits, for both temperatures
-    label: Tensor | None  # (C,) the class of the label
-    token: Tensor  # (C,) the teacher's largest entry
-    student_mass: Tensor  # (C,)
-    teacher_mass: Tensor  # (C,)
-
-
-def _measured(
-    s: Tensor,  # (C, V)
-    teacher: Tensor | Classes,  # (C, V)
-    y: Tensor | None,  # (C,)
-    temperature: Tensor,
-) -> Tensor:
-    """Return all fields but the weight, (13, C), of rows of logits."""
-    label = None if y is None else torch.where((y >= 0) & (y < s.shape[1]), y, 0)
-    if isinstance(teacher, Tensor):
-        one = s.new_ones(len(s))
-        sides = _Sides(s, s, s, teacher, label, teacher.argmax(1), one, one)
-    else:
-        sides = _sides_of(s, teacher, label, temperature)
-    divergence, soft = forward_kl(sides.student, sides.teacher, temperature, 0.0)
-    soft = temperature * soft
-    best = s.argmax(1)
-    no_student, no_teacher = (~x.amax(1).isfinite() for x in (s, sides.teacher))
-    no_soft = no_student | no_teacher
-    whole_1 = _softened(sides.whole_1)
-    student_1 = whole_1 if sides.student_1 is sides.whole_1 else _softened(sides.student_1)
-    entropies = [
-        _entropy(student_1).masked_fill(no_student, math.nan),
-        _entropy(_softened(sides.teacher)),
-    ]
-    if temperature == 1:
-        entropies *= 2
-    else:
-        own, other = _softened(sides.student / temperature), _softened(sides.teacher / temperature)
-        entropies += [_entropy(own).masked_fill(no_student, math.nan), _entropy(other)]
-    hard = accuracy = hard_square = product = s.new_zeros(len(s))
-    if y is not None and label is not None:
-        z, log_sum = whole_1[:2] if sides.whole_1 is s else centred(s)
-        no_hard = no_student | (y != label)
-        hard = (log_sum - z.gather(1, label[:, None])).squeeze(1).masked_fill(no_hard, math.nan)
-        accuracy = (best == label).to(s.dtype).masked_fill(no_hard, math.nan)
-        difference = _minus_label(whole_1.p, sides.label)
-        hard_square = difference.square().sum(1).masked_fill(no_hard, math.nan)
-        product = (difference * soft).sum(1).masked_fill(no_hard | no_soft, math.nan)
-    return torch.stack(
-        [
-            hard,
-            (temperature.square() * divergence).masked_fill(no_soft, math.nan),
-            *entropies,
-            (best == sides.token).to(s.dtype).masked_fill(no_soft, math.nan),
-            accuracy,
-            hard_square,
-            soft.square().sum(1).masked_fill(no_soft, math.nan),
-            product,
-            sides.student_mass.masked_fill(no_student, math.nan),
-            sides.teacher_mass.masked_fill(no_teacher, math.nan),
-        ]
-    )
-
-
-def _sides_of(s: Tensor, classes: Classes, label: Tensor | None, temperature: Tensor) -> _Sides:
-    """Return the classes of a TopK in both sides, for the student's logits s (C, V)."""
-    ids, t, size = classes.token_ids, classes.logits, s.shape[1]
-    has_class = t[:, -1:] != NO_CLASS
-    t = torch.cat([t[:, :-1], torch.where(has_class, t[:, -1:], -math.inf)], 1)
-    # absent entries read and write a column of their own, which is dropped
-    at = torch.where(ids >= 0, ids, size).to(torch.int64)
-    padded = torch.nn.functional.pad(s, (0, 1), value=-math.inf)
-    inside, outside = padded.gather(1, at), padded.scatter(1, at, -math.inf)[:, :-1]
-    # relative to the largest logit that belongs to a class: a large one costs no accuracy
-    of_class = torch.where(has_class, outside.amax(1, keepdim=True), -math.inf)
-    largest = torch.cat([inside, of_class], 1).amax(1, keepdim=True)
-    largest = torch.where(largest == -math.inf, 0.0, largest)
-    inside, outside = inside - largest, outside - largest
-    whole_1 = torch.cat([inside, outside.logsumexp(1, keepdim=True)], 1)
-    tail = (outside / temperature).logsumexp(1, keepdim=True) * temperature
-    whole = torch.cat([inside, tail], 1)
-    is_tail = torch.arange(t.shape[1], device=t.device) == ids.shape[1]
-    no_class = is_tail & ~has_class
-    if label is not None:  # the first True: that of its token, else the tail
-        is_label = torch.cat([ids == label[:, None], torch.ones_like(has_class)], 1)
-        label = is_label.to(torch.uint8).argmax(1)
-    support = t.masked_fill(is_tail, -math.inf)
-    is_largest = (support == support.amax(1, keepdim=True)) & (support != -math.inf)
-    tokens = torch.nn.functional.pad(at, (0, 1), value=size)
-    return _Sides(
-        student=whole.masked_fill(no_class, -math.inf),
-        student_1=whole_1.masked_fill(no_class, -math.inf),
-        whole_1=whole_1,
-        teacher=t,
-        label=label,
-        token=torch.where(is_largest, tokens, size).amin(1),
-        student_mass=_support_mass(whole / temperature),
-        teacher_mass=_support_mass(t / temperature),
-    )
-
-
-class _Softened(NamedTuple):
-    """Logits relative to their maximum z (C, B), log Σ exp z (C, 1), and the softmax p (C, B)."""
-
-    z: Tensor
-    log_sum: Tensor
-    p: Tensor
-
-
-def _softened(x: Tensor) -> _Softened:
-    z, log_sum = centred(x)
-    return _Softened(z, log_sum, (z - log_sum).exp())
-
-
-def _minus_label(p: Tensor, label: Tensor | None) -> Tensor:
-    """Return π - y (C, B); at the label minus the other π, without the rounding of a π near 1."""
-    assert label is not None
-    at = label[:, None]
-    others = p.scatter(1, at, 0.0)
-    return others.scatter_(1, at, -others.sum(1, keepdim=True))
-
-
-def _entropy(x: _Softened) -> Tensor:
-    """Return -Σ p·log p (C,), as a sum of two terms that are not negative."""
-    return x.log_sum.squeeze(1) - keep(x.p * x.z, x.p != 0).sum(1)
-
-
-def _support_mass(x: Tensor) -> Tensor:
-    return _softened(x).p[:, :-1].sum(1)
-
-
-def _has_tail_at_t(classes: Classes, is_drawn: bool) -> Tensor:
-    """Return bool (N,): the masses follow at no other temperature, for a tail or draws."""
-    has_entries = (classes.token_ids >= 0).any(1)
-    return has_entries & (classes.logits[:, -1].isfinite() | is_drawn)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 #: Number of floats per row that a forward stores for its backward (csrc/kd_math.h).
 STATS = 11
+#: Columns of `measure`: hard, soft (with the factor T²), those of :class:`fused_kd.measures.Sums`.
+MEASURES = 11
 #: Prefixes of the operators' names: for the compiled kernels, for the Triton kernels.
 PREFIXES = ("", "triton_")
 
@@ -40,6 +42,14 @@ _SCHEMAS = (
     " -> ()",
     # the same by multiplication, without the student's logits
     "scale_(Tensor(a!) grad, Tensor factor) -> ()",
+    # (N, MEASURES) and the largest entries' indices (N, 2), of student and teacher, int64; labels
+    # None: hard is 0. Without meaning for rows of weight (N,) 0
+    "measure(Tensor student, Tensor teacher, Tensor? labels, Tensor weight, Tensor temperature)"
+    " -> (Tensor, Tensor)",
+    # for a teacher of which token_ids (N, K) is the support: (N, 3) hard, and the logits of all
+    # other tokens together at T and at 1, relative to the row's largest; and its index (N,)
+    "measure_support(Tensor student, Tensor token_ids, Tensor? labels, Tensor weight, "
+    "Tensor temperature) -> (Tensor, Tensor)",
 )
 
 # out (M, N) float32 = a (M, K) · b (K, N) + bias (N,), or out += a · b if accumulate; float32 sums.
@@ -145,6 +155,20 @@ def _fake_scale_(grad, factor):  # type: ignore[no-untyped-def]
     )
 
 
+def _fake_measure(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    _check(student, teacher, *rest)
+    n = student.shape[0] * student.shape[1]
+    sums = student.new_empty((n, MEASURES), dtype=torch.float32)
+    return sums, student.new_empty((n, 2), dtype=torch.int64)
+
+
+def _fake_measure_support(student, token_ids, *rest):  # type: ignore[no-untyped-def]
+    _check(student, student, token_ids, *rest)
+    n = student.shape[0] * student.shape[1]
+    sums = student.new_empty((n, 3), dtype=torch.float32)
+    return sums, student.new_empty((n,), dtype=torch.int64)
+
+
 _FAKES = {
     "forward": _fake_forward,
     "forward_backward": _fake_forward_backward,
@@ -154,6 +178,8 @@ _FAKES = {
     "backward_": _fake_backward_,
     "rescale_": _fake_rescale_,
     "scale_": _fake_scale_,
+    "measure": _fake_measure,
+    "measure_support": _fake_measure_support,
 }
 for _prefix in PREFIXES:
     for _name, _fake in _FAKES.items():

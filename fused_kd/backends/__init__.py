@@ -114,6 +114,33 @@ class Backend(Protocol):
     def multiply(self, grad: Tensor, scale: Tensor) -> None:
         """Multiply a gradient by a 0-d scale, in place, rounding it again; 0 stays 0."""
 
+    def measure(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weight: Tensor,
+        temperature: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return :class:`fused_kd.measures.Sums` as columns (N, MEASURES), and the largest entries.
+
+        These are (N, 2), int64: the first largest entry of each side. Rows of weight 0 may have any
+        values.
+        """
+
+    def measure_support(
+        self,
+        student: Tensor,
+        token_ids: Tensor,
+        labels: Tensor | None,
+        weight: Tensor,
+        temperature: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return :class:`fused_kd.measures.Support` as columns (N, 3), and the largest entries (N,).
+
+        token_ids (N, K) is the support of the teacher. Rows of weight 0 may have any values.
+        """
+
 
 def _load(name: str) -> ModuleType | str:
     """Return the module of a backend, or as text the reason why it cannot be imported."""

@@ -11,7 +11,9 @@ from fused_kd import extension
 from .registered import registered
 
 extension.cuda.load()  # registers the implementations, if the module is installed
-forward, forward_backward, backward, rescale, multiply = registered(prefix="")
+functions = registered(prefix="")
+forward, forward_backward, backward = functions[:3]
+rescale, multiply, measure, measure_support = functions[3:]
 
 
 def why_not(device_type: str | None = None) -> str | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..classes import NO_CLASS, Classes
 from ..divergences import TABLE, Term, centred, keep, spoil_rows
+from ..measures import sums_of_logits, support_of_logits
 from ..options import Formula
 from ..sides import arithmetic_dtype
 
@@ -254,3 +255,34 @@ def multiply(
 ) -> None:
     """Multiply a gradient by `scale` in place, rounding again; 0 stays 0 for any scale."""
     grad.copy_(keep(grad * scale, grad != 0))
+
+
+def measure(
+    student: Tensor,  # (B, S, V)
+    teacher: Tensor,  # (B, S, V)
+    labels: Tensor | None,  # (N,)
+    weight: Tensor,  # (N,)
+    temperature: Tensor,  # 0-d
+) -> tuple[Tensor, Tensor]:
+    """Return :class:`fused_kd.measures.Sums` as columns (N, MEASURES), and the largest entries.
+
+    These are (N, 2), int64: the first largest entry of the student, then of the teacher. `weight`
+    is not read. About a dozen temporaries have the size of the logits.
+    """
+    dtype = arithmetic_dtype(student, teacher)
+    s, t = (x.flatten(0, 1).to(dtype) for x in (student, teacher))
+    columns = torch.stack(sums_of_logits(s, t, labels, temperature), 1)
+    return columns, torch.stack([s.argmax(1), t.argmax(1)], 1)
+
+
+def measure_support(
+    student: Tensor,  # (B, S, V)
+    token_ids: Tensor,  # (N, K)
+    labels: Tensor | None,  # (N,)
+    weight: Tensor,  # (N,)
+    temperature: Tensor,  # 0-d
+) -> tuple[Tensor, Tensor]:
+    """Return :class:`fused_kd.measures.Support` as columns (N, 3), and the largest entries (N,)."""
+    s = student.flatten(0, 1).to(arithmetic_dtype(student))
+    columns, largest = support_of_logits(s, token_ids, labels, temperature)
+    return torch.stack(columns, 1), largest
