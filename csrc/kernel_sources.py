@@ -39,6 +39,7 @@ KERNEL_FLAGS = {
 CPU_SOURCES = [
     *KERNEL_FLAGS,
     "csrc/cpu/rows.cpp",
+    "csrc/cpu/measure.cpp",
     "csrc/cpu/product.cpp",
     "csrc/cpu/classes.cpp",
     "csrc/cpu/dispatch.cpp",

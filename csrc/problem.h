@@ -45,4 +45,8 @@ struct Problem {
   float* stats;  // (N, STATS)
 };
 
+// Columns of fused_kd.measures.Sums, and of Support.
+constexpr int MEASURES = 11;
+constexpr int SUPPORT_MEASURES = 3;
+
 }  // namespace fused_kd

@@ -19,12 +19,12 @@ from .divergences import centred, forward_kl, keep
 class Sums(NamedTuple):
     """The columns of the operator `measure`, (N,) each.
 
-    The sums leave out the label, whose terms follow from `others` and `at_label`; without a label in
-    [0, V) they are over all entries, and `at_label` is 0. The entropies of a side with a NaN or +inf
-    logit, or without a finite one, are NaN.
+    The sums leave out the label, whose terms follow from `others` and `at_label`; with a label
+    outside [0, V) they are over all entries, and `at_label` is 0. The entropies of a side with a
+    NaN or +inf logit, or without a finite one, are NaN.
     """
 
-    hard: Tensor  # that of the loss; 0 without labels
+    hard: Tensor  # that of the loss
     soft: Tensor  # that of the loss, T² times the forward KL divergence
     others: Tensor  # Σ π
     squares: Tensor  # Σ π²
@@ -66,9 +66,10 @@ def fields_of_sums(
     """Return all fields but the weight, (13, N)."""
     no_student, no_teacher = sums.student_entropy.isnan(), sums.teacher_entropy_at_t.isnan()
     no_soft = no_student | no_teacher
-    zero = torch.zeros_like(sums.hard)
-    accuracy = hard_square = product = zero
+    zero = torch.zeros_like(sums.soft)
+    hard = accuracy = hard_square = product = zero
     if y is not None:
+        hard = sums.hard
         no_hard = no_student | (y < 0) | (y >= vocabulary)
         accuracy = (largest[0] == y).to(zero.dtype).masked_fill(no_hard, math.nan)
         # at the label π - y is minus the other π, without the rounding of a π near 1
@@ -80,7 +81,8 @@ def fields_of_sums(
     of_student, of_teacher = masses or 2 * (torch.ones_like(zero),)
     return torch.stack(
         [
-            *sums[:2],
+            hard,
+            sums.soft,
             *sums[-4:],
             agreement.masked_fill(no_soft, math.nan),
             accuracy,
@@ -93,7 +95,7 @@ def fields_of_sums(
     )
 
 
-def sums_of_logits(s: Tensor, t: Tensor, y: Tensor | None, temperature: Tensor) -> Sums:
+def sums_of_logits(s: Tensor, t: Tensor, y: Tensor, temperature: Tensor) -> Sums:
     """Return the sums of rows of logits (C, V) of both sides."""
     sides = _Sides(s, s, s, t, _index(y, s.shape[1]))
     return _sums(sides, temperature)._replace(hard=_hard(s, y))
@@ -102,7 +104,7 @@ def sums_of_logits(s: Tensor, t: Tensor, y: Tensor | None, temperature: Tensor) 
 def support_of_logits(
     s: Tensor,  # (C, V)
     token_ids: Tensor,  # (C, K)
-    y: Tensor | None,  # (C,)
+    y: Tensor,  # (C,)
     temperature: Tensor,
 ) -> tuple[Support, Tensor]:
     """Return the columns of rows of logits, and their largest entries (C,)."""
@@ -136,9 +138,9 @@ def fields_of_support(
     whole, whole_1 = (torch.cat([inside, x[:, None] + shift], 1) for x in of_support[1:])
     is_tail = torch.arange(t.shape[1], device=t.device) == ids.shape[1]
     no_class = is_tail & ~has_class
-    label = _index(y, vocabulary)
-    if label is not None:  # the first True: that of its token, else the tail
-        is_label = torch.cat([ids == label[:, None], torch.ones_like(has_class)], 1)
+    label = None
+    if y is not None:  # the first True: that of its token, else the tail
+        is_label = torch.cat([ids == y[:, None], torch.ones_like(has_class)], 1)
         label = is_label.to(torch.uint8).argmax(1)
     student, student_1 = (x.masked_fill(no_class, -math.inf) for x in (whole, whole_1))
     sums = _sums(_Sides(student, student_1, whole_1, t, label), temperature)
@@ -189,19 +191,17 @@ def _sums(sides: _Sides, temperature: Tensor) -> Sums:
     )
 
 
-def _hard(s: Tensor, y: Tensor | None) -> Tensor:
+def _hard(s: Tensor, y: Tensor) -> Tensor:
     """Return the cross-entropy with the label, NaN for one outside [0, V) and for unusable rows."""
     label = _index(y, s.shape[1])
-    if y is None or label is None:
-        return s.new_zeros(len(s))
     z, log_sum = centred(s)
     value = (log_sum - z.gather(1, label[:, None])).squeeze(1)
     return value.masked_fill(~s.amax(1).isfinite() | (y != label), math.nan)
 
 
-def _index(y: Tensor | None, vocabulary: int) -> Tensor | None:
+def _index(y: Tensor, vocabulary: int) -> Tensor:
     """Return labels that index a row: 0 for those outside [0, V)."""
-    return None if y is None else torch.where((y >= 0) & (y < vocabulary), y, 0)
+    return torch.where((y >= 0) & (y < vocabulary), y, 0)
 
 
 class _Softened(NamedTuple):

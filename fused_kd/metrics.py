@@ -169,12 +169,13 @@ def _fields(
 ) -> Tensor:
     """Return all fields but the weight, (13, N), of rows of logits."""
     size = s.shape[2]
+    labels = torch.zeros_like(weight, dtype=torch.int64) if y is None else y
     if classes is None:
-        columns, largest = backend.measure(s, t, y, weight, temperature)
+        columns, largest = backend.measure(s, t, labels, weight, temperature)
         sums = Sums._make(columns.unbind(1))
         return fields_of_sums(sums, (largest[:, 0], largest[:, 1]), y, size, temperature)
     ids = classes.token_ids
-    columns, largest = backend.measure_support(s, ids, y, weight, temperature)
+    columns, largest = backend.measure_support(s, ids, labels, weight, temperature)
     at = torch.cat([ids.clamp(min=0).to(torch.int64), largest[:, None]], 1)
     inside = s.gather(2, at.view(*s.shape[:2], -1)).flatten(0, 1).to(columns.dtype)
     support = Support._make(columns.unbind(1))

@@ -42,13 +42,13 @@ _SCHEMAS = (
     " -> ()",
     # the same by multiplication, without the student's logits
     "scale_(Tensor(a!) grad, Tensor factor) -> ()",
-    # (N, MEASURES) and the largest entries' indices (N, 2), of student and teacher, int64; labels
-    # None: hard is 0. Without meaning for rows of weight (N,) 0
-    "measure(Tensor student, Tensor teacher, Tensor? labels, Tensor weight, Tensor temperature)"
+    # (N, MEASURES) and the largest entries' indices (N, 2), of student and teacher, int64; without
+    # meaning for rows of weight (N,) 0
+    "measure(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor temperature)"
     " -> (Tensor, Tensor)",
     # for a teacher of which token_ids (N, K) is the support: (N, 3) hard, and the logits of all
     # other tokens together at T and at 1, relative to the row's largest; and its index (N,)
-    "measure_support(Tensor student, Tensor token_ids, Tensor? labels, Tensor weight, "
+    "measure_support(Tensor student, Tensor token_ids, Tensor labels, Tensor weight, "
     "Tensor temperature) -> (Tensor, Tensor)",
 )
 

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "../cpu/measure.h"
 #include "../cpu/rows.h"
 #include "operators.h"
 #include "parallel.h"
@@ -40,6 +41,14 @@ struct Cpu {
     torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) scale_row(grad, n, V, *factor);
     });
+  }
+
+  static void measure(const Problem& p, float* sums, int64_t* largest, const Tensor&) {
+    measure_rows(p, sums, largest, torch_threads());
+  }
+
+  static void measure_support(const Problem& p, float* sums, int64_t* largest, const Tensor&) {
+    fused_kd::measure_support(p, sums, largest, torch_threads());
   }
 
   // Page faults of a newly allocated large gradient cost more than the kernel that fills it:

@@ -7,6 +7,7 @@
 //     rows                             losses and statistics, and the gradient if there is one
 //     gradient                         the gradient from the statistics
 //     rescale, scale                   a gradient times a number
+//     measure, measure_support         the columns and indices of kd_metrics
 //     prepare_gradient(tensor, bytes)  called with a new gradient before it is written
 //
 // LibTorch Stable ABI only (torch >= 2.10), so that one build serves several torch versions. Every
@@ -307,6 +308,47 @@ struct Operators {
       Backend::scale(rows, grad.size(0) * grad.size(1), grad.size(2), scale, grad);
   }
 
+  // The problem of a measurement: both terms are on in rows that have a weight.
+  static Problem measured(const Tensor& student, const Tensor& teacher, const Tensor& labels,
+                          const Tensor& weight, const Tensor& temperature) {
+    return problem_of(student, teacher, std::nullopt, labels, weight, weight,
+                      {static_cast<int64_t>(Divergence::forward_kl), temperature, 0.5, true, 0.0});
+  }
+
+  static std::tuple<Tensor, Tensor> measure(Tensor student, Tensor teacher, Tensor labels,
+                                            Tensor weight, Tensor temperature) {
+    const Problem p = measured(student, teacher, labels, weight, temperature);
+    const typename Backend::Guard guard(student);
+    Tensor sums = torch::stable::new_empty(student, {p.N, MEASURES}, ScalarType::Float);
+    Tensor largest = torch::stable::new_zeros(student, {p.N, 2}, ScalarType::Long);
+    if (p.N > 0)
+      Backend::measure(p, static_cast<float*>(sums.mutable_data_ptr()),
+                       static_cast<int64_t*>(largest.mutable_data_ptr()), student);
+    return {sums, largest};
+  }
+
+  static std::tuple<Tensor, Tensor> measure_support(Tensor student, Tensor token_ids, Tensor labels,
+                                                    Tensor weight, Tensor temperature) {
+    Problem p = measured(student, student, labels, weight, temperature);
+    STD_TORCH_CHECK(token_ids.dim() == 2, "token_ids must be (N, K)");
+    const typename Backend::Guard guard(student);
+    // all rows have the same classes, whose logits are 0: that the tail is one is all that counts
+    const Tensor classes =
+        torch::stable::new_zeros(student, {1, 1, token_ids.size(1) + 1}, ScalarType::Float);
+    p.teacher = rows_of(classes, "classes");
+    p.teacher.inner = 1;
+    p.teacher.outer_stride = p.teacher.inner_stride = 0;
+    set_classes(p, token_ids, classes);
+    STD_TORCH_CHECK(Backend::same_device(student, token_ids),
+                    "token_ids must be on the student's device");
+    Tensor sums = torch::stable::new_empty(student, {p.N, SUPPORT_MEASURES}, ScalarType::Float);
+    Tensor largest = torch::stable::new_zeros(student, {p.N}, ScalarType::Long);
+    if (p.N > 0)
+      Backend::measure_support(p, static_cast<float*>(sums.mutable_data_ptr()),
+                               static_cast<int64_t*>(largest.mutable_data_ptr()), student);
+    return {sums, largest};
+  }
+
   static void implement(torch::stable::detail::StableLibrary& library) {
     library.impl("forward", TORCH_BOX(&Operators::forward));
     library.impl("forward_backward", TORCH_BOX(&Operators::forward_backward));
@@ -316,6 +358,8 @@ struct Operators {
     library.impl("backward_", TORCH_BOX(&Operators::backward_));
     library.impl("rescale_", TORCH_BOX(&Operators::rescale_));
     library.impl("scale_", TORCH_BOX(&Operators::scale_));
+    library.impl("measure", TORCH_BOX(&Operators::measure));
+    library.impl("measure_support", TORCH_BOX(&Operators::measure_support));
   }
 };
 

@@ -235,6 +235,67 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
   }
 }
 
+template <Load L, Hard H>
+void measure(const Block& block, float ratio_, BlockMeasures* out) {
+  using E = typename Element<L>::type;
+  constexpr bool AT_1 = H == Hard::power1;
+  const E* s = static_cast<const E*>(block.s);
+  const E* t = static_cast<const E*>(block.t);
+  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k),
+               k_1 = splat(block.k_1), minus_ratio = splat(-ratio_);
+  Floats max_s = splat(LOWEST), max_t = max_s;
+  enum { SUM_E, EE, D, DD, ED, G, PA, EA, QB, GB, COUNT };
+  Floats all[COUNT] = {};
+  for (int begin = 0; begin < block.size; begin += CHUNK) {
+    const int end = begin + CHUNK < block.size ? begin + CHUNK : block.size;
+    Floats sums[COUNT] = {};
+    for (int i = begin; i < end; i += PAIR) {
+      Floats sv[2], tv[2];
+      load_pair(s + i, sv[0], sv[1]);
+      load_pair(t + i, tv[0], tv[1]);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        max_s = max(max_s, sv[j]);
+        max_t = max(max_t, tv[j]);
+        const Floats a = relative<L>(sv[j], m_s), b = relative<L>(tv[j], m_t);
+        const Floats P = power<L>(a, k), Q = power<L>(b, k);
+        const Floats e = hard_power<L, H, 5>(a, k_1, P), d = fma(minus_ratio, Q, P);
+        sums[SUM_E] += e;
+        sums[EE] = fma(e, e, sums[EE]);
+        sums[D] += d;
+        sums[DD] = fma(d, d, sums[DD]);
+        sums[ED] = fma(e, d, sums[ED]);
+        sums[PA] = fma(P, a, sums[PA]);
+        sums[QB] = fma(Q, b, sums[QB]);
+        if constexpr (!AT_1) {
+          const Floats g = hard_power<L, H, 5>(b, k_1, Q);
+          sums[G] += g;
+          sums[EA] = fma(e, a, sums[EA]);
+          sums[GB] = fma(g, b, sums[GB]);
+        }
+      }
+    }
+#pragma GCC unroll 10
+    for (int i = 0; i < COUNT; ++i) all[i] += sums[i];
+  }
+  *out = {sum(all[SUM_E]), sum(all[EE]), sum(all[D]),    sum(all[DD]),
+          sum(all[ED]),    sum(all[G]),  sum(all[PA]),   sum(all[EA]),
+          sum(all[QB]),    sum(all[GB]), largest(max_s), largest(max_t)};
+}
+
+template <Load L>
+float largest_of(const void* s_, int size) {
+  using E = typename Element<L>::type;
+  const E* s = static_cast<const E*>(s_);
+  Floats most = splat(LOWEST);
+  for (int i = 0; i < size; i += PAIR) {
+    Floats a, b;
+    load_pair(s + i, a, b);
+    most = max(most, max(a, b));
+  }
+  return largest(most);
+}
+
 // Map run-time values to a template instance. Only combinations that the driver uses exist.
 template <Load L, Divergence D, class Call>
 FUSED_KD_INLINE void choose_hard(Hard h, Call& call) {
@@ -313,6 +374,26 @@ inline void gradient_entry(Load l, Divergence d, Hard h, const Block& block,
   choose(l, d, h, call);
 }
 
+template <Load L>
+FUSED_KD_INLINE void measure_by(Hard h, const Block& block, float ratio, BlockMeasures* out) {
+  switch (h) {
+    case Hard::power1: return measure<L, Hard::power1>(block, ratio, out);
+    case Hard::power2: return measure<L, Hard::power2>(block, ratio, out);
+    case Hard::power4: return measure<L, Hard::power4>(block, ratio, out);
+    default: return measure<L, Hard::separate>(block, ratio, out);
+  }
+}
+inline void measure_entry(Load l, Hard h, const Block& block, float ratio, BlockMeasures* out) {
+  switch (l) {
+    case Load::f32: return measure_by<Load::f32>(h, block, ratio, out);
+    case Load::bf16: return measure_by<Load::bf16>(h, block, ratio, out);
+    case Load::f32_any: return measure_by<Load::f32_any>(h, block, ratio, out);
+  }
+}
+inline float largest_entry(Load l, const void* s, int size) {
+  return l == Load::bf16 ? largest_of<Load::bf16>(s, size) : largest_of<Load::f32>(s, size);
+}
+
 inline float differences(const float* s, int size, float m) {
   Floats total{};
   const Floats reference = splat(m);
@@ -386,9 +467,10 @@ inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
 }  // namespace FUSED_KD_ISA
 }  // namespace fused_kd
 
-#define FUSED_KD_DEFINE_TABLE(table, label)                                                    \
-  namespace fused_kd {                                                                         \
-  extern const Kernels table;                                                                  \
-  const Kernels table = {label,          EXPONENT_RANGE, range_entry, sums_entry, sums2_entry, \
-                         gradient_entry, differences,    widen,       narrow,     scale};      \
+#define FUSED_KD_DEFINE_TABLE(table, label)                                         \
+  namespace fused_kd {                                                              \
+  extern const Kernels table;                                                       \
+  const Kernels table = {label,       EXPONENT_RANGE, range_entry,   sums_entry,    \
+                         sums2_entry, gradient_entry, measure_entry, largest_entry, \
+                         differences, widen,          narrow,        scale};        \
   }

@@ -46,6 +46,14 @@ struct BlockSums {
   float canary;                      // finite if and only if every entry is and w did not overflow
 };
 
+// Sums over the entries of a block for `measure`: of P = e^((s - m_s)/T), E = e^(s - m_s), Q and G, the
+// same of the teacher, and D = P - ratio Q. At T = 1 G, Ea and Gb are 0: they are Q, Pa and Qb.
+struct BlockMeasures {
+  float E, EE, D, DD, ED, G;
+  float Pa, Ea, Qb, Gb;  // a, b: the logits relative to their references
+  float max_s, max_t;    // the largest logits
+};
+
 struct Kernels {
   const char* name;
   float exponent_range;  // largest |exponent|, in powers of two, that Load::f32 and Load::bf16 take
@@ -56,6 +64,9 @@ struct Kernels {
   // block's element type, may be s itself.
   void (*gradient)(Load, Divergence, Hard, const Block&, const Constants<float>&, float hard_scale,
                    float hard_offset, void* grad);
+  // `Hard` says how E and G follow from P and Q.
+  void (*measure)(Load, Hard, const Block&, float ratio, BlockMeasures*);
+  float (*largest)(Load, const void* s, int size);
   float (*differences)(const float* s, int size,
                        float m);  // sum of s - m over any number of elements
   void (*widen)(Dtype, const void* from, float* to, int size);

@@ -4,20 +4,13 @@
 // while the row is in cache) or, with few rows, segments.
 #include "rows.h"
 
-#include <vector>
-
-#include "row_classes.h"
+#include "segments.h"
 
 namespace fused_kd {
 
 using namespace cpu;
 
 namespace {
-
-struct Workspace {  // of a thread
-  Scratch scratch;
-  ClassRow classes;
-};
 
 // The statistics and losses of a top-k teacher's row, from those of the first pass.
 void finish_class_row(const Row& row, ClassRow& classes, State& state, Scratch& scratch) {
@@ -65,62 +58,17 @@ void whole_row_gradient_again(Row row, Workspace& work) {
   class_row_gradient(row, state, work);
 }
 
-template <class Body>
-void split(const Parallel& parallel, int64_t n, Body body) {
-  parallel.split(
-      n,
-      [](void* context, int64_t begin, int64_t end) {
-        Workspace work;
-        Body& body = *static_cast<Body*>(context);
-        for (int64_t i = begin; i < end; ++i) body(i, work);
-      },
-      &body);
-}
-
-// For few rows: all threads process the segments of all rows, one pass after the other.
-struct BySegments {
-  const Problem& problem;
-  const Parallel& parallel;
-  std::vector<Row> rows;
-  std::vector<State> states;      // (N)
-  std::vector<ClassRow> classes;  // (N), or none
-  int64_t segments;
-
-  BySegments(const Problem& problem, const Parallel& parallel)
-      : problem(problem), parallel(parallel) {
-    for (int64_t n = 0; n < problem.N; ++n) rows.emplace_back(problem, kernels(), n);
-    states.resize(problem.N);
-    classes.resize(problem.has_classes ? problem.N : 0);
-    for (size_t n = 0; n < classes.size(); ++n)
-      if (!rows[n].skipped()) classes[n].attach(rows[n]);
-    segments = rows.front().segments();
-  }
-
-  template <class Body>
-  void for_segments(Body body) {
-    split(parallel, problem.N * segments, [&](int64_t i, Workspace& work) {
-      if (!rows[i / segments].skipped()) body(i / segments, i % segments, work.scratch);
-    });
-  }
+struct LossesBySegments : BySegments {
+  using BySegments::BySegments;
 
   void forward() {
     Scratch scratch;
-    std::vector<State> parts(problem.N * segments);
-    split(parallel, problem.N, [&](int64_t n, Workspace& work) {
-      if (rows[n].skipped()) return;
-      states[n] = initial_state(rows[n], work.scratch);
-      if (rows[n].support) classes[n].lower(rows[n], states[n]);
-    });
-    for_segments([&](int64_t n, int64_t i, Scratch& scratch) {
-      parts[n * segments + i] = first_pass(rows[n], i, states[n], scratch);
-    });
-    for (int64_t n = 0; n < problem.N; ++n) {
-      states[n] = parts[n * segments];
-      for (int64_t i = 1; i < segments; ++i) merge(rows[n], states[n], parts[n * segments + i]);
+    first_passes();
+    for (int64_t n = 0; n < problem.N; ++n)
       if (!rows[n].support) finish_statistics(rows[n], states[n]);
-    }
+    std::vector<RowSums<double>> parts(problem.N * segments);
     for_segments([&](int64_t n, int64_t i, Scratch& scratch) {
-      RowSums<double>& r = parts[n * segments + i].r;
+      RowSums<double>& r = parts[n * segments + i];
       if (rows[n].two_passes) second_pass(rows[n], states[n], i, scratch, &r.x, &r.y);
     });
     for (int64_t n = 0; n < problem.N; ++n) {
@@ -133,8 +81,8 @@ struct BySegments {
         continue;
       }
       for (int64_t i = 0; i < segments; ++i) {
-        states[n].r.x += parts[n * segments + i].r.x;
-        states[n].r.y += parts[n * segments + i].r.y;
+        states[n].r.x += parts[n * segments + i].x;
+        states[n].r.y += parts[n * segments + i].y;
       }
       write_losses(rows[n], states[n]);
     }
@@ -163,16 +111,12 @@ struct BySegments {
   }
 };
 
-bool few_rows(const Problem& p, const Parallel& parallel) {
-  return parallel.threads > 1 && p.N < 4 * int64_t(parallel.threads) && p.V > SEGMENT;
-}
-
 }  // namespace
 
 void rows_forward(const Problem& problem, const Parallel& parallel) {
   if (problem.N == 0) return;
   if (few_rows(problem, parallel)) {
-    BySegments work(problem, parallel);
+    LossesBySegments work(problem, parallel);
     work.forward();
     if (problem.grad.data) work.backward();
     return;
@@ -185,7 +129,7 @@ void rows_forward(const Problem& problem, const Parallel& parallel) {
 void rows_backward(const Problem& problem, const Parallel& parallel) {
   if (problem.N == 0) return;
   if (few_rows(problem, parallel)) {
-    BySegments work(problem, parallel);
+    LossesBySegments work(problem, parallel);
     work.restore_states();
     work.backward();
     return;

@@ -118,7 +118,7 @@ class Backend(Protocol):
         self,
         student: Tensor,
         teacher: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         weight: Tensor,
         temperature: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class Backend(Protocol):
         self,
         student: Tensor,
         token_ids: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         weight: Tensor,
         temperature: Tensor,
     ) -> tuple[Tensor, Tensor]:

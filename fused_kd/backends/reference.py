@@ -260,7 +260,7 @@ def multiply(
 def measure(
     student: Tensor,  # (B, S, V)
     teacher: Tensor,  # (B, S, V)
-    labels: Tensor | None,  # (N,)
+    labels: Tensor,  # (N,)
     weight: Tensor,  # (N,)
     temperature: Tensor,  # 0-d
 ) -> tuple[Tensor, Tensor]:
@@ -278,7 +278,7 @@ def measure(
 def measure_support(
     student: Tensor,  # (B, S, V)
     token_ids: Tensor,  # (N, K)
-    labels: Tensor | None,  # (N,)
+    labels: Tensor,  # (N,)
     weight: Tensor,  # (N,)
     temperature: Tensor,  # 0-d
 ) -> tuple[Tensor, Tensor]:

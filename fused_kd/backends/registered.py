@@ -137,7 +137,7 @@ def registered(prefix: str) -> Functions:
     def measure(
         student: Tensor,
         teacher: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         weight: Tensor,
         temperature: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def registered(prefix: str) -> Functions:
     def measure_support(
         student: Tensor,
         token_ids: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         weight: Tensor,
         temperature: Tensor,
     ) -> tuple[Tensor, Tensor]:
