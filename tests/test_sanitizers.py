@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 # every file that calls the operators directly or walks over shapes and strides
 SUITE = ["test_ops.py", "test_shapes.py", "test_inplace.py", "test_bounds.py", "test_product.py"]
-SUITE += ["test_topk_kernels.py"]
+SUITE += ["test_topk_kernels.py", "test_metrics_ops.py"]
 
 
 def _libraries() -> list[str]:

@@ -29,8 +29,8 @@ struct Largest {
     const int bytes = block.load == Load::bf16 ? 2 : 4;
     for (int i = 0; i < block.size; i += FEW) {  // a copy is padded to FEW
       if (table.largest(block.load, at + i * bytes, FEW) != most) continue;
-      while (read(at + i * bytes, block.load) != most) ++i;
-      *this = {most, begin + i};
+      while (i < block.size && read(at + i * bytes, block.load) != most) ++i;
+      if (i < block.size) *this = {most, begin + i};  // else NaN and what a copy is padded with
       return;
     }
   }

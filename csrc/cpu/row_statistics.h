@@ -84,14 +84,23 @@ constexpr float SLACK_EXPONENT = 32.0f;
 // The logit that replaces a token of a top-k teacher has two exponents, in powers of two: at T and at
 // temperature 1. The lower one is this or less,
 constexpr float LOW_EXPONENT = -100.0f;
-// and the higher one this or less, after the rounding of the logit too.
+// and the higher one this or less, after the rounding of the logit too;
 constexpr float HIGHEST_LOW_EXPONENT = -20.0f;
+// or this, if the kernels take such a lower one: what thousands of tokens add, and is subtracted again,
+// is then below the rounding of the sums.
+constexpr float NEGLIGIBLE_EXPONENT = -40.0f;
+// The lower one is never between these, where exponentials are subnormal, and slow.
+constexpr float SUBNORMAL[] = {-152.0f, -125.0f};
 
 // Returns the logit that replaces the tokens of a top-k teacher, so low that it adds next to nothing
 // to a sum but not too low for the plain kernels, from the reference of the row's first block.
 inline float low_logit(const Row& row, double m_s) {
-  const float highest = (HIGHEST_LOW_EXPONENT - 2) / std::min(row.k, row.k_1);
-  float low = reference(m_s) + std::min(LOW_EXPONENT / row.k_max, highest);
+  const float ratio = row.k_max / std::min(row.k, row.k_1);
+  float exponent = std::min(LOW_EXPONENT, NEGLIGIBLE_EXPONENT * ratio);
+  if (exponent < SUBNORMAL[1]) exponent = std::min(exponent, SUBNORMAL[0]);
+  if (-exponent > row.exponent_range)
+    exponent = std::min(LOW_EXPONENT, (HIGHEST_LOW_EXPONENT - 2) * ratio);
+  float low = reference(m_s) + exponent / row.k_max;
   if (row.s_dtype == Dtype::bf16) {
     uint16_t rounded;
     row.table.narrow(Dtype::bf16, &low, &rounded, 1);

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/measure.h"
 #include "../../csrc/cpu/rows.h"
 #include "check.h"
 
@@ -135,11 +136,33 @@ static std::vector<float> class_logits(const Setting& c, int64_t n) {
 }
 
 struct Outcome {
-  std::vector<float> hard, soft, stats;
+  std::vector<float> hard, soft, stats, measures;
   std::vector<std::vector<float>> grad;
 };
 static bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * 4);
+}
+
+// What kd_metrics needs of the same rows, which are not written; and the largest entries.
+static std::vector<float> measure(const Setting& c, Problem p, const float* weight,
+                                  const int64_t* labels, const Parallel& parallel) {
+  std::vector<float> zeros(c.K + 1);
+  p.labels = labels;
+  p.w_hard = p.w_soft = weight;
+  p.divergence = Divergence::forward_kl;
+  p.label_smoothing = 0;
+  const int columns = c.has_classes() ? SUPPORT_MEASURES : MEASURES;
+  std::vector<float> sums(c.N * columns, 7);
+  std::vector<int64_t> largest(c.N * (c.has_classes() ? 1 : 2));
+  if (c.has_classes()) {
+    p.teacher = {zeros.data(), Dtype::f32, 1, 0, 0};
+    measure_support(p, sums.data(), largest.data(), parallel);
+  } else {
+    measure_rows(p, sums.data(), largest.data(), parallel);
+  }
+  for (int64_t i : largest) expect(i >= 0 && i < c.V, c.name() + ": largest entry");
+  sums.insert(sums.end(), largest.begin(), largest.end());
+  return sums;
 }
 
 static Outcome run(const Setting& c, const Parallel& parallel, bool separately) {
@@ -162,6 +185,7 @@ static Outcome run(const Setting& c, const Parallel& parallel, bool separately) 
   Outcome out{std::vector<float>(c.N, 7),
               std::vector<float>(c.N, 7),
               std::vector<float>(c.N * STATS, 7),
+              {},
               {}};
   const Matrix& target = c.in_place ? student : grad;
   Problem p{};
@@ -183,6 +207,7 @@ static Outcome run(const Setting& c, const Parallel& parallel, bool separately) 
   p.hard = out.hard.data();
   p.soft = out.soft.data();
   p.stats = out.stats.data();
+  out.measures = measure(c, p, w_hard.data(), labels.data(), parallel);
   if (!separately) p.grad = target.rows;
   rows_forward(p, parallel);
   if (separately) {
@@ -220,6 +245,7 @@ static Outcome check_ways(Setting c) {
         c.name() + ": other bits, way " + std::to_string(&other - others) + " ";
     expect(same_bits(want.hard, other.hard) && same_bits(want.soft, other.soft), name + "losses");
     expect(same_bits(want.stats, other.stats), name + "statistics");
+    expect(same_bits(want.measures, other.measures), name + "measures");
     for (int64_t n = 0; n < c.N; ++n) expect(same_bits(want.grad[n], other.grad[n]), name + "grad");
   }
   return want;
@@ -237,6 +263,7 @@ static bool near(const std::vector<float>& a, const std::vector<float>& b, doubl
 // Another instruction set against the first.
 static void check_close(const Setting& c, const Outcome& got, const Outcome& want) {
   expect(near(got.hard, want.hard, 2e-5) && near(got.soft, want.soft, 2e-5), c.name() + ": losses");
+  expect(near(got.measures, want.measures, 1e-4), c.name() + ": measures");
   if (c.divergence == Divergence::tvd) return;  // the sign of p - q may be undecided
   const double rounding = c.student == Dtype::f32 ? 2e-5 : 1.0 / 128;
   for (int64_t n = 0; n < c.N; ++n)

@@ -102,7 +102,7 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]
     jobs["check_kernels"] = [f"-DTABLES={pointers}", "tests/native/check_kernels.cpp"]
     for name in ("check_rows", "check_product"):
         jobs[name] = [f"tests/native/{name}.cpp"]
-    for name in ("rows", "product"):
+    for name in ("rows", "measure", "product"):
         jobs[name] = [f"csrc/cpu/{name}.cpp"]
     jobs["dispatch"] = [*everywhere, "-D__builtin_cpu_supports(x)=1", "csrc/cpu/dispatch.cpp"]
     objects = {name: folder / f"{name}.o" for name in jobs}
@@ -111,7 +111,7 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]
     aliases = [_alias(name) for name in TABLES if name not in tables]
     programs = {
         "check_kernels": ["check_kernels"],
-        "check_rows": ["check_rows", "rows", "dispatch"],
+        "check_rows": ["check_rows", "rows", "measure", "dispatch"],
         "check_product": ["check_product", "product", "dispatch"],
     }
     for program, parts in programs.items():
