@@ -146,13 +146,37 @@ def _all_ranks_refuse() -> None:
         monitor.update(hard=x, soft=x, tokens=x, ids=torch.arange(4))
     with pytest.raises(ValueError, match="tokens must be finite" if rank else "on rank 1: tokens"):
         monitor.update(hard=x, soft=x, tokens=-x if rank else x)
-    monitor.update(hard=x, soft=x, tokens=x)
+    with pytest.raises(TypeError, match="soft must be given" if rank else "on rank 1: soft must"):
+        monitor.update(hard=x, soft=None if rank else x, tokens=x)
+    with pytest.raises(ValueError, match="own sequences; got the same sums on two ranks"):
+        monitor.update(hard=x, soft=x, tokens=x)
+    monitor.update(hard=x, soft=x, tokens=x, ids=4 * rank + torch.arange(4))
+
+
+def _a_rank_may_have_fewer_sequences_or_none() -> None:
+    # 3 and 7 of 10; 0 and 10
+    hard, soft = losses_of((falling(1), falling(4)), seed=2)[..., :10].unbind(1)
+    tokens = torch.full((10,), TOKENS)
+    for cut in (3, 0):
+        mine = slice(cut, None) if dist.get_rank() else slice(cut)
+        alone = ConvergenceMonitor(DELTA, DELTA)
+        shared = ConvergenceMonitor(DELTA, DELTA, group=dist.group.WORLD)
+        for h, s in zip(hard, soft, strict=True):
+            want = alone.update(hard=h, soft=s, tokens=tokens)
+            got = shared.update(hard=h[mine], soft=s[mine], tokens=tokens[mine])
+        assert want.hard_interval is not None
+        assert got.hard_interval == pytest.approx(want.hard_interval, rel=1e-9, abs=1e-12)
+        assert got.pair == want.pair
 
 
 def test_ranks(tmp_path: Path) -> None:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch without gloo")
-    checks = {"verdicts": _ranks_say_what_one_process_says, "refusals": _all_ranks_refuse}
+    checks = {
+        "verdicts": _ranks_say_what_one_process_says,
+        "refusals": _all_ranks_refuse,
+        "shares": _a_rank_may_have_fewer_sequences_or_none,
+    }
     assert not (failed := failures(checks, 2, tmp_path)), "\n".join(failed)
 
 
