@@ -363,6 +363,8 @@ def test_the_picture(tmp_path: Path) -> None:
         draw(monitor, tmp_path / "empty.svg")
     for look in FLAT:
         update(monitor, look, soft=None)
+    with pytest.raises(ValueError, match="must end with the name of a file type.*got '.*runs.xyz'"):
+        draw(monitor, tmp_path / "runs.xyz")
     draw(monitor, tmp_path / "runs.svg")
     text = (tmp_path / "runs.svg").read_text()
     assert "converged" in text or len(text) > 10_000  # matplotlib may draw letters as curves

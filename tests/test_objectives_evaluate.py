@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 from fused_kd import KDLoss, TopK, kd_loss
+from fused_kd.integrations._common.convergence import Watch
 from fused_kd.integrations.loop import shifted
 from fused_kd.objectives import ConvergenceMonitor, HeldOut, LossSchedule, Ramp, evaluate
 
@@ -169,12 +170,34 @@ def _a_rank_may_have_fewer_sequences_or_none() -> None:
         assert got.pair == want.pair
 
 
+def _callbacks_join_the_ranks() -> None:
+    # a monitor that is made before the process group cannot have one
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    monitor, alone = (ConvergenceMonitor(DELTA, DELTA) for _ in range(2))
+    rows = iter(losses_of((falling(1), falling(4)), seed=2))
+    tokens, seen = torch.full((SEQUENCES,), TOKENS), []
+
+    def measure() -> HeldOut:
+        hard, soft = next(rows)
+        seen.append(alone.update(hard=hard, soft=soft, tokens=tokens))
+        return HeldOut(hard[rank::ranks], soft[rank::ranks], tokens[rank::ranks])
+
+    watch = Watch(monitor, measure, None)
+    watch.join_processes()
+    for step in range(LOOKS):
+        verdict = watch.look(step, None)
+        assert verdict is not None
+        assert verdict.pair == seen[-1].pair
+    assert verdict.hard_interval == pytest.approx(seen[-1].hard_interval, rel=1e-9)
+
+
 def test_ranks(tmp_path: Path) -> None:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch without gloo")
     checks = {
         "verdicts": _ranks_say_what_one_process_says,
         "refusals": _all_ranks_refuse,
+        "callbacks": _callbacks_join_the_ranks,
         "shares": _a_rank_may_have_fewer_sequences_or_none,
     }
     assert not (failed := failures(checks, 2, tmp_path)), "\n".join(failed)
