@@ -105,6 +105,23 @@ def test_loaders_whose_order_changes_are_refused() -> None:
             evaluate(loss, *models, loader)
 
 
+def test_ids_of_the_batches() -> None:
+    rows: list[dict[str, Any]] = batches()
+    for i, batch in enumerate(rows):
+        batch["ids"] = torch.tensor([2 * i, 2 * i + 1])
+    got = evaluate(KDLoss(**OPTIONS), SmallLM(0), SmallLM(1), rows)
+    assert got.ids is not None
+    assert got.ids.tolist() == [*range(6)]
+    monitor = ConvergenceMonitor(DELTA, DELTA)
+    monitor.update(**got._asdict())
+    again = evaluate(KDLoss(**OPTIONS), SmallLM(0), SmallLM(1), rows[::-1])
+    with pytest.raises(ValueError, match="got id 4 at position 0, where 0 was"):
+        monitor.update(**again._asdict())
+    del rows[1]["ids"]
+    with pytest.raises(ValueError, match="must yield ids in each batch or in none; got 2 of 3"):
+        evaluate(KDLoss(**OPTIONS), SmallLM(0), SmallLM(1), rows)
+
+
 def test_batches_without_labels_are_refused() -> None:
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
     for loader, kind in (([batch], "input_ids"), ([batch["input_ids"]], "Tensor")):
