@@ -17,7 +17,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from ..integrations._common.heads import not_bypassed
 from ..integrations._common.labels import aligned
+from ..integrations._common.models import unwrapped
 from ..integrations.student_teacher import StudentTeacherLoss
 from ..modules import KDLoss
 from ..sides import TopK
@@ -81,11 +83,11 @@ def evaluate(
     options = replace(loss.options, reduction="none", return_parts=True, inplace=False)
     by_row = KDLoss()
     by_row.options = options
-    both = StudentTeacherLoss(student, teacher, by_row, heads=heads, shift=shift)
     device = next(student.parameters()).device
     sums: list[Tensor] = []
     ids: list[Tensor] = []
-    with _evaluating(student), torch.no_grad():
+    with _evaluating(student), not_bypassed(unwrapped(student)), torch.no_grad():
+        both = StudentTeacherLoss(student, teacher, by_row, heads=heads, shift=shift)
         for batch in loader:
             if not isinstance(batch, Mapping) or "labels" not in batch:
                 kind = [*batch] if isinstance(batch, Mapping) else type(batch).__name__

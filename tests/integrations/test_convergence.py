@@ -41,7 +41,11 @@ def held_out() -> DataLoader[Any]:
 
 
 def trainer_of(
-    folder: Path, monitor: ConvergenceMonitor, picture: Path | None = None, **changes: Any
+    folder: Path,
+    monitor: ConvergenceMonitor,
+    picture: Path | None = None,
+    heads: bool = False,
+    **changes: Any,
 ) -> tuple[KDTrainer, ConvergenceCallback]:
     """Return a KDTrainer that evaluates every 2 of at most 16 steps, and its callback."""
     usual = {"max_steps": 16, "eval_strategy": "steps", "eval_steps": 2, **FLAT}
@@ -50,6 +54,7 @@ def trainer_of(
         TrainingArguments(**tiny.settings(folder, **{**usual, **changes})),
         teacher=tiny.llama(1),
         loss=deepcopy(LOSS),
+        heads=heads,
         train_dataset=tiny.ragged(),
         eval_dataset=tiny.ragged(6, seed=1),
         data_collator=tiny.padded,
@@ -64,8 +69,9 @@ def trainer_of(
     return trainer, callback
 
 
-def test_transformers_stop_and_log(tmp_path: Path) -> None:
-    trainer, callback = trainer_of(tmp_path, monitor_of(), tmp_path / "runs.svg")
+@pytest.mark.parametrize("heads", tiny.BOTH)
+def test_transformers_stop_and_log(heads: bool, tmp_path: Path) -> None:
+    trainer, callback = trainer_of(tmp_path, monitor_of(), tmp_path / "runs.svg", heads)
     trainer.train()
     assert trainer.state.global_step == 2 * LOOKS
     assert tiny.logged(trainer, "convergence") == [*["undecided"] * (LOOKS - 1), "converged"]
