@@ -363,7 +363,9 @@ def test_the_picture(tmp_path: Path) -> None:
         draw(monitor, tmp_path / "empty.svg")
     for look in FLAT:
         update(monitor, look, soft=None)
-    with pytest.raises(ValueError, match="must end with the name of a file type.*got '.*runs.xyz'"):
+    with pytest.raises(
+        ValueError, match=r"must end with the name of a file type.*got '.*runs.xyz'"
+    ):
         draw(monitor, tmp_path / "runs.xyz")
     draw(monitor, tmp_path / "runs.svg")
     text = (tmp_path / "runs.svg").read_text()

@@ -274,7 +274,7 @@ class ConvergenceCallback(pl.Callback):  # type: ignore[misc]
         return self._watch.verdict
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the monitor all processes, if it has no group."""
+        """Make all processes the ranks of a monitor without a group."""
         self._watch.join_processes()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -422,7 +422,7 @@ class ConvergenceCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Measure, log the verdict, and end the training if the verdict says so.
 
-        Not for an evaluate() outside a training, whose model is any, such as the best.
+        An evaluate() outside a training is ignored: its model is any, such as the best.
         """
         if not self._trainer.is_in_train:
             return

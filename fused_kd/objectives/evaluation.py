@@ -135,9 +135,9 @@ def _check_order(loader: object) -> None:
     """Refuse a DataLoader whose sequences are not the same in each evaluation, or repeated."""
     if not isinstance(loader, DataLoader):
         return
-    batches = loader.batch_sampler
+    batches: Any = loader.batch_sampler
     whole = getattr(batches, "batch_sampler", batches)  # of which Accelerate's has a rank's share
-    sampler = getattr(whole, "sampler", loader.sampler)
+    sampler: Any = getattr(whole, "sampler", loader.sampler)
     if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
         raise ValueError(
             "loader must yield the same sequences in the same order at each evaluation; got a "
@@ -164,7 +164,7 @@ def _check_even(batches: Any, count: int) -> None:
     size = batches.batch_size * (1 if batches.split_batches else batches.num_processes)
     if count % size:
         raise ValueError(
-            f"loader must not repeat sequences; got a DataLoader of Accelerate that fills up {count} "
-            f"sequences to a multiple of {size}: set even_batches=False (TrainingArguments have it "
-            "in accelerator_config)"
+            "loader must not repeat sequences; got a DataLoader of Accelerate that fills up "
+            f"{count} sequences to a multiple of {size}: set even_batches=False (TrainingArguments "
+            "have it in accelerator_config)"
         )

@@ -200,7 +200,10 @@ class ConvergenceMonitor:
         """Return the error of this rank's sums, if any."""
         for name, delta in self.deltas.items():
             if delta is not None and name not in sums:
-                return TypeError(f"{name} must be given, since {name}_delta is {delta:g}; got None")
+                return TypeError(
+                    f"{name} must be given, since {name}_delta is {delta:g}; got None: for an "
+                    f"objective whose weight is 0 pass {name}_delta=None"
+                )
         if self.history and step <= self.history[-1].step:
             return ValueError(
                 f"step must grow; got {step:g} after {self.history[-1].step:g}: a run that was "
@@ -394,7 +397,8 @@ def _check_repeats(ranks: list[tuple[dict[str, float], int, Tensor | None]]) -> 
     if len(set(seen)) < len(seen):
         raise ValueError(
             "each rank must have its own sequences; got the same sums on two ranks: use a "
-            "DistributedSampler(shuffle=False, drop_last=True), or pass ids if they do differ"
+            "DistributedSampler(shuffle=False, drop_last=True); if ranks share their batches, as "
+            "with tensor parallelism, a group without the others; or ids, if they do differ"
         )
 
 

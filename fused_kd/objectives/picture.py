@@ -24,8 +24,9 @@ COLOURS = {
 def draw(monitor: ConvergenceMonitor, path: str | os.PathLike[str]) -> None:
     """Draw the evaluations of a monitor: a panel for each objective, verdicts as the background.
 
-    The band is two standard errors of the change since the evaluation before, the bar at the last
-    evaluation is δ, and the dotted line is the first evaluation whose verdict ends the run.
+    The band is two standard errors of the change since the evaluation before to either side, the
+    bar at the last evaluation goes from -δ to δ about it, and the dotted line is the first
+    evaluation whose verdict ends the run.
 
     Args:
         monitor: with at least one evaluation.

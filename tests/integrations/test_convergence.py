@@ -13,6 +13,8 @@ import tiny
 import torch
 import transformers
 from needs import need
+from support.processes import failures
+from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -23,6 +25,7 @@ from fused_kd.integrations import lightning  # noqa: E402
 from fused_kd.integrations.lightning import KDModule  # noqa: E402
 from fused_kd.integrations.transformers import ConvergenceCallback, KDTrainer  # noqa: E402
 from fused_kd.objectives import ConvergenceMonitor, HeldOut, evaluate  # noqa: E402
+from fused_kd.objectives.monitor import Point  # noqa: E402
 
 LOSS = KDLoss(temperature=2.0, hard_weight=0.3, soft_weight=0.7)
 #: With a rate of 0 nothing moves: the verdict is "converged" at the second whole window.
@@ -160,6 +163,32 @@ def test_transformers_resume(tmp_path: Path) -> None:
         trainer_of(tmp_path, callback._watch.monitor)[0].train()
 
 
+def _on_two_ranks(folder: Path) -> None:
+    """Check that both ranks, with 4 and 3 sequences, stop at once, and resume as if not stopped."""
+
+    def trained(rate: float, steps: int, resume: str | None = None) -> list[Point]:
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps}
+        trainer, callback = trainer_of(folder, monitor_of(), learning_rate=rate, **saving)
+        rows = tiny.ragged(7, seed=1)[dist.get_rank() :: 2]
+        batch, loss = tiny.padded(rows), trainer.compute_loss_func
+        callback._watch.measure = lambda: evaluate(loss.loss, trainer.model, loss.teacher, [batch])
+        trainer.train(resume_from_checkpoint=resume)
+        return callback._watch.monitor.history
+
+    assert [point.pair for point in trained(0.0, 16)][LOOKS - 1 :] == ["converged"]
+    whole = trained(0.05, 10)
+    everywhere: list[Any] = [None, None]
+    dist.all_gather_object(everywhere, whole)
+    assert everywhere[0] == everywhere[1]
+    assert trained(0.05, 10, str(folder / "checkpoint-6")) == whole
+
+
+@pytest.mark.slow
+def test_transformers_on_two_processes(tmp_path: Path) -> None:
+    checks = {"ranks": partial(_on_two_ranks, tmp_path / "trainer")}
+    assert not (wrong := failures(checks, 2, tmp_path)), "\n".join(wrong)
+
+
 class _StopAt(tiny.transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self, step: int) -> None:
         self.step = step
@@ -225,7 +254,7 @@ def test_lightning_resumes(tmp_path: Path) -> None:
 def test_lightning_refuses_the_monitor_of_another_training(tmp_path: Path) -> None:
     monitor = monitor_of()
     fitted(tmp_path, monitor, max_epochs=1)
-    with pytest.raises(ValueError, match="with 1, the last at step 4, in a training that starts at"):
+    with pytest.raises(ValueError, match="with 1, the last at step 4, in a training that star"):
         fitted(tmp_path, monitor, max_epochs=1)
 
 
@@ -264,5 +293,5 @@ def test_arguments_that_are_refused(
     with pytest.raises(ValueError, match="picture's path must end with the name of a file type"):
         make(monitor_of(), dict, "runs.xyz")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"a picture needs matplotlib: pip install fused_kd\[plot"):
+    with pytest.raises(ImportError, match=r"a picture needs matplotlib: pip install fused_kd"):
         make(monitor_of(), dict, "runs.png")
