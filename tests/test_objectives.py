@@ -293,6 +293,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"ids": torch.arange(SEQUENCES - 1)}, "ids must have a value for each sequence, 50; got 49"),
     ({"ids": None}, "ids must be given at every evaluation or at none"),
     ({"ids": torch.rand(SEQUENCES)}, "ids must be integers"),
+    ({"step": math.nan}, "step must be finite; got nan"),
     ({"step": 2}, "step must grow; got 2 after 2.*resumed"),
     ({"measured_with": {"temperature": 2.0, "divergence": "jsd"}}, "divergence must not change"),
 ]

@@ -166,6 +166,8 @@ def _all_ranks_refuse() -> None:
         monitor.update(hard=x, soft=x, tokens=-x if rank else x)
     with pytest.raises(TypeError, match="soft must be given" if rank else "on rank 1: soft must"):
         monitor.update(hard=x, soft=None if rank else x, tokens=x)
+    with pytest.raises(ValueError, match="hard must be finite; got a sum of inf"):
+        monitor.update(hard=x / 0, soft=x, tokens=x)
     with pytest.raises(ValueError, match="own sequences; got the same sums on two ranks"):
         monitor.update(hard=x, soft=x, tokens=x)
     monitor.update(hard=x, soft=x, tokens=x, ids=4 * rank + torch.arange(4))

@@ -63,8 +63,9 @@ def evaluate(
         student: see :class:`fused_kd.integrations.student_teacher.StudentTeacherLoss`.
         teacher: the same; put into evaluation mode and frozen. None: the batches' "teacher".
         loader: yields dicts with labels (B, S), a sequence in each row, and the inputs of both
-            models; always the same sequences in the same order. On several ranks, each its own.
-            An entry "ids" (B,), integers, is for the monitor, which compares them.
+            models; always the same sequences in the same order. On several ranks, each its own, and
+            as many batches on each if the student is sharded (FSDP). An entry "ids" (B,), integers,
+            is for the monitor, which compares them.
         heads: bypass the lm_heads, so that no logits are computed. False for the student of a
             DistillationLoss with heads, which has bypassed its lm_head.
         shift: whether labels are those of the inputs, to be shifted to the next token.

@@ -204,6 +204,8 @@ class ConvergenceMonitor:
                     f"{name} must be given, since {name}_delta is {delta:g}; got None: for an "
                     f"objective whose weight is 0 pass {name}_delta=None"
                 )
+        if not math.isfinite(step):
+            return ValueError(f"step must be finite; got {step}")
         if self.history and step <= self.history[-1].step:
             return ValueError(
                 f"step must grow; got {step:g} after {self.history[-1].step:g}: a run that was "
@@ -394,6 +396,7 @@ def _check_repeats(ranks: list[tuple[dict[str, float], int, Tensor | None]]) -> 
             "sequences; choose a number of sequences that the number of ranks divides"
         )
     seen = [(count, *values.values()) for values, count, ids in ranks if count and ids is None]
+    seen = [sums for sums in seen if all(math.isfinite(x) for x in sums)]  # infinity equals itself
     if len(set(seen)) < len(seen):
         raise ValueError(
             "each rank must have its own sequences; got the same sums on two ranks: use a "
