@@ -172,6 +172,30 @@ def test_under_a_decaying_rate_nothing_converges() -> None:
         assert last.stop == (pair == "converged")
 
 
+def test_what_is_passed_may_change_afterwards() -> None:
+    # one buffer for every evaluation; an optimizer whose rate is a tensor; a dict of settings
+    buffer, rate = torch.empty(2, SEQUENCES, dtype=torch.float64), torch.tensor(1.0)
+    tokens, setting = WEIGHTS.double(), {"temperature": 2.0}
+    monitor, verdicts = ConvergenceMonitor(DELTA, DELTA), []
+    more = {"tokens": tokens, "lr": rate, "measured_with": setting}
+    for look in FLAT:
+        verdicts.append(update(monitor, buffer.copy_(look), **more))
+        rate *= 0.9
+    assert [v.hard_interval for v in verdicts] == [v.hard_interval for v in run()]
+    assert verdicts[-1].pair == "stopped moving"
+    setting["temperature"] = 1.0
+    with pytest.raises(ValueError, match="temperature must not change"):
+        update(monitor, FLAT[0], **more)
+
+
+def test_one_sequence_says_nothing() -> None:
+    monitor = ConvergenceMonitor(DELTA, None, window=3)
+    for _ in range(3):
+        verdict = monitor.update(hard=torch.ones(1), soft=None, tokens=torch.ones(1))
+    assert verdict.pair == "undecided"
+    assert "one sequence has no spread: at least two are needed" in verdict.reason
+
+
 def test_stop_on_names_more_verdicts() -> None:
     verdicts = run(losses_of((falling(4), falling(-4)), 1), stop_on=("converged", "trading off"))
     assert [v.stop for v in verdicts] == [v.pair == "trading off" for v in verdicts]
@@ -269,6 +293,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"ids": torch.arange(SEQUENCES - 1)}, "ids must have a value for each sequence, 50; got 49"),
     ({"ids": None}, "ids must be given at every evaluation or at none"),
     ({"ids": torch.rand(SEQUENCES)}, "ids must be integers"),
+    ({"step": math.nan}, "step must be finite; got nan"),
     ({"step": 2}, "step must grow; got 2 after 2.*resumed"),
     ({"measured_with": {"temperature": 2.0, "divergence": "jsd"}}, "divergence must not change"),
 ]
@@ -339,6 +364,10 @@ def test_the_picture(tmp_path: Path) -> None:
         draw(monitor, tmp_path / "empty.svg")
     for look in FLAT:
         update(monitor, look, soft=None)
+    with pytest.raises(
+        ValueError, match=r"must end with the name of a file type.*got '.*runs.xyz'"
+    ):
+        draw(monitor, tmp_path / "runs.xyz")
     draw(monitor, tmp_path / "runs.svg")
     text = (tmp_path / "runs.svg").read_text()
     assert "converged" in text or len(text) > 10_000  # matplotlib may draw letters as curves

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 from fused_kd import KDLoss, TopK, kd_loss
+from fused_kd.integrations._common.convergence import Watch
 from fused_kd.integrations.loop import shifted
 from fused_kd.objectives import ConvergenceMonitor, HeldOut, LossSchedule, Ramp, evaluate
 
@@ -104,6 +105,23 @@ def test_loaders_whose_order_changes_are_refused() -> None:
             evaluate(loss, *models, loader)
 
 
+def test_ids_of_the_batches() -> None:
+    rows: list[dict[str, Any]] = batches()
+    for i, batch in enumerate(rows):
+        batch["ids"] = torch.tensor([2 * i, 2 * i + 1])
+    got = evaluate(KDLoss(**OPTIONS), SmallLM(0), SmallLM(1), rows)
+    assert got.ids is not None
+    assert got.ids.tolist() == [*range(6)]
+    monitor = ConvergenceMonitor(DELTA, DELTA)
+    monitor.update(**got._asdict())
+    again = evaluate(KDLoss(**OPTIONS), SmallLM(0), SmallLM(1), rows[::-1])
+    with pytest.raises(ValueError, match="got id 4 at position 0, where 0 was"):
+        monitor.update(**again._asdict())
+    del rows[1]["ids"]
+    with pytest.raises(ValueError, match="must yield ids in each batch or in none; got 2 of 3"):
+        evaluate(KDLoss(**OPTIONS), SmallLM(0), SmallLM(1), rows)
+
+
 def test_batches_without_labels_are_refused() -> None:
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
     for loader, kind in (([batch], "input_ids"), ([batch["input_ids"]], "Tensor")):
@@ -146,13 +164,61 @@ def _all_ranks_refuse() -> None:
         monitor.update(hard=x, soft=x, tokens=x, ids=torch.arange(4))
     with pytest.raises(ValueError, match="tokens must be finite" if rank else "on rank 1: tokens"):
         monitor.update(hard=x, soft=x, tokens=-x if rank else x)
-    monitor.update(hard=x, soft=x, tokens=x)
+    with pytest.raises(TypeError, match="soft must be given" if rank else "on rank 1: soft must"):
+        monitor.update(hard=x, soft=None if rank else x, tokens=x)
+    with pytest.raises(ValueError, match="hard must be finite; got a sum of inf"):
+        monitor.update(hard=x / 0, soft=x, tokens=x)
+    with pytest.raises(ValueError, match="own sequences; got the same sums on two ranks"):
+        monitor.update(hard=x, soft=x, tokens=x)
+    monitor.update(hard=x, soft=x, tokens=x, ids=4 * rank + torch.arange(4))
+
+
+def _a_rank_may_have_fewer_sequences_or_none() -> None:
+    # 3 and 7 of 10; 0 and 10
+    hard, soft = losses_of((falling(1), falling(4)), seed=2)[..., :10].unbind(1)
+    tokens = torch.full((10,), TOKENS)
+    for cut in (3, 0):
+        mine = slice(cut, None) if dist.get_rank() else slice(cut)
+        alone = ConvergenceMonitor(DELTA, DELTA)
+        shared = ConvergenceMonitor(DELTA, DELTA, group=dist.group.WORLD)
+        for h, s in zip(hard, soft, strict=True):
+            want = alone.update(hard=h, soft=s, tokens=tokens)
+            got = shared.update(hard=h[mine], soft=s[mine], tokens=tokens[mine])
+        assert want.hard_interval is not None
+        assert got.hard_interval == pytest.approx(want.hard_interval, rel=1e-9, abs=1e-12)
+        assert got.pair == want.pair
+
+
+def _callbacks_join_the_ranks() -> None:
+    # a monitor that is made before the process group cannot have one
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    monitor, alone = (ConvergenceMonitor(DELTA, DELTA) for _ in range(2))
+    rows = iter(losses_of((falling(1), falling(4)), seed=2))
+    tokens, seen = torch.full((SEQUENCES,), TOKENS), []
+
+    def measure() -> HeldOut:
+        hard, soft = next(rows)
+        seen.append(alone.update(hard=hard, soft=soft, tokens=tokens))
+        return HeldOut(hard[rank::ranks], soft[rank::ranks], tokens[rank::ranks])
+
+    watch = Watch(monitor, measure, None)
+    watch.join_processes()
+    for step in range(LOOKS):
+        verdict = watch.look(step, None)
+        assert verdict is not None
+        assert verdict.pair == seen[-1].pair
+    assert verdict.hard_interval == pytest.approx(seen[-1].hard_interval, rel=1e-9)
 
 
 def test_ranks(tmp_path: Path) -> None:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch without gloo")
-    checks = {"verdicts": _ranks_say_what_one_process_says, "refusals": _all_ranks_refuse}
+    checks = {
+        "verdicts": _ranks_say_what_one_process_says,
+        "refusals": _all_ranks_refuse,
+        "callbacks": _callbacks_join_the_ranks,
+        "shares": _a_rank_may_have_fewer_sequences_or_none,
+    }
     assert not (failed := failures(checks, 2, tmp_path)), "\n".join(failed)
 
 

@@ -246,17 +246,18 @@ class ConvergenceCallback(pl.Callback):  # type: ignore[misc]
 
     At the end of each validation it measures the held-out set, and logs losses and improvements
     under ``convergence_...``; the verdict in words is ``callback.verdict``. The monitor is in the
-    Trainer's checkpoints.
+    Trainer's checkpoints. On several processes each measures its own sequences.
 
     Args:
-        monitor: see :class:`fused_kd.objectives.ConvergenceMonitor`; on several processes with
-            ``group=torch.distributed.group.WORLD``.
+        monitor: see :class:`fused_kd.objectives.ConvergenceMonitor`; without a group it gets that
+            of all processes.
         measure: called without arguments on every process, returns what
             :func:`fused_kd.objectives.evaluate` does.
         picture: a file for a picture of the losses and the verdicts, at the end of the training.
 
     Raises:
         TypeError: `monitor` or `measure` has the wrong type.
+        ImportError, ValueError: `picture` cannot be drawn, see :func:`fused_kd.objectives.draw`.
     """
 
     def __init__(
@@ -271,6 +272,14 @@ class ConvergenceCallback(pl.Callback):  # type: ignore[misc]
     def verdict(self) -> Verdict | None:
         """Return the last verdict; None before the first validation."""
         return self._watch.verdict
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Make all processes the ranks of a monitor without a group."""
+        self._watch.join_processes()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Raise ValueError if the monitor has evaluations of another training."""
+        self._watch.check_start(trainer.global_step)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure, log numbers, and end the training if the verdict says so."""

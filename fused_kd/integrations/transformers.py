@@ -364,21 +364,23 @@ class ConvergenceCallback(TrainerCallback):  # type: ignore[misc]
         measure = lambda: evaluate(loss, student, teacher, held_out_loader)
         trainer.add_callback(ConvergenceCallback(trainer, monitor, measure))
 
-    At each of the Trainer's evaluations it measures the held-out set, and logs the verdict as
+    At each evaluation of the training it measures the held-out set, and logs the verdict as
     ``convergence``, beside its numbers; ``callback.verdict.reason`` is the sentence with them. It
     works with any trainer of transformers, TRL's too, and any loss. The monitor is saved as
     ``convergence.pt`` in the folder of each checkpoint, and restored when the training resumes.
+    On several processes each measures its own sequences.
 
     Args:
         trainer: the trainer that it is added to.
-        monitor: see :class:`fused_kd.objectives.ConvergenceMonitor`; on several processes with
-            ``group=torch.distributed.group.WORLD``.
+        monitor: see :class:`fused_kd.objectives.ConvergenceMonitor`; without a group it gets that
+            of all processes.
         measure: called without arguments on every process, returns what
             :func:`fused_kd.objectives.evaluate` does.
         picture: a file for a picture of the losses and the verdicts, at the end of the training.
 
     Raises:
         TypeError: `monitor` or `measure` has the wrong type.
+        ImportError, ValueError: `picture` cannot be drawn, see :func:`fused_kd.objectives.draw`.
     """
 
     def __init__(
@@ -402,12 +404,10 @@ class ConvergenceCallback(TrainerCallback):  # type: ignore[misc]
             FileNotFoundError: The checkpoint, in the Trainer's output_dir, has no monitor.
             ValueError: The monitor has evaluations of another training.
         """
+        self._watch.join_processes()
         history = self._watch.monitor.history
-        if state.global_step == 0 and history:
-            raise ValueError(
-                "monitor must have no evaluations at the start of a training; got one with "
-                f"{len(history)}: make a new one for each training"
-            )
+        if state.global_step == 0:
+            self._watch.check_start(0)
         if state.global_step == 0 or (history and history[-1].step <= state.global_step):
             return  # the caller has restored it
         path = self._file(args, state)
@@ -420,7 +420,12 @@ class ConvergenceCallback(TrainerCallback):  # type: ignore[misc]
         self._watch.monitor.load_state_dict(torch.load(path, weights_only=True))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Measure, log the verdict, and end the training if the verdict says so."""
+        """Measure, log the verdict, and end the training if the verdict says so.
+
+        An evaluate() outside a training is ignored: its model is any, such as the best.
+        """
+        if not self._trainer.is_in_train:
+            return
         verdict = self._watch.look(state.global_step, objects.get("optimizer"))
         if verdict is not None:
             self._trainer.log(self._watch.log_entries())
@@ -429,7 +434,7 @@ class ConvergenceCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Save the monitor in the folder of the checkpoint."""
         saved = self._watch.monitor.state_dict()  # of all processes
-        if state.is_world_process_zero:
+        if args.should_save:  # with save_on_each_node one process of each node
             torch.save(saved, self._file(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:

@@ -22,16 +22,18 @@ class HeldOut(NamedTuple):
     measured_with: Mapping[str, Any] | None = None  # what must not change: temperature, ...
 
     def normalised(self) -> HeldOut:
-        """Return flat float64 tensors on the CPU, without gradient."""
-        hard, soft = (
-            None if x is None else x.detach().double().cpu().flatten()
-            for x in (self.hard, self.soft)
+        """Return copies: flat float64 tensors on the CPU, without gradient, and a dict."""
+        hard, soft, tokens = (
+            None if x is None else x.detach().to("cpu", torch.float64, copy=True).flatten()
+            for x in (self.hard, self.soft, self.tokens)
         )
-        ids = None if self.ids is None else self.ids.cpu().flatten()
-        if ids is not None and not ids.is_floating_point():
-            ids = ids.long()
-        tokens = self.tokens.detach().double().cpu().flatten()
-        return HeldOut(hard, soft, tokens, ids, self.measured_with)
+        assert tokens is not None
+        ids = self.ids
+        if ids is not None:
+            dtype = ids.dtype if ids.is_floating_point() else torch.int64
+            ids = ids.detach().to("cpu", dtype, copy=True).flatten()
+        settings = None if self.measured_with is None else dict(self.measured_with)
+        return HeldOut(hard, soft, tokens, ids, settings)
 
     def fault(self, first: HeldOut | None) -> str | None:
         """Return what makes normalised sums unusable, or not those of the set of `first`."""

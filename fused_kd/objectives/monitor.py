@@ -135,21 +135,17 @@ class ConvergenceMonitor:
             step: the number of the update; None: evaluations are counted.
             lr: the learning rate. If it is lower now than at the window's start, "converged"
                 becomes "stopped moving": a curve flattens under any decaying rate.
-            ids: (sequences,), integers that identify the sequences; compared if given.
+            ids: (sequences,), integers that identify the sequences; if given, they are compared
+                with those before, and with those of the other ranks.
             measured_with: what must not change between evaluations: temperature, divergence, ...
 
         Raises:
             TypeError: The losses of an objective are missing.
             ValueError: Sums are not finite (see `check_finite`); or there are no tokens; or step,
-                the held-out set, its order or `measured_with` do not fit the evaluations before. On
-                all ranks, and the state is unchanged.
+                the held-out set, its order or `measured_with` do not fit the evaluations before; or
+                two ranks have the same sequences. On all ranks, and the state is unchanged.
         """
         step = float(len(self.history) if step is None else step)
-        for name, x in (("hard", hard), ("soft", soft)):
-            if x is None and self.deltas[name] is not None:
-                raise TypeError(
-                    f"{name} must be given, since {name}_delta is {self.deltas[name]:g}; got None"
-                )
         new = HeldOut(hard, soft, tokens, ids, measured_with).normalised()
         sums = {
             name: x
@@ -169,6 +165,7 @@ class ConvergenceMonitor:
         self._first = new._replace(hard=None, soft=None)
         self._tokens, self._sequences = total, count
         losses = {name: value / total for name, value in totals.items()}
+        lr = None if lr is None else float(lr)  # a copy: an optimizer may hold it as a tensor
         self._looks.append(Look(step, lr, losses, sums))
         self._looks = self._looks[self._begin() :]
         verdict = self._test()
@@ -181,30 +178,41 @@ class ConvergenceMonitor:
         """Return the sums of all ranks, that of the tokens too, and their number of sequences.
 
         Raises:
-            ValueError: As update(), on all ranks if on one.
+            TypeError, ValueError: As update(), on all ranks if on one.
         """
-        fault = new.fault(self._first)
-        if self.history and step <= self.history[-1].step:
-            fault = (
-                f"step must grow; got {step:g} after {self.history[-1].step:g}: a run that was "
-                "resumed needs the state_dict of the monitor at that point"
-            )
+        fault = self._fault(new, sums, step)
         own = {name: float(x.sum()) for name, x in {**sums, "tokens": new.tokens}.items()}
-        ids = new.ids if self._first is None else None
+        ids = new.ids if self._first is None else None  # later they are compared with the first
         ranks = gathered((fault, own, len(new.tokens), ids), self.group)
+        if fault is not None:
+            raise fault
         for rank, (found, *_) in enumerate(ranks):
             if found is not None:
-                raise ValueError(found if fault is not None else f"on rank {rank}: {found}")
-        twice = repeated([ids for *_, ids in ranks])
-        if twice is not None:
-            raise ValueError(
-                f"ids must differ; got {twice} twice: a sampler that fills up the ranks repeats "
-                "sequences; choose a number of sequences that the number of ranks divides"
-            )
+                raise type(found)(f"on rank {rank}: {found}")
+        if self._first is None:
+            _check_repeats([(values, count, ids) for _, values, count, ids in ranks])
         totals = {name: math.fsum(values[name] for _, values, *_ in ranks) for name in own}
         if not totals["tokens"] > 0:
             raise ValueError("tokens must not all be 0: there are no losses to test")
         return totals, sum(count for *_, count, _ in ranks)
+
+    def _fault(self, new: HeldOut, sums: dict[str, Tensor], step: float) -> Exception | None:
+        """Return the error of this rank's sums, if any."""
+        for name, delta in self.deltas.items():
+            if delta is not None and name not in sums:
+                return TypeError(
+                    f"{name} must be given, since {name}_delta is {delta:g}; got None: for an "
+                    f"objective whose weight is 0 pass {name}_delta=None"
+                )
+        if not math.isfinite(step):
+            return ValueError(f"step must be finite; got {step}")
+        if self.history and step <= self.history[-1].step:
+            return ValueError(
+                f"step must grow; got {step:g} after {self.history[-1].step:g}: a run that was "
+                "resumed needs the state_dict of the monitor at that point"
+            )
+        text = new.fault(self._first)
+        return None if text is None else ValueError(text)
 
     # ------------------------------------------------------------------------------- the window
 
@@ -370,6 +378,31 @@ class ConvergenceMonitor:
         self._first = None if own["first"] is None else HeldOut(*own["first"])
         self._tokens, self._sequences = state["tokens"], state["sequences"]
         self._tested, self._passed = state["tested"], dict(state["passed"])
+
+
+def _check_repeats(ranks: list[tuple[dict[str, float], int, Tensor | None]]) -> None:
+    """Refuse a sequence that is there twice: by ids, else a rank with the sums of another one.
+
+    Args:
+        ranks: of each its sums, the number of its sequences and their ids.
+
+    Raises:
+        ValueError: An id is there twice, or two ranks have the same sums.
+    """
+    twice = repeated([ids for *_, ids in ranks])
+    if twice is not None:
+        raise ValueError(
+            f"ids must differ; got {twice} twice: a sampler that fills up the ranks repeats "
+            "sequences; choose a number of sequences that the number of ranks divides"
+        )
+    seen = [(count, *values.values()) for values, count, ids in ranks if count and ids is None]
+    seen = [sums for sums in seen if all(math.isfinite(x) for x in sums)]  # infinity equals itself
+    if len(set(seen)) < len(seen):
+        raise ValueError(
+            "each rank must have its own sequences; got the same sums on two ranks: use a "
+            "DistributedSampler(shuffle=False, drop_last=True); if ranks share their batches, as "
+            "with tensor parallelism, a group without the others; or ids, if they do differ"
+        )
 
 
 def _losses(name: str, looks: list[Look]) -> Tensor:

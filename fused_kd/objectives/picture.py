@@ -24,8 +24,9 @@ COLOURS = {
 def draw(monitor: ConvergenceMonitor, path: str | os.PathLike[str]) -> None:
     """Draw the evaluations of a monitor: a panel for each objective, verdicts as the background.
 
-    The band is two standard errors of the change since the evaluation before, the bar at the last
-    evaluation is δ, and the dotted line is the first evaluation whose verdict ends the run.
+    The band is two standard errors of the change since the evaluation before to either side, the
+    bar at the last evaluation goes from -δ to δ about it, and the dotted line is the first
+    evaluation whose verdict ends the run.
 
     Args:
         monitor: with at least one evaluation.
@@ -33,15 +34,14 @@ def draw(monitor: ConvergenceMonitor, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: There are no evaluations.
+        ValueError: There are no evaluations; or matplotlib writes no files of this type.
     """
     if not monitor.history:
         raise ValueError("monitor must have evaluations; got none: call its update first")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install fused_kd[plot]") from error
+    check_path(path)
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     names = [name for name in NAMES if monitor.deltas[name] is not None]
     figure = Figure(figsize=(8, 3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
@@ -53,6 +53,20 @@ def draw(monitor: ConvergenceMonitor, path: str | os.PathLike[str]) -> None:
     figure.legend(patches, seen, loc="outside upper center", ncols=4)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise ImportError or ValueError, as draw(), if no picture can be written to `path`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib: pip install fused_kd[plot]") from error
+    kind, kinds = Path(path).suffix[1:].lower(), Figure().canvas.get_supported_filetypes()
+    if kind and kind not in kinds:
+        raise ValueError(
+            f"a picture's path must end with the name of a file type, one of {sorted(kinds)}; got "
+            f"{os.fspath(path)!r}"
+        )
 
 
 def _draw_objective(monitor: ConvergenceMonitor, name: str, panel: Any) -> None:

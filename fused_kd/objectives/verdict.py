@@ -67,6 +67,8 @@ class Objective(NamedTuple):
         x = self.interval
         if self.passed > 0:
             return f"within δ {self.passed} of {self.patience} times in a row"
+        if self.sequences < 2:
+            return "one sequence has no spread: at least two are needed"
         if not math.isfinite(x.half_width):
             return "the error probability of max_looks evaluations is spent"
         if x.by_sequences < x.half_width:

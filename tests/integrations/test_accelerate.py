@@ -13,21 +13,46 @@ import torch
 from needs import need
 from support.processes import failures
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 Accelerator = need("accelerate").Accelerator
 
+from accelerate.data_loader import BatchSamplerShard  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from fused_kd import KDLoss  # noqa: E402
 from fused_kd.integrations.loop import divide_gradients, global_num_items, shifted  # noqa: E402
 from fused_kd.integrations.student_teacher import StudentTeacherLoss  # noqa: E402
+from fused_kd.objectives.evaluation import _check_order  # noqa: E402
 from fused_kd.testing.memory import cpu_peak  # noqa: E402
+
+BOOLS = (False, True)
 
 
 def _models(heads: bool) -> StudentTeacherLoss:
     pair = tiny.llama(0).train(), tiny.llama(1)
     return StudentTeacherLoss(*pair, KDLoss(temperature=2.0), heads=heads)
+
+
+def test_held_out_sequences_that_accelerate_repeats_are_refused() -> None:
+    # against the indices that the ranks' samplers yield
+    cuts = [(count, size, split) for count in (1, 4, 6, 8) for size in (2, 4) for split in BOOLS]
+    refused = 0
+    for count, size, split in cuts:
+        for even in BOOLS:
+            plain = BatchSampler(SequentialSampler(range(count)), size, False)
+            cut = {"num_processes": 2, "split_batches": split, "even_batches": even}
+            shards = [BatchSamplerShard(plain, process_index=rank, **cut) for rank in range(2)]
+            if sum(len(batch) for shard in shards for batch in shard) == count:
+                _check_order(DataLoader(range(count), batch_sampler=shards[0]))
+                continue
+            refused += 1
+            with pytest.raises(ValueError, match=f"fills up {count} sequences to a multiple of"):
+                _check_order(DataLoader(range(count), batch_sampler=shards[0]))
+    assert 0 < refused < len(cuts)
+    shuffled = BatchSamplerShard(BatchSampler(RandomSampler(range(4)), 2, False), 2)
+    with pytest.raises(ValueError, match="got a DataLoader with a RandomSampler"):
+        _check_order(DataLoader(range(4), batch_sampler=shuffled))
 
 
 def _loader(rows: int) -> DataLoader[Any]:

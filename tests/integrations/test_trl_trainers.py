@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from needs import need
 from support.losses import refused
@@ -27,7 +28,10 @@ need("trl")
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 from trl.trainer import distillation_trainer  # noqa: E402
 
+from fused_kd import KDLoss  # noqa: E402
+from fused_kd.integrations.transformers import ConvergenceCallback  # noqa: E402
 from fused_kd.integrations.trl import restore, use_fused_kd  # noqa: E402
+from fused_kd.objectives import ConvergenceMonitor, HeldOut, evaluate  # noqa: E402
 
 HEADS = {"gkd": (False, True), "distillation": (True,)}
 WAYS = [(kind, heads) for kind in KINDS for heads in HEADS[kind]]
@@ -104,6 +108,29 @@ def test_only_this_trainer(
     assert restore(trainer) is trainer
     assert not added & vars(trainer).keys()
     same(trained(restore(use_fused_kd(make(), heads=heads))), trained(make()))
+
+
+@EACH
+def test_convergence(tmp_path: Path, kind: str, heads: bool) -> None:
+    # a rate of 0: the second whole window has converged; TRL's own logs are as without it
+    often = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    make = partial(trainer_of, kind, tmp_path, **often)
+    trainer, plain = use_fused_kd(make(), heads=heads), make(max_steps=4)
+    monitor, loss = ConvergenceMonitor(0.01, 0.01, window=3), KDLoss(hard_weight=0.1)
+    held_out = [tiny.padded(tiny.ragged(4))]
+
+    def measure() -> HeldOut:
+        return evaluate(loss, trainer.model, trainer.teacher_model, held_out)
+
+    callback = ConvergenceCallback(trainer, monitor, measure)
+    trainer.add_callback(callback)
+    for each in (trainer, plain):
+        torch.manual_seed(0)
+        each.train()
+    assert trainer.state.global_step == 4
+    assert tiny.logged(trainer, "convergence") == [*["undecided"] * 3, "converged"]
+    logs = [line for line in trainer.state.log_history if "convergence" not in line]
+    assert [line.keys() for line in logs] == [line.keys() for line in plain.state.log_history]
 
 
 @pytest.mark.parametrize("kind", KINDS)

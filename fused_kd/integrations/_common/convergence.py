@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ...objectives import ConvergenceMonitor, HeldOut, Verdict, draw
 from ...objectives.held_out import NAMES
+from ...objectives.picture import check_path
 
 
 class Watch:
@@ -22,6 +24,7 @@ class Watch:
 
     Raises:
         TypeError: `monitor` or `measure` has the wrong type.
+        ImportError, ValueError: The picture could not be drawn, see objectives.draw.
     """
 
     def __init__(
@@ -37,9 +40,35 @@ class Watch:
                 f"measure must be a function without arguments; got {type(measure).__name__}: pass "
                 "lambda: evaluate(loss, student, teacher, loader)"
             )
+        if picture is not None:
+            check_path(picture)  # now, not at the end of the training
         self.monitor, self.measure, self.picture = monitor, measure, picture
         self.verdict: Verdict | None = None  # the last
         self._step = -1.0  # of that
+
+    def join_processes(self) -> None:
+        """Make all processes the ranks of a monitor without a group, if there are several.
+
+        It may be older than the process group; and with a verdict for each process some of them
+        would stop, and the others wait for them.
+        """
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and self.monitor.group is None:
+            self.monitor.group = dist.group.WORLD
+
+    def check_start(self, step: int) -> None:
+        """Refuse a monitor that has evaluations of a training other than that from `step` on.
+
+        Raises:
+            ValueError: It has them, of another training.
+        """
+        history = self.monitor.history
+        if history and (step == 0 or history[-1].step > step):
+            raise ValueError(
+                "monitor must have no evaluations of another training; got one with "
+                f"{len(history)}, the last at step {history[-1].step:g}, in a training that starts "
+                f"at step {step}: make a new one for each training"
+            )
 
     def look(self, step: int, optimizer: torch.optim.Optimizer | None) -> Verdict | None:
         """Evaluate and return the verdict; None if this step has one already."""

@@ -136,6 +136,20 @@ def headless(model: nn.Module) -> Iterator[None]:
         undo()
 
 
+@contextmanager
+def not_bypassed(model: nn.Module) -> Iterator[None]:
+    """Undo :func:`bypass_head` for a while, if it changed the model's lm_head."""
+    if not is_bypassed(model):
+        yield
+        return
+    head = output_of(model)
+    undo = _set_forward(head, vars(head)["forward"].args[1])  # of _pass_or_forward
+    try:
+        yield
+    finally:
+        undo()
+
+
 def side_of(model: nn.Module, hidden: Tensor, scale: float) -> Head:
     """Return the Head of a model that returned ``f(hidden)`` instead of its logits.
 
