@@ -259,7 +259,7 @@ def test_slices_of_another_size(setting: str, monkeypatch: pytest.MonkeyPatch) -
         cut._slice_bytes.cache_clear()
 
 
-#: Pointers to what is float32 or an integer already, and those of `_tile`, whose tensors are
+#: Pointers to what is float32 or an integer already, and those of `load_tile`, whose tensors are
 #: widened when they are used.
 PLAIN = {"row.label", "w_ptr", "scale_ptr", "row.stats", "ptr", "all_parts", "s_from", "t_from"}
 PLAIN |= {f"row.classes.{name}" for name in ("token_ids", "inside", "logits")} | {"marks"}
