@@ -103,6 +103,7 @@ def _store_sums(ptr, sums):
 
 @triton.jit
 def load_sums(ptr):
+    """Return the sums of a part or a row, or of each of several at a tensor of pointers."""
     sums = ()
     for i in tl.static_range(SUMS):
         sums = sums + (tl.load(ptr + i, cache_modifier=".cg"),)  # from L2: another program wrote it

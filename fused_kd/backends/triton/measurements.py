@@ -18,8 +18,8 @@ from fused_kd.divergences import CODES
 from fused_kd.measures import Support
 
 from . import launch
-from .configuration import configuration
-from .device import load_moments
+from .configuration import MOST_REGISTERS, configuration
+from .device import capability, kind, load_moments
 
 
 def _numbers(temperature: Tensor) -> tuple[Any, ...]:
@@ -30,20 +30,22 @@ def _numbers(temperature: Tensor) -> tuple[Any, ...]:
 def _cut(student: Tensor, teacher: Tensor | None) -> dict[str, Any]:
     """Return how a program reads a row, as the kernels' constants and the compiler's options."""
     dtype = None if teacher is None else teacher.dtype
-    chosen = configuration(student.shape[2], student.dtype, dtype, launch.kind(student.device))
+    gpu = kind(student.device)
+    chosen = configuration(student.shape[2], student.dtype, dtype, gpu)
     if not launch._aligned([x for x in (student, teacher) if x is not None]):
         chosen = replace(chosen, vector=1, unroll=chosen.vector * chosen.unroll)
     return {
         "LANES": chosen.lanes,
         "VECTOR": chosen.vector,
         "UNROLL": chosen.unroll,
-        "CUDA": launch.capability(student.device),
+        "CUDA": capability(student.device),
         "num_warps": chosen.warps,
         **launch._EXACT,
+        **({} if gpu.registers is None else {"maxnreg": MOST_REGISTERS}),
     }
 
 
-def _measure(
+def measure(
     student: Tensor,  # (B, S, V)
     teacher: Tensor,  # (B, S, V)
     labels: Tensor | None,  # (N,)
@@ -69,7 +71,7 @@ def _measure(
     return columns, largest
 
 
-def _measure_support(
+def measure_support(
     student: Tensor,  # (B, S, V)
     token_ids: Tensor,  # (N, K)
     labels: Tensor | None,  # (N,)
@@ -106,5 +108,4 @@ def _exponent(temperature: float) -> float:
     return math.log2(math.e) / temperature
 
 
-_IMPLEMENTATIONS = {"measure": _measure, "measure_support": _measure_support}
-launch.register(_IMPLEMENTATIONS)
+launch.register({"measure": measure, "measure_support": measure_support})
