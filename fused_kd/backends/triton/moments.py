@@ -203,7 +203,7 @@ def _store(ptr, columns):
 def _whole_row(V, layout):
     """Return the slice of a row that is the row."""
     entries = tl.arange(0, layout.LANES)[:, None] * layout.VECTOR
-    return Part(0, 0, V, entries + tl.arange(0, layout.VECTOR)[None, :], None, None)
+    return Part(0, 0, V, entries + tl.arange(0, layout.VECTOR)[None, :], 0, 0)
 
 
 @triton.jit
