@@ -162,9 +162,9 @@ COUNTED = [
     ("forward_kl, label smoothing", Variant(smoothing=True), "2"),
     ("forward_kl, forward only", Variant("forward"), "2"),
     *((f"{name}, top-k", Variant(divergence=name, k=64), "2") for name in ("forward_kl", "jsd")),
-    ("kd_metrics, besides the forward", Variant("measure"), "2"),
-    ("kd_metrics, besides the forward", Variant("measure"), "1.5"),
-    ("kd_metrics, top-k, besides the forwards", Variant("measure", k=64), "2"),
+    ("kd_metrics, without the forward", Variant("measure"), "2"),
+    ("kd_metrics, without the forward", Variant("measure"), "1.5"),
+    ("kd_metrics, top-k, without the forwards", Variant("measure", k=64), "2"),
     ("forward_kl, float32", Variant(student=torch.float32, teacher=torch.float32), "2"),
 ]
 

@@ -74,6 +74,6 @@ def test_the_goal_of_a_top_k_teacher(tmp_path: Path) -> None:
 
 
 def test_the_goal_of_measuring(tmp_path: Path) -> None:
-    # besides the forward: two reads of the bytes, of which three give time for 46.7
+    # without the forward: two reads of the bytes, of which three give time for 46.7
     total, *_ = executed(Variant("measure"), tmp_path)
     assert 31 / 2 < total <= 31

@@ -5,7 +5,7 @@ relative to the forward's references. :mod:`.rules` explains the symbols; beside
 the teacher, f = Q^T are the exponentials at temperature 1.
 
 The label is left out of the sums over a row, and added afterwards to those that contain it: nothing
-is subtracted, so what is left beside the label is exact however little it is.
+is subtracted, so the other probabilities of a confident row keep their accuracy.
 """
 
 # mypy: ignore-errors
@@ -221,11 +221,11 @@ def _measure_row(s, t, y, losses, sums, columns, largest_at, V, k, power, terms,
     _, first = _first_largest(t, best_t, part, layout)
     tl.store(largest_at + 1, first)
     others = _folded(lanes)
-    all, at_label = others, 0.0
+    whole, at_label = others, 0.0
     if terms.HAS_HARD:
         s_y = tl.load(s + y, y >= 0, -INF).to(tl.float32)
         t_y = tl.load(t + y, y >= 0, -INF).to(tl.float32)
-        all = _add(others, s_y, t_y, at)
+        whole = _add(others, s_y, t_y, at)
         P, Q = tl.exp2(tl.fma(s_y, k, -sums.M_s)), tl.exp2(tl.fma(t_y, k, -sums.M_t))
         at_label = tl.where(y >= 0, tl.div_rn(_difference(P, Q, at.refs), sums.d_s), 0.0)
     no_s = unusable(sums.M_s) | (sums.d_s != sums.d_s)
@@ -235,15 +235,15 @@ def _measure_row(s, t, y, losses, sums, columns, largest_at, V, k, power, terms,
         (
             losses[0],
             losses[1],
-            tl.div_rn(others.d_1, all.d_1),
-            tl.div_rn(others.squares, all.d_1 * all.d_1),
+            tl.div_rn(others.d_1, whole.d_1),
+            tl.div_rn(others.squares, whole.d_1 * whole.d_1),
             tl.div_rn(others.differences, sums.d_s * sums.d_s),
-            tl.div_rn(others.products, all.d_1 * sums.d_s),
+            tl.div_rn(others.products, whole.d_1 * sums.d_s),
             at_label,
-            _entropy(all.d_1, all.s_1, power, no_s),
-            _entropy(all.f_1, all.t_1, power, no_t),
-            _entropy(sums.d_s, all.s, 1.0, no_s),
-            _entropy(sums.d_t, all.t, 1.0, no_t),
+            _entropy(whole.d_1, whole.s_1, power, no_s),
+            _entropy(whole.f_1, whole.t_1, power, no_t),
+            _entropy(sums.d_s, whole.s, 1.0, no_s),
+            _entropy(sums.d_t, whole.t, 1.0, no_t),
         ),
     )
 
