@@ -45,16 +45,20 @@ _SLOW = ("CALL", "I2F")
 def executed(variant: Variant, folder: Path, two: bool = True) -> tuple[float, float, int]:
     """Return what `count` does, and the registers, for a call that is one launch on sm_90.
 
+    Of one that measures, these are those of its last launch, which follows that of the losses.
     two: T = 2; otherwise T is neither 1 nor 2. The cubin is left in the folder.
     """
-    (kernel,) = compile_variant(variant, 90, folder)
+    *before, kernel = compile_variant(variant, 90, folder)
     (code,) = disassemble(folder / "kernel.cubin").values()
     rule = load_kernels().rule_of(DIVERGENCES.index(variant.divergence or "forward_kl"))
-    is_dense = variant.k is None
+    is_dense, measures = variant.k is None, variant.operator == "measure"
+    assert measures or not before
     passes = 1 + (is_dense and bool(rule.two_passes)) + (variant.operator != "forward")
     teacher = variant.teacher if is_dense else None
     chosen = configuration(variant.vocabulary, variant.student, teacher)
-    load = r"LDG" if is_dense else r"LDG\..*128"
+    load = r"LDG" if is_dense and not measures else r"LDG\..*128"
+    if measures:
+        passes, chosen = 1, replace(chosen, parts=1)
     return *count(code, variant.vocabulary, chosen, passes, two, load), kernel.registers
 
 
@@ -158,6 +162,9 @@ COUNTED = [
     ("forward_kl, label smoothing", Variant(smoothing=True), "2"),
     ("forward_kl, forward only", Variant("forward"), "2"),
     *((f"{name}, top-k", Variant(divergence=name, k=64), "2") for name in ("forward_kl", "jsd")),
+    ("kd_metrics, without the forward", Variant("measure"), "2"),
+    ("kd_metrics, without the forward", Variant("measure"), "1.5"),
+    ("kd_metrics, top-k, without the forwards", Variant("measure", k=64), "2"),
     ("forward_kl, float32", Variant(student=torch.float32, teacher=torch.float32), "2"),
 ]
 

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fused_kd.backends import triton as backend
-from fused_kd.backends.triton import launch
+from fused_kd.backends.triton import launch, measurements
 from fused_kd.backends.triton.configuration import AMD, BLACKWELL, NVIDIA, may_wait
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.ops import STATS
@@ -36,7 +36,7 @@ ROWS = 17
 class Variant:
     """A call of an operator on given dtypes and sizes."""
 
-    operator: str = "forward_backward_into"  # or forward, backward_, rescale_
+    operator: str = "forward_backward_into"  # or forward, backward_, rescale_, measure
     divergence: str | None = "forward_kl"  # None: the hard term alone
     hard: bool = True  # with the hard term
     smoothing: bool = False  # of labels
@@ -53,11 +53,19 @@ class Variant:
             torch.empty(1, ROWS, self.vocabulary + pad, dtype=dtype)[..., pad:]
             for dtype in (self.student, self.teacher, self.student)
         )
+        labels, weights = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
+        if self.operator == "measure":
+            of_rows = labels, weights, torch.tensor(2.0)
+            if self.k is None:
+                measurements.measure(student, teacher, *of_rows)
+            else:
+                token_ids = torch.empty(ROWS, self.k, dtype=torch.int32)
+                measurements.measure_support(student, token_ids, *of_rows)
+            return
         token_ids = None
         if self.k is not None:
             teacher = torch.empty(1, ROWS, self.k + 1)
             token_ids = torch.empty(ROWS, self.k, dtype=torch.int32)
-        labels, weights = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
         hard = (labels, weights) if self.hard else (None, None)
         rows = (student, teacher, token_ids, *hard, weights if self.divergence else None)
         code = DIVERGENCES.index(self.divergence or "forward_kl")
@@ -108,6 +116,10 @@ def compiling(target: int | str) -> Iterator[list[Any]]:
         get_current_device=lambda: f"{target}",  # the key of Triton's compiled kernels
         get_current_stream=lambda device: 0,
     )
+    properties: dict[str, Any] = {
+        "kind": lambda device: AMD if is_amd else BLACKWELL if target == 100 else NVIDIA,
+        "capability": lambda device: 0 if is_amd else target,
+    }
     run, kernels = JITFunction.run, []
 
     def compile_only(self: Any, *arguments: Any, warmup: bool, **keywords: Any) -> None:
@@ -120,11 +132,11 @@ def compiling(target: int | str) -> Iterator[list[Any]]:
         mock.patch.multiple(
             launch,
             why_not=lambda device: None,
-            kind=lambda device: AMD if is_amd else BLACKWELL if target == 100 else NVIDIA,
             can_wait=lambda device, parts: not is_amd and may_wait(),
-            capability=lambda device: 0 if is_amd else target,
             multiprocessors=lambda device: 132,
+            **properties,
         ),
+        mock.patch.multiple(measurements, **properties),
     ):
         yield kernels
 

@@ -32,7 +32,7 @@ def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
     """Return the kernels of a call; assert that none spills, lacks vector loads or has float64."""
     kernels = compile_variant(variant, target, folder)
     assert kernels
-    for kernel in kernels:
+    for i, kernel in enumerate(kernels):
         assert kernel.spills == 0
         assert kernel.shared <= (SHARED_LIMIT if variant.aligned else SHARED_LIMIT_UNALIGNED)
         code = kernel.code["amdgcn" if isinstance(target, str) else "ptx"]
@@ -43,7 +43,9 @@ def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
         )
         # where programs do not wait, the last launch of a forward reads sums and no row; AMD's
         # compiler joins the loads of a row's sums, which are neighbours, if there are four
-        reads_rows = kernel is kernels[0] or variant.operator != "forward"
+        reads_rows = i == 0 or variant.operator not in ("forward", "measure")
+        if variant.operator == "measure":  # after a forward, or two of a top-k teacher's
+            reads_rows = i in (0, len(kernels) - 1)
         if reads_rows and (variant.aligned or not isinstance(target, str)):
             assert bool(re.search(vector_load, code)) == variant.aligned
         assert not re.search(r"^\s*(?!\.param|ld\.param)\S*f64", code, re.MULTILINE)
@@ -64,6 +66,10 @@ def _kernels(variant: Variant, target: int | str, folder: Path) -> list[Kernel]:
         ("gfx942", Variant(divergence="reverse_kl"), 2),
         (90, Variant(k=64), 1),
         ("gfx942", Variant(divergence="jsd", k=64), 2),
+        (90, Variant("measure"), 2),
+        (100, Variant("measure", student=F32, teacher=F32), 2),
+        ("gfx942", Variant("measure"), 3),
+        (80, Variant("measure", k=64), 3),
     ],
     ids=str,
 )
@@ -213,6 +219,20 @@ def test_every_kernel_of_a_top_k_teacher(
     _kernels(replace(first, vocabulary=50257, aligned=False), target, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_that_measures(
+    target: int | str, dtypes: tuple[torch.dtype, torch.dtype], tmp_path: Path
+) -> None:
+    first = Variant("measure", student=dtypes[0], teacher=dtypes[1])
+    for variant in (
+        *(first, replace(first, k=64)),
+        *(replace(first, vocabulary=v, aligned=False) for v in (50257, 128256)),
+    ):
+        _kernels(variant, target, tmp_path)
+
+
 # nothing is known of addresses: V = 50257, or a view that begins anywhere
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -259,21 +279,23 @@ def test_slices_of_another_size(setting: str, monkeypatch: pytest.MonkeyPatch) -
         cut._slice_bytes.cache_clear()
 
 
-#: Pointers to what is float32 or an integer already, and those of `_tile`, whose tensors are
+#: Pointers to what is float32 or an integer already, and those of `load_tile`, whose tensors are
 #: widened when they are used.
 PLAIN = {"row.label", "w_ptr", "scale_ptr", "row.stats", "ptr", "all_parts", "s_from", "t_from"}
 PLAIN |= {f"row.classes.{name}" for name in ("token_ids", "inside", "logits")} | {"marks"}
+PLAIN |= {f"{name}_ptr" for name in ("labels", "weight", "hard", "soft")}
 
 
 def test_logits_are_float32_before_they_are_used() -> None:
     # Else bfloat16 is added as integers by the interpreter, and in 8 bits by a GPU
     folder = Path(cut.__file__).parent
-    source, of_classes = (
-        (folder / name).read_text(encoding="utf-8") for name in ("kernels.py", "classes.py")
-    )
-    uses = re.findall(r"(.{8})tile\.[st]\[", source + of_classes)
-    assert uses == ["widened("] * 7
-    nodes = [node for text in (source, of_classes) for node in ast.walk(ast.parse(text))]
+    sources = [
+        (folder / name).read_text(encoding="utf-8")
+        for name in ("kernels.py", "classes.py", "moments.py")
+    ]
+    uses = re.findall(r"(.{8})tile\.[st]\[", "".join(sources))
+    assert uses == ["widened("] * 9
+    nodes = [node for text in sources for node in ast.walk(ast.parse(text))]
     calls = [x for x in nodes if isinstance(x, ast.Call)]
     casts = [x for x in calls if ast.unparse(x).endswith(".to(tl.float32)")]
     cast = {id(x.func.value) for x in casts if isinstance(x.func, ast.Attribute)}

@@ -17,14 +17,21 @@ pytestmark = pytest.mark.skipif(
 
 
 def _run(marker: str, *files: str) -> None:
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
+    # all in the folder, and of the other tests those whose backend is triton
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, "-k", "triton"]
     files = tuple(f"tests/triton_interpreted/{name}" for name in files)
     passes(run_python(*command, *files, TRITON_INTERPRET="1"))
 
 
-# three processes, for as many workers
+# processes for as many workers
 @pytest.mark.parametrize(
-    "files", ["test_edges.py", "test_parity.py test_references.py", "test_classes.py"]
+    "files",
+    [
+        "test_edges.py",
+        "test_parity.py test_references.py",
+        "test_classes.py",
+        "test_moments.py ../test_metrics.py",
+    ],
 )
 def test_interpreted_kernels(files: str) -> None:
     _run("not slow", *files.split())

@@ -5,16 +5,17 @@ Triton's interpreter, slowly: for tests and debugging.
 
 A backend like any other of :mod:`fused_kd.backends`; importing it needs no triton.
 
-* :mod:`.launch` implements the operators, :mod:`.device` lists the devices that can run them,
-  :mod:`.configuration` decides how a row is cut.
-* Imported together with triton: :mod:`.kernels`, which load and store; :mod:`.formulas`, which all
-  divergences share; :mod:`.rules`, one class for each divergence.
+* :mod:`.launch` and :mod:`.measurements` implement the operators, :mod:`.device` lists the devices
+  that can run them, :mod:`.configuration` decides how a row is cut.
+* Imported together with triton: :mod:`.kernels` and :mod:`.moments`, which load and store;
+  :mod:`.formulas`, which all divergences share; :mod:`.rules`, one class for each divergence.
 """
 
 from __future__ import annotations
 
 from ..registered import registered
-from . import launch as launch  # registers the operators' implementations
+from . import launch as launch  # registers the operators' implementations, as the next
+from . import measurements as measurements
 from .device import why_not as why_not
 
 functions = registered(prefix="triton_")

@@ -51,6 +51,7 @@ def _why_not(device_type: str | None, interpreted: bool) -> str | None:
         return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
     try:
         loaded = load_kernels()
+        load_moments()
     except Exception as error:  # any: a later version may raise another
         return f"its kernels cannot be imported: {error}"
     if interpreted == isinstance(loaded._kd_rows_kernel, triton.JITFunction):
@@ -73,6 +74,14 @@ def load_kernels() -> ModuleType:
     from . import kernels
 
     return kernels
+
+
+@cache
+def load_moments() -> ModuleType:
+    """Return the module of the measuring kernels; import it, and triton. Raises as load_kernels."""
+    from . import moments
+
+    return moments
 
 
 @cache

@@ -102,7 +102,8 @@ def _store_sums(ptr, sums):
 
 
 @triton.jit
-def _load_sums(ptr):
+def load_sums(ptr):
+    """Return the sums of a part or a row, or of each of several at a tensor of pointers."""
     sums = ()
     for i in tl.static_range(SUMS):
         sums = sums + (tl.load(ptr + i, cache_modifier=".cg"),)  # from L2: another program wrote it
@@ -124,7 +125,7 @@ def _wait(counter_ptr, expected):
 
 
 @triton.jit
-def _tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.constexpr):
+def load_tile(s_at, t_at, o, part, terms, layout, WHOLE: tl.constexpr, POLICY: tl.constexpr):
     """Load a tile of both sides from entry o on; the student twice if no term reads the teacher.
 
     WHOLE: the slice contains the whole tile; else one sub-block is loaded, with -inf beyond the end
@@ -167,7 +168,7 @@ def _add(sums, tile, refs, numbers, terms, layout, UNROLL: tl.constexpr):
 
 
 @triton.jit
-def _whole_tiles(length, TILE: tl.constexpr):
+def whole_tiles(length, TILE: tl.constexpr):
     """Return `length` rounded down to a multiple of TILE, a power of two; 0 if it is negative."""
     return (tl.maximum(length, 0).to(tl.uint32) // TILE * TILE).to(tl.int32)
 
@@ -178,14 +179,14 @@ def _statistics_pass(sums, row, part, refs, numbers, terms, layout, POLICY: tl.c
     BLOCK: tl.constexpr = layout.LANES * layout.VECTOR
     TILE: tl.constexpr = layout.UNROLL * BLOCK
     s_at, t_at = row.s + part.entries, row.t + part.entries
-    whole = part.begin + _whole_tiles(part.end - part.begin, TILE)
+    whole = part.begin + whole_tiles(part.end - part.begin, TILE)
     for o in range(part.begin, whole, TILE):
-        tile = _tile(s_at, t_at, o, part, terms, layout, True, POLICY)
+        tile = load_tile(s_at, t_at, o, part, terms, layout, True, POLICY)
         if row.classes is not None:
             tile = outside_support(tile, o, row, part, True, layout)
         sums = _add(sums, tile, refs, numbers, terms, layout, layout.UNROLL)
     for o in range(whole, part.end, BLOCK):
-        tile = _tile(s_at, t_at, o, part, terms, layout, False, POLICY)
+        tile = load_tile(s_at, t_at, o, part, terms, layout, False, POLICY)
         if row.classes is not None:
             tile = outside_support(tile, o, row, part, False, layout)
         sums = _add(sums, tile, refs, numbers, terms, layout, 1)
@@ -199,16 +200,16 @@ def _gradient_pass(row, part, constants, on_soft, numbers, terms, layout):
     TILE: tl.constexpr = layout.UNROLL * BLOCK
     s_at, t_at, g_at = row.s + part.entries, row.t + part.entries, row.g + part.entries
     refs, soft, hard = constants
-    whole = part.begin + _whole_tiles(part.end - part.begin, TILE)
+    whole = part.begin + whole_tiles(part.end - part.begin, TILE)
     for o in range(whole, part.end, BLOCK):
-        tile = _tile(s_at, t_at, o, part, terms, layout, False, "evict_first")
+        tile = load_tile(s_at, t_at, o, part, terms, layout, False, "evict_first")
         s, t = widened(tile.s[0], layout), widened(tile.t[0], layout)
         g = gradient(s, t, refs, soft, hard, on_soft, numbers, terms)
         inside = o + part.entries < part.end
         tl.store(g_at + o, rounded(g, row.g), inside, eviction_policy="evict_first")
     for forwards in range(part.begin, whole, TILE):
         o = part.begin + whole - TILE - forwards
-        tile = _tile(s_at, t_at, o, part, terms, layout, True, "evict_first")
+        tile = load_tile(s_at, t_at, o, part, terms, layout, True, "evict_first")
         for u in tl.static_range(layout.UNROLL):
             s, t = widened(tile.s[u], layout), widened(tile.t[u], layout)
             g = gradient(s, t, refs, soft, hard, on_soft, numbers, terms)
@@ -245,7 +246,7 @@ def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
     x, y = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if launch.STEP == BACKWARD:
         again = Again(tl.load(row.stats + SUMS), tl.load(row.stats + SUMS + 1))
-        return _load_sums(row.stats), again
+        return load_sums(row.stats), again
     TWO_PASSES: tl.constexpr = terms.rule.two_passes
     GRADIENT: tl.constexpr = row.g is not None
     # what is read again soon stays in L2 longer than what is read for the last time; a policy for
@@ -272,7 +273,7 @@ def _row_sums(row, part, V, on_soft, numbers, terms, launch, layout):
         if goes_on | TWO_PASSES:
             if launch.WAIT:
                 _wait(part.arrived, launch.PARTS)
-            sums = fold(_load_sums(all_parts), numbers.power, terms)
+            sums = fold(load_sums(all_parts), numbers.power, terms)
     if TWO_PASSES and launch.STEP != FIRST:
         if launch.STEP == ALL or launch.STEP == SECOND:
             refs = references(sums, on_soft, terms)
@@ -413,7 +414,7 @@ def _gradient_of_classes(row, part, V, solution, weights, numbers, terms, layout
 
 
 @triton.jit
-def _row_offset(row, S, stride_b, stride_s):
+def row_offset(row, S, stride_b, stride_s):
     """Return the 64-bit offset of row (row // S, row % S), in entries."""
     offset = row.to(tl.int64) * stride_s
     if row >= S:
@@ -445,13 +446,13 @@ def _row_part(index, scale, pointers, shape, numbers, terms, launch, layout):
     entries = entries + tl.arange(0, layout.VECTOR)[None, :]
     w_hard = _weight(pointers.w_hard, n, scale, terms.HAS_HARD)
     w_soft = _weight(pointers.w_soft, n, scale, terms.rule.soft)
-    s = pointers.s + _row_offset(n, shape.S, shape.s_stride_b, shape.s_stride_s)
-    t = pointers.t + _row_offset(n, shape.S, shape.t_stride_b, shape.t_stride_s)
+    s = pointers.s + row_offset(n, shape.S, shape.s_stride_b, shape.s_stride_s)
+    t = pointers.t + row_offset(n, shape.S, shape.t_stride_b, shape.t_stride_s)
     if terms.STANDS_IN:
         t = tl.where(w_soft != 0.0, t, s)
     g = None
     if pointers.g is not None:
-        g = pointers.g + _row_offset(n, shape.S, shape.g_stride_b, shape.g_stride_s)
+        g = pointers.g + row_offset(n, shape.S, shape.g_stride_b, shape.g_stride_s)
     stats = pointers.stats + n.to(tl.int64) * STATS
     partials = stats
     if pointers.partial is not None:
@@ -574,7 +575,7 @@ def _kd_scale_kernel(
     if (scale != 1.0) & (ANY | is_power_of_two(scale)):
         blocks = tl.cdiv(V, BLOCK)
         for index in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
-            g_row = g_ptr + _row_offset(index // blocks, S, stride_b, stride_s)
+            g_row = g_ptr + row_offset(index // blocks, S, stride_b, stride_s)
             i = index % blocks * BLOCK + tl.arange(0, BLOCK)
             g = tl.load(g_row + i, i < V, 0.0).to(tl.float32)
             # an ignored row stays 0 if the scale is infinite

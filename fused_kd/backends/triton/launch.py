@@ -307,19 +307,26 @@ def _check(call: _Call, gradient: Tensor | None, stats: Tensor) -> None:
         ("w_hard", call.w_hard, torch.float32),
         ("w_soft", call.w_soft, torch.float32),
     ):
-        if vector is not None and (vector.dtype != dtype or vector.numel() != n):
-            raise RuntimeError(
-                f"{name} must be {dtype}, one for each row ({n}); got {vector.dtype} "
-                f"{tuple(vector.shape)}"
-            )
-        if vector is not None and vector.device != student.device:
-            raise RuntimeError(
-                f"{name} must be on the logits' device, {student.device}; got {vector.device}"
-            )
+        if vector is not None:
+            _check_vector(name, vector, dtype, student)
     if stats.shape != (n, ops.STATS) or stats.dtype != torch.float32 or not stats.is_contiguous():
         raise RuntimeError(
             f"stats must be contiguous float32 ({n}, {ops.STATS}); got {stats.dtype} "
             f"{tuple(stats.shape)} with strides {stats.stride()}"
+        )
+
+
+def _check_vector(name: str, vector: Tensor, dtype: torch.dtype, student: Tensor) -> None:
+    """Check a vector of one number for each row of the student. Raises as _check."""
+    n = math.prod(student.shape[:2])
+    if vector.dtype != dtype or vector.numel() != n:
+        raise RuntimeError(
+            f"{name} must be {dtype}, one for each row ({n}); got {vector.dtype} "
+            f"{tuple(vector.shape)}"
+        )
+    if vector.device != student.device:
+        raise RuntimeError(
+            f"{name} must be on the logits' device, {student.device}; got {vector.device}"
         )
 
 
@@ -492,5 +499,12 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "rescale_": _rescale_,
     "scale_": _scale_,
 }
-for _name, _implementation in _IMPLEMENTATIONS.items():
-    torch.library.impl(f"fused_kd::triton_{_name}", ("cpu", "cuda", "xpu"))(_implementation)
+
+
+def register(implementations: dict[str, Callable[..., Any]]) -> None:
+    """Register implementations of operators, by their names without ``triton_``."""
+    for name, implementation in implementations.items():
+        torch.library.impl(f"fused_kd::triton_{name}", ("cpu", "cuda", "xpu"))(implementation)
+
+
+register(_IMPLEMENTATIONS)
