@@ -188,8 +188,8 @@ def test_large_logits_cost_no_accuracy(cuda: EmulatedCUDA, temperature: float) -
     check(cuda, rows._replace(student=s + 1e4, teacher=t - 1e4))
 
 
-# every group is above the one before, so that all references rise; 10: exponentials at temperature 1
-# relative to those of the losses would overflow
+# Every group is above the one before, so that all references rise. 10: exponentials at temperature
+# 1 would overflow if their references were those of the losses.
 @pytest.mark.parametrize("slope", [0.05, 0.4, -0.4])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
 def test_references_that_rise(cuda: EmulatedCUDA, temperature: float, slope: float) -> None:
