@@ -235,6 +235,9 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
   }
 }
 
+// The same for ten sums, whose folding costs more; the label, often the largest term, is not in them.
+constexpr int LONG_CHUNK = 512;
+
 template <Load L, Hard H>
 void measure(const Block& block, float ratio_, BlockMeasures* out) {
   using E = typename Element<L>::type;
@@ -246,8 +249,8 @@ void measure(const Block& block, float ratio_, BlockMeasures* out) {
   Floats max_s = splat(LOWEST), max_t = max_s;
   enum { SUM_E, EE, D, DD, ED, G, PA, EA, QB, GB, COUNT };
   Floats all[COUNT] = {};
-  for (int begin = 0; begin < block.size; begin += CHUNK) {
-    const int end = begin + CHUNK < block.size ? begin + CHUNK : block.size;
+  for (int begin = 0; begin < block.size; begin += LONG_CHUNK) {
+    const int end = begin + LONG_CHUNK < block.size ? begin + LONG_CHUNK : block.size;
     Floats sums[COUNT] = {};
     for (int i = begin; i < end; i += PAIR) {
       Floats sv[2], tv[2];

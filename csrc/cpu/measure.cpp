@@ -1,4 +1,4 @@
-// A row is measured after its first pass, whose sums are those of the losses, by one more pass. The
+// A row is measured by the first pass of the losses, without the hard term, and by one more pass. The
 // label's entry is left out of that pass: what concerns it follows from the sums of the others, so
 // that a probability near 1 costs no digits.
 #include "measure.h"
@@ -21,26 +21,31 @@ struct Largest {
     if (other.value > value || (other.value == value && other.at < at)) *this = other;
   }
 
-  // Adds a block's entries, of which `most` is the largest, or a number below it if all are -inf.
-  void add_block(Load load, const void* entries, int size, float most, int64_t begin) {
+  // Adds a block's entries; `most`: the largest of them, or a number below it if all are -inf.
+  void add_block(const Kernels& table, const Prepared& block, const void* entries, float most,
+                 int64_t begin) {
     if (!(most > value)) return;
-    for (int i = 0; i < size; ++i) {
-      if (read(static_cast<const char*>(entries), load, i) == most) {
-        *this = {most, begin + i};
-        return;
-      }
+    const char* at = static_cast<const char*>(entries);
+    const int bytes = block.load == Load::bf16 ? 2 : 4;
+    for (int i = 0; i < block.size; i += FEW) {  // a copy is padded to FEW
+      if (table.largest(block.load, at + i * bytes, FEW) != most) continue;
+      while (read(at + i * bytes, block.load) != most) ++i;
+      *this = {most, begin + i};
+      return;
     }
   }
 
  private:
-  static float read(const char* entries, Load load, int i) {
+  static constexpr int FEW = MAX_PAIR;
+
+  static float read(const char* entry, Load load) {
     uint32_t bits;
     if (load == Load::bf16) {
       uint16_t half;
-      std::memcpy(&half, entries + i * sizeof half, sizeof half);
+      std::memcpy(&half, entry, sizeof half);
       bits = uint32_t(half) << 16;
     } else {
-      std::memcpy(&bits, entries + i * sizeof bits, sizeof bits);
+      std::memcpy(&bits, entry, sizeof bits);
     }
     float x;
     std::memcpy(&x, &bits, sizeof x);
@@ -80,7 +85,7 @@ RowMeasures measure_segment(const Row& row, const State& state, int64_t segment,
   RowMeasures measures;
   for_blocks(row, segment, [&](int64_t begin, int64_t end) {
     Prepared block = prepare_again(row, state, begin, end, scratch);
-    if (begin <= label && label < end) {
+    if (begin <= label && label < begin + block.size) {
       if (!block.copied) copy_block(row, begin, scratch, block);
       block.load = Load::f32_any;
       scratch.s[label - begin] = scratch.t[label - begin] = LOWEST;
@@ -89,8 +94,8 @@ RowMeasures measure_segment(const Row& row, const State& state, int64_t segment,
     row.table.measure(block.load, exponential_at_1(p),
                       kernel_block(row, block, state.r.m_s, state.r.m_t), ratio, &sums);
     measures.add(sums);
-    measures.s.add_block(block.load, block.s, block.size, sums.max_s, begin);
-    measures.t.add_block(block.load, block.t, block.size, sums.max_t, begin);
+    measures.s.add_block(row.table, block, block.s, sums.max_s, begin);
+    measures.t.add_block(row.table, block, block.t, sums.max_t, begin);
   });
   return measures;
 }
@@ -103,9 +108,9 @@ struct Softened {
 };
 
 // Writes a row's columns.
-void write(const Row& row, const State& state, RowMeasures& m, float* sums, int64_t* largest) {
+void write(const Row& row, State& state, RowMeasures& m, float* sums, int64_t* largest) {
   const Problem& p = row.problem;
-  const RowSums<double>& r = state.r;
+  RowSums<double>& r = state.r;
   const double T = p.temperature;
   double a = -INF, b = -INF;  // the label's logits, relative to their references
   if (row.label_in_range()) {
@@ -119,6 +124,7 @@ void write(const Row& row, const State& state, RowMeasures& m, float* sums, int6
   const auto product = [](double weight, double x) { return weight == 0 ? 0.0 : weight * x; };
   const double P = exp(a / T), Q = exp(b / T), E = exp(a), G = exp(b);
   const Softened p_{r.d_s, m.Pa + product(P, a)}, q{r.d_t, m.Qb + product(Q, b)};
+  r.d_1 = m.E + E;
   const Softened pi = T == 1 ? p_ : Softened{r.d_1, m.Ea + product(E, a)};
   const Softened tau = T == 1 ? q : Softened{m.G + G, m.Gb + product(G, b)};
   const bool bad_s = state.flags & BAD_S, bad_t = state.flags & BAD_T;
@@ -145,8 +151,8 @@ Largest largest_of_segment(const Row& row, int64_t segment, Scratch& scratch) {
   Largest largest;
   for_blocks(row, segment, [&](int64_t begin, int64_t end) {
     const Prepared block = view(row, begin, end, scratch);
-    largest.add_block(block.load, block.s, block.size,
-                      row.table.largest(block.load, block.s, block.padded), begin);
+    const float most = row.table.largest(block.load, block.s, block.padded);
+    largest.add_block(row.table, block, block.s, most, begin);
   });
   return largest;
 }
@@ -177,6 +183,7 @@ void measure_rows(const Problem& problem, float* sums, int64_t* largest, const P
   if (problem.N == 0) return;
   if (few_rows(problem, parallel)) {
     BySegments work(problem, parallel);
+    for (Row& row : work.rows) row.hard_mode = Hard::off;
     work.first_passes();
     for (int64_t n = 0; n < problem.N; ++n) finish_statistics(work.rows[n], work.states[n]);
     std::vector<RowMeasures> parts(problem.N * work.segments);
@@ -191,9 +198,9 @@ void measure_rows(const Problem& problem, float* sums, int64_t* largest, const P
     }
     return;
   }
-  const Kernels& table = kernels();
   split(parallel, problem.N, [&](int64_t n, Workspace& work) {
-    const Row row(problem, table, n);
+    Row row(problem, kernels(), n);
+    row.hard_mode = Hard::off;
     if (row.skipped()) return;
     State state = first_pass(row, initial_state(row, work.scratch), work.scratch);
     finish_statistics(row, state);
