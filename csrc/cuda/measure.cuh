@@ -1,9 +1,9 @@
-// The kernels of kd_metrics: the columns of fused_kd.measures.Sums and Support, and the largest entries.
-// One block per row, which reads each logit once. Rows that are off are not written.
+// The kernels of kd_metrics: the columns of fused_kd.measures.Sums and Support, and the largest
+// entries. One block per row, which reads each logit once. Rows that are off are not written.
 //
-// A thread's sums of a side are relative to its largest logit so far: both terms of an entropy are then
-// not negative, and no exponential overflows at any temperature. The difference p - q is relative to
-// the references of an earlier launch's statistics, which has the normalisers that it needs.
+// A thread's sums of a side are relative to its largest logit so far: both terms of an entropy are
+// then not negative, and no exponential overflows at any temperature. The difference p - q is
+// relative to the references of an earlier launch's statistics, since it needs their normalisers.
 #pragma once
 
 #include "classes.cuh"
@@ -46,8 +46,8 @@ FUSED_KD_DEVICE int warp_min(int x) {
   return x;
 }
 
-// A side of a row. The sums are NaN or infinite if a logit is NaN or +inf, and 0 without a finite one;
-// the index is then any.
+// A side of a row. If a logit is NaN or +inf its sums are NaN, without a finite one 0; the index is
+// then any.
 struct Side {
   float m = -INF;  // the largest logit so far, which is the reference
   int at = 0;      // the first index where it is
@@ -116,7 +116,8 @@ struct Difference {
 // The sums of student, teacher and label.
 struct Measures {
   Side student, teacher;
-  // without the label: sums of P, P² and P D, with P of the student at temperature 1 and D = d_s (p - q)
+  // Without the label: sums of P, P² and P D, where P is the student's at temperature 1, relative to
+  // its reference, and D = d_s (p - q).
   float others = 0.0f, squares = 0.0f, products = 0.0f;
   float differences = 0.0f;  // sum D², without the label
   float at_label = 0.0f;     // D of the label
@@ -249,8 +250,8 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
   if (threadIdx.x == 0) sums.write(p, row, record.r.d_s);
 }
 
-// Grid: a block for each row, which processes one slice after another, with a mask of the support in
-// shared memory for each. No statistics are needed. Budget: 80 registers.
+// Grid: a block for each row, which processes one slice after another, each with a mask of the
+// support in shared memory. No statistics are needed. Budget: 80 registers.
 template <Dtype S>
 __global__ void __launch_bounds__(THREADS, 3) measure_support(const __grid_constant__ Params p) {
   using Source = GlobalRow<TAIL, S, true>;
