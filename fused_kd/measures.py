@@ -1,7 +1,7 @@
 """The fields of :class:`fused_kd.KDMetrics`, of rows of logits or from what a kernel has summed.
 
-Notation, for one row: π = softmax(s) and τ = softmax(t), p = softmax(s/T) and q = softmax(t/T); y is
-the label.
+Notation, for one row: π = softmax(s), τ = softmax(t), p = softmax(s/T), q = softmax(t/T); y is the
+label.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Sides(NamedTuple):
     student_1: Tensor  # (C, B) the same at temperature 1
     whole_1: Tensor  # (C, B) student_1 with any tail
     teacher: Tensor  # (C, B) logits, for both temperatures
-    label: Tensor | None  # (C,) the class of the label
+    label: Tensor | None  # (C,) the class of the label; one outside [0, B) is none
 
 
 def fields_of_sums(
@@ -97,8 +97,7 @@ def fields_of_sums(
 
 def sums_of_logits(s: Tensor, t: Tensor, y: Tensor, temperature: Tensor) -> Sums:
     """Return the sums of rows of logits (C, V) of both sides."""
-    sides = _Sides(s, s, s, t, _index(y, s.shape[1]))
-    return _sums(sides, temperature)._replace(hard=_hard(s, y))
+    return _sums(_Sides(s, s, s, t, y), temperature)._replace(hard=_hard(s, y))
 
 
 def support_of_logits(
@@ -176,9 +175,9 @@ def _sums(sides: _Sides, temperature: Tensor) -> Sums:
     entropies = [x.masked_fill(unusable[i % 2], math.nan) for i, x in enumerate(entropies)]
     pi, at_label = whole_1.p, torch.zeros_like(value)
     if sides.label is not None:
-        label = sides.label[:, None]
-        at_label = difference.gather(1, label).squeeze(1)
-        pi, difference = (x.scatter(1, label, 0.0) for x in (pi, difference))
+        is_label = torch.arange(pi.shape[1], device=pi.device) == sides.label[:, None]
+        at_label = keep(difference, is_label).sum(1)
+        pi, difference = (keep(x, ~is_label) for x in (pi, difference))
     return Sums(
         torch.zeros_like(value),
         (temperature.square() * value).masked_fill(unusable[0] | unusable[1], math.nan),
@@ -193,15 +192,10 @@ def _sums(sides: _Sides, temperature: Tensor) -> Sums:
 
 def _hard(s: Tensor, y: Tensor) -> Tensor:
     """Return the cross-entropy with the label, NaN for one outside [0, V) and for unusable rows."""
-    label = _index(y, s.shape[1])
+    label = torch.where((y >= 0) & (y < s.shape[1]), y, 0)
     z, log_sum = centred(s)
     value = (log_sum - z.gather(1, label[:, None])).squeeze(1)
     return value.masked_fill(~s.amax(1).isfinite() | (y != label), math.nan)
-
-
-def _index(y: Tensor, vocabulary: int) -> Tensor:
-    """Return labels that index a row: 0 for those outside [0, V)."""
-    return torch.where((y >= 0) & (y < vocabulary), y, 0)
 
 
 class _Softened(NamedTuple):

@@ -131,8 +131,11 @@ def test_every_operator_is_checked_here() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("fused_kd::")
     }
-    # test_product, test_topk_kernels, test_heads_ops
+    # test_product, test_topk_kernels, test_metrics_ops, test_heads_ops
     elsewhere = {"product_", "classes_"}
+    elsewhere |= {
+        prefix + name for prefix in ops.PREFIXES for name in ("measure", "measure_support")
+    }
     elsewhere |= {"chunked_losses", "chunked_gradients", "chunked_gradients_"}
     assert names == elsewhere | {
         prefix + name for prefix in ops.PREFIXES for name in (*ROW_OPS, *GRADIENT_OPS, "scale_")

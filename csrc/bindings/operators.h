@@ -311,8 +311,12 @@ struct Operators {
   // The problem of a measurement: both terms are on in rows that have a weight.
   static Problem measured(const Tensor& student, const Tensor& teacher, const Tensor& labels,
                           const Tensor& weight, const Tensor& temperature) {
-    return problem_of(student, teacher, std::nullopt, labels, weight, weight,
-                      {static_cast<int64_t>(Divergence::forward_kl), temperature, 0.5, true, 0.0});
+    Problem p =
+        problem_of(student, teacher, std::nullopt, labels, std::nullopt, std::nullopt,
+                   {static_cast<int64_t>(Divergence::forward_kl), temperature, 0.5, true, 0.0});
+    p.w_hard = p.w_soft = vector_of<float>(weight, p.N, ScalarType::Float, "weight");
+    STD_TORCH_CHECK(Backend::same_device(student, weight), "weight is on another device");
+    return p;
   }
 
   static std::tuple<Tensor, Tensor> measure(Tensor student, Tensor teacher, Tensor labels,

@@ -127,6 +127,9 @@ void write(const Row& row, State& state, RowMeasures& m, float* sums, int64_t* l
   r.d_1 = m.E + E;
   const Softened pi = T == 1 ? p_ : Softened{r.d_1, m.Ea + product(E, a)};
   const Softened tau = T == 1 ? q : Softened{m.G + G, m.Gb + product(G, b)};
+  // p - q at the label; if one of them is large its rounding would be, and the sum of the others' tells
+  double at_label = P / r.d_s - Q / r.d_t;
+  if (2 * P > r.d_s || 2 * Q > r.d_t) at_label = -m.D / r.d_s;
   const bool bad_s = state.flags & BAD_S, bad_t = state.flags & BAD_T;
   const double columns[MEASURES] = {
       hard_loss(row, state),
@@ -135,7 +138,7 @@ void write(const Row& row, State& state, RowMeasures& m, float* sums, int64_t* l
       m.EE / (r.d_1 * r.d_1),
       m.DD / (r.d_s * r.d_s),
       m.ED / (r.d_1 * r.d_s),
-      row.label_in_range() ? -m.D / r.d_s : 0.0,
+      at_label,
       bad_s ? NAN : pi.entropy(1),
       bad_t ? NAN : tau.entropy(1),
       bad_s ? NAN : p_.entropy(T),
@@ -160,7 +163,7 @@ Largest largest_of_segment(const Row& row, int64_t segment, Scratch& scratch) {
 // Writes a row's columns; the state is that of the first pass, of all entries outside the support.
 void write_support(const Row& row, ClassRow& classes, State& state, const Largest& largest,
                    float* sums, int64_t* at) {
-  const double tail = state.r.m_s - largest.value, d = state.r.d_s, d_1 = state.r.d_1;
+  const double tail = state.r.m_s - above_lowest(largest.value), d = state.r.d_s, d_1 = state.r.d_1;
   classes.finish_statistics(row, state);
   const bool bad = state.flags & BAD_S;
   const double T = row.problem.temperature;

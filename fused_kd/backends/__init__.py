@@ -136,7 +136,7 @@ class Backend(Protocol):
         weight: Tensor,
         temperature: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return :class:`fused_kd.measures.Support` as columns (N, 3), and the largest entries (N,).
+        """Return :class:`fused_kd.measures.Support` as columns (N, 3), and largest entries (N,).
 
         token_ids (N, K) is the support of the teacher. Rows of weight 0 may have any values.
         """
