@@ -103,13 +103,21 @@ struct Side {
 // The difference p - q of an element times d_s, exactly 0 for equal rows.
 struct Difference {
   Subtracted exponents;
-  float ratio;
+  float d_s, ratio;
 
   FUSED_KD_DEVICE Difference(const Record& record, const Options& o)
-      : exponents(record.r.m_s, record.r.m_t, o), ratio(record.r.d_s / record.r.d_t) {}
+      : exponents(record.r.m_s, record.r.m_t, o),
+        d_s(record.r.d_s),
+        ratio(record.r.d_s / record.r.d_t) {}
   FUSED_KD_DEVICE float of(float s, float t, const Options& o) const {
     const float P = exp2_fast(exponents.student(s, o)), Q = exp2_fast(exponents.teacher(t, o));
     return fmaf(-ratio, Q, P);
+  }
+  // Returns the label's; others: the sum of all other differences, which is minus the label's. If p
+  // or q is large, it does not have the rounding error of that one.
+  FUSED_KD_DEVICE float of_label(float s, float t, float others, const Options& o) const {
+    const float P = exp2_fast(exponents.student(s, o)), Q = exp2_fast(exponents.teacher(t, o));
+    return 2.0f * fmaxf(P, ratio * Q) > d_s ? -others : of(s, t, o);
   }
 };
 
@@ -119,34 +127,33 @@ struct Measures {
   // Without the label: sums of P, P² and P D, where P is the student's at temperature 1, relative to
   // its reference, and D = d_s (p - q).
   float others = 0.0f, squares = 0.0f, products = 0.0f;
-  float differences = 0.0f;  // sum D², without the label
-  float at_label = 0.0f;     // D of the label
+  // Likewise: sums of D² and D.
+  float differences = 0.0f, difference = 0.0f;
 
   // label: its index in the group
   FUSED_KD_DEVICE void add(int group, const float (&s)[GROUP], const float (&t)[GROUP], int label,
-                           const Difference& difference, const Options& o) {
+                           const Difference& pair, const Options& o) {
     rescale(student.find_largest(group, s, o));
     teacher.find_largest(group, t, o);
     float P[GROUP], Q[GROUP];
     student.add(s, o, P);
     teacher.add(t, o, Q);
-    float sums[4] = {};
+    float sums[5] = {};
 #pragma unroll
     for (int e = 0; e < GROUP; ++e) {
-      float D = difference.of(s[e], t[e], o);
-      if (e == label) {
-        at_label = D;
-        D = P[e] = 0.0f;
-      }
+      float D = pair.of(s[e], t[e], o);
+      if (e == label) D = P[e] = 0.0f;
       sums[0] += P[e];
       sums[1] = fmaf(P[e], P[e], sums[1]);
       sums[2] = fmaf(P[e], D, sums[2]);
       sums[3] = fmaf(D, D, sums[3]);
+      sums[4] += D;
     }
     others += sums[0];
     squares += sums[1];
     products += sums[2];
     differences += sums[3];
+    difference += sums[4];
   }
 
   FUSED_KD_DEVICE void rescale(float factor) {
@@ -159,10 +166,10 @@ struct Measures {
     rescale(student.merge_warp(o));
     teacher.merge_warp(o);
     warp_sums(others, squares, products, differences);
-    at_label = warp_sum(at_label);
+    difference = warp_sum(difference);
   }
 
-  FUSED_KD_DEVICE void write(const Params& p, const Row& row, float d_s) const {
+  FUSED_KD_DEVICE void write(const Params& p, const Row& row, float d_s, float at_label) const {
     const float d_1 = student.at_1.d;
     const float results[MEASURES] = {
         p.hard[row.n],          p.soft[row.n],           others / d_1,
@@ -247,7 +254,12 @@ __global__ void __launch_bounds__(THREADS, GENERAL_BLOCKS)
     sums.add(group, s, t, row.label - group * GROUP, difference, o);
   });
   sums = merge_measures(sums, o);
-  if (threadIdx.x == 0) sums.write(p, row, record.r.d_s);
+  if (threadIdx.x != 0) return;
+  float at_label = 0.0f;
+  if (row.label >= 0)
+    at_label = difference.of_label(source.student.element(row.label),
+                                   source.teacher.element(row.label), sums.difference, o);
+  sums.write(p, row, record.r.d_s, at_label);
 }
 
 // Grid: a block for each row, which processes one slice after another, each with a mask of the
