@@ -17,6 +17,7 @@ NVCC_FLAGS = runpy.run_path(str(ROOT / "csrc" / "kernel_sources.py"))["NVCC_FLAG
 #: blocks of 256 threads fit on a multiprocessor, two for jsd. No instance spills.
 REGISTERS = {"rows_general": 128, "rows_cluster": 80, "rows_cluster jsd": 128, "scale_rows": 48}
 REGISTERS |= {"rows_general_classes": 128, "rows_cluster_classes": 80}
+REGISTERS |= {"measure_rows": 128, "measure_support": 80}
 
 
 def compile_with_nvcc(source: Path, output: Path, target: str, *flags: str) -> Path:
@@ -28,7 +29,7 @@ def compile_with_nvcc(source: Path, output: Path, target: str, *flags: str) -> P
 
 def instantiate(file: Path, kernels: Iterable[tuple[str, ...]]) -> Path:
     """Write a source that instantiates kernels, (name, *template arguments) each; return `file`."""
-    lines = ['#include "classes.cuh"', "using namespace fused_kd;"]
+    lines = ['#include "measure.cuh"', "using namespace fused_kd;"]
     for kernel, *arguments in kernels:
         name = f"fused_kd::{kernel}<{', '.join(arguments)}>"
         lines.append(f"template __global__ void {name}(const __grid_constant__ Params);")

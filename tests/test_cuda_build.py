@@ -29,7 +29,7 @@ PACKAGES = ["torch==2.14.1", "numpy", "setuptools>=77", "wheel", "pybind11>=2.12
 ALLOWED = {"libtorch_cpu", "libtorch_cuda", "libc10", "libc10_cuda", "libcudart"}
 ALLOWED |= {"libstdc++", "libgcc_s", "libm", "libc", "libpthread"}
 OPERATORS = ["forward", "forward_backward", "forward_backward_", "forward_backward_into"]
-OPERATORS += ["backward", "backward_", "rescale_", "scale_"]
+OPERATORS += ["backward", "backward_", "rescale_", "scale_", "measure", "measure_support"]
 
 
 @pytest.fixture(scope="module")

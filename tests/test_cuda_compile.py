@@ -26,6 +26,7 @@ VECTORS = {
     "rows_cluster": (r"UBLKCP\S*", r"LDG\S*\.128\S*", r"LDS\S*\.128\S*", r"STG\S*\.128\S*"),
     "scale_rows": (r"LDG\S*\.128\S*", r"STG\S*\.128\S*"),
 }
+VECTORS |= {name: (r"LDG\S*\.128\S*",) for name in ("measure_rows", "measure_support")}
 VECTORS |= {f"{name}_classes": VECTORS[name] for name in ("rows_general", "rows_cluster")}
 #: Instructions of float64, and of local memory, which holds what does not fit in registers.
 FORBIDDEN = r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|\S*\.F64\b.*|MUFU\.\w*64\w*|(LDL|STL)\b.*"
@@ -57,13 +58,16 @@ def _need_tools() -> None:
 
 
 # every divergence that reads both sides; the general kernel with one statistics pass and with two,
-# with types known at compile time and not; a top-k teacher
+# with types known at compile time and not; a top-k teacher; measurements
 SOME = [
     *(("rows_cluster", f"Divergence::{d}", "Dtype::bf16", "true") for d in DIVERGENCES[:-1]),
     ("rows_general", "Divergence::forward_kl", "Dtype::bf16", "true"),
     ("rows_general", "Divergence::jsd", "Dtype::f32", "false"),
     ("rows_cluster_classes", "Dtype::bf16"),
     ("scale_rows", "Dtype::f16"),
+    ("measure_rows", "Dtype::f32", "false"),
+    ("measure_rows", "Dtype::bf16", "true"),
+    ("measure_support", "Dtype::bf16"),
 ]
 
 
@@ -80,7 +84,7 @@ def test_some_kernels(tmp_path: Path) -> None:
 def test_every_kernel(target: str, dtype: str, tmp_path: Path) -> None:
     source = SOURCES / f"rows_{dtype}.cu"
     cubin = compile_with_nvcc(source, tmp_path / "rows.cubin", target, "-cubin")
-    assert len(usage(cubin)) == 2 * 2 * len(DIVERGENCES) + 2 + 1
+    assert len(usage(cubin)) == 2 * 2 * len(DIVERGENCES) + 2 + 1 + 3
     assert _faults(cubin, target) == {}
 
 

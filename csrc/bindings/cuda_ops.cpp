@@ -78,6 +78,18 @@ struct Cuda {
     check(launch_scale(grad, N, V, factor, device_of(x), stream_of(x)));
   }
 
+  static void measure(const Problem& p, float* sums, int64_t* largest, const Tensor& student) {
+    Problem q = p;
+    const auto results = Operators<Cuda>::run_rows(q, student);  // alive until the launch
+    check(launch_measure(q, sums, largest, stream_of(student)));
+  }
+
+  static void measure_support(const Problem& p, float* sums, int64_t* largest,
+                              const Tensor& student) {
+    check_size(p.N, p.V);
+    check(launch_measure(p, sums, largest, stream_of(student)));
+  }
+
   static void prepare_gradient(const Tensor&, int64_t) {}
 };
 

@@ -1,11 +1,11 @@
 // The instances of the kernels; each student type has its own translation unit.
 #pragma once
 
-#include "classes.cuh"
+#include "measure.cuh"
 
 namespace fused_kd {
 
-enum class Kernel { general, cluster, scale };
+enum class Kernel { general, cluster, scale, measure };
 
 // Launch the instance for this divergence and these types.
 int launch_f32(Kernel, Divergence, const LaunchShape&, void* stream, const Params&);
@@ -37,6 +37,14 @@ int launch_divergence(Kernel kernel, Divergence divergence, const LaunchShape& s
   });
 }
 
+template <Dtype S>
+int launch_measuring(const LaunchShape& shape, void* stream, const Params& params) {
+  return launch_kernel(params.has_classes          ? measure_support<S>
+                       : params.teacher.dtype == S ? measure_rows<S, true>
+                                                   : measure_rows<S, false>,
+                       shape, stream, params);
+}
+
 #define FUSED_KD_JOIN_(a, b) a##b
 #define FUSED_KD_JOIN(a, b) FUSED_KD_JOIN_(a, b)
 
@@ -45,6 +53,7 @@ int FUSED_KD_JOIN(launch_, FUSED_KD_STUDENT)(Kernel kernel, Divergence divergenc
                                              const Params& params) {
   constexpr Dtype S = Dtype::FUSED_KD_STUDENT;
   if (kernel == Kernel::scale) return launch_kernel(scale_rows<S>, shape, stream, params);
+  if (kernel == Kernel::measure) return launch_measuring<S>(shape, stream, params);
   if (params.has_classes)
     return kernel == Kernel::general
                ? launch_kernel(rows_general_classes<S>, shape, stream, params)

@@ -27,9 +27,11 @@ struct Plan {
   Plan(Kernel kernel, const Problem& p, int parts)
       : kernel(kernel), parts(parts), has_classes(p.has_classes) {
     slice = (groups_of(p.V) + parts - 1) / parts;
+    if (kernel == Kernel::measure && has_classes && slice > MEASURED_SLICE) slice = MEASURED_SLICE;
   }
   int slices_end(int group_bytes) const {
-    return static_cast<int>(sizeof(Shared)) + (has_classes ? mask_bytes(slice) : 0) +
+    const int head = kernel == Kernel::measure ? MEASURED_BYTES : static_cast<int>(sizeof(Shared));
+    return head + (has_classes ? mask_bytes(slice) : 0) +
            (kernel == Kernel::cluster ? slice * group_bytes : 0);
   }
   int shared_bytes(int group_bytes) const {
@@ -187,6 +189,14 @@ int launch_rows(const Problem& p, const Device& device, void* workspace, void* s
 
 int launch_gradient(const Problem& p, const Device& device, void* stream) {
   return launch_from_statistics(p, device, false, stream);
+}
+
+int launch_measure(const Problem& p, float* columns, int64_t* largest, void* stream) {
+  const Plan plan(Kernel::measure, p, 1);
+  Params q = params_of(p, plan);
+  q.columns = columns;
+  q.largest = largest;
+  return launch(plan, divergence_of(p), 0, {}, p.N, stream, q);
 }
 
 int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, const Device& device,

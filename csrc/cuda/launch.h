@@ -31,5 +31,10 @@ int launch_rescale(const Problem&, const Device&, void* stream);
 // The same by multiplication alone, without the logits.
 int launch_scale(const Rows& grad, int64_t N, int64_t V, const float* scale, const Device&,
                  void* stream);
+// Computes the columns of fused_kd.measures.Sums (N, MEASURES), and the first largest entry of each
+// side (N, 2), after a launch of forward_kl whose hard, soft and stats the problem has. With
+// classes: those of Support (N, SUPPORT_MEASURES), and the student's largest entry (N), without
+// another launch; the teacher is not read. Rows whose soft term is off are not written.
+int launch_measure(const Problem&, float* columns, int64_t* largest, void* stream);
 
 }  // namespace fused_kd

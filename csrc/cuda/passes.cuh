@@ -37,6 +37,9 @@ struct Params {
   int K;
   Divergence divergence;  // of the classes
   int rounds;             // exchanges of records: 2 if it needs two passes
+  // The results of measure.cuh.
+  float* columns;    // (N, MEASURES), with classes (N, SUPPORT_MEASURES)
+  int64_t* largest;  // (N, 2), with classes (N)
 };
 
 // Returns whether multiplying a rounded gradient by `scale` is exact unless the result is

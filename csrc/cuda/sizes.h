@@ -9,6 +9,7 @@ constexpr int THREADS = 64;
 constexpr int GLOBAL_SLICE_BYTES = 2048;
 constexpr int RING_RECORDS = 8;
 constexpr int SCALE_BLOCKS = 1;
+constexpr int MEASURED_SLICE = 64;
 #else
 constexpr int THREADS = 256;
 // Bytes of a block's slice in global memory, both sides together, unless MAX_PARTS limits the
@@ -18,6 +19,9 @@ constexpr int GLOBAL_SLICE_BYTES = 48 * 1024;
 // Records in the ring in global memory: ten times the number in flight at once.
 constexpr int RING_RECORDS = 4096;
 constexpr int SCALE_BLOCKS = 6;  // of scale_rows on a multiprocessor
+// Groups of a slice of measure_support: three blocks of its mask, of as many bytes, fit on any
+// multiprocessor.
+constexpr int MEASURED_SLICE = 16 * 1024;
 #endif
 
 constexpr int GENERAL_BLOCKS = 2;              // of rows_general on a multiprocessor, at least

@@ -67,32 +67,15 @@ struct Outside : Base {
   }
 };
 
-// The classes of the support whose token is in the slice of a source (Outside), whose mask it sets.
-// If the row's soft term is off the student replaces the teacher, which is not read; an entry that is
-// -inf is present all the same.
+// The tokens of a row's support, of those in the slice of a source (Outside), whose mask they set.
 template <class Source>
-struct Support {
+struct Tokens {
   const Source& source;
-  RowView teacher;
   const int32_t* token_ids;
   int K;
-  bool stands_in;
 
-  FUSED_KD_DEVICE Support(const Params& p, const Row& row, const Source& source)
-      : source(source),
-        teacher(p.teacher, Dtype::f32, row.at, p.K + 1),
-        token_ids(p.token_ids + row.n * p.K),
-        K(p.K),
-        stands_in(!row.soft) {
-    // the hard term distinguishes no classes, except which entries are absent; a row that is not
-    // valid may list a token twice
-    if (stands_in ? !p.options.smoothing : isnan(tail())) K = 0;
-  }
-
-  // Returns the teacher's logit of the tail, INF if it is no class.
-  FUSED_KD_DEVICE float tail() const {
-    return stands_in ? INF : teacher.element(teacher.entries - 1);
-  }
+  FUSED_KD_DEVICE Tokens(const Params& p, const Row& row, const Source& source)
+      : source(source), token_ids(p.token_ids + row.n * p.K), K(p.K) {}
 
   // Returns the token of class b, -1 if it is not in the slice.
   FUSED_KD_DEVICE int token(int b) const {
@@ -113,14 +96,37 @@ struct Support {
     }
     block_sync();
   }
+};
+
+// The classes of the support in the slice of a source. If the row's soft term is off the student
+// replaces the teacher, which is not read; an entry that is -inf is present all the same.
+template <class Source>
+struct Support : Tokens<Source> {
+  using Tokens<Source>::K;
+  RowView teacher;
+  bool stands_in;
+
+  FUSED_KD_DEVICE Support(const Params& p, const Row& row, const Source& source)
+      : Tokens<Source>(p, row, source),
+        teacher(p.teacher, Dtype::f32, row.at, p.K + 1),
+        stands_in(!row.soft) {
+    // the hard term distinguishes no classes, except which entries are absent; a row that is not
+    // valid may list a token twice
+    if (stands_in ? !p.options.smoothing : isnan(tail())) K = 0;
+  }
+
+  // Returns the teacher's logit of the tail, INF if it is no class.
+  FUSED_KD_DEVICE float tail() const {
+    return stands_in ? INF : teacher.element(teacher.entries - 1);
+  }
 
   // Calls body(v, s, t) with the token and both logits of this thread's classes.
   template <class Body>
   FUSED_KD_DEVICE void for_each(Body body) const {
     for (int b = threadIdx.x; b < K; b += THREADS) {
-      const int v = token(b);
+      const int v = this->token(b);
       if (v < 0) continue;
-      const float s = source.element(v);
+      const float s = this->source.element(v);
       body(v, s, stands_in ? fmaxf(s, LOWEST) : teacher.element(b));
     }
   }

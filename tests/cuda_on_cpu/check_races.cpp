@@ -41,6 +41,8 @@ int launch_bf16(Kernel kernel, Divergence, const LaunchShape& shape, void* strea
 #else
   const auto general = rows_general_classes<Dtype::bf16>;
   const auto cluster = rows_cluster_classes<Dtype::bf16>;
+  if (kernel == Kernel::measure)
+    return launch_kernel(measure_support<Dtype::bf16>, shape, stream, params);
 #endif
   return kernel == Kernel::scale
              ? launch_kernel(scale_rows<Dtype::bf16>, shape, stream, params)
@@ -213,6 +215,22 @@ static void rows(const Data& data, const Problem& p) {
   launched(launch_rows(p, device, wanted ? workspace.get() : nullptr, nullptr), data);
 }
 
+// The bits of what kd_metrics needs, after a launch of the losses.
+static std::string measures(const Data& data, const Problem& p) {
+  const int number = p.has_classes ? SUPPORT_MEASURES : MEASURES, sides = p.has_classes ? 1 : 2;
+  const auto columns = exactly(std::vector<float>(N * number, NaN));
+  const auto largest = exactly(std::vector<int64_t>(N * sides, -1));
+  launched(launch_measure(p, columns.get(), largest.get(), nullptr), data);
+  for (int64_t n = 0; n < N; ++n) {
+    const bool written = p.w_soft[n] != 0, first = columns[n * number] == columns[n * number];
+    const bool inside = largest[n * sides] >= 0 && largest[n * sides] < p.V;
+    must(first == (written && n != NO_LABEL), data.c.name() + ": the cross-entropy of a row");
+    must(inside == written, data.c.name() + ": the largest entry of a row");
+  }
+  return std::string(reinterpret_cast<char*>(columns.get()), N * number * sizeof(float)) +
+         std::string(reinterpret_cast<char*>(largest.get()), N * sides * sizeof(int64_t));
+}
+
 // All variants of a backward; a digest of the results.
 static std::string results(const Case& c) {
   Data data(c);
@@ -225,6 +243,8 @@ static std::string results(const Case& c) {
   rows(data, data.problem(data.student, nullptr));
   bits.append(reinterpret_cast<char*>(data.hard.get()), N * sizeof(float));
   bits.append(reinterpret_cast<char*>(data.soft.get()), N * sizeof(float));
+  if (c.divergence == Divergence::forward_kl || c.K >= 0)
+    bits += measures(data, data.problem(data.student, nullptr));
   rows(data, data.problem(data.student, &data.grad));
   take(data.grad, "rows");
   rows(data, data.problem(data.inplace, &data.inplace));

@@ -29,6 +29,11 @@ extern "C" __attribute__((visibility("default"))) int run(int what, const Proble
   }
 }
 
+extern "C" __attribute__((visibility("default"))) int measure(const Problem* p, float* columns,
+                                                              int64_t* largest) {
+  return fused_kd::launch_measure(*p, columns, largest, nullptr);
+}
+
 extern "C" __attribute__((visibility("default"))) int64_t workspace(const Problem* p,
                                                                     const Device* device) {
   return fused_kd::workspace_bytes(*p, *device);

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_kd import backends
 from fused_kd.classes import Classes
 from fused_kd.divergences import CODES
+from fused_kd.measures import Sums, Support
 from fused_kd.ops import STATS
 from fused_kd.options import Formula
 from support.native_build import SANITIZE, compile_all, compile_one
@@ -131,6 +132,40 @@ class EmulatedCUDA:
         problem.scale = scale.data_ptr()
         self._run(SCALE, problem)
 
+    def measure(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, weight: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows = student, teacher, labels, weight, weight, _measured(temperature)
+        hard, soft, stats = self.forward(*rows)
+        problem = _problem(rows, None, hard=hard, soft=soft, stats=stats)
+        return self._measure(problem, (len(Sums._fields),), (2,))
+
+    def measure_support(
+        self,
+        student: Tensor,
+        token_ids: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        temperature: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        classes = Classes(
+            logits=student[..., :0], token_ids=token_ids
+        )  # the teacher's logits are not read
+        rows = student, classes, labels, weight, weight, _measured(temperature)
+        return self._measure(_problem(rows, None), (len(Support._fields),), ())
+
+    def _measure(
+        self, problem: _Problem, columns: tuple[int, ...], sides: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        sums = _garbage((problem.N, *columns), torch.float32)
+        largest = torch.zeros((problem.N, *sides), dtype=torch.int64)
+        if problem.N > 0:
+            error = self._library.measure(
+                ctypes.byref(problem), POINTER(sums.data_ptr()), POINTER(largest.data_ptr())
+            )
+            assert error == 0, error
+        return sums, largest
+
     def workspace(self, *rows: Any) -> int:
         """Return the bytes of global memory in which blocks exchange records; a cluster needs 0."""
         problem = _problem(rows, rows[0])
@@ -153,6 +188,10 @@ class EmulatedCUDA:
 
 def _garbage(shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.full(tuple(shape), float("nan"), dtype=dtype)
+
+
+def _measured(temperature: Tensor) -> Formula:
+    return Formula("forward_kl", temperature, 0.5, "t2", 0.0)
 
 
 def _view(x: Tensor | None) -> _Rows:
