@@ -63,7 +63,7 @@ def fields_of_sums(
     temperature: Tensor,
     masses: tuple[Tensor, Tensor] | None = None,  # (N,) of the support of a TopK
 ) -> Tensor:
-    """Return all fields but the weight, (13, N)."""
+    """Return all fields but the weight, (14, N)."""
     no_student, no_teacher = sums.student_entropy.isnan(), sums.teacher_entropy_at_t.isnan()
     no_soft = no_student | no_teacher
     zero = torch.zeros_like(sums.soft)
@@ -89,6 +89,7 @@ def fields_of_sums(
             hard_square,
             soft_square.masked_fill(no_soft, math.nan),
             product,
+            (product < 0).to(zero.dtype).masked_fill(product.isnan(), math.nan),
             of_student.masked_fill(no_student, math.nan),
             of_teacher.masked_fill(no_teacher, math.nan),
         ]
@@ -124,7 +125,7 @@ def fields_of_support(
     vocabulary: int,
     temperature: Tensor,
 ) -> Tensor:
-    """Return all fields but the weight, (13, N), of a TopK: those of its classes."""
+    """Return all fields but the weight, (14, N), of a TopK: those of its classes."""
     ids, t = classes.token_ids, classes.logits
     has_class = t[:, -1:] != NO_CLASS
     t = torch.cat([t[:, :-1], torch.where(has_class, t[:, -1:], -math.inf)], 1)
@@ -167,7 +168,7 @@ def _sums(sides: _Sides, temperature: Tensor) -> Sums:
     whole_1 = _softened(sides.whole_1)
     student_1 = whole_1 if sides.student_1 is sides.whole_1 else _softened(sides.student_1)
     entropies = [_entropy(student_1), _entropy(_softened(sides.teacher))]
-    if temperature == 1:
+    if not torch.compiler.is_compiling() and temperature == 1:  # a trace does not read it
         entropies *= 2
     else:
         entropies += [_entropy(_softened(x / temperature)) for x in (sides.student, sides.teacher)]

@@ -54,6 +54,7 @@ class KDMetrics(NamedTuple):
     hard_square: Tensor  # |π - y|²
     soft_square: Tensor  # |T·(p - q)|²
     product: Tensor  # <π - y, T·(p - q)>
+    conflict: Tensor  # 1 if product < 0, else 0: the mean is the share of tokens with a conflict
     student_mass: Tensor  # of the support of a TopK at T; 1 for a dense teacher; as the next
     teacher_mass: Tensor
     weight: Tensor  # of the row in the mean: token_weight or 1
@@ -107,8 +108,8 @@ def kd_metrics(
     Args:
         student: logits (..., V), 1-D for a single row; or a Head.
         teacher: logits (..., V), a Head or a TopK, as for the loss.
-        labels: (...), as for the loss. None: all rows are kept, and hard, accuracy, hard_square and
-            product are 0.
+        labels: (...), as for the loss. None: all rows are kept, and hard, accuracy, hard_square,
+            product and conflict are 0.
         temperature: T.
         token_weight: (...), the weights of :meth:`KDMetrics.mean`, as for the loss. Rows of weight
             0 are left out. None: 1.
@@ -167,7 +168,7 @@ def _fields(
     weight: Tensor,  # (N,)
     temperature: Tensor,
 ) -> Tensor:
-    """Return all fields but the weight, (13, N), of rows of logits."""
+    """Return all fields but the weight, (14, N), of rows of logits."""
     size = s.shape[2]
     labels = torch.zeros_like(weight, dtype=torch.int64) if y is None else y
     if classes is None:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fused_kd import Head, KDMetrics, TopK, kd_loss, kd_metrics
 from fused_kd.sides import TAILS
-from fused_kd.testing import cpu_peak
+from fused_kd.testing import assert_no_worse, cpu_peak, make_inputs
 
 N, V = 7, 301
 TEMPERATURES = [1.0, 2.0, 3.7]
 TAILS_OF_CLASSES = ["bucket", "renormalize", "zero"]
 NAMES = KDMetrics._fields
-OF_LABELS = ("hard", "accuracy", "hard_square", "product")
+OF_LABELS = ("hard", "accuracy", "hard_square", "product", "conflict")
 OF_RESULTS = ("student_mass", "teacher_mass", "weight")
 
 
@@ -38,9 +38,15 @@ def plain(log_pi: Tensor, log_p: Tensor, log_q: Tensor, log_q_1: Tensor, y: Tens
     return [kl, *(entropy(x) for x in (log_pi, log_q_1, log_p, log_q)), *squares]
 
 
-def expected(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> KDMetrics:
-    """Return the metrics of dense logits by float64 formulas; every row is kept."""
-    s, t = student.detach().double(), teacher.double()
+def expected(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    dtype: torch.dtype = torch.float64,
+) -> KDMetrics:
+    """Return the metrics of dense logits by formulas in this dtype; every row is kept."""
+    s, t = student.detach().to(dtype), teacher.to(dtype)
     log_pi, log_p = s.log_softmax(-1), (s / temperature).log_softmax(-1)
     log_q, log_q_1 = (t / temperature).log_softmax(-1), t.log_softmax(-1)
     kl, *entropies, hard, soft, product = plain(log_pi, log_p, log_q, log_q_1, labels)
@@ -49,11 +55,12 @@ def expected(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
         F.cross_entropy(s, labels, reduction="none"),
         temperature**2 * kl,
         *entropies,
-        (s.argmax(-1) == t.argmax(-1)).double(),
-        (s.argmax(-1) == labels).double(),
+        (s.argmax(-1) == t.argmax(-1)).to(dtype),
+        (s.argmax(-1) == labels).to(dtype),
         hard,
         temperature**2 * soft,
         temperature * product,
+        (product < 0).double(),
         *(one, one, one),
     )
 
@@ -103,6 +110,27 @@ def test_dense_sides(dtype: torch.dtype, temperature: float, backend: str) -> No
         student, teacher, labels, temperature=temperature, backend=backend, return_parts=True
     )
     torch.testing.assert_close(got.mean()[:2], (parts.hard, parts.soft), rtol=1e-5, atol=1e-6)
+
+
+REGIMES = ["flat", "language_model", "confident", "opposed", "equal", "nearly_equal", "shifted"]
+
+
+@pytest.mark.parametrize("regime", [*REGIMES, "huge", "range_400"])
+def test_the_error_rule(regime: str, backend: str) -> None:
+    for i, temperature in enumerate(TEMPERATURES):
+        sides = make_inputs(regime, 12, V, DTYPES[i], seed=i)
+        got = kd_metrics(*sides, temperature=temperature, backend=backend)
+        truth = expected(*sides, temperature)
+        eager = expected(*sides, temperature, torch.float32)
+        z = sides.student.double()
+        unit = 2**-23 * (1 + float((z.amax(1) - z.amin(1)).max()))
+        factors = {"soft": temperature**2, "soft_square": temperature**2, "product": temperature}
+        for name, mine, exact, other in zip(NAMES, got, truth, eager, strict=True):
+            if name != "conflict":  # a sign
+                try:
+                    assert_no_worse(mine, exact, other.float(), 4 * unit * factors.get(name, 1.0))
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, T = {temperature}: {error}") from None
 
 
 def test_large_logits_cost_no_accuracy(backend: str) -> None:
@@ -254,6 +282,7 @@ def classes_by_hand(
         "hard_square": hard,
         "soft_square": temperature**2 * soft,
         "product": temperature * product,
+        "conflict": (product < 0).double(),
         "student_mass": p[:, :k].exp().sum(1),
         "teacher_mass": q[:, :k].exp().sum(1),
         "weight": torch.ones_like(kl),
@@ -343,6 +372,23 @@ def test_of_equal_maxima_the_first_counts(backend: str) -> None:
     for side in (teacher, topk):
         got = kd_metrics(student, side, labels, backend=backend)
         assert got.agreement.tolist() == got.accuracy.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("tail", [None, "bucket", "renormalize"])
+def test_in_a_compiled_function(tail: str | None) -> None:
+    student, teacher, labels = inputs()
+    labels[2] = -100
+    side: Any = teacher
+    if tail is not None:
+        side = TopK.from_logits(teacher, 9, 2.0)._replace(tail=tail)
+
+    def measured(student: Tensor, labels: Tensor) -> tuple[KDMetrics, KDMetrics]:
+        metrics = kd_metrics(student, side, labels, temperature=2.0)
+        return metrics, metrics.mean()
+
+    got = torch.compile(measured, fullgraph=True, backend="aot_eager")(student, labels)
+    for mine, want in zip(got, measured(student, labels), strict=True):
+        near(mine, want)
 
 
 @pytest.mark.parametrize("kind", ["logits", "heads", "topk"])
