@@ -118,6 +118,8 @@ REGIMES = ["flat", "language_model", "confident", "opposed", "equal", "nearly_eq
 @pytest.mark.parametrize("regime", [*REGIMES, "huge", "range_400"])
 def test_the_error_rule(regime: str, backend: str) -> None:
     for i, temperature in enumerate(TEMPERATURES):
+        if backend == "triton" and i != len(regime) % 3:
+            continue  # the interpreter is slow
         sides = make_inputs(regime, 12, V, DTYPES[i], seed=i)
         got = kd_metrics(*sides, temperature=temperature, backend=backend)
         truth = expected(*sides, temperature)
