@@ -165,16 +165,15 @@ def masses_are_unknown(classes: Classes, is_drawn: bool) -> Tensor:
 def _sums(sides: _Sides, temperature: Tensor) -> Sums:
     """Return the sums of classes, with `hard` of 0."""
     value, difference = forward_kl(sides.student, sides.teacher, temperature, 0.0)
-    whole_1 = _softened(sides.whole_1)
-    student_1 = whole_1 if sides.student_1 is sides.whole_1 else _softened(sides.student_1)
-    entropies = [_entropy(student_1), _entropy(_softened(sides.teacher))]
-    if not torch.compiler.is_compiling() and temperature == 1:  # a trace does not read it
-        entropies *= 2
-    else:
-        entropies += [_entropy(_softened(x / temperature)) for x in (sides.student, sides.teacher)]
+    logits = [sides.student_1, sides.teacher]
+    if torch.compiler.is_compiling() or temperature != 1:  # a trace does not read it
+        logits += [sides.student / temperature, sides.teacher / temperature]
+    log_masses = [x.log_softmax(1) for x in logits]
+    entropies = [_entropy(x, x.exp()) for x in log_masses]
+    entropies *= 4 // len(entropies)
     unusable = ~sides.whole_1.amax(1).isfinite(), ~sides.teacher.amax(1).isfinite()
     entropies = [x.masked_fill(unusable[i % 2], math.nan) for i, x in enumerate(entropies)]
-    pi, at_label = whole_1.p, torch.zeros_like(value)
+    pi, at_label = sides.whole_1.softmax(1), torch.zeros_like(value)
     if sides.label is not None:
         is_label = torch.arange(pi.shape[1], device=pi.device) == sides.label[:, None]
         at_label = keep(difference, is_label).sum(1)
@@ -199,23 +198,10 @@ def _hard(s: Tensor, y: Tensor) -> Tensor:
     return value.masked_fill(~s.amax(1).isfinite() | (y != label), math.nan)
 
 
-class _Softened(NamedTuple):
-    """Logits relative to their maximum z (C, B), log Σ exp z (C, 1), and the softmax p (C, B)."""
-
-    z: Tensor
-    log_sum: Tensor
-    p: Tensor
+def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
+    """Return -Σ p·log p (C,); a mass of 0 adds nothing."""
+    return -(p * log_p).nansum(1)
 
 
-def _softened(x: Tensor) -> _Softened:
-    z, log_sum = centred(x)
-    return _Softened(z, log_sum, (z - log_sum).exp())
-
-
-def _entropy(x: _Softened) -> Tensor:
-    """Return -Σ p·log p (C,), as a sum of two terms that are not negative."""
-    return x.log_sum.squeeze(1) - keep(x.p * x.z, x.p != 0).sum(1)
-
-
-def _support_mass(x: Tensor) -> Tensor:
-    return _softened(x).p[:, :-1].sum(1)
+def _support_mass(logits: Tensor) -> Tensor:
+    return logits.softmax(1)[:, :-1].sum(1)
