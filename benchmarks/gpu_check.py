@@ -34,7 +34,7 @@ PROCESSORS = os.cpu_count() or 1
 #: Triton's cache, relative to the repository; gpu_cache.py fills it beforehand.
 CACHE = "out/gpu_cache"
 #: Files of tests marked gpu other than the smoke test, the most informative first.
-TESTS = ("test_gpu", "test_gpu_running", "test_gpu_heads")
+TESTS = ("test_gpu", "test_gpu_topk", "test_gpu_running", "test_gpu_heads")
 #: Seconds between the time that a part is given and its being killed; the least that a part gets.
 GRACE, LEAST = 6.0, 10.0
 #: Beginnings of output lines that the report repeats, and the most lines it repeats of a part.
