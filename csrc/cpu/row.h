@@ -88,6 +88,9 @@ struct Row {
   const float* class_logits() const {  // (K+1), of a top-k teacher
     return reinterpret_cast<const float*>(row_pointer(problem.teacher, n));
   }
+  // Where the blocks end that are whole pairs of vectors. The few entries after them are a block that
+  // is copied, so that the others need not be. The tokens of a support are grouped by whole blocks.
+  int64_t whole_end() const { return support ? problem.V : problem.V / MAX_PAIR * MAX_PAIR; }
   int64_t segments() const { return (problem.V + SEGMENT - 1) / SEGMENT; }
 
  private:
@@ -104,10 +107,13 @@ struct Row {
   }
 };
 
+// Calls body(begin, end) for each block of a segment: the block is at most BLOCK entries from begin on.
 template <class Body>
 void for_blocks(const Row& row, int64_t segment, Body body) {
   const int64_t end = std::min(row.problem.V, (segment + 1) * SEGMENT);
-  for (int64_t begin = segment * SEGMENT; begin < end; begin += BLOCK) body(begin, end);
+  const int64_t whole = std::min(row.whole_end(), end);
+  for (int64_t begin = segment * SEGMENT; begin < whole; begin += BLOCK) body(begin, whole);
+  if (whole < end) body(whole, end);
 }
 
 }  // namespace cpu

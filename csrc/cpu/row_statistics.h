@@ -66,7 +66,8 @@ inline double differences(const Row& row, int64_t begin, const Prepared& block, 
 
 // Returns the state from which all segments of a row start: the maxima of its first block.
 inline State initial_state(const Row& row, Scratch& scratch) {
-  const Prepared block = prepare(row, 0, row.problem.V, LOWEST, LOWEST, scratch);
+  const int64_t end = row.whole_end() > 0 ? row.whole_end() : row.problem.V;
+  const Prepared block = prepare(row, 0, end, LOWEST, LOWEST, scratch);
   State state;
   state.r.m_s = block.range.max_s;
   state.r.m_t = block.range.max_t;
