@@ -74,7 +74,7 @@ inline Prepared view(const Row& row, int64_t begin, int64_t end, Scratch& scratc
   Prepared block;
   block.size = block.padded = int(std::min<int64_t>(BLOCK, end - begin));
   block.copied = false;
-  if (row.s_dtype != row.t_dtype || row.s_dtype == Dtype::f16 || block.size % MAX_PAIR != 0) {
+  if (row.copies() || block.size % MAX_PAIR != 0) {
     copy_block(row, begin, scratch, block);
     return block;
   }

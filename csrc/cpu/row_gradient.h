@@ -148,7 +148,10 @@ struct Gradient {
       const Prepared block = prepare_again(row, state, begin, end, scratch);
       const bool direct = !block.copied && dtype == row.s_dtype;  // the kernel stores this type
       Block work = kernel_block(row, block, state.r.m_s, state.r.m_t);
-      if (!block.copied && row.n + 1 < row.problem.N) prefetch_next_row(begin, work);
+      if (row.n + 1 < row.problem.N) {
+        if (!block.copied) prefetch_next_row(begin, work);
+        if (row.copies()) prefetch_block(row, row.n + 1, begin);
+      }
       void* to_kernel = direct ? static_cast<void*>(to) : scratch.g;
       row.table.gradient(block.load, row.divergence, row.hard_mode, work, soft, hard_scale,
                          hard_offset, to_kernel);

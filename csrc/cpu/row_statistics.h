@@ -169,18 +169,22 @@ inline Prepared add_any(const Row& row, int64_t begin, int64_t end, State& state
   return block;
 }
 
-// Requests the next block from memory. A copy of a block otherwise waits for all of its cache lines,
-// while the kernels, which need no copy, compute as the lines arrive.
-inline void prefetch_block(const Row& row, int64_t begin) {
+// Requests a block of both sides from memory. A copy of a block otherwise waits for all of its cache
+// lines, while the kernels, which need no copy, compute as the lines arrive.
+inline void prefetch_block(const Row& row, int64_t n, int64_t begin) {
   const int64_t end = std::min(row.problem.V, begin + BLOCK);
-  const int bytes = width(row.s_dtype);
-  for (int64_t at = begin * bytes; at < end * bytes; at += 64) __builtin_prefetch(row.s + at);
+  const auto request = [&](const char* x, int bytes) {
+    for (int64_t at = begin * bytes; at < end * bytes; at += 64) __builtin_prefetch(x + at);
+  };
+  request(row_pointer(row.problem.student, n), width(row.s_dtype));
+  if (row.t != row.s) request(row_pointer(row.problem.teacher, n), width(row.t_dtype));
 }
 
 inline State first_pass(const Row& row, int64_t segment, State state, Scratch& scratch) {
   for_blocks(row, segment, [&](int64_t begin, int64_t end) {
     BlockSums sums;
-    if (row.support && !row.support->is_lowered) prefetch_block(row, begin + BLOCK);
+    const bool lowers_copies = row.support && !row.support->is_lowered;
+    if (lowers_copies || row.copies()) prefetch_block(row, row.n, begin + BLOCK);
     Prepared block = view(row, begin, end, scratch);
     if (!add_plain(row, begin, block, state, sums, scratch))
       block = add_any(row, begin, end, state, sums, scratch);
