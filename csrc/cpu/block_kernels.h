@@ -5,6 +5,8 @@
 // sums run in two independent chains of LANES partial sums.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace fused_kd {
@@ -24,6 +26,23 @@ template <>
 struct Element<Load::bf16> {
   using type = Bf16;
 };
+template <>
+struct Element<Load::f16> {
+  using type = Half;
+};
+
+// Calls call(Load) with a load that is known at run time as a constant; Load::f16 only where
+// READS_F16.
+template <Load L>
+using Loaded = std::integral_constant<Load, L>;
+template <class Call>
+FUSED_KD_INLINE auto with_load(Load load, Call call) {
+  if constexpr (READS_F16)
+    if (load == Load::f16) return call(Loaded<Load::f16>{});
+  if (load == Load::bf16) return call(Loaded<Load::bf16>{});
+  if (load == Load::f32_any) return call(Loaded<Load::f32_any>{});
+  return call(Loaded<Load::f32>{});
+}
 
 // x - m, subtracted before anything else, so that nothing depends on the size of the logits
 template <Load L>
@@ -323,11 +342,7 @@ FUSED_KD_INLINE void choose_divergence(Divergence d, Hard h, Call& call) {
 }
 template <class Call>
 FUSED_KD_INLINE void choose(Load l, Divergence d, Hard h, Call& call) {
-  switch (l) {
-    case Load::f32: return choose_divergence<Load::f32>(d, h, call);
-    case Load::bf16: return choose_divergence<Load::bf16>(d, h, call);
-    case Load::f32_any: return choose_divergence<Load::f32_any>(d, h, call);
-  }
+  with_load(l, [&](auto load) { choose_divergence<load.value>(d, h, call); });
 }
 
 struct SumsCall {
@@ -359,7 +374,7 @@ struct GradientCall {
 };
 
 inline void range_entry(Load l, const void* s, const void* t, int size, Range* out) {
-  l == Load::bf16 ? range<Load::bf16>(s, t, size, out) : range<Load::f32>(s, t, size, out);
+  with_load(l, [&](auto load) { range<load.value>(s, t, size, out); });
 }
 inline void sums_entry(Load l, Divergence d, Hard h, const Block& block, BlockSums* out) {
   SumsCall call{block, out};
@@ -387,14 +402,10 @@ FUSED_KD_INLINE void measure_by(Hard h, const Block& block, float ratio, BlockMe
   }
 }
 inline void measure_entry(Load l, Hard h, const Block& block, float ratio, BlockMeasures* out) {
-  switch (l) {
-    case Load::f32: return measure_by<Load::f32>(h, block, ratio, out);
-    case Load::bf16: return measure_by<Load::bf16>(h, block, ratio, out);
-    case Load::f32_any: return measure_by<Load::f32_any>(h, block, ratio, out);
-  }
+  with_load(l, [&](auto load) { measure_by<load.value>(h, block, ratio, out); });
 }
 inline float largest_entry(Load l, const void* s, int size) {
-  return l == Load::bf16 ? largest_of<Load::bf16>(s, size) : largest_of<Load::f32>(s, size);
+  return with_load(l, [&](auto load) { return largest_of<load.value>(s, size); });
 }
 
 inline float differences(const float* s, int size, float m) {
@@ -470,10 +481,10 @@ inline void scale(Dtype dtype, void* values, int64_t size, float factor) {
 }  // namespace FUSED_KD_ISA
 }  // namespace fused_kd
 
-#define FUSED_KD_DEFINE_TABLE(table, label)                                         \
-  namespace fused_kd {                                                              \
-  extern const Kernels table;                                                       \
-  const Kernels table = {label,       EXPONENT_RANGE, range_entry,   sums_entry,    \
-                         sums2_entry, gradient_entry, measure_entry, largest_entry, \
-                         differences, widen,          narrow,        scale};        \
+#define FUSED_KD_DEFINE_TABLE(table, label)                                                      \
+  namespace fused_kd {                                                                           \
+  extern const Kernels table;                                                                    \
+  const Kernels table = {label,       EXPONENT_RANGE, READS_F16,     range_entry,   sums_entry,  \
+                         sums2_entry, gradient_entry, measure_entry, largest_entry, differences, \
+                         widen,       narrow,         scale};                                    \
   }

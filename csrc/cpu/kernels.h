@@ -18,7 +18,10 @@ constexpr int BLOCK = 2048;
 constexpr int MAX_PAIR = 32;  // elements in the largest vector pair; BLOCK is a multiple
 
 // How a block's elements are stored, and whether exponentials must handle arguments that underflow.
-enum class Load : int { f32 = 0, bf16 = 1, f32_any = 2 };
+enum class Load : int { f32 = 0, bf16 = 1, f32_any = 2, f16 = 3 };
+inline Dtype dtype_of(Load load) {
+  return load == Load::bf16 ? Dtype::bf16 : load == Load::f16 ? Dtype::f16 : Dtype::f32;
+}
 
 // How the hard term's e^(s - m_s) is computed: not at all, as a power of P (T = 1, 2, 4), or by a
 // separate exponential.
@@ -56,7 +59,8 @@ struct BlockMeasures {
 
 struct Kernels {
   const char* name;
-  float exponent_range;  // largest |exponent|, in powers of two, that Load::f32 and Load::bf16 take
+  float exponent_range;  // largest |exponent|, in powers of two, that all but Load::f32_any take
+  bool reads_f16;        // the kernels take Load::f16
   void (*range)(Load, const void* s, const void* t, int size, Range*);
   void (*sums)(Load, Divergence, Hard, const Block&, BlockSums*);
   void (*sums2)(Load, Divergence, const Block&, const Constants<float>&, float* x, float* y);

@@ -26,10 +26,10 @@ struct Largest {
                  int64_t begin) {
     if (!(most > value)) return;
     const char* at = static_cast<const char*>(entries);
-    const int bytes = block.load == Load::bf16 ? 2 : 4;
+    const int bytes = width(dtype_of(block.load));
     for (int i = 0; i < block.size; i += FEW) {  // a copy is padded to FEW
       if (table.largest(block.load, at + i * bytes, FEW) != most) continue;
-      while (i < block.size && read(at + i * bytes, block.load) != most) ++i;
+      while (i < block.size && read(table, at + i * bytes, block.load) != most) ++i;
       if (i < block.size) *this = {most, begin + i};  // else NaN and what a copy is padded with
       return;
     }
@@ -38,17 +38,9 @@ struct Largest {
  private:
   static constexpr int FEW = MAX_PAIR;
 
-  static float read(const char* entry, Load load) {
-    uint32_t bits;
-    if (load == Load::bf16) {
-      uint16_t half;
-      std::memcpy(&half, entry, sizeof half);
-      bits = uint32_t(half) << 16;
-    } else {
-      std::memcpy(&bits, entry, sizeof bits);
-    }
+  static float read(const Kernels& table, const char* entry, Load load) {
     float x;
-    std::memcpy(&x, &bits, sizeof x);
+    table.widen(dtype_of(load), entry, &x, 1);
     return x;
   }
 };

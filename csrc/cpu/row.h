@@ -89,7 +89,7 @@ struct Row {
     return reinterpret_cast<const float*>(row_pointer(problem.teacher, n));
   }
   // Whether the kernels read float32 copies of its blocks.
-  bool copies() const { return s_dtype != t_dtype || s_dtype == Dtype::f16; }
+  bool copies() const { return s_dtype != t_dtype || (s_dtype == Dtype::f16 && !table.reads_f16); }
   // Where the blocks end that are whole pairs of vectors. The few entries after them are a block that
   // is copied, so that the others need not be. The tokens of a support are grouped by whole blocks.
   int64_t whole_end() const { return support ? problem.V : problem.V / MAX_PAIR * MAX_PAIR; }

@@ -78,7 +78,9 @@ inline Prepared view(const Row& row, int64_t begin, int64_t end, Scratch& scratc
     copy_block(row, begin, scratch, block);
     return block;
   }
-  block.load = row.s_dtype == Dtype::bf16 ? Load::bf16 : Load::f32;
+  block.load = row.s_dtype == Dtype::bf16  ? Load::bf16
+               : row.s_dtype == Dtype::f16 ? Load::f16
+                                           : Load::f32;
   block.s = row.s + begin * width(row.s_dtype);
   block.t = row.t + begin * width(row.t_dtype);
   return block;

@@ -36,8 +36,8 @@ class ClassRow {
     const Problem& p = row.problem;
     if (initial.r.m_s == LOWEST) return;
     support_.low = low_logit(row, initial.r.m_s);
-    support_.is_lowered = p.grad.data == p.student.data && p.label_smoothing == 0 &&
-                          row.s_dtype != Dtype::f16;  // of which every block is copied
+    support_.is_lowered =
+        p.grad.data == p.student.data && p.label_smoothing == 0 && !row.copies();  // of every block
     if (!support_.is_lowered) return;
     char low[sizeof(float)];
     row.table.narrow(row.s_dtype, &support_.low, low, 1);

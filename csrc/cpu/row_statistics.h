@@ -102,10 +102,10 @@ inline float low_logit(const Row& row, double m_s) {
   if (-exponent > row.exponent_range)
     exponent = std::min(LOW_EXPONENT, (HIGHEST_LOW_EXPONENT - 2) * ratio);
   float low = reference(m_s) + exponent / row.k_max;
-  if (row.s_dtype == Dtype::bf16) {
+  if (row.s_dtype != Dtype::f32) {
     uint16_t rounded;
-    row.table.narrow(Dtype::bf16, &low, &rounded, 1);
-    row.table.widen(Dtype::bf16, &rounded, &low, 1);
+    row.table.narrow(row.s_dtype, &low, &rounded, 1);
+    row.table.widen(row.s_dtype, &rounded, &low, 1);
   }
   return low;
 }
@@ -121,7 +121,7 @@ inline float low_distance(const Row& row, double m_s) {
 // Writes that logit over the tokens in a copy of the block, whose element type stays the same.
 inline void lower_tokens(const Row& row, const Support::Group& tokens, int64_t begin,
                          Scratch& scratch, Prepared& block) {
-  const Dtype dtype = block.load == Load::bf16 ? Dtype::bf16 : Dtype::f32;
+  const Dtype dtype = dtype_of(block.load);
   char* const copy = reinterpret_cast<char*>(scratch.s);
   char low[sizeof(float)];
   row.table.narrow(dtype, &row.support->low, low, 1);

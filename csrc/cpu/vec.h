@@ -262,5 +262,30 @@ FUSED_KD_INLINE void store_pair(Bf16* p, Floats a, Floats b) {
 #endif
 }
 
+// Halves, if the processor converts them.
+#if defined(__F16C__)
+constexpr bool READS_F16 = true;
+FUSED_KD_INLINE void load_pair(const Half* p, Floats& a, Floats& b) {
+#if FUSED_KD_LANES == 16
+  a = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  b = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 16)));
+#else
+  a = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  b = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
+#endif
+}
+FUSED_KD_INLINE void store_pair(Half* p, Floats a, Floats b) {
+#if FUSED_KD_LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+#else
+constexpr bool READS_F16 = false;
+#endif
+
 }  // namespace FUSED_KD_ISA
 }  // namespace fused_kd
