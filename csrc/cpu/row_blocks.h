@@ -18,7 +18,7 @@ struct Prepared {
   Range range;
   int flags = 0;
   int absent = 0;
-  bool copied;  // `s` and `t` are the float32 copies in Scratch
+  bool copied;  // `s` and `t` are both the float32 copies in Scratch
 };
 
 struct Scratch {
@@ -69,20 +69,35 @@ inline void copy_block(const Row& row, int64_t begin, Scratch& scratch, Prepared
   block.copied = true;
 }
 
-// Returns the block as stored if the kernels can read it, else a float32 copy.
+// Returns an operand of a block of whole pairs for float32 kernels: as stored, or a copy.
+inline const void* as_f32(const Row& row, const char* from, Dtype dtype, int size, float* copy) {
+  if (dtype == Dtype::f32) return from;
+  row.table.widen(dtype, from, copy, size);
+  return copy;
+}
+
+// Returns the block as stored if the kernels can read it, else with float32 copies: of both sides if
+// it has no whole pairs, otherwise of those that are not float32.
 inline Prepared view(const Row& row, int64_t begin, int64_t end, Scratch& scratch) {
   Prepared block;
   block.size = block.padded = int(std::min<int64_t>(BLOCK, end - begin));
   block.copied = false;
-  if (row.copies() || block.size % MAX_PAIR != 0) {
+  const char* s = row.s + begin * width(row.s_dtype);
+  const char* t = row.t + begin * width(row.t_dtype);
+  if (block.size % MAX_PAIR != 0) {
     copy_block(row, begin, scratch, block);
-    return block;
+  } else if (row.copies()) {
+    block.load = Load::f32;
+    block.copied = row.s_dtype != Dtype::f32 && row.t_dtype != Dtype::f32;
+    block.s = as_f32(row, s, row.s_dtype, block.size, scratch.s);
+    block.t = as_f32(row, t, row.t_dtype, block.size, scratch.t);
+  } else {
+    block.load = row.s_dtype == Dtype::bf16  ? Load::bf16
+                 : row.s_dtype == Dtype::f16 ? Load::f16
+                                             : Load::f32;
+    block.s = s;
+    block.t = t;
   }
-  block.load = row.s_dtype == Dtype::bf16  ? Load::bf16
-               : row.s_dtype == Dtype::f16 ? Load::f16
-                                           : Load::f32;
-  block.s = row.s + begin * width(row.s_dtype);
-  block.t = row.t + begin * width(row.t_dtype);
   return block;
 }
 

@@ -146,11 +146,13 @@ struct Gradient {
         return;
       }
       const Prepared block = prepare_again(row, state, begin, end, scratch);
-      const bool direct = !block.copied && dtype == row.s_dtype;  // the kernel stores this type
+      const bool direct = !block.copied && dtype == dtype_of(block.load);  // the kernel stores it
       Block work = kernel_block(row, block, state.r.m_s, state.r.m_t);
       if (row.n + 1 < row.problem.N) {
-        if (!block.copied) prefetch_next_row(begin, work);
-        if (row.copies()) prefetch_block(row, row.n + 1, begin);
+        if (row.copies())
+          prefetch_block(row, row.n + 1, begin);
+        else if (!block.copied)
+          prefetch_next_row(begin, work);
       }
       void* to_kernel = direct ? static_cast<void*>(to) : scratch.g;
       row.table.gradient(block.load, row.divergence, row.hard_mode, work, soft, hard_scale,
