@@ -156,7 +156,7 @@ def kd_metrics(
             unknown = masses_are_unknown(classes, teacher.tail == "sampled")
             out[KDMetrics._fields.index("teacher_entropy")].masked_fill_(unknown, math.nan)
         out = keep(out, weight != 0)  # a kernel writes anything there; on a GPU all are computed
-    return KDMetrics._make([*out.view(-1, *shape), weight.view(shape)])
+    return KDMetrics._make([*out.view(len(out), *shape), weight.view(shape)])
 
 
 def _fields(
@@ -178,7 +178,7 @@ def _fields(
     ids = classes.token_ids
     columns, largest = backend.measure_support(s, ids, labels, weight, temperature)
     at = torch.cat([ids.clamp(min=0).to(torch.int64), largest[:, None]], 1)
-    inside = s.gather(2, at.view(*s.shape[:2], -1)).flatten(0, 1).to(columns.dtype)
+    inside = s.gather(2, at.view(*s.shape[:2], at.shape[1])).flatten(0, 1).to(columns.dtype)
     support = Support._make(columns.unbind(1))
     return fields_of_support(support, largest, inside, classes, y, size, temperature)
 

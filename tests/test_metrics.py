@@ -222,6 +222,19 @@ def test_leading_shapes_and_strides(backend: str) -> None:
     assert one.soft.shape == ()
 
 
+@pytest.mark.parametrize("kind", ["logits", "heads", "topk"])
+def test_no_rows(kind: str, backend: str) -> None:
+    for shape in [(0,), (2, 0)]:
+        sides: list[Any] = [torch.zeros(*shape, V), torch.zeros(*shape, V)]
+        if kind == "heads":
+            sides = [Head(torch.zeros(*shape, 4), torch.zeros(V, 4))] * 2
+        elif kind == "topk":
+            sides[1] = TopK.from_logits(sides[1], 3)
+        got = kd_metrics(*sides, torch.zeros(shape, dtype=torch.int64), backend=backend)
+        assert all(x.shape == shape for x in got)
+        assert all(x.item() == 0 for x in got.mean())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_agree_with_their_logits(dtype: torch.dtype, backend: str) -> None:
     if is_repetition(backend, dtype, 1.0):
