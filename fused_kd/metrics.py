@@ -92,7 +92,8 @@ def kd_metrics(
 
     Logits, heads, kept rows and -inf entries have the semantics of :func:`fused_kd.kd_loss`; a term
     is infinite, and a row NaN, in the same cases. The logits of a Head exist for a chunk of rows at
-    a time; nothing of size (..., V) is allocated. The arithmetic is float32, float64 if a side is.
+    a time, of the height that the loss's automatic budget allows; beyond that nothing grows with
+    the number of rows times V. The arithmetic is float32, float64 if a side is.
 
     For a TopK the quantities are those of its classes: its K tokens, and all others as one class
     (see :class:`fused_kd.TopK`). There are five exceptions:

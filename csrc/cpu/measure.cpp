@@ -96,7 +96,11 @@ RowMeasures measure_segment(const Row& row, const State& state, int64_t segment,
 // relative to the side's reference.
 struct Softened {
   double sum, product;
-  double entropy(double temperature) const { return log(sum) - product / (temperature * sum); }
+  // Not below 0, in spite of the sums' rounding; NaN stays NaN.
+  double entropy(double temperature) const {
+    const double entropy = log(sum) - product / (temperature * sum);
+    return entropy < 0 ? 0 : entropy;
+  }
 };
 
 // Writes a row's columns.
