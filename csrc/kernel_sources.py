@@ -23,7 +23,8 @@ if X86:
     HOST_FLAGS += ["-DFUSED_KD_X86"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own headers
 #: The flags of each instruction set, for its own translation units alone.
 INSTRUCTION_SETS = {"generic": []}
 if X86:

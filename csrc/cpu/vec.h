@@ -91,20 +91,32 @@ FUSED_KD_INLINE Floats signed_like(Floats x, Floats d) {
   return floats(flipped & reinterpret_cast<Words>(d != Floats{}));
 }
 
-// Horizontal sum and maximum, always in the same order.
-FUSED_KD_INLINE float sum(Floats x) {
-  float lane[LANES];
-  memcpy(lane, &x, sizeof x);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+// The lanes from W on in the place of the first; the others have no meaning.
+template <int W>
+FUSED_KD_INLINE Floats lanes_from(Floats x) {
+#if defined(__clang__)
+  Floats y = x;
+  for (int i = 0; i < W; ++i) y[i] = x[i + W];
+  return y;
+#else
+  Ints index;
+  for (int i = 0; i < LANES; ++i) index[i] = i + W;
+  return __builtin_shuffle(x, index);  // modulo LANES
+#endif
 }
+
+// Horizontal sum and maximum, always in the same order.
+template <int W = LANES / 2>
+FUSED_KD_INLINE float sum(Floats x) {
+  x += lanes_from<W>(x);
+  if constexpr (W > 1) return sum<W / 2>(x);
+  return x[0];
+}
+template <int W = LANES / 2>
 FUSED_KD_INLINE float largest(Floats x) {
-  float lane[LANES], best;
-  memcpy(lane, &x, sizeof x);
-  best = lane[0];
-  for (int i = 1; i < LANES; ++i) best = lane[i] > best ? lane[i] : best;
-  return best;
+  x = max(x, lanes_from<W>(x));
+  if constexpr (W > 1) return largest<W / 2>(x);
+  return x[0];
 }
 
 // The largest |x| that `exponential` takes. Beyond, 2^n is not a normal number (AVX-512 scales by
