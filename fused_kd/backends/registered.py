@@ -132,31 +132,9 @@ def registered(prefix: str) -> Functions:
         """Multiply a gradient by `scale` in place, rounding it again; 0 stays 0."""
         scale_(grad, scale)
 
-    of_rows, of_support = operator("measure"), operator("measure_support")
-
-    def measure(
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        weight: Tensor,
-        temperature: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the columns of Sums and the largest entries, as Backend.measure."""
-        return of_rows(student, teacher, labels, weight, temperature)  # type: ignore[no-any-return]
-
-    def measure_support(
-        student: Tensor,
-        token_ids: Tensor,
-        labels: Tensor,
-        weight: Tensor,
-        temperature: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the columns of Support and the largest entries, as Backend.measure_support."""
-        return of_support(student, token_ids, labels, weight, temperature)  # type: ignore[no-any-return]
-
-    return Functions(
-        forward, forward_backward, backward, rescale, multiply, measure, measure_support
-    )
+    of_rows = (forward, forward_backward, backward, rescale, multiply)
+    # these operators have the arguments of Backend.measure and Backend.measure_support
+    return Functions(*of_rows, operator("measure"), operator("measure_support"))
 
 
 def _teacher(teacher: Tensor | Classes) -> tuple[Tensor, Tensor | None]:
