@@ -114,6 +114,16 @@ def test_equal_rows_differ_by_exactly_nothing(isa: str) -> None:
     assert (columns[:, 4:7] == 0).all()
 
 
+def test_the_label_of_two_confident_models_keeps_its_digits(isa: str) -> None:
+    student = torch.randn(4, 3000)
+    teacher = student + 0.3 * torch.randn(4, 3000)
+    student[:, 7] = teacher[:, 7] = 20.0  # p - q is below 1e-6 there
+    arguments = torch.full((4,), 7), torch.ones(4), temperature_of(1.0)
+    got, _ = named("cpu").measure(student[None], teacher[None], *arguments)
+    want, _ = reference.measure(student[None].double(), teacher[None].double(), *arguments)
+    torch.testing.assert_close(got[:, 6].double(), want[:, 6], rtol=1e-4, atol=0)
+
+
 def test_bits_do_not_depend_on_other_rows_or_threads(isa: str) -> None:
     student, teacher, labels = make_inputs("language_model", 40, 40000)
     ids, t = support_of(40, 40000, 9), temperature_of(2.0)
