@@ -1,10 +1,7 @@
 // The operators on CPU tensors.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "../cpu/measure.h"
 #include "../cpu/rows.h"
+#include "huge_pages.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -51,17 +48,7 @@ struct Cpu {
     fused_kd::measure_support(p, sums, largest, torch_threads());
   }
 
-  // Page faults of a newly allocated large gradient cost more than the kernel that fills it:
-  // request huge pages if the system leaves that to the application.
-  static void prepare_gradient(const Tensor& grad, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 2 << 20;
-    const uintptr_t address = reinterpret_cast<uintptr_t>(grad.const_data_ptr());
-    const uintptr_t begin = (address + 4095) & ~uintptr_t(4095);
-    const uintptr_t end = (address + bytes) & ~uintptr_t(4095);
-    if (end > begin + 2 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  }
+  static void prepare_gradient(const Tensor& grad) { request_huge_pages(grad); }
 };
 
 }  // namespace

@@ -8,7 +8,7 @@
 //     gradient                         the gradient from the statistics
 //     rescale, scale                   a gradient times a number
 //     measure, measure_support         the columns and indices of kd_metrics
-//     prepare_gradient(tensor, bytes)  called with a new gradient before it is written
+//     prepare_gradient(tensor)         called with the memory of a gradient before it is written
 //
 // LibTorch Stable ABI only (torch >= 2.10), so that one build serves several torch versions. Every
 // check that protects memory is repeated here, since the operators can be called without the Python
@@ -174,7 +174,7 @@ struct Operators {
   static Tensor new_gradient(const Tensor& student) {
     const int64_t B = student.size(0), S = student.size(1), V = student.size(2);
     Tensor grad = torch::stable::new_empty(student, {B, S, V});
-    Backend::prepare_gradient(grad, B * S * V * width(dtype_of(student, "student")));
+    Backend::prepare_gradient(grad);
     return grad;
   }
 
@@ -245,6 +245,7 @@ struct Operators {
                     "grad must have the student's dtype, or 16 bits for a float32 student");
     check_apart(grad, "grad", student, "student");
     check_apart(grad, "grad", teacher, "teacher");
+    Backend::prepare_gradient(grad);
     return run_rows(p, student);
   }
 

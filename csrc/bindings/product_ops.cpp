@@ -1,5 +1,6 @@
 // The operator product_ on CPU matrices; fused_kd/ops.py documents it.
 #include "../cpu/product.h"
+#include "huge_pages.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -53,7 +54,9 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
                   b.size(0));
   STD_TORCH_CHECK(out.size(0) == p.M && out.size(1) == p.N, "out must be (", p.M, ", ", p.N,
                   "); got (", out.size(0), ", ", out.size(1), ")");
-  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
+  p.c_dtype = dtype_of(out, "out");
+  STD_TORCH_CHECK(!accumulate || p.c_dtype == Dtype::f32,
+                  "out must be float32 if the product is added to it");
   STD_TORCH_CHECK(p.N <= 1 || out.stride(1) == 1, "out must have last stride 1; got ",
                   out.stride(1));
   STD_TORCH_CHECK(p.M <= 1 || out.stride(0) >= p.N, "the rows of out overlap: stride ",
@@ -63,7 +66,7 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
   p.round_a = round_a;
   p.accumulate = accumulate;
   // first, since taking the mutable pointer may copy storage that `out` shares with another tensor
-  p.c = static_cast<float*>(out.mutable_data_ptr());
+  p.c = out.mutable_data_ptr();
   p.c_stride = p.M > 1 ? out.stride(0) : p.N;
   p.a = operand_of(a, "a");
   p.b = operand_of(b, "b");
@@ -71,6 +74,7 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
   check_apart(out, "out", a, "a");
   check_apart(out, "out", b, "b");
   if (bias) check_apart(out, "out", *bias, "bias");
+  request_huge_pages(out);
   multiply(p, torch_threads());
 }
 

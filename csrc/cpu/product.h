@@ -1,8 +1,9 @@
-// C (M, N) float32 = or += A (M, K) · B (K, N), from any mixture of element types and layouts.
+// C (M, N) = or += A (M, K) · B (K, N), from any mixture of element types and layouts.
 //
 // Operands are converted while they are packed into blocks, so neither is ever copied whole. An
-// element of C is summed over K in blocks whose length depends on the instruction set alone: it has
-// the same bits for any M, N, position in C and number of threads. Torch-free.
+// element of C is summed in float32 over K in blocks whose length depends on the instruction set
+// alone: it has the same bits for any M, N, position in C and number of threads. A 16-bit C is
+// rounded once, from the whole sum. Torch-free.
 #pragma once
 
 #include <stdint.h>
@@ -29,8 +30,9 @@ struct Product {
   Dtype round_to;
   bool round_a;
   const float* bias;  // (N), added once; null: none
-  bool accumulate;    // add to the values in C; without a bias
-  float* c;
+  bool accumulate;    // add to the values in C; float32 and without a bias
+  void* c;
+  Dtype c_dtype;
   int64_t c_stride;  // of rows; columns have stride 1
 };
 
@@ -46,7 +48,7 @@ struct Region {
 // The product of an instruction set.
 struct ProductKernels {
   int64_t rows, columns;  // of a tile; regions begin at multiples of them
-  int64_t bytes;          // of the packed blocks
+  int64_t bytes;          // of the packed blocks, and of sums that will be rounded
   void (*multiply)(const Product&, const Region&, float* memory);  // aligned to a cache line
 };
 

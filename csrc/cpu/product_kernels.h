@@ -26,14 +26,16 @@ constexpr int VECTORS = COLUMNS / LANES;
 
 // Three sizes stay in three caches: a panel of B (STEPS x COLUMNS) in L1 while all of A's block is
 // multiplied by it; A's block (LARGE x STEPS) in L2 while B is packed and multiplied, SMALL columns
-// at a time; the part of C (LARGE x at most WIDE) in L3 between two blocks of K.
+// at a time; the part of C (LARGE x at most WIDE) in L3 between two blocks of K. The sums of a
+// 16-bit C are a part of their own, of half the width to save memory.
 constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
+constexpr int64_t SUMS_WIDE = WIDE / 2 / SMALL * SMALL;
 static_assert(LARGE % ROWS == 0, "a block is whole panels");
 
 constexpr int64_t block_size(int W, int64_t width) { return width / W * panel_size(W, STEPS); }
 constexpr int64_t A_SIZE = block_size(ROWS, LARGE), B_SIZE = block_size(COLUMNS, SMALL);
-constexpr int64_t BYTES = (A_SIZE + B_SIZE) * int64_t(sizeof(float));
-static_assert(BYTES <= 1 << 20, "promised");
+constexpr int64_t BYTES = (A_SIZE + B_SIZE + LARGE * SUMS_WIDE) * int64_t(sizeof(float));
+static_assert(BYTES <= 9 << 17, "promised: 1.125 MiB");
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -70,13 +72,13 @@ struct Place {
   int64_t stride;
 };
 
-// Computes to = from + a panel of A times a panel of B.
-template <class Step>
+// Computes to = from + the first R rows of a panel of A times a panel of B.
+template <class Step, int R, class T>
 FUSED_KD_INLINE void multiply_tile(int64_t steps, const float* a, const float* b,
-                                   Place<const float> from, Place<float> to) {
-  Floats sum[ROWS][VECTORS];
+                                   Place<const float> from, Place<T> to) {
+  Floats sum[R][VECTORS];
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) sum[i][v] = Floats{};
   for (int64_t step = 0; step < steps; ++step, a += ROWS, b += COLUMNS) {
@@ -84,34 +86,44 @@ FUSED_KD_INLINE void multiply_tile(int64_t steps, const float* a, const float* b
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) right[v] = loaded<Floats>(b + v * LANES);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sum[i][v] = Step::add(sum[i][v], a + i, right[v]);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       Floats x = sum[i][v];
       if (from.data) x = loaded<Floats>(from.data + i * from.stride + v * LANES) + x;
-      memcpy(to.data + i * to.stride + v * LANES, &x, sizeof x);
+      store(to.data + i * to.stride + v * LANES, x);
     }
 }
 
-// The same for a tile at an edge of C, of which `rows` x `columns` exist.
-template <class Step>
+// The same for a tile at an edge of C, of which `rows` x `columns` exist. Half a tile takes half the
+// time; fewer rows would leave the multipliers waiting for each other.
+template <class Step, class T>
 inline void multiply_edge(int64_t steps, const float* a, const float* b, Place<const float> from,
-                          Place<float> to, int64_t rows, int64_t columns) {
-  float tile[ROWS * COLUMNS] = {};
-  for (int64_t i = 0; from.data && i < rows; ++i)
-    memcpy(tile + i * COLUMNS, from.data + i * from.stride, columns * sizeof(float));
-  multiply_tile<Step>(steps, a, b, {from.data ? tile : nullptr, COLUMNS}, {tile, COLUMNS});
+                          Place<T> to, int64_t rows, int64_t columns) {
+  float start[ROWS * COLUMNS] = {};
+  T tile[ROWS * COLUMNS];
+  if (from.data) {
+    for (int64_t i = 0; i < rows; ++i)
+      memcpy(start + i * COLUMNS, from.data + i * from.stride, columns * sizeof(float));
+    from = {start, COLUMNS};
+  }
+  const Place<T> whole{tile, COLUMNS};
+  if (rows > ROWS / 2)
+    multiply_tile<Step, ROWS>(steps, a, b, from, whole);
+  else
+    multiply_tile<Step, ROWS / 2>(steps, a, b, from, whole);
   for (int64_t i = 0; i < rows; ++i)
-    memcpy(to.data + i * to.stride, tile + i * COLUMNS, columns * sizeof(float));
+    memcpy(to.data + i * to.stride, tile + i * COLUMNS, columns * sizeof(T));
 }
 
 // Prefetches the memory that the next block of an operand is packed from, a few cache lines at a
 // time while the present block is multiplied.
+constexpr int64_t LINE = 64;
 class Ahead {
  public:
   Ahead(const Source& b, int element, int64_t tiles) {
@@ -135,24 +147,34 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t LINE = 64;
   const char* next_;
   int64_t stride_, left_, bytes_, at_ = 0, each_ = 0;
 };
 
-// Multiplies all tiles of a block of C; B's panel stays in L1 while A's panels change.
-template <class Step>
+// Prefetches a tile of C while its sums are computed.
+template <class T>
+FUSED_KD_INLINE void fetch_tile(Place<T> c, int64_t rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+    for (int at = 0; at < COLUMNS; at += LINE / int(sizeof(T)))
+      if (i < rows) __builtin_prefetch(c.data + i * c.stride + at);
+}
+
+// Multiplies all tiles of a block of C; B's panel stays in L1 while A's panels change. `cold`: what
+// the sums are added to is in no cache.
+template <class Step, class T>
 inline void multiply_block(int64_t steps, const float* a, const float* b, Place<const float> from,
-                           Place<float> to, int64_t rows, int64_t columns, Ahead& ahead) {
+                           Place<T> to, int64_t rows, int64_t columns, bool cold, Ahead& ahead) {
   for (int64_t n = 0; n < columns; n += COLUMNS, b += panel_size(COLUMNS, steps)) {
     const float* panel = a;
     for (int64_t m = 0; m < rows; m += ROWS, panel += panel_size(ROWS, steps)) {
       const Place<const float> start{from.data ? from.data + m * from.stride + n : nullptr,
                                      from.stride};
-      const Place<float> target{to.data + m * to.stride + n, to.stride};
+      const Place<T> target{to.data + m * to.stride + n, to.stride};
       ahead.fetch();
+      if (cold) fetch_tile(target, rows - m);
       if (rows - m >= ROWS && columns - n >= COLUMNS)
-        multiply_tile<Step>(steps, panel, b, start, target);
+        multiply_tile<Step, ROWS>(steps, panel, b, start, target);
       else
         multiply_edge<Step>(steps, panel, b, start, target, least(rows - m, ROWS),
                             least(columns - n, COLUMNS));
@@ -163,11 +185,13 @@ inline void multiply_block(int64_t steps, const float* a, const float* b, Place<
 template <class Step>
 struct RegionProduct {
   const Product& p;
-  float *a, *b;
+  float *a, *b, *sums;
 
   static constexpr int64_t DEPTH = STEPS * Step::DEPTH;
 
   int64_t depth(int64_t k) const { return least(p.K - k, DEPTH); }
+  bool is_last(int64_t k) const { return k + DEPTH >= p.K; }
+  bool rounds() const { return p.c_dtype != Dtype::f32; }
 
   static const void* at(const Operand& x, int64_t row, int64_t column) {
     const int64_t offset = row * x.row_stride + column * x.column_stride;
@@ -180,15 +204,31 @@ struct RegionProduct {
     return {at(p.b, k, n), p.b.column_stride, p.b.row_stride, columns, p.N - n, depth(k)};
   }
 
-  void add_block(int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k,
+  // Computes or adds to a block of C, of which the blocks of K before k are in `sums`.
+  void add_block(int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, float* sums,
                  const Source& next) const {
-    const Place<float> to{p.c + m * p.c_stride + n, p.c_stride};
-    Place<const float> from{to.data, to.stride};
+    switch (p.c_dtype) {
+      case Dtype::f32: return add_block_in<float>(m, rows, n, columns, k, nullptr, next);
+      case Dtype::bf16: return add_block_in<Bf16>(m, rows, n, columns, k, sums, next);
+      case Dtype::f16: return add_block_in<Half>(m, rows, n, columns, k, sums, next);
+    }
+  }
+
+  template <class T>
+  void add_block_in(int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, float* sums,
+                    const Source& next) const {
+    const Place<T> c{static_cast<T*>(p.c) + m * p.c_stride + n, p.c_stride};
+    Place<float> sum{sums, SUMS_WIDE};
+    if constexpr (std::is_same_v<T, float>) sum = c;
+    Place<const float> from{sum.data, sum.stride};
     if (k == 0 && !p.accumulate) from = {p.bias ? p.bias + n : nullptr, 0};
+    const bool cold = k == 0 && p.accumulate;
     const int64_t steps = divided(depth(k), Step::DEPTH);
-    const int64_t tiles = divided(rows, ROWS) * divided(columns, COLUMNS);
-    Ahead ahead(next, width(p.b.dtype), tiles);
-    multiply_block<Step>(steps, a, b, from, to, rows, columns, ahead);
+    Ahead ahead(next, width(p.b.dtype), divided(rows, ROWS) * divided(columns, COLUMNS));
+    if (is_last(k))
+      multiply_block<Step>(steps, a, b, from, c, rows, columns, cold, ahead);
+    else
+      multiply_block<Step>(steps, a, b, from, sum, rows, columns, false, ahead);
   }
 
   // Computes these rows of C, which stay in a cache between two blocks of K.
@@ -202,16 +242,17 @@ struct RegionProduct {
         Source next{};
         if (n + SMALL < end)
           next = columns_of_b(n + SMALL, least(SMALL, end - n - SMALL), k);
-        else if (k + DEPTH < p.K)
+        else if (!is_last(k))
           next = columns_of_b(begin, least(SMALL, end - begin), k + DEPTH);
-        add_block(m, rows, n, columns, k, next);
+        add_block(m, rows, n, columns, k, sums + (n - begin), next);
       }
     }
   }
   void run(const Region& r) const {
     const int64_t end_m = r.row + r.rows, end_n = r.column + r.columns;
     // A is packed again for each part of the columns, so there are few parts, of even width
-    const int64_t part = divided(divided(r.columns, divided(r.columns, WIDE)), SMALL) * SMALL;
+    const int64_t parts = divided(r.columns, rounds() ? SUMS_WIDE : WIDE);
+    const int64_t part = divided(divided(r.columns, parts), SMALL) * SMALL;
     for (int64_t n = r.column; n < end_n; n += part)
       for (int64_t m = r.row; m < end_m; m += LARGE)
         add_rows(m, least(LARGE, end_m - m), n, least(n + part, end_n));
@@ -219,11 +260,12 @@ struct RegionProduct {
 };
 
 inline void multiply_region(const Product& p, const Region& region, float* memory) {
+  float *const b = memory + A_SIZE, *const sums = b + B_SIZE;
 #ifdef __AVX512BF16__
   if (p.round_to == Dtype::bf16)
-    return RegionProduct<MultiplyPairs>{p, memory, memory + A_SIZE}.run(region);
+    return RegionProduct<MultiplyPairs>{p, memory, b, sums}.run(region);
 #endif
-  RegionProduct<MultiplySingles>{p, memory, memory + A_SIZE}.run(region);
+  RegionProduct<MultiplySingles>{p, memory, b, sums}.run(region);
 }
 
 }  // namespace FUSED_KD_ISA

@@ -65,6 +65,28 @@ FUSED_KD_INLINE Floats rounded(Floats x) {
   }
 }
 
+// Stores values, rounded to the element type.
+FUSED_KD_INLINE void store(float* p, Floats x) { memcpy(p, &x, sizeof x); }
+FUSED_KD_INLINE void store(Bf16* p, Floats x) {
+#ifdef __AVX512BF16__
+  const auto raw = _mm512_cvtneps_pbh((__m512)x);
+#else
+  const HalfWords raw = __builtin_convertvector(bits(rounded<Dtype::bf16>(x)) >> 16, HalfWords);
+#endif
+  memcpy(p, &raw, sizeof raw);
+}
+FUSED_KD_INLINE void store(Half* p, Floats x) {
+#if FUSED_KD_LANES == 16 && defined(__AVX512F__)
+  const auto raw = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif FUSED_KD_LANES == 8 && defined(__F16C__)
+  const auto raw = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  HalfWords raw{};
+  for (int i = 0; i < LANES; ++i) raw[i] = float_to_half(x[i]).raw;
+#endif
+  memcpy(p, &raw, sizeof raw);
+}
+
 // Returns an address at which SIZE elements can be read: p, or if only `count` exist, a copy that
 // is filled with zeros.
 template <int SIZE, class T>
