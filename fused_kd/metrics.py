@@ -206,7 +206,7 @@ def _chunks(
         height = chunk_rows(rows.count, None, None, device, sizes, products.fixed_bytes())
     own, of_teacher = (_Rows(x, products, height, dtype) for x in (student, other))
     for begin in range(0, rows.count, height):
-        at = rows.at(begin, min(begin + height, rows.count))
+        at = rows.at(slice(begin, min(begin + height, rows.count)))
         s = own.at(at)
         yield at, s[None], s[None] if other is None else of_teacher.at(at)[None]
 

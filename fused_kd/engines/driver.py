@@ -3,13 +3,16 @@
 A Head's logits exist for one chunk at a time, in float32 buffers that all chunks share. The
 gradient of a student Head's logits overwrites them; if the products take a 16-bit gradient, it
 overwrites the teacher's logits instead (:func:`_doubling_parts`). The weight gradient is summed
-over the chunks: the first chunk writes it, the others add.
+over the chunks: the first chunk writes it, the others add. If it takes no more memory, the
+gradients of all rows' logits are kept instead and multiplied at once (:func:`_kept_dtype`); the
+memory of the weight gradient, which is then written last, holds the chunks' logits.
 
 hard and soft are what :class:`fused_kd.engines.Engine` defines; C is the number of rows of a chunk.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..classes import Classes
 from ..options import Formula
-from .memory import Cut, Sizes, cut_rows
+from .memory import Cut, Sizes, cut_rows, keeping_bytes, summing_bytes
 from .products import Products, Projection, products_for
 from .selection import Selection, is_scattered, put, take
 
@@ -48,7 +51,7 @@ class Problem(NamedTuple):
     memory_budget: int | None  # bytes; None: automatic
     kept_rows: int | None  # upper bound of the rows with a weight; None: count (CPU), or mask
     grad_accum_dtype: torch.dtype  # of the sums over chunks
-    may_narrow: bool  # with a single chunk, the weight gradient has the weight's dtype
+    may_narrow: bool  # without a sum over chunks, the weight gradient has the weight's dtype
     inplace: bool  # the gradient overwrites the student's logits
 
     @property
@@ -83,21 +86,26 @@ def run_chunks(
     x, dtype = problem.rows, problem.accum_dtype
     rows = Selection(x.shape[:-1].numel(), problem.w_hard, problem.w_soft, problem.kept_rows)
     products = products_for(problem.backend_name, x.device, dtype)
+    sizes = sizes_of(problem, products, rows.gathers)
     cut = cut_rows(
         rows.all,
         rows.count,
         problem.chunk_rows,
         problem.memory_budget,
         x.device,
-        sizes_of(problem, products, rows.gathers),
+        sizes,
         products.fixed_bytes(),
     )
     hard, soft = (x.new_zeros(rows.all, dtype=dtype) for _ in range(2))
-    gradients = None if wanted is None else _new_gradients(problem, wanted, cut, rows)
-    chunk = _chunk_of(problem, products, min(cut.height, rows.count), gradients, rows)
+    kept = gradients = None
+    if wanted is not None:
+        kept = _kept_dtype(problem, products, wanted, sizes, cut)
+        gradients = _new_gradients(problem, wanted, cut.is_single or kept is not None, rows)
+    chunk = _chunk_of(problem, products, min(cut.height, rows.count), gradients, rows, kept)
     for begin in range(0, rows.count, cut.height):
-        index = rows.at(begin, min(begin + cut.height, rows.count))
-        hard[index], soft[index] = chunk.process(index, add=begin > 0)
+        part = slice(begin, min(begin + cut.height, rows.count))
+        hard[rows.at(part)], soft[rows.at(part)] = chunk.process(part)
+    chunk.finish()
     return hard, soft, (None, None, None) if gradients is None else gradients
 
 
@@ -136,17 +144,59 @@ def sizes_of(problem: Problem, products: Products, gathered: bool) -> Sizes:
     )
 
 
+def _kept_dtype(
+    problem: Problem, products: Products, wanted: tuple[bool, ...], sizes: Sizes, cut: Cut
+) -> torch.dtype | None:
+    """Return the dtype in which the gradients of all rows' logits are kept; None: they are not.
+
+    They are kept if that takes no more memory than a sum of the weight gradient over the chunks, or
+    with a single chunk than its gradient.
+    """
+    student = problem.student
+    if isinstance(student, Tensor) or not wanted[1]:
+        return None
+    weight, bias, rows = student.weight, student.bias, problem.rows.shape[:-1].numel()
+    of_products = products.kept_dtype if _narrow(bias, wanted[2]) else products.gradient_dtype
+    kept = of_products(problem.accum_dtype, student.compute)
+    written = _accumulator(problem, without_sum=True)
+    total = written if cut.is_single else _accumulator(problem, without_sum=False)
+    summing = summing_bytes(sizes, min(cut.height, rows), total.itemsize, weight.itemsize)
+    keeping = keeping_bytes(sizes, rows, min(cut.height, rows), kept.itemsize, written.itemsize)
+    return kept if keeping <= summing else None
+
+
+def _narrow(bias: Tensor | None, wanted: bool) -> bool:
+    """Return True if the gradient of the bias has 16 bits or is not wanted."""
+    return bias is None or not wanted or bias.itemsize == 2
+
+
+def _accumulator(problem: Problem, without_sum: bool) -> torch.dtype:
+    """Return the dtype of the weight gradient before it is rounded to that of the weight.
+
+    It is that of the weight if no sum over chunks is needed and the caller allows it
+    (``may_narrow``).
+    """
+    student = problem.student
+    assert isinstance(student, Projection)
+    if problem.may_narrow and without_sum and problem.accum_dtype == torch.float32:
+        return _sum_dtype(student.weight.dtype, student.weight)
+    return _sum_dtype(problem.grad_accum_dtype, student.weight)
+
+
 def _new_gradients(
-    problem: Problem, wanted: tuple[bool, ...], cut: Cut, rows: Selection
+    problem: Problem, wanted: tuple[bool, ...], without_sum: bool, rows: Selection
 ) -> Gradients:
     """Allocate the wanted gradients; set to 0 the rows that no chunk writes, in place too.
 
-    With a single chunk, those of weight and bias may get the weight's dtype (``may_narrow``).
+    Args:
+        problem: the rows and the options.
+        wanted: for each of the student's three tensors, as in :func:`run_chunks`.
+        without_sum: no gradient is a sum over chunks.
+        rows: the rows that are computed.
     """
     accumulate, student = problem.grad_accum_dtype, problem.student
-    narrows = problem.may_narrow and cut.is_single and problem.accum_dtype == torch.float32
-    if narrows and isinstance(student, Projection):
-        accumulate = student.weight.dtype
+    if isinstance(student, Projection):
+        accumulate = _accumulator(problem, without_sum)
     gradients = empty_gradients(student, wanted, accumulate, problem.inplace)
     first = student if problem.inplace and isinstance(student, Tensor) else gradients[0]
     if first is not None and rows.dropped is not None:
@@ -197,15 +247,36 @@ def _sum_dtype(accumulate: torch.dtype, parameter: Tensor | None) -> torch.dtype
 # -------------------------------------------------------------------------------------- a chunk
 
 
+class _Memory:
+    """Memory for the buffers of a chunk: at first that of `spare`, which is written last.
+
+    Args:
+        like: a tensor on the device.
+        spare: a contiguous tensor; None: there is none.
+    """
+
+    def __init__(self, like: Tensor, spare: Tensor | None = None) -> None:
+        self.like = like
+        self.left = None if spare is None else spare.view(-1).view(torch.uint8)
+
+    def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor, in what is left of the spare memory if it fits."""
+        size = math.prod(shape) * dtype.itemsize
+        if self.left is None or size > self.left.numel():
+            return self.like.new_empty(shape, dtype=dtype)
+        part, self.left = self.left[:size], self.left[size:]
+        return part.view(dtype).view(shape)
+
+
 class _TeacherRows:
     """The teacher's logits of a chunk, in a buffer that all chunks share."""
 
-    def __init__(self, problem: Problem, products: Products, height: int) -> None:
+    def __init__(self, problem: Problem, products: Products, height: int, memory: _Memory) -> None:
         self.side, self.products = problem.teacher, products
         self.buffer: Tensor | None = None
         if isinstance(self.side, Projection):
-            shape = (height, self.side.weight.shape[0])
-            self.buffer = self.side.hidden.new_empty(shape, dtype=problem.accum_dtype)
+            vocabulary = self.side.weight.shape[0]
+            self.buffer = memory.take(height, vocabulary, dtype=problem.accum_dtype)
 
     def at(self, rows: Rows, student: Tensor) -> Tensor | Classes:
         """Return the teacher's logits (C, V) of these rows; a Head's are valid until the next call.
@@ -238,9 +309,10 @@ class _HeadChunk:
         student: the student's head.
         products: the matrix-product routines.
         height: the largest number of rows of a chunk.
-        gradients: those that :meth:`process` writes, with None for an unwanted one; None: losses
-            only.
+        gradients: those that are written, with None for an unwanted one; None: losses only.
         rows: the rows that are computed.
+        kept: the dtype in which the gradients of all rows' logits are kept for :meth:`finish`;
+            None: they are not.
     """
 
     def __init__(
@@ -251,61 +323,95 @@ class _HeadChunk:
         height: int,
         gradients: Gradients | None,
         rows: Selection,
+        kept: torch.dtype | None,
     ) -> None:
         self.problem, self.side, self.products = problem, student, products
-        self.gradients, self.mask = gradients, rows.mask
+        self.gradients, self.rows, self.keeps = gradients, rows, kept is not None
         weights = (_scaled_weights(w, student.scale) for w in (problem.w_hard, problem.w_soft))
         self.vectors = (problem.labels, *weights)
-        self.teacher = _TeacherRows(problem, products, height)
-        shape = (height, student.weight.shape[0])
-        self.logits = student.hidden.new_empty(shape, dtype=problem.accum_dtype)
+        vocabulary = student.weight.shape[0]
+        memory = _Memory(student.hidden, gradients[1] if gradients and kept else None)
+        self.logits = memory.take(height, vocabulary, dtype=problem.accum_dtype)
+        self.teacher = _TeacherRows(problem, products, height, memory)
         self.gradient_dtype = products.gradient_dtype(problem.accum_dtype, student.compute)
         self.gradient: Tensor | None = None  # in the products' dtype; None: not allocated yet
         self.over_teacher = False
         if gradients is None:
             return
-        if self.gradient_dtype == problem.accum_dtype:
+        if kept is not None:
+            self.gradient = self.logits.new_empty((rows.count, vocabulary), dtype=kept)
+        elif self.gradient_dtype == problem.accum_dtype:
             self.gradient = self.logits
         elif self.teacher.buffer is not None:
-            memory = self.teacher.buffer.view(-1).view(self.gradient_dtype)
-            self.gradient, self.over_teacher = memory[: self.logits.numel()].view(shape), True
+            overwritten = self.teacher.buffer.view(-1).view(self.gradient_dtype)
+            self.gradient = overwritten[: self.logits.numel()].view(self.logits.shape)
+            self.over_teacher = True
         elif not (isinstance(problem.teacher, Tensor) and _copies(problem.teacher, rows)):
-            self.gradient = self.logits.new_empty(shape, dtype=self.gradient_dtype)
+            self.gradient = torch.empty_like(self.logits, dtype=self.gradient_dtype)
 
-    def process(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows; write their part of the gradients, or add it.
+    def process(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of a chunk; write or add its part of the gradients, or keep it.
 
         Args:
-            rows: the rows of this chunk.
-            add: add to the weight and bias gradients; False: overwrite them (the first chunk).
+            part: the positions of the chunk's rows among those computed. The first chunk
+                overwrites the gradients of weight and bias, the others add to them.
         """
-        hidden = take(self.side.hidden, rows)
-        if self.mask is not None:  # 0 times NaN would spoil the weight gradient
-            hidden = torch.where(self.mask[rows, None], hidden, 0)
-        losses = self._losses(rows, hidden)
+        hidden = self._hidden(part)
+        losses = self._losses(part, hidden)
         if self.gradients is not None:
-            self._multiply(rows, hidden, self.gradients, add)
+            gradient = self._gradient_of(part)
+            if self.gradients[0] is not None:
+                self._hidden_gradient(self.gradients[0], self.rows.at(part), gradient)
+            if not self.keeps:
+                self._sum_gradients(gradient, hidden, add=part.start > 0)
         return losses
 
-    def _losses(self, rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self) -> None:
+        """Write the gradients of weight and bias from the gradients that were kept."""
+        if self.keeps and self.rows.count > 0:
+            everything = slice(0, self.rows.count)
+            hidden = self._hidden(everything)
+            self._sum_gradients(self._gradient_of(everything), hidden, add=False)
+
+    def _hidden(self, part: slice) -> Tensor:
+        """Return the hidden states (C, H) of these rows, 0 where a row is masked."""
+        index = self.rows.at(part)
+        hidden = take(self.side.hidden, index)
+        if self.rows.mask is not None:  # 0 times NaN would spoil the weight gradient
+            hidden = torch.where(self.rows.mask[index, None], hidden, 0)
+        return hidden
+
+    def _losses(self, part: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return hard and soft (C,); if gradients are wanted, store that of the chunk's logits.
 
-        It is stored in `self.gradient`; if that is None, over `self.logits`.
+        It is stored where `_gradient_memory` says; if that is None, over `self.logits`.
         """
-        count = hidden.shape[0]
+        count, rows = hidden.shape[0], self.rows.at(part)
         s = self.logits[:count]
         self.products.logits(s, hidden, self.side)
         t = self.teacher.at(rows, s)
+        out = self._gradient_memory(part)
         vectors = tuple(None if x is None else x[rows] for x in self.vectors)
         parts = _doubling_parts(count) if self.over_teacher else [slice(0, count)]
-        losses = [self._process_part(part, s, t, *vectors) for part in parts]
+        losses = [self._process_part(p, s, t, out, *vectors) for p in parts]
         if len(losses) == 1:
             return losses[0]
         hard, soft = (torch.cat(x) for x in zip(*losses, strict=True))
         return hard, soft
 
+    def _gradient_memory(self, part: slice) -> Tensor | None:
+        """Return the memory for the gradient of a chunk's logits (C, V); None: not allocated yet."""
+        if self.gradient is None:
+            return None
+        return self.gradient[part if self.keeps else slice(0, part.stop - part.start)]
+
     def _process_part(
-        self, part: slice, s: Tensor, t: Tensor | Classes, *vectors: Tensor | None
+        self,
+        part: slice,
+        s: Tensor,
+        t: Tensor | Classes,
+        gradient: Tensor | None,
+        *vectors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return hard and soft of a part of the chunk; store the gradient of its logits if wanted.
 
@@ -313,6 +419,7 @@ class _HeadChunk:
             part: the rows of the part, counted within the chunk.
             s: the student's logits of the chunk (C, V); may be overwritten by the gradient.
             t: the teacher's, likewise.
+            gradient: the memory for it (C, V); None: over the student's logits.
             vectors: labels, w_hard and w_soft of the chunk, (C,) or None.
         """
         backend, formula = self.problem.backend, self.problem.formula
@@ -321,48 +428,41 @@ class _HeadChunk:
         rows = (s[None], _batched(t), labels, w_hard, w_soft, formula)
         if self.gradients is None:
             return backend.forward(*rows)[:2]
-        out = self._free_memory(part)
-        if out is not None:
-            return backend.forward_backward(*rows, out=out[None])[:2]
-        losses = backend.forward_backward(*rows, inplace=True)[:2]
-        if self.over_teacher and self.gradient is not None:
-            self.gradient[part].copy_(s)
-        return losses
+        if gradient is None or self.gradient is self.logits:
+            return backend.forward_backward(*rows, inplace=True)[:2]
+        if self.over_teacher and part.start == 0:  # these rows of the teacher are being read
+            losses = backend.forward_backward(*rows, inplace=True)[:2]
+            gradient[part].copy_(s)
+            return losses
+        return backend.forward_backward(*rows, out=gradient[part][None])[:2]
 
-    def _free_memory(self, part: slice) -> Tensor | None:
-        """Return memory for the gradient of a part's logits; None: over the student's logits."""
-        if self.gradient is None or self.gradient.dtype == self.logits.dtype:
-            return None
-        return None if self.over_teacher and part.start == 0 else self.gradient[part]
+    def _gradient_of(self, part: slice) -> Tensor:
+        """Return the gradient of a chunk's logits (C, V), in a dtype that the products take."""
+        stored = self._gradient_memory(part)
+        if stored is not None:
+            return stored
+        # allocated only now, after the copy of the teacher's logits was freed
+        return self.logits[: part.stop - part.start].to(self.gradient_dtype)
 
-    def _multiply(self, rows: Rows, hidden: Tensor, gradients: Gradients, add: bool) -> None:
-        """Multiply the gradient that `_losses` has stored for this chunk into each wanted gradient.
+    def _hidden_gradient(self, out: Tensor, rows: Rows, gradient: Tensor) -> None:
+        """Write the rows of the hidden gradient."""
+        target = out.view(-1, out.shape[-1])
+        if isinstance(rows, slice):
+            self.products.hidden_gradient(target[rows], gradient, self.side)
+            return
+        part = target.new_empty((gradient.shape[0], target.shape[1]))
+        self.products.hidden_gradient(part, gradient, self.side)
+        target[rows] = part
 
-        Rows of the hidden gradient are written; those of weight and bias are overwritten, or added
-        to if `add`.
-        """
-        of_hidden, of_weight, of_bias = gradients
-        count = hidden.shape[0]
-        if self.gradient is not None:
-            gradient = self.gradient[:count]
-        else:  # allocated only now, after the copy of the teacher's logits was freed
-            gradient = self.logits[:count].to(self.gradient_dtype)
+    def _sum_gradients(self, gradient: Tensor, hidden: Tensor, add: bool) -> None:
+        """Multiply a gradient of logits into those of weight and bias: overwrite them, or `add`."""
+        assert self.gradients is not None
+        _, of_weight, of_bias = self.gradients
         if of_bias is not None:
             part = gradient.sum(0, dtype=self.logits.dtype)
             of_bias.copy_(of_bias + part if add else part)
-        if of_hidden is not None:
-            self._hidden_gradient(of_hidden, rows, gradient)
         if of_weight is not None:
             self.products.weight_gradient(of_weight, gradient, hidden, self.side.compute, add)
-
-    def _hidden_gradient(self, out: Tensor, rows: Rows, gradient: Tensor) -> None:
-        target = out.view(-1, out.shape[-1])
-        if isinstance(rows, slice) and target.dtype == self.logits.dtype:
-            self.products.hidden_gradient(target[rows], gradient, self.side)
-            return
-        part = self.logits.new_empty((gradient.shape[0], target.shape[1]))
-        self.products.hidden_gradient(part, gradient, self.side)
-        target[rows] = part.to(target.dtype)
 
 
 class _LogitsChunk:
@@ -378,21 +478,22 @@ class _LogitsChunk:
         products: Products,
         height: int,
         gradients: Gradients | None,
+        rows: Selection,
     ) -> None:
-        self.problem, self.logits = problem, logits
-        self.teacher = _TeacherRows(problem, products, height)
+        self.problem, self.logits, self.rows = problem, logits, rows
+        self.teacher = _TeacherRows(problem, products, height, _Memory(logits))
         #: The memory for the gradient; None: not wanted.
         self.out = None
         if gradients is not None:
             self.out = logits if problem.inplace else gradients[0]
 
-    def process(self, rows: Rows, add: bool) -> tuple[Tensor, Tensor]:
-        """Return hard and soft of these rows; write the gradient of their logits if it is wanted.
+    def process(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return hard and soft of a chunk; write the gradient of its logits if it is wanted.
 
         Args:
-            rows: the rows of this chunk.
-            add: unused, since each row's gradient is written once.
+            part: the positions of the chunk's rows among those computed.
         """
+        rows = self.rows.at(part)
         s = take(self.logits, rows)
         t = self.teacher.at(rows, s)
         p = self.problem
@@ -409,6 +510,9 @@ class _LogitsChunk:
             put(self.out, rows, s)
         return losses
 
+    def finish(self) -> None:
+        """Do nothing: each row's gradient was written by its chunk."""
+
 
 def _chunk_of(
     problem: Problem,
@@ -416,11 +520,12 @@ def _chunk_of(
     height: int,
     gradients: Gradients | None,
     rows: Selection,
+    kept: torch.dtype | None,
 ) -> _HeadChunk | _LogitsChunk:
     student = problem.student
     if isinstance(student, Projection):
-        return _HeadChunk(problem, student, products, height, gradients, rows)
-    return _LogitsChunk(problem, student, products, height, gradients)
+        return _HeadChunk(problem, student, products, height, gradients, rows, kept)
+    return _LogitsChunk(problem, student, products, height, gradients, rows)
 
 
 def _batched(teacher: Tensor | Classes) -> Tensor | Classes:

@@ -1,4 +1,4 @@
-"""How many rows a chunk has, from the bytes of a row and the caller's budget."""
+"""How many rows a chunk has, from the bytes of a row and the caller's budget; and what is kept."""
 
 from __future__ import annotations
 
@@ -131,6 +131,58 @@ def chunk_rows(
         limit = budget_rows(budget, sizes, fixed)
     chunks = max(1, -(-rows // limit))
     return max(1, -(-rows // chunks))
+
+
+def summing_bytes(sizes: Sizes, height: int, sum_bytes: int, weight_bytes: int) -> int:
+    """Return the most bytes at once if the weight gradient is summed over chunks.
+
+    Inputs and the hidden gradient are not counted.
+
+    Args:
+        sizes: the sizes of a row.
+        height: the rows of a chunk.
+        sum_bytes: of an element of the sum.
+        weight_bytes: of an element of the weight. If it differs, the sum is rounded at the end.
+    """
+    elements = sizes.vocabulary * (sizes.student_hidden or 0)
+    chunk = sum(_buffers(sizes, height)) + height * sizes.vocabulary * sizes.gradient_bytes
+    rounded = elements * weight_bytes if weight_bytes != sum_bytes else 0
+    return elements * sum_bytes + max(chunk, rounded)
+
+
+def keeping_bytes(
+    sizes: Sizes, rows: int, height: int, kept_bytes: int, gradient_bytes: int
+) -> int:
+    """Return the most bytes at once if the gradients of all rows' logits are kept to the end.
+
+    The weight gradient is written last; until then its memory holds what it can of a chunk's
+    logits. Inputs and the hidden gradient are not counted.
+
+    Args:
+        sizes: the sizes of a row.
+        rows: the number of rows, whether they count or not.
+        height: the rows of a chunk.
+        kept_bytes: of an element of the gradients of the logits.
+        gradient_bytes: of an element of the weight gradient.
+    """
+    hidden = sizes.student_hidden or 0
+    gradient = spare = sizes.vocabulary * hidden * gradient_bytes
+    more = 0
+    for size in _buffers(sizes, height):
+        if size <= spare:
+            spare -= size
+        else:
+            more += size
+    row = sizes.vocabulary * kept_bytes
+    if sizes.gathered:
+        row += hidden * sizes.student_bytes
+    return gradient + rows * row + more
+
+
+def _buffers(sizes: Sizes, height: int) -> list[int]:
+    """Return the bytes of a chunk's logits, for each head."""
+    heads = [h for h in (sizes.student_hidden, sizes.teacher_hidden) if h is not None]
+    return [height * sizes.vocabulary * sizes.accum_bytes] * len(heads)
 
 
 class Cut(NamedTuple):

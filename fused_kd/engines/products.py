@@ -69,17 +69,29 @@ class Products:
         """
         return accum_dtype
 
+    def kept_dtype(self, accum_dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+        """Return the dtype of that gradient where those of all chunks are kept for one product."""
+        return self.gradient_dtype(accum_dtype, compute)
+
     def hidden_gradient(self, out: Tensor, gradient: Tensor, head: Projection) -> None:
-        """Overwrite out (C, H), of the arithmetic's dtype, by gradient · weight."""
-        for tile in self._tiles(head, out.dtype):
+        """Overwrite out (C, H) by gradient · weight, rounded to out's dtype."""
+        accum_dtype = torch.promote_types(gradient.dtype, torch.float32)
+        tiles = list(self._tiles(head, accum_dtype))
+        total = out
+        sums = len(tiles) > 1 and out.dtype != accum_dtype
+        if sums or not self._writes(out.dtype, gradient.dtype, add=False):
+            total = out.new_empty(out.shape, dtype=accum_dtype)
+        for tile in tiles:
             add = tile.start > 0  # the first tile overwrites what is in the memory
-            self._multiply(out, gradient[:, tile], head.weight[tile], head.compute, add=add)
+            self._multiply(total, gradient[:, tile], head.weight[tile], head.compute, add=add)
+        if total is not out:
+            out.copy_(total)
 
     def weight_gradient(
         self, out: Tensor, gradient: Tensor, hidden: Tensor, compute: torch.dtype, add: bool
     ) -> None:
         """Overwrite out (V, H) by gradientᵀ · hidden, or `add` it; rounded to out's dtype."""
-        if self._writes(out.dtype, gradient.dtype):
+        if self._writes(out.dtype, gradient.dtype, add):
             self._multiply(out, gradient.t(), hidden, compute, add=add)
             return
         for tile in tiles(out, torch.float32, self.tile_bytes):
@@ -98,8 +110,8 @@ class Products:
         """Return True if the weight is multiplied without a conversion."""
         return head.weight.dtype == head.compute == accum_dtype
 
-    def _writes(self, out: torch.dtype, operand: torch.dtype) -> bool:
-        """Return True if operands of this dtype can be multiplied into `out` directly."""
+    def _writes(self, out: torch.dtype, operand: torch.dtype, add: bool) -> bool:
+        """Return True if a gradient of dtype `operand` is multiplied into, or added to, `out`."""
         return out == operand
 
     def _multiply(
@@ -155,8 +167,15 @@ class CompiledProducts(Products):
         if head.scale != 1.0:
             out.mul_(head.scale)
 
+    def kept_dtype(self, accum_dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+        """Return bfloat16 for such operands; float16 would need a loss scale."""
+        return compute if compute == torch.bfloat16 else accum_dtype
+
     def _takes(self, head: Projection, accum_dtype: torch.dtype) -> bool:
         return 1 in head.weight.stride()
+
+    def _writes(self, out: torch.dtype, operand: torch.dtype, add: bool) -> bool:
+        return out == torch.float32 or not add
 
     def _multiply(
         self,
@@ -182,7 +201,7 @@ class CudaProducts(Products):
     def _takes(self, head: Projection, accum_dtype: torch.dtype) -> bool:
         return head.weight.dtype == head.compute
 
-    def _writes(self, out: torch.dtype, operand: torch.dtype) -> bool:
+    def _writes(self, out: torch.dtype, operand: torch.dtype, add: bool) -> bool:
         return out in (torch.float32, operand)
 
     def _multiply(

@@ -49,9 +49,9 @@ class Selection:
         """Return True if the rows of a chunk are copied even if they are contiguous."""
         return self.index is not None or self.mask is not None
 
-    def at(self, begin: int, end: int) -> slice | Tensor:
-        """Return the rows at positions [begin, end) of the computed ones: a slice, or indices."""
-        return slice(begin, end) if self.index is None else self.index[begin:end]
+    def at(self, part: slice) -> slice | Tensor:
+        """Return the rows at these positions among the computed ones: a slice, or indices."""
+        return part if self.index is None else self.index[part]
 
 
 def _host_can_read(x: Tensor) -> bool:
