@@ -43,6 +43,7 @@ CPU_SOURCES = [
     "csrc/cpu/measure.cpp",
     "csrc/cpu/product.cpp",
     "csrc/cpu/classes.cpp",
+    "csrc/cpu/huge_pages.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/bindings/cpu_ops.cpp",
     "csrc/bindings/product_ops.cpp",

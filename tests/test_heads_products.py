@@ -50,9 +50,53 @@ def test_cuda(dtype: torch.dtype, as_on_cuda: list[tuple[Any, ...]]) -> None:
         assert distance(mine, exact) <= (1e-6 if name == "loss" else 1e-6 + eps), name
     assert not got.hidden[::3].any()
     assert {call[2] for call in as_on_cuda} == {dtype}
-    assert {call[3] for call in as_on_cuda} == {torch.float32}
-    # float16 computes its gradient in the backward: 4 chunks of 2 products, then of 2 and 2 more
-    assert len(as_on_cuda) == (4 * 2 + 4 * 4 if dtype == torch.float16 else 4 * 4)
+    # logits have float32; gradients are rounded by the product
+    assert {call[3] for call in as_on_cuda} == {torch.float32, dtype}
+    # 4 chunks of 4 products, or of 3 and one of what is kept; float16 computes the logits twice
+    of_weight = 4 if dtype == torch.float32 else 1
+    assert len(as_on_cuda) == 4 * 3 + of_weight + (4 * 2 if dtype == torch.float16 else 0)
+
+
+# H is 24. The gradients of all rows' logits take more memory than the weight gradient in float32;
+# in bfloat16 less than that; for all dtypes less than the logits of a chunk
+@pytest.mark.parametrize(
+    ("rows", "keeping"),
+    [(150, ()), (37, (torch.bfloat16,)), (16, (torch.bfloat16, torch.float16, torch.float32))],
+)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_gradients_kept_or_summed(
+    rows: int,
+    keeping: tuple[torch.dtype, ...],
+    ignored: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[torch.dtype | None] = []
+
+    def spy(*arguments: Any) -> torch.dtype | None:
+        kept.append(chosen(*arguments))
+        return kept[-1]
+
+    chosen = driver._kept_dtype
+    monkeypatch.setattr(driver, "_kept_dtype", spy)
+    heads = make_heads(rows=rows, dtype=dtype)
+    if ignored:
+        heads.labels[::3] = -100
+    got, want = ours(heads, chunk_rows=10), truth(heads)
+    eps = torch.finfo(dtype).eps
+    for name, mine, exact in zip(Outcome._fields, got, want, strict=True):
+        assert distance(mine, exact) <= (2e-6 if name == "loss" else 2e-6 + eps), name
+    if extension.cpu.why_not() is None:  # torch's products keep no bfloat16
+        rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        assert kept == [rounded if dtype in keeping else None]
+
+
+def test_a_kept_gradient_is_rounded_once_and_multiplied_at_once() -> None:
+    # The weight gradient has the bits of one product of all rows, whatever the chunks.
+    heads = make_heads(dtype=torch.bfloat16)
+    whole = ours(heads, chunk_rows=10)
+    for rows in (1, 7, 36):
+        assert torch.equal(ours(heads, chunk_rows=rows).weight, whole.weight)
 
 
 def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:

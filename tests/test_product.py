@@ -22,9 +22,9 @@ pytestmark = needs_cpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 2.0**-24  # of one rounding to float32
 
-# (M, N, K): single elements; odd sizes inside one tile and one vector; around a tile of 4x8, 6x16
-# and 12x32; a block's depth of 256 (512 in pairs) and one more; several blocks of rows (288) and
-# of columns (1008); nothing to sum
+# (M, N, K): single elements; odd sizes inside one tile and one vector; around a tile and half a
+# tile of 4x8, 6x16 and 12x32; a block's depth of 256 (512 in pairs) and one more; several blocks of
+# rows (288) and of columns (1008); nothing to sum
 SHAPES = [(1, 1, 1), (1, 70, 3), (65, 1, 31), (5, 7, 2), (6, 16, 256), (13, 33, 257), (70, 69, 67)]
 SHAPES += [(11, 15, 513), (25, 63, 1030), (300, 17, 9), (3, 1030, 40), (4, 5, 0)]
 
@@ -139,6 +139,27 @@ def test_bias_and_accumulation_into_strided_rows(isa: str) -> None:
     assert torch.equal(_product(*nothing, torch.arange(4.0)), torch.arange(4.0).expand(3, 4))
     assert torch.equal(_product(*nothing, out=torch.ones(3, 4)), torch.ones(3, 4))
     assert _product(torch.empty(0, 3), torch.empty(3, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_a_16_bit_result_is_the_sum_rounded_once(isa: str, dtype: torch.dtype) -> None:
+    # In one block of K and in several, in tiles at every edge, into strided rows, with a bias.
+    for M, N, K in ((7, 21, 5), (25, 70, 300), (300, 50, 600), (13, 1100, 1100)):
+        a, b = _matrix(M, K, BF16, "columns"), _matrix(K, N, BF16, "rows")
+        bias = torch.randn(N)
+        memory = torch.full((M, N + 5), 7.0, dtype=dtype)
+        out = memory[:, 2 : N + 2]
+        torch.ops.fused_kd.product_(out, a, b, bias, BF16, True, False)
+        assert torch.equal(out, _product(a, b, bias, BF16, True).to(dtype))
+        assert bool((memory[:, :2] == 7).all())
+        assert bool((memory[:, N + 2 :] == 7).all())
+    large = torch.full((1, 1), 3e38 if dtype == BF16 else 65519.9)  # largest that is not infinite
+    for value in (large, 1.01 * large, large * torch.nan):
+        out = torch.empty(1, 1, dtype=dtype)
+        torch.ops.fused_kd.product_(out, value, torch.ones(1, 1), None, F32, False, False)
+        torch.testing.assert_close(out, value.to(dtype), rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(RuntimeError, match="out must be float32 if the product is added to it"):
+        torch.ops.fused_kd.product_(out, large, large, None, F32, False, True)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

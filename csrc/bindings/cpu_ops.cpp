@@ -1,7 +1,7 @@
 // The operators on CPU tensors.
+#include "../cpu/huge_pages.h"
 #include "../cpu/measure.h"
 #include "../cpu/rows.h"
-#include "huge_pages.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -48,7 +48,10 @@ struct Cpu {
     fused_kd::measure_support(p, sums, largest, torch_threads());
   }
 
-  static void prepare_gradient(const Tensor& grad) { request_huge_pages(grad); }
+  static void prepare_gradient(const Tensor& grad) {
+    const Extent memory = extent_of(grad);
+    request_huge_pages(memory.begin, memory.end);
+  }
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The operator product_ on CPU matrices; fused_kd/ops.py documents it.
+#include "../cpu/huge_pages.h"
 #include "../cpu/product.h"
-#include "huge_pages.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -74,7 +74,8 @@ void product_(Tensor out, Tensor a, Tensor b, OptionalTensor bias, ScalarType ro
   check_apart(out, "out", a, "a");
   check_apart(out, "out", b, "b");
   if (bias) check_apart(out, "out", *bias, "bias");
-  request_huge_pages(out);
+  const Extent written = extent_of(out);
+  request_huge_pages(written.begin, written.end);
   multiply(p, torch_threads());
 }
 

@@ -400,7 +400,7 @@ class _HeadChunk:
         return hard, soft
 
     def _gradient_memory(self, part: slice) -> Tensor | None:
-        """Return the memory for the gradient of a chunk's logits (C, V); None: not allocated yet."""
+        """Return the memory of the gradient of a chunk's logits (C, V); None: not yet allocated."""
         if self.gradient is None:
             return None
         return self.gradient[part if self.keeps else slice(0, part.stop - part.start)]
@@ -459,8 +459,7 @@ class _HeadChunk:
         assert self.gradients is not None
         _, of_weight, of_bias = self.gradients
         if of_bias is not None:
-            part = gradient.sum(0, dtype=self.logits.dtype)
-            of_bias.copy_(of_bias + part if add else part)
+            self.products.bias_gradient(of_bias, gradient, add)
         if of_weight is not None:
             self.products.weight_gradient(of_weight, gradient, hidden, self.side.compute, add)
 

@@ -166,17 +166,21 @@ def keeping_bytes(
         gradient_bytes: of an element of the weight gradient.
     """
     hidden = sizes.student_hidden or 0
-    gradient = spare = sizes.vocabulary * hidden * gradient_bytes
-    more = 0
+    row = sizes.vocabulary * kept_bytes + (hidden * sizes.student_bytes if sizes.gathered else 0)
+    logits = sum(_buffers(sizes, height)) - in_gradient_bytes(sizes, height, gradient_bytes)
+    return sizes.vocabulary * hidden * gradient_bytes + rows * row + logits
+
+
+def in_gradient_bytes(sizes: Sizes, height: int, gradient_bytes: int) -> int:
+    """Return the bytes of a chunk's logits for which the memory of the weight gradient has space.
+
+    The arguments are those of :func:`keeping_bytes`.
+    """
+    space = sizes.vocabulary * (sizes.student_hidden or 0) * gradient_bytes
+    used = 0
     for size in _buffers(sizes, height):
-        if size <= spare:
-            spare -= size
-        else:
-            more += size
-    row = sizes.vocabulary * kept_bytes
-    if sizes.gathered:
-        row += hidden * sizes.student_bytes
-    return gradient + rows * row + more
+        used += size if used + size <= space else 0
+    return used
 
 
 def _buffers(sizes: Sizes, height: int) -> list[int]:

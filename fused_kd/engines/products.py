@@ -100,6 +100,14 @@ class Products:
             out[tile] = part.add_(out[tile]) if add else part  # the sum rounded once
             del part  # before the next is allocated
 
+    def bias_gradient(self, out: Tensor, gradient: Tensor, add: bool) -> None:
+        """Overwrite out (V,) by the sum of gradient's rows, or `add` it; rounded to out's dtype."""
+        part = self._sum_of_rows(gradient)
+        out.copy_(out + part if add else part)
+
+    def _sum_of_rows(self, gradient: Tensor) -> Tensor:
+        return gradient.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32))
+
     def _tiles(self, head: Projection, accum_dtype: torch.dtype) -> Iterator[slice]:
         """Return the vocabulary as one slice, or as slices whose weights are converted in turn."""
         if self._takes(head, accum_dtype):
@@ -187,6 +195,13 @@ class CompiledProducts(Products):
         scale: float = 1.0,
     ) -> None:
         _product(out, a, b, None, compute, add=add)
+
+    def _sum_of_rows(self, gradient: Tensor) -> Tensor:
+        # torch's sum would first copy 16-bit rows to float32
+        ones = torch.ones(1, gradient.shape[0])
+        total = torch.empty(1, gradient.shape[1])
+        _product(total, ones, gradient, None, torch.float32)
+        return total[0]
 
 
 class CudaProducts(Products):

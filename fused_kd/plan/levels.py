@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 
 from ..checks import LOGIT_DTYPES, check_accumulation
-from ..engines.memory import FEWEST_ROWS, Sizes, automatic_rows, chunk_rows, row_bytes
+from ..engines.memory import (
+    FEWEST_ROWS,
+    Sizes,
+    automatic_rows,
+    chunk_rows,
+    in_gradient_bytes,
+    keeping_bytes,
+    row_bytes,
+    summing_bytes,
+)
 from ..engines.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
 from ..options import KDOptions, check_count
 
@@ -191,17 +200,26 @@ class _Estimate:
             in_one: the result of :meth:`fit_in_one_chunk`.
         """
         chunks = -(-self.rows // height)
-        accumulate = self.dtype if in_one else self.accumulate  # a single chunk needs no sum
-        total = self.weight // self.dtype.itemsize * accumulate.itemsize
+        kept = self.products.kept_dtype(self.accum_dtype, self.dtype)
+        keeps = self._keeps(height, in_one, kept)
+        accumulate = self.dtype if in_one or keeps else self.accumulate
+        elements = self.weight // self.dtype.itemsize
+        total = elements * accumulate.itemsize
         rounded = self.weight if accumulate != self.dtype else 0
-        held = {"gradients": self.hidden, "accumulator": total}
-        products = self._product_bytes(chunks, accumulate)
+        products = self._product_bytes(1 if keeps else chunks, accumulate)
         chunk = {"chunk": height * row_bytes(self.sizes), "products": products}
-        after = held | {"gradients": self.hidden + rounded}
+        gradient_dtype = kept if keeps else self.gradient_dtype
+        gradient = self.logits // self.dtype.itemsize * gradient_dtype.itemsize
+        if keeps:
+            chunk["chunk"] -= in_gradient_bytes(self.sizes, height, accumulate.itemsize)
+            memory = {"gradients": self.hidden + total, "gradient of the logits": gradient} | chunk
+        else:
+            held = {"gradients": self.hidden, "accumulator": total}
+            memory = _highest(held | chunk, held | {"gradients": self.hidden + rounded})
         weights = chunks * (self.weight + self.sizes.vocabulary * self._teacher_row())
         forward = 4 * self.accum_logits + self.hidden + self.rows * self._teacher_row() + weights
-        added = (2 * chunks - 1) * total  # the first chunk is written, not added
-        gradient = self.logits // self.dtype.itemsize * self.gradient_dtype.itemsize
+        # the first chunk is written, not added; what is kept is multiplied once
+        added = total if keeps else (2 * chunks - 1) * total
         traffic = forward + 3 * gradient + 2 * self.hidden + chunks * self.weight + added
         flop = self.flop
         if rounded:
@@ -209,7 +227,14 @@ class _Estimate:
         if torch.float16 in (self.dtype, accumulate):
             # the backward recomputes the logits, since only it has the loss scale
             traffic, flop = traffic + forward, flop + self.forward_flop
-        return Level(_highest(held | chunk, after), flop, traffic), added
+        return Level(memory, flop, traffic), added
+
+    def _keeps(self, height: int, in_one: bool, kept: torch.dtype) -> bool:
+        """Return True if the gradients of all rows' logits are kept, as the driver decides."""
+        total = self.dtype if in_one else self.accumulate
+        summing = summing_bytes(self.sizes, height, total.itemsize, self.dtype.itemsize)
+        sizes = self.sizes, self.rows, height
+        return keeping_bytes(*sizes, kept.itemsize, self.dtype.itemsize) <= summing
 
     def chunk(self, budget: int | None) -> tuple[int, str, str]:
         """Return chunk_rows, reason and explanation of a Plan, for a memory_budget or None.
@@ -263,7 +288,8 @@ class _Estimate:
         compiled = isinstance(self.products, CompiledProducts)
         held = self.products.fixed_bytes() if compiled else 0
         one_at_a_time = [0]
-        if accumulate != self.accum_dtype and self.device.type == "cpu":
+        rounds = accumulate != self.accum_dtype and self.device.type == "cpu"
+        if rounds and not (compiled and chunks == 1):
             # the tile in the wider dtype, and the sum that it is added to
             one_at_a_time.append(sum_tile * min(chunks, 2))
         if isinstance(self.products, TorchProducts) and self.dtype != self.accum_dtype:
