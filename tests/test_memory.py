@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from support.logits import pair
 from support.processes import passes, run_python
 from torch import Tensor
 
-from fused_kd import kd_loss
+from fused_kd import Head, kd_loss
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.options import MIB
 from fused_kd.testing import Peak, cpu_peak
@@ -169,7 +170,7 @@ def test_a_view_of_two_strides_is_not_copied(fast: str) -> None:
 
 RESIDENT = """
 import sys, torch
-from fused_kd import kd_loss
+from fused_kd import Head, kd_loss
 torch.set_num_threads(1)
 rows, vocabulary = 128, 65536
 leaf = torch.randn(rows, vocabulary).bfloat16().requires_grad_()
@@ -196,3 +197,42 @@ print(peak)
 def test_scratch_outside_torchs_allocator_is_small_too(fast: str) -> None:
     # Resident pages of a whole process: a gradient would be 16 MiB.
     assert int(passes(run_python("-c", RESIDENT, fast))) < MIB
+
+
+def _asks_for_huge_pages() -> bool:
+    """Return False on a virtual machine whose host takes back freed memory."""
+    devices = Path("/sys/bus/virtio/devices")
+    balloons = [x for x in devices.glob("*") if (x / "device").read_text().strip() == "0x0005"]
+    return all((x / "features").read_text()[5] == "0" for x in balloons)
+
+
+def _flags_of(address: int) -> list[str]:
+    """Return the kernel's flags of the mapping that holds an address of this process."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and ":" not in first:
+            begin, end = (int(x, 16) for x in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("no mapping holds the address")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
+@pytest.mark.parametrize("level", ["logits", "heads"])
+def test_huge_pages_where_they_are_cheap(level: str) -> None:
+    # 72 MiB, above every threshold of the allocator: a mapping of its own.
+    pytest.importorskip("fused_kd._C")
+    if level == "logits":
+        leaf, teacher, labels = inputs(torch.float32, 72, 2**18)
+        loss_of([leaf, teacher, labels]).backward()
+    else:
+        leaf = torch.randn(2**18, 72).requires_grad_()
+        teacher = Head(torch.randn(4, 8), torch.randn(2**18, 8))
+        kd_loss(
+            Head(torch.randn(4, 72), leaf), teacher, torch.zeros(4, dtype=torch.long)
+        ).backward()
+    assert leaf.grad is not None
+    middle = leaf.grad.data_ptr() + leaf.grad.nbytes // 2
+    assert ("hg" in _flags_of(middle)) == _asks_for_huge_pages()
