@@ -121,9 +121,10 @@ inline void multiply_edge(int64_t steps, const float* a, const float* b, Place<c
     memcpy(to.data + i * to.stride, tile + i * COLUMNS, columns * sizeof(T));
 }
 
+constexpr int64_t LINE = 64;  // bytes of a cache line
+
 // Prefetches the memory that the next block of an operand is packed from, a few cache lines at a
 // time while the present block is multiplied.
-constexpr int64_t LINE = 64;
 class Ahead {
  public:
   Ahead(const Source& b, int element, int64_t tiles) {
