@@ -198,8 +198,8 @@ class CompiledProducts(Products):
 
     def _sum_of_rows(self, gradient: Tensor) -> Tensor:
         # torch's sum would first copy 16-bit rows to float32
-        ones = torch.ones(1, gradient.shape[0])
-        total = torch.empty(1, gradient.shape[1])
+        ones = gradient.new_ones((1, gradient.shape[0]), dtype=torch.float32)
+        total = gradient.new_empty((1, gradient.shape[1]), dtype=torch.float32)
         _product(total, ones, gradient, None, torch.float32)
         return total[0]
 
