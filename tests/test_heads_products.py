@@ -99,7 +99,7 @@ def test_a_kept_gradient_is_rounded_once_and_multiplied_at_once() -> None:
         assert torch.equal(ours(heads, chunk_rows=rows).weight, whole.weight)
 
 
-# Kept are up to 2·H = 48 rows in bfloat16; in float32, two chunks of 6: as much as both models' logits
+# Up to 2·H = 48 rows are kept in bfloat16; in float32 12, two chunks, like the logits of both sides
 @pytest.mark.parametrize("teacher", ["head", "logits", "gathered logits"])
 @pytest.mark.parametrize(
     ("dtype", "rows"), [(torch.bfloat16, 36), (torch.bfloat16, 47), (torch.float32, 12)]
