@@ -126,15 +126,16 @@ def kd_loss(  # noqa: D417  # return_parts is among the keywords that are filled
     last stride is not 1 or their leading dimensions do not collapse to two strides.
 
     **A Head's** logits are computed for one chunk of rows at a time, in float32; they are never
-    rounded to 16 bits. Each chunk's logits are overwritten by their gradient, which is multiplied
-    into the gradients of hidden states, weight and bias.
+    rounded to 16 bits. Their gradient is multiplied into the gradients of hidden states, weight and
+    bias: chunk by chunk, or for weight and bias at the end, from the gradients of all rows' logits,
+    if keeping these takes no more memory than a sum.
 
     * Scalar reductions compute the gradients in the forward. Reduction "none", and float16 (a loss
       scale must precede the rounding), compute the logits again in the backward.
     * The products run in the autocast dtype, else in the dtype of the inputs (hidden states and
       weight of a model must then match), with float32 results; float64 inputs in float64.
     * The gradients have the dtypes of their inputs. Some have 16 bits before the upstream gradient
-      is known: of the hidden states; of the weight if all rows fit in one chunk; of a student's
+      is known: of the hidden states; of the weight if it is no sum over chunks; of a student's
       logits next to a teacher's Head. They are rounded again if it is not a power of two.
     * Ignored rows are left out of the products on a CPU. On a GPU that would take a
       synchronization: they are masked, unless `kept_rows` bounds the number of the others.

@@ -99,6 +99,43 @@ def test_a_kept_gradient_is_rounded_once_and_multiplied_at_once() -> None:
         assert torch.equal(ours(heads, chunk_rows=rows).weight, whole.weight)
 
 
+# Up to 2·H = 48 rows are kept in bfloat16; in float32 12, two chunks, like the logits of both sides
+@pytest.mark.parametrize("teacher", ["head", "logits", "gathered logits"])
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.bfloat16, 36), (torch.bfloat16, 47), (torch.float32, 12)]
+)
+def test_keeping_takes_no_more_memory(
+    dtype: torch.dtype, rows: int, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = make_heads(rows=rows, vocabulary=4000, dtype=dtype)
+    side: Head | Tensor = heads.teacher_side
+    if teacher != "head":
+        side = F.linear(*(x.float() for x in heads.teacher))
+    if teacher == "gathered logits":
+        heads.labels[0] = -100
+
+    def step() -> Any:
+        loss = kd_loss(heads.student_side, side, heads.labels, chunk_rows=6)
+        return torch.autograd.grad(loss, heads.student)
+
+    step()
+    as_chosen = cpu_peak(step).highest
+    monkeypatch.setattr(driver, "_kept_dtype", lambda *arguments: None)
+    assert as_chosen <= cpu_peak(step).highest + 4096
+
+
+def test_a_default_dtype_changes_no_gradient(dtype: torch.dtype) -> None:
+    heads = make_heads(dtype=dtype)
+    want = ours(heads, chunk_rows=10)
+    default = torch.get_default_dtype()
+    try:
+        for other in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(other)
+            identical(ours(heads, chunk_rows=10), want)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_cuda_kept_rows(as_on_cuda: list[tuple[Any, ...]]) -> None:
     heads = make_heads()
     heads.labels[::3] = -100

@@ -3,7 +3,8 @@
 // Operands are converted while they are packed into blocks, so neither is ever copied whole. An
 // element of C is summed in float32 over K in blocks whose length depends on the instruction set
 // alone: it has the same bits for any M, N, position in C and number of threads. A 16-bit C is
-// rounded once, from the whole sum. Torch-free.
+// rounded once, from the whole sum; with AVX512_BF16, subnormal bfloat16 numbers become 0.
+// Torch-free.
 #pragma once
 
 #include <stdint.h>

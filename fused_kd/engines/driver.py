@@ -510,7 +510,7 @@ class _LogitsChunk:
         return losses
 
     def finish(self) -> None:
-        """Do nothing: each row's gradient was written by its chunk."""
+        """Return at once: the chunk of each row wrote its gradient."""
 
 
 def _chunk_of(

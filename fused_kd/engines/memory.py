@@ -60,14 +60,16 @@ def row_bytes(sizes: Sizes) -> int:
         copies = accum * sizes.student_hidden
     if sizes.gathered:
         total += sum(element * hidden for hidden, element in heads)
-    copied = 0
-    if sizes.gathered and sizes.student_hidden is None:
-        copied = sizes.student_bytes
-    elif sizes.gathered and sizes.teacher_hidden is None:
-        copied = sizes.teacher_bytes
     # the larger of the two: a gradient is allocated after a copy of the teacher's logits was freed
-    total += max(sizes.gradient_bytes, copied) * vocabulary
+    total += max(sizes.gradient_bytes, _copied_bytes(sizes)) * vocabulary
     return total + copies
+
+
+def _copied_bytes(sizes: Sizes) -> int:
+    """Return the bytes of an element of given logits if a chunk's are copied; 0 if not."""
+    if sizes.gathered and sizes.student_hidden is None:
+        return sizes.student_bytes
+    return sizes.teacher_bytes if sizes.gathered and sizes.teacher_hidden is None else 0
 
 
 def budget_rows(budget: int, sizes: Sizes, fixed: int) -> int:
@@ -145,7 +147,8 @@ def summing_bytes(sizes: Sizes, height: int, sum_bytes: int, weight_bytes: int) 
         weight_bytes: of an element of the weight. If it differs, the sum is rounded at the end.
     """
     elements = sizes.vocabulary * (sizes.student_hidden or 0)
-    chunk = sum(_buffers(sizes, height)) + height * sizes.vocabulary * sizes.gradient_bytes
+    other = height * sizes.vocabulary * max(sizes.gradient_bytes, _copied_bytes(sizes))
+    chunk = sum(_buffers(sizes, height)) + other
     rounded = elements * weight_bytes if weight_bytes != sum_bytes else 0
     return elements * sum_bytes + max(chunk, rounded)
 
@@ -168,6 +171,7 @@ def keeping_bytes(
     hidden = sizes.student_hidden or 0
     row = sizes.vocabulary * kept_bytes + (hidden * sizes.student_bytes if sizes.gathered else 0)
     logits = sum(_buffers(sizes, height)) - in_gradient_bytes(sizes, height, gradient_bytes)
+    logits += height * sizes.vocabulary * _copied_bytes(sizes)
     return sizes.vocabulary * hidden * gradient_bytes + rows * row + logits
 
 

@@ -38,7 +38,7 @@ _ARGUMENTS = (
 )
 library.define(f"chunked_losses({_ARGUMENTS}) -> (Tensor, Tensor)")
 # also the gradients of the student's three tensors, empty if not wanted; may_narrow: those of
-# weight and bias have the weight's dtype if all rows fit in one chunk
+# weight and bias have the weight's dtype if no sum over chunks is needed
 library.define(
     f"chunked_gradients({_ARGUMENTS}, bool[] wanted, ScalarType grad_accum_dtype, bool may_narrow)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -1,8 +1,8 @@
-"""The matrix products of a Head, with float32 results from any operands.
+"""The matrix products of a Head, summed in float32 from any operands.
 
-Results are float32 (float64 for float64 inputs), because logits rounded to 16 bits cost the
-gradient of a distillation loss, a difference of near-equal distributions, 4 to 23 percent. Only the
-weight gradient is rounded, if its memory has 16 bits.
+Logits are float32 (float64 for float64 inputs), because logits rounded to 16 bits cost the gradient
+of a distillation loss, a difference of near-equal distributions, 4 to 23 percent. Only the
+gradients of hidden states, weight and bias are rounded, if their memory has 16 bits.
 The classes differ in the routine that multiplies:
 
 * :class:`CompiledProducts`: the package's own product on a CPU. It converts operands while it packs
@@ -198,8 +198,8 @@ class CompiledProducts(Products):
 
     def _sum_of_rows(self, gradient: Tensor) -> Tensor:
         # torch's sum would first copy 16-bit rows to float32
-        ones = torch.ones(1, gradient.shape[0])
-        total = torch.empty(1, gradient.shape[1])
+        ones = gradient.new_ones((1, gradient.shape[0]), dtype=torch.float32)
+        total = gradient.new_empty((1, gradient.shape[1]), dtype=torch.float32)
         _product(total, ones, gradient, None, torch.float32)
         return total[0]
 

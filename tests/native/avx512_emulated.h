@@ -97,6 +97,15 @@ inline __m512i cvtne2ps_pbh(__m512 a, __m512 b) {
   return out.vector();
 }
 
+inline __m256i cvtneps_pbh(__m512 x) {
+  Singles from(x);
+  uint16_t to[16];
+  for (int i = 0; i < 16; ++i) to[i] = to_bf16(from.lane[i]);
+  __m256i out;
+  memcpy(&out, to, sizeof out);
+  return out;
+}
+
 // To and from half precision, by the 256-bit instructions.
 inline __m512 cvtph_ps(__m256i x) {
   __m128i half[2];
@@ -168,4 +177,5 @@ inline void storeu_si512(void* p, __m512i x) { memcpy(p, &x, 64); }
 #ifdef EMULATE_AVX512BF16
 #define _mm512_dpbf16_ps avx512_emulated::dpbf16_ps
 #define _mm512_cvtne2ps_pbh avx512_emulated::cvtne2ps_pbh
+#define _mm512_cvtneps_pbh avx512_emulated::cvtneps_pbh
 #endif

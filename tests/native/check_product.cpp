@@ -60,9 +60,23 @@ struct Case {
   bool a_by_rows, b_by_rows, round_a, accumulate, bias;
 };
 
+static float element(const char* p, Dtype dtype) {
+  uint32_t word = 0;
+  memcpy(&word, p, width(dtype));
+  if (dtype == Dtype::f16) return check_isa::half_to_float({uint16_t(word)});
+  return from_bits(dtype == Dtype::bf16 ? word << 16 : word);
+}
+
 static std::vector<float> run(const Case& c, const Matrix& a, const Matrix& b, const float* bias,
-                              int threads) {
-  Buffer out(std::vector<float>((c.M - 1) * (c.N + 2) + c.N, 0.5f), false);
+                              int threads, Dtype dtype) {
+  const int w = width(dtype);
+  const int64_t size = (c.M - 1) * (c.N + 2) + c.N;
+  const uint32_t one_half = dtype == Dtype::f32    ? 0x3f000000
+                            : dtype == Dtype::bf16 ? 0x3f00
+                                                   : 0x3800;
+  const std::unique_ptr<char[]> memory(new char[(size + 1) * w]);
+  char* const out = memory.get() + w;
+  for (int64_t i = 0; i < size; ++i) memcpy(out + i * w, &one_half, w);
   Product p{};
   p.M = c.M;
   p.N = c.N;
@@ -73,16 +87,19 @@ static std::vector<float> run(const Case& c, const Matrix& a, const Matrix& b, c
   p.round_a = c.round_a;
   p.accumulate = c.accumulate;
   p.bias = c.bias ? bias : nullptr;
-  p.c = reinterpret_cast<float*>(out.data());
+  p.c = out;
+  p.c_dtype = dtype;
   p.c_stride = c.N + 2;
   multiply(p, {split_parts, threads});
   std::vector<float> values;
   for (int64_t i = 0; i < c.M; ++i)
-    for (int64_t j = 0; j < c.N + (i + 1 < c.M ? 2 : 0); ++j)
+    for (int64_t j = 0; j < c.N + (i + 1 < c.M ? 2 : 0); ++j) {
+      const float x = element(out + (i * (c.N + 2) + j) * w, dtype);
       if (j < c.N)
-        values.push_back(out[i * (c.N + 2) + j]);
+        values.push_back(x);
       else
-        expect(out[i * (c.N + 2) + j] == 0.5f, "written between the rows");
+        expect(x == 0.5f, "written between the rows");
+    }
   return values;
 }
 
@@ -94,7 +111,7 @@ static void check(const Case& c, const std::string& isa, std::mt19937& random) {
   const std::string name = isa + " " + std::to_string(c.M) + "x" + std::to_string(c.N) + "x" +
                            std::to_string(c.K) + " types " + std::to_string(int(c.of_a)) +
                            std::to_string(int(c.of_b)) + std::to_string(int(c.round_to));
-  const std::vector<float> got = run(c, a, b, bias.data(), 1);
+  const std::vector<float> got = run(c, a, b, bias.data(), 1, Dtype::f32);
   const bool pairs = isa == "avx512_bf16" && c.round_to == Dtype::bf16;
   const Dtype round_a = c.round_a || pairs ? c.round_to : Dtype::f32;
   for (int64_t i = 0; i < c.M; ++i)
@@ -108,8 +125,15 @@ static void check(const Case& c, const std::string& isa, std::mt19937& random) {
       expect_near(got[i * c.N + j], want, double(c.K + 3) * 6e-8 * terms, name);
     }
   for (int threads : {2, 7}) {
-    const std::vector<float> other = run(c, a, b, bias.data(), threads);
+    const std::vector<float> other = run(c, a, b, bias.data(), threads, Dtype::f32);
     expect(!memcmp(got.data(), other.data(), got.size() * 4), name + ": bits of several regions");
+  }
+  if (c.accumulate) return;
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16}) {
+    const std::vector<float> other = run(c, a, b, bias.data(), 2, dtype);
+    for (size_t i = 0; i < got.size(); ++i)
+      expect(other[i] == rounded(got[i], dtype), name + ": rounded", other[i],
+             rounded(got[i], dtype));
   }
 }
 
