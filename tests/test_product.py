@@ -279,4 +279,7 @@ def test_the_scratch_memory_is_told() -> None:
     assert info is not None
     size = info["product_bytes_per_thread"]
     assert isinstance(size, int)
-    assert 0 < size <= 9 * 2**17 + 64
+    assert 0 < size <= 2**19 + 64
+    sums = info["product_sum_bytes_per_thread"]
+    assert isinstance(sums, int)
+    assert 0 < sums <= 2**20

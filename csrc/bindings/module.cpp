@@ -18,6 +18,7 @@ pybind11::dict build_info() {
   info["instruction_sets"] = sets;
   info["instruction_set"] = fused_kd::kernels().name;
   info["product_bytes_per_thread"] = fused_kd::product_bytes();
+  info["product_sum_bytes_per_thread"] = fused_kd::product_sum_bytes();
   return info;
 }
 

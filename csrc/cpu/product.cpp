@@ -46,7 +46,9 @@ struct Task {
 
 void run(void* context, int64_t begin, int64_t end) {
   const auto& [p, kernels, grid] = *static_cast<const Task*>(context);
-  const std::unique_ptr<char[]> memory(new char[kernels.bytes + LINE]);
+  // the regions differ in size at the edges of C alone
+  const int64_t bytes = kernels.needs(p, {0, grid.row_step, 0, grid.column_step});
+  const std::unique_ptr<char[]> memory(new char[bytes + LINE]);
   const uintptr_t aligned = (reinterpret_cast<uintptr_t>(memory.get()) + LINE - 1) & -LINE;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i / grid.columns * grid.row_step;
@@ -67,5 +69,6 @@ void multiply(const Product& p, const Parallel& parallel) {
 }
 
 int64_t product_bytes() { return product_kernels().bytes + LINE; }
+int64_t product_sum_bytes() { return product_kernels().sum_bytes; }
 
 }  // namespace fused_kd

@@ -38,8 +38,10 @@ struct Product {
 };
 
 void multiply(const Product&, const Parallel&);
-// Bytes that each thread allocates during a product.
+// Bytes that each thread allocates during a product; and at most in addition, for the sums of a
+// 16-bit C, unless they are fewer than C has elements.
 int64_t product_bytes();
+int64_t product_sum_bytes();
 
 // Rows and columns of C that one thread computes.
 struct Region {
@@ -49,7 +51,10 @@ struct Region {
 // The product of an instruction set.
 struct ProductKernels {
   int64_t rows, columns;  // of a tile; regions begin at multiples of them
-  int64_t bytes;          // of the packed blocks, and of sums that will be rounded
+  int64_t bytes;          // of the packed blocks
+  int64_t sum_bytes;      // of the most sums of a 16-bit C
+  // Returns the bytes of memory that the region's product needs.
+  int64_t (*needs)(const Product&, const Region&);
   void (*multiply)(const Product&, const Region&, float* memory);  // aligned to a cache line
 };
 

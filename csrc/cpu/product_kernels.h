@@ -34,8 +34,9 @@ static_assert(LARGE % ROWS == 0, "a block is whole panels");
 
 constexpr int64_t block_size(int W, int64_t width) { return width / W * panel_size(W, STEPS); }
 constexpr int64_t A_SIZE = block_size(ROWS, LARGE), B_SIZE = block_size(COLUMNS, SMALL);
-constexpr int64_t BYTES = (A_SIZE + B_SIZE + LARGE * SUMS_WIDE) * int64_t(sizeof(float));
-static_assert(BYTES <= 9 << 17, "promised: 1.125 MiB");
+constexpr int64_t BYTES = (A_SIZE + B_SIZE) * int64_t(sizeof(float));
+constexpr int64_t SUM_BYTES = LARGE * SUMS_WIDE * int64_t(sizeof(float));
+static_assert(BYTES <= 1 << 19 && SUM_BYTES <= 1 << 20, "promised");
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -186,7 +187,8 @@ inline void multiply_block(int64_t steps, const float* a, const float* b, Place<
 template <class Step>
 struct RegionProduct {
   const Product& p;
-  float *a, *b, *sums;
+  float *a, *b, *sums;  // sums: only of a 16-bit C whose K has several blocks
+  int64_t sums_stride;
 
   static constexpr int64_t DEPTH = STEPS * Step::DEPTH;
 
@@ -219,7 +221,7 @@ struct RegionProduct {
   void add_block_in(int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, float* sums,
                     const Source& next) const {
     const Place<T> c{static_cast<T*>(p.c) + m * p.c_stride + n, p.c_stride};
-    Place<float> sum{sums, SUMS_WIDE};
+    Place<float> sum{sums, sums_stride};
     if constexpr (std::is_same_v<T, float>) sum = c;
     Place<const float> from{sum.data, sum.stride};
     if (k == 0 && !p.accumulate) from = {p.bias ? p.bias + n : nullptr, 0};
@@ -260,21 +262,32 @@ struct RegionProduct {
   }
 };
 
+inline int64_t sums_stride(const Region& region) {
+  return least(SUMS_WIDE, divided(region.columns, COLUMNS) * COLUMNS);
+}
+
+inline int64_t needed_bytes(const Product& p, const Region& region) {
+  if (p.c_dtype == Dtype::f32 || p.K <= STEPS) return BYTES;
+  return BYTES + least(LARGE, region.rows) * sums_stride(region) * int64_t(sizeof(float));
+}
+
 inline void multiply_region(const Product& p, const Region& region, float* memory) {
   float *const b = memory + A_SIZE, *const sums = b + B_SIZE;
+  const int64_t stride = sums_stride(region);
 #ifdef __AVX512BF16__
   if (p.round_to == Dtype::bf16)
-    return RegionProduct<MultiplyPairs>{p, memory, b, sums}.run(region);
+    return RegionProduct<MultiplyPairs>{p, memory, b, sums, stride}.run(region);
 #endif
-  RegionProduct<MultiplySingles>{p, memory, b, sums}.run(region);
+  RegionProduct<MultiplySingles>{p, memory, b, sums, stride}.run(region);
 }
 
 }  // namespace FUSED_KD_ISA
 }  // namespace fused_kd
 
-#define FUSED_KD_DEFINE_PRODUCT(table)                                                          \
-  namespace fused_kd {                                                                          \
-  extern const ProductKernels table;                                                            \
-  const ProductKernels table = {FUSED_KD_ISA::ROWS, FUSED_KD_ISA::COLUMNS, FUSED_KD_ISA::BYTES, \
-                                FUSED_KD_ISA::multiply_region};                                 \
+#define FUSED_KD_DEFINE_PRODUCT(table)                                                      \
+  namespace fused_kd {                                                                      \
+  extern const ProductKernels table;                                                        \
+  const ProductKernels table = {FUSED_KD_ISA::ROWS,         FUSED_KD_ISA::COLUMNS,          \
+                                FUSED_KD_ISA::BYTES,        FUSED_KD_ISA::SUM_BYTES,        \
+                                FUSED_KD_ISA::needed_bytes, FUSED_KD_ISA::multiply_region}; \
   }

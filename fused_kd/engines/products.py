@@ -52,6 +52,10 @@ class Products:
         """Return the bytes of temporaries that do not depend on the number of rows."""
         return 2 * self.tile_bytes  # a tile in the autocast dtype, and in float32
 
+    def sum_bytes(self, elements: int) -> int:
+        """Return the bytes that a product with a 16-bit result of `elements` needs in addition."""
+        return 0
+
     def logits(self, out: Tensor, hidden: Tensor, head: Projection) -> None:
         """Overwrite out (C, V) by scale · (hidden · weightᵀ + bias); `head.hidden` is not read."""
         hidden, scale = hidden.to(head.compute), head.scale
@@ -160,9 +164,16 @@ class CompiledProducts(Products):
         Raises:
             RuntimeError: FUSED_KD_CPU is wrong, see :meth:`fused_kd.extension.Compiled.build_info`.
         """
+        return self._of_threads("product_bytes_per_thread")
+
+    def sum_bytes(self, elements: int) -> int:
+        """Return the most bytes of sums that the threads hold before they round them."""
+        return min(self._of_threads("product_sum_bytes_per_thread"), 4 * elements)
+
+    def _of_threads(self, key: str) -> int:
         info = extension.cpu.build_info()
         assert info is not None
-        per_thread = info["product_bytes_per_thread"]
+        per_thread = info[key]
         assert isinstance(per_thread, int)
         return per_thread * torch.get_num_threads()
 

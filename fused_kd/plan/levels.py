@@ -212,6 +212,8 @@ class _Estimate:
         gradient = self.logits // self.dtype.itemsize * gradient_dtype.itemsize
         if keeps:
             chunk["chunk"] -= in_gradient_bytes(self.sizes, height, accumulate.itemsize)
+            if accumulate.itemsize == 2:
+                chunk["products"] += self.products.sum_bytes(elements)
             memory = {"gradients": self.hidden + total, "gradient of the logits": gradient} | chunk
         else:
             held = {"gradients": self.hidden, "accumulator": total}
