@@ -69,11 +69,11 @@ struct RowSums {
 // Number of floats per row that the forward stores for the backward: RowSums in order, then flags.
 constexpr int STATS = sizeof(RowSums<float>) / sizeof(float) + 1;
 
-// The scalars of an element's gradient. For equal rows `ratio` is exactly 1 (jsd: its logarithm,
-// exactly 0), which makes their gradient exactly 0.
+// The scalars of an element's gradient. For equal rows `ratio` is exactly 1 and `log_ratio`, its
+// logarithm to base 2, exactly 0, which makes their gradient exactly 0.
 template <class F>
 struct Constants {
-  F scale, ratio, offset, beta;
+  F scale, ratio, offset, beta, log_ratio;
 };
 
 // The functions that the formulas call, for one number; those for vectors must be declared before
@@ -231,7 +231,7 @@ struct Rule<Divergence::forward_kl> : Traits<Divergence::forward_kl> {
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
-    return {weight / r.d_s, r.d_s / r.d_t, R(0), R(0)};
+    return {weight / r.d_s, r.d_s / r.d_t, R(0), R(0), R(0)};
   }
   // p - q = (P - Q d_s/d_t) / d_s
   template <class F>
@@ -265,7 +265,7 @@ struct Rule<Divergence::reverse_kl> : Traits<Divergence::reverse_kl> {
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
                                             const RuleOptions<R>& o) {
-    return {weight / (o.unit * r.d_s), R(0), r.w / r.d_s, R(0)};
+    return {weight / (o.unit * r.d_s), R(0), r.w / r.d_s, R(0), R(0)};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F a, F b, F P, F, F, const Constants<F>& c, F offset) {
@@ -290,7 +290,7 @@ struct Rule<Divergence::jsd> : Traits<Divergence::jsd> {
   template <class F>
   FUSED_KD_HD static F log_ratio(F a, F b, F k, const Constants<F>& c) {
     const F most = F{} + 60.0f;
-    return min(max(fma(b - a, k, -c.ratio), -most), most);
+    return min(max(fma(b - a, k, c.log_ratio), -most), most);
   }
   // m/p, exactly 1 for equal rows
   template <class F>
@@ -321,7 +321,8 @@ struct Rule<Divergence::jsd> : Traits<Divergence::jsd> {
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
                                             const RuleOptions<R>& o) {
-    return {weight * (R(1) - o.beta) * R(LN2) / r.d_s, log2(r.d_t / r.d_s), r.x / r.d_s, o.beta};
+    return {weight * (R(1) - o.beta) * R(LN2) / r.d_s, R(0), r.x / r.d_s, o.beta,
+            log2(r.d_s / r.d_t)};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F p_over_m, F P, const Constants<F>& c, F offset) {
@@ -351,11 +352,14 @@ struct Rule<Divergence::tvd> : Traits<Divergence::tvd> {
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
-    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, r.y / r.d_s, R(0)};
+    const R ratio = r.d_s / r.d_t;
+    return {R(0.5) * weight / r.d_s, ratio, r.y / r.d_s, R(0), log2(ratio)};
   }
+  // the sign of p - q is that of log(p/q), which needs no exponential
   template <class F>
-  FUSED_KD_HD static F gradient(F, F, F P, F Q, F, const Constants<F>& c, F offset) {
-    return fma(c.scale, fma(-c.offset, P, signed_like(P, fma(-c.ratio, Q, P))), offset);
+  FUSED_KD_HD static F gradient(F a, F b, F P, F, F k, const Constants<F>& c, F offset) {
+    const F log_p_over_q = fma(a - b, k, -c.log_ratio);
+    return fma(c.scale, fma(-c.offset, P, signed_like(P, log_p_over_q)), offset);
   }
 };
 
@@ -377,7 +381,7 @@ struct Rule<Divergence::mse> : Traits<Divergence::mse> {
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
                                             const RuleOptions<R>& o) {
-    return {R(2) * weight / (o.unit * r.count), R(0), R(0), R(0)};
+    return {R(2) * weight / (o.unit * r.count), R(0), R(0), R(0), R(0)};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F a, F b, F, F, F, const Constants<F>& c, F offset) {

@@ -192,7 +192,7 @@ slow = pytest.mark.slow
         pytest.param("forward_kl", 3.0, 38.7, 6.3, marks=slow),
         pytest.param("reverse_kl", 3.0, 41.7, 5.3, marks=slow),
         pytest.param("jsd", 3.0, 94.5, 9.3, marks=slow),
-        pytest.param("tvd", 3.0, 56.5, 8.3, marks=slow),
+        pytest.param("tvd", 3.0, 56.5, 7.3, marks=slow),
         pytest.param("mse", 1.0, 34.7, 2.2, marks=slow),
         pytest.param("none", 1.0, 24.0, 2.3, marks=slow),
     ],

@@ -170,7 +170,7 @@ void sums(const Block& block, BlockSums* out) {
 }
 
 FUSED_KD_INLINE Constants<Floats> broadcast(const Constants<float>& c) {
-  return {splat(c.scale), splat(c.ratio), splat(c.offset), splat(c.beta)};
+  return {splat(c.scale), splat(c.ratio), splat(c.offset), splat(c.beta), splat(c.log_ratio)};
 }
 
 // Stores log2(p/m), and log2(q/m) unless that is null, of a block's entries for a rule that

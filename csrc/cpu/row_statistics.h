@@ -209,7 +209,7 @@ inline Constants<float> soft_constants(const Row& row, const State& state, doubl
   const Constants<double> c = with_rule(row.divergence, [&](auto rule) {
     return rule.constants(state.r, weight * p.soft_factor / p.temperature, rule_options(p));
   });
-  return {float(c.scale), float(c.ratio), float(c.offset), float(c.beta)};
+  return {float(c.scale), float(c.ratio), float(c.offset), float(c.beta), float(c.log_ratio)};
 }
 
 inline void second_pass(const Row& row, const State& state, int64_t segment, Scratch& scratch,
