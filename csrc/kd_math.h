@@ -69,11 +69,11 @@ struct RowSums {
 // Number of floats per row that the forward stores for the backward: RowSums in order, then flags.
 constexpr int STATS = sizeof(RowSums<float>) / sizeof(float) + 1;
 
-// The scalars of an element's gradient. For equal rows `ratio` is exactly 1 (jsd: its logarithm,
-// exactly 0), which makes their gradient exactly 0.
+// The scalars of an element's gradient. For equal rows `ratio` is exactly 1 and `log_ratio`, its
+// logarithm to base 2, exactly 0, which makes their gradient exactly 0.
 template <class F>
 struct Constants {
-  F scale, ratio, offset, beta;
+  F scale, ratio, offset, beta, log_ratio;
 };
 
 // The functions that the formulas call, for one number; those for vectors must be declared before
@@ -84,12 +84,13 @@ FUSED_KD_HD double magnitude(double x) { return fabs(x); }
 // x with the sign of d; 0 if d is 0
 FUSED_KD_HD double signed_like(double x, double d) { return d > 0 ? x : d < 0 ? -x : 0.0; }
 FUSED_KD_HD double log2(double x) { return ::log2(x); }
-FUSED_KD_HD double exp2_of_negative(double x) { return ::exp2(x); }
+// 2^x for |x| <= 60
+FUSED_KD_HD double exp2_moderate(double x) { return ::exp2(x); }
 FUSED_KD_HD float max(float a, float b) { return fmaxf(a, b); }
 FUSED_KD_HD float min(float a, float b) { return fminf(a, b); }
 FUSED_KD_HD float magnitude(float x) { return fabsf(x); }
 FUSED_KD_HD float signed_like(float x, float d) { return d > 0 ? x : d < 0 ? -x : 0.0f; }
-FUSED_KD_HD float exp2_of_negative(float x) {
+FUSED_KD_HD float exp2_moderate(float x) {
 #ifdef __CUDA_ARCH__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -98,8 +99,13 @@ FUSED_KD_HD float exp2_of_negative(float x) {
   return exp2f(x);
 #endif
 }
-// log2 of a positive normal number, to 2.2 units in the last place; exactly 0 at 1
-FUSED_KD_HD float log2(float x) {
+// log2 of a positive normal number in two parts: an integer, and the rest, which is returned; exactly
+// 0 at 1
+FUSED_KD_HD double log2(double x, double& integer) {
+  integer = 0;
+  return ::log2(x);
+}
+FUSED_KD_HD float log2(float x, float& integer) {
   union {
     float number;
     int32_t bits;
@@ -116,7 +122,14 @@ FUSED_KD_HD float log2(float x) {
   y = fmaf(f, y, 0.48091062903404236f);
   y = fmaf(f, y, -0.7213473320007324f);
   y = fmaf(f, y, 1.4426950216293335f);
-  return fmaf(f, y, static_cast<float>(exponent));
+  integer = static_cast<float>(exponent);
+  return f * y;
+}
+// to 2.2 units in the last place
+FUSED_KD_HD float log2(float x) {
+  float integer;
+  const float rest = log2(x, integer);
+  return integer + rest;
 }
 using ::exp2;
 using ::fma;
@@ -154,8 +167,9 @@ struct Traits {
   static constexpr bool GRADIENT_HAS_DIFFERENCE = false;
   // bound by arithmetic: on a GPU, more registers help more than more blocks
   static constexpr bool BOUND_BY_ARITHMETIC = false;
-  // largest |exponent| of P and Q, in powers of two, that the formulas support
-  static constexpr float MAX_EXPONENT = -LOWEST;
+  // accumulate2 and gradient take logarithms, and have overloads that take them as parameters, for
+  // callers that compute them in a loop of their own (see Rule<jsd>)
+  static constexpr bool HAS_LOGARITHM = false;
 };
 
 template <Divergence D>
@@ -217,7 +231,7 @@ struct Rule<Divergence::forward_kl> : Traits<Divergence::forward_kl> {
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
-    return {weight / r.d_s, r.d_s / r.d_t, R(0), R(0)};
+    return {weight / r.d_s, r.d_s / r.d_t, R(0), R(0), R(0)};
   }
   // p - q = (P - Q d_s/d_t) / d_s
   template <class F>
@@ -251,7 +265,7 @@ struct Rule<Divergence::reverse_kl> : Traits<Divergence::reverse_kl> {
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
                                             const RuleOptions<R>& o) {
-    return {weight / (o.unit * r.d_s), R(0), r.w / r.d_s, R(0)};
+    return {weight / (o.unit * r.d_s), R(0), r.w / r.d_s, R(0), R(0)};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F a, F b, F P, F, F, const Constants<F>& c, F offset) {
@@ -266,28 +280,39 @@ struct Rule<Divergence::jsd> : Traits<Divergence::jsd> {
   static constexpr bool SOFTMAX = true, OWN_SUM = false, TWO_PASSES = true;
   static constexpr Infinite INFINITE = Infinite::never;
   static constexpr bool BOUND_BY_ARITHMETIC = true;
-  // it takes the logarithm of p/m, so p = P/d_s and the ratio must be normal numbers
-  static constexpr float MAX_EXPONENT = 100.0f;
+  static constexpr bool HAS_LOGARITHM = true;
   template <class F>
   struct Logarithms {
     F p_over_m, q_over_m;
   };
-  // log2(p/m), log2(q/m) from r = log2(p/q), which is linear in the logits. m over the larger of p
-  // and q is a mixture of 1 and 2^-|r|: one logarithm, of a number in [min(beta, 1-beta), 1], exact
-  // at 1 for equal rows. Entries that are -inf on one side have a huge |r|, on both any.
+  // log2(q/p), which is linear in the logits. Entries that are -inf on one side have a huge one, on
+  // both any; beyond 60 the smaller of p and q is nothing next to the other.
   template <class F>
-  FUSED_KD_HD static Logarithms<F> over_mixture(F a, F b, F k, const Constants<F>& c) {
-    const F huge = F{} + 1e38f, half = F{} + 0.5f;
-    const F r = min(max(fma(a - b, k, c.ratio), -huge), huge);
-    const F share = half - signed_like(c.beta - half, r);  // of the larger one in m
-    const F log_m = log2(fma((F{} + 1.0f) - share, exp2_of_negative(-magnitude(r)), share));
-    return {min(r, F{}) - log_m, -max(r, F{}) - log_m};
+  FUSED_KD_HD static F log_ratio(F a, F b, F k, const Constants<F>& c) {
+    const F most = F{} + 60.0f;
+    return min(max(fma(b - a, k, c.log_ratio), -most), most);
+  }
+  // m/p, exactly 1 for equal rows
+  template <class F>
+  FUSED_KD_HD static F mixture(F log_ratio, const Constants<F>& c) {
+    return fma(c.beta, exp2_moderate(log_ratio), (F{} + 1.0f) - c.beta);
+  }
+  // log2(p/m), log2(q/m). If q is much the larger one, the integers in log2(q/p) and log2(m/p) cancel.
+  template <class F>
+  FUSED_KD_HD static Logarithms<F> logarithms(F log_ratio, F mixture) {
+    F integer;
+    const F rest = log2(mixture, integer);
+    return {-(integer + rest), (log_ratio - integer) - rest};
+  }
+  template <class F>
+  FUSED_KD_HD static void accumulate2(const Logarithms<F>& over, F P, F Q, F& x, F& y) {
+    x = fma(P, over.p_over_m, x);
+    y = fma(Q, over.q_over_m, y);
   }
   template <class F>
   FUSED_KD_HD static void accumulate2(F a, F b, F P, F Q, F k, const Constants<F>& c, F& x, F& y) {
-    const Logarithms<F> log = over_mixture(a, b, k, c);
-    x = fma(P, log.p_over_m, x);
-    y = fma(Q, log.q_over_m, y);
+    const F r = log_ratio(a, b, k, c);
+    accumulate2(logarithms(r, mixture(r, c)), P, Q, x, y);
   }
   template <class R>
   FUSED_KD_HD static R value(const RowSums<R>& r, const RuleOptions<R>& o) {
@@ -296,11 +321,16 @@ struct Rule<Divergence::jsd> : Traits<Divergence::jsd> {
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
                                             const RuleOptions<R>& o) {
-    return {weight * (R(1) - o.beta) * R(LN2) / r.d_s, log2(r.d_t / r.d_s), r.x / r.d_s, o.beta};
+    return {weight * (R(1) - o.beta) * R(LN2) / r.d_s, R(0), r.x / r.d_s, o.beta,
+            log2(r.d_s / r.d_t)};
+  }
+  template <class F>
+  FUSED_KD_HD static F gradient(F p_over_m, F P, const Constants<F>& c, F offset) {
+    return fma(c.scale * P, p_over_m - c.offset, offset);
   }
   template <class F>
   FUSED_KD_HD static F gradient(F a, F b, F P, F, F k, const Constants<F>& c, F offset) {
-    return fma(c.scale * P, over_mixture(a, b, k, c).p_over_m - c.offset, offset);
+    return gradient(-log2(mixture(log_ratio(a, b, k, c), c)), P, c, offset);
   }
 };
 
@@ -322,11 +352,14 @@ struct Rule<Divergence::tvd> : Traits<Divergence::tvd> {
   }
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight, const RuleOptions<R>&) {
-    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, r.y / r.d_s, R(0)};
+    const R ratio = r.d_s / r.d_t;
+    return {R(0.5) * weight / r.d_s, ratio, r.y / r.d_s, R(0), log2(ratio)};
   }
+  // the sign of p - q is that of log(p/q), which needs no exponential
   template <class F>
-  FUSED_KD_HD static F gradient(F, F, F P, F Q, F, const Constants<F>& c, F offset) {
-    return fma(c.scale, fma(-c.offset, P, signed_like(P, fma(-c.ratio, Q, P))), offset);
+  FUSED_KD_HD static F gradient(F a, F b, F P, F, F k, const Constants<F>& c, F offset) {
+    const F log_p_over_q = fma(a - b, k, -c.log_ratio);
+    return fma(c.scale, fma(-c.offset, P, signed_like(P, log_p_over_q)), offset);
   }
 };
 
@@ -348,7 +381,7 @@ struct Rule<Divergence::mse> : Traits<Divergence::mse> {
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
                                             const RuleOptions<R>& o) {
-    return {R(2) * weight / (o.unit * r.count), R(0), R(0), R(0)};
+    return {R(2) * weight / (o.unit * r.count), R(0), R(0), R(0), R(0)};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F a, F b, F, F, F, const Constants<F>& c, F offset) {

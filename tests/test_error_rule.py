@@ -85,6 +85,27 @@ def test_vocabularies(regime: str, divergence: str, vocabulary: int, fast: str) 
         obey(fast, make_inputs(regime, 2, vocabulary, *dtypes), divergence)
 
 
+# p and q differ by a third, so log(p/m) is small, and no hard term hides the error of its gradient;
+# confident rows have π > 0.999 on both sides
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("kind", ["flat", "confident", "shifted"])
+def test_jsd_near_agreement(kind: str, dtype: torch.dtype, fast: str) -> None:
+    for vocabulary, beta in itertools.product((33, 1000), (0.1, 0.5, 0.9)):
+        inputs = make_inputs(kind, 4, vocabulary, seed=vocabulary)
+        shift = -2e4 if kind == "shifted" else 0.0
+        noise = make_inputs("randn", 4, vocabulary, seed=1).student
+        teacher = inputs.student + 0.3 * noise + shift
+        near = Inputs(inputs.student.to(dtype), teacher.to(dtype), inputs.labels)
+        assert_obeys_error_rule(
+            near,
+            backend=fast,
+            divergence="jsd",
+            beta=beta,
+            hard_weight=0.0,
+            soft_weight=1.0,
+        )
+
+
 # two segments, four segments: the partial sums are merged
 @pytest.mark.parametrize("vocabulary", [50257, 128256])
 def test_real_vocabularies(divergence: str, vocabulary: int, fast: str) -> None:

@@ -54,7 +54,7 @@ struct Rule<Divergence::toy> : Rule<Divergence::forward_kl> {
   template <class R>
   FUSED_KD_HD static Constants<R> constants(const RowSums<R>& r, R weight,
                                             const RuleOptions<R>& o) {
-    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, o.beta * r.y / r.d_s, o.beta};
+    return {R(0.5) * weight / r.d_s, r.d_s / r.d_t, o.beta * r.y / r.d_s, o.beta, R(0)};
   }
   template <class F>
   FUSED_KD_HD static F gradient(F, F, F P, F Q, F, const Constants<F>& c, F offset) {

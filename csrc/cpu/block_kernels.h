@@ -170,7 +170,38 @@ void sums(const Block& block, BlockSums* out) {
 }
 
 FUSED_KD_INLINE Constants<Floats> broadcast(const Constants<float>& c) {
-  return {splat(c.scale), splat(c.ratio), splat(c.offset), splat(c.beta)};
+  return {splat(c.scale), splat(c.ratio), splat(c.offset), splat(c.beta), splat(c.log_ratio)};
+}
+
+// Stores log2(p/m), and log2(q/m) unless that is null, of a block's entries for a rule that
+// HAS_LOGARITHM. The exponentials, the logarithms and what uses them are three loops: the operations
+// of one entry would be a chain of 100 cycles, of which a processor cannot overlap enough.
+template <Load L, Divergence D>
+FUSED_KD_INLINE void logarithms(const Block& block, const Constants<Floats>& c, float* p_over_m,
+                                float* q_over_m) {
+  using E = typename Element<L>::type;
+  const E* s = static_cast<const E*>(block.s);
+  const E* t = static_cast<const E*>(block.t);
+  const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k);
+  for (int i = 0; i < block.size; i += PAIR) {
+    Floats sv[2], tv[2], r[2], m[2];
+    load_pair(s + i, sv[0], sv[1]);
+    load_pair(t + i, tv[0], tv[1]);
+    for (int j = 0; j < 2; ++j) {
+      r[j] = Rule<D>::log_ratio(relative<L>(sv[j], m_s), relative<L>(tv[j], m_t), k, c);
+      m[j] = Rule<D>::mixture(r[j], c);
+    }
+    store_pair(p_over_m + i, m[0], m[1]);
+    if (q_over_m) store_pair(q_over_m + i, r[0], r[1]);
+  }
+  for (int i = 0; i < block.size; i += PAIR) {
+    Floats r[2] = {}, m[2];
+    load_pair(p_over_m + i, m[0], m[1]);
+    if (q_over_m) load_pair(q_over_m + i, r[0], r[1]);
+    const auto first = Rule<D>::logarithms(r[0], m[0]), second = Rule<D>::logarithms(r[1], m[1]);
+    store_pair(p_over_m + i, first.p_over_m, second.p_over_m);
+    if (q_over_m) store_pair(q_over_m + i, first.q_over_m, second.q_over_m);
+  }
 }
 
 template <Load L, Divergence D>
@@ -180,18 +211,29 @@ void sums2(const Block& block, const Constants<float>& constants, float* x, floa
   const E* t = static_cast<const E*>(block.t);
   const Floats m_s = splat(block.m_s), m_t = splat(block.m_t), k = splat(block.k);
   const Constants<Floats> c = broadcast(constants);
+  constexpr bool LOGARITHM = Rule<D>::HAS_LOGARITHM;
+  alignas(64) float p_over_m[LOGARITHM ? BLOCK : 1], q_over_m[LOGARITHM ? BLOCK : 1];
+  if constexpr (LOGARITHM) logarithms<L, D>(block, c, p_over_m, q_over_m);
   Floats all_x{}, all_y{};
   for (int begin = 0; begin < block.size; begin += CHUNK) {
     const int end = begin + CHUNK < block.size ? begin + CHUNK : block.size;
     Floats x_sum{}, y_sum{};
     for (int i = begin; i < end; i += PAIR) {
-      Floats sv[2], tv[2];
+      Floats sv[2], tv[2], p_log[2], q_log[2];
       load_pair(s + i, sv[0], sv[1]);
       load_pair(t + i, tv[0], tv[1]);
+      if constexpr (LOGARITHM) {
+        load_pair(p_over_m + i, p_log[0], p_log[1]);
+        load_pair(q_over_m + i, q_log[0], q_log[1]);
+      }
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
         const Floats a = relative<L>(sv[j], m_s), b = relative<L>(tv[j], m_t);
-        Rule<D>::accumulate2(a, b, power<L>(a, k), power<L>(b, k), k, c, x_sum, y_sum);
+        const Floats P = power<L>(a, k), Q = power<L>(b, k);
+        if constexpr (LOGARITHM)
+          Rule<D>::accumulate2({p_log[j], q_log[j]}, P, Q, x_sum, y_sum);
+        else
+          Rule<D>::accumulate2(a, b, P, Q, k, c, x_sum, y_sum);
       }
     }
     all_x += x_sum;
@@ -214,7 +256,7 @@ template <Load L, Divergence D, Hard H>
 void gradient(const Block& block, const Constants<float>& constants, float hard_scale,
               float hard_offset, void* grad) {
   using E = typename Element<L>::type;
-  constexpr bool TEACHER = Rule<D>::READS_TEACHER;
+  constexpr bool TEACHER = Rule<D>::READS_TEACHER, LOGARITHM = Rule<D>::HAS_LOGARITHM;
   constexpr int DEGREE =
       L == Load::bf16 ? 4 : 5;  // 1/700 of the half unit that rounding to bfloat16 loses
   const E* s = static_cast<const E*>(block.s);
@@ -226,10 +268,15 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
   const E* next_t = static_cast<const E*>(block.next_t ? block.next_t : block.t);
   const Floats scale = splat(hard_scale), offset = splat(hard_offset);
   const Constants<Floats> c = broadcast(constants);
+  alignas(64) float p_over_m[LOGARITHM ? BLOCK : 1];
+  if constexpr (LOGARITHM) logarithms<L, D>(block, c, p_over_m, nullptr);
   for (int i = 0; i < block.size; i += PAIR) {
-    Floats sv[2], tv[2], gv[2];
+    Floats sv[2], tv[2], p_log[2], gv[2];
     load_pair(s + i, sv[0], sv[1]);
-    if constexpr (TEACHER) load_pair(t + i, tv[0], tv[1]);
+    if constexpr (LOGARITHM)
+      load_pair(p_over_m + i, p_log[0], p_log[1]);
+    else if constexpr (TEACHER)
+      load_pair(t + i, tv[0], tv[1]);
     __builtin_prefetch(next_s + i, 0, 2);
     __builtin_prefetch(next_t + i, 0, 2);
 #pragma GCC unroll 2
@@ -237,7 +284,9 @@ void gradient(const Block& block, const Constants<float>& constants, float hard_
       const Floats a = relative<L>(sv[j], m_s);
       Floats b{}, P{}, Q{};
       if constexpr (needs_P<D, H>()) P = power<L, DEGREE>(a, k);
-      if constexpr (Rule<D>::SOFTMAX) {
+      if constexpr (LOGARITHM) {
+        gv[j] = Rule<D>::gradient(p_log[j], P, c, offset);
+      } else if constexpr (Rule<D>::SOFTMAX) {
         if constexpr (TEACHER) {
           b = relative<L>(tv[j], m_t);
           Q = power<L, DEGREE>(b, k);

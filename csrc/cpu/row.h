@@ -57,7 +57,6 @@ struct Row {
   const Support* support = nullptr;
   bool has_tail = false;  // the tokens outside the support are a class
   float s_label = 0;      // the student's logit at the label, if that is in [0, V)
-  float exponent_range;   // largest |exponent| that the plain kernels take for this divergence
 
   Row(const Problem& p, const Kernels& table, int64_t n) : problem(p), table(table), n(n) {
     hard = p.w_hard && p.w_hard[n] != 0;
@@ -79,7 +78,6 @@ struct Row {
     if (hard && label_in_range()) s_label = read(s, s_dtype, p.labels[n], table);
     with_rule(divergence, [&](auto rule) {
       two_passes = rule.TWO_PASSES;
-      exponent_range = std::min(table.exponent_range, rule.MAX_EXPONENT);
       hard_mode = hard_mode_for(rule.SOFTMAX);
     });
   }

@@ -160,7 +160,7 @@ inline Prepared prepare(const Row& row, int64_t begin, int64_t end, double m_s, 
   const Range& r = block.range;
   const double spread = std::max<double>(reference(std::max<double>(m_s, r.max_s)) - r.min_s,
                                          reference(std::max<double>(m_t, r.max_t)) - r.min_t);
-  if (block.padded != block.size || excludes || !(spread * row.k_max <= row.exponent_range)) {
+  if (block.padded != block.size || excludes || !(spread * row.k_max <= row.table.exponent_range)) {
     if (!block.copied) copy_block(row, begin, scratch, block);
     block.load = Load::f32_any;
   }

@@ -56,7 +56,7 @@ class ClassRow {
       largest = std::max<double>(largest, s);
     }
     if (largest == LOWEST) state.flags |= BAD_S;
-    if ((r.m_s - state.min_s) * row.k_max > row.exponent_range) state.flags |= IRREGULAR;
+    if ((r.m_s - state.min_s) * row.k_max > row.table.exponent_range) state.flags |= IRREGULAR;
     r.m_t = largest;
     r.differences += r.count * (reference(r.m_s) - largest);
     if (row.hard && !(state.flags & BAD_S))

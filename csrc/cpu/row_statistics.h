@@ -99,7 +99,7 @@ inline float low_logit(const Row& row, double m_s) {
   const float ratio = row.k_max / std::min(row.k, row.k_1);
   float exponent = std::min(LOW_EXPONENT, NEGLIGIBLE_EXPONENT * ratio);
   if (exponent < SUBNORMAL[1]) exponent = std::min(exponent, SUBNORMAL[0]);
-  if (-exponent > row.exponent_range)
+  if (-exponent > row.table.exponent_range)
     exponent = std::min(LOW_EXPONENT, (HIGHEST_LOW_EXPONENT - 2) * ratio);
   float low = reference(m_s) + exponent / row.k_max;
   if (row.s_dtype != Dtype::f32) {
@@ -115,7 +115,7 @@ inline float low_logit(const Row& row, double m_s) {
 inline float low_distance(const Row& row, double m_s) {
   const float distance = row.support->low - reference(m_s);
   const bool is_low = distance * std::min(row.k, row.k_1) <= HIGHEST_LOW_EXPONENT;
-  return is_low && -distance * row.k_max <= row.exponent_range ? distance : 0.0f;
+  return is_low && -distance * row.k_max <= row.table.exponent_range ? distance : 0.0f;
 }
 
 // Writes that logit over the tokens in a copy of the block, whose element type stays the same.
@@ -152,7 +152,7 @@ inline bool add_plain(const Row& row, int64_t begin, Prepared& block, State& sta
   }
   const float lowest = std::min(sums.min_a, sums.min_b), highest = std::max(sums.max_a, sums.max_b);
   return std::isfinite(sums.canary) && highest <= SLACK && highest * row.k_max <= SLACK_EXPONENT &&
-         -lowest * row.k_max <= row.exponent_range;
+         -lowest * row.k_max <= row.table.exponent_range;
 }
 
 // Sums any block: inspects it first, raises the references to its maxima, replaces infinities, and
@@ -209,7 +209,7 @@ inline Constants<float> soft_constants(const Row& row, const State& state, doubl
   const Constants<double> c = with_rule(row.divergence, [&](auto rule) {
     return rule.constants(state.r, weight * p.soft_factor / p.temperature, rule_options(p));
   });
-  return {float(c.scale), float(c.ratio), float(c.offset), float(c.beta)};
+  return {float(c.scale), float(c.ratio), float(c.offset), float(c.beta), float(c.log_ratio)};
 }
 
 inline void second_pass(const Row& row, const State& state, int64_t segment, Scratch& scratch,
@@ -233,7 +233,7 @@ inline void finish_statistics(const Row& row, State& state) {
   if (state.r.m_t == LOWEST && (state.flags & IRREGULAR) && state.min_t == LOWEST)
     state.flags |= BAD_T;
   const double spread = std::max(state.r.m_s - state.min_s, state.r.m_t - state.min_t);
-  if (!(spread * row.k_max <= row.exponent_range)) state.flags |= IRREGULAR;
+  if (!(spread * row.k_max <= row.table.exponent_range)) state.flags |= IRREGULAR;
 }
 
 }  // namespace cpu

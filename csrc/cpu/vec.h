@@ -166,10 +166,11 @@ FUSED_KD_INLINE Floats exponential_any(Floats x, Floats k) {
   return floats(bits(exponential<5>(max(x, limit), k)) & reinterpret_cast<Words>(x >= limit));
 }
 
-FUSED_KD_INLINE Floats exp2_of_negative(Floats x) { return exponential_any(x, splat(1.0f)); }
+FUSED_KD_INLINE Floats exp2_moderate(Floats x) { return exponential<5>(x, splat(1.0f)); }
 
-// log2(x) for normal x > 0, relative error < 3.2e-7, exactly 0 at 1.
-FUSED_KD_INLINE Floats log2(Floats x) {
+// log2(x) for normal x > 0 in two parts: an integer, and the rest, which is returned. Relative error
+// < 3.2e-7, exactly 0 at 1.
+FUSED_KD_INLINE Floats log2(Floats x, Floats& integer) {
   const Words sqrt_half = Words{} + 0x3f3504f3u;
   const Ints e = reinterpret_cast<Ints>(bits(x) - sqrt_half) >> 23;
   const Floats f = floats(bits(x) - (reinterpret_cast<Words>(e) << 23)) -
@@ -182,7 +183,13 @@ FUSED_KD_INLINE Floats log2(Floats x) {
   r = fma(r, f, splat(0.48092323541641235f));
   r = fma(r, f, splat(-0.7213528156280518f));
   r = fma(r, f, splat(1.442694902420044f));
-  return fma(r, f, __builtin_convertvector(e, Floats));
+  integer = __builtin_convertvector(e, Floats);
+  return r * f;
+}
+FUSED_KD_INLINE Floats log2(Floats x) {
+  Floats integer;
+  const Floats rest = log2(x, integer);
+  return integer + rest;
 }
 
 // Element types: the bits of a bfloat16 and of a half, independent of any framework.
