@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.backends import needs_cpu
 from torch import Tensor
 
 from fused_kd import Head, kd_loss
-from fused_kd.engines import driver, memory
+from fused_kd.engines import driver
 from fused_kd.engines.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
 from fused_kd.options import MIB
 from fused_kd.plan import Plan, levels, plan
@@ -145,17 +146,31 @@ def test_the_height_is_the_drivers(
     class Stop(Exception):
         pass
 
-    def spy(*arguments: Any) -> memory.Cut:
-        heights.append(memory.cut_rows(*arguments).height)
+    def spy(problem: Any, products: Any, height: int, *rest: Any) -> None:
+        heights.append(height)
         raise Stop
 
-    monkeypatch.setattr(driver, "cut_rows", spy)
+    monkeypatch.setattr(driver, "_chunk_of", spy)
     shape = (301, 8192, 512, 768)
     with pytest.raises(Stop):
         heads(*make(*shape, dtype), memory_budget=budget)
     planned = plan(*shape, dtype, budget)
     assert heights == [planned.chunk_rows]
     assert planned.chunks == -(-301 // planned.chunk_rows)
+
+
+@needs_cpu
+def test_chunks_use_the_memory_of_the_weight_gradient() -> None:
+    # H/4 rows of a bfloat16 head, whatever the budget; and no more memory than with fewer rows.
+    shape = (1000, 8192, 512, 64)
+    few, many = (plan(*shape, torch.bfloat16, budget) for budget in (3 * MIB, 5 * MIB))
+    for planned in (few, many):
+        assert planned.reason == "weight gradient"
+        assert planned.chunk_rows == 125  # 8 equal chunks of at most 128
+    peaks = []
+    for chunk in ({"memory_budget": 5 * MIB}, {"chunk_rows": 32}):
+        peaks.append(step_peak(heads, make(*shape, torch.bfloat16), **chunk))
+    assert peaks[0] <= peaks[1] + SLACK
 
 
 def plain(tensors: Tensors, budget: int) -> Tensor:

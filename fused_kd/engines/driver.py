@@ -22,7 +22,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..classes import Classes
 from ..options import Formula
-from .memory import Cut, Sizes, cut_rows, keeping_bytes, summing_bytes
+from .memory import Cut, Sizes, cut_rows, keeping_bytes, rows_in_gradient, summing_bytes
 from .products import Products, Projection, products_for
 from .selection import Selection, is_scattered, put, take
 
@@ -97,13 +97,15 @@ def run_chunks(
         products.fixed_bytes(),
     )
     hard, soft = (x.new_zeros(rows.all, dtype=dtype) for _ in range(2))
-    kept = gradients = None
+    height, kept, gradients = cut.height, None, None
     if wanted is not None:
         kept = _kept_dtype(problem, products, wanted, sizes, cut)
         gradients = _new_gradients(problem, wanted, cut.is_single or kept is not None, rows)
-    chunk = _chunk_of(problem, products, min(cut.height, rows.count), gradients, rows, kept)
-    for begin in range(0, rows.count, cut.height):
-        part = slice(begin, min(begin + cut.height, rows.count))
+        if kept is not None and gradients[1] is not None and problem.chunk_rows is None:
+            height = rows_in_gradient(sizes, rows.count, height, gradients[1].itemsize)
+    chunk = _chunk_of(problem, products, min(height, rows.count), gradients, rows, kept)
+    for begin in range(0, rows.count, height):
+        part = slice(begin, min(begin + height, rows.count))
         hard[rows.at(part)], soft[rows.at(part)] = chunk.process(part)
     chunk.finish()
     return hard, soft, (None, None, None) if gradients is None else gradients

@@ -131,8 +131,7 @@ def chunk_rows(
         limit = automatic_rows(device, sizes, fixed)
     else:
         limit = budget_rows(budget, sizes, fixed)
-    chunks = max(1, -(-rows // limit))
-    return max(1, -(-rows // chunks))
+    return _equal(rows, limit)
 
 
 def summing_bytes(sizes: Sizes, height: int, sum_bytes: int, weight_bytes: int) -> int:
@@ -185,6 +184,30 @@ def in_gradient_bytes(sizes: Sizes, height: int, gradient_bytes: int) -> int:
     for size in _buffers(sizes, height):
         used += size if used + size <= space else 0
     return used
+
+
+def rows_in_gradient(sizes: Sizes, rows: int, height: int, gradient_bytes: int) -> int:
+    """Return the rows of a chunk if the weight gradient's memory may hold their logits.
+
+    At least `height`; chunks of equal height, which take no more memory beside the weight gradient
+    than one of `height` rows with its logits.
+
+    Args:
+        sizes: the sizes of a row.
+        rows: the number of rows that are computed.
+        height: the rows that the budget allows.
+        gradient_bytes: of an element of the weight gradient.
+    """
+    logits = sum(_buffers(sizes, 1))
+    fit = sizes.vocabulary * (sizes.student_hidden or 0) * gradient_bytes // logits
+    affordable = height * row_bytes(sizes) // (row_bytes(sizes) - logits)
+    return _equal(rows, max(height, min(fit, affordable)))
+
+
+def _equal(rows: int, limit: int) -> int:
+    """Return the height of the fewest chunks of about equal height, at most `limit` rows each."""
+    chunks = max(1, -(-rows // limit))
+    return max(1, -(-rows // chunks))
 
 
 def _buffers(sizes: Sizes, height: int) -> list[int]:

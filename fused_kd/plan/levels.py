@@ -20,6 +20,7 @@ from ..engines.memory import (
     in_gradient_bytes,
     keeping_bytes,
     row_bytes,
+    rows_in_gradient,
     summing_bytes,
 )
 from ..engines.products import TILE_BYTES, CompiledProducts, TorchProducts, products_for
@@ -56,7 +57,8 @@ class Plan(NamedTuple):
     heads: Level
     chunk_rows: int  # rows of a chunk of `heads`
     chunks: int  # number of chunks
-    reason: str  # what decides chunk_rows: "rows", "memory_budget", "automatic" or "floor"
+    #: What decides chunk_rows: "rows", "memory_budget", "automatic", "floor" or "weight gradient".
+    reason: str
     explanation: str  # the reason as a sentence
     weight_gradient_share: float  # share of the traffic of `heads` that sums the weight gradient
 
@@ -123,7 +125,12 @@ def plan(
         rows, vocab, hidden_student, hidden_teacher, dtype, grad_accum_dtype, parsed
     )
     height, reason, explanation = estimate.chunk(memory_budget)
-    heads, added = estimate.heads(height, estimate.fit_in_one_chunk(memory_budget))
+    in_one = estimate.fit_in_one_chunk(memory_budget)
+    keeps = estimate.keeps(height, in_one)
+    if keeps and (taller := estimate.rows_in_gradient(height)) != height:
+        height, reason = taller, "weight gradient"
+        explanation = f"chunks of {height} rows, whose logits fit in the weight gradient's memory"
+    heads, added = estimate.heads(height, in_one, keeps)
     return Plan(
         estimate.inputs,
         estimate.whole(eager=True),
@@ -156,6 +163,7 @@ class _Estimate:
         self.accumulate = dtype if dtype == torch.float64 else accumulate
         self.products = products_for("auto", device, self.accum_dtype)
         self.gradient_dtype = self.products.gradient_dtype(self.accum_dtype, dtype)
+        self.kept_dtype = self.products.kept_dtype(self.accum_dtype, dtype)
         size, accum_size = dtype.itemsize, self.accum_dtype.itemsize
         self.sizes = Sizes(
             *(vocab, student, teacher, accum_size, size, size),
@@ -192,23 +200,22 @@ class _Estimate:
         after = {"gradient of the logits": n, "gradients": self.hidden + self.weight}
         return Level(_highest(loss, after), self.flop, traffic)
 
-    def heads(self, height: int, in_one: bool) -> tuple[Level, int]:
+    def heads(self, height: int, in_one: bool, keeps: bool) -> tuple[Level, int]:
         """Return the level of heads, and the bytes of its traffic that sum the weight gradient.
 
         Args:
             height: rows of a chunk.
             in_one: the result of :meth:`fit_in_one_chunk`.
+            keeps: the result of :meth:`keeps`.
         """
         chunks = -(-self.rows // height)
-        kept = self.products.kept_dtype(self.accum_dtype, self.dtype)
-        keeps = self._keeps(height, in_one, kept)
         accumulate = self.dtype if in_one or keeps else self.accumulate
         elements = self.weight // self.dtype.itemsize
         total = elements * accumulate.itemsize
         rounded = self.weight if accumulate != self.dtype else 0
         products = self._product_bytes(1 if keeps else chunks, accumulate)
         chunk = {"chunk": height * row_bytes(self.sizes), "products": products}
-        gradient_dtype = kept if keeps else self.gradient_dtype
+        gradient_dtype = self.kept_dtype if keeps else self.gradient_dtype
         gradient = self.logits // self.dtype.itemsize * gradient_dtype.itemsize
         if keeps:
             chunk["chunk"] -= in_gradient_bytes(self.sizes, height, accumulate.itemsize)
@@ -231,12 +238,19 @@ class _Estimate:
             traffic, flop = traffic + forward, flop + self.forward_flop
         return Level(memory, flop, traffic), added
 
-    def _keeps(self, height: int, in_one: bool, kept: torch.dtype) -> bool:
-        """Return True if the gradients of all rows' logits are kept, as the driver decides."""
+    def keeps(self, height: int, in_one: bool) -> bool:
+        """Return True if the gradients of all rows' logits are kept, as the driver decides.
+
+        The arguments are those of :meth:`heads`.
+        """
         total = self.dtype if in_one else self.accumulate
         summing = summing_bytes(self.sizes, height, total.itemsize, self.dtype.itemsize)
         sizes = self.sizes, self.rows, height
-        return keeping_bytes(*sizes, kept.itemsize, self.dtype.itemsize) <= summing
+        return keeping_bytes(*sizes, self.kept_dtype.itemsize, self.dtype.itemsize) <= summing
+
+    def rows_in_gradient(self, height: int) -> int:
+        """Return the rows of a chunk if :meth:`keeps` is True, at least `height`."""
+        return rows_in_gradient(self.sizes, self.rows, height, self.dtype.itemsize)
 
     def chunk(self, budget: int | None) -> tuple[int, str, str]:
         """Return chunk_rows, reason and explanation of a Plan, for a memory_budget or None.
