@@ -187,8 +187,11 @@ class CompiledProducts(Products):
             out.mul_(head.scale)
 
     def kept_dtype(self, accum_dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
-        """Return bfloat16 for such operands; float16 would need a loss scale."""
-        return compute if compute == torch.bfloat16 else accum_dtype
+        """Return bfloat16 if the product rounds the gradient to it anyway."""
+        info = extension.cpu.build_info()
+        assert info is not None
+        pairs = info["instruction_set"] == "avx512_bf16" and compute == torch.bfloat16
+        return compute if pairs else accum_dtype
 
     def _takes(self, head: Projection, accum_dtype: torch.dtype) -> bool:
         return 1 in head.weight.stride()
