@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_kd import Head, kd_loss
 from fused_kd.backends import reference
 from fused_kd.divergences import DIVERGENCES
-from fused_kd.engines import driver
+from fused_kd.engines import chunks
 from fused_kd.testing import assert_obeys_error_rule, make_inputs
 
 #: So one worker builds the library, which all of these tests use; "cuda" is the emulated backend.
@@ -369,7 +369,7 @@ def test_heads_are_rounded_in_the_row_kernel(
         return torch.autograd.grad(loss, heads.student[:2])
 
     got = gradients()
-    monkeypatch.setattr(driver, "FIRST_PART", 1)  # all rows
+    monkeypatch.setattr(chunks, "FIRST_PART", 1)  # all rows
     identical(got, gradients())
 
 

@@ -28,8 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_kd import Head, extension, kd_loss
 from fused_kd.backends import named, reference
 from fused_kd.checks import call as checks
-from fused_kd.engines import driver, operators, products
+from fused_kd.engines import chunks, driver, operators, products
 from fused_kd.engines.memory import row_bytes
+from fused_kd.engines.problem import Problem
 from fused_kd.testing import cpu_peak
 
 
@@ -233,7 +234,7 @@ def test_cuda_row_kernels_round_as_a_kernel_of_its_own_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Bit for bit, although the gradient may take the place of logits not read yet.
-    monkeypatch.setattr(driver, "FIRST_PART", first_part)
+    monkeypatch.setattr(chunks, "FIRST_PART", first_part)
     heads = make_heads(dtype=dtype)
     logits = F.linear(*heads.teacher).float()
     copied = torch.stack([logits, logits], -1)[..., 0]
@@ -263,9 +264,9 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
 ) -> None:
     # The row kernel rounds the other rows; with a teacher's head no buffer is added to the logits.
     visits: list[tuple[int, bool, torch.dtype]] = []
-    buffers: list[driver._HeadChunk] = []
+    buffers: list[chunks.HeadChunk] = []
 
-    class Watched(driver._HeadChunk):
+    class Watched(chunks.HeadChunk):
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
             buffers.append(self)
@@ -276,7 +277,7 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
         visits.append((place.shape[1], inplace, place.dtype))
         return reference.forward_backward(*rows, inplace=inplace, out=out)
 
-    monkeypatch.setattr(driver, "_HeadChunk", Watched)
+    monkeypatch.setattr(chunks, "HeadChunk", Watched)
     monkeypatch.setattr(operators, "named", lambda name: SimpleNamespace(forward_backward=watch))
     heads = make_heads(rows=37, dtype=dtype)
     teacher_logits = F.linear(*heads.teacher)
@@ -301,11 +302,11 @@ def test_cuda_a_sixteenth_of_the_rows_is_rounded_apart(
     assert (gradient in logits) == (kind == "head" or dtype == accum_dtype)
 
 
-def _problem(student: Head, teacher: Any) -> driver.Problem:
-    """Return a driver.Problem of two sides, complete enough for driver.sizes_of."""
+def _problem(student: Head, teacher: Any) -> Problem:
+    """Return a Problem of two sides, complete enough for driver.sizes_of."""
     if isinstance(teacher, Head):
         teacher = products.Projection(*teacher[:3], torch.bfloat16)
-    return driver.Problem(
+    return Problem(
         student=products.Projection(*student[:3], torch.bfloat16),
         teacher=teacher,
         labels=None,

@@ -150,7 +150,7 @@ def test_the_height_is_the_drivers(
         heights.append(height)
         raise Stop
 
-    monkeypatch.setattr(driver, "_chunk_of", spy)
+    monkeypatch.setattr(driver, "chunk_of", spy)
     shape = (301, 8192, 512, 768)
     with pytest.raises(Stop):
         heads(*make(*shape, dtype), memory_budget=budget)

@@ -25,7 +25,9 @@ from ..classes import Classes
 from ..ops import library
 from ..options import Formula
 from ..sides import arithmetic_dtype
-from .driver import Gradients, Problem, empty_gradients, run_chunks
+from .driver import run_chunks
+from .gradients import empty_gradients
+from .problem import Gradients, Problem
 from .products import Projection
 
 _ARGUMENTS = (
