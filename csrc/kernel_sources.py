@@ -29,13 +29,20 @@ AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own header
 INSTRUCTION_SETS = {"generic": []}
 if X86:
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+#: And of those that have a matrix product alone.
+PRODUCT_SETS = dict(INSTRUCTION_SETS)
+if X86:
+    PRODUCT_SETS["amx"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 # Scheduling before register allocation interleaves a loop's exponentials: 12 % on the sums.
 SCHEDULE = ["-fschedule-insns", "-fsched-pressure"]
 #: The flags of each kernel file, in addition to HOST_FLAGS.
 KERNEL_FLAGS = {
     f"csrc/cpu/{kind}_{name}.cpp": [*schedule, *flags]
-    for name, flags in INSTRUCTION_SETS.items()
-    for kind, schedule in (("rows", SCHEDULE), ("product", []))
+    for kind, schedule, sets in (
+        ("rows", SCHEDULE, INSTRUCTION_SETS),
+        ("product", [], PRODUCT_SETS),
+    )
+    for name, flags in sets.items()
 }
 CPU_SOURCES = [
     *KERNEL_FLAGS,
@@ -44,6 +51,7 @@ CPU_SOURCES = [
     "csrc/cpu/product.cpp",
     "csrc/cpu/classes.cpp",
     "csrc/cpu/huge_pages.cpp",
+    "csrc/cpu/amx.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/bindings/cpu_ops.cpp",
     "csrc/bindings/product_ops.cpp",

@@ -25,7 +25,7 @@ VARIABLES = (
     ("FUSED_KD_BACKEND", "the backend if the argument is 'auto'"),
     (
         "FUSED_KD_CPU",
-        "generic, avx2, avx512 or avx512_bf16: the instruction set of the cpu backend",
+        "generic, avx2, avx512, avx512_bf16 or amx: the instruction set of the cpu backend",
     ),
     ("FUSED_KD_DEBUG", "1: check the values of labels and weights on a GPU too (synchronises)"),
     ("FUSED_KD_AUTOTUNE", "1: the triton backend times configurations and keeps the fastest"),

@@ -89,8 +89,12 @@ def test_vector_instructions_stay_in_their_namespaces() -> None:
     if "rows_forward" not in symbols:
         pytest.skip("the module is stripped of its symbols")
     listing = _tool("objdump", "-d", "--no-show-raw-insn", str(_module.__file__))  # type: ignore[union-attr]
-    functions: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "avx512_bf16": set()}
+    names = ("avx2", "avx512", "avx512_bf16", "amx")
+    functions: dict[str, set[str]] = {isa: set() for isa in names}
+    tiles = set()
     for name, code in _functions(listing).items():
+        if re.search(r"%tmm|tilecfg|tilerelease", code):
+            tiles.add(name)
         width = "zmm" if "%zmm" in code else "ymm" if "%ymm" in code else None
         vex = width or re.search(r"^\s+[0-9a-f]+:\s+v[a-z0-9]+ ", code, flags=re.MULTILINE)
         if not vex:
@@ -99,7 +103,9 @@ def test_vector_instructions_stay_in_their_namespaces() -> None:
         assert owners, f"AVX outside the kernels: {name}"
         assert width != "zmm" or owners != ["avx2"], f"AVX-512 in {name}"
         functions[owners[0]].add(name)
-    assert all(functions.values()), {isa: len(names) for isa, names in functions.items()}
+    assert all(functions.values()), {isa: len(found) for isa, found in functions.items()}
+    assert tiles
+    assert all("3amx" in name for name in tiles), tiles
 
 
 def test_the_package_without_the_module() -> None:

@@ -16,9 +16,10 @@ pybind11::dict build_info() {
   for (int i = 0; i < count; ++i) sets[all[i].name] = all[i].runs;
   info["compiler"] = __VERSION__;
   info["instruction_sets"] = sets;
-  info["instruction_set"] = fused_kd::kernels().name;
+  info["instruction_set"] = fused_kd::instruction_set();
   info["product_bytes_per_thread"] = fused_kd::product_bytes();
   info["product_sum_bytes_per_thread"] = fused_kd::product_sum_bytes();
+  info["product_multiplies_pairs"] = fused_kd::multiplies_pairs();
   return info;
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx.h"
 #include "kernels.h"
 
 namespace fused_kd {
@@ -13,7 +14,7 @@ extern const Kernels kernels_generic;
 extern const ProductKernels product_generic;
 #ifdef FUSED_KD_X86
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
-extern const ProductKernels product_avx2, product_avx512, product_avx512_bf16;
+extern const ProductKernels product_avx2, product_avx512, product_avx512_bf16, product_amx;
 
 static bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -29,6 +30,7 @@ static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("a
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {
 #ifdef FUSED_KD_X86
+      {"amx", &kernels_avx512_bf16, &product_amx, has_avx512_bf16() && may_use_amx()},
       {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16()},
       {"avx512", &kernels_avx512, &product_avx512, has_avx512()},
       {"avx2", &kernels_avx2, &product_avx2, has_avx2()},
@@ -65,6 +67,7 @@ static const Candidate& choice() {
   if (!chosen) choose_kernels("");
   return *chosen;
 }
+const char* instruction_set() { return choice().name; }
 const Kernels& kernels() { return *choice().rows; }
 const ProductKernels& product_kernels() { return *choice().product; }
 

@@ -82,6 +82,7 @@ struct ProductKernels;  // product.h
 
 // The best tables for this processor, or those that FUSED_KD_CPU names. Throws std::runtime_error
 // if the processor cannot run them.
+const char* instruction_set();
 const Kernels& kernels();
 const ProductKernels& product_kernels();
 // A compiled instruction set, and whether this processor can run it.

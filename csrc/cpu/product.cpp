@@ -70,5 +70,6 @@ void multiply(const Product& p, const Parallel& parallel) {
 
 int64_t product_bytes() { return product_kernels().bytes + LINE; }
 int64_t product_sum_bytes() { return product_kernels().sum_bytes; }
+bool multiplies_pairs() { return product_kernels().pairs; }
 
 }  // namespace fused_kd

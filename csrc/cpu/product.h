@@ -3,7 +3,7 @@
 // Operands are converted while they are packed into blocks, so neither is ever copied whole. An
 // element of C is summed in float32 over K in blocks whose length depends on the instruction set
 // alone: it has the same bits for any M, N, position in C and number of threads. A 16-bit C is
-// rounded once, from the whole sum; with AVX512_BF16, subnormal bfloat16 numbers become 0.
+// rounded once, from the whole sum; with AVX512_BF16 or AMX, subnormal bfloat16 numbers become 0.
 // Torch-free.
 #pragma once
 
@@ -26,8 +26,8 @@ struct Product {
   int64_t M, N, K;
   Operand a, b;
   // The type that B's values, and A's if `round_a`, are rounded to before the multiplication; f32:
-  // no rounding. An instruction set that multiplies bfloat16 pairs rounds A in any case if it is
-  // bf16.
+  // no rounding. An instruction set that multiplies bfloat16 pairs (`multiplies_pairs`) rounds A in
+  // any case if it is bf16.
   Dtype round_to;
   bool round_a;
   const float* bias;  // (N), added once; null: none
@@ -42,15 +42,24 @@ void multiply(const Product&, const Parallel&);
 // 16-bit C, unless they are fewer than C has elements.
 int64_t product_bytes();
 int64_t product_sum_bytes();
+bool multiplies_pairs();
 
 // Rows and columns of C that one thread computes.
 struct Region {
   int64_t row, rows, column, columns;
 };
 
+// Rows of C, or of the values that its sums start from.
+template <class T>
+struct Place {
+  T* data;  // null: zeros
+  int64_t stride;
+};
+
 // The product of an instruction set.
 struct ProductKernels {
   int64_t rows, columns;  // of a tile; regions begin at multiples of them
+  bool pairs;             // whether both operands are rounded where `round_to` is bf16
   int64_t bytes;          // of the packed blocks
   int64_t sum_bytes;      // of the most sums of a 16-bit C
   // Returns the bytes of memory that the region's product needs.

@@ -1,126 +1,57 @@
 // The product of a region of C for the instruction set that this translation unit is compiled for.
 //
-// Blocks of both operands are packed (product_pack.h). A tile of C of ROWS x COLUMNS stays in
-// registers over the depth of a block; each step costs COLUMNS / LANES loads of B's panel and ROWS
-// broadcasts of A's. A block's sum starts at zero and is then added to the value in C, so that the
-// order of an element's sum depends on K alone.
+// Blocks of both operands are packed in panels, and tiles of C are multiplied from one panel of each
+// (product_vectors.h, product_amx.h). A block's sum starts at zero and is then added to the value in
+// C, so that the order of an element's sum depends on K alone.
 #pragma once
 
 #include "product.h"
-#include "product_pack.h"
+#include "product_vectors.h"
+#ifdef __AMX_BF16__
+#include "product_amx.h"
+#endif
 
 namespace fused_kd {
 namespace FUSED_KD_ISA {
 
-// The accumulators, the vectors of B's step and one broadcast fill the registers.
-#if FUSED_KD_LANES == 16
-constexpr int ROWS = 12, COLUMNS = 32;
-#elif FUSED_KD_LANES == 8
-constexpr int ROWS = 6, COLUMNS = 16;
-#elif defined(__aarch64__)
-constexpr int ROWS = 8, COLUMNS = 8;
+// How operands are multiplied that are not rounded to bfloat16, and those that are.
+using Other = Vectors<MultiplySingles>;
+#if defined(__AMX_BF16__)
+using Bfloat16 = AmxTiles;
+#elif defined(__AVX512BF16__)
+using Bfloat16 = Vectors<MultiplyPairs>;
 #else
-constexpr int ROWS = 4, COLUMNS = 8;
+using Bfloat16 = Other;
 #endif
-constexpr int VECTORS = COLUMNS / LANES;
+constexpr int ROWS = Bfloat16::ROWS, COLUMNS = Bfloat16::COLUMNS;
+static_assert(COLUMNS == Other::COLUMNS, "blocks of both have the same width");
 
 // Three sizes stay in three caches: a panel of B (STEPS x COLUMNS) in L1 while all of A's block is
 // multiplied by it; A's block (LARGE x STEPS) in L2 while B is packed and multiplied, SMALL columns
 // at a time; the part of C (LARGE x at most WIDE) in L3 between two blocks of K. The sums of a
 // 16-bit C are a part of their own, of half the width to save memory.
-constexpr int64_t STEPS = 256, LARGE = 288, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
+constexpr int64_t STEPS = 256, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
+#ifdef __AMX_BF16__
+// Packing B is a larger part of the time, and processors with AMX have L2 caches of 2 MiB.
+constexpr int64_t LARGE = 768, MOST_BYTES = 1 << 20, MOST_SUM_BYTES = 1 << 21;
+#else
+constexpr int64_t LARGE = 288, MOST_BYTES = 1 << 19, MOST_SUM_BYTES = 1 << 20;
+#endif
 constexpr int64_t SUMS_WIDE = WIDE / 2 / SMALL * SMALL;
-static_assert(LARGE % ROWS == 0, "a block is whole panels");
+static_assert(LARGE % ROWS == 0 && LARGE % Other::ROWS == 0, "a block is whole panels");
 
-constexpr int64_t block_size(int W, int64_t width) { return width / W * panel_size(W, STEPS); }
-constexpr int64_t A_SIZE = block_size(ROWS, LARGE), B_SIZE = block_size(COLUMNS, SMALL);
+constexpr int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+constexpr int64_t A_SIZE =
+    most(LARGE / Other::ROWS * Other::size_of_a(STEPS), LARGE / ROWS * Bfloat16::size_of_a(STEPS));
+constexpr int64_t B_SIZE =
+    SMALL / COLUMNS * most(Other::size_of_b(STEPS), Bfloat16::size_of_b(STEPS));
 constexpr int64_t BYTES = (A_SIZE + B_SIZE) * int64_t(sizeof(float));
 constexpr int64_t SUM_BYTES = LARGE * SUMS_WIDE * int64_t(sizeof(float));
-static_assert(BYTES <= 1 << 19 && SUM_BYTES <= 1 << 20, "promised");
+static_assert(BYTES <= MOST_BYTES && SUM_BYTES <= MOST_SUM_BYTES, "promised");
+static_assert(A_SIZE % 16 == 0, "B's block begins at a cache line");
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct MultiplySingles {
-  static constexpr int DEPTH = 1;
-  static FUSED_KD_INLINE Floats add(Floats sum, const float* a, Floats b) {
-    return fma(splat(*a), b, sum);
-  }
-  template <int W>
-  static void pack(const Source& b, Dtype from, Dtype round, float* to) {
-    pack_singles<W>(b, from, round, to);
-  }
-};
-
-#ifdef __AVX512BF16__
-struct MultiplyPairs {
-  static constexpr int DEPTH = 2;
-  static FUSED_KD_INLINE Floats add(Floats sum, const float* a, Floats b) {
-    const Words pair = Words{} + loaded<uint32_t>(a);
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)b);
-  }
-  template <int W>
-  static void pack(const Source& b, Dtype from, Dtype, float* to) {
-    pack_pairs<W>(b, from, to);
-  }
-};
-#endif
-
-// Rows of C, or of the values that its sum starts from.
-template <class T>
-struct Place {
-  T* data;  // null: zeros
-  int64_t stride;
-};
-
-// Computes to = from + the first R rows of a panel of A times a panel of B.
-template <class Step, int R, class T>
-FUSED_KD_INLINE void multiply_tile(int64_t steps, const float* a, const float* b,
-                                   Place<const float> from, Place<T> to) {
-  Floats sum[R][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) sum[i][v] = Floats{};
-  for (int64_t step = 0; step < steps; ++step, a += ROWS, b += COLUMNS) {
-    Floats right[VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) right[v] = loaded<Floats>(b + v * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] = Step::add(sum[i][v], a + i, right[v]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) {
-      Floats x = sum[i][v];
-      if (from.data) x = loaded<Floats>(from.data + i * from.stride + v * LANES) + x;
-      store(to.data + i * to.stride + v * LANES, x);
-    }
-}
-
-// The same for a tile at an edge of C, of which `rows` x `columns` exist. Half a tile takes half the
-// time; fewer rows would leave the multipliers waiting for each other.
-template <class Step, class T>
-inline void multiply_edge(int64_t steps, const float* a, const float* b, Place<const float> from,
-                          Place<T> to, int64_t rows, int64_t columns) {
-  float start[ROWS * COLUMNS] = {};
-  T tile[ROWS * COLUMNS];
-  if (from.data) {
-    for (int64_t i = 0; i < rows; ++i)
-      memcpy(start + i * COLUMNS, from.data + i * from.stride, columns * sizeof(float));
-    from = {start, COLUMNS};
-  }
-  const Place<T> whole{tile, COLUMNS};
-  if (rows > ROWS / 2)
-    multiply_tile<Step, ROWS>(steps, a, b, from, whole);
-  else
-    multiply_tile<Step, ROWS / 2>(steps, a, b, from, whole);
-  for (int64_t i = 0; i < rows; ++i)
-    memcpy(to.data + i * to.stride, tile + i * COLUMNS, columns * sizeof(T));
-}
 
 constexpr int64_t LINE = 64;  // bytes of a cache line
 
@@ -154,47 +85,43 @@ class Ahead {
 };
 
 // Prefetches a tile of C while its sums are computed.
-template <class T>
+template <class Kernel, class T>
 FUSED_KD_INLINE void fetch_tile(Place<T> c, int64_t rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 32
+  for (int i = 0; i < Kernel::ROWS; ++i)
     for (int at = 0; at < COLUMNS; at += LINE / int(sizeof(T)))
       if (i < rows) __builtin_prefetch(c.data + i * c.stride + at);
 }
 
 // Multiplies all tiles of a block of C; B's panel stays in L1 while A's panels change. `cold`: what
 // the sums are added to is in no cache.
-template <class Step, class T>
+template <class Kernel, class T>
 inline void multiply_block(int64_t steps, const float* a, const float* b, Place<const float> from,
                            Place<T> to, int64_t rows, int64_t columns, bool cold, Ahead& ahead) {
-  for (int64_t n = 0; n < columns; n += COLUMNS, b += panel_size(COLUMNS, steps)) {
+  for (int64_t n = 0; n < columns; n += COLUMNS, b += Kernel::size_of_b(steps)) {
     const float* panel = a;
-    for (int64_t m = 0; m < rows; m += ROWS, panel += panel_size(ROWS, steps)) {
+    for (int64_t m = 0; m < rows; m += Kernel::ROWS, panel += Kernel::size_of_a(steps)) {
       const Place<const float> start{from.data ? from.data + m * from.stride + n : nullptr,
                                      from.stride};
       const Place<T> target{to.data + m * to.stride + n, to.stride};
       ahead.fetch();
-      if (cold) fetch_tile(target, rows - m);
-      if (rows - m >= ROWS && columns - n >= COLUMNS)
-        multiply_tile<Step, ROWS>(steps, panel, b, start, target);
-      else
-        multiply_edge<Step>(steps, panel, b, start, target, least(rows - m, ROWS),
-                            least(columns - n, COLUMNS));
+      if (cold) fetch_tile<Kernel>(target, rows - m);
+      Kernel::multiply(steps, panel, b, start, target, rows - m, columns - n);
     }
   }
 }
 
-template <class Step>
+template <class Kernel>
 struct RegionProduct {
   const Product& p;
   float *a, *b, *sums;  // sums: only of a 16-bit C whose K has several blocks
   int64_t sums_stride;
 
-  static constexpr int64_t DEPTH = STEPS * Step::DEPTH;
+  static constexpr int64_t DEPTH = STEPS * Kernel::DEPTH;
 
   int64_t depth(int64_t k) const { return least(p.K - k, DEPTH); }
   bool is_last(int64_t k) const { return k + DEPTH >= p.K; }
-  bool rounds() const { return p.c_dtype != Dtype::f32; }
+  bool keeps_sums() const { return p.c_dtype != Dtype::f32 && p.K > DEPTH; }
 
   static const void* at(const Operand& x, int64_t row, int64_t column) {
     const int64_t offset = row * x.row_stride + column * x.column_stride;
@@ -226,22 +153,21 @@ struct RegionProduct {
     Place<const float> from{sum.data, sum.stride};
     if (k == 0 && !p.accumulate) from = {p.bias ? p.bias + n : nullptr, 0};
     const bool cold = k == 0 && p.accumulate;
-    const int64_t steps = divided(depth(k), Step::DEPTH);
-    Ahead ahead(next, width(p.b.dtype), divided(rows, ROWS) * divided(columns, COLUMNS));
+    const int64_t steps = divided(depth(k), Kernel::DEPTH);
+    Ahead ahead(next, width(p.b.dtype), divided(rows, Kernel::ROWS) * divided(columns, COLUMNS));
     if (is_last(k))
-      multiply_block<Step>(steps, a, b, from, c, rows, columns, cold, ahead);
+      multiply_block<Kernel>(steps, a, b, from, c, rows, columns, cold, ahead);
     else
-      multiply_block<Step>(steps, a, b, from, sum, rows, columns, false, ahead);
+      multiply_block<Kernel>(steps, a, b, from, sum, rows, columns, false, ahead);
   }
 
   // Computes these rows of C, which stay in a cache between two blocks of K.
   void add_rows(int64_t m, int64_t rows, int64_t begin, int64_t end) const {
     for (int64_t k = 0; k == 0 || k < p.K; k += DEPTH) {
-      Step::template pack<ROWS>(rows_of_a(m, rows, k), p.a.dtype,
-                                p.round_a ? p.round_to : Dtype::f32, a);
+      Kernel::pack_a(rows_of_a(m, rows, k), p.a.dtype, p.round_a ? p.round_to : Dtype::f32, a);
       for (int64_t n = begin; n < end; n += SMALL) {
         const int64_t columns = least(SMALL, end - n);
-        Step::template pack<COLUMNS>(columns_of_b(n, columns, k), p.b.dtype, p.round_to, b);
+        Kernel::pack_b(columns_of_b(n, columns, k), p.b.dtype, p.round_to, b);
         Source next{};
         if (n + SMALL < end)
           next = columns_of_b(n + SMALL, least(SMALL, end - n - SMALL), k);
@@ -254,7 +180,7 @@ struct RegionProduct {
   void run(const Region& r) const {
     const int64_t end_m = r.row + r.rows, end_n = r.column + r.columns;
     // A is packed again for each part of the columns, so there are few parts, of even width
-    const int64_t parts = divided(r.columns, rounds() ? SUMS_WIDE : WIDE);
+    const int64_t parts = divided(r.columns, keeps_sums() ? SUMS_WIDE : WIDE);
     const int64_t part = divided(divided(r.columns, parts), SMALL) * SMALL;
     for (int64_t n = r.column; n < end_n; n += part)
       for (int64_t m = r.row; m < end_m; m += LARGE)
@@ -274,20 +200,24 @@ inline int64_t needed_bytes(const Product& p, const Region& region) {
 inline void multiply_region(const Product& p, const Region& region, float* memory) {
   float *const b = memory + A_SIZE, *const sums = b + B_SIZE;
   const int64_t stride = sums_stride(region);
-#ifdef __AVX512BF16__
-  if (p.round_to == Dtype::bf16)
-    return RegionProduct<MultiplyPairs>{p, memory, b, sums, stride}.run(region);
+  if (p.round_to != Dtype::bf16)
+    return RegionProduct<Other>{p, memory, b, sums, stride}.run(region);
+#ifdef __AMX_BF16__
+  const TileRegisters registers;
 #endif
-  RegionProduct<MultiplySingles>{p, memory, b, sums, stride}.run(region);
+  RegionProduct<Bfloat16>{p, memory, b, sums, stride}.run(region);
 }
+
+constexpr bool PAIRS = Bfloat16::DEPTH == 2;
 
 }  // namespace FUSED_KD_ISA
 }  // namespace fused_kd
 
-#define FUSED_KD_DEFINE_PRODUCT(table)                                                      \
-  namespace fused_kd {                                                                      \
-  extern const ProductKernels table;                                                        \
-  const ProductKernels table = {FUSED_KD_ISA::ROWS,         FUSED_KD_ISA::COLUMNS,          \
-                                FUSED_KD_ISA::BYTES,        FUSED_KD_ISA::SUM_BYTES,        \
-                                FUSED_KD_ISA::needed_bytes, FUSED_KD_ISA::multiply_region}; \
+#define FUSED_KD_DEFINE_PRODUCT(table)                                                    \
+  namespace fused_kd {                                                                    \
+  extern const ProductKernels table;                                                      \
+  const ProductKernels table = {FUSED_KD_ISA::ROWS,           FUSED_KD_ISA::COLUMNS,      \
+                                FUSED_KD_ISA::PAIRS,          FUSED_KD_ISA::BYTES,        \
+                                FUSED_KD_ISA::SUM_BYTES,      FUSED_KD_ISA::needed_bytes, \
+                                FUSED_KD_ISA::multiply_region};                           \
   }

@@ -43,7 +43,7 @@ class Projection(NamedTuple):
 
 
 class Products:
-    """The products of the chunk driver; each subclass implements `_multiply`."""
+    """The products of a chunk; each subclass implements `_multiply`."""
 
     #: Bytes of a tile of weights that are converted, or copied, before they are multiplied.
     tile_bytes = TILE_BYTES
@@ -190,7 +190,7 @@ class CompiledProducts(Products):
         """Return bfloat16 if the product rounds the gradient to it anyway."""
         info = extension.cpu.build_info()
         assert info is not None
-        pairs = info["instruction_set"] == "avx512_bf16" and compute == torch.bfloat16
+        pairs = info["product_multiplies_pairs"] and compute == torch.bfloat16
         return compute if pairs else accum_dtype
 
     def _takes(self, head: Projection, accum_dtype: torch.dtype) -> bool:

@@ -26,13 +26,14 @@ EMULATED = [*AVX2, "-include", "tests/native/avx512_emulated.h"]
 
 _CPU = Path("/proc/cpuinfo")
 _FEATURES = set(_CPU.read_text().split()) if _CPU.exists() else set()
-#: Instruction set: its compiler flags. AVX-512 is emulated by a header, compiled with AVX2, which
-#: takes four times as long to compile.
+#: Instruction set: its compiler flags. AVX-512 and AMX are emulated by headers, compiled with AVX2,
+#: which takes four times as long to compile.
 TABLES: dict[str, list[str]] = {"generic": []}
 if X86:
     TABLES["avx2"] = AVX2
     TABLES["avx512"] = EMULATED
     TABLES["avx512_bf16"] = [*EMULATED, "-DEMULATE_AVX512BF16"]
+    TABLES["amx"] = [*TABLES["avx512_bf16"], "-include", "tests/native/amx_emulated.h"]
 #: The same, but avx512_bf16 is not emulated if this processor has it.
 NATIVE = dict(TABLES)
 if "avx512_bf16" in _FEATURES:
@@ -76,7 +77,7 @@ def _alias(name: str) -> str:
     # The linker's option that replaces a table without an object by the generic one, since
     # dispatch.cpp names every table.
     options = []
-    for kind in ("kernels", "product"):
+    for kind in ("kernels", "product") if name in INSTRUCTION_SETS else ("product",):
         mangled = [f"_ZN8fused_kd{len(f'{kind}_{x}')}{kind}_{x}E" for x in (name, "generic")]
         options.append(f"--defsym={mangled[0]}={mangled[1]}")
     return ",".join(["-Wl", *options])
@@ -84,6 +85,8 @@ def _alias(name: str) -> str:
 
 def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]:
     """Compile check_kernels, check_rows and check_product with the kernels of some tables.
+
+    Of those that have a matrix product alone, "amx", check_product has that.
 
     In the programs every table counts as supported; check_rows and check_product run the tables
     named as arguments. With sanitizers AVX-512 is always emulated. Without a compiler the test is
@@ -94,10 +97,11 @@ def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]
     """
     extra = SANITIZE if sanitize else []
     flags = TABLES if sanitize else NATIVE
-    pointers = ",".join(f"&kernels_{name}" for name in tables)
+    pointers = ",".join(f"&kernels_{name}" for name in tables if name in INSTRUCTION_SETS)
     everywhere = ["-DFUSED_KD_X86"] if X86 else []
     # the largest first
-    units = [f"{kind}_{name}" for kind in ("rows", "product") for name in tables[::-1]]
+    units = [f"rows_{name}" for name in tables[::-1] if name in INSTRUCTION_SETS]
+    units += [f"product_{name}" for name in tables[::-1]]
     jobs = {unit: [*flags[unit.partition("_")[2]], f"csrc/cpu/{unit}.cpp"] for unit in units}
     jobs["check_kernels"] = [f"-DTABLES={pointers}", "tests/native/check_kernels.cpp"]
     for name in ("check_rows", "check_product"):
