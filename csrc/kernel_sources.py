@@ -29,7 +29,7 @@ AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own header
 INSTRUCTION_SETS = {"generic": []}
 if X86:
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-#: And of those that have a matrix product alone.
+#: The same, and of the sets that have a matrix product but no row kernels.
 PRODUCT_SETS = dict(INSTRUCTION_SETS)
 if X86:
     PRODUCT_SETS["amx"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]

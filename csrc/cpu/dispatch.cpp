@@ -7,6 +7,7 @@
 
 #include "amx.h"
 #include "kernels.h"
+#include "product.h"
 
 namespace fused_kd {
 
@@ -25,17 +26,25 @@ static bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The products in tile registers were never run on a processor with AMX, so their results are
+// compared before they are used.
+static bool prepare_amx() {
+  static const bool is_prepared = request_amx() && agree(product_amx, product_avx512_bf16);
+  return is_prepared;
+}
 #endif
+static bool nothing() { return true; }
 
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {
 #ifdef FUSED_KD_X86
-      {"amx", &kernels_avx512_bf16, &product_amx, has_avx512_bf16() && may_use_amx()},
-      {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16()},
-      {"avx512", &kernels_avx512, &product_avx512, has_avx512()},
-      {"avx2", &kernels_avx2, &product_avx2, has_avx2()},
+      {"amx", &kernels_avx512_bf16, &product_amx, has_avx512_bf16() && has_amx(), prepare_amx},
+      {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16(), nothing},
+      {"avx512", &kernels_avx512, &product_avx512, has_avx512(), nothing},
+      {"avx2", &kernels_avx2, &product_avx2, has_avx2(), nothing},
 #endif
-      {"generic", &kernels_generic, &product_generic, true},
+      {"generic", &kernels_generic, &product_generic, true, nothing},
   };
   *count = sizeof all / sizeof all[0];
   return all;
@@ -46,10 +55,12 @@ static const Candidate* find(const std::string& name) {
   const Candidate* all = candidates(&count);
   std::string known;
   for (int i = 0; i < count; ++i) {
-    if (name.empty() ? all[i].runs : name == all[i].name) {
-      if (!all[i].runs)
-        throw std::runtime_error("FUSED_KD_CPU=" + name + ": this processor has no " + name);
-      return &all[i];
+    const Candidate& candidate = all[i];
+    if (name.empty() || name == candidate.name) {
+      if (candidate.runs && candidate.prepare()) return &candidate;
+      if (!name.empty())
+        throw std::runtime_error("FUSED_KD_CPU=" + name + ": this processor has no " + name +
+                                 ", or the system refuses it");
     }
     known += std::string(i ? ", " : "") + all[i].name;
   }

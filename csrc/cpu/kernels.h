@@ -82,15 +82,16 @@ struct ProductKernels;  // product.h
 
 // The best tables for this processor, or those that FUSED_KD_CPU names. Throws std::runtime_error
 // if the processor cannot run them.
-const char* instruction_set();
 const Kernels& kernels();
 const ProductKernels& product_kernels();
+const char* instruction_set();  // whose tables these are
 // A compiled instruction set, and whether this processor can run it.
 struct Candidate {
   const char* name;
   const Kernels* rows;
   const ProductKernels* product;
   bool runs;
+  bool (*prepare)();  // to be called before it is used; false: it cannot be used after all
 };
 const Candidate* candidates(int* count);
 // Selects an instruction set for the rest of the process (for tests); "": by the environment again.

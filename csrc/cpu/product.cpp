@@ -1,8 +1,11 @@
 // Divides a product among threads: a grid of regions of C, each with its own packed blocks.
 #include "product.h"
 
+#include <string.h>
+
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 namespace fused_kd {
 
@@ -66,6 +69,33 @@ void multiply(const Product& p, const Parallel& parallel) {
   const ProductKernels& kernels = product_kernels();
   Task task{p, kernels, grid_of(p, kernels, std::max(parallel.threads, 1))};
   parallel.split(task.grid.rows * task.grid.columns, run, &task);
+}
+
+bool agree(const ProductKernels& first, const ProductKernels& second) {
+  constexpr int64_t M = 40, N = 50, K = 70;  // tiles at all edges
+  std::vector<uint16_t> a(M * K), b(K * N);  // bfloat16
+  for (std::vector<uint16_t>* operand : {&a, &b})
+    for (size_t i = 0; i < operand->size(); ++i) {
+      const float value = float(i * i % 19) - 9;
+      uint32_t word;
+      memcpy(&word, &value, sizeof word);
+      (*operand)[i] = uint16_t(word >> 16);
+    }
+  std::vector<float> results[2];
+  for (const ProductKernels* kernels : {&first, &second}) {
+    std::vector<float>& c = results[kernels == &second];
+    c.resize(M * N);
+    Product p{};
+    p.M = M, p.N = N, p.K = K;
+    p.a = {a.data(), Dtype::bf16, K, 1};
+    p.b = {b.data(), Dtype::bf16, 1, K};
+    p.round_to = Dtype::bf16;
+    p.c = c.data();
+    p.c_stride = N;
+    Task whole{p, *kernels, {1, 1, M, N}};
+    run(&whole, 0, 1);
+  }
+  return results[0] == results[1];
 }
 
 int64_t product_bytes() { return product_kernels().bytes + LINE; }

@@ -38,6 +38,8 @@ struct Product {
 };
 
 void multiply(const Product&, const Parallel&);
+// Returns true if both multiply a matrix of small integers, whose products are exact, to the same bits.
+bool agree(const ProductKernels&, const ProductKernels&);
 // Bytes that each thread allocates during a product; and at most in addition, for the sums of a
 // 16-bit C, unless they are fewer than C has elements.
 int64_t product_bytes();

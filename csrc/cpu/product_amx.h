@@ -27,6 +27,7 @@ class TileRegisters {
     };
 #define FUSED_KD_EIGHT(x) \
   { x, x, x, x, x, x, x, x }
+    // static, because GCC's intrinsic tells the compiler of its first 8 bytes alone
     static const Configuration all = {1, 0, {}, FUSED_KD_EIGHT(TILE_BYTES), FUSED_KD_EIGHT(TILE)};
 #undef FUSED_KD_EIGHT
     _tile_loadconfig(&all);
@@ -74,8 +75,8 @@ inline void pack_tiles(const Source& x, void (*pack)(const Source&, float*), flo
             x.there - n, depth},
            target);
   };
-  // Along the lines of the memory. The processor does not read ahead in so many lines by itself.
-  constexpr int64_t AHEAD = 64;
+  // Along the lines of the memory. The hardware prefetcher does not follow so many of them.
+  constexpr int64_t AHEAD = 64, CACHE_LINE = 64 / int64_t(sizeof(T));
   const bool across = x.width_stride == 1;
   const int64_t lines = across ? x.depth : x.width,
                 stride = across ? x.depth_stride : x.width_stride;
@@ -84,7 +85,8 @@ inline void pack_tiles(const Source& x, void (*pack)(const Source&, float*), flo
   for (int64_t line = 0; line < lines; line += WIDTH)
     for (int64_t at = 0; at < length; at += WIDTH) {
       for (int64_t i = line; i < line + WIDTH && i < lines; ++i)
-        __builtin_prefetch(data + i * stride + at + AHEAD);
+        for (int64_t j = 0; j < WIDTH; j += CACHE_LINE)
+          __builtin_prefetch(data + i * stride + at + AHEAD + j);
       across ? pack_both(at, line) : pack_both(line, at);
     }
 }
@@ -132,7 +134,7 @@ struct AmxTiles {
   // Computes R x S tiles of sums.
   template <int R, int S>
   static FUSED_KD_INLINE void sum(int64_t steps, const float* a, const float* b, float* sums) {
-    // the intrinsics of GCC do not tell the compiler that they read memory
+    // GCC's intrinsics do not tell the compiler that they read memory; those that store do
     __asm__ volatile("" : : "r"(a), "r"(b) : "memory");
     _tile_zero(0);
     if constexpr (S > 1) _tile_zero(1);

@@ -15,16 +15,16 @@ namespace fused_kd {
 namespace FUSED_KD_ISA {
 
 // How operands are multiplied that are not rounded to bfloat16, and those that are.
-using Other = Vectors<MultiplySingles>;
+using SingleKernel = Vectors<MultiplySingles>;
 #if defined(__AMX_BF16__)
-using Bfloat16 = AmxTiles;
+using PairKernel = AmxTiles;
 #elif defined(__AVX512BF16__)
-using Bfloat16 = Vectors<MultiplyPairs>;
+using PairKernel = Vectors<MultiplyPairs>;
 #else
-using Bfloat16 = Other;
+using PairKernel = SingleKernel;
 #endif
-constexpr int ROWS = Bfloat16::ROWS, COLUMNS = Bfloat16::COLUMNS;
-static_assert(COLUMNS == Other::COLUMNS, "blocks of both have the same width");
+constexpr int ROWS = PairKernel::ROWS, COLUMNS = PairKernel::COLUMNS;
+static_assert(COLUMNS == SingleKernel::COLUMNS, "blocks of both have the same width");
 
 // Three sizes stay in three caches: a panel of B (STEPS x COLUMNS) in L1 while all of A's block is
 // multiplied by it; A's block (LARGE x STEPS) in L2 while B is packed and multiplied, SMALL columns
@@ -32,19 +32,20 @@ static_assert(COLUMNS == Other::COLUMNS, "blocks of both have the same width");
 // 16-bit C are a part of their own, of half the width to save memory.
 constexpr int64_t STEPS = 256, SMALL = 3 * COLUMNS, WIDE = 1152 / SMALL * SMALL;
 #ifdef __AMX_BF16__
-// Packing B is a larger part of the time, and processors with AMX have L2 caches of 2 MiB.
+// Packing B is a larger part of the time, and processors with AMX have L2 caches of 2 MiB. Their L1
+// holds a panel of B, but not one of A next to it.
 constexpr int64_t LARGE = 768, MOST_BYTES = 1 << 20, MOST_SUM_BYTES = 1 << 21;
 #else
 constexpr int64_t LARGE = 288, MOST_BYTES = 1 << 19, MOST_SUM_BYTES = 1 << 20;
 #endif
 constexpr int64_t SUMS_WIDE = WIDE / 2 / SMALL * SMALL;
-static_assert(LARGE % ROWS == 0 && LARGE % Other::ROWS == 0, "a block is whole panels");
+static_assert(LARGE % ROWS == 0 && LARGE % SingleKernel::ROWS == 0, "a block is whole panels");
 
 constexpr int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
-constexpr int64_t A_SIZE =
-    most(LARGE / Other::ROWS * Other::size_of_a(STEPS), LARGE / ROWS * Bfloat16::size_of_a(STEPS));
+constexpr int64_t A_SIZE = most(LARGE / SingleKernel::ROWS * SingleKernel::size_of_a(STEPS),
+                                LARGE / ROWS * PairKernel::size_of_a(STEPS));
 constexpr int64_t B_SIZE =
-    SMALL / COLUMNS * most(Other::size_of_b(STEPS), Bfloat16::size_of_b(STEPS));
+    SMALL / COLUMNS * most(SingleKernel::size_of_b(STEPS), PairKernel::size_of_b(STEPS));
 constexpr int64_t BYTES = (A_SIZE + B_SIZE) * int64_t(sizeof(float));
 constexpr int64_t SUM_BYTES = LARGE * SUMS_WIDE * int64_t(sizeof(float));
 static_assert(BYTES <= MOST_BYTES && SUM_BYTES <= MOST_SUM_BYTES, "promised");
@@ -193,7 +194,8 @@ inline int64_t sums_stride(const Region& region) {
 }
 
 inline int64_t needed_bytes(const Product& p, const Region& region) {
-  if (p.c_dtype == Dtype::f32 || p.K <= STEPS) return BYTES;
+  const int depth = p.round_to == Dtype::bf16 ? PairKernel::DEPTH : SingleKernel::DEPTH;
+  if (p.c_dtype == Dtype::f32 || p.K <= STEPS * depth) return BYTES;
   return BYTES + least(LARGE, region.rows) * sums_stride(region) * int64_t(sizeof(float));
 }
 
@@ -201,14 +203,14 @@ inline void multiply_region(const Product& p, const Region& region, float* memor
   float *const b = memory + A_SIZE, *const sums = b + B_SIZE;
   const int64_t stride = sums_stride(region);
   if (p.round_to != Dtype::bf16)
-    return RegionProduct<Other>{p, memory, b, sums, stride}.run(region);
+    return RegionProduct<SingleKernel>{p, memory, b, sums, stride}.run(region);
 #ifdef __AMX_BF16__
   const TileRegisters registers;
 #endif
-  RegionProduct<Bfloat16>{p, memory, b, sums, stride}.run(region);
+  RegionProduct<PairKernel>{p, memory, b, sums, stride}.run(region);
 }
 
-constexpr bool PAIRS = Bfloat16::DEPTH == 2;
+constexpr bool PAIRS = PairKernel::DEPTH == 2;
 
 }  // namespace FUSED_KD_ISA
 }  // namespace fused_kd

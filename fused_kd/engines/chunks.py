@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..classes import Classes
-from .problem import Gradients, Problem
+from .gradients import Gradients
+from .problem import Problem
 from .products import Products, Projection
 from .selection import Selection, is_scattered, put, take
 
@@ -36,12 +37,12 @@ def chunk_of(
     gradients: Gradients | None,
     rows: Selection,
     kept: torch.dtype | None,
-) -> HeadChunk | LogitsChunk:
+) -> HeadChunk | _LogitsChunk:
     """Return the chunks of a student's head or logits; the arguments are those of HeadChunk."""
     student = problem.student
     if isinstance(student, Projection):
         return HeadChunk(problem, student, products, height, gradients, rows, kept)
-    return LogitsChunk(problem, student, products, height, gradients, rows)
+    return _LogitsChunk(problem, student, products, height, gradients, rows)
 
 
 class HeadChunk:
@@ -75,9 +76,9 @@ class HeadChunk:
         weights = (_scaled_weights(w, student.scale) for w in (problem.w_hard, problem.w_soft))
         self.vectors = (problem.labels, *weights)
         vocabulary = student.weight.shape[0]
-        memory = BufferMemory(student.hidden, gradients[1] if gradients and kept else None)
+        memory = _Memory(student.hidden, gradients[1] if gradients and kept else None)
         self.logits = memory.take(height, vocabulary, dtype=problem.accum_dtype)
-        self.teacher = TeacherRows(problem, products, height, memory)
+        self.teacher = _TeacherRows(problem, products, height, memory)
         self.gradient_dtype = products.gradient_dtype(problem.accum_dtype, student.compute)
         self.gradient: Tensor | None = None  # in the products' dtype; None: not allocated yet
         self.over_teacher = False
@@ -209,7 +210,7 @@ class HeadChunk:
             self.products.weight_gradient(of_weight, gradient, hidden, self.side.compute, add)
 
 
-class LogitsChunk:
+class _LogitsChunk:
     """The chunks of a student's logits with a teacher Head, processed one at a time.
 
     The arguments are those of :class:`HeadChunk`, with the student's logits (..., V).
@@ -225,7 +226,7 @@ class LogitsChunk:
         rows: Selection,
     ) -> None:
         self.problem, self.logits, self.rows = problem, logits, rows
-        self.teacher = TeacherRows(problem, products, height, BufferMemory(logits))
+        self.teacher = _TeacherRows(problem, products, height, _Memory(logits))
         #: The memory for the gradient; None: not wanted.
         self.out = None
         if gradients is not None:
@@ -258,12 +259,10 @@ class LogitsChunk:
         """Return at once: the chunk of each row wrote its gradient."""
 
 
-class TeacherRows:
+class _TeacherRows:
     """The teacher's logits of a chunk, in a buffer that all chunks share."""
 
-    def __init__(
-        self, problem: Problem, products: Products, height: int, memory: BufferMemory
-    ) -> None:
+    def __init__(self, problem: Problem, products: Products, height: int, memory: _Memory) -> None:
         self.side, self.products = problem.teacher, products
         self.buffer: Tensor | None = None
         if isinstance(self.side, Projection):
@@ -291,7 +290,7 @@ class TeacherRows:
         return logits
 
 
-class BufferMemory:
+class _Memory:
     """Memory for the buffers of a chunk: at first that of `spare`, which is written last.
 
     Args:

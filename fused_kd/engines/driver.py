@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..classes import Classes
 from .chunks import chunk_of
-from .gradients import accumulator, new_gradients
+from .gradients import Gradients, accumulator, new_gradients
 from .memory import Cut, Sizes, cut_rows, keeping_bytes, rows_in_gradient, summing_bytes
-from .problem import Gradients, Problem
+from .problem import Problem
 from .products import Products, Projection, products_for
 from .selection import Selection, is_scattered
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Problem
+from .problem import Problem
 from .products import Projection
 from .selection import Selection, put
+
+#: Of the student's logits, None, None; or of hidden (..., H), weight (V, H), bias (V,). None: not
+#: wanted, or in place. Those of weight and bias have the dtype of their sums over the chunks
+#: (:func:`sum_dtype`).
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def new_gradients(

@@ -26,8 +26,8 @@ from ..ops import library
 from ..options import Formula
 from ..sides import arithmetic_dtype
 from .driver import run_chunks
-from .gradients import empty_gradients
-from .problem import Gradients, Problem
+from .gradients import Gradients, empty_gradients
+from .problem import Problem
 from .products import Projection
 
 _ARGUMENTS = (

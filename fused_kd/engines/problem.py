@@ -1,4 +1,4 @@
-"""What a run over chunks of rows is given, and what it returns beside the losses."""
+"""The input of a run over chunks of rows."""
 
 from __future__ import annotations
 
@@ -36,9 +36,3 @@ class Problem(NamedTuple):
     def rows(self) -> Tensor:
         """Return the student's logits (..., V) or hidden states (..., H), N rows."""
         return self.student if isinstance(self.student, Tensor) else self.student.hidden
-
-
-#: Of the student's logits, None, None; or of hidden (..., H), weight (V, H), bias (V,). None: not
-#: wanted, or in place. Those of weight and bias have the dtype of their sums over the chunks
-#: (``gradients.sum_dtype``).
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -38,6 +38,7 @@ inline Register& tile(int index) {
 inline void clear(Register& x) { memset(x.row, 0, sizeof x.row); }
 
 inline void loadconfig(const void* from) {
+  demand(!configured, "the last configuration was not released");  // the processor would take it
   unsigned char memory[64];
   memcpy(memory, from, sizeof memory);
   demand(memory[0] == 1, "the palette is not 1");
@@ -69,7 +70,7 @@ inline void stored(int from, void* to, int64_t stride) {
     memcpy(static_cast<char*>(to) + i * stride, x.row[i], size_t(x.row_bytes));
 }
 
-// Even and odd elements are summed by themselves, with a fused multiply-add each, then both sums
+// Even and odd elements are summed separately, with a fused multiply-add each, then both sums
 // are added, then the register's value. Subnormal operands and results become zeros.
 inline void dpbf16ps(int to, int left, int right) {
   using avx512_emulated::without_subnormal;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -32,15 +32,16 @@ needs_cpu = pytest.mark.skipif(
 )
 
 
-def instruction_sets() -> list[Any]:
+def instruction_sets(among: Container[str] | None = None) -> list[Any]:
     """Return the compiled instruction sets as parameters; one that this CPU lacks is skipped.
 
-    Without the compiled module: "generic" alone.
+    Without the compiled module: "generic" alone. `among`: leave out the others.
     """
     info: Any = extension.cpu.build_info() or {"instruction_sets": {"generic": True}}
     return [
         _parameter(name, None if runs else f"no {name} here")
         for name, runs in info["instruction_sets"].items()
+        if among is None or name in among
     ]
 
 
