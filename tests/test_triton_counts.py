@@ -60,7 +60,7 @@ def test_how_often_the_loops_run(
 # instructions per element; at the speed of an H200's memory there is time for 46.7
 @pytest.mark.parametrize("vocabulary", [128256, 151936])
 @pytest.mark.parametrize(
-    ("divergence", "most"), [("forward_kl", 36), ("reverse_kl", 38), ("tvd", 60), ("jsd", 110)]
+    ("divergence", "most"), [("forward_kl", 36), ("reverse_kl", 38), ("tvd", 60), ("jsd", 100)]
 )
 def test_the_goals(divergence: str, most: float, vocabulary: int, tmp_path: Path) -> None:
     total, *_ = executed(Variant(divergence=divergence, vocabulary=vocabulary), tmp_path)
