@@ -37,6 +37,10 @@ def test_products(programs: tuple[Path, ...]) -> None:
     native_build.run(programs[2], "generic", "avx2", "avx512_bf16", "amx")
 
 
+def test_amx_that_the_system_refuses(programs: tuple[Path, ...]) -> None:
+    native_build.run(programs[2], "refusal")
+
+
 def test_every_intrinsic_is_emulated() -> None:
     headers = ("avx512_emulated.h", "amx_emulated.h")
     emulated = "".join((native_build.ROOT / "tests/native" / name).read_text() for name in headers)

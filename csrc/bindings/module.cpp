@@ -10,13 +10,13 @@ namespace {
 
 pybind11::dict build_info() {
   pybind11::dict info = fused_kd::common_build_info();
+  info["instruction_set"] = fused_kd::instruction_set();  // first: it may find that one cannot run
   int count;
   const fused_kd::Candidate* all = fused_kd::candidates(&count);
   pybind11::dict sets;
-  for (int i = 0; i < count; ++i) sets[all[i].name] = all[i].runs;
+  for (int i = 0; i < count; ++i) sets[all[i].name] = all[i].runs.load();
   info["compiler"] = __VERSION__;
   info["instruction_sets"] = sets;
-  info["instruction_set"] = fused_kd::instruction_set();
   info["product_bytes_per_thread"] = fused_kd::product_bytes();
   info["product_sum_bytes_per_thread"] = fused_kd::product_sum_bytes();
   info["product_multiplies_pairs"] = fused_kd::multiplies_pairs();

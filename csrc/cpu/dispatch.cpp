@@ -34,17 +34,17 @@ static bool prepare_amx() {
   return is_prepared;
 }
 #endif
-static bool nothing() { return true; }
+static bool needs_nothing() { return true; }
 
-const Candidate* candidates(int* count) {
-  static const Candidate all[] = {
+Candidate* candidates(int* count) {
+  static Candidate all[] = {
 #ifdef FUSED_KD_X86
       {"amx", &kernels_avx512_bf16, &product_amx, has_avx512_bf16() && has_amx(), prepare_amx},
-      {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16(), nothing},
-      {"avx512", &kernels_avx512, &product_avx512, has_avx512(), nothing},
-      {"avx2", &kernels_avx2, &product_avx2, has_avx2(), nothing},
+      {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16(), needs_nothing},
+      {"avx512", &kernels_avx512, &product_avx512, has_avx512(), needs_nothing},
+      {"avx2", &kernels_avx2, &product_avx2, has_avx2(), needs_nothing},
 #endif
-      {"generic", &kernels_generic, &product_generic, true, nothing},
+      {"generic", &kernels_generic, &product_generic, true, needs_nothing},
   };
   *count = sizeof all / sizeof all[0];
   return all;
@@ -52,17 +52,19 @@ const Candidate* candidates(int* count) {
 
 static const Candidate* find(const std::string& name) {
   int count;
-  const Candidate* all = candidates(&count);
+  Candidate* all = candidates(&count);
   std::string known;
   for (int i = 0; i < count; ++i) {
-    const Candidate& candidate = all[i];
-    if (name.empty() || name == candidate.name) {
-      if (candidate.runs && candidate.prepare()) return &candidate;
-      if (!name.empty())
-        throw std::runtime_error("FUSED_KD_CPU=" + name + ": this processor has no " + name +
-                                 ", or the system refuses it");
-    }
-    known += std::string(i ? ", " : "") + all[i].name;
+    Candidate& candidate = all[i];
+    known += std::string(i ? ", " : "") + candidate.name;
+    if (!name.empty() && name != candidate.name) continue;
+    const bool is_there = candidate.runs;
+    if (is_there && candidate.prepare()) return &candidate;
+    candidate.runs = false;
+    if (!name.empty())
+      throw std::runtime_error("FUSED_KD_CPU=" + name + ": " +
+                               (is_there ? "the system refuses it, or its products are wrong here"
+                                         : "this processor has no " + name));
   }
   throw std::runtime_error("FUSED_KD_CPU: expected one of " + known + ", got '" + name + "'");
 }

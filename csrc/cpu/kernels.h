@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include <atomic>
+
 #include "../kd_math.h"
 #include "../problem.h"
 
@@ -90,10 +92,10 @@ struct Candidate {
   const char* name;
   const Kernels* rows;
   const ProductKernels* product;
-  bool runs;
+  std::atomic<bool> runs;
   bool (*prepare)();  // to be called before it is used; false: it cannot be used after all
 };
-const Candidate* candidates(int* count);
+Candidate* candidates(int* count);
 // Selects an instruction set for the rest of the process (for tests); "": by the environment again.
 void choose_kernels(const char* name);
 

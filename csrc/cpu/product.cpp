@@ -72,18 +72,20 @@ void multiply(const Product& p, const Parallel& parallel) {
 }
 
 bool agree(const ProductKernels& first, const ProductKernels& second) {
-  constexpr int64_t M = 40, N = 50, K = 70;  // tiles at all edges
+  constexpr int64_t M = 40, N = 45, K = 70;  // tiles of every size at the edges
   std::vector<uint16_t> a(M * K), b(K * N);  // bfloat16
+  uint32_t random = 1;
   for (std::vector<uint16_t>* operand : {&a, &b})
-    for (size_t i = 0; i < operand->size(); ++i) {
-      const float value = float(i * i % 19) - 9;
+    for (uint16_t& element : *operand) {
+      random = random * 1664525 + 1013904223;
+      const float value = float(random >> 24) - 128;
       uint32_t word;
       memcpy(&word, &value, sizeof word);
-      (*operand)[i] = uint16_t(word >> 16);
+      element = uint16_t(word >> 16);
     }
   std::vector<float> results[2];
-  for (const ProductKernels* kernels : {&first, &second}) {
-    std::vector<float>& c = results[kernels == &second];
+  for (std::vector<float>& c : results) {
+    const ProductKernels& kernels = &c == results ? first : second;
     c.resize(M * N);
     Product p{};
     p.M = M, p.N = N, p.K = K;
@@ -92,7 +94,7 @@ bool agree(const ProductKernels& first, const ProductKernels& second) {
     p.round_to = Dtype::bf16;
     p.c = c.data();
     p.c_stride = N;
-    Task whole{p, *kernels, {1, 1, M, N}};
+    Task whole{p, kernels, {1, 1, M, N}};
     run(&whole, 0, 1);
   }
   return results[0] == results[1];

@@ -38,7 +38,7 @@ struct Product {
 };
 
 void multiply(const Product&, const Parallel&);
-// Returns true if both multiply a matrix of small integers, whose products are exact, to the same bits.
+// Returns true if both have the same product of two matrices of small integers, which is exact.
 bool agree(const ProductKernels&, const ProductKernels&);
 // Bytes that each thread allocates during a product; and at most in addition, for the sums of a
 // 16-bit C, unless they are fewer than C has elements.

@@ -75,7 +75,7 @@ inline void pack_tiles(const Source& x, void (*pack)(const Source&, float*), flo
             x.there - n, depth},
            target);
   };
-  // Along the lines of the memory. The hardware prefetcher does not follow so many of them.
+  // Along the lines of the memory. The hardware prefetcher does not follow that many lines.
   constexpr int64_t AHEAD = 64, CACHE_LINE = 64 / int64_t(sizeof(T));
   const bool across = x.width_stride == 1;
   const int64_t lines = across ? x.depth : x.width,

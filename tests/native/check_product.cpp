@@ -3,6 +3,7 @@
 //
 // Buffers have their exact size, off any alignment: a sanitizer reports every access outside.
 #include <random>
+#include <stdexcept>
 #include <thread>
 
 #include "../../csrc/cpu/product.h"
@@ -13,8 +14,8 @@
 
 using namespace fused_kd;
 
-// Several parts are computed by new threads, which have no tile registers; one by this thread, which
-// has those that it did not release.
+// Several parts are computed by new threads, which have no tile registers; a single one by this
+// thread, so that a configuration left by the previous product is noticed.
 static void split_parts(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
   if (n == 1) return body(context, 0, 1);
   std::vector<std::thread> threads;
@@ -143,12 +144,40 @@ static void check(const Case& c, const std::string& isa, std::mt19937& random) {
   }
 }
 
-int main(int argc, char** argv) {  // names of instruction sets
+static void check_agreement(const std::string& isa) {
+  expect(agree(product_kernels(), product_kernels()), isa + " agrees with itself");
+  ProductKernels wrong = product_kernels();
+  wrong.multiply = [](const Product& p, const Region& region, float* memory) {
+    product_kernels().multiply(p, region, memory);
+    static_cast<float*>(p.c)[p.N] += 1;
+  };
+  expect(!agree(wrong, product_kernels()), isa + ": a wrong product is noticed");
+}
+
+// Without permission amx is not chosen, and not listed as one that runs.
+static int check_refusal() {
+  amx_is_granted = false;
+  choose_kernels("");
+  expect(instruction_set() == std::string("avx512_bf16"), "the next one is chosen");
+  int count;
+  expect(!candidates(&count)[0].runs, "amx is listed as one that does not run");
+  try {
+    choose_kernels("amx");
+    expect(false, "amx by name is an error");
+  } catch (const std::runtime_error& error) {
+    expect(std::string(error.what()).find("FUSED_KD_CPU=amx: ") == 0, error.what());
+  }
+  return finish();
+}
+
+int main(int argc, char** argv) {  // names of instruction sets, or "refusal"
+  if (argc == 2 && argv[1] == std::string("refusal")) return check_refusal();
   const int64_t shapes[][3] = {{1, 1, 1},    {5, 7, 2},    {13, 33, 17}, {12, 32, 64},
                                {15, 50, 67}, {7, 35, 515}, {780, 9, 5},  {2, 1020, 3},
                                {50, 70, 67}, {40, 49, 545}};
   for (int isa = 1; isa < argc; ++isa) {
     choose_kernels(argv[isa]);
+    check_agreement(argv[isa]);
     std::mt19937 random(isa);
     unsigned turn = 0;
     for (const auto& [M, N, K] : shapes)

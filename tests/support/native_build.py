@@ -86,12 +86,10 @@ def _alias(name: str) -> str:
 def build(folder: Path, tables: list[str], sanitize: bool = False) -> list[Path]:
     """Compile check_kernels, check_rows and check_product with the kernels of some tables.
 
-    `amx` has no row kernels: only check_product runs it.
-
     In the programs every table counts as supported; check_rows and check_product run the tables
-    named as arguments. AMX is always emulated, AVX-512 with
-    sanitizers. Without a compiler the test is
-    skipped.
+    named as arguments, `amx` only check_product, since it has no row kernels. avx512 and amx are
+    always emulated, avx512_bf16 with sanitizers or if this processor lacks it. Without a compiler
+    the test is skipped.
 
     Returns:
         The paths of the three programs, in this order.

@@ -125,11 +125,12 @@ def _log2(x):
 @triton.jit
 def _log_mixture(a, b, log_ratio, beta):
     """Return log2(m/p), log2(m/q) of m = β·q + (1-β)·p; exactly 0 for equal rows."""
-    # log2(q/p); beyond 60 the smaller of p and q, perhaps exactly 0, is nothing next to the other
+    # log2(q/p); beyond 60 the smaller of p and q, perhaps exactly 0, is nothing next to the other.
+    # It is NaN where both are 0, and becomes 60.
     r = (b - a) - log_ratio
     r = tl.where(r < 60.0, tl.where(r > -60.0, r, -60.0), 60.0)
     exponent, f, y = _log2(tl.fma(beta, tl.exp2(r), 1.0 - beta))
-    # if q is much the larger one, the integers in log2(m/p) and r cancel
+    # if q is much the larger one, r and the exponent cancel: their difference first
     return tl.fma(f, y, exponent), tl.fma(f, y, exponent - r)
 
 
