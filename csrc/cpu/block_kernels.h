@@ -484,8 +484,11 @@ inline void widen(Dtype dtype, const void* from, float* to, int size) {
     const Half* p = static_cast<const Half*>(from);
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= size; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i))));
+    for (; i + PAIR <= size; i += PAIR) {
+      Floats first, second;
+      load_pair(p + i, first, second);
+      store_pair(to + i, first, second);
+    }
 #endif
     for (; i < size; ++i) to[i] = half_to_float(p[i]);
   }
@@ -505,9 +508,11 @@ inline void narrow(Dtype dtype, const float* from, void* to, int size) {
     Half* p = static_cast<Half*>(to);
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= size; i += 8)
-      _mm_storeu_si128((__m128i*)(p + i),
-                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i + PAIR <= size; i += PAIR) {
+      Floats first, second;
+      load_pair(from + i, first, second);
+      store_pair(p + i, first, second);
+    }
 #endif
     for (; i < size; ++i) p[i] = float_to_half(from[i]);
   }
