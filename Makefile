@@ -52,7 +52,8 @@ publish: $(VENV)/.peers
 GUARD_TOLERANCE ?= 0.5
 bench-guard: $(VENV)/.built
 	set=$$($(BIN)/python -c 'from fused_kd import extension as x; print(x.cpu.build_info()["instruction_set"])'); \
-	test -e benchmarks/baseline_$$set.jsonl || { echo "no benchmarks/baseline_$$set.jsonl: the Makefile says how to measure one"; exit 1; }; \
+	test -e benchmarks/baseline_$$set.jsonl || \
+		{ echo "no benchmarks/baseline_$$set.jsonl: the Makefile says how to measure one"; exit 1; }; \
 	rm -f out/guard*.jsonl; for i in 1 2 3; do \
 		$(BIN)/python -m benchmarks run guard --threads 1 --output out/guard$$i.jsonl $(ARGS) && \
 		$(BIN)/python -m benchmarks compare benchmarks/baseline_$$set.jsonl out/guard*.jsonl \

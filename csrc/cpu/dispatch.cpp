@@ -34,17 +34,16 @@ static bool prepare_amx() {
   return is_prepared;
 }
 #endif
-static bool needs_nothing() { return true; }
 
 Candidate* candidates(int* count) {
   static Candidate all[] = {
 #ifdef FUSED_KD_X86
       {"amx", &kernels_avx512_bf16, &product_amx, has_avx512_bf16() && has_amx(), prepare_amx},
-      {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16(), needs_nothing},
-      {"avx512", &kernels_avx512, &product_avx512, has_avx512(), needs_nothing},
-      {"avx2", &kernels_avx2, &product_avx2, has_avx2(), needs_nothing},
+      {"avx512_bf16", &kernels_avx512_bf16, &product_avx512_bf16, has_avx512_bf16()},
+      {"avx512", &kernels_avx512, &product_avx512, has_avx512()},
+      {"avx2", &kernels_avx2, &product_avx2, has_avx2()},
 #endif
-      {"generic", &kernels_generic, &product_generic, true, needs_nothing},
+      {"generic", &kernels_generic, &product_generic, true},
   };
   *count = sizeof all / sizeof all[0];
   return all;
@@ -59,7 +58,7 @@ static const Candidate* find(const std::string& name) {
     known += std::string(i ? ", " : "") + candidate.name;
     if (!name.empty() && name != candidate.name) continue;
     const bool is_there = candidate.runs;
-    if (is_there && candidate.prepare()) return &candidate;
+    if (is_there && (!candidate.prepare || candidate.prepare())) return &candidate;
     candidate.runs = false;
     if (!name.empty())
       throw std::runtime_error("FUSED_KD_CPU=" + name + ": " +

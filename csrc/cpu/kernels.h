@@ -93,7 +93,8 @@ struct Candidate {
   const Kernels* rows;
   const ProductKernels* product;
   std::atomic<bool> runs;
-  bool (*prepare)();  // to be called before it is used; false: it cannot be used after all
+  // To be called before it is used; false: it cannot be used after all. Null: nothing to prepare.
+  bool (*prepare)() = nullptr;
 };
 Candidate* candidates(int* count);
 // Selects an instruction set for the rest of the process (for tests); "": by the environment again.

@@ -11,9 +11,9 @@
 namespace fused_kd {
 namespace FUSED_KD_ISA {
 
-constexpr int TILE = 16;                               // rows, columns and steps of a register
-constexpr int TILE_SIZE = TILE * TILE;                 // 32-bit elements
-constexpr int TILE_BYTES = TILE * int(sizeof(float));  // of a row
+constexpr int TILE = 16;                             // rows, columns and steps of a register
+constexpr int TILE_SIZE = TILE * TILE;               // 32-bit elements
+constexpr int TILE_ROW = TILE * int(sizeof(float));  // bytes
 
 // The tile registers of this thread, all 16 x 16, for the lifetime of the object.
 class TileRegisters {
@@ -28,7 +28,7 @@ class TileRegisters {
 #define FUSED_KD_EIGHT(x) \
   { x, x, x, x, x, x, x, x }
     // static, because GCC's intrinsic tells the compiler of its first 8 bytes alone
-    static const Configuration all = {1, 0, {}, FUSED_KD_EIGHT(TILE_BYTES), FUSED_KD_EIGHT(TILE)};
+    static const Configuration all = {1, 0, {}, FUSED_KD_EIGHT(TILE_ROW), FUSED_KD_EIGHT(TILE)};
 #undef FUSED_KD_EIGHT
     _tile_loadconfig(&all);
   }
@@ -39,14 +39,14 @@ class TileRegisters {
 
 // Packs 16 steps of 16 columns: to[step * 16 + column]; zeros behind the last step.
 template <class Step>
-inline void pack_tile_of_b(const Source& b, float* to) {
+FUSED_KD_INLINE void pack_tile_of_b(const Source& b, float* to) {
   if (b.depth < TILE * Step::DEPTH) memset(to, 0, TILE_SIZE * sizeof(float));
   pack_for<Step, TILE>(b)(b, to);
 }
 
 // Packs 16 rows of 16 steps: to[row * 16 + step].
 template <class Step>
-inline void pack_tile_of_a(const Source& a, float* to) {
+FUSED_KD_INLINE void pack_tile_of_a(const Source& a, float* to) {
   if (a.width_stride == 1) {
     float columns[TILE_SIZE];
     pack_tile_of_b<Step>(a, columns);
@@ -61,8 +61,8 @@ inline void pack_tile_of_a(const Source& a, float* to) {
 }
 
 // Packs a block in panels of two tiles: the two of one depth follow each other.
-template <class T>
-inline void pack_tiles(const Source& x, void (*pack)(const Source&, float*), float* to) {
+template <class T, bool OF_A>
+inline void pack_tiles(const Source& x, float* to) {
   constexpr int64_t WIDTH = 2 * TILE, DEPTH = TILE * Pairs<T>::DEPTH;
   const auto* data = static_cast<const T*>(x.data);
   const int64_t panel = (x.depth + DEPTH - 1) / DEPTH * 2 * TILE_SIZE;
@@ -70,12 +70,17 @@ inline void pack_tiles(const Source& x, void (*pack)(const Source&, float*), flo
     float* target = to + i / WIDTH * panel + k / DEPTH * 2 * TILE_SIZE;
     const int64_t depth = x.depth - k < DEPTH ? x.depth - k : DEPTH;
     // a second tile that does not exist is not multiplied
-    for (int64_t n = i; n < i + WIDTH && n < x.width; n += TILE, target += TILE_SIZE)
-      pack({data + n * x.width_stride + k * x.depth_stride, x.width_stride, x.depth_stride, TILE,
-            x.there - n, depth},
-           target);
+    for (int64_t n = i; n < i + WIDTH && n < x.width; n += TILE, target += TILE_SIZE) {
+      const Source tile{data + n * x.width_stride + k * x.depth_stride,
+                        x.width_stride,
+                        x.depth_stride,
+                        TILE,
+                        x.there - n,
+                        depth};
+      OF_A ? pack_tile_of_a<Pairs<T>>(tile, target) : pack_tile_of_b<Pairs<T>>(tile, target);
+    }
   };
-  // Along the lines of the memory. The hardware prefetcher does not follow that many lines.
+  // The loops follow the lines of the memory; the hardware prefetcher does not follow that many.
   constexpr int64_t AHEAD = 64, CACHE_LINE = 64 / int64_t(sizeof(T));
   const bool across = x.width_stride == 1;
   const int64_t lines = across ? x.depth : x.width,
@@ -91,6 +96,15 @@ inline void pack_tiles(const Source& x, void (*pack)(const Source&, float*), flo
     }
 }
 
+template <bool OF_A>
+inline void pack_tiles(const Source& x, Dtype from, float* to) {
+  switch (from) {
+    case Dtype::f32: return pack_tiles<float, OF_A>(x, to);
+    case Dtype::bf16: return pack_tiles<Bf16, OF_A>(x, to);
+    case Dtype::f16: return pack_tiles<Half, OF_A>(x, to);
+  }
+}
+
 // The interface that product_kernels.h needs; as Vectors (product_vectors.h).
 struct AmxTiles {
   static constexpr int ROWS = 2 * TILE, COLUMNS = 2 * TILE, DEPTH = 2;
@@ -100,18 +114,10 @@ struct AmxTiles {
   static constexpr int64_t size_of_b(int64_t steps) { return size_of_a(steps); }
 
   static void pack_a(const Source& a, Dtype from, Dtype, float* to) {
-    switch (from) {
-      case Dtype::f32: return pack_tiles<float>(a, pack_tile_of_a<Pairs<float>>, to);
-      case Dtype::bf16: return pack_tiles<Bf16>(a, pack_tile_of_a<Pairs<Bf16>>, to);
-      case Dtype::f16: return pack_tiles<Half>(a, pack_tile_of_a<Pairs<Half>>, to);
-    }
+    pack_tiles<true>(a, from, to);
   }
   static void pack_b(const Source& b, Dtype from, Dtype, float* to) {
-    switch (from) {
-      case Dtype::f32: return pack_tiles<float>(b, pack_tile_of_b<Pairs<float>>, to);
-      case Dtype::bf16: return pack_tiles<Bf16>(b, pack_tile_of_b<Pairs<Bf16>>, to);
-      case Dtype::f16: return pack_tiles<Half>(b, pack_tile_of_b<Pairs<Half>>, to);
-    }
+    pack_tiles<false>(b, from, to);
   }
 
   // Computes `rows` x `columns` of to = from + a panel of A times a panel of B.
@@ -141,15 +147,15 @@ struct AmxTiles {
     if constexpr (R > 1) _tile_zero(2);
     if constexpr (R > 1 && S > 1) _tile_zero(3);
     for (int64_t t = tiles(steps); t > 0; --t, a += 2 * TILE_SIZE, b += 2 * TILE_SIZE) {
-      _tile_loadd(4, a, TILE_BYTES);
-      _tile_loadd(6, b, TILE_BYTES);
+      _tile_loadd(4, a, TILE_ROW);
+      _tile_loadd(6, b, TILE_ROW);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (S > 1) {
-        _tile_loadd(7, b + TILE_SIZE, TILE_BYTES);
+        _tile_loadd(7, b + TILE_SIZE, TILE_ROW);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (R > 1) {
-        _tile_loadd(5, a + TILE_SIZE, TILE_BYTES);
+        _tile_loadd(5, a + TILE_SIZE, TILE_ROW);
         _tile_dpbf16ps(2, 5, 6);
       }
       if constexpr (R > 1 && S > 1) _tile_dpbf16ps(3, 5, 7);
